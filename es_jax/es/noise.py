@@ -1,0 +1,155 @@
+"""Noise on any pytree: perturb a model by a member's seed, and estimate the gradient from all members' seeds.
+
+Noise is never stored. A number of ε is a function of (member seed, leaf name, position in the leaf), so every device
+makes just the slice it holds, and the estimate needs no communication and has the same bits on every mesh.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from es_jax.core import rng
+from es_jax.core.tree import map_named
+from es_jax.es.population import Members
+
+PyTree = Any
+
+
+def _check_float(name: str, leaf: Array) -> None:
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        raise TypeError(
+            f"leaf {name!r} has dtype {leaf.dtype}: noise is defined for floating-point leaves; "
+            "take the others out of the tree before perturbing it"
+        )
+
+
+def _check_sigma(sigma: float | Array) -> None:
+    if isinstance(sigma, int | float) and not sigma > 0:
+        raise ValueError(f"sigma is {sigma}: the noise scale must be above 0 (the papers use 1e-3)")
+
+
+@dataclasses.dataclass(frozen=True)
+class GaussianNoise:
+    """ε ~ N(0, I), drawn by partitionable threefry, independent between leaves, members and steps.
+
+    The arithmetic is in float32 whatever the leaf's dtype (float64 for float64 leaves): θ + σε is rounded once, to the
+    dtype asked for, and the estimate is returned unrounded.
+
+    >>> import jax.numpy as jnp
+    >>> from es_jax.es.population import Population
+    >>> members = Population(2, seed=0, antithetic=True).members(0)
+    >>> params, noise = {"w": jnp.zeros(3)}, GaussianNoise()
+    >>> up, down = (noise.apply(params, member, sigma=0.1) for member in members)
+    >>> float(jnp.abs(up["w"] + down["w"]).max())
+    0.0
+    """
+
+    def _sample(self, seed: Array, name: str, leaf: Array) -> Float[Array, "..."]:
+        """ε of one leaf for one member, in the dtype of the arithmetic."""
+        eps = jax.random.normal(self._key(seed, name, leaf), leaf.shape, jnp.float32)
+        return eps.astype(self._arithmetic(leaf))
+
+    def _key(self, seed: Array, name: str, leaf: Array) -> PRNGKeyArray:
+        return rng.leaf_key(seed, name)
+
+    def _arithmetic(self, leaf: Array) -> jnp.dtype:
+        return jnp.dtype(jnp.float64) if leaf.dtype == jnp.float64 else jnp.dtype(jnp.float32)
+
+    def apply(self, params: PyTree, member: Members, *, sigma: float | Array, dtype: Any = None) -> PyTree:
+        """The perturbed model: cast(θ + sign·σ·ε).
+
+        Args:
+          params: any pytree of floating-point arrays.
+          member: one member (`members[i]`, or a slot of a vmap).
+          sigma: σ > 0.
+          dtype: dtype of the result's leaves; each leaf's own by default.
+
+        Raises:
+          ValueError: σ ≤ 0.  TypeError: a leaf that is not floating point, which is named.
+        """
+        _check_sigma(sigma)
+
+        def perturb(name, leaf):
+            _check_float(name, leaf)
+            kind = self._arithmetic(leaf)
+            scale = jnp.asarray(sigma, kind) * member.sign.astype(kind)
+            return (leaf.astype(kind) + scale * self._sample(member.seed, name, leaf)).astype(dtype or leaf.dtype)
+
+        return map_named(perturb, params)
+
+    def estimate(self, params: PyTree, members: Members, weights: Float[Array, "n"]) -> PyTree:
+        """The gradient of minus the mean reward, −(1/N) Σ wₙ signₙ εₙ, so that any optax optimizer descends.
+
+        The papers fold 1/σ into the learning rate, and so does this. Noise is made again from the seeds, one leaf of
+        one member at a time, and summed in member order (a pair's noise once, weighted z⁺ − z⁻): memory does not grow
+        with N.
+
+        Args:
+          params: the pytree that was perturbed; only its shapes and dtypes are read.
+          members: the N members of the step.
+          weights: [N] shaped rewards, such as `z_score(rewards)`.
+
+        Returns:
+          A tree like params, float32 (float64 for float64 leaves).
+
+        Raises:
+          ValueError: weights that are not one number a member.
+        """
+        weights = jnp.asarray(weights)
+        if weights.shape != (len(members),):
+            raise ValueError(f"weights have shape {weights.shape} for {len(members)} members: give one weight a member")
+        signed = weights.astype(jnp.float32) * members.sign
+        seeds, signed = (members.seed[::2], signed[::2] + signed[1::2]) if members.paired else (members.seed, signed)
+
+        def leaf_estimate(name, leaf):
+            _check_float(name, leaf)
+            kind = self._arithmetic(leaf)
+
+            def add(i, total):
+                return total + signed[i].astype(kind) * self._sample(seeds[i], name, leaf)
+
+            total = jax.lax.fori_loop(0, len(seeds), add, jnp.zeros(leaf.shape, kind))
+            return total * jnp.asarray(-1 / len(members), kind)
+
+        return map_named(leaf_estimate, params)
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedSeedNoise(GaussianNoise):
+    """The published code's noise: leaves of one shape share it, and all arithmetic is in the leaf's own dtype.
+
+    With float16 parameters it reproduces the published norms, rounding included; that is its use. The shared noise
+    ties equal-shaped layers together, and 16-bit sums lose small updates, so it is no way to train.
+
+    Args:
+      stacked: leaves whose name starts with this prefix hold one parameter per index of their first axis (layers
+        stacked for a scan); the shape that counts, and the noise, is that of one of them.
+
+    >>> import jax.numpy as jnp
+    >>> from es_jax.es.population import Population
+    >>> member = Population(2, seed=0).members(0)[0]
+    >>> out = SharedSeedNoise().apply({"a": jnp.zeros(3), "b": jnp.zeros(3)}, member, sigma=1.0)
+    >>> bool((out["a"] == out["b"]).all())
+    True
+    """
+
+    stacked: str | None = None
+
+    def _shape(self, name: str, leaf: Array) -> tuple[int, ...]:
+        return leaf.shape[1:] if self.stacked and name.startswith(self.stacked) else leaf.shape
+
+    def _key(self, seed: Array, name: str, leaf: Array) -> PRNGKeyArray:
+        return rng.leaf_key(seed, "x".join(map(str, self._shape(name, leaf))))
+
+    def _arithmetic(self, leaf: Array) -> jnp.dtype:
+        return leaf.dtype
+
+    def _sample(self, seed: Array, name: str, leaf: Array) -> Float[Array, "..."]:
+        eps = jax.random.normal(self._key(seed, name, leaf), self._shape(name, leaf), jnp.float32)
+        return jnp.broadcast_to(eps.astype(leaf.dtype), leaf.shape)
+
+
+NOISES = {"gaussian": GaussianNoise, "shared_seed": SharedSeedNoise}

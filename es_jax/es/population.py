@@ -1,0 +1,80 @@
+"""Who is evaluated in a step: a seed and a sign for every member, and nothing else."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float32, UInt32
+
+from es_jax.core import rng
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Members:
+    """The members of one step; a pytree, so it goes through jit, vmap and scan.
+
+    Attributes:
+      seed: uint32 [N], the seed of each member's noise ε.
+      sign: float32 [N], +1 or −1: the member is θ + sign·σ·ε. 0 is the unperturbed model.
+      paired: members 2i and 2i+1 share a seed with opposite signs, so an estimate makes their noise once.
+    """
+
+    seed: UInt32[Array, "*n"]
+    sign: Float32[Array, "*n"]
+    paired: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    def __len__(self) -> int:
+        return self.seed.shape[0]
+
+    def __getitem__(self, index: int | slice | np.ndarray | Array) -> "Members":
+        """One member (an int) or several (a slice or an index array)."""
+        return Members(self.seed[index], self.sign[index])
+
+    def __iter__(self) -> Iterator["Members"]:
+        return (self[i] for i in range(len(self)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Population:
+    """N members a step, drawn from a run seed (arXiv 2509.24372, section 3).
+
+    Args:
+      size: N, at least 2; even when antithetic.
+      seed: the run's seed, 0..2**32 − 1.
+      antithetic: members come in pairs θ ± σε from N/2 seeds (mirrored sampling).
+
+    Raises:
+      ValueError: N below 2, odd N with antithetic pairs, a seed out of range.
+
+    >>> members = Population(4, seed=0, antithetic=True).members(0)
+    >>> members.sign.tolist(), bool(members.seed[0] == members.seed[1])
+    ([1.0, -1.0, 1.0, -1.0], True)
+    """
+
+    size: int
+    _: dataclasses.KW_ONLY
+    seed: int
+    antithetic: bool = False
+
+    def __post_init__(self):
+        if self.size < 2:
+            raise ValueError(
+                f"population size is {self.size}: rewards are compared within a population, so N must be at least 2"
+            )
+        if self.antithetic and self.size % 2:
+            raise ValueError(
+                f"population size is {self.size} with antithetic pairs: N must be even, so "
+                f"set it to {self.size + 1}, or antithetic to False"
+            )
+        rng.check_seed(self.seed)
+
+    def members(self, step: int | Array) -> Members:
+        """The members of a step (0, 1, 2, …): a pure function of (seed, step)."""
+        if not self.antithetic:
+            return Members(rng.member_seeds(self.seed, step, self.size), jnp.ones(self.size, jnp.float32))
+        seeds = rng.member_seeds(self.seed, step, self.size // 2)
+        sign = jnp.tile(jnp.array([1.0, -1.0], jnp.float32), self.size // 2)
+        return Members(jnp.repeat(seeds, 2), sign, paired=True)

@@ -1,0 +1,86 @@
+"""From rewards to the weights of the members, on the host: N numbers a step."""
+
+import logging
+
+import numpy as np
+from jaxtyping import Float, Integer
+
+logger = logging.getLogger(__name__)
+
+
+def finite_rewards(rewards: Float[np.ndarray, "n"], *, nan_rewards: str = "error") -> Float[np.ndarray, "n"]:
+    """The rewards as float64, none of them NaN or infinite.
+
+    Args:
+      rewards: [N].
+      nan_rewards: "error" refuses a NaN or infinite reward; "worst" gives it the lowest finite reward of the step.
+
+    Raises:
+      ValueError: an unknown `nan_rewards`, a reward that is not finite (its members are named), or none that is.
+    """
+    if nan_rewards not in ("error", "worst"):
+        raise ValueError(f"nan_rewards is {nan_rewards!r}: it must be 'error' or 'worst'")
+    rewards = np.asarray(rewards, np.float64)
+    if rewards.ndim != 1:
+        raise ValueError(f"rewards have shape {rewards.shape}: give one number a member")
+    bad = np.flatnonzero(~np.isfinite(rewards))
+    if not len(bad):
+        return rewards
+    who = f"member{'s' if len(bad) > 1 else ''} {', '.join(f'{i} ({rewards[i]})' for i in bad)} of {len(rewards)}"
+    if nan_rewards == "error" or len(bad) == len(rewards):
+        raise ValueError(
+            f"rewards are not finite for {who}: mend the task's score, lower es.sigma, or set "
+            "es.nan_rewards='worst' to count such a member as the worst of its step"
+        )
+    logger.warning("rewards are not finite for %s: counted as the worst of the step", who)
+    return np.where(np.isfinite(rewards), rewards, rewards[np.isfinite(rewards)].min())
+
+
+def z_score(rewards: Float[np.ndarray, "n"], *, eps: float = 1e-8, nan_rewards: str = "error") -> np.ndarray:
+    """(r − mean) / (std + eps) with the population's std (ddof 0), float32 [N] (arXiv 2509.24372, section 3).
+
+    Equal rewards carry no information: their weights are exactly zero, and a warning is logged.
+
+    >>> z_score(np.array([1.0, 3.0])).round(4).tolist()
+    [-1.0, 1.0]
+    """
+    rewards = finite_rewards(rewards, nan_rewards=nan_rewards)
+    if rewards.max() == rewards.min():
+        logger.warning("all %d rewards are %g: this step moves the weights by nothing", len(rewards), rewards[0])
+        return np.zeros(len(rewards), np.float32)
+    return ((rewards - rewards.mean()) / (rewards.std() + eps)).astype(np.float32)
+
+
+def centered_rank(rewards: Float[np.ndarray, "n"], *, nan_rewards: str = "error") -> np.ndarray:
+    """Ranks scaled to [−0.5, 0.5], float32 [N]; equal rewards share their mean rank.
+
+    >>> centered_rank(np.array([10.0, -5.0, 10.0])).tolist()
+    [0.25, -0.5, 0.25]
+    """
+    rewards = finite_rewards(rewards, nan_rewards=nan_rewards)
+    below = (rewards[:, None] > rewards[None, :]).sum(1)
+    equal = (rewards[:, None] == rewards[None, :]).sum(1)
+    rank = below + (equal - 1) / 2
+    return (rank / max(len(rewards) - 1, 1) - 0.5).astype(np.float32)
+
+
+def group_relative(rewards: Float[np.ndarray, "n"], groups: Integer[np.ndarray, "n"]) -> np.ndarray:
+    """(r − mean) / (std + 1e-6) within each group, ddof 1, float32 [N]: the advantage of GRPO.
+
+    A group of equal rewards, or of one, gets zeros.
+
+    >>> group_relative(np.array([0.0, 2.0, 5.0, 5.0]), np.array([0, 0, 1, 1])).round(2)
+    array([-0.71,  0.71,  0.  ,  0.  ], dtype=float32)
+    """
+    rewards, groups = finite_rewards(rewards), np.asarray(groups)
+    if groups.shape != rewards.shape:
+        raise ValueError(f"groups have shape {groups.shape} for {len(rewards)} rewards: give each reward its group")
+    out = np.zeros(len(rewards))
+    for group in np.unique(groups):
+        mine = groups == group
+        if mine.sum() > 1 and np.ptp(rewards[mine]) > 0:
+            out[mine] = (rewards[mine] - rewards[mine].mean()) / (rewards[mine].std(ddof=1) + 1e-6)
+    return out.astype(np.float32)
+
+
+SHAPINGS = {"z_score": z_score, "centered_rank": centered_rank}

@@ -1,0 +1,177 @@
+"""The laws that every kind of noise obeys."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from es_jax.core.mesh import make_mesh, param_shardings
+from es_jax.es.noise import NOISES, GaussianNoise, SharedSeedNoise
+from es_jax.es.population import Population
+
+PARAMS = {
+    "embed": jnp.linspace(-1, 1, 48 * 40).reshape(48, 40),
+    "layers": {"a": jnp.ones((3, 40, 24)), "b": jnp.zeros((3, 40, 24)), "norm": jnp.ones((3, 40))},
+    "odd": jnp.zeros((17, 40)),
+    "scalar": jnp.float32(1.0),
+}
+every_noise = pytest.mark.parametrize("noise", [make() for make in NOISES.values()], ids=NOISES)
+
+
+def eps(noise, member, params=PARAMS):
+    """ε itself, drawn as the difference of two members far enough apart for float32."""
+    zero = jax.tree.map(jnp.zeros_like, params)
+    return noise.apply(zero, member, sigma=1.0)
+
+
+def brute_force(noise, members, weights, params=PARAMS):
+    total = jax.tree.map(lambda x: np.zeros(x.shape), params)
+    for member, weight in zip(members, np.asarray(weights, np.float64), strict=True):
+        total = jax.tree.map(lambda t, e, w=weight: t + w * np.asarray(e, np.float64), total, eps(noise, member))
+    return jax.tree.map(lambda t: -t / len(members), total)
+
+
+def equal(a, b):
+    return all(jax.tree.leaves(jax.tree.map(lambda x, y: np.array_equal(np.asarray(x), np.asarray(y)), a, b)))
+
+
+@every_noise
+@pytest.mark.parametrize("antithetic", [False, True])
+def test_estimate_equals_the_brute_force_sum(noise, antithetic):
+    members = Population(6, seed=3, antithetic=antithetic).members(1)
+    weights = jax.random.normal(jax.random.key(0), (6,))
+    got, expected = noise.estimate(PARAMS, members, weights), brute_force(noise, members, weights)
+    jax.tree.map(lambda g, e: np.testing.assert_allclose(g, e, atol=2e-6), got, expected)
+
+
+@every_noise
+@pytest.mark.parametrize("antithetic", [False, True])
+def test_same_bits_on_1_2_4_and_8_devices(noise, antithetic):
+    members = Population(6, seed=3, antithetic=antithetic).members(1)
+    weights = jax.random.normal(jax.random.key(0), (6,))
+    estimates, perturbed = [], []
+    for n in (1, 2, 4, 8):
+        mesh = make_mesh(devices=jax.devices()[:n])
+        shardings = param_shardings(mesh, PARAMS)
+        params = jax.device_put(PARAMS, shardings)
+        estimates.append(jax.jit(noise.estimate, out_shardings=shardings)(params, members, weights))
+        apply = jax.jit(lambda p: noise.apply(p, members[1], sigma=0.1), out_shardings=shardings)
+        perturbed.append(apply(params))
+    assert all(equal(estimates[0], other) for other in estimates[1:])
+    assert all(equal(perturbed[0], other) for other in perturbed[1:])
+
+
+@every_noise
+def test_estimate_needs_no_communication(noise):
+    mesh = make_mesh()
+    shardings = param_shardings(mesh, PARAMS)
+    members = Population(6, seed=3).members(1)
+    compiled = jax.jit(noise.estimate, in_shardings=(shardings, None, None), out_shardings=shardings).lower(
+        PARAMS, members, jnp.ones(6)
+    )
+    text = compiled.compile().as_text()
+    assert not any(word in text for word in ("all-reduce", "all-gather", "all-to-all", "collective-permute"))
+
+
+@every_noise
+def test_memory_does_not_grow_with_the_population(noise):
+    def temporary(n):
+        lowered = jax.jit(noise.estimate).lower(PARAMS, Population(n, seed=0).members(0), jnp.ones(n))
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary(256) < temporary(4) + 256 * 64
+
+
+@every_noise
+def test_antithetic_pairs_sum_to_zero(noise):
+    plus, minus = Population(2, seed=9, antithetic=True).members(0)
+    assert equal(eps(noise, plus), jax.tree.map(jnp.negative, eps(noise, minus)))
+
+
+@every_noise
+def test_moments_and_independence_of_members_and_steps(noise):
+    params = {"w": jnp.zeros((400, 500))}
+    draws = [
+        np.asarray(eps(noise, member, params)["w"], np.float64).ravel()
+        for step in (1, 2)
+        for member in Population(2, seed=5).members(step)
+    ]
+    for draw in draws:
+        assert abs(draw.mean()) < 5 / len(draw) ** 0.5
+        assert abs(draw.var() - 1) < 5 * (2 / len(draw)) ** 0.5
+        assert abs((draw**3).mean()) < 5 * (15 / len(draw)) ** 0.5
+        assert abs((draw**4).mean() - 3) < 5 * (96 / len(draw)) ** 0.5
+    correlation = np.corrcoef(draws) - np.eye(len(draws))
+    assert np.abs(correlation).max() < 5 / len(draws[0]) ** 0.5
+
+
+def test_leaves_are_independent_unless_the_seed_is_shared():
+    member = Population(2, seed=0).members(0)[0]
+    params = {"a": jnp.zeros(5000), "b": jnp.zeros(5000), "c": jnp.zeros(4000)}
+    own, shared = eps(GaussianNoise(), member, params), eps(SharedSeedNoise(), member, params)
+    assert abs(np.corrcoef(own["a"], own["b"])[0, 1]) < 0.07
+    assert np.array_equal(shared["a"], shared["b"])
+    assert abs(np.corrcoef(shared["a"][:4000], shared["c"])[0, 1]) < 0.07
+
+
+def test_shared_seed_sees_stacked_layers_as_the_parameters_they_are_made_of():
+    member = Population(2, seed=0).members(0)[0]
+    params = {"layers": {"w": jnp.zeros((3, 4, 5))}, "head": jnp.zeros((4, 5))}
+    out = eps(SharedSeedNoise(stacked="layers/"), member, params)
+    assert all(np.array_equal(out["layers"]["w"][i], out["head"]) for i in range(3))
+
+
+@every_noise
+def test_estimate_is_unbiased_on_a_quadratic(noise):
+    """For r(θ) = −|θ − 1|²/2 the estimate, unshaped, is minus the gradient of the reward times σ, in expectation."""
+    theta, sigma, n = {"w": jnp.zeros(4)}, 0.3, 40_000
+    members = Population(n, seed=11, antithetic=True).members(0)
+    perturbed = jax.vmap(lambda m: noise.apply(theta, m, sigma=sigma))(members)
+    rewards = -0.5 * jnp.sum((perturbed["w"] - 1.0) ** 2, axis=1)
+    gradient = noise.estimate(theta, members, rewards)["w"] / sigma
+    np.testing.assert_allclose(gradient, -np.ones(4), atol=0.06)
+
+
+def test_float32_arithmetic_in_16_bit_leaves_and_one_rounding():
+    member = Population(2, seed=0).members(0)[0]
+    half = {"w": jnp.full(1000, 0.7, jnp.bfloat16)}
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), half)
+    exact = GaussianNoise().apply(wide, member, sigma=1e-3)["w"]
+    assert np.array_equal(GaussianNoise().apply(half, member, sigma=1e-3)["w"], exact.astype(jnp.bfloat16))
+    assert np.array_equal(
+        GaussianNoise().apply(wide, member, sigma=1e-3, dtype=jnp.bfloat16)["w"], exact.astype(jnp.bfloat16)
+    )
+    members = Population(2, seed=0).members(0)
+    assert GaussianNoise().estimate(half, members, jnp.ones(2))["w"].dtype == jnp.float32
+    assert SharedSeedNoise().estimate(half, members, jnp.ones(2))["w"].dtype == jnp.bfloat16
+
+
+def test_the_bits_do_not_depend_on_the_default_generator():
+    member = Population(2, seed=0).members(0)[0]
+    before = eps(GaussianNoise(), member)
+    with jax.default_prng_impl("rbg"):
+        again = Population(2, seed=0).members(0)[0]
+        assert equal(before, eps(GaussianNoise(), again))
+
+
+@every_noise
+def test_bad_input_is_refused(noise):
+    members = Population(2, seed=0).members(0)
+    with pytest.raises(ValueError, match="sigma is 0"):
+        noise.apply(PARAMS, members[0], sigma=0.0)
+    with pytest.raises(TypeError, match="leaf 'steps' has dtype int32"):
+        noise.apply({"steps": jnp.zeros(3, jnp.int32)}, members[0], sigma=0.1)
+    with pytest.raises(ValueError, match="one weight a member"):
+        noise.estimate(PARAMS, members, jnp.ones(3))
+
+
+def test_any_sharding_of_the_users_own():
+    """A leaf cut along any axis has the bits of the whole leaf."""
+    members, weights = Population(4, seed=1).members(0), jnp.arange(4.0)
+    params = {"w": jnp.zeros((16, 8, 24))}
+    whole = jax.jit(GaussianNoise().estimate)(params, members, weights)
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    for spec in (PartitionSpec("x"), PartitionSpec(None, "x"), PartitionSpec(None, None, "x")):
+        cut = jax.jit(GaussianNoise().estimate, out_shardings=NamedSharding(mesh, spec))(params, members, weights)
+        assert equal(whole, cut)
