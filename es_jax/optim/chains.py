@@ -1,0 +1,41 @@
+"""From the config's fields to an optax chain: an optimizer, then the pull toward the anchor."""
+
+from typing import Any
+
+import optax
+
+from es_jax.optim.anchored import anchored_weight_decay
+
+OPTIMIZERS = {
+    "sgd": optax.sgd,
+    "momentum": lambda learning_rate: optax.sgd(learning_rate, momentum=0.9),
+    "adam": optax.adam,
+    "adamw": optax.adamw,
+    "lion": optax.lion,
+}
+
+
+def build_optimizer(config: Any, params: Any) -> tuple[optax.GradientTransformationExtraArgs, str]:
+    """The optimizer of a run, and one sentence that describes it.
+
+    Args:
+      config: a `RunConfig`, or anything with its `optim` group, `anchor_strength` (λ) and `anchor_drift` (κ or None).
+      params: the parameters it will be used on. Every leaf is stepped and anchored.
+
+    Returns:
+      (transformation, sentence).
+
+    >>> from es_jax.training.config import RunConfig
+    >>> print(build_optimizer(RunConfig(), None)[1])
+    sgd with learning rate 0.0005, no anchor.
+    """
+    del params  # no rule depends on the leaves yet
+    rate, penalty, strength = config.optim.learning_rate, config.optim.anchor.penalty, config.anchor_strength
+    optimizer = OPTIMIZERS[config.optim.name](rate)
+    sentence = f"{config.optim.name} with learning rate {rate:g}"
+    if penalty == "none":
+        return optax.with_extra_args_support(optimizer), f"{sentence}, no anchor."
+    sentence += f", then {penalty} anchored weight decay with strength λ = {strength:g} (αλ = {rate * strength:g}"
+    if config.anchor_drift is not None:
+        sentence += f"; in the long run a weight drifts κ = {config.anchor_drift:.2f} σ"
+    return optax.chain(optimizer, anchored_weight_decay(rate * strength, penalty=penalty)), f"{sentence})."
