@@ -1,0 +1,169 @@
+"""One decoder-only transformer for every family: parameters are a plain tree, `apply` is a pure function."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from es_jax.core.tree import named_leaves
+from es_jax.models.cache import KVCache, attention_mask
+from es_jax.models.config import TransformerConfig
+from es_jax.models.layers import INIT_STD, Block, RMSNorm, linear, rope_angles
+
+Params = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Transformer:
+    """The forward pass of a `TransformerConfig`.
+
+    The parameters are a plain tree, stacked over the L layers:
+
+        embed/embedding [V, D]                  final_norm/scale [D]      head/kernel [D, V] when untied
+        layers/attn_norm/scale, layers/mlp_norm/scale [L, D]
+        layers/attn/q/kernel [L, D, H*hd], k and v/kernel [L, D, KH*hd], and /bias [L, ...] with qkv_bias
+        layers/attn/o/kernel [L, H*hd, D]       layers/mlp/gate and up/kernel [L, D, F], down/kernel [L, F, D]
+
+    With `layers` stacked the layers are scanned (compiles fast); with the tuple that `unstack_layers` makes
+    they are unrolled (decodes faster). The compute dtype is the embedding's.
+
+    >>> model = Transformer(TransformerConfig(family="llama", vocab_size=32, width=16, layers=2, heads=4,
+    ...                                       kv_heads=2, head_dim=8, mlp_dim=24))
+    >>> params = jax.jit(model.init)(jax.random.key(0))
+    >>> logits, _ = jax.jit(model.apply)(params, jnp.zeros((1, 5), jnp.int32))
+    >>> logits.shape
+    (1, 5, 32)
+    """
+
+    config: TransformerConfig
+
+    def init(self, key: Array, *, dtype: jnp.dtype = jnp.float32) -> Params:
+        """Random parameters: normal of std 0.02, norms one, biases zero; drawn in float32, then cast."""
+        c = self.config
+        embed_key, layers_key, head_key = jax.random.split(key, 3)
+        x = jnp.zeros((1, 1, c.width))
+        positions = jnp.zeros((1, 1), jnp.int32)
+        angles = rope_angles(positions, head_dim=c.head_dim, theta=c.rope_theta)
+        mask = attention_mask(positions, positions)
+        layers = jax.vmap(lambda k: Block(c).init(k, x, angles, mask, None)["params"])(
+            jax.random.split(layers_key, c.layers)
+        )
+        params = {
+            "embed": {"embedding": INIT_STD * jax.random.normal(embed_key, (c.vocab_size, c.width))},
+            "layers": layers,
+            "final_norm": {"scale": jnp.ones(c.width)},
+        }
+        if not c.tied_embeddings:
+            params["head"] = {"kernel": INIT_STD * jax.random.normal(head_key, (c.width, c.vocab_size))}
+        return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+
+    def apply(
+        self,
+        params: Params,
+        tokens: Int[Array, "B T"],
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        cache: KVCache | None = None,
+        logits_at: Int[Array, " B"] | None = None,
+    ) -> tuple[Float[Array, "B T V"] | Float[Array, "B V"], KVCache | None]:
+        """Next-token logits, float32, and the cache with the T tokens added (None without a cache).
+
+        `positions` counts each row's tokens from 0 and is -1 at padding, whose token id does not matter;
+        None means 0..T-1 and is allowed only without a cache. A query at position p attends the tokens (of
+        the cache when there is one, and of `tokens`) at positions 0..p. Padding's logits mean nothing, but
+        are finite. `logits_at` [B], in 0..T-1: only the logits of that token of each row, [B, V].
+        Raises ValueError for a cache without positions, too short, or stacked unlike `params`.
+        """
+        hidden, cache = self.hidden(params, tokens, positions=positions, cache=cache)
+        if logits_at is not None:
+            hidden = jnp.take_along_axis(hidden, logits_at[:, None, None], axis=1)
+        logits = self.logits(params, hidden)
+        return (logits if logits_at is None else logits[:, 0]), cache
+
+    def hidden(
+        self,
+        params: Params,
+        tokens: Int[Array, "B T"],
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        cache: KVCache | None = None,
+    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+        """The residual stream after the last layer and the final norm, and the cache; see `apply`."""
+        c = self.config
+        if positions is None:
+            if cache is not None:
+                raise ValueError("positions = None with a cache: give the position of every token [B, T]")
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
+        x = jnp.take(params["embed"]["embedding"], tokens, axis=0, mode="clip")
+        angles = rope_angles(positions, head_dim=c.head_dim, theta=c.rope_theta)
+        start = None if cache is None else cache.index
+        cache = None if cache is None else cache.advance(positions)
+        mask = attention_mask(positions, positions if cache is None else cache.positions)
+
+        def block(x: Array, layer: Params, kv: tuple[Array, Array] | None) -> tuple[Array, Any]:
+            cached = None if kv is None else (*kv, start)
+            out: Any = Block(c).apply({"params": layer}, x, angles, mask, cached)
+            return out[0], (None if kv is None else out[1])
+
+        run = _unrolled if isinstance(params["layers"], list | tuple) else _scanned
+        x, cache = run(block, x, params["layers"], cache)
+        normed: Any = RMSNorm(c.norm_eps).apply({"params": params["final_norm"]}, x)
+        return normed, cache
+
+    def logits(self, params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """The output head applied to `hidden`'s result: float32 logits."""
+        if not self.config.tied_embeddings:
+            return linear(hidden, params["head"]["kernel"], accumulated=True)
+        contract = (((2,), (1,)), ((), ()))
+        embedding = params["embed"]["embedding"]
+        return jax.lax.dot_general(hidden, embedding, contract, preferred_element_type=jnp.float32)
+
+
+def unstack_layers(params: Params) -> Params:
+    """The same tree with `layers` as a tuple of L per-layer trees; inside jit the slices are made once.
+
+    >>> tree = unstack_layers({"layers": {"norm": jnp.ones((2, 4))}})
+    >>> len(tree["layers"]), tree["layers"][0]["norm"].shape
+    (2, (4,))
+    """
+    stacked = params["layers"]
+    if isinstance(stacked, list | tuple):
+        return params
+    count = jax.tree.leaves(stacked)[0].shape[0]
+    return {**params, "layers": tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(count))}
+
+
+def param_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
+    """Path → shape of every parameter, like {"layers/attn/q/kernel": (L, D, H*hd), ...}."""
+    return dict(_shapes(config))
+
+
+@functools.lru_cache(maxsize=64)
+def _shapes(config: TransformerConfig) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    tree = jax.eval_shape(Transformer(config).init, jax.random.key(0))
+    return tuple((name, leaf.shape) for name, leaf in named_leaves(tree))
+
+
+def _scanned(block: Any, x: Array, layers: Params, cache: KVCache | None) -> tuple[Array, KVCache | None]:
+    if cache is None:
+        return jax.lax.scan(lambda x, layer: block(x, layer, None), x, layers)[0], None
+    if not cache.stacked:
+        raise ValueError("stacked layers need KVCache.empty(..., stacked=True), this cache is per layer")
+    x, (k, v) = jax.lax.scan(lambda x, xs: block(x, xs[0], xs[1]), x, (layers, (cache.k, cache.v)))
+    return x, cache.replace(k=k, v=v)  # type: ignore[attr-defined]
+
+
+def _unrolled(block: Any, x: Array, layers: Any, cache: KVCache | None) -> tuple[Array, KVCache | None]:
+    if cache is not None and cache.stacked:
+        raise ValueError("unstacked layers need KVCache.empty(..., stacked=False), this cache is stacked")
+    pairs = []
+    for i, layer in enumerate(layers):
+        x, kv = block(x, layer, None if cache is None else (cache.k[i], cache.v[i]))
+        pairs.append(kv)
+    if cache is None:
+        return x, None
+    keys, values = zip(*pairs, strict=True)
+    return x, cache.replace(k=keys, v=values)  # type: ignore[attr-defined]
