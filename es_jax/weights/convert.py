@@ -1,0 +1,135 @@
+"""From the tensors of a checkpoint to the parameter tree and back, every key used exactly once."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from es_jax.core.tree import named_leaves
+from es_jax.models.config import TransformerConfig
+from es_jax.models.families import FAMILIES, WEIGHTS, Weight, weights_of
+from es_jax.models.transformer import Params, param_shapes
+from es_jax.weights import safetensors
+
+Place = Callable[[str, np.ndarray], jax.Array]  # (path, host array) → device array
+
+
+class Reader(Protocol):
+    """Tensors by key, as a file format offers them."""
+
+    shapes: dict[str, tuple[int, ...]]
+
+    def read(self, key: str) -> np.ndarray:
+        """The tensor with that key, in any float type."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Slot:
+    """What one key of a file must be, and where it goes."""
+
+    weight: Weight
+    layer: int | None
+    shape: tuple[int, ...]  # in the file
+
+
+def to_params(
+    reader: Reader,
+    config: TransformerConfig,
+    *,
+    naming: Literal["hf", "gguf"],
+    dtype: jnp.dtype = jnp.float32,
+    place: Place = lambda path, leaf: jnp.asarray(leaf),
+) -> Params:
+    """The parameter tree, stacked over layers, in `dtype`; `place` puts each finished leaf on its devices.
+
+    Tensors are read one at a time into one leaf at a time, so the host holds one leaf. Raises one ValueError
+    that lists every missing, unexpected and mis-shaped key. An output head that a tied checkpoint stores
+    nevertheless is accepted when it equals the embedding.
+    """
+    slots = _slots(config, naming)
+    _check_keys(reader, config, slots, naming)
+    unpermute = naming == "gguf" and FAMILIES[config.family].gguf_permuted
+    params: Params = {}
+    for path, shape in param_shapes(config).items():
+        leaf = np.empty(shape, np.dtype(dtype))
+        for key, slot in slots.items():
+            if slot.weight.path == path:
+                tensor = reader.read(key)
+                if unpermute and slot.weight.rotary:
+                    tensor = half_split(tensor, heads=getattr(config, slot.weight.rotary))
+                target = leaf if slot.layer is None else leaf[slot.layer]
+                np.copyto(target, tensor.T if slot.weight.transpose else tensor, casting="unsafe")
+        _insert(params, path, place(path, leaf))
+    return params
+
+
+def write_params(path: Path, params: Params, *, config: TransformerConfig) -> None:
+    """Write stacked `params` to one safetensors file under Hugging Face's keys, in their own dtype."""
+    leaves = dict(named_leaves(params))
+
+    def tensor(slot: _Slot) -> np.ndarray:
+        leaf = leaves[slot.weight.path]
+        host = np.asarray(leaf if slot.layer is None else leaf[slot.layer])
+        return host.T if slot.weight.transpose else host
+
+    safetensors.write(path, {key: tensor(slot) for key, slot in _slots(config, "hf").items()})
+
+
+def half_split(rows: np.ndarray, *, heads: int) -> np.ndarray:
+    """Undo GGUF's order of rotary rows within each head: 0, hd/2, 1, hd/2 + 1, … becomes 0, 1, 2, …
+
+    >>> half_split(np.array([0, 2, 1, 3]), heads=1).tolist()
+    [0, 1, 2, 3]
+    """
+    pairs = rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(rows.shape)
+
+
+def _slots(config: TransformerConfig, naming: str) -> dict[str, _Slot]:
+    shapes = param_shapes(config)
+    slots = {}
+    for weight in weights_of(config):
+        stacked = weight.path.startswith("layers/")
+        shape = shapes[weight.path][1:] if stacked else shapes[weight.path]
+        shape = shape[::-1] if weight.transpose else shape
+        for layer in range(config.layers) if stacked else (None,):
+            slots[getattr(weight, naming).format(layer)] = _Slot(weight, layer, shape)
+    return slots
+
+
+def _check_keys(reader: Reader, config: TransformerConfig, slots: dict[str, _Slot], naming: str) -> None:
+    shapes = reader.shapes
+    problems = [f"missing: {key} {slot.shape}" for key, slot in slots.items() if key not in shapes]
+    problems += [
+        f"unexpected: {k} {s}" for k, s in shapes.items() if k not in slots and not _spare(reader, config, k, naming)
+    ]
+    problems += [
+        f"wrong shape: {key} is {shapes[key]}, the config says {slot.shape}"
+        for key, slot in slots.items()
+        if key in shapes and shapes[key] != slot.shape
+    ]
+    if problems:
+        lines = "\n  ".join(problems)
+        raise ValueError(f"the {naming} weights do not fit the {config.family} config:\n  {lines}")
+
+
+def _spare(reader: Reader, config: TransformerConfig, key: str, naming: str) -> bool:
+    """Whether the key repeats what the tree holds already: a tied head, or the rotary frequencies."""
+    if key.endswith(".rotary_emb.inv_freq"):
+        return True
+    names = {weight.path: getattr(weight, naming) for weight in WEIGHTS}
+    embedding = names["embed/embedding"]
+    if not config.tied_embeddings or key != names["head/kernel"] or embedding not in reader.shapes:
+        return False
+    return bool(np.array_equal(reader.read(key), reader.read(embedding)))
+
+
+def _insert(tree: Params, path: str, leaf: Any) -> None:
+    *parents, name = path.split("/")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+    tree[name] = leaf

@@ -1,0 +1,198 @@
+"""Files ↔ parameters: logits equal transformers', nothing lost, broken input refused with all problems."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from es_jax.models.config import TransformerConfig
+from es_jax.models.transformer import Transformer
+from es_jax.weights import safetensors
+from es_jax.weights.convert import half_split
+from es_jax.weights.model import Model, config_only, load_model, save_model
+from es_jax.weights.tokenizer import from_gguf_metadata
+
+CONFIG = TransformerConfig(
+    family="llama", vocab_size=300, width=24, layers=2, heads=4, kv_heads=2, head_dim=10, mlp_dim=40
+)
+
+
+def tiny_metadata():
+    from tokenizers import pre_tokenizers
+
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "qwen2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3, 3, 3] + [1] * 256,
+        "tokenizer.ggml.merges": [],
+        "tokenizer.ggml.eos_token_id": 2,
+    }
+
+
+@pytest.fixture(scope="module")
+def model():
+    params = jax.jit(Transformer(CONFIG).init)(jax.random.key(0))
+    return Model(CONFIG, params, from_gguf_metadata(tiny_metadata()), "", (0, 2))
+
+
+@pytest.fixture
+def folder(tmp_path, model):
+    save_model(tmp_path / "saved", model)
+    return tmp_path / "saved"
+
+
+def _same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def _torch_model(family, **options):
+    torch = pytest.importorskip("torch")
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=300, hidden_size=48, num_hidden_layers=3, num_attention_heads=6)
+    sizes |= dict(num_key_value_heads=2, intermediate_size=64, max_position_embeddings=64)
+    sizes |= dict(rope_parameters={"rope_type": "default", "rope_theta": 321.0}, initializer_range=0.2)
+    kind = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config}[family]
+    reference = transformers.AutoModelForCausalLM.from_config(kind(**sizes, **options)).eval()
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return reference
+
+
+def _torch_logits(reference, tokens):
+    import torch
+
+    with torch.no_grad():
+        return reference(torch.tensor(tokens)).logits.float().numpy()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family, options", [("llama", {"head_dim": 12}), ("llama", {}), ("qwen2", {})])
+def test_logits_equal_transformers(tmp_path, model, family, options, tied):
+    reference = _torch_model(family, tie_word_embeddings=tied, **options)
+    reference.save_pretrained(tmp_path / "theirs")
+    model.tokenizer.save_pretrained(tmp_path / "theirs")
+    ours = load_model(tmp_path / "theirs")
+    assert ours.config.tied_embeddings == tied and ours.config.rope_theta == 321.0
+    tokens = np.random.default_rng(0).integers(0, 300, (2, 17))
+    expected = _torch_logits(reference, tokens)
+    logits = jax.jit(Transformer(ours.config).apply)(ours.params, jnp.asarray(tokens, jnp.int32))[0]
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
+    # and back: what we save, transformers reads
+    save_model(tmp_path / "ours", ours)
+    from transformers import AutoModelForCausalLM
+
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype="float32").eval()
+    np.testing.assert_allclose(_torch_logits(again, tokens), expected, atol=1e-5)
+    assert again.generation_config.eos_token_id == [0, 2]
+
+
+@pytest.mark.parametrize("config", [CONFIG, dataclasses.replace(CONFIG, family="qwen2", qkv_bias=True)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_load_undoes_save(tmp_path, model, config, dtype):
+    params = jax.jit(lambda key: Transformer(config).init(key, dtype=dtype))(jax.random.key(1))
+    save_model(tmp_path, dataclasses.replace(model, config=config, params=params))
+    loaded = load_model(tmp_path, dtype=dtype)
+    assert loaded.config == config == config_only(tmp_path)
+    assert loaded.stop_ids == (0, 2) and len(loaded.digest) == 64
+    _same(loaded.params, params)
+    text = "Was kostet 12345 € \n\n ok?"
+    assert loaded.tokenizer.encode(text) == model.tokenizer.encode(text)
+
+
+def test_placement(folder, model):
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    replicated = load_model(folder, mesh=mesh)
+    assert len(replicated.params["final_norm"]["scale"].sharding.device_set) == 8
+    spec = jax.sharding.PartitionSpec
+
+    def rule(path, shape):
+        return jax.sharding.NamedSharding(mesh, spec(None, "d") if path.endswith("mlp/gate/kernel") else spec())
+
+    sharded = load_model(folder, shardings=rule).params
+    assert sharded["layers"]["mlp"]["gate"]["kernel"].addressable_shards[0].data.shape == (2, 3, 40)
+    _same(sharded, model.params)
+
+
+def test_all_key_problems_in_one_error(folder):
+    file = folder / "model.safetensors"
+    reader = safetensors.SafetensorsReader([file])
+    tensors = {k: np.array(reader.read(k)) for k in reader.shapes}
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    tensors["stranger"] = np.zeros(3, np.float32)
+    tensors["model.norm.weight"] = np.zeros(5, np.float32)
+    safetensors.write(file, tensors)
+    with pytest.raises(ValueError) as error:
+        load_model(folder)
+    for line in (
+        "missing: model.layers.1.mlp.up_proj",
+        "unexpected: stranger",
+        "wrong shape: model.norm.weight",
+    ):
+        assert line in str(error.value)
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_a_tied_head_that_is_stored_must_equal_the_embedding(folder, model, equal):
+    file = folder / "model.safetensors"
+    reader = safetensors.SafetensorsReader([file])
+    tensors = {k: np.array(reader.read(k)) for k in reader.shapes}
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + np.float32(not equal)
+    safetensors.write(file, tensors)
+    if equal:
+        _same(load_model(folder).params, model.params)
+    else:
+        with pytest.raises(ValueError, match=r"unexpected: lm_head\.weight"):
+            load_model(folder)
+
+
+def test_shards(folder, model):
+    reader = safetensors.SafetensorsReader([folder / "model.safetensors"])
+    tensors = {k: np.array(reader.read(k)) for k in reader.shapes}
+    names = {k: f"model-{i % 2}.safetensors" for i, k in enumerate(tensors)}
+    for name in set(names.values()):
+        part = {k: v for k, v in tensors.items() if names[k] == name}
+        safetensors.write(folder / name, part)
+    del reader
+    (folder / "model.safetensors").unlink()
+    (folder / safetensors.INDEX).write_text(json.dumps({"weight_map": names}))
+    _same(load_model(folder).params, model.params)
+    (folder / "model-1.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"missing: model-1\.safetensors"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("keep", [4, 100, -10])
+def test_truncated_safetensors(folder, keep):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(ValueError, match="truncated or corrupt"):
+        load_model(folder)
+
+
+def test_nothing_to_read(folder, tmp_path):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match=r"only as \.bin files.*save_pretrained"):
+        load_model(folder)
+    shutil.rmtree(folder)
+    with pytest.raises(FileNotFoundError, match="no hub name"):
+        load_model(folder)
+    with pytest.raises(FileNotFoundError, match="the hub did not give it"):
+        load_model("nobody/nothing-of-this-name")
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF and then nothing of use")
+    with pytest.raises(ValueError, match="truncated or corrupt GGUF"):
+        load_model(tmp_path / "broken.gguf")
+
+
+def test_half_split_undoes_the_interleaving():
+    rows = np.arange(48).reshape(12, 4)
+    interleaved = rows.reshape(2, 2, 3, 4).swapaxes(1, 2).reshape(12, 4)
+    np.testing.assert_array_equal(half_split(interleaved, heads=2), rows)
