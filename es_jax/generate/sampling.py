@@ -1,0 +1,81 @@
+"""How the next token is chosen from the logits of one row."""
+
+import dataclasses
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32, PRNGKeyArray
+
+
+class Sampler(Protocol):
+    """Picks a token id from float32 logits [V]; a pure function, hashable, so that it can be part of a program."""
+
+    def __call__(self, logits: Float[Array, "V"], key: PRNGKeyArray) -> Int32[Array, ""]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Greedy:
+    """The likeliest token, the lowest id of several: how ES scores its members.
+
+    >>> int(Greedy()(jnp.array([0.0, 2.0, 2.0]), None))
+    1
+    """
+
+    def __call__(self, logits, key):
+        return jnp.argmax(logits).astype(jnp.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Temperature:
+    """A sample of softmax(logits / t), t > 0."""
+
+    t: float
+
+    def __post_init__(self):
+        _check_temperature(self.t)
+
+    def __call__(self, logits, key):
+        return jax.random.categorical(key, logits / self.t).astype(jnp.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class TopK:
+    """A sample of softmax(logits / t) among the k likeliest tokens (and those tied with the k-th), k ≥ 1."""
+
+    k: int
+    t: float = 1.0
+
+    def __post_init__(self):
+        _check_temperature(self.t)
+        if self.k < 1:
+            raise ValueError(f"k is {self.k}: it must be at least 1")
+
+    def __call__(self, logits, key):
+        kth = jax.lax.top_k(logits, min(self.k, logits.shape[-1]))[0][-1]
+        return jax.random.categorical(key, jnp.where(logits >= kth, logits / self.t, -jnp.inf)).astype(jnp.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class TopP:
+    """A sample of softmax(logits / t) in its smallest set of likeliest tokens with probability ≥ p, 0 < p ≤ 1."""
+
+    p: float
+    t: float = 1.0
+
+    def __post_init__(self):
+        _check_temperature(self.t)
+        if not 0 < self.p <= 1:
+            raise ValueError(f"p is {self.p}: it must be above 0 and at most 1")
+
+    def __call__(self, logits, key):
+        ordered = jnp.sort(logits / self.t, descending=True)
+        before = jnp.cumsum(jax.nn.softmax(ordered)) - jax.nn.softmax(ordered)
+        least = jnp.min(jnp.where(before < self.p, ordered, jnp.inf))
+        kept = jnp.where(logits / self.t >= least, logits / self.t, -jnp.inf)
+        return jax.random.categorical(key, kept).astype(jnp.int32)
+
+
+def _check_temperature(t: float) -> None:
+    if not t > 0:
+        raise ValueError(f"temperature is {t}: it must be above 0; use Greedy() for its limit")

@@ -1,0 +1,163 @@
+"""The laws of generation, over families, layouts and samplers."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from es_jax.core import rng
+from es_jax.generate.engine import Engine, _decode_batch
+from es_jax.generate.sampling import Greedy, Temperature, TopK, TopP
+from es_jax.generate.score import score_tokens
+from es_jax.models.config import TransformerConfig
+from es_jax.models.transformer import Transformer
+
+COMMON = dict(vocab_size=40, width=32, layers=2, heads=4, head_dim=8, mlp_dim=48)
+CONFIGS = {
+    "llama": TransformerConfig(family="llama", kv_heads=2, tied_embeddings=True, **COMMON),
+    "qwen2": TransformerConfig(family="qwen2", kv_heads=1, qkv_bias=True, **COMMON),
+}
+PROMPTS = [[3, 4, 5], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9], [30, 31], [39] * 6]
+SAMPLERS = (Greedy(), Temperature(0.8), TopK(5), TopP(0.7))
+every_family = pytest.mark.parametrize("family", CONFIGS)
+
+
+@functools.cache
+def params_of(family, scale=8.0):
+    """Random weights, scaled up so that the likeliest token is not always the same."""
+    params = jax.jit(Transformer(CONFIGS[family]).init)(jax.random.key(1))
+    return jax.tree.map(lambda x: x * scale, params)
+
+
+def engine(family, **options):
+    return Engine(CONFIGS[family], **(dict(slots=2, max_prompt=12, max_new=10, stop=(11, 12)) | options))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def forward(family, params, tokens):
+    return Transformer(CONFIGS[family]).apply(params, tokens)[0]  # causal: what follows a token does not matter
+
+
+def naive(family, params, prompt, *, max_new=10, stop=(11, 12)):
+    """Greedy decoding by a full forward pass a token, without a cache; padding keeps one shape."""
+    row = list(prompt)
+    for _ in range(max_new):
+        padded = np.zeros((1, 24), np.int32)
+        padded[0, : len(row)] = row
+        logits = forward(family, params, padded)
+        row.append(int(jnp.argmax(logits[0, len(row) - 1])))
+        if row[-1] in stop:
+            break
+    return row[len(prompt) :]
+
+
+def rows(generation):
+    return [tokens[:n].tolist() for tokens, n in zip(generation.tokens, generation.length, strict=True)]
+
+
+@every_family
+@pytest.mark.parametrize("unroll", [True, False])
+def test_greedy_equals_a_naive_full_forward(family, unroll):
+    params = params_of(family)
+    got = rows(engine(family, unroll=unroll).generate(params, PROMPTS))
+    assert got == [naive(family, params, prompt) for prompt in PROMPTS]
+    assert len({tuple(row) for row in got}) > 2  # the rows do differ
+
+
+def test_rows_end_at_any_stop_token_and_hold_zeros_behind():
+    params = params_of("llama")
+    free = rows(engine("llama", stop=(), max_new=8).generate(params, PROMPTS))
+    stops = (free[0][3], free[2][1])
+    generation = engine("llama", stop=stops, max_new=8).generate(params, PROMPTS)
+    for row, tokens, kept in zip(rows(generation), generation.tokens, free, strict=True):
+        ends = [i for i, token in enumerate(kept) if token in stops]
+        assert row == (kept[: ends[0] + 1] if ends else kept)
+        assert not tokens[len(row) :].any()
+    assert min(generation.length) < 8
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda s: type(s).__name__)
+def test_a_neighbour_never_changes_a_row_and_slots_equal_one_by_one(sampler):
+    params, key = params_of("llama", 4.0), jax.random.key(3)
+    together = rows(engine("llama", slots=3, sampler=sampler).generate(params, PROMPTS, key=key))
+    assert rows(engine("llama", slots=1, sampler=sampler).generate(params, PROMPTS, key=key)) == together
+    others = [PROMPTS[0], [9] * 12, *PROMPTS[2:]]
+    swapped = rows(engine("llama", slots=3, sampler=sampler).generate(params, others, key=key))
+    assert swapped[0] == together[0] and swapped[2:] == together[2:]
+
+
+@every_family
+def test_the_second_call_compiles_nothing(family):
+    params, e = params_of(family), engine(family)
+    e.generate(params, PROMPTS)
+    compiled = _decode_batch._cache_size()
+    e.generate(jax.tree.map(lambda x: x + 0.1, params), PROMPTS[::-1])
+    e.generate(params, PROMPTS[:1])
+    assert _decode_batch._cache_size() == compiled
+
+
+@every_family
+@pytest.mark.parametrize("sampler", SAMPLERS[:2], ids=lambda s: type(s).__name__)
+def test_log_probabilities_equal_score_tokens(family, sampler):
+    params = params_of(family, 3.0)
+    generation = engine(family, sampler=sampler, logprobs=True).generate(params, PROMPTS, key=jax.random.key(0))
+    whole = [prompt + row for prompt, row in zip(PROMPTS, rows(generation), strict=True)]
+    width = max(map(len, whole))
+    tokens = np.array([row + [0] * (width - len(row)) for row in whole], np.int32)
+    mask = np.array([[True] * len(row) + [False] * (width - len(row)) for row in whole])
+    scored = score_tokens(CONFIGS[family], params, tokens, mask)
+    for i, prompt in enumerate(PROMPTS):
+        n = generation.length[i]
+        np.testing.assert_allclose(generation.logprob[i, :n], scored[i, len(prompt) : len(prompt) + n], atol=1e-4)
+        assert not generation.logprob[i, n:].any() and not scored[i, 0]
+
+
+def test_score_tokens_ignores_padding_on_either_side():
+    params, row = params_of("llama", 3.0), [5, 6, 7, 8]
+    plain = score_tokens(CONFIGS["llama"], params, jnp.array([row]), jnp.ones((1, 4), bool))
+    tokens = jnp.array([[1, 1, *row], [*row, 1, 1]])
+    mask = jnp.array([[False] * 2 + [True] * 4, [True] * 4 + [False] * 2])
+    padded = score_tokens(CONFIGS["llama"], params, tokens, mask)
+    np.testing.assert_allclose(padded[0, 2:], plain[0], atol=1e-5)
+    np.testing.assert_allclose(padded[1, :4], plain[0], atol=1e-5)
+
+
+def test_samplers_draw_from_their_distributions():
+    logits = jnp.log(jnp.array([0.5, 0.3, 0.15, 0.05]))
+    keys = jax.vmap(rng.key)(jnp.arange(20_000, dtype=jnp.uint32))
+
+    def frequencies(sampler):
+        return np.bincount(jax.vmap(lambda k: sampler(logits, k))(keys), minlength=4) / len(keys)
+
+    np.testing.assert_allclose(frequencies(Temperature(1.0)), [0.5, 0.3, 0.15, 0.05], atol=0.02)
+    hot = np.array([0.5, 0.3, 0.15, 0.05]) ** 0.5
+    np.testing.assert_allclose(frequencies(Temperature(2.0)), hot / hot.sum(), atol=0.02)
+    np.testing.assert_allclose(frequencies(TopK(2)), [0.625, 0.375, 0, 0], atol=0.02)
+    np.testing.assert_allclose(frequencies(TopP(0.6)), [0.625, 0.375, 0, 0], atol=0.02)
+    np.testing.assert_allclose(frequencies(TopP(1.0)), [0.5, 0.3, 0.15, 0.05], atol=0.02)
+    assert frequencies(Greedy())[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "prompts", "says"),
+    [
+        ({"slots": 0}, PROMPTS, "slots is 0"),
+        ({"stop": (40,)}, PROMPTS, "stop token 40"),
+        ({}, [], "no prompts"),
+        ({}, [[1], []], "prompt 1 has 0 tokens"),
+        ({}, [[1] * 13], "max_prompt = 12"),
+        ({}, [[40]], "vocabulary"),
+        ({"sampler": Temperature(1.0)}, PROMPTS, "pass key="),
+    ],
+)
+def test_bad_input_is_refused(options, prompts, says):
+    with pytest.raises(ValueError, match=says):
+        engine("llama", **options).generate(params_of("llama"), prompts)
+
+
+def test_bad_samplers_are_refused():
+    for make in (lambda: Temperature(0.0), lambda: TopK(0), lambda: TopP(1.5), lambda: TopP(0.5, t=-1)):
+        with pytest.raises(ValueError, match="it must be"):
+            make()
