@@ -1,0 +1,38 @@
+"""Tasks: what a model is trained and tested on. `get_task` makes one by its name; `TASKS` is the table."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from types import MappingProxyType
+from typing import Any
+
+from es_jax.core.names import unknown
+from es_jax.tasks.conciseness import Conciseness
+from es_jax.tasks.countdown import Countdown
+from es_jax.tasks.task import Example, Message, Score, Task, response_text
+
+__all__ = ["TASKS", "Example", "Message", "Score", "Task", "get_task", "response_text"]
+
+TASKS: Mapping[str, type[Any]] = MappingProxyType({task.name: task for task in (Countdown, Conciseness)})
+
+
+def get_task(name: str, **options: Any) -> Task:
+    """The task of that name, made with its options.
+
+    Args:
+      name: a key of `TASKS`.
+      **options: fields of the task, which its docstring describes.
+
+    Raises:
+      ValueError: no task has that name, it has no such option, or an option's value is wrong.
+
+    >>> get_task("countdown", grader="strict")
+    Countdown(data_dir=None, seed=0, grader='strict')
+    """
+    if name not in TASKS:
+        raise ValueError(unknown("task", name, TASKS))
+    task = TASKS[name]
+    known = [option.name for option in fields(task)]
+    for option in options:
+        if option not in known:
+            raise ValueError(unknown(f"option of task {name!r}", option, known))
+    return task(**options)

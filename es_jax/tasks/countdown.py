@@ -1,0 +1,175 @@
+"""Countdown: reach a target with some numbers, each used exactly once, and + - * /.
+
+The training task of the ES papers (arXiv 2509.24372, arXiv 2605.30148).
+"""
+
+import hashlib
+import random
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import islice
+from pathlib import Path
+from typing import Any, ClassVar
+
+from es_jax.core.names import unknown
+from es_jax.tasks.arithmetic import parse, solve
+from es_jax.tasks.data import FieldError, find_split, read_examples
+from es_jax.tasks.task import Example, Message, Score, check_count, response_text, take
+
+GRADERS = ("paper", "strict")
+TOLERANCE = Fraction(1, 100_000)
+SYSTEM = "You solve number puzzles. Think a puzzle through first, and state your solution only afterwards."
+USER = (
+    "Your numbers are {numbers} and the target is {target}. Write one arithmetic expression whose value is "
+    "the target. Every number has to appear in it exactly once; +, -, *, / and parentheses are allowed. Put "
+    "your reasoning between <think> and </think>. On the line after it, put the expression and nothing else "
+    "between <answer> and </answer>; with the numbers 3, 6, 8 and the target 30 that line would be "
+    "<answer>(8 - 3) * 6</answer>."
+)
+OPENING = "I will try combinations until one works.\n<think>"
+
+
+@dataclass(frozen=True)
+class Countdown:
+    """The Countdown task.
+
+    Args:
+      data_dir: folder with train and test rows in the verl layout, `extra_info` holding `numbers` (whole,
+        ≥ 0) and `target` (a decimal such as "98", "-3" or "27.4"). None: problems are made here, 3 or 4
+        numbers in 1..99 and a whole target in 10..100 that can be reached; 200 for training and 2000 for
+        testing unless `n` says otherwise, and no set of numbers is in both, whatever the seeds.
+      seed: of the problems made here; other seeds give other problems. The first n do not depend on n.
+      grader: "paper": reward = answer + 0.1 · format. "strict": the answer counts only if format is 1.
+
+    Raises:
+      ValueError: the grader is unknown or the seed is not a whole number.
+
+    >>> task = Countdown()
+    >>> example = Example("0", "", None, {"numbers": (44, 19, 35), "target": "98"})
+    >>> task.score(example, "44 + 19 = 63</think>\\n<answer>44 + 19 + 35</answer>")
+    Score(reward=1.1, parts={'answer': 1.0, 'format': 1.0})
+    """
+
+    data_dir: str | Path | None = None
+    seed: int = 0
+    grader: str = "paper"
+
+    name: ClassVar[str] = "countdown"
+
+    def __post_init__(self) -> None:
+        if self.grader not in GRADERS:
+            raise ValueError(unknown("grader", self.grader, GRADERS))
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ValueError(f"seed is {self.seed!r}: it should be a whole number")
+
+    def train(self, n: int | None = None) -> list[Example]:
+        """The first `n` training examples; raises ValueError for `n` < 1 or more than the folder holds."""
+        return self._examples("train", n, 200)
+
+    def test(self, n: int | None = None) -> list[Example]:
+        """The first `n` test examples; raises ValueError for `n` < 1 or more than the folder holds."""
+        return self._examples("test", n, 2000)
+
+    def _examples(self, split: str, n: int | None, default: int) -> list[Example]:
+        if self.data_dir is None:
+            return list(islice(_problems(split, self.seed), default if n is None else check_count(n)))
+        examples = read_examples(self.data_dir, split, extra=_check_extra, needs_answer=False)
+        return take(examples, n, source=str(find_split(self.data_dir, split)))
+
+    def score(self, example: Example, completion: str) -> Score:
+        """Grades the assistant's whole turn: the prompt's open turn joined with the completion.
+
+        `answer` is 1 if the last <answer>…</answer> holds an expression (see `arithmetic.parse`) that uses
+        each given number exactly once and comes within 1e-5 of the target. `format` is 1 if the turn, with
+        <think> put in front, is one think block, a newline and one answer block; otherwise 0.1 for a think
+        block plus 0.5 for an answer block.
+        """
+        response = response_text(example, completion)
+        found = last_answer(response)
+        layout = format_score(response, has_answer=found is not None)
+        answer = 0.0 if found is None else float(_is_right(found, example))
+        if self.grader == "strict" and layout < 1.0:
+            answer = 0.0
+        return Score(answer + 0.1 * layout, {"answer": answer, "format": layout})
+
+
+def last_answer(response: str) -> str | None:
+    """The text of the last answer block, or None. A block runs from an opening tag to the next closing one.
+
+    >>> last_answer("<answer>1</answer> or <answer>2</answer>")
+    '2'
+    """
+    for piece in reversed(response.split("</answer>")[:-1]):
+        _, tag, inside = piece.partition("<answer>")
+        if tag:
+            return inside
+    return None
+
+
+def format_score(response: str, *, has_answer: bool) -> float:
+    """1.0 for exactly a think block, a newline and an answer block; otherwise 0.1 and 0.5 for having them.
+
+    >>> format_score("hm</think>\\n<answer>1</answer>", has_answer=True)
+    1.0
+    >>> format_score("hm</think> <answer>1</answer>", has_answer=True)
+    0.6
+    """
+    if "</think>\n<answer>" in response and response.endswith("</answer>"):
+        return 1.0  # the two cannot overlap, and <think> in front opens the block that </think> closes
+    return 0.1 * ("</think>" in response) + 0.5 * has_answer
+
+
+def _is_right(text: str, example: Example) -> bool:
+    found = parse(text)
+    if found is None or sorted(found.numbers) != sorted(example.meta["numbers"]):
+        return False
+    return abs(found.value - Fraction(example.meta["target"])) < TOLERANCE
+
+
+def _check_extra(extra: Mapping[str, Any]) -> Mapping[str, Any]:
+    numbers, target = extra.get("numbers"), extra.get("target")
+    whole = isinstance(numbers, list) and all(type(number) is int and number >= 0 for number in numbers)
+    if not numbers or not whole:
+        raise FieldError("extra_info.numbers", numbers, "a list of at least one whole number ≥ 0")
+    decimal = isinstance(target, str | int | float) and re.fullmatch(r"-?[0-9]{1,30}(\.[0-9]{1,30})?", str(target))
+    if not decimal:
+        raise FieldError("extra_info.target", target, "a decimal number such as '98' or '27.4'")
+    return {**extra, "numbers": tuple(numbers), "target": str(target)}
+
+
+def _problems(split: str, seed: int) -> Iterator[Example]:
+    """Endless different problems. The hash of a set of numbers decides which split it belongs to."""
+    rng = random.Random(f"countdown/{split}/{seed}")
+
+    def draw(low: int, high: int) -> int:
+        return low + int(rng.random() * (high - low + 1))  # the one method Python keeps stable over versions
+
+    seen: set[tuple[int, ...]] = set()
+    while True:
+        count, target = draw(3, 4), draw(10, 100)
+        found = None
+        while found is None:
+            drawn = [tuple(draw(1, 99) for _ in range(count)) for _ in range(16)]
+            fresh = [x for x in drawn if _split_of(x) == split and (*sorted(x), target) not in seen]
+            solved = zip(fresh, solve(fresh, target), strict=True) if fresh else ()
+            found = next(((numbers, text) for numbers, text in solved if text is not None), None)
+        numbers, text = found
+        seen.add((*sorted(numbers), target))
+        yield _example(f"{split}-{len(seen) - 1}", numbers, target, text)
+
+
+def _split_of(numbers: tuple[int, ...]) -> str:
+    digest = hashlib.sha256(repr(sorted(numbers)).encode()).digest()
+    return "train" if digest[0] < 128 else "test"
+
+
+def _example(name: str, numbers: tuple[int, ...], target: int, equation: str) -> Example:
+    given = ", ".join(map(str, numbers))
+    prompt: tuple[Message, ...] = (
+        {"role": "system", "content": SYSTEM},
+        {"role": "user", "content": USER.format(numbers=given, target=target)},
+        {"role": "assistant", "content": OPENING},
+    )
+    return Example(name, prompt, equation, {"numbers": numbers, "target": str(target)})

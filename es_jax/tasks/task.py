@@ -1,0 +1,114 @@
+"""What a task is: examples to train and test on, and a score for what a model wrote.
+
+A task holds no model and no array. It hands out `Example`s and turns a completion into a `Score`, so ES, GRPO
+and the evaluations all see the same three methods.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypedDict
+
+
+class Message(TypedDict):
+    """One turn of a chat, in the form chat templates read: a role and its text."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """One problem.
+
+    Args:
+      id: unique within a split.
+      prompt: plain text, or messages. A last message of role "assistant" is an open turn, which the
+        completion continues.
+      answer: the reference answer, or None where a task grades without one.
+      meta: what else grading needs (countdown: `numbers`, `target`), and what the data said about the row.
+    """
+
+    id: str
+    prompt: str | tuple[Message, ...]
+    answer: str | None
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a completion earned: the reward that training maximises, and the parts it is made of."""
+
+    reward: float
+    parts: Mapping[str, float]
+
+
+class Task(Protocol):
+    """What every entry of `es_jax.tasks.TASKS` offers."""
+
+    @property
+    def name(self) -> str:
+        """The task's key in `TASKS`."""
+
+    def train(self, n: int | None = None) -> list[Example]:
+        """The first `n` training examples (all of them, or the documented default, for None).
+
+        Raises:
+          ValueError: `n` < 1, or more than the data holds.
+        """
+
+    def test(self, n: int | None = None) -> list[Example]:
+        """The first `n` test examples; otherwise like `train`."""
+
+    def score(self, example: Example, completion: str) -> Score:
+        """Grades the text a model wrote after the prompt. Never raises for a strange completion."""
+
+
+def response_text(example: Example, completion: str) -> str:
+    """The whole of the assistant's turn: what the prompt opened, and the completion that continues it.
+
+    >>> opened = ({"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "<think>"})
+    >>> response_text(Example("0", opened, "4"), "easy</think>")
+    '<think>easy</think>'
+    >>> response_text(Example("1", "2 + 2?", "4"), "4")
+    '4'
+    """
+    if isinstance(example.prompt, str) or not example.prompt or example.prompt[-1]["role"] != "assistant":
+        return completion
+    return example.prompt[-1]["content"] + completion
+
+
+def check_count(n: int) -> int:
+    """Returns `n`, the number of examples asked for, if it is a whole number ≥ 1.
+
+    Raises:
+      ValueError: it is not.
+
+    >>> check_count(3)
+    3
+    """
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        raise ValueError(f"n is {n!r}: ask for at least 1 example, or leave n out")
+    return n
+
+
+def take(examples: Sequence[Example], n: int | None, *, source: str) -> list[Example]:
+    """The first `n` of a finite data set; all of it for None.
+
+    Args:
+      examples: the data set.
+      n: how many, from 1 to `len(examples)`, or None.
+      source: what the data set is called in errors.
+
+    Raises:
+      ValueError: the data set is empty, `n` < 1, or `n` is more than there is.
+
+    >>> [e.id for e in take([Example("a", "?", ""), Example("b", "?", "")], 1, source="two rows")]
+    ['a']
+    """
+    if not examples:
+        raise ValueError(f"{source} is empty: it needs at least one example")
+    if n is None:
+        return list(examples)
+    if check_count(n) > len(examples):
+        raise ValueError(f"n is {n}, but {source} has {len(examples)} examples: ask for at most {len(examples)}")
+    return list(examples[:n])
