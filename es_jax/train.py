@@ -1,0 +1,51 @@
+"""python -m es_jax.train --config=configs/countdown.py[:args] --workdir=DIR [--config.group.field=value …]
+
+Trains, or resumes the run that is in the directory. A mistake in the input ends it with one sentence; add
+--traceback to see where it was noticed.
+"""
+
+import dataclasses
+import json
+import logging
+import sys
+
+from absl import app, flags
+from ml_collections import config_flags
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "A config file, and after a colon its arguments.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory; a run that is there is resumed.")
+_JSON = flags.DEFINE_bool("json", False, "Print the result as one line of JSON.")
+_TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where an error came from.")
+
+
+def main(argv: list[str]) -> None:
+    """Flags → config → run()."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}: fields are set with --config.group.field=value")
+    logging.getLogger().setLevel(logging.WARNING)
+    logging.getLogger("es_jax").setLevel(logging.INFO)
+    from es_jax.training.loop import run  # JAX starts only when the flags are good
+
+    try:
+        result = run(_CONFIG.value, str(_WORKDIR.value))
+    except (ValueError, OSError) as error:
+        if _TRACEBACK.value:
+            raise
+        sys.exit(f"es_jax.train: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"es_jax.train: interrupted; the same command goes on from the last finished step of {_WORKDIR.value}")
+    if _JSON.value:
+        fields = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
+        fields.pop("params")
+        print(json.dumps(fields | {"workdir": str(result.workdir)}))
+    else:
+        print(f"finished step {result.step}, mean reward {result.reward:.4f}; the run is in {result.workdir}")
+
+
+def entry() -> None:
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main)
+
+
+if __name__ == "__main__":
+    entry()

@@ -1,0 +1,68 @@
+"""Checkpoints of (params, optimizer state) through Orbax: atomic, the last few kept, restored onto any mesh."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+
+class Checkpoints:
+    """The checkpoints of a run, in `workdir/ckpt`."""
+
+    def __init__(self, workdir: Path, *, keep: int):
+        self.folder = Path(workdir).resolve() / "ckpt"
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=False)
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def latest(self) -> int | None:
+        """The newest whole checkpoint's step."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, params: Any, opt_state: Any) -> None:
+        """Write the step's checkpoint; older ones go only when it is whole.
+
+        Raises:
+          OSError: the disk is full, or cannot be written. Older checkpoints and the seed log stay.
+        """
+        try:
+            self._manager.save(step, args=ocp.args.StandardSave(_tree(params, opt_state)))
+            self._manager.wait_until_finished()
+        except Exception as error:  # Orbax and TensorStore raise many kinds for one full disk
+            free = shutil.disk_usage(self.folder).free
+            raise OSError(
+                f"the checkpoint of step {step} could not be written to {self.folder} ({free / 2**30:.2f} GiB free, "
+                f"{nbytes(params, opt_state) / 2**30:.2f} GiB needed): free some space and start again; "
+                f"finished steps are in the seed log ({_first_line(error)})"
+            ) from error
+
+    def restore(self, step: int, params: Any, opt_state: Any) -> tuple[Any, Any]:
+        """The step's (params, opt_state), with the shapes, dtypes and shardings of the trees given."""
+        like = jax.tree.map(ocp.utils.to_shape_dtype_struct, _tree(params, opt_state))
+        try:
+            restored = self._manager.restore(step, args=ocp.args.StandardRestore(like))
+        except Exception as error:
+            raise OSError(
+                f"the checkpoint of step {step} in {self.folder} cannot be restored ({_first_line(error)}): "
+                "delete that folder, and the run goes on from an older one or from the seed log"
+            ) from error
+        leaves = jax.tree.leaves(restored["opt_state"])
+        return restored["params"], jax.tree.unflatten(jax.tree.structure(opt_state), leaves)
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+def nbytes(*trees: Any) -> int:
+    """Bytes of all leaves."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
+
+
+def _tree(params: Any, opt_state: Any) -> dict:
+    """The state as plain containers: a list of leaves survives a change of optax's classes."""
+    return {"params": params, "opt_state": dict(enumerate(jax.tree.leaves(opt_state)))}
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]

@@ -1,0 +1,125 @@
+"""The config of a run: ml_collections at the door, frozen dataclasses inside. Defaults stand in `fields`, once."""
+
+import dataclasses
+import types
+import typing
+from typing import Any
+
+from ml_collections import config_dict
+
+from es_jax.core.names import unknown
+from es_jax.es import theory
+from es_jax.training.fields import (
+    DecodeConfig,
+    ESConfig,
+    EvalsConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    TaskConfig,
+    TrainConfig,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Everything a run is, besides the bytes of its base weights. See each group for its fields."""
+
+    model: ModelConfig = ModelConfig()
+    task: TaskConfig = TaskConfig()
+    es: ESConfig = ESConfig()
+    optim: OptimConfig = OptimConfig()
+    decode: DecodeConfig = DecodeConfig()
+    train: TrainConfig = TrainConfig()
+    evals: EvalsConfig = EvalsConfig()
+    mesh: MeshConfig = MeshConfig()
+
+    def __post_init__(self):
+        rate = self.optim.learning_rate * self.anchor_strength
+        if self.optim.anchor.penalty == "l2" and not rate < 1:
+            raise ValueError(
+                f"αλ is {self.optim.learning_rate:g} × {self.anchor_strength:g} = {rate:g}: the l2 anchor needs it "
+                "below 1; lower optim.anchor.strength, or raise optim.anchor.drift"
+            )
+
+    @property
+    def anchor_strength(self) -> float:
+        """λ: as set, or what the wanted drift κ needs; 0 without an anchor."""
+        anchor = self.optim.anchor
+        return anchor.strength or 0.0 if anchor.drift is None else self._theory(theory.strength_for_drift, anchor.drift)
+
+    @property
+    def anchor_drift(self) -> float | None:
+        """κ, the long-run drift of a weight in units of σ; None where the weights wander freely or it is not known."""
+        if not self.anchor_strength or self.optim.name != "sgd":
+            return None
+        return self.optim.anchor.drift or self._theory(theory.drift_for_strength, self.anchor_strength)
+
+    def _theory(self, formula: Any, value: float) -> float:
+        return formula(
+            value,
+            learning_rate=self.optim.learning_rate,
+            sigma=self.es.sigma,
+            population=self.es.population,
+            penalty=self.optim.anchor.penalty,
+        )
+
+
+def default_config() -> config_dict.ConfigDict:
+    """All fields with their defaults, as the locked ConfigDict that config files start from."""
+
+    def convert(kind: Any) -> config_dict.ConfigDict:
+        out = config_dict.ConfigDict()
+        for name, hint in typing.get_type_hints(kind).items():
+            default = next(f.default for f in dataclasses.fields(kind) if f.name == name)
+            optional = isinstance(hint, types.UnionType)
+            out[name] = convert(hint) if dataclasses.is_dataclass(hint) else default
+            if optional:
+                out[name] = config_dict.placeholder(next(t for t in typing.get_args(hint) if t is not type(None)))
+        return out.lock()
+
+    return convert(RunConfig)
+
+
+def freeze(config: config_dict.ConfigDict | dict) -> RunConfig:
+    """The validated RunConfig of a ConfigDict or of plain nested dicts (a run's config.json).
+
+    Raises:
+      ValueError: every unknown field (with the nearest known), every field of the wrong type, in one message; or the
+        first value out of range.
+
+    >>> freeze({"es": {"population": 8}}).es.population
+    8
+    """
+    problems: list[str] = []
+    values = config.to_dict() if isinstance(config, config_dict.ConfigDict) else config
+    frozen = _build(RunConfig, values, "", problems)
+    if problems:
+        raise ValueError("; ".join(problems))
+    return frozen()
+
+
+def _build(kind: type, values: dict, prefix: str, problems: list[str]) -> Any:
+    """A function that makes the dataclass: it is called only when no field anywhere has a problem."""
+    hints, made = typing.get_type_hints(kind), {}
+    for name, value in values.items():
+        if name not in hints:
+            problems.append(unknown("config field", prefix + name, [prefix + known for known in hints]))
+        elif dataclasses.is_dataclass(hints[name]):
+            if isinstance(value, dict):
+                made[name] = _build(typing.cast(type, hints[name]), value, f"{prefix}{name}.", problems)
+            else:
+                problems.append(f"{prefix}{name} is {value!r}: it is a group of fields")
+        else:
+            made[name] = _checked(value, hints[name], prefix + name, problems)
+    return lambda: kind(**{name: make() for name, make in made.items()})
+
+
+def _checked(value: Any, hint: Any, name: str, problems: list[str]) -> Any:
+    allowed = typing.get_args(hint) or (hint,)
+    if float in allowed and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+        names = " or ".join("None" if t is type(None) else t.__name__ for t in allowed)
+        problems.append(f"{name} is {value!r}: it must be {names}")
+    return lambda: value

@@ -1,0 +1,166 @@
+"""The device side of a step: members' rewards in, new weights out. Everything here is compiled once."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, PartitionSpec
+
+from es_jax.core.mesh import POP, over_pop, param_shardings, replicated
+from es_jax.es.noise import NOISES, GaussianNoise, SharedSeedNoise
+from es_jax.es.population import Members
+from es_jax.generate.engine import Engine
+from es_jax.optim.chains import build_optimizer
+from es_jax.training.config import RunConfig
+
+
+def make_noise(config: RunConfig) -> GaussianNoise:
+    """The run's noise. Stacked layers count as the parameters they are made of."""
+    if config.es.noise == "shared_seed":
+        return SharedSeedNoise(stacked="layers/")
+    return NOISES[config.es.noise]()
+
+
+def compute_dtype(config: RunConfig) -> jnp.dtype:
+    """model.dtype, with "auto" resolved: bfloat16 on accelerators, float32 on CPU."""
+    if config.model.dtype != "auto":
+        return jnp.dtype(config.model.dtype)
+    return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
+def update(
+    config: RunConfig, mesh: Mesh, params: Any, opt_state: Any, base: Any, members: Members, weights: jax.Array
+) -> tuple[Any, Any, jax.Array]:
+    """One step of the weights: (params, opt_state, drift). Parameters and optimizer state are donated.
+
+    Every device makes all members' noise for its own slice; nothing is reduced but the scalar drift ‖θ − θ₀‖, measured
+    from `base`, or from the anchor where `base` is None.
+    """
+    shardings = param_shardings(mesh, params)
+    gradient = make_noise(config).estimate(params, members, weights)
+    gradient = jax.lax.with_sharding_constraint(gradient, shardings)
+    updates, opt_state = build_optimizer(config, params)[0].update(gradient, opt_state, params)
+    params = jax.lax.with_sharding_constraint(optax.apply_updates(params, updates), shardings)
+    base = optax.tree_utils.tree_get(opt_state, "anchor") if base is None else base
+    return params, opt_state, _distance(params, base)
+
+
+def _distance(params: Any, base: Any) -> jax.Array:
+    squares = jax.tree.map(
+        lambda p, b: jnp.sum(jnp.square(p.astype(jnp.float32) - b.astype(jnp.float32))), params, base
+    )
+    return jnp.sqrt(sum(jax.tree.leaves(squares)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+    """Perturbs and decodes members, a group of devices each, several at once where the model is small.
+
+    A *lane* is one member with its own prompts; a call runs `lanes` of them. `perturb` makes the lanes' weights and
+    `decode` runs one batch of prompts on them, so that weights are made once for all batches.
+    """
+
+    config: RunConfig
+    engine: Engine
+    mesh: Mesh
+
+    @property
+    def lanes(self) -> int:
+        return self.mesh.shape[POP] * self.config.decode.members_at_once
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def _perturb(self, params: Any, members: Members) -> Any:
+        noise, dtype = make_noise(self.config), compute_dtype(self.config)
+
+        def one(params, member):
+            return self.engine.layout(noise.apply(params, member, sigma=self.config.es.sigma, dtype=dtype))
+
+        return self._grouped(one, in_specs=(PartitionSpec(), PartitionSpec(POP)), mapped=(None, 0))(params, members)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def _decode(self, params: Any, tokens: jax.Array, positions: jax.Array) -> Any:
+        def one(params, tokens, positions):
+            generation = self.engine.decode(params, tokens, positions)
+            return generation.tokens, generation.length
+
+        return self._grouped(one, in_specs=(PartitionSpec(POP),) * 3, mapped=(0, 0, 0))(params, tokens, positions)
+
+    def _grouped(self, one: Any, *, in_specs: tuple, mapped: tuple) -> Any:
+        """`one` over lanes: shard_map over groups of devices, vmap over the lanes of a group."""
+
+        def group(*args):
+            if self.config.decode.members_at_once > 1:
+                return jax.vmap(one, in_axes=mapped)(*args)
+            args = (
+                arg if axis is None else jax.tree.map(lambda x: x[0], arg)
+                for arg, axis in zip(args, mapped, strict=True)
+            )
+            return jax.tree.map(lambda x: x[None], one(*args))
+
+        return jax.shard_map(
+            group,
+            mesh=self.mesh,
+            in_specs=in_specs,
+            out_specs=PartitionSpec(POP),
+            axis_names={POP},
+            check_vma=False,
+        )
+
+    def members(
+        self, params: Any, members: Members, batches: Sequence[tuple[np.ndarray, np.ndarray]]
+    ) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
+        """Every member on every batch: (member, batch, tokens [B, L], length [B]), graded while the next one decodes.
+
+        Where lanes are left over in the last round, their rows are padding and they decode nothing.
+        """
+        count = len(members)
+        pending: list = []
+        for first in range(0, count, self.lanes):
+            index = np.arange(first, first + self.lanes)
+            lanes = members[np.minimum(index, count - 1)]
+            perturbed = self._perturb(params, self._placed(lanes))
+            for batch, (tokens, positions) in enumerate(batches):
+                own = [(i, batch) for i in index if i < count]
+                live = (index < count)[:, None, None]
+                rows = (np.repeat(tokens[None], self.lanes, 0), np.where(live, positions[None], np.int32(-1)))
+                pending.append((own, self._decode(perturbed, *self._placed(rows))))
+                if len(pending) > 1:
+                    yield from _unpack(pending.pop(0))
+        for item in pending:
+            yield from _unpack(item)
+
+    def unperturbed(
+        self, params: Any, batches: Sequence[tuple[np.ndarray, np.ndarray]]
+    ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """θ itself on every batch, the batches spread over the lanes: (batch, tokens, length)."""
+        nobody = Members(jnp.zeros(self.lanes, jnp.uint32), jnp.zeros(self.lanes, jnp.float32))
+        lanes = self._perturb(params, self._placed(nobody))
+        for first in range(0, len(batches), self.lanes):
+            mine = list(batches[first : first + self.lanes])
+            spare = (np.zeros_like(mine[0][0]), np.full_like(mine[0][1], -1))
+            rows = mine + [spare] * (self.lanes - len(mine))
+            tokens, positions = (np.stack(part) for part in zip(*rows, strict=True))
+            own = [(first + i, 0) for i in range(len(mine))]
+            for batch, _, out, length in _unpack((own, self._decode(lanes, *self._placed((tokens, positions))))):
+                yield batch, out, length
+
+    def _placed(self, tree: Any) -> Any:
+        return jax.device_put(tree, over_pop(self.mesh))
+
+
+def _unpack(item: tuple) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
+    own, outputs = item
+    tokens, length = jax.device_get(outputs)
+    for lane, (member, batch) in enumerate(own):
+        yield int(member), batch, tokens[lane], length[lane]
+
+
+def placed_weights(mesh: Mesh, members: Members, weights: np.ndarray) -> tuple[Members, jax.Array]:
+    """Members and weights on every device, always from the host, so that live steps and replays are one program."""
+    return jax.device_put((members, jnp.asarray(weights, jnp.float32)), replicated(mesh))

@@ -1,0 +1,242 @@
+"""The groups of fields of a run, each a frozen dataclass that refuses values out of range."""
+
+import dataclasses
+import math
+from typing import Any
+
+from es_jax.core.names import unknown
+from es_jax.core.rng import check_seed
+from es_jax.es import theory
+from es_jax.es.noise import NOISES
+from es_jax.es.population import Population
+from es_jax.es.shaping import SHAPINGS
+from es_jax.optim.chains import OPTIMIZERS
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def _positive(config: Any, group: str, *fields: str) -> None:
+    for field in fields:
+        value = getattr(config, field)
+        if value is not None and value < 1:
+            raise ValueError(f"{group}.{field} is {value}: it must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The model.
+
+    Attributes:
+      source: a Hugging Face folder, a .gguf file, or a hub name.
+      dtype: what members compute in; "auto" is bfloat16 on accelerators and float32 on CPU.
+      param_dtype: what the master weights and the anchor are kept in. Anything but float32 loses small updates.
+    """
+
+    source: str = ""
+    dtype: str = "auto"
+    param_dtype: str = "float32"
+
+    def __post_init__(self):
+        if self.dtype not in ("auto", *DTYPES):
+            raise ValueError(unknown("model.dtype", self.dtype, ("auto", *DTYPES)))
+        if self.param_dtype not in DTYPES:
+            raise ValueError(unknown("model.param_dtype", self.param_dtype, DTYPES))
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskConfig:
+    """What the members are scored on.
+
+    Attributes:
+      name: a name of `es_jax.tasks.TASKS`.
+      data_dir: a folder of rows, where the task is not to use its own; relative to the working directory.
+      grader: "paper" or "strict", where the task has both.
+      train_size: how many training prompts there are.
+      prompts_per_step: how many of them a step scores its members on; None is all of them, every step.
+      seed: of the rows, where the task generates them; None is the task's own default.
+    """
+
+    name: str = "countdown"
+    data_dir: str | None = None
+    grader: str | None = None
+    train_size: int = 200
+    prompts_per_step: int | None = None
+    seed: int | None = None
+
+    def __post_init__(self):
+        _positive(self, "task", "train_size", "prompts_per_step")
+        if self.prompts_per_step is not None and self.prompts_per_step > self.train_size:
+            raise ValueError(
+                f"task.prompts_per_step is {self.prompts_per_step} of task.train_size {self.train_size}: "
+                "a step cannot use more prompts than there are; raise task.train_size"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class ESConfig:
+    """The population.
+
+    Attributes:
+      population: N ≥ 2 members a step.
+      sigma: σ > 0, the noise scale.
+      antithetic: members are pairs θ ± σε; N even.
+      noise: "gaussian", or "shared_seed" as published (equal-shaped parameters share noise; arithmetic in param_dtype).
+      shaping: "z_score" as published, or "centered_rank".
+      nan_rewards: "error", or "worst" to count a member whose reward is not finite as the worst of its step.
+    """
+
+    population: int = 30
+    sigma: float = 1e-3
+    antithetic: bool = False
+    noise: str = "gaussian"
+    shaping: str = "z_score"
+    nan_rewards: str = "error"
+
+    def __post_init__(self):
+        Population(self.population, seed=0, antithetic=self.antithetic)
+        if not (self.sigma > 0 and math.isfinite(self.sigma)):
+            raise ValueError(f"es.sigma is {self.sigma}: the noise scale must be above 0 (the papers use 1e-3)")
+        for field, known in (("noise", NOISES), ("shaping", SHAPINGS), ("nan_rewards", ("error", "worst"))):
+            if getattr(self, field) not in known:
+                raise ValueError(unknown(f"es.{field}", getattr(self, field), known))
+
+
+@dataclasses.dataclass(frozen=True)
+class AnchorConfig:
+    """Anchored weight decay.
+
+    Attributes:
+      penalty: "none", "l2" or "l1".
+      strength: λ ≥ 0 of the paper (10 for l2, 0.01 for l1); or give `drift`.
+      drift: κ > 0, how many σ a weight may drift in the long run; λ follows from it. Plain sgd only.
+    """
+
+    penalty: str = "none"
+    strength: float | None = None
+    drift: float | None = None
+
+    def __post_init__(self):
+        if self.penalty not in theory.PENALTIES:
+            raise ValueError(unknown("optim.anchor.penalty", self.penalty, theory.PENALTIES))
+        given = [name for name in ("strength", "drift") if getattr(self, name) is not None]
+        if self.penalty == "none" and given:
+            raise ValueError(
+                f"optim.anchor.{given[0]} is set but optim.anchor.penalty is 'none': set the penalty to 'l2' or 'l1'"
+            )
+        if self.penalty != "none" and len(given) != 1:
+            raise ValueError(
+                f"optim.anchor.penalty is {self.penalty!r} with {' and '.join(given) or 'no strength'}: set either "
+                "optim.anchor.strength (λ of the paper) or optim.anchor.drift (κ, in σ per weight)"
+            )
+        if self.strength is not None and not 0 <= self.strength < math.inf:
+            raise ValueError(f"optim.anchor.strength is {self.strength}: it must be finite and not negative")
+        if self.drift is not None and not 0 < self.drift < math.inf:
+            raise ValueError(f"optim.anchor.drift is {self.drift}: it must be finite and above 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """The optimizer.
+
+    Attributes:
+      name: one of `es_jax.optim.chains.OPTIMIZERS`; the papers' step is "sgd".
+      learning_rate: α > 0, with the 1/σ of the gradient folded in, as in the papers.
+      anchor: the pull toward the starting weights.
+    """
+
+    name: str = "sgd"
+    learning_rate: float = 5e-4
+    anchor: AnchorConfig = AnchorConfig()
+
+    def __post_init__(self):
+        if self.name not in OPTIMIZERS:
+            raise ValueError(unknown("optim.name", self.name, OPTIMIZERS))
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"optim.learning_rate is {self.learning_rate}: it must be finite and above 0")
+        if self.anchor.drift is not None and self.name != "sgd":
+            raise ValueError(
+                f"optim.anchor.drift is {self.anchor.drift} with optim.name {self.name!r}: the drift of a weight is "
+                "known in closed form for 'sgd' alone; set optim.anchor.strength instead"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeConfig:
+    """Generation.
+
+    Attributes:
+      max_prompt: the longest prompt allowed, in tokens.
+      max_new: tokens after which a completion is cut.
+      slots: prompts that a member decodes at once.
+      members_at_once: members that a group of devices evaluates in one call; more than 1 pays for small models.
+    """
+
+    max_prompt: int = 512
+    max_new: int = 1024
+    slots: int = 64
+    members_at_once: int = 1
+
+    def __post_init__(self):
+        _positive(self, "decode", "max_prompt", "max_new", "slots", "members_at_once")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The loop.
+
+    Attributes:
+      steps: iterations T.
+      seed: of the noise and of the order of the prompts.
+      checkpoint_every: steps between checkpoints; the last step has one too. Steps since are replayed on resume.
+      keep: how many checkpoints stay.
+      samples: completions of each step's first member that go to samples.jsonl.
+    """
+
+    steps: int = 500
+    seed: int = 0
+    checkpoint_every: int = 25
+    keep: int = 2
+    samples: int = 2
+
+    def __post_init__(self):
+        _positive(self, "train", "steps", "checkpoint_every", "keep")
+        if self.samples < 0:
+            raise ValueError(f"train.samples is {self.samples}: it must not be negative")
+        try:
+            check_seed(self.seed)
+        except ValueError as error:
+            raise ValueError(f"train.{error}") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalsConfig:
+    """Evaluation of the unperturbed model on held-out rows, at step 0, every `every` steps and at the end.
+
+    Attributes:
+      every: steps between evaluations; 0 is never.
+      size: how many test rows.
+    """
+
+    every: int = 25
+    size: int = 200
+
+    def __post_init__(self):
+        _positive(self, "evals", "size")
+        if self.every < 0:
+            raise ValueError(f"evals.every is {self.every}: it must be 0 (never) or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """The device mesh: groups of devices that hold a member each, and devices in a group.
+
+    Attributes:
+      pop: groups; None is all the devices there are, divided by `model`.
+      model: devices that share one member.
+    """
+
+    pop: int | None = None
+    model: int = 1
+
+    def __post_init__(self):
+        _positive(self, "mesh", "pop", "model")

@@ -1,0 +1,210 @@
+"""The training loop: members → rewards → weights → estimate and update → seed log."""
+
+import dataclasses
+import logging
+import math
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import config_dict
+
+from es_jax.core import rng
+from es_jax.core.mesh import make_mesh
+from es_jax.core.tree import count
+from es_jax.es.population import Members, Population
+from es_jax.es.shaping import SHAPINGS
+from es_jax.generate.engine import Engine
+from es_jax.tasks import get_task
+from es_jax.tasks.task import Example, Task
+from es_jax.training import workdir as rundir
+from es_jax.training.checkpoint import Checkpoints, nbytes
+from es_jax.training.config import RunConfig, freeze
+from es_jax.training.es_step import Evaluator
+from es_jax.training.grading import Graded, grade
+from es_jax.training.heldout import evaluate_rows, summary
+from es_jax.training.recorder import Recorder
+from es_jax.training.seedlog import Entry, SeedLog
+from es_jax.training.state import State, load_base
+from es_jax.weights.tokenizer import encode_prompt
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunResult:
+    """What `run` leaves behind.
+
+    Attributes:
+      workdir: the run's directory.
+      step: the last finished step.
+      params: the weights after it, in model.param_dtype, sharded over the devices.
+      reward: mean reward of the last step's members.
+      heldout: the last row of evals/<task>.jsonl; None without evaluation.
+    """
+
+    workdir: Path
+    step: int
+    params: Any
+    reward: float | None
+    heldout: dict[str, Any] | None
+
+
+def run(config: RunConfig | config_dict.ConfigDict | dict, workdir: str | Path) -> RunResult:
+    """Train, from the start or from where the directory's run stopped; the bits are the same either way.
+
+    Args:
+      config: a RunConfig, or the ConfigDict of a config file.
+      workdir: the run's directory; made if need be.
+
+    Raises:
+      ValueError, OSError: bad fields, rows, weights, prompts, or a directory of another run, before any work starts;
+        rewards that are not finite or a full disk, at their step. Finished steps stay.
+    """
+    config, workdir = config if isinstance(config, RunConfig) else freeze(config), Path(workdir)
+    task = make_task(config)
+    train, test = task.train(config.task.train_size), task.test(config.evals.size) if config.evals.every else []
+    with rundir.claim(workdir):
+        return _Run(config, workdir, task=task, train=train, test=test).train()
+
+
+def make_task(config: RunConfig) -> Task:
+    """The run's task, with the options that are set."""
+    options = {"data_dir": config.task.data_dir, "grader": config.task.grader, "seed": config.task.seed}
+    return get_task(config.task.name, **{name: value for name, value in options.items() if value is not None})
+
+
+class _Run:
+    """One process's run of the loop. `__init__` checks and loads everything and brings the state to the last step."""
+
+    def __init__(
+        self, config: RunConfig, workdir: Path, *, task: Task, train: Sequence[Example], test: Sequence[Example]
+    ):
+        self.config, self.workdir, self.task, self.examples, self.tests = config, workdir, task, train, test
+        self.mesh = make_mesh(config.mesh.pop, config.mesh.model)
+        self.model = load_base(config, self.mesh)
+        params = self.model.params
+        self.prompts = dict(zip((e.id for e in train), self._encoded("train", train), strict=True))
+        self.test_prompts = list(self._encoded("test", test))
+        notes = {"parameters": count(params), "stop_ids": list(self.model.stop_ids)}
+        rundir.settle(workdir, config, digest=self.model.digest, notes=notes)
+        self.model = dataclasses.replace(self.model, params={})  # the first update donates them
+        self.evaluator = Evaluator(config, self._engine(), self.mesh)
+        self.population = Population(config.es.population, seed=config.train.seed, antithetic=config.es.antithetic)
+        self.state = State(config, self.mesh, params)
+        self.log = SeedLog(workdir)
+        self.checkpoints = Checkpoints(workdir, keep=config.train.keep)
+        self._resume()
+        rundir.check_space(workdir, nbytes(self.state.params, self.state.opt_state))
+        self.recorder = Recorder(config, workdir, dim=count(params), finished=self.log.entries)
+        self.recorder.progress.say(f"{count(params):,} weights, {self.mesh.size} devices, {self.state.sentence}")
+
+    def train(self) -> RunResult:
+        """Run the loop to its end; what is open is closed however it ends."""
+        try:
+            self._loop()
+            step = len(self.log.entries)
+            (self.workdir / "DONE").write_text(f"{step}\n")
+        finally:
+            self.recorder.close()
+            self.checkpoints.close()
+        return RunResult(self.workdir, step, self.state.params, self.recorder.reward, self.recorder.heldout.last)
+
+    def _loop(self) -> None:
+        shape, config = SHAPINGS[self.config.es.shaping], self.config
+        start = len(self.log.entries)
+        self._finish_step(start)
+        for step in range(start + 1, config.train.steps + 1):
+            began = time.monotonic()
+            members = self.population.members(step)
+            graded = self._evaluate(step, members)
+            rewards = np.array([np.mean([g.score.reward for g in mine]) for mine in graded])
+            weights = shape(rewards, nan_rewards=config.es.nan_rewards)
+            entry = Entry.of(step, members, rewards=rewards, weights=weights)
+            scored = time.monotonic()
+            self.state.apply(entry)
+            drift = float(self.state.drift)
+            seconds = {"evaluate": scored - began, "update": time.monotonic() - scored}
+            self.recorder.step(entry, graded, drift=drift, seconds=seconds)
+            self.log.append(entry)
+            self._finish_step(step)
+
+    def _encoded(self, split: str, examples: Sequence[Example]) -> Iterator[list[int]]:
+        limit = self.config.decode.max_prompt
+        for example in examples:
+            ids = encode_prompt(self.model.tokenizer, example.prompt)
+            if not 1 <= len(ids) <= limit:
+                raise ValueError(
+                    f"{split} prompt {example.id!r} of task {self.config.task.name!r} has {len(ids)} tokens: it must "
+                    f"have 1 to decode.max_prompt = {limit}; raise decode.max_prompt or take the row out"
+                )
+            yield ids
+
+    def _engine(self) -> Engine:
+        decode, total = self.config.decode, self.config.task.prompts_per_step or len(self.examples)
+        longest = max(len(ids) for ids in [*self.prompts.values(), *self.test_prompts])
+        return Engine(
+            self.model.config,
+            slots=math.ceil(total / math.ceil(total / decode.slots)),  # batches of equal size
+            max_prompt=longest,
+            max_new=decode.max_new,
+            stop=self.model.stop_ids,
+        )
+
+    def _resume(self) -> None:
+        """Bring the state to the last finished step: the newest checkpoint, then the log's steps since."""
+        done, saved = len(self.log.entries), self.checkpoints.latest()
+        if done > self.config.train.steps:
+            raise ValueError(
+                f"train.steps is {self.config.train.steps} but {self.workdir} has {done} finished steps: "
+                "set train.steps at least as high"
+            )
+        if saved is not None and saved > done:
+            raise ValueError(
+                f"{self.workdir} has a checkpoint of step {saved}, but its seed log ends at step {done}: restore "
+                "seedlog.jsonl, or delete the newer checkpoints"
+            )
+        if saved is not None:
+            self.state.params, self.state.opt_state = self.checkpoints.restore(
+                saved, self.state.params, self.state.opt_state
+            )
+        for entry in self.log.entries[saved or 0 :]:
+            self.state.apply(entry)
+        if done:
+            logger.info("resumed at step %d: checkpoint of step %s, the rest replayed", done, saved or 0)
+
+    def _rows(self, step: int) -> Sequence[Example]:
+        """The examples of a step: all, or the next ones of a seeded order that goes through all in turn."""
+        n, size = self.config.task.prompts_per_step, len(self.examples)
+        if n is None:
+            return self.examples
+        places = range((step - 1) * n, step * n)
+        orders = {e: rng.row_order(self.config.train.seed, e, size) for e in {p // size for p in places}}
+        return [self.examples[orders[p // size][p % size]] for p in places]
+
+    def _evaluate(self, step: int, members: Members) -> list[list[Graded]]:
+        """Graded completions of every member, in the order of the step's examples."""
+        examples, slots = self._rows(step), self.evaluator.engine.slots
+        batches = self.evaluator.engine.batches([self.prompts[e.id] for e in examples])
+        graded: list[list[Graded]] = [[] for _ in range(len(members))]
+        for member, batch, tokens, length in self.evaluator.members(self.state.params, members, batches):
+            rows = examples[batch * slots : (batch + 1) * slots]
+            graded[member] += grade(self.task, self.model, rows, tokens, length)
+            if len(graded[member]) == len(examples):
+                self.recorder.progress.members(1)
+        return graded
+
+    def _finish_step(self, step: int) -> None:
+        """Checkpoint and held-out evaluation, where they are due and not done yet."""
+        train, every = self.config.train, self.config.evals.every
+        final = step == train.steps
+        if (final or step % train.checkpoint_every == 0) and (self.checkpoints.latest() or 0) < step:
+            self.checkpoints.save(step, self.state.params, self.state.opt_state)
+        if every and (final or step % every == 0) and step not in self.recorder.heldout.steps:
+            batches = self.evaluator.engine.batches(self.test_prompts)
+            graded = evaluate_rows(
+                self.evaluator, self.task, self.model, self.state.params, examples=self.tests, batches=batches
+            )
+            self.recorder.evaluation(summary(step, graded))

@@ -1,0 +1,107 @@
+"""What a run writes about itself: jsonl files, TensorBoard, and the lines a person watches."""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from tensorboardX import SummaryWriter
+from tqdm.auto import tqdm
+
+
+class Jsonl:
+    """A file of JSON rows, each with a `step`. Rows of steps that did not finish are dropped when it is opened."""
+
+    def __init__(self, path: Path, *, last_step: int):
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows = read_jsonl(path)
+        kept = [row for row in rows if row["step"] <= last_step]
+        self.steps = {row["step"] for row in kept}
+        self.last = kept[-1] if kept else None
+        if len(kept) < len(rows) or (path.exists() and not path.read_bytes().endswith(b"\n")):
+            partial = path.with_suffix(".tmp")
+            partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            os.replace(partial, path)
+
+    def write(self, *rows: dict[str, Any]) -> None:
+        with open(self.path, "a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        for row in rows:
+            self.steps.add(row["step"])
+            self.last = row
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file, without a last line that a crash cut short; [] when there is no file.
+
+    Raises:
+      ValueError: a damaged line, which is named.
+    """
+    if not Path(path).exists():
+        return []
+    rows = []
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n")[:-1], 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path} line {number} is not JSON ({error}): restore or delete the file") from None
+    return rows
+
+
+class Metrics:
+    """metrics.jsonl and TensorBoard, the same numbers in both."""
+
+    def __init__(self, workdir: Path, *, last_step: int):
+        self._jsonl = Jsonl(workdir / "metrics.jsonl", last_step=last_step)
+        self._board = SummaryWriter(str(workdir / "tb"), purge_step=last_step + 1)
+
+    def write(self, row: dict[str, Any], *, prefix: str = "train") -> None:
+        """A step's row; numbers go to TensorBoard under `prefix`."""
+        if prefix == "train":
+            self._jsonl.write(row)
+        for name, value in row.items():
+            if name != "step" and isinstance(value, int | float):
+                self._board.add_scalar(f"{prefix}/{name}", value, row["step"])
+
+    def close(self) -> None:
+        self._board.close()
+
+
+class Progress:
+    """A bar over the members of all steps, and a line for a step at most every `every` seconds."""
+
+    def __init__(self, *, steps: int, done: int, population: int, every: float = 2.0):
+        self._bar = tqdm(
+            total=steps * population,
+            initial=done * population,
+            unit="member",
+            smoothing=0.05,
+            dynamic_ncols=True,
+        )
+        self._steps, self._every, self._last = steps, every, 0.0
+        self._start, self._done = time.monotonic(), done
+
+    def members(self, n: int) -> None:
+        self._bar.update(n)
+
+    def step(self, row: dict[str, Any]) -> None:
+        now, step = time.monotonic(), row["step"]
+        if now - self._last < self._every and step < self._steps:
+            return
+        self._last = now
+        eta = (now - self._start) / max(step - self._done, 1) * (self._steps - step)
+        theory = "" if row["drift_theory"] is None else f" (theory {row['drift_theory']:.4g})"
+        self.say(
+            f"step {step}/{self._steps}  reward {row['reward_mean']:.4f} ± {row['reward_std']:.4f}  "
+            f"{row['tokens_per_second']:.0f} tokens/s  drift {row['drift']:.4g}{theory}  "
+            f"{row['seconds']:.1f} s/step  ETA {tqdm.format_interval(eta)}"
+        )
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        self._bar.write(text)
+
+    def close(self) -> None:
+        self._bar.close()

@@ -1,0 +1,92 @@
+"""seedlog.jsonl: one line a step, from which the weights of every step can be rebuilt."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from es_jax.es.population import Members
+
+NAME = "seedlog.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """What led from the weights of step − 1 to those of `step`, with the run's config.
+
+    Attributes:
+      step: 1, 2, …
+      seeds, signs, paired: the members, as in `Members`.
+      rewards: [N] as scored, before shaping.
+      weights: [N] float32 as the estimate used them; JSON carries them exactly.
+    """
+
+    step: int
+    seeds: list[int]
+    signs: list[int]
+    paired: bool
+    rewards: list[float]
+    weights: list[float]
+
+    @classmethod
+    def of(cls, step: int, members: Members, *, rewards: np.ndarray, weights: np.ndarray) -> "Entry":
+        signs = [int(sign) for sign in np.asarray(members.sign)]
+        return cls(step, np.asarray(members.seed).tolist(), signs, members.paired, rewards.tolist(), weights.tolist())
+
+    @property
+    def members(self) -> Members:
+        return Members(jnp.array(self.seeds, jnp.uint32), jnp.array(self.signs, jnp.float32), paired=self.paired)
+
+
+class SeedLog:
+    """The log of a run directory. A step is finished once its line is on disk.
+
+    A line that a crash left half-written at the end is not a finished step: it is cut off when the log is opened.
+    """
+
+    def __init__(self, workdir: Path, *, writable: bool = True):
+        self.path = Path(workdir) / NAME
+        self.entries = _read(self.path)
+        if writable:
+            whole = sum(len(_line(entry)) for entry in self.entries)
+            with open(self.path, "ab") as file:
+                file.truncate(whole)
+
+    def append(self, entry: Entry) -> None:
+        """Write the step's line and force it to disk."""
+        with open(self.path, "ab") as file:
+            before = file.tell()
+            try:
+                file.write(_line(entry))
+                file.flush()
+                os.fsync(file.fileno())
+            except OSError:
+                os.ftruncate(file.fileno(), before)
+                raise
+        self.entries.append(entry)
+
+
+def _line(entry: Entry) -> bytes:
+    return json.dumps(dataclasses.asdict(entry)).encode() + b"\n"
+
+
+def _read(path: Path) -> list[Entry]:
+    if not path.exists():
+        return []
+    entries = []
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines[:-1], 1):  # behind the last newline stands nothing, or an unfinished step
+        try:
+            entry = Entry(**json.loads(line))
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"{path} line {number} cannot be read ({error}): the log is damaged; restore the file, or cut it "
+                "before this line to fall back to that step"
+            ) from None
+        if entry.step != number:
+            raise ValueError(f"{path} line {number} is step {entry.step}: lines are missing; restore the file")
+        entries.append(entry)
+    return entries

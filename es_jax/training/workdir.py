@@ -1,0 +1,143 @@
+"""A run's directory: whose it is, what it was started with, and that only one process trains in it."""
+
+import dataclasses
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from es_jax.training.config import RunConfig, freeze
+
+# What may change between the start and the resumption of a run: nothing that a step's bits depend on.
+CHANGEABLE = (
+    *("train.steps", "train.checkpoint_every", "train.keep", "train.samples", "evals.every"),
+    *("mesh.pop", "mesh.model"),
+)
+PACKAGES = (
+    "es_jax",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "transformers",
+    "datasets",
+    "numpy",
+)
+
+
+def claim(workdir: Path) -> Any:
+    """Make the directory and hold its lock until the returned file is closed.
+
+    Raises:
+      OSError: it cannot be made, or another process trains in it.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = open(workdir / ".lock", "w")  # noqa: SIM115
+    except OSError as error:
+        raise OSError(f"workdir {workdir} cannot be used ({error.strerror}): choose another --workdir") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise OSError(f"workdir {workdir} is in use by another process: wait for it, or choose another") from None
+    return lock
+
+
+def settle(workdir: Path, config: RunConfig, *, digest: str, notes: dict[str, Any]) -> None:
+    """Write config.json, or check that the run that is there is this one.
+
+    Raises:
+      ValueError: the directory holds a run of another config or of other base weights; the differing fields are named.
+    """
+    now = {"config": dataclasses.asdict(config), "digest": digest, **notes, "versions": _versions()}
+    path = workdir / "config.json"
+    if not path.exists():
+        if (workdir / "seedlog.jsonl").exists():
+            raise ValueError(
+                f"{workdir} has a seedlog.jsonl but no config.json: restore it, or choose another --workdir"
+            )
+        return _write(path, now)
+    then = read(workdir)
+    old, new = _flat(then["config"]), _flat(now["config"])
+    changed = [name for name in new if name not in CHANGEABLE and old.get(name) != new[name]]
+    differing = [f"{name} was {old.get(name)!r} and is {new[name]!r}" for name in changed]
+    if then["digest"] != digest:
+        differing.append(f"the base weights were {then['digest'][:12]}… and are {digest[:12]}…")
+    if differing:
+        raise ValueError(
+            f"{workdir} holds a run of another config: {'; '.join(differing)}. Choose another --workdir, or set the "
+            "fields back"
+        )
+    _write(path, {**then, "config": now["config"], "versions": now["versions"]})
+
+
+def read(workdir: Path) -> dict[str, Any]:
+    """The content of config.json.
+
+    Raises:
+      FileNotFoundError: there is no run here.  ValueError: the file is damaged.
+    """
+    path = workdir / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: {workdir} is not a run's directory")
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): restore it, or choose another --workdir") from None
+
+
+def read_config(workdir: Path) -> RunConfig:
+    """The config that the run in the directory was started with."""
+    return freeze(read(workdir)["config"])
+
+
+def check_space(workdir: Path, needed: int) -> None:
+    """Refuse to start a run whose first checkpoint of `needed` bytes would not fit on the disk.
+
+    Raises:
+      OSError: with both figures.
+    """
+    free = shutil.disk_usage(workdir).free
+    if free < needed:
+        raise OSError(
+            f"workdir {workdir} has {free / 2**30:.2f} GiB free and one checkpoint needs {needed / 2**30:.2f} GiB: "
+            "free some space, or choose another --workdir"
+        )
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    partial = path.with_suffix(".tmp")
+    partial.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(partial, path)
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for name, value in tree.items():
+        out |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return out
+
+
+def _versions() -> dict[str, str | None]:
+    versions: dict[str, str | None] = {"python": platform.python_version(), "git": _git_revision()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return versions
+
+
+def _git_revision() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
