@@ -34,23 +34,27 @@ FIELDS = {
 PUBLISHED_STRENGTH = {"l2": 10.0, "l1": 0.01}  # arXiv 2605.30148
 
 
-def configure(argument: str, *, model: str, **defaults: object) -> config_dict.ConfigDict:
+def configure(argument: str, *, model: str, small: dict | None = None, **defaults: object) -> config_dict.ConfigDict:
     """The default config with a file's own defaults and then the arguments of its user.
 
     Args:
-      argument: "model,name=value,…": at most one of MODELS, and short names of FIELDS.
+      argument: "model,small,name=value,…": at most one of MODELS, perhaps the word small, and short names of FIELDS.
       model: the model where the argument has none.
+      small: what the word small sets: the file's setting for a CPU.
       **defaults: values by dotted field name with "__" for the dot: `es__population=30`.
     """
-    config = default_config()
+    config, items = default_config(), [item for item in argument.split(",") if item]
+    if small is not None and "small" in items:
+        items.remove("small")
+        defaults |= small
     for name, value in defaults.items():
         config.update_from_flattened_dict({name.replace("__", "."): value})
     config.model.source = MODELS[model]
-    for item in filter(None, argument.split(",")):
+    for item in items:
         name, equals, text = item.partition("=")
         if not equals:
             if name not in MODELS:
-                raise ValueError(unknown("model", name, MODELS))
+                raise ValueError(unknown("model", name, [*MODELS, *(["small"] if small else [])]))
             config.model.source = MODELS[name]
         elif name not in FIELDS:
             raise ValueError(unknown("argument", name, FIELDS))

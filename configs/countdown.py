@@ -2,6 +2,7 @@
 
 Command:  python -m es_jax.train --config=configs/countdown.py:qwen2.5-3b,anchor=l2 --workdir=runs/countdown
 Arguments: configs/common.py. Rows: data=DIR with train.parquet and test.parquet; generated without.
+          The word small sets a size for a CPU: countdown.py:smollm2,small,anchor=l2
 Needs:    the published setting, memory and time: not yet run.
 Reached:  not yet run.
 """
@@ -9,5 +10,17 @@ Reached:  not yet run.
 from configs.common import configure
 
 
+SMALL = dict(
+    task__train_size=8,
+    es__population=4,
+    decode__max_prompt=256,
+    decode__max_new=96,
+    train__steps=10,
+    train__checkpoint_every=4,
+    evals__every=5,
+    evals__size=16,
+)
+
+
 def get_config(argument: str = ""):
-    return configure(argument, model="qwen2.5-3b", task__name="countdown")
+    return configure(argument, model="qwen2.5-3b", small=SMALL, task__name="countdown")

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from es_jax.core import rng
@@ -80,7 +81,7 @@ class GaussianNoise:
 
         return map_named(perturb, params)
 
-    def estimate(self, params: PyTree, members: Members, weights: Float[Array, "n"]) -> PyTree:
+    def estimate(self, params: PyTree, members: Members, weights: Float[Array | np.ndarray, "n"]) -> PyTree:
         """The gradient of minus the mean reward, −(1/N) Σ wₙ signₙ εₙ, so that any optax optimizer descends.
 
         The papers fold 1/σ into the learning rate, and so does this. Noise is made again from the seeds, one leaf of

@@ -1,13 +1,14 @@
 """How the next token is chosen from the logits of one row."""
 
 import dataclasses
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
 
+@runtime_checkable
 class Sampler(Protocol):
     """Picks a token id from float32 logits [V]; a pure function, hashable, so that it can be part of a program."""
 

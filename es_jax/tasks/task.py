@@ -6,7 +6,7 @@ and the evaluations all see the same three methods.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypedDict
+from typing import Any, Protocol, TypedDict, runtime_checkable
 
 
 class Message(TypedDict):
@@ -42,6 +42,7 @@ class Score:
     parts: Mapping[str, float]
 
 
+@runtime_checkable
 class Task(Protocol):
     """What every entry of `es_jax.tasks.TASKS` offers."""
 

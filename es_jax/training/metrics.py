@@ -9,6 +9,8 @@ from typing import Any
 from tensorboardX import SummaryWriter
 from tqdm.auto import tqdm
 
+from es_jax.training.workdir import writing
+
 
 class Jsonl:
     """A file of JSON rows, each with a `step`. Rows of steps that did not finish are dropped when it is opened."""
@@ -26,7 +28,7 @@ class Jsonl:
             os.replace(partial, path)
 
     def write(self, *rows: dict[str, Any]) -> None:
-        with open(self.path, "a") as file:
+        with writing(self.path), open(self.path, "a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
         for row in rows:
             self.steps.add(row["step"])

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from es_jax.es.population import Members
+from es_jax.training.workdir import writing
 
 NAME = "seedlog.jsonl"
 
@@ -57,7 +58,7 @@ class SeedLog:
 
     def append(self, entry: Entry) -> None:
         """Write the step's line and force it to disk."""
-        with open(self.path, "ab") as file:
+        with writing(self.path), open(self.path, "ab") as file:
             before = file.tell()
             try:
                 file.write(_line(entry))

@@ -1,5 +1,6 @@
 """A run's directory: whose it is, what it was started with, and that only one process trains in it."""
 
+import contextlib
 import dataclasses
 import fcntl
 import importlib.metadata
@@ -8,6 +9,7 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +98,17 @@ def read(workdir: Path) -> dict[str, Any]:
 def read_config(workdir: Path) -> RunConfig:
     """The config that the run in the directory was started with."""
     return freeze(read(workdir)["config"])
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say which file could not be written, and that nothing is lost."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"{path} could not be written ({error.strerror}): free some space and start again; finished steps stay"
+        ) from error
 
 
 def check_space(workdir: Path, needed: int) -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from es_jax.weights import safetensors
 Place = Callable[[str, np.ndarray], jax.Array]  # (path, host array) → device array
 
 
+@runtime_checkable
 class Reader(Protocol):
     """Tensors by key, as a file format offers them."""
 

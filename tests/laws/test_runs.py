@@ -241,7 +241,7 @@ def test_a_directory_of_another_run_is_refused(whole, tiny_model, tmp_path):
     es = dataclasses.replace(config.es, sigma=0.5)
     with pytest.raises(ValueError, match=r"es\.sigma was 0\.05 and is 0\.5"):
         run(dataclasses.replace(config, es=es), workdir)
-    with pytest.raises(ValueError, match="train.steps is 2 but .* has 6 finished steps"):
+    with pytest.raises(ValueError, match=r"train\.steps is 2 but .* has 6 finished steps"):
         run(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=2)), workdir)
     other = tmp_path / "model"
     shutil.copytree(tiny_model, other)

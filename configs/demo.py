@@ -1,0 +1,27 @@
+"""The demo of `make demo`: a real model, a few steps, a few minutes on a laptop CPU.
+
+SmolLM2-135M-Instruct learns to answer in fewer characters, with AWD: N = 4, 2 prompts, 16 new tokens, 6 steps. It
+shows the parts at work; six steps are too few to learn much.
+
+Command:  make demo
+Needs:    2 GB of memory.
+Reached:  not yet run.
+"""
+
+from configs.common import configure
+
+
+def get_config(argument: str = ""):
+    return configure(
+        argument or "anchor=l2,drift=1.0",
+        model="smollm2",
+        task__name="conciseness",
+        task__train_size=2,
+        es__population=4,
+        decode__max_prompt=64,
+        decode__max_new=16,
+        train__steps=6,
+        train__checkpoint_every=3,
+        evals__every=6,
+        evals__size=2,
+    )

@@ -1,0 +1,159 @@
+"""The rules of the house: who may import whom, sizes, docstrings, and that what the README says runs."""
+
+import ast
+import doctest
+import importlib
+import inspect
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+import es_jax
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "es_jax"
+MODULES = sorted(m.name for m in pkgutil.walk_packages([str(PACKAGE)], "es_jax."))
+ENTRIES = ("train", "evaluate", "plan", "report", "export")
+
+# Higher imports lower; those of one level do not import each other.
+LEVELS = (
+    ("core",),
+    ("tasks",),
+    ("models", "es", "optim"),
+    ("weights", "generate"),
+    ("training",),
+    ("evals", "plotting"),
+    ENTRIES,
+)
+LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}
+FORBIDDEN = {"tasks": {"jax", "flax", "optax"}, "core": {"flax"}, "es": {"flax", "optax"}, "optim": {"flax"}}
+
+
+def files():
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_imports_only_go_down():
+    wrong = []
+    for path in files():
+        here = path.relative_to(PACKAGE).with_suffix("").parts[0]
+        if here == "__init__":
+            continue
+        for name in imports(path):
+            parts = name.split(".")
+            if parts[0] in FORBIDDEN.get(here, ()):
+                wrong.append(f"{path.name} ({here}) imports {name}")
+            if parts[0] == "es_jax" and parts[1] != here and LEVEL[parts[1]] >= LEVEL[here]:
+                wrong.append(f"{path.relative_to(PACKAGE)} imports {name}")
+    assert not wrong
+
+
+def test_files_and_functions_are_small():
+    for path in files():
+        assert len(path.read_text().splitlines()) <= 400, path
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                length = node.end_lineno - node.lineno + 1 - len((ast.get_docstring(node) or "").splitlines())
+                assert length <= 60, f"{path}: {node.name} has {length} lines"
+
+
+def test_keys_are_made_in_one_file():
+    makers = re.compile(r"random\.(key|PRNGKey|split)\(")
+    allowed = {"core/rng.py", "models/transformer.py"}  # the second draws initial weights from a key it is given
+    for path in files():
+        code = re.sub(r'""".*?"""', "", path.read_text(), flags=re.S)
+        assert not makers.search(code) or str(path.relative_to(PACKAGE)) in allowed, path
+
+
+def test_public_names_are_importable_and_explained():
+    for name in es_jax.__all__:
+        thing = getattr(es_jax, name)
+        assert inspect.getdoc(thing), name
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = es_jax.no_such_name
+
+
+def test_importing_the_package_starts_nothing():
+    code = "import es_jax, sys; assert not {'jax', 'transformers', 'datasets'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_have_docstrings_and_their_examples_run(name):
+    module = importlib.import_module(name)
+    if (module.__file__ or "").endswith("__init__.py") and not Path(module.__file__).read_text().strip():
+        return
+    assert module.__doc__, name
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        assert doctest.testmod(module).failed == 0
+
+
+def test_the_python_blocks_of_the_readme_run():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+    assert blocks
+    for block in blocks:
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            exec(compile(block, "README.md", "exec"), {})  # our own text, not a model's
+
+
+def test_make_targets_and_files_that_the_readme_names_exist():
+    readme, makefile = (ROOT / "README.md").read_text(), (ROOT / "Makefile").read_text()
+    for target in re.findall(r"make ([a-z0-9]+)", readme):
+        assert re.search(rf"^{target}:", makefile, flags=re.M), target
+    for name in re.findall(r"(?:configs|docs|dev|benchmarks|experiments|tests)/[\w/.-]+\.(?:py|md)", readme):
+        assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("entry", [e for e in ENTRIES if (PACKAGE / f"{e}.py").exists()])
+def test_entry_points_explain_themselves(entry):
+    command = [sys.executable, "-m", f"es_jax.{entry}", "--help"]
+    out = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "120"})
+    assert f"python -m es_jax.{entry}" in out.stdout + out.stderr
+
+
+TOUR = """
+import jaxtyping
+jaxtyping.install_import_hook("es_jax", "beartype.beartype")
+import jax, jax.numpy as jnp, numpy as np
+import es_jax
+c = es_jax.TransformerConfig(family="qwen2", vocab_size=16, width=8, layers=2, heads=2, kv_heads=1, head_dim=4,
+                             mlp_dim=8, qkv_bias=True)
+model = es_jax.Transformer(c)
+params = jax.jit(model.init)(jax.random.key(0))
+population = es_jax.Population(4, seed=0, antithetic=True)
+members, noise = population.members(1), es_jax.GaussianNoise()
+vmapped = jax.vmap(lambda m: noise.apply(params, m, sigma=0.1))(members)
+weights = es_jax.z_score(np.arange(4.0))
+gradient = jax.jit(noise.estimate)(params, members, weights)
+es_jax.SharedSeedNoise().estimate(params, members, es_jax.centered_rank(np.arange(4.0)))
+for unroll in (True, False):
+    engine = es_jax.Engine(c, slots=2, max_prompt=4, max_new=3, stop=(0,), logprobs=True, unroll=unroll)
+    engine.generate(params, [[1, 2], [3]])
+es_jax.Engine(c, slots=2, max_prompt=4, max_new=3, stop=(0,), sampler=es_jax.TopP(0.5)).generate(
+    params, [[1]], key=jax.random.key(0))
+es_jax.score_tokens(c, params, jnp.array([[1, 2]]), jnp.ones((1, 2), bool))
+try:
+    es_jax.score_tokens(c, params, jnp.array([1, 2]), jnp.ones((1, 2), bool))
+except jaxtyping.TypeCheckError:
+    print("checked")
+"""
+
+
+def test_annotated_shapes_hold():
+    """A tour of the public functions with every annotation checked as it runs."""
+    out = subprocess.run([sys.executable, "-c", TOUR], capture_output=True, text=True)
+    assert out.stdout.strip() == "checked", out.stderr[-2000:]
