@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float32, Int32, PRNGKeyArray
+from jaxtyping import Array, Float32, Int32, Key, PRNGKeyArray
 
 from es_jax.core import rng
 from es_jax.generate.sampling import Greedy, Sampler
@@ -120,7 +120,7 @@ class Engine:
             for i in range(0, len(prompts), self.slots)
         ]
 
-    def decode(self, params: Any, tokens: Array, positions: Array, keys: PRNGKeyArray | None = None) -> Generation:
+    def decode(self, params: Any, tokens: Array, positions: Array, keys: Key[Array, "B"] | None = None) -> Generation:
         """Prefill and decode one batch; pure, for use inside jit, vmap and shard_map.
 
         Args:

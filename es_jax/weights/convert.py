@@ -48,23 +48,28 @@ def to_params(
     """The parameter tree, stacked over layers, in `dtype`; `place` puts each finished leaf on its devices.
 
     Tensors are read one at a time into one leaf at a time, so the host holds one leaf. Raises one ValueError
-    that lists every missing, unexpected and mis-shaped key. An output head that a tied checkpoint stores
+    that lists every missing, unexpected and mis-shaped key, or every one with a number that is not finite. An output head that a tied checkpoint stores
     nevertheless is accepted when it equals the embedding.
     """
     slots = _slots(config, naming)
     _check_keys(reader, config, slots, naming)
     unpermute = naming == "gguf" and FAMILIES[config.family].gguf_permuted
     params: Params = {}
+    broken: list[str] = []
     for path, shape in param_shapes(config).items():
         leaf = np.empty(shape, np.dtype(dtype))
         for key, slot in slots.items():
             if slot.weight.path == path:
                 tensor = reader.read(key)
+                if not np.isfinite(tensor.astype(np.float32)).all():
+                    broken.append(key)
                 if unpermute and slot.weight.rotary:
                     tensor = half_split(tensor, heads=getattr(config, slot.weight.rotary))
                 target = leaf if slot.layer is None else leaf[slot.layer]
                 np.copyto(target, tensor.T if slot.weight.transpose else tensor, casting="unsafe")
         _insert(params, path, place(path, leaf))
+    if broken:
+        raise ValueError(f"tensors with NaN or infinite numbers: {', '.join(broken)}; fetch the model again")
     return params
 
 

@@ -1,0 +1,172 @@
+"""What a user gets wrong ends the run with one sentence, before any step or at the one it hits; nothing is lost."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from es_jax.tasks.conciseness import Conciseness
+from es_jax.tasks.task import Score
+from es_jax.training import loop
+from es_jax.training.config import freeze
+from es_jax.training.loop import run
+from es_jax.training.seedlog import SeedLog
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def config_of(source, **groups):
+    fields = {
+        "model": {"source": str(source)},
+        "task": {"name": "conciseness", "train_size": 2},
+        "es": {"population": 2, "sigma": 0.05},
+        "decode": {"max_prompt": 160, "max_new": 2, "slots": 2},
+        "train": {"steps": 2, "checkpoint_every": 1},
+        "evals": {"every": 0},
+    }
+    for group, values in groups.items():
+        fields[group] = fields[group] | values
+    return freeze(fields)
+
+
+def copy_of(model, tmp_path):
+    shutil.copytree(model, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def refuse(config, workdir, says):
+    with pytest.raises((ValueError, OSError), match=says):
+        run(config, workdir)
+    assert not (workdir / "seedlog.jsonl").exists() or not SeedLog(workdir).entries
+
+
+def test_no_source_and_missing_weights(tiny_model, tmp_path):
+    refuse(config_of(""), tmp_path / "run", "model.source is empty")
+    refuse(config_of(tmp_path / "nowhere"), tmp_path / "run", "nowhere")
+    model = copy_of(tiny_model, tmp_path)
+    (model / "model.safetensors").unlink()
+    refuse(config_of(model), tmp_path / "run", "model.safetensors")
+
+
+@pytest.mark.parametrize("cut", [5, 100, -7])
+def test_corrupt_weights(cut, tiny_model, tmp_path):
+    model = copy_of(tiny_model, tmp_path)
+    file = model / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:cut])
+    refuse(config_of(model), tmp_path / "run", "truncated or corrupt")
+
+
+def test_weights_that_are_not_finite(tiny_model, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    model = copy_of(tiny_model, tmp_path)
+    tensors = load_file(model / "model.safetensors")
+    broken = dict(tensors)
+    broken["model.norm.weight"] = np.full_like(tensors["model.norm.weight"], np.nan)
+    save_file(broken, model / "model.safetensors", metadata={"format": "pt"})
+    refuse(config_of(model), tmp_path / "run", "model.norm.weight")
+
+
+def test_a_tokenizer_without_a_chat_template(tiny_model, tmp_path):
+    model = copy_of(tiny_model, tmp_path)
+    (model / "chat_template.jinja").unlink()
+    fields = json.loads((model / "tokenizer_config.json").read_text())
+    fields.pop("chat_template", None)
+    (model / "tokenizer_config.json").write_text(json.dumps(fields))
+    refuse(config_of(model), tmp_path / "run", "chat template")
+
+
+def test_a_prompt_that_is_too_long(tiny_model, tmp_path):
+    refuse(config_of(tiny_model, decode={"max_prompt": 20}), tmp_path / "run", "decode.max_prompt = 20; raise")
+
+
+def test_an_empty_or_too_small_data_set(tiny_model, tmp_path):
+    refuse(config_of(tiny_model, task={"train_size": 1000}), tmp_path / "run", "1000")
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows/train.jsonl").write_text("")
+    rows = {"data_dir": str(tmp_path / "rows")}
+    refuse(config_of(tiny_model, task=rows), tmp_path / "run", "empty")
+    refuse(config_of(tiny_model, task={"data_dir": str(tmp_path / "no")}), tmp_path / "run", "no")
+
+
+def test_a_workdir_that_cannot_be_made(tiny_model, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="choose another --workdir"):
+        run(config_of(tiny_model), tmp_path / "file" / "run")
+
+
+def test_rewards_that_are_not_finite_end_the_run_at_their_step(tiny_model, tmp_path, monkeypatch):
+    @dataclasses.dataclass(frozen=True)
+    class Bad(Conciseness):
+        def score(self, example, completion):
+            calls.append(1)
+            return Score(float("nan") if len(calls) == 7 else float(len(calls)), {"answer": 0.0})
+
+    monkeypatch.setattr(loop, "make_task", lambda config: Bad())
+    calls = []
+    with pytest.raises(ValueError, match=r"member 1 \(nan\) of 2"):
+        run(config_of(tiny_model), tmp_path / "run")
+    assert len(SeedLog(tmp_path / "run", writable=False).entries) == 1
+    calls = []
+    result = run(config_of(tiny_model, es={"nan_rewards": "worst"}), tmp_path / "other")
+    assert result.step == 2
+
+
+def test_a_disk_that_is_full_for_checkpoints(tiny_model, tmp_path):
+    """Files may not grow past 6 kB here, so that logs can be written and checkpoints cannot."""
+    script = (
+        "import resource, sys, json\n"
+        "from es_jax.training.config import freeze\nfrom es_jax.training.loop import run\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (6_000, 6_000))\n"
+        "try:\n    run(freeze(json.loads(sys.argv[1])), sys.argv[2])\n"
+        "except OSError as error:\n    print(error)\n"
+    )
+    config = config_of(tiny_model)
+    command = [sys.executable, "-c", script, json.dumps(dataclasses.asdict(config)), str(tmp_path / "run")]
+    out = subprocess.run(command, capture_output=True, text=True)
+    assert "the checkpoint of step 1 could not be written" in out.stdout, out.stderr[-2000:]
+    assert "free some space and start again" in out.stdout
+    assert len(SeedLog(tmp_path / "run", writable=False).entries) == 1
+    assert run(config, tmp_path / "run").step == 2  # with space, the same command goes on
+
+
+def test_no_space_for_even_one_checkpoint(tiny_model, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    refuse(config_of(tiny_model), tmp_path / "run", "one checkpoint needs")
+
+
+def command(*arguments):
+    line = [sys.executable, "-m", "es_jax.train", *arguments]
+    env = os.environ | {"XLA_FLAGS": ""}
+    return subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=env)
+
+
+def test_the_command_trains_resumes_and_ends_mistakes_with_one_sentence(tiny_model, tmp_path):
+    fields = {
+        "model.source": tiny_model, "task.train_size": 2, "es.population": 2, "decode.max_prompt": 160,
+        "decode.max_new": 2, "train.steps": 1, "evals.size": 2,
+    }  # fmt: skip
+    flags = [f"--config.{name}={value}" for name, value in fields.items()]
+    where = ["--config=configs/conciseness.py", f"--workdir={tmp_path / 'run'}"]
+    out = command(*where, *flags, "--json")
+    assert out.returncode == 0, out.stderr[-2000:]
+    result = json.loads(out.stdout.splitlines()[-1])
+    assert result["step"] == 1 and result["heldout"]["n"] == 2
+
+    out = command(*where, *flags, "--config.es.sigma=-1")
+    assert out.returncode == 1
+    assert out.stderr.strip().splitlines()[-1].startswith("es_jax.train: es.sigma is -1.0: the noise scale must be")
+    assert "Traceback" not in out.stderr
+
+    out = command(*where, *flags, "--config.es.sigma=0.5")
+    assert "es.sigma was 0.001 and is 0.5" in out.stderr
+
+    out = command(*where, *flags, "--config.es.sgima=0.5")
+    assert out.returncode != 0 and "sgima" in out.stderr and "sigma" in out.stderr
