@@ -9,7 +9,6 @@ Reached:  not yet run.
 
 from configs.common import configure
 
-
 SMALL = dict(
     task__train_size=8,
     es__population=4,

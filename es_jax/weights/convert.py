@@ -48,8 +48,8 @@ def to_params(
     """The parameter tree, stacked over layers, in `dtype`; `place` puts each finished leaf on its devices.
 
     Tensors are read one at a time into one leaf at a time, so the host holds one leaf. Raises one ValueError
-    that lists every missing, unexpected and mis-shaped key, or every one with a number that is not finite. An output head that a tied checkpoint stores
-    nevertheless is accepted when it equals the embedding.
+    that lists every missing, unexpected and mis-shaped key, or every one with a number that is not finite. An
+    output head that a tied checkpoint stores nevertheless is accepted when it equals the embedding.
     """
     slots = _slots(config, naming)
     _check_keys(reader, config, slots, naming)
