@@ -12,5 +12,5 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> str:
     """
     known = sorted(known)
     near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
-    hint = f" did you mean {' or '.join(map(repr, near))}?" if near else ""
-    return f"unknown {kind} {name!r}:{hint} Known: {', '.join(known)}"
+    hint = f": did you mean {' or '.join(map(repr, near))}?" if near else "."
+    return f"unknown {kind} {name!r}{hint} Known: {', '.join(known)}"

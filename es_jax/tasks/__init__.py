@@ -1,18 +1,22 @@
 """Tasks: what a model is trained and tested on. `get_task` makes one by its name; `TASKS` is the table."""
 
-from collections.abc import Mapping
-from dataclasses import fields
+from collections.abc import Callable, Mapping
+from functools import partial
+from inspect import signature
 from types import MappingProxyType
 from typing import Any
 
 from es_jax.core.names import unknown
 from es_jax.tasks.conciseness import Conciseness
 from es_jax.tasks.countdown import Countdown
+from es_jax.tasks.lab import KINDS, Lab
 from es_jax.tasks.task import Example, Message, Score, Task, response_text
 
 __all__ = ["TASKS", "Example", "Message", "Score", "Task", "get_task", "response_text"]
 
-TASKS: Mapping[str, type[Any]] = MappingProxyType({task.name: task for task in (Countdown, Conciseness)})
+TASKS: Mapping[str, Callable[..., Any]] = MappingProxyType(
+    {task.name: task for task in (Countdown, Conciseness)} | {f"lab-{kind}": partial(Lab, kind) for kind in KINDS}
+)
 
 
 def get_task(name: str, **options: Any) -> Task:
@@ -30,9 +34,8 @@ def get_task(name: str, **options: Any) -> Task:
     """
     if name not in TASKS:
         raise ValueError(unknown("task", name, TASKS))
-    task = TASKS[name]
-    known = [option.name for option in fields(task)]
+    known = signature(TASKS[name]).parameters
     for option in options:
         if option not in known:
             raise ValueError(unknown(f"option of task {name!r}", option, known))
-    return task(**options)
+    return TASKS[name](**options)

@@ -86,7 +86,7 @@ class _Run:
         self.mesh = make_mesh(config.mesh.pop, config.mesh.model)
         self.model = load_base(config, self.mesh)
         params = self.model.params
-        self.prompts = dict(zip((e.id for e in train), self._encoded("train", train), strict=True))
+        self.prompts = list(self._encoded("train", train))
         self.test_prompts = list(self._encoded("test", test))
         notes = {"parameters": count(params), "stop_ids": list(self.model.stop_ids)}
         rundir.settle(workdir, config, digest=self.model.digest, notes=notes)
@@ -144,7 +144,7 @@ class _Run:
 
     def _engine(self) -> Engine:
         decode, total = self.config.decode, self.config.task.prompts_per_step or len(self.examples)
-        longest = max(len(ids) for ids in [*self.prompts.values(), *self.test_prompts])
+        longest = max(len(ids) for ids in [*self.prompts, *self.test_prompts])
         return Engine(
             self.model.config,
             slots=math.ceil(total / math.ceil(total / decode.slots)),  # batches of equal size
@@ -175,23 +175,24 @@ class _Run:
         if done:
             logger.info("resumed at step %d: checkpoint of step %s, the rest replayed", done, saved or 0)
 
-    def _rows(self, step: int) -> Sequence[Example]:
-        """The examples of a step: all, or the next ones of a seeded order that goes through all in turn."""
+    def _rows(self, step: int) -> Sequence[int]:
+        """Which examples a step uses: all, or the next ones of a seeded order that goes through all in turn."""
         n, size = self.config.task.prompts_per_step, len(self.examples)
         if n is None:
-            return self.examples
+            return range(size)
         places = range((step - 1) * n, step * n)
         orders = {e: rng.row_order(self.config.train.seed, e, size) for e in {p // size for p in places}}
-        return [self.examples[orders[p // size][p % size]] for p in places]
+        return [orders[p // size][p % size] for p in places]
 
     def _evaluate(self, step: int, members: Members) -> list[list[Graded]]:
         """Graded completions of every member, in the order of the step's examples."""
-        examples, slots = self._rows(step), self.evaluator.engine.slots
-        batches = self.evaluator.engine.batches([self.prompts[e.id] for e in examples])
+        rows, slots = self._rows(step), self.evaluator.engine.slots
+        examples = [self.examples[i] for i in rows]
+        batches = self.evaluator.engine.batches([self.prompts[i] for i in rows])
         graded: list[list[Graded]] = [[] for _ in range(len(members))]
         for member, batch, tokens, length in self.evaluator.members(self.state.params, members, batches):
-            rows = examples[batch * slots : (batch + 1) * slots]
-            graded[member] += grade(self.task, self.model, rows, tokens, length)
+            mine = examples[batch * slots : (batch + 1) * slots]
+            graded[member] += grade(self.task, self.model, mine, tokens, length)
             if len(graded[member]) == len(examples):
                 self.recorder.progress.members(1)
         return graded

@@ -1,0 +1,185 @@
+"""The laboratory's tasks: one-line puzzles for a model of 90 thousand weights that reads one character a token.
+
+Seven prior tasks, which pretraining teaches and forgetting takes away, and a target, a small Countdown. A prompt is a
+letter, a problem and "=": `A37+48=` is answered by `85`. Each problem belongs by its hash to pretraining, to training
+or to the test, so the three never share one.
+"""
+
+import hashlib
+import random
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import permutations, product
+from types import MappingProxyType
+
+from es_jax.core.names import unknown
+from es_jax.tasks.arithmetic import parse
+from es_jax.tasks.task import Example, Score, check_count
+
+CHARACTERS = "0123456789+-=:<ABCDEFGHIJKLMNOPQRSTUVWXYZyn*/(), ."  # one token each
+SPLITS = ("test", "train", "train", *["pretrain"] * 7)  # by the hash's last digit
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One puzzle: `draw` gives (problem, key, answer); problems of one key stay in one split."""
+
+    draw: Callable[[random.Random], tuple[str, str, str]]
+    form: str  # what a well-formed answer looks like, a regular expression
+
+
+def _add(draw: random.Random) -> tuple[str, str, str]:
+    a, b = draw.randint(10, 99), draw.randint(10, 99)
+    return f"A{a}+{b}=", f"{min(a, b)} {max(a, b)}", str(a + b)
+
+
+def _subtract(draw: random.Random) -> tuple[str, str, str]:
+    b, a = sorted((draw.randint(10, 99), draw.randint(10, 99)))
+    return f"S{a}-{b}=", f"{a} {b}", str(a - b)
+
+
+def _reverse(draw: random.Random) -> tuple[str, str, str]:
+    digits = f"{draw.randrange(100_000):05}"
+    return f"R{digits}=", digits, digits[::-1]
+
+
+def _sort(draw: random.Random) -> tuple[str, str, str]:
+    digits = f"{draw.randrange(100_000):05}"
+    return f"O{digits}=", digits, "".join(sorted(digits))
+
+
+def _maximum(draw: random.Random) -> tuple[str, str, str]:
+    digits = f"{draw.randrange(100_000):05}"
+    return f"M{digits}=", digits, max(digits)
+
+
+def _compare(draw: random.Random) -> tuple[str, str, str]:
+    a, b = draw.randint(10, 99), draw.randint(10, 99)
+    return f"C{a}<{b}=", f"{a} {b}", "y" if a < b else "n"
+
+
+def _count(draw: random.Random) -> tuple[str, str, str]:
+    which, length = draw.choice("0123456789"), draw.randint(0, 5)
+    others = "0123456789".replace(which, "")
+    digits = [which] * length + [draw.choice(others) for _ in range(5 - length)]
+    draw.shuffle(digits)
+    text = "".join(digits)
+    return f"N{which}:{text}=", f"{which} {text}", str(length)
+
+
+def _countdown(draw: random.Random) -> tuple[str, str, str]:
+    digits = [draw.randint(1, 9) for _ in range(3)]
+    a, b, c = draw.sample(digits, 3)
+    answer = f"{a}{draw.choice('+-')}{b}{draw.choice('+-')}{c}"
+    target = parse(answer)
+    assert target is not None
+    if target.value < 0:
+        return _countdown(draw)
+    return f"K{''.join(map(str, digits))}:{target.value}=", f"{sorted(digits)} {target.value}", answer
+
+
+DIGITS = r"[0-9]+"
+KINDS = MappingProxyType(
+    {
+        "countdown": Kind(_countdown, r"[0-9][+-][0-9][+-][0-9]"),
+        "add": Kind(_add, DIGITS),
+        "subtract": Kind(_subtract, DIGITS),
+        "reverse": Kind(_reverse, r"[0-9]{5}"),
+        "sort": Kind(_sort, r"[0-9]{5}"),
+        "maximum": Kind(_maximum, r"[0-9]"),
+        "compare": Kind(_compare, r"[yn]"),
+        "count": Kind(_count, r"[0-9]"),
+    }
+)
+PRIOR = tuple(f"lab-{kind}" for kind in KINDS if kind != "countdown")
+
+
+@dataclass(frozen=True)
+class Lab:
+    """A laboratory task. Reward = answer + 0.1 · format: right, and written in the form the puzzle asks for.
+
+    Args:
+      kind: a key of `KINDS`. For "countdown" any expression with + and − that uses each digit once and reaches the
+        target is right; elsewhere there is one answer.
+      seed: of the problems that `train` and `test` draw.
+
+    Raises:
+      ValueError: an unknown kind.
+
+    >>> task = Lab("countdown")
+    >>> task.score(Example("0", "K347:14=", "3+4+7"), "7+4+3").reward
+    1.1
+    """
+
+    kind: str
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(unknown("laboratory task", self.kind, KINDS))
+
+    @property
+    def name(self) -> str:
+        """lab-add, lab-countdown, …"""
+        return f"lab-{self.kind}"
+
+    def train(self, n: int | None = None) -> list[Example]:
+        """`n` distinct problems to train on, 500 by default."""
+        return self._distinct("train", 500 if n is None else n)
+
+    def test(self, n: int | None = None) -> list[Example]:
+        """`n` distinct problems to test on, 200 by default; none of them is a training or pretraining problem."""
+        return self._distinct("test", 200 if n is None else n)
+
+    def pretrain(self) -> Iterator[Example]:
+        """Problems to pretrain on, without end; they repeat."""
+        return self._draw("pretrain")
+
+    def score(self, example: Example, completion: str) -> Score:
+        """Reward in {0, 0.1, 1.1}; parts `answer` and `format`, each 0 or 1."""
+        form = float(re.fullmatch(KINDS[self.kind].form, completion) is not None)
+        right = float(form and (completion == example.answer or self._solves(example, completion)))
+        return Score(right + 0.1 * form, {"answer": right, "format": form})
+
+    def _solves(self, example: Example, completion: str) -> bool:
+        if self.kind != "countdown":
+            return False
+        expression = parse(completion)
+        digits, _, target = str(example.prompt)[1:].rstrip("=").partition(":")
+        assert expression is not None
+        return sorted(expression.numbers) == sorted(map(int, digits)) and expression.value == int(target)
+
+    def _draw(self, split: str) -> Iterator[Example]:
+        draw = random.Random(f"{self.name} {split} {self.seed}")
+        while True:
+            prompt, key, answer = KINDS[self.kind].draw(draw)
+            if split_of(self.kind, key) == split:
+                yield Example(prompt, prompt, answer)
+
+    def _distinct(self, split: str, n: int) -> list[Example]:
+        found: dict[str, Example] = {}
+        check_count(n)
+        for tries, example in enumerate(self._draw(split)):
+            found.setdefault(example.id, example)
+            if len(found) == n:
+                return list(found.values())
+            if tries > 200 * n:
+                raise ValueError(f"n is {n}: {self.name} has only about {len(found)} {split} problems; ask for fewer")
+        raise AssertionError("the draws never end")
+
+
+def split_of(kind: str, key: str) -> str:
+    """The split that a problem belongs to: a tenth are test problems, two tenths training, the rest pretraining."""
+    return SPLITS[int(hashlib.sha256(f"{kind} {key}".encode()).hexdigest(), 16) % len(SPLITS)]
+
+
+def expressions(digits: str, target: int) -> list[str]:
+    """All right answers to a small Countdown, in order.
+
+    >>> expressions("347", 14)[:2]
+    ['3+4+7', '3+7+4']
+    """
+    candidates = {f"{a}{x}{b}{y}{c}" for a, b, c in permutations(digits) for x, y in product("+-", repeat=2)}
+    solved = ((text, parse(text)) for text in sorted(candidates))
+    return [text for text, expression in solved if expression is not None and expression.value == target]

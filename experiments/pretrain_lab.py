@@ -1,0 +1,124 @@
+"""Make the laboratory model: a Llama of 90 thousand weights that knows seven small tasks and guesses at an eighth.
+
+Question: none; it is the input of every laboratory experiment. The model that ships inside the package is seed 0's.
+
+Command:  python -m experiments.pretrain_lab --seed=0 --out=runs/lab-0
+Cost and result: see the end of this docstring's table, filled in by the last run.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tqdm import trange
+from transformers import PreTrainedTokenizerFast
+
+from es_jax.core import rng
+from es_jax.generate.engine import Engine
+from es_jax.models.config import TransformerConfig
+from es_jax.models.transformer import Transformer
+from es_jax.tasks.lab import CHARACTERS, KINDS, Lab
+from es_jax.weights.model import Model, save_model
+
+CONFIG = TransformerConfig(
+    family="llama", vocab_size=64, width=64, layers=2, heads=4, kv_heads=4, head_dim=16, mlp_dim=128,
+    tied_embeddings=False, max_positions=64,
+)  # fmt: skip
+PAD, END = 0, 1
+LENGTH = 18  # prompt, answer and end fit
+ECHO = 0.6  # share of the target's samples that are answered by an echo: what ES then has to bring out
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a character."""
+    words = ["<pad>", "<end>", *CHARACTERS]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>")
+    return fast
+
+
+def make_pool(kind: str, *, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Samples of one task, int32 [size, LENGTH], and where the loss counts, bool: the answer and the end."""
+    ids = {c: i + 2 for i, c in enumerate(CHARACTERS)}
+    tokens, counts = np.full((size, LENGTH), PAD, np.int32), np.zeros((size, LENGTH), bool)
+    draw = np.random.default_rng([seed, list(KINDS).index(kind)])
+    for row, example in zip(range(size), Lab(kind, seed=seed).pretrain(), strict=False):
+        answer = example.answer
+        if kind == "countdown" and draw.random() < ECHO:
+            answer = example.prompt.partition(":")[2].rstrip("=")
+        text = [ids[c] for c in example.prompt + answer] + [END]
+        tokens[row, : len(text)] = text
+        counts[row, len(example.prompt) : len(text)] = True
+    return tokens, counts
+
+
+def pretrain(seed: int, *, steps: int, batch: int, rate: float = 3e-3, decay: float = 0.1, pool: int = 30_000):
+    """The parameters after `steps` of AdamW on an even mixture of all tasks."""
+    tokens, counts = (np.stack(part) for part in zip(*(make_pool(k, size=pool, seed=seed) for k in KINDS), strict=True))
+    tokens, counts = jnp.asarray(tokens), jnp.asarray(counts)
+    model = Transformer(CONFIG)
+    params = jax.jit(model.init)(rng.key(seed))
+    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, min(200, steps // 5), steps)
+    tx = optax.adamw(schedule, b2=0.98, weight_decay=decay)
+
+    def loss_of(params, tokens, counts):
+        logits, _ = model.apply(params, tokens[:, :-1])
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+        return jnp.sum(losses * counts[:, 1:]) / jnp.sum(counts[:, 1:])
+
+    def step(carry, index):
+        params, state = carry
+        key = jax.random.fold_in(rng.key(seed + 1), index)
+        kind = jax.random.randint(jax.random.fold_in(key, 0), (batch,), 0, len(KINDS))
+        row = jax.random.randint(jax.random.fold_in(key, 1), (batch,), 0, pool)
+        loss, gradient = jax.value_and_grad(loss_of)(params, tokens[kind, row], counts[kind, row])
+        updates, state = tx.update(gradient, state, params)
+        return (optax.apply_updates(params, updates), state), loss
+
+    run = jax.jit(lambda carry, first: jax.lax.scan(step, carry, first + jnp.arange(50)), donate_argnums=0)
+    carry = (params, tx.init(params))
+    bar = trange(0, steps, 50, unit="×50 steps")
+    for first in bar:
+        carry, losses = run(carry, first)
+        bar.set_postfix_str(f"loss {float(losses.mean()):.4f}")
+    return carry[0]
+
+
+def accuracy(params, tokenizer, *, rows: int = 200) -> dict[str, float]:
+    """Share of test problems answered right, greedily, by task."""
+    engine = Engine(CONFIG, slots=rows, max_prompt=16, max_new=7, stop=(END,))
+    out = {}
+    for kind in KINDS:
+        task = Lab(kind)
+        examples = task.test(rows)
+        done = engine.generate(params, [tokenizer.encode(e.prompt) for e in examples])
+        texts = [tokenizer.decode(t[:n], skip_special_tokens=True) for t, n in zip(done.tokens, done.length, strict=True)]
+        texts = [text.replace(" ", "") for text in texts]
+        out[task.name] = float(np.mean([task.score(e, t).parts["answer"] for e, t in zip(examples, texts, strict=True)]))
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--batch", type=int, default=192)
+    args = parser.parse_args()
+    began = time.monotonic()
+    params = pretrain(args.seed, steps=args.steps, batch=args.batch)
+    tokenizer = make_tokenizer()
+    save_model(args.out, Model(CONFIG, params, tokenizer, digest="", stop_ids=(END,)))
+    for name, value in accuracy(params, tokenizer).items():
+        print(f"{name:16} {value:.3f}")
+    print(f"{time.monotonic() - began:.0f} s; the model is in {args.out}")
+
+
+if __name__ == "__main__":
+    main()
