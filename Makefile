@@ -9,7 +9,7 @@ comma := ,
 
 .PHONY: demo test check format smollm2 clean
 
-demo: $(STAMP)  ## train something small, here and now
+demo: $(STAMP) $(SMOLLM2)  ## train something small, here and now
 	$(BIN)/python -m es_jax.train --config=configs/demo.py --workdir=runs/demo
 
 test: $(STAMP)  ## all tests

@@ -13,11 +13,11 @@ SMALL = dict(
     task__train_size=8,
     es__population=4,
     decode__max_prompt=256,
-    decode__max_new=96,
+    decode__max_new=64,
     train__steps=10,
     train__checkpoint_every=4,
-    evals__every=5,
-    evals__size=16,
+    evals__every=10,
+    evals__size=8,
 )
 
 

@@ -13,7 +13,7 @@ from configs.common import configure
 
 def get_config(argument: str = ""):
     return configure(
-        argument or "anchor=l2,drift=1.0",
+        f"anchor=l2,drift=1.0,{argument}",
         model="smollm2",
         task__name="conciseness",
         task__train_size=2,

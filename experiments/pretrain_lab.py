@@ -98,9 +98,13 @@ def accuracy(params, tokenizer, *, rows: int = 200) -> dict[str, float]:
         task = Lab(kind)
         examples = task.test(rows)
         done = engine.generate(params, [tokenizer.encode(e.prompt) for e in examples])
-        texts = [tokenizer.decode(t[:n], skip_special_tokens=True) for t, n in zip(done.tokens, done.length, strict=True)]
+        texts = [
+            tokenizer.decode(t[:n], skip_special_tokens=True) for t, n in zip(done.tokens, done.length, strict=True)
+        ]
         texts = [text.replace(" ", "") for text in texts]
-        out[task.name] = float(np.mean([task.score(e, t).parts["answer"] for e, t in zip(examples, texts, strict=True)]))
+        out[task.name] = float(
+            np.mean([task.score(e, t).parts["answer"] for e, t in zip(examples, texts, strict=True)])
+        )
     return out
 
 

@@ -12,9 +12,9 @@ _MIN_SLICE = 128  # numbers; a smaller leaf is kept whole on every device, where
 
 
 def make_mesh(pop: int | None = None, model: int = 1, *, devices: list | None = None) -> Mesh:
-    """A `pop` × `model` mesh over the devices (all of them by default). `pop=None` takes what `model` leaves.
+    """A `pop` × `model` mesh over the devices (all there are, by default). `pop=None` takes what `model` leaves.
 
-    Raises ValueError when the axes do not use every device given.
+    With a smaller `pop` the first devices are used. Raises ValueError when there are too few.
 
     >>> make_mesh(1, 1, devices=jax.devices()[:1]).axis_names
     ('pop', 'model')
@@ -22,12 +22,13 @@ def make_mesh(pop: int | None = None, model: int = 1, *, devices: list | None = 
     devices = jax.devices() if devices is None else devices
     if model < 1 or (pop is not None and pop < 1):
         raise ValueError(f"mesh is pop={pop} × model={model}: both must be at least 1")
-    pop = len(devices) // model if pop is None else pop
-    if pop * model != len(devices):
+    pop = max(len(devices) // model, 1) if pop is None else pop
+    if pop * model > len(devices):
         raise ValueError(
             f"mesh is pop={pop} × model={model}, but there are {len(devices)} devices: "
-            f"set mesh.pop and mesh.model so that their product is {len(devices)}"
+            f"set mesh.pop and mesh.model so that their product is at most {len(devices)}"
         )
+    devices = devices[: pop * model]
     return jax.make_mesh((pop, model), (POP, MODEL), devices=devices, axis_types=(AxisType.Auto,) * 2)
 
 

@@ -43,6 +43,11 @@ def leaf_key(seed: UInt32[Array, ""], name: str) -> PRNGKeyArray:
     return jax.random.fold_in(key(seed), np.uint32(zlib.crc32(name.encode())))
 
 
+def random_rewards(seed: int, step: int, n: int) -> np.ndarray:
+    """Rewards that say nothing about the members, N(0, 1): the control of an experiment."""
+    return np.random.Generator(np.random.Philox(key=[check_seed(seed), 2**32 + step])).standard_normal(n)
+
+
 def row_order(seed: int, epoch: int, n: int) -> np.ndarray:
     """The order in which `n` training rows are visited in one pass over them; host side, exact on every machine."""
     return np.random.Generator(np.random.Philox(key=[check_seed(seed), epoch])).permutation(n)

@@ -25,6 +25,7 @@ def anchored_weight_decay(
     mask: Any | Callable[[Any], Any] | None = None,
     anchor_dtype: Any = None,
     anchor_sharding: Any = None,
+    arithmetic: str = "float32",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Decay toward the weights given to `init`, applied after the step (arXiv 2605.30148, section 5).
 
@@ -47,6 +48,10 @@ def anchored_weight_decay(
         itself by its rounding.
       anchor_sharding: a sharding, or a tree of them like the parameters, on which the anchor is put; by default where
         the parameters are.
+      arithmetic: "float32" (float64 for float64 updates) computes one correction of the update and rounds once;
+        "param" takes the step, subtracts the anchor, shrinks and adds it back in the parameters' own dtype, rounding
+        each result, as the published code does. In 16 bits that loses most of the decay: it is there to explain
+        published figures.
 
     Returns:
       A transformation whose `update` needs `params`. The anchor is a copy, so the parameters may be donated.
@@ -65,6 +70,8 @@ def anchored_weight_decay(
     """
     if penalty not in _PULL:
         raise ValueError(f"penalty is {penalty!r}: it must be one of {', '.join(map(repr, _PULL))}")
+    if arithmetic not in ("float32", "param"):
+        raise ValueError(f"arithmetic is {arithmetic!r}: it must be 'float32' or 'param'")
     _check_rate(rate, penalty)
 
     def init(params):
@@ -82,6 +89,10 @@ def anchored_weight_decay(
         now = rate(state.count) if callable(rate) else rate
 
         def pulled(u, p, a):
+            if arithmetic == "param":
+                stepped = p + u.astype(p.dtype)
+                moved = _SHRINK[penalty](stepped - a.astype(p.dtype), jnp.asarray(now, p.dtype))
+                return (a.astype(p.dtype) + moved - p).astype(u.dtype)
             wide = jnp.float32 if jnp.finfo(u.dtype).bits < 32 else u.dtype
             u_, p_, a_ = u.astype(wide), p.astype(wide), a.astype(wide)
             return _PULL[penalty](u_, p_, a_, jnp.asarray(now, wide)).astype(u.dtype)
@@ -104,6 +115,10 @@ def _l1(update, param, anchor, rate):
 
 
 _PULL = {"l2": _l2, "l1": _l1}
+_SHRINK = {
+    "l2": lambda moved, rate: (1 - rate) * moved,
+    "l1": lambda moved, rate: jnp.sign(moved) * jnp.maximum(jnp.abs(moved) - rate, 0),
+}
 
 
 def _check_rate(rate: Any, penalty: str) -> None:

@@ -19,7 +19,8 @@ def build_optimizer(config: Any, params: Any) -> tuple[optax.GradientTransformat
     """The optimizer of a run, and one sentence that describes it.
 
     Args:
-      config: a `RunConfig`, or anything with its `optim` group, `anchor_strength` (λ) and `anchor_drift` (κ or None).
+      config: a `RunConfig`, or anything with its `optim` and `es` groups, `anchor_strength` (λ) and `anchor_drift`
+        (κ or None).
       params: the parameters it will be used on. Every leaf is stepped and anchored.
 
     Returns:
@@ -38,4 +39,6 @@ def build_optimizer(config: Any, params: Any) -> tuple[optax.GradientTransformat
     sentence += f", then {penalty} anchored weight decay with strength λ = {strength:g} (αλ = {rate * strength:g}"
     if config.anchor_drift is not None:
         sentence += f"; in the long run a weight drifts κ = {config.anchor_drift:.2f} σ"
-    return optax.chain(optimizer, anchored_weight_decay(rate * strength, penalty=penalty)), f"{sentence})."
+    arithmetic = "param" if config.es.noise == "shared_seed" else "float32"  # as published: all in the weights' dtype
+    decay = anchored_weight_decay(rate * strength, penalty=penalty, arithmetic=arithmetic)
+    return optax.chain(optimizer, decay), f"{sentence})."

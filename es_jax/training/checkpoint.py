@@ -38,10 +38,9 @@ class Checkpoints:
             ) from error
 
     def restore(self, step: int, params: Any, opt_state: Any) -> tuple[Any, Any]:
-        """The step's (params, opt_state), with the shapes, dtypes and shardings of the trees given."""
-        like = jax.tree.map(ocp.utils.to_shape_dtype_struct, _tree(params, opt_state))
+        """The step's (params, opt_state), like the given trees of `abstract` leaves: shapes, dtypes, shardings."""
         try:
-            restored = self._manager.restore(step, args=ocp.args.StandardRestore(like))
+            restored = self._manager.restore(step, args=ocp.args.StandardRestore(_tree(params, opt_state)))
         except Exception as error:
             raise OSError(
                 f"the checkpoint of step {step} in {self.folder} cannot be restored ({_first_line(error)}): "
@@ -52,6 +51,11 @@ class Checkpoints:
 
     def close(self) -> None:
         self._manager.close()
+
+
+def abstract(tree: Any) -> Any:
+    """Shape, dtype and sharding of every leaf, without its memory."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
 def nbytes(*trees: Any) -> int:

@@ -116,6 +116,10 @@ def _build(kind: type, values: dict, prefix: str, problems: list[str]) -> Any:
 
 
 def _checked(value: Any, hint: Any, name: str, problems: list[str]) -> Any:
+    if hint == tuple[str, ...]:
+        if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
+            problems.append(f"{name} is {value!r}: it must be a tuple of names")
+        return lambda: tuple(value)
     allowed = typing.get_args(hint) or (hint,)
     if float in allowed and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)

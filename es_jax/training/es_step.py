@@ -47,6 +47,7 @@ def update(
     gradient = jax.lax.with_sharding_constraint(gradient, shardings)
     updates, opt_state = build_optimizer(config, params)[0].update(gradient, opt_state, params)
     params = jax.lax.with_sharding_constraint(optax.apply_updates(params, updates), shardings)
+    opt_state = jax.lax.with_sharding_constraint(opt_state, param_shardings(mesh, opt_state))
     base = optax.tree_utils.tree_get(opt_state, "anchor") if base is None else base
     return params, opt_state, _distance(params, base)
 
@@ -117,19 +118,23 @@ class Evaluator:
     ) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
         """Every member on every batch: (member, batch, tokens [B, L], length [B]), graded while the next one decodes.
 
-        Where lanes are left over in the last round, their rows are padding and they decode nothing.
+        Where lanes are left over in the last round, their rows are padding and they decode nothing. The weights of one
+        round are gone before those of the next are made.
         """
         count = len(members)
         pending: list = []
         for first in range(0, count, self.lanes):
             index = np.arange(first, first + self.lanes)
             lanes = members[np.minimum(index, count - 1)]
+            jax.block_until_ready([outputs for _, outputs in pending])
             perturbed = self._perturb(params, self._placed(lanes))
             for batch, (tokens, positions) in enumerate(batches):
                 own = [(i, batch) for i in index if i < count]
                 live = (index < count)[:, None, None]
                 rows = (np.repeat(tokens[None], self.lanes, 0), np.where(live, positions[None], np.int32(-1)))
                 pending.append((own, self._decode(perturbed, *self._placed(rows))))
+                if batch + 1 == len(batches):
+                    del perturbed
                 if len(pending) > 1:
                     yield from _unpack(pending.pop(0))
         for item in pending:

@@ -11,6 +11,7 @@ from es_jax.es.noise import NOISES
 from es_jax.es.population import Population
 from es_jax.es.shaping import SHAPINGS
 from es_jax.optim.chains import OPTIMIZERS
+from es_jax.tasks import TASKS
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -82,6 +83,8 @@ class ESConfig:
       antithetic: members are pairs θ ± σε; N even.
       noise: "gaussian", or "shared_seed" as published (equal-shaped parameters share noise; arithmetic in param_dtype).
       shaping: "z_score" as published, or "centered_rank".
+      rewards: "task", or "random" to draw them from a normal distribution instead: the control experiment that shows
+        what the random walk does by itself. Members are still decoded and graded for the metrics.
       nan_rewards: "error", or "worst" to count a member whose reward is not finite as the worst of its step.
     """
 
@@ -90,13 +93,20 @@ class ESConfig:
     antithetic: bool = False
     noise: str = "gaussian"
     shaping: str = "z_score"
+    rewards: str = "task"
     nan_rewards: str = "error"
 
     def __post_init__(self):
         Population(self.population, seed=0, antithetic=self.antithetic)
         if not (self.sigma > 0 and math.isfinite(self.sigma)):
             raise ValueError(f"es.sigma is {self.sigma}: the noise scale must be above 0 (the papers use 1e-3)")
-        for field, known in (("noise", NOISES), ("shaping", SHAPINGS), ("nan_rewards", ("error", "worst"))):
+        choices = {
+            "noise": NOISES,
+            "shaping": SHAPINGS,
+            "rewards": ("task", "random"),
+            "nan_rewards": ("error", "worst"),
+        }
+        for field, known in choices.items():
             if getattr(self, field) not in known:
                 raise ValueError(unknown(f"es.{field}", getattr(self, field), known))
 
@@ -214,14 +224,19 @@ class EvalsConfig:
 
     Attributes:
       every: steps between evaluations; 0 is never.
-      size: how many test rows.
+      size: how many test rows, of each task.
+      tasks: other tasks to evaluate besides the one that is trained; they use their own rows.
     """
 
     every: int = 25
     size: int = 200
+    tasks: tuple[str, ...] = ()
 
     def __post_init__(self):
         _positive(self, "evals", "size")
+        for name in self.tasks:
+            if name not in TASKS:
+                raise ValueError(unknown("task in evals.tasks", name, TASKS))
         if self.every < 0:
             raise ValueError(f"evals.every is {self.every}: it must be 0 (never) or more")
 
@@ -231,8 +246,8 @@ class MeshConfig:
     """The device mesh: groups of devices that hold a member each, and devices in a group.
 
     Attributes:
-      pop: groups; None is all the devices there are, divided by `model`.
-      model: devices that share one member.
+      pop: groups; None is as many as there are devices.
+      model: devices that share one member: 1, until a member can be cut over several.
     """
 
     pop: int | None = None
@@ -240,3 +255,5 @@ class MeshConfig:
 
     def __post_init__(self):
         _positive(self, "mesh", "pop", "model")
+        if self.model != 1:
+            raise ValueError(f"mesh.model is {self.model}: members cannot be cut over devices yet; set it to 1")

@@ -1,6 +1,9 @@
 """The training loop: members → rewards → weights → estimate and update → seed log."""
 
 import dataclasses
+import hashlib
+import itertools
+import json
 import logging
 import math
 import time
@@ -8,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from ml_collections import config_dict
 
@@ -20,9 +24,9 @@ from es_jax.generate.engine import Engine
 from es_jax.tasks import get_task
 from es_jax.tasks.task import Example, Task
 from es_jax.training import workdir as rundir
-from es_jax.training.checkpoint import Checkpoints, nbytes
+from es_jax.training.checkpoint import Checkpoints, abstract, nbytes
 from es_jax.training.config import RunConfig, freeze
-from es_jax.training.es_step import Evaluator
+from es_jax.training.es_step import Evaluator, compute_dtype
 from es_jax.training.grading import Graded, grade
 from es_jax.training.heldout import evaluate_rows, summary
 from es_jax.training.recorder import Recorder
@@ -64,10 +68,13 @@ def run(config: RunConfig | config_dict.ConfigDict | dict, workdir: str | Path) 
         rewards that are not finite or a full disk, at their step. Finished steps stay.
     """
     config, workdir = config if isinstance(config, RunConfig) else freeze(config), Path(workdir)
-    task = make_task(config)
-    train, test = task.train(config.task.train_size), task.test(config.evals.size) if config.evals.every else []
+    if jax.process_count() > 1:
+        raise ValueError(f"{jax.process_count()} processes: a run is one process yet; start it on one host")
+    tasks = {config.task.name: make_task(config)} | {name: get_task(name) for name in config.evals.tasks}
+    train = tasks[config.task.name].train(config.task.train_size)
+    tests = {name: task.test(config.evals.size) for name, task in tasks.items()} if config.evals.every else {}
     with rundir.claim(workdir):
-        return _Run(config, workdir, task=task, train=train, test=test).train()
+        return _Run(config, workdir, tasks=tasks, train=train, tests=tests).train()
 
 
 def make_task(config: RunConfig) -> Task:
@@ -79,27 +86,25 @@ def make_task(config: RunConfig) -> Task:
 class _Run:
     """One process's run of the loop. `__init__` checks and loads everything and brings the state to the last step."""
 
-    def __init__(
-        self, config: RunConfig, workdir: Path, *, task: Task, train: Sequence[Example], test: Sequence[Example]
-    ):
-        self.config, self.workdir, self.task, self.examples, self.tests = config, workdir, task, train, test
+    def __init__(self, config: RunConfig, workdir: Path, *, tasks: dict[str, Task], train: list[Example], tests: dict):
+        self.config, self.workdir, self.tasks, self.examples, self.tests = config, workdir, tasks, train, tests
         self.mesh = make_mesh(config.mesh.pop, config.mesh.model)
-        self.model = load_base(config, self.mesh)
-        params = self.model.params
-        self.prompts = list(self._encoded("train", train))
-        self.test_prompts = list(self._encoded("test", test))
-        notes = {"parameters": count(params), "stop_ids": list(self.model.stop_ids)}
-        rundir.settle(workdir, config, digest=self.model.digest, notes=notes)
-        self.model = dataclasses.replace(self.model, params={})  # the first update donates them
+        model = load_base(config, self.mesh)
+        self.dim = count(model.params)
+        self.model = dataclasses.replace(model, params={})  # the state alone holds weights: updates donate them
+        self.prompts = list(self._encoded(config.task.name, train))
+        self.test_prompts = {name: list(self._encoded(name, rows)) for name, rows in tests.items()}
+        self.log = SeedLog(workdir)
+        rundir.settle(workdir, config, identity=self._identity(), started=bool(self.log.entries))
         self.evaluator = Evaluator(config, self._engine(), self.mesh)
         self.population = Population(config.es.population, seed=config.train.seed, antithetic=config.es.antithetic)
-        self.state = State(config, self.mesh, params)
-        self.log = SeedLog(workdir)
         self.checkpoints = Checkpoints(workdir, keep=config.train.keep)
+        self.state = State(config, self.mesh, model.params)
+        del model
         self._resume()
         rundir.check_space(workdir, nbytes(self.state.params, self.state.opt_state))
-        self.recorder = Recorder(config, workdir, dim=count(params), finished=self.log.entries)
-        self.recorder.progress.say(f"{count(params):,} weights, {self.mesh.size} devices, {self.state.sentence}")
+        self.recorder = Recorder(config, workdir, dim=self.dim, finished=self.log.entries, tasks=list(tests))
+        self.recorder.progress.say(f"{self.dim:,} weights, {self.mesh.size} devices, {self.state.sentence}")
 
     def train(self) -> RunResult:
         """Run the loop to its end; what is open is closed however it ends."""
@@ -108,11 +113,18 @@ class _Run:
             step = len(self.log.entries)
             (self.workdir / "DONE").write_text(f"{step}\n")
         finally:
-            self.recorder.close()
             self.checkpoints.close()
-        return RunResult(self.workdir, step, self.state.params, self.recorder.reward, self.recorder.heldout.last)
+            self.recorder.close()
+        return RunResult(
+            self.workdir,
+            step,
+            self.state.params,
+            self.recorder.reward,
+            self.recorder.heldout[self.config.task.name].last,
+        )
 
     def _loop(self) -> None:
+        (self.workdir / "DONE").unlink(missing_ok=True)
         shape, config = SHAPINGS[self.config.es.shaping], self.config
         start = len(self.log.entries)
         self._finish_step(start)
@@ -121,6 +133,8 @@ class _Run:
             members = self.population.members(step)
             graded = self._evaluate(step, members)
             rewards = np.array([np.mean([g.score.reward for g in mine]) for mine in graded])
+            if config.es.rewards == "random":
+                rewards = rng.random_rewards(config.train.seed, step, len(members))
             weights = shape(rewards, nan_rewards=config.es.nan_rewards)
             entry = Entry.of(step, members, rewards=rewards, weights=weights)
             scored = time.monotonic()
@@ -131,20 +145,38 @@ class _Run:
             self.log.append(entry)
             self._finish_step(step)
 
-    def _encoded(self, split: str, examples: Sequence[Example]) -> Iterator[list[int]]:
+    def _identity(self) -> dict[str, Any]:
+        """What a run is besides its fields, as config.json keeps it."""
+        rows = [[e.prompt, e.answer, dict(e.meta)] for e in self.examples]
+        content = json.dumps([rows, self.prompts, self.test_prompts], default=str).encode()
+        return {
+            "digest": self.model.digest,
+            "rows": hashlib.sha256(content).hexdigest(),
+            "compute_dtype": str(compute_dtype(self.config)),
+            "parameters": self.dim,
+            "stop_ids": list(self.model.stop_ids),
+        }
+
+    def _encoded(self, task: str, examples: Sequence[Example]) -> Iterator[list[int]]:
         limit = self.config.decode.max_prompt
         for example in examples:
             ids = encode_prompt(self.model.tokenizer, example.prompt)
             if not 1 <= len(ids) <= limit:
                 raise ValueError(
-                    f"{split} prompt {example.id!r} of task {self.config.task.name!r} has {len(ids)} tokens: it must "
+                    f"prompt {example.id!r} of task {task!r} has {len(ids)} tokens: it must "
                     f"have 1 to decode.max_prompt = {limit}; raise decode.max_prompt or take the row out"
                 )
             yield ids
 
     def _engine(self) -> Engine:
         decode, total = self.config.decode, self.config.task.prompts_per_step or len(self.examples)
-        longest = max(len(ids) for ids in [*self.prompts, *self.test_prompts])
+        longest = max(len(ids) for ids in itertools.chain(self.prompts, *self.test_prompts.values()))
+        room = self.model.config.max_positions - longest
+        if decode.max_new > room:
+            raise ValueError(
+                f"decode.max_new is {decode.max_new} and the longest prompt has {longest} tokens, more than the "
+                f"model's context of {room + longest}: set decode.max_new to at most {room}"
+            )
         return Engine(
             self.model.config,
             slots=math.ceil(total / math.ceil(total / decode.slots)),  # batches of equal size
@@ -167,9 +199,9 @@ class _Run:
                 "seedlog.jsonl, or delete the newer checkpoints"
             )
         if saved is not None:
-            self.state.params, self.state.opt_state = self.checkpoints.restore(
-                saved, self.state.params, self.state.opt_state
-            )
+            like = abstract((self.state.params, self.state.opt_state))
+            self.state.params = self.state.opt_state = None  # their memory is the checkpoint's now
+            self.state.params, self.state.opt_state = self.checkpoints.restore(saved, *like)
         for entry in self.log.entries[saved or 0 :]:
             self.state.apply(entry)
         if done:
@@ -192,7 +224,7 @@ class _Run:
         graded: list[list[Graded]] = [[] for _ in range(len(members))]
         for member, batch, tokens, length in self.evaluator.members(self.state.params, members, batches):
             mine = examples[batch * slots : (batch + 1) * slots]
-            graded[member] += grade(self.task, self.model, mine, tokens, length)
+            graded[member] += grade(self.tasks[self.config.task.name], self.model, mine, tokens, length)
             if len(graded[member]) == len(examples):
                 self.recorder.progress.members(1)
         return graded
@@ -203,9 +235,10 @@ class _Run:
         final = step == train.steps
         if (final or step % train.checkpoint_every == 0) and (self.checkpoints.latest() or 0) < step:
             self.checkpoints.save(step, self.state.params, self.state.opt_state)
-        if every and (final or step % every == 0) and step not in self.recorder.heldout.steps:
-            batches = self.evaluator.engine.batches(self.test_prompts)
-            graded = evaluate_rows(
-                self.evaluator, self.task, self.model, self.state.params, examples=self.tests, batches=batches
-            )
-            self.recorder.evaluation(summary(step, graded))
+        for name, examples in self.tests.items():
+            if (final or step % every == 0) and step not in self.recorder.heldout[name].steps:
+                batches = self.evaluator.engine.batches(self.test_prompts[name])
+                graded = evaluate_rows(
+                    self.evaluator, self.tasks[name], self.model, self.state.params, examples=examples, batches=batches
+                )
+                self.recorder.evaluation(name, summary(step, graded))

@@ -1,12 +1,16 @@
 """What a run writes about itself: jsonl files, TensorBoard, and the lines a person watches."""
 
 import json
+import math
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 from tqdm.auto import tqdm
 
 from es_jax.training.workdir import writing
@@ -24,15 +28,22 @@ class Jsonl:
         self.last = kept[-1] if kept else None
         if len(kept) < len(rows) or (path.exists() and not path.read_bytes().endswith(b"\n")):
             partial = path.with_suffix(".tmp")
-            partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
-            os.replace(partial, path)
+            with writing(path):
+                partial.write_text("".join(_line(row) for row in kept))
+                os.replace(partial, path)
 
     def write(self, *rows: dict[str, Any]) -> None:
         with writing(self.path), open(self.path, "a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+            file.writelines(_line(row) for row in rows)
         for row in rows:
             self.steps.add(row["step"])
             self.last = row
+
+
+def _line(row: dict[str, Any]) -> str:
+    """One row of JSON; NaN and infinity, which JSON has not, as null."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -53,11 +64,21 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 class Metrics:
-    """metrics.jsonl and TensorBoard, the same numbers in both."""
+    """metrics.jsonl and TensorBoard, the same numbers in both.
+
+    Events are written by the caller's thread: the usual writer has its own, which dies of a full disk unheard.
+    """
 
     def __init__(self, workdir: Path, *, last_step: int):
         self._jsonl = Jsonl(workdir / "metrics.jsonl", last_step=last_step)
-        self._board = SummaryWriter(str(workdir / "tb"), purge_step=last_step + 1)
+        self._folder = workdir / "tb"
+        with writing(self._folder):
+            self._folder.mkdir(exist_ok=True)
+            self._board = EventsWriter(str(self._folder / "events"))
+        restart = SessionLog(
+            status=SessionLog.START
+        )  # TensorBoard drops what an earlier session wrote behind this step
+        self._event(Event(step=last_step + 1, session_log=restart))
 
     def write(self, row: dict[str, Any], *, prefix: str = "train") -> None:
         """A step's row; numbers go to TensorBoard under `prefix`."""
@@ -65,7 +86,14 @@ class Metrics:
             self._jsonl.write(row)
         for name, value in row.items():
             if name != "step" and isinstance(value, int | float):
-                self._board.add_scalar(f"{prefix}/{name}", value, row["step"])
+                self._event(Event(step=row["step"], summary=scalar(f"{prefix}/{name}", value)))
+        with writing(self._folder):
+            self._board.flush()
+
+    def _event(self, event: Event) -> None:
+        event.wall_time = time.time()
+        with writing(self._folder):
+            self._board.write_event(event)
 
     def close(self) -> None:
         self._board.close()
@@ -103,7 +131,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """A line above the bar."""
-        self._bar.write(text)
+        self._bar.write(text, file=sys.stderr)
 
     def close(self) -> None:
         self._bar.close()

@@ -17,13 +17,14 @@ from es_jax.training.seedlog import Entry
 class Recorder:
     """Writes the rows of a run's directory, from behind the last of the finished steps given."""
 
-    def __init__(self, config: RunConfig, workdir: Path, *, dim: int, finished: Sequence[Entry]):
+    def __init__(self, config: RunConfig, workdir: Path, *, dim: int, finished: Sequence[Entry], tasks: Sequence[str]):
         self._config, self._dim, done = config, dim, len(finished)
         self._metrics = Metrics(workdir, last_step=done)
         self._samples = Jsonl(workdir / "samples.jsonl", last_step=done)
-        self.heldout = Jsonl(workdir / "evals" / f"{config.task.name}.jsonl", last_step=done)
+        files = {name: workdir / "evals" / f"{name}.jsonl" for name in {config.task.name: 0, **dict.fromkeys(tasks)}}
+        self.heldout = {name: Jsonl(file, last_step=done) for name, file in files.items()}
         self.progress = Progress(steps=config.train.steps, done=done, population=config.es.population)
-        self.reward = float(np.mean(finished[-1].rewards)) if finished else None
+        self.reward = float(np.mean(np.array(finished[-1].rewards, float))) if finished else None
         self._walked = 0.0
         for entry in finished:
             self._walk(entry)
@@ -33,7 +34,7 @@ class Recorder:
     ) -> None:
         """A step's row in metrics.jsonl and TensorBoard, its samples, and its line on the screen."""
         self._walk(entry)
-        rewards, everyone = np.array(entry.rewards), [g for mine in graded for g in mine]
+        rewards, everyone = np.array(entry.rewards, float), [g for mine in graded for g in mine]
         self.reward = float(rewards.mean())
         tokens, total = sum(g.length for g in everyone), sum(seconds.values())
         row = {
@@ -54,12 +55,12 @@ class Recorder:
         self._samples.write(*(_sample(entry.step, g) for g in graded[0][: self._config.train.samples]))
         self.progress.step(row)
 
-    def evaluation(self, row: dict[str, Any]) -> None:
-        """A row of held-out accuracy."""
-        self.heldout.write(row)
-        self._metrics.write(row, prefix=f"evals/{self._config.task.name}")
+    def evaluation(self, task: str, row: dict[str, Any]) -> None:
+        """A row of a task's held-out accuracy."""
+        self.heldout[task].write(row)
+        self._metrics.write(row, prefix=f"evals/{task}")
         self.progress.say(
-            f"step {row['step']}: held-out accuracy {row['accuracy']:.3f}, "
+            f"step {row['step']}: {task} held-out accuracy {row['accuracy']:.3f}, "
             f"reward {row['reward']:.4f} ± {row['reward_se'] or 0:.4f} on {row['n']} rows"
         )
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from es_jax.es.population import Members
-from es_jax.training.workdir import writing
+from es_jax.training.workdir import sync_folder, writing
 
 NAME = "seedlog.jsonl"
 
@@ -21,7 +21,7 @@ class Entry:
     Attributes:
       step: 1, 2, …
       seeds, signs, paired: the members, as in `Members`.
-      rewards: [N] as scored, before shaping.
+      rewards: [N] as scored, before shaping; None for one that was not finite.
       weights: [N] float32 as the estimate used them; JSON carries them exactly.
     """
 
@@ -29,13 +29,14 @@ class Entry:
     seeds: list[int]
     signs: list[int]
     paired: bool
-    rewards: list[float]
+    rewards: list[float | None]
     weights: list[float]
 
     @classmethod
     def of(cls, step: int, members: Members, *, rewards: np.ndarray, weights: np.ndarray) -> "Entry":
         signs = [int(sign) for sign in np.asarray(members.sign)]
-        return cls(step, np.asarray(members.seed).tolist(), signs, members.paired, rewards.tolist(), weights.tolist())
+        finite = [float(r) if np.isfinite(r) else None for r in rewards]
+        return cls(step, np.asarray(members.seed).tolist(), signs, members.paired, finite, weights.tolist())
 
     @property
     def members(self) -> Members:
@@ -52,9 +53,10 @@ class SeedLog:
         self.path = Path(workdir) / NAME
         self.entries = _read(self.path)
         if writable:
-            whole = sum(len(_line(entry)) for entry in self.entries)
-            with open(self.path, "ab") as file:
-                file.truncate(whole)
+            with writing(self.path), open(self.path, "a+b") as file:
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
+                sync_folder(self.path.parent)
 
     def append(self, entry: Entry) -> None:
         """Write the step's line and force it to disk."""

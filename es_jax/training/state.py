@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from es_jax.core.mesh import leaf_sharding, make_mesh
+from es_jax.core.mesh import leaf_sharding, make_mesh, param_shardings
 from es_jax.optim.chains import build_optimizer
 from es_jax.training import workdir as rundir
 from es_jax.training.config import RunConfig
@@ -41,12 +41,15 @@ class State:
     """
 
     def __init__(self, config: RunConfig, mesh: Mesh, params: Any):
+        if not jax.config.jax_threefry_partitionable:  # type: ignore[attr-defined]
+            raise ValueError("jax_threefry_partitionable is off, which changes the noise: unset it and start again")
         self._config, self._mesh = config, mesh
         tx, self.sentence = build_optimizer(config, params)
         anchored = config.optim.anchor.penalty != "none"
         self._base = None if anchored else jax.tree.map(jnp.copy, params)
         self.params = params
-        self.opt_state = jax.jit(tx.init)(params)
+        shardings = param_shardings(mesh, jax.eval_shape(tx.init, params))  # by shape alone, as the parameters' own are
+        self.opt_state = jax.jit(tx.init, out_shardings=shardings)(params)
         self.drift: jax.Array | float = 0.0
 
     def apply(self, entry: Entry) -> None:

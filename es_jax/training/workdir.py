@@ -52,32 +52,36 @@ def claim(workdir: Path) -> Any:
     return lock
 
 
-def settle(workdir: Path, config: RunConfig, *, digest: str, notes: dict[str, Any]) -> None:
+def settle(workdir: Path, config: RunConfig, *, identity: dict[str, Any], started: bool) -> None:
     """Write config.json, or check that the run that is there is this one.
 
+    Args:
+      workdir: the run's directory.
+      config: its config.
+      identity: what else a run is, by name: digests of base weights and of prompts, the compute dtype, …
+      started: whether it has a finished step. Without one the directory is taken over, whatever it was meant for.
+
     Raises:
-      ValueError: the directory holds a run of another config or of other base weights; the differing fields are named.
+      ValueError: the directory holds a run of another config, base weights or rows; what differs is named.
     """
-    now = {"config": dataclasses.asdict(config), "digest": digest, **notes, "versions": _versions()}
-    path = workdir / "config.json"
-    if not path.exists():
-        if (workdir / "seedlog.jsonl").exists():
-            raise ValueError(
-                f"{workdir} has a seedlog.jsonl but no config.json: restore it, or choose another --workdir"
-            )
-        return _write(path, now)
+    fields = json.loads(json.dumps(dataclasses.asdict(config)))  # as they are read back: lists for tuples
+    versions, path = _versions(), workdir / "config.json"
+    if not (path.exists() or started):
+        return _write(path, {"config": fields, **identity, "versions": versions})
     then = read(workdir)
-    old, new = _flat(then["config"]), _flat(now["config"])
+    old, new = _flat(then["config"]), _flat(fields)
     changed = [name for name in new if name not in CHANGEABLE and old.get(name) != new[name]]
     differing = [f"{name} was {old.get(name)!r} and is {new[name]!r}" for name in changed]
-    if then["digest"] != digest:
-        differing.append(f"the base weights were {then['digest'][:12]}… and are {digest[:12]}…")
-    if differing:
+    differing += [f"{k} was {then.get(k)!r} and is {v!r}" for k, v in identity.items() if then.get(k) != v]
+    if differing and started:
         raise ValueError(
             f"{workdir} holds a run of another config: {'; '.join(differing)}. Choose another --workdir, or set the "
             "fields back"
         )
-    _write(path, {**then, "config": now["config"], "versions": now["versions"]})
+    if differing:
+        shutil.rmtree(workdir / "evals", ignore_errors=True)  # of the weights before the first step, for that config
+        return _write(path, {"config": fields, **identity, "versions": versions})
+    _write(path, {**then, "config": fields, "resumed": [*then.get("resumed", []), versions]})
 
 
 def read(workdir: Path) -> dict[str, Any]:
@@ -90,9 +94,10 @@ def read(workdir: Path) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: {workdir} is not a run's directory")
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): restore it, or choose another --workdir") from None
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {**content, "config": content["config"], "digest": content["digest"]}
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}): restore it, or choose another --workdir") from None
 
 
 def read_config(workdir: Path) -> RunConfig:
@@ -127,8 +132,22 @@ def check_space(workdir: Path, needed: int) -> None:
 
 def _write(path: Path, content: dict[str, Any]) -> None:
     partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(partial, path)
+    with writing(path):
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write(json.dumps(content, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Force a folder's entries to disk, so that a new file in it survives a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -141,7 +141,10 @@ def _placer(mesh: jax.sharding.Mesh | None, shardings: Shardings | None) -> conv
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): fetch the model again") from None
 
 
 def _write_json(path: Path, fields: dict[str, Any]) -> None:

@@ -47,7 +47,10 @@ def find_files(folder: Path) -> tuple[Path, ...]:
     Raises FileNotFoundError when there are none (saying how to convert .bin files) or shards are missing.
     """
     if (folder / INDEX).exists():
-        names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ValueError(f"{folder / INDEX} is damaged ({error!r}): fetch the model again") from None
         missing = [name for name in names if not (folder / name).exists()]
         if missing:
             raise FileNotFoundError(f"{folder}: shards named in {INDEX} are missing: {', '.join(missing)}")

@@ -102,10 +102,10 @@ def render(tokenizer: Any, prompt: Prompt) -> str:
         )
     messages = [dict(message) for message in prompt]
     if messages[-1]["role"] != "assistant":
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return _templated(tokenizer, messages, add_generation_prompt=True)
     opening = messages[-1]["content"]
     messages[-1]["content"] = opening + _SENTINEL  # so that a template that trims cannot trim the opening
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
+    text = _templated(tokenizer, messages, add_generation_prompt=False)
     rendered, found, _ = text.rpartition(_SENTINEL)
     if not found or not rendered.endswith(opening.lstrip()):
         raise ValueError(
@@ -113,6 +113,19 @@ def render(tokenizer: Any, prompt: Prompt) -> str:
             "a user message, or give the prompt as plain text"
         )
     return rendered
+
+
+def _templated(tokenizer: Any, messages: list[dict[str, Any]], *, add_generation_prompt: bool) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise ValueError(
+            f"the model's chat template refuses messages of the roles {roles} ({error}): change the prompt's roles, or "
+            "give it as plain text"
+        ) from None
 
 
 def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:

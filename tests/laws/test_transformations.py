@@ -79,6 +79,28 @@ def test_behind_every_optimizer(optimizer, penalty):
 
 
 @every_penalty
+def test_published_arithmetic_rounds_every_result(penalty):
+    """In float16 the step, the difference, the shrinking and the sum are rounded one by one."""
+    anchor, theta, u = (0.025 * np.random.default_rng(i).standard_normal(4000) for i in range(3))
+    rate = 0.005 if penalty == "l2" else 5e-6
+    a, p, step = (x.astype(np.float16) for x in (anchor, theta, 1e-2 * u))
+    moved = (p + step) - a
+    if penalty == "l2":
+        moved = np.float16(1 - rate) * moved
+    else:
+        moved = np.sign(moved) * np.maximum(np.abs(moved) - np.float16(rate), np.float16(0))
+    tx = awd(rate, penalty=penalty, arithmetic="param")
+    updates, _ = tx.update({"w": jnp.asarray(step)}, tx.init({"w": jnp.asarray(a)}), {"w": jnp.asarray(p)})
+    got = np.asarray(optax.apply_updates({"w": jnp.asarray(p)}, updates)["w"])
+    np.testing.assert_allclose(got, a + moved, rtol=2e-3, atol=1e-6)
+    plain, _ = awd(rate, penalty=penalty).update({"w": jnp.asarray(step)}, tx.init({"w": a}), {"w": jnp.asarray(p)})
+    exact = np.asarray(optax.apply_updates({"w": jnp.asarray(p)}, plain)["w"])
+    assert np.mean(got == a + moved) > 0.9 > np.mean(exact == a + moved)
+    with pytest.raises(ValueError, match="arithmetic is 'f16'"):
+        awd(0.1, arithmetic="f16")
+
+
+@every_penalty
 def test_rate_0_is_the_identity(penalty):
     params, u = tree(), tree(1)
     updates, _ = awd(0.0, penalty=penalty).update(u, awd(0.0).init(tree(2)), params)
