@@ -244,8 +244,14 @@ def test_a_directory_of_another_run_is_refused(whole, tiny_model, tmp_path):
         run(dataclasses.replace(config, es=es), workdir)
     with pytest.raises(ValueError, match=r"train\.steps is 2 but .* has 6 finished steps"):
         run(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=2)), workdir)
-    other = tmp_path / "model"
-    shutil.copytree(tiny_model, other)
+    with pytest.raises(ValueError, match="rows was"):
+        longer = dataclasses.replace(config.evals, size=3)
+        changed = dataclasses.replace(config, evals=longer)
+        content = json.loads((workdir / "config.json").read_text())
+        shutil.copytree(workdir, tmp_path / "rows")
+        content["config"]["evals"]["size"] = 3
+        (tmp_path / "rows/config.json").write_text(json.dumps(content))
+        run(changed, tmp_path / "rows")
     shutil.copytree(workdir, tmp_path / "run")
     content = json.loads((tmp_path / "run/config.json").read_text()) | {"digest": "0" * 64}
     (tmp_path / "run/config.json").write_text(json.dumps(content))
@@ -253,6 +259,51 @@ def test_a_directory_of_another_run_is_refused(whole, tiny_model, tmp_path):
         run(config, tmp_path / "run")
     with pytest.raises(ValueError, match="digests differ"):
         next(replay(tmp_path / "run"))
+
+
+def test_a_directory_without_a_finished_step_may_be_taken_over(whole, tmp_path, monkeypatch):
+    """A first try that ended before its first step, out of memory say, does not pin the directory to its config."""
+    config = whole[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(State, "apply", lambda *a: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            es = dataclasses.replace(config.es, sigma=0.07)
+            run(dataclasses.replace(config, es=es), tmp_path)
+    assert (tmp_path / "evals/conciseness.jsonl").exists()
+    check_resumed(config, tmp_path, whole)
+
+
+def test_other_tasks_are_evaluated_beside_the_one_trained(tiny_model, tmp_path):
+    evals = {"every": 1, "size": 3, "tasks": ("lab-add", "lab-compare")}
+    config = config_of(tiny_model, train={"steps": 1, "checkpoint_every": 5}, evals=evals)
+    run(config, tmp_path)
+    for name in ("conciseness", "lab-add", "lab-compare"):
+        rows = read_jsonl(tmp_path / "evals" / f"{name}.jsonl")
+        assert [(row["step"], row["n"]) for row in rows] == [(0, 3), (1, 3)]
+    run(config, tmp_path)  # config.json holds lists for tuples, and still is this run's
+
+
+def test_random_rewards_walk_as_far_as_real_ones(tiny_model, whole, tmp_path):
+    es = {"population": 6, "sigma": 0.05, "rewards": "random"}
+    run(config_of(tiny_model, es=es), tmp_path)
+    ours, theirs = (read_jsonl(folder / "metrics.jsonl")[-1] for folder in (tmp_path, whole[1]))
+    assert ours["drift_theory"] == pytest.approx(theirs["drift_theory"], rel=1e-4)
+    assert ours["drift"] == pytest.approx(theirs["drift"], rel=0.03)
+    assert ours["reward_mean"] != theirs["reward_mean"]
+
+
+def test_optimizer_state_is_cut_over_the_devices_like_the_weights(tiny_model):
+    from es_jax.training.state import load_base
+
+    optim = {"name": "adam", "anchor": {"penalty": "l2", "strength": 1.0}}
+    config, mesh = config_of(tiny_model, optim=optim), make_mesh()
+    params = load_base(config, mesh).params
+    state = State(config, mesh, params)
+    where = {leaf.shape: leaf.sharding for leaf in jax.tree.leaves(params)}
+    held = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
+    assert len(held) == 3 * len(jax.tree.leaves(params))  # two moments and the anchor
+    assert all(leaf.sharding.is_equivalent_to(where[leaf.shape], leaf.ndim) for leaf in held)
+    assert any(not sharding.is_fully_replicated for sharding in where.values())
 
 
 def test_two_processes_cannot_train_in_one_directory(whole):
