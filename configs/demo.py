@@ -1,7 +1,7 @@
 """The demo of `make demo`: a real model, a few steps, a few minutes on a laptop CPU.
 
-SmolLM2-135M-Instruct learns to answer in fewer characters, with AWD: N = 4, 2 prompts, 16 new tokens, 6 steps. It
-shows the parts at work; six steps are too few to learn much.
+SmolLM2-135M-Instruct learns to answer in fewer characters, with AWD: N = 4, 2 prompts, 16 new tokens, 4 steps. It
+shows the parts at work; four steps are too few to learn much.
 
 Command:  make demo
 Needs:    2 GB of memory.
@@ -20,8 +20,8 @@ def get_config(argument: str = ""):
         es__population=4,
         decode__max_prompt=64,
         decode__max_new=16,
-        train__steps=6,
-        train__checkpoint_every=3,
-        evals__every=6,
+        train__steps=4,
+        train__checkpoint_every=2,
+        evals__every=4,
         evals__size=2,
     )

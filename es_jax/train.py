@@ -25,7 +25,9 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments {argv[1:]}: fields are set with --config.group.field=value")
     logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger("es_jax").setLevel(logging.INFO)
-    from es_jax.training.loop import run  # JAX starts only when the flags are good
+    from jax.errors import JaxRuntimeError  # JAX starts only when the flags are good
+
+    from es_jax.training.loop import run
 
     try:
         result = run(_CONFIG.value, str(_WORKDIR.value))
@@ -33,6 +35,13 @@ def main(argv: list[str]) -> None:
         if _TRACEBACK.value:
             raise
         sys.exit(f"es_jax.train: {error}")
+    except JaxRuntimeError as error:
+        if _TRACEBACK.value or "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        sys.exit(
+            f"es_jax.train: out of memory ({str(error).splitlines()[0]}): lower decode.slots, decode.max_new or "
+            "decode.members_at_once, or use more devices; finished steps stay"
+        )
     except KeyboardInterrupt:
         sys.exit(f"es_jax.train: interrupted; the same command goes on from the last finished step of {_WORKDIR.value}")
     if _JSON.value:

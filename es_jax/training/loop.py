@@ -70,7 +70,7 @@ def run(config: RunConfig | config_dict.ConfigDict | dict, workdir: str | Path) 
     config, workdir = config if isinstance(config, RunConfig) else freeze(config), Path(workdir)
     if jax.process_count() > 1:
         raise ValueError(f"{jax.process_count()} processes: a run is one process yet; start it on one host")
-    tasks = {config.task.name: make_task(config)} | {name: get_task(name) for name in config.evals.tasks}
+    tasks = {name: get_task(name) for name in config.evals.tasks} | {config.task.name: make_task(config)}
     train = tasks[config.task.name].train(config.task.train_size)
     tests = {name: task.test(config.evals.size) for name, task in tasks.items()} if config.evals.every else {}
     with rundir.claim(workdir):
