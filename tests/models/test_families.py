@@ -82,5 +82,5 @@ def test_unread_fields_are_logged(caplog):
 def test_unknown_names_suggest():
     with pytest.raises(ValueError, match="did you mean 'qwen2'"):
         find_family("qwen3")
-    with pytest.raises(ValueError, match="architecture = 'LlamaForSequenceClassification'"):
+    with pytest.raises(ValueError, match="architecture 'LlamaForSequenceClassification': did you mean"):
         from_hf({**BASE, "architectures": ["LlamaForSequenceClassification"]})
