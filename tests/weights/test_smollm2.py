@@ -14,7 +14,8 @@ fishermen knew the sea by its colour.
 
 When the new keeper arrived he asked why, and an old woman, mending nets by the door, said that a number
 tells you when the water comes but never what it brings. He wrote that down, in a notebook he had meant to
-keep for measurements only, and the next morning he walked out to see."""
+keep for measurements only, and the next morning he walked out to see. It was grey,
+and the water, which had been expected at seven, came at a quarter past, without a word."""
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def test_logits_equal_transformers(smollm2, model):
     assert left.missing_keys in ([], ["lm_head.weight"]) and not left.unexpected_keys
     reference.tie_weights()
     ids = model.tokenizer.encode(TEXT)[:100]
-    assert len(ids) >= 90
+    assert len(ids) == 100
     with torch.no_grad():
         expected = reference(torch.tensor([ids])).logits.float().numpy()
     logits = jax.jit(Transformer(model.config).apply)(model.params, jnp.asarray([ids], jnp.int32))[0]
