@@ -4,8 +4,8 @@ SmolLM2-135M-Instruct learns to answer in fewer characters, with AWD: N = 4, 2 p
 shows the parts at work; four steps are too few to learn much.
 
 Command:  make demo
-Needs:    2 GB of memory.
-Reached:  not yet run.
+Needs:    7 minutes from a fresh clone on 2 busy CPU cores, set-up included; 41 to 62 s a step.
+Reached:  mean reward −59.1, −56.8, −57.0, −57.6 (members ± 1.5 to 3.9): nothing learnt; drift 5.363, theory 5.363.
 """
 
 from configs.common import configure
