@@ -1,9 +1,11 @@
 """Make the laboratory model: a Llama of 90 thousand weights that knows seven small tasks and guesses at an eighth.
 
-Question: none; it is the input of every laboratory experiment. The model that ships inside the package is seed 0's.
+Question: none; it is the input of every laboratory experiment.
 
 Command:  python -m experiments.pretrain_lab --seed=0 --out=runs/lab-0
-Cost and result: see the end of this docstring's table, filled in by the last run.
+Cost:     329 s on 2 CPU cores, with another run beside it.
+Result:   seed 0, share of 200 unseen problems: countdown 0.050, add 0.950, subtract 0.825, reverse 1.000, sort 1.000,
+          maximum 0.995, compare 0.995, count 0.990.
 """
 
 import argparse
@@ -14,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import trange
 from transformers import PreTrainedTokenizerFast
 
@@ -39,8 +41,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     words = ["<pad>", "<end>", *CHARACTERS]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>")
-    return fast
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>")
 
 
 def make_pool(kind: str, *, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -101,7 +103,6 @@ def accuracy(params, tokenizer, *, rows: int = 200) -> dict[str, float]:
         texts = [
             tokenizer.decode(t[:n], skip_special_tokens=True) for t, n in zip(done.tokens, done.length, strict=True)
         ]
-        texts = [text.replace(" ", "") for text in texts]
         out[task.name] = float(
             np.mean([task.score(e, t).parts["answer"] for e, t in zip(examples, texts, strict=True)])
         )
