@@ -1,11 +1,10 @@
 """The device mesh, and where the master weights live on it."""
 
+import math
 from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-
-from es_jax.core.tree import map_named
 
 POP, MODEL = "pop", "model"
 _MIN_SLICE = 128  # numbers; a smaller leaf is kept whole on every device, where its own program stays the same
@@ -43,10 +42,7 @@ def over_pop(mesh: Mesh) -> NamedSharding:
 
 def leaf_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
     """A master leaf, cut over every device along its last axis that divides; whole where no axis does."""
-    n = mesh.size
-    size = 1
-    for length in shape:
-        size *= length
+    n, size = mesh.size, math.prod(shape)
     for axis in reversed(range(len(shape))):
         if shape[axis] % n == 0 and size // n >= _MIN_SLICE:
             return NamedSharding(mesh, PartitionSpec(*[None] * axis, (POP, MODEL)))
@@ -55,4 +51,4 @@ def leaf_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
 
 def param_shardings(mesh: Mesh, params: Any) -> Any:
     """`leaf_sharding` of every leaf of a tree of arrays or `jax.ShapeDtypeStruct`s."""
-    return map_named(lambda name, leaf: leaf_sharding(mesh, leaf.shape), params)
+    return jax.tree.map(lambda leaf: leaf_sharding(mesh, leaf.shape), params)
