@@ -105,6 +105,8 @@ def resolve(source: str | Path, *, weights: bool = True) -> Path:
 
     Raises FileNotFoundError when it is neither here nor to be had, ValueError for a file of another kind.
     """
+    if str(source) == "lab":
+        return Path(__file__).parent / "lab"
     path = Path(source).expanduser()
     if path.is_dir():
         return path
