@@ -27,7 +27,9 @@ def prior_accuracy(workdir: str | Path, prior: Sequence[str]) -> np.ndarray:
     return np.mean([accuracies(workdir, task)[1] for task in prior], axis=0)
 
 
-def target_against_prior(runs: Mapping[str, str | Path], path: str | Path, *, target: str, prior: Sequence[str]) -> Path:
+def target_against_prior(
+    runs: Mapping[str, str | Path], path: str | Path, *, target: str, prior: Sequence[str]
+) -> Path:
     """Target accuracy against mean prior accuracy, a line a run, its points coloured by iteration.
 
     Args:

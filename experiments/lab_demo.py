@@ -28,11 +28,11 @@ def sentence(target: dict[str, float], prior: dict[str, float], base: float) -> 
     kept = lost["ES"] - lost["ES + AWD"]
     drift = lost["ES, random rewards"]
     change = target["ES + AWD"] - target["ES"]
+    cause = "the random walk forgets, not the task" if drift > 0.5 * lost["ES"] else "the task matters"
     return (
-        f"ES lost {lost['ES']:.2f} of the prior tasks' accuracy of {base:.2f}; random rewards, which teach nothing, lost "
-        f"{drift:.2f}, so {'the random walk forgets, not the task' if drift > 0.5 * lost['ES'] else 'the task matters'}. "
-        f"AWD {'kept' if kept > 0 else 'lost'} {abs(kept):.2f} more of it than ES alone, with {abs(change):.2f} "
-        f"{'more' if change >= 0 else 'less'} accuracy on the target."
+        f"ES lost {lost['ES']:.2f} of the prior tasks' accuracy of {base:.2f}; random rewards, which teach nothing, "
+        f"lost {drift:.2f}, so {cause}. AWD {'kept' if kept > 0 else 'lost'} {abs(kept):.2f} more of it than ES alone, "
+        f"with {abs(change):.2f} {'more' if change >= 0 else 'less'} accuracy on the target."
     )
 
 
@@ -42,7 +42,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    folders = {label: args.out / label.lower().replace(" + ", "-").replace(", ", "-").replace(" ", "-") for label in RUNS}
+    folders = {
+        label: args.out / label.lower().replace(" + ", "-").replace(", ", "-").replace(" ", "-") for label in RUNS
+    }
     for label, argument in RUNS.items():
         print(f"\n{label}", file=sys.stderr)
         if (folders[label] / "DONE").exists():  # a demo is to be seen: a finished one starts anew
@@ -56,7 +58,7 @@ def main() -> None:
     for label, folder in folders.items():
         row = read_jsonl(folder / "metrics.jsonl")[-1]
         print(f"{label:20} {target[label]:6.3f}  {prior[label]:6.3f}   {row['drift']:.3f} ({row['drift_theory']:.3f})")
-    print(f"\ntarget: accuracy on {TARGET}, 200 unseen problems; prior: mean over {len(PRIOR)} tasks it was not trained on")
+    print(f"\ntarget: accuracy on {TARGET}, 200 unseen problems; prior: mean over {len(PRIOR)} tasks not trained on")
     print(f"figure: {target_against_prior(folders, args.out / 'forgetting.png', target=TARGET, prior=PRIOR)}")
     print(f"\n{sentence(target, prior, base)}")
 

@@ -72,14 +72,19 @@ def table(lines: list[dict]) -> str:
     text = ["| run | runs | target | prior | prior − prior of ES, N=8 (paired) | drift | drift / closed form |"]
     text.append("|---|---|---|---|---|---|---|")
     base = {(x["model"],): x for x in lines if x["step"] == 0}.values()
-    text.append(f"| base | {len(base)} | " + " | ".join(mean_se([x[c] for x in base]) for c in (TARGET, "prior")) + " | | 0 | |")
+    text.append(
+        f"| base | {len(base)} | " + " | ".join(mean_se([x[c] for x in base]) for c in (TARGET, "prior")) + " | | 0 | |"
+    )
     for row in ROWS:
         own = {key[1:]: x for key, x in last.items() if key[0] == row}
         if not own:
             continue
         pairs = [x["prior"] - last[REFERENCE, *key]["prior"] for key, x in own.items() if (REFERENCE, *key) in last]
         cells = [str(len(own)), *(mean_se([x[c] for x in own.values()]) for c in (TARGET, "prior"))]
-        cells += [mean_se(pairs) if pairs and row != REFERENCE else "", f"{np.mean([x['drift'] for x in own.values()]):.2f}"]
+        cells += [
+            mean_se(pairs) if pairs and row != REFERENCE else "",
+            f"{np.mean([x['drift'] for x in own.values()]):.2f}",
+        ]
         cells += [f"{np.mean([x['drift'] / x['theory'] for x in own.values()]):.3f}"]
         text.append(f"| {row} | " + " | ".join(cells) + " |")
     return "\n".join(text)
@@ -87,14 +92,20 @@ def table(lines: list[dict]) -> str:
 
 def curves(lines: list[dict], path: Path) -> None:
     """Accuracy of every task over iterations, for three rows: means over runs."""
-    names = [row for row in (REFERENCE, "ES, N=8, AWD l2 0.01", "ES, N=8, random rewards") if any(x["row"] == row for x in lines)]
+    names = [
+        row
+        for row in (REFERENCE, "ES, N=8, AWD l2 0.01", "ES, N=8, random rewards")
+        if any(x["row"] == row for x in lines)
+    ]
     figure = Figure(figsize=(9, 3.4), layout="constrained", dpi=150)
     for axes, name in zip(figure.subplots(1, len(names), sharey=True, squeeze=False)[0], names, strict=True):
         mine = [x for x in lines if x["row"] == name]
         steps = sorted({x["step"] for x in mine})
         for i, task in enumerate((TARGET, *PRIOR)):
             means = [np.mean([x[task] for x in mine if x["step"] == step]) for step in steps]
-            style = {"color": "black", "linewidth": 2.2} if task == TARGET else {"linestyle": ["-", "--", ":", "-."][i % 4]}
+            style = (
+                {"color": "black", "linewidth": 2.2} if task == TARGET else {"linestyle": ["-", "--", ":", "-."][i % 4]}
+            )
             axes.plot(steps, means, label=task.removeprefix("lab-"), **style)
         axes.set(title=name, xlabel="iteration", ylim=(0, 1.03))
         axes.grid(alpha=0.3)
@@ -112,9 +123,16 @@ def sweep(lines: list[dict], path: Path) -> None:
     for column, color, name in ((TARGET, "tab:orange", "target"), ("prior", "tab:blue", "mean prior")):
         values = [[x[column] for x in last if x["row"].endswith(f"AWD l2 {rate:g}")] for rate in rates]
         axes.plot(rates, [np.mean(v) for v in values], marker="o", color=color, label=name)
-        axes.axhline(np.mean([x[column] for x in last if x["row"] == REFERENCE]), color=color, ls="--", label=f"{name}, λ = 0")
+        axes.axhline(
+            np.mean([x[column] for x in last if x["row"] == REFERENCE]), color=color, ls="--", label=f"{name}, λ = 0"
+        )
         axes.axhline(np.mean([x[column] for x in lines if x["step"] == 0]), color=color, ls=":", label=f"{name}, base")
-    axes.set(xscale="log", xlabel="αλ, the fraction of the drift taken away a step", ylabel="held-out accuracy", ylim=(0, 1.03))
+    axes.set(
+        xscale="log",
+        xlabel="αλ, the fraction of the drift taken away a step",
+        ylabel="held-out accuracy",
+        ylim=(0, 1.03),
+    )
     axes.legend(fontsize=8)
     figure.savefig(path)
 
