@@ -1,6 +1,7 @@
 """From the tensors of a checkpoint to the parameter tree and back, every key used exactly once."""
 
 import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -12,6 +13,7 @@ import numpy as np
 from es_jax.core.tree import named_leaves
 from es_jax.models.config import TransformerConfig
 from es_jax.models.families import FAMILIES, WEIGHTS, Weight, weights_of
+from es_jax.models.rope import rope_frequencies
 from es_jax.models.transformer import Params, param_shapes
 from es_jax.weights import safetensors
 
@@ -53,7 +55,6 @@ def to_params(
     """
     slots = _slots(config, naming)
     _check_keys(reader, config, slots, naming)
-    unpermute = naming == "gguf" and FAMILIES[config.family].gguf_permuted
     params: Params = {}
     broken: list[str] = []
     for path, shape in param_shapes(config).items():
@@ -63,8 +64,7 @@ def to_params(
                 tensor = reader.read(key)
                 if not np.isfinite(tensor.astype(np.float32)).all():
                     broken.append(key)
-                if unpermute and slot.weight.rotary:
-                    tensor = half_split(tensor, heads=getattr(config, slot.weight.rotary))
+                tensor = tensor if naming == "hf" else _from_gguf_layout(tensor, slot.weight, config)
                 target = leaf if slot.layer is None else leaf[slot.layer]
                 np.copyto(target, tensor.T if slot.weight.transpose else tensor, casting="unsafe")
         _insert(params, path, place(path, leaf))
@@ -123,15 +123,34 @@ def _check_keys(reader: Reader, config: TransformerConfig, slots: dict[str, _Slo
         raise ValueError(f"the {naming} weights do not fit the {config.family} config:\n  {lines}")
 
 
+def _from_gguf_layout(tensor: np.ndarray, weight: Weight, config: TransformerConfig) -> np.ndarray:
+    """The tensor as Hugging Face's files hold it."""
+    if weight.rotary and FAMILIES[config.family].gguf_permuted:
+        return half_split(tensor, heads=getattr(config, weight.rotary))
+    if config.norm_plus_one and weight.path.endswith("norm/scale"):
+        return tensor - np.ones_like(tensor)  # GGUF holds 1 + scale
+    return tensor
+
+
 def _spare(reader: Reader, config: TransformerConfig, key: str, naming: str) -> bool:
-    """Whether the key repeats what the tree holds already: a tied head, or the rotary frequencies."""
+    """Whether the key repeats what the tree or the config says already: a tied head, or rotary frequencies."""
     if key.endswith(".rotary_emb.inv_freq"):
-        return True
+        layer = re.search(r"\.layers\.(\d+)\.", key)
+        local = config.layer_kinds[int(layer[1])][0] if layer and int(layer[1]) < config.layers else False
+        return _near(reader.read(key), rope_frequencies(config, local=local))
+    if naming == "gguf" and key == "rope_freqs.weight":
+        plain = rope_frequencies(dataclasses.replace(config, rope_scaling=None))
+        return _near(reader.read(key), plain / rope_frequencies(config))
     names = {weight.path: getattr(weight, naming) for weight in WEIGHTS}
     embedding = names["embed/embedding"]
     if not config.tied_embeddings or key != names["head/kernel"] or embedding not in reader.shapes:
         return False
     return bool(np.array_equal(reader.read(key), reader.read(embedding)))
+
+
+def _near(found: np.ndarray, expected: np.ndarray) -> bool:
+    """Equal up to the rounding of bfloat16, which some files hold frequencies in."""
+    return found.shape == expected.shape and np.allclose(found.astype(np.float32), expected, rtol=2.0**-7, atol=0)
 
 
 def _insert(tree: Params, path: str, leaf: Any) -> None:
