@@ -142,8 +142,8 @@ class TensorReader:
         self._tensors = tensors
         self.shapes = {key: tensor.shape for key, tensor in tensors.items()}
 
-    def read(self, key: str) -> np.ndarray:
-        return self._tensors[key]
+    def read(self, key: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        return self._tensors[key][start:stop]
 
 
 def our_model(reference: Any) -> tuple[TransformerConfig, Any]:

@@ -55,6 +55,7 @@ def to_params(
     """
     slots = _slots(config, naming)
     _check_keys(reader, config, slots, naming)
+    unpermute = naming == "gguf" and FAMILIES[config.family].gguf_permuted
     params: Params = {}
     broken: list[str] = []
     for path, shape in param_shapes(config).items():
@@ -64,7 +65,10 @@ def to_params(
                 tensor = reader.read(key)
                 if not np.isfinite(tensor.astype(np.float32)).all():
                     broken.append(key)
-                tensor = tensor if naming == "hf" else _from_gguf_layout(tensor, slot.weight, config)
+                if unpermute and slot.weight.rotary:
+                    tensor = half_split(tensor, heads=getattr(config, slot.weight.rotary))
+                if naming == "gguf":
+                    tensor = tensor - np.float32(_gguf_offset(slot.weight, config))
                 target = leaf if slot.layer is None else leaf[slot.layer]
                 np.copyto(target, tensor.T if slot.weight.transpose else tensor, casting="unsafe")
         _insert(params, path, place(path, leaf))
@@ -123,13 +127,9 @@ def _check_keys(reader: Reader, config: TransformerConfig, slots: dict[str, _Slo
         raise ValueError(f"the {naming} weights do not fit the {config.family} config:\n  {lines}")
 
 
-def _from_gguf_layout(tensor: np.ndarray, weight: Weight, config: TransformerConfig) -> np.ndarray:
-    """The tensor as Hugging Face's files hold it."""
-    if weight.rotary and FAMILIES[config.family].gguf_permuted:
-        return half_split(tensor, heads=getattr(config, weight.rotary))
-    if config.norm_plus_one and weight.path.endswith("norm/scale"):
-        return tensor - np.ones_like(tensor)  # GGUF holds 1 + scale
-    return tensor
+def _gguf_offset(weight: Weight, config: TransformerConfig) -> float:
+    """What GGUF files add to a tensor: they hold 1 + scale where norms multiply by that."""
+    return 1.0 if config.norm_plus_one and weight.path.endswith("norm/scale") else 0.0
 
 
 def _spare(reader: Reader, config: TransformerConfig, key: str, naming: str) -> bool:
