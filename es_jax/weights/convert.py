@@ -114,9 +114,8 @@ def _slots(config: TransformerConfig, naming: str) -> dict[str, _Slot]:
 def _check_keys(reader: Reader, config: TransformerConfig, slots: dict[str, _Slot], naming: str) -> None:
     shapes = reader.shapes
     problems = [f"missing: {key} {slot.shape}" for key, slot in slots.items() if key not in shapes]
-    problems += [
-        f"unexpected: {k} {s}" for k, s in shapes.items() if k not in slots and not _spare(reader, config, k, naming)
-    ]
+    spare = {key: _spare(reader, config, key, naming) for key in shapes if key not in slots}
+    problems += [f"unexpected: {key} {shapes[key]}{_remark(key)}" for key, is_spare in spare.items() if not is_spare]
     problems += [
         f"wrong shape: {key} is {shapes[key]}, the config says {slot.shape}"
         for key, slot in slots.items()
@@ -146,6 +145,10 @@ def _spare(reader: Reader, config: TransformerConfig, key: str, naming: str) -> 
     if not config.tied_embeddings or key != names["head/kernel"] or embedding not in reader.shapes:
         return False
     return bool(np.array_equal(reader.read(key), reader.read(embedding)))
+
+
+def _remark(key: str) -> str:
+    return ", frequencies that are not those of the config" if "_freq" in key else ""
 
 
 def _near(found: np.ndarray, expected: np.ndarray) -> bool:
