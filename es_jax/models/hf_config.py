@@ -23,7 +23,7 @@ _SIZES = {
     "max_position_embeddings": "max_positions",
 }
 _DERIVED = ("num_key_value_heads", "head_dim")  # null: as many as heads; hidden_size / heads
-_READ = ("model_type", "architectures", "tie_word_embeddings", "layer_types", "sliding_window")
+_READ: tuple[str, ...] = ("model_type", "architectures", "tie_word_embeddings", "layer_types", "sliding_window")
 _READ += ("rope_theta", "rope_scaling", "rope_parameters")
 _WINDOWS = {
     "none": (),
@@ -73,7 +73,7 @@ def from_hf(fields: Fields) -> TransformerConfig:
         values |= _layers(family, given, values["layers"], problems)
     if problems:
         raise ValueError(f"config.json of a {family.name} model: " + "; ".join(problems))
-    plain = {ours: given.get(key) for key, ours in family.reads.items() if ours not in values}
+    plain: dict[str, Any] = {ours: given.get(key) for key, ours in family.reads.items() if ours not in values}
     tied = bool(given.get("tie_word_embeddings", False))
     return TransformerConfig(family=family.name, tied_embeddings=tied, **family.flags, **plain, **values)
 

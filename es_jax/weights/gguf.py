@@ -25,7 +25,7 @@ _SIZES = {
     "context_length": "max_positions",
     "attention.layer_norm_rms_epsilon": "norm_eps",
 }
-_HEAD_SIZES = ("attention.value_length", "rope.dimension_count")
+_HEAD_SIZES: tuple[str, ...] = ("attention.value_length", "rope.dimension_count")
 _HEAD_SIZES += ("attention.key_length_swa", "attention.value_length_swa", "rope.dimension_count_swa")
 _READ = {*_SIZES, *_NEUTRAL, *_HEAD_SIZES, "attention.key_length", "attention.head_count_kv"}
 _READ |= {"rope.freq_base", "rope.scaling.factor", "attention.sliding_window"}
