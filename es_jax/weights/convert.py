@@ -135,8 +135,9 @@ def _spare(reader: Reader, config: TransformerConfig, key: str, naming: str) -> 
     """Whether the key repeats what the tree or the config says already: a tied head, or rotary frequencies."""
     if key.endswith(".rotary_emb.inv_freq"):
         layer = re.search(r"\.layers\.(\d+)\.", key)
-        local = config.layer_kinds[int(layer[1])][0] if layer and int(layer[1]) < config.layers else False
-        return _near(reader.read(key), rope_frequencies(config, local=local))
+        kinds = config.layer_kinds if layer is None else config.layer_kinds[int(layer[1]) :][:1]
+        frequencies = [rope_frequencies(config, local=local) for local, _ in dict.fromkeys(kinds)]
+        return bool(frequencies) and all(_near(reader.read(key), expected) for expected in frequencies)
     if naming == "gguf" and key == "rope_freqs.weight":
         plain = rope_frequencies(dataclasses.replace(config, rope_scaling=None))
         return _near(reader.read(key), plain / rope_frequencies(config))
