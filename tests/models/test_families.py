@@ -1,6 +1,8 @@
 """config.json ↔ TransformerConfig, and the refusal of what is not implemented."""
 
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 
@@ -159,6 +161,30 @@ def test_what_changes_nothing_is_accepted():
     assert from_hf({**BASE, "use_cache": True, "eos_token_id": 7, "torch_dtype": "bfloat16"}) == from_hf(BASE)
 
 
+# Fields that published models have beside the sizes (Llama 3.2, SmolLM2, Mistral, Qwen2.5, Qwen3, Gemma 2 and 3, SmolLM3).
+PUBLISHED = [
+    ("llama", {"attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu", "initializer_range": 0.02}),
+    ("llama", {"mlp_bias": False, "pretraining_tp": 1, "rope_scaling": LLAMA3, "rope_theta": 500000.0}),
+    ("llama", {"is_llama_config": True, "rope_interleaved": False, "transformers.js_config": {"dtype": "q4"}}),
+    ("mistral", {"sliding_window": None, "hidden_act": "silu", "rope_theta": 1000000.0}),
+    ("qwen2", {"use_mrope": False, "max_window_layers": 70, "sliding_window": 32768, "use_sliding_window": False}),
+    ("qwen3", {"attention_bias": False, "max_window_layers": 28, "rope_scaling": None, "sliding_window": None}),
+    (
+        "gemma2",
+        {"hidden_activation": "gelu_pytorch_tanh", "cache_implementation": "hybrid", "query_pre_attn_scalar": 144},
+    ),
+    ("gemma3_text", {"rope_local_base_freq": 10000, "sliding_window_pattern": 6, "attn_logit_softcapping": None}),
+    ("smollm3", {"no_rope_layer_interval": 4, "max_window_layers": 28, "layer_types": [FULL] * 4, "pretraining_tp": 2}),
+    ("smollm3", {"no_rope_layers": [1, 1, 1, 0], "use_sliding_window": False, "sliding_window": None}),
+]
+
+
+@pytest.mark.parametrize("name, more", PUBLISHED)
+def test_fields_of_published_models_are_accepted(name, more):
+    config = from_hf(fields(name, **more))
+    assert config.sliding_window is None or name.startswith("gemma")
+
+
 def test_a_config_that_its_family_cannot_express_is_not_written():
     config = dataclasses.replace(from_hf(BASE), sliding_window=5, qk_norm=True)
     with pytest.raises(ValueError, match=r"llama.*sliding_window.*qk_norm"):
@@ -178,3 +204,10 @@ def test_file_keys_are_distinct(name):
     used = [row for row in weights_of(from_hf(fields(name, tie_word_embeddings=False)))]
     for naming in ("hf", "gguf"):
         assert len({getattr(row, naming) for row in used}) == len(used) <= len(rows)
+
+
+def test_the_docs_list_every_family_and_its_parity():
+    text = (Path(__file__).parents[2] / "docs/models.md").read_text()
+    for family in FAMILIES.values():
+        assert f"| `{family.name}` | {family.architecture} | `{family.gguf_architecture}`" in text
+        assert len(re.findall(rf"^\| {family.name} \| .* \| (?:yes|no) \|", text, flags=re.M)) >= 4
