@@ -161,7 +161,7 @@ def test_what_changes_nothing_is_accepted():
     assert from_hf({**BASE, "use_cache": True, "eos_token_id": 7, "torch_dtype": "bfloat16"}) == from_hf(BASE)
 
 
-# Fields that published models have beside the sizes (Llama 3.2, SmolLM2, Mistral, Qwen2.5, Qwen3, Gemma 2 and 3, SmolLM3).
+# Fields that published models have beside the sizes: Llama 3.2, SmolLM2, Mistral, Qwen2.5, Qwen3, Gemma, SmolLM3.
 PUBLISHED = [
     ("llama", {"attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu", "initializer_range": 0.02}),
     ("llama", {"mlp_bias": False, "pretraining_tp": 1, "rope_scaling": LLAMA3, "rope_theta": 500000.0}),
