@@ -6,7 +6,7 @@ and with right padding; and whether 64 greedy tokens are the same, in the engine
 
 Command:  python -m benchmarks.parity [--families=llama,…] [--cases=3] [--json]
 Needs:    pip install -e '.[verify]'
-Cost:     about two minutes on 2 CPU cores.
+Cost:     about a minute on 2 CPU cores.
 Result:   docs/models.md
 """
 
