@@ -1,6 +1,7 @@
 """From the tensors of a checkpoint to the parameter tree and back, every key used exactly once."""
 
 import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -12,6 +13,7 @@ import numpy as np
 from es_jax.core.tree import named_leaves
 from es_jax.models.config import TransformerConfig
 from es_jax.models.families import FAMILIES, WEIGHTS, Weight, weights_of
+from es_jax.models.rope import rope_frequencies
 from es_jax.models.transformer import Params, param_shapes
 from es_jax.weights import safetensors
 
@@ -65,6 +67,8 @@ def to_params(
                     broken.append(key)
                 if unpermute and slot.weight.rotary:
                     tensor = half_split(tensor, heads=getattr(config, slot.weight.rotary))
+                if naming == "gguf":
+                    tensor = tensor - np.float32(_gguf_offset(slot.weight, config))
                 target = leaf if slot.layer is None else leaf[slot.layer]
                 np.copyto(target, tensor.T if slot.weight.transpose else tensor, casting="unsafe")
         _insert(params, path, place(path, leaf))
@@ -110,9 +114,8 @@ def _slots(config: TransformerConfig, naming: str) -> dict[str, _Slot]:
 def _check_keys(reader: Reader, config: TransformerConfig, slots: dict[str, _Slot], naming: str) -> None:
     shapes = reader.shapes
     problems = [f"missing: {key} {slot.shape}" for key, slot in slots.items() if key not in shapes]
-    problems += [
-        f"unexpected: {k} {s}" for k, s in shapes.items() if k not in slots and not _spare(reader, config, k, naming)
-    ]
+    spare = {key: _spare(reader, config, key, naming) for key in shapes if key not in slots}
+    problems += [f"unexpected: {key} {shapes[key]}{_remark(key)}" for key, is_spare in spare.items() if not is_spare]
     problems += [
         f"wrong shape: {key} is {shapes[key]}, the config says {slot.shape}"
         for key, slot in slots.items()
@@ -123,15 +126,35 @@ def _check_keys(reader: Reader, config: TransformerConfig, slots: dict[str, _Slo
         raise ValueError(f"the {naming} weights do not fit the {config.family} config:\n  {lines}")
 
 
+def _gguf_offset(weight: Weight, config: TransformerConfig) -> float:
+    """What GGUF files add to a tensor: they hold 1 + scale where norms multiply by that."""
+    return 1.0 if config.norm_plus_one and weight.path.endswith("norm/scale") else 0.0
+
+
 def _spare(reader: Reader, config: TransformerConfig, key: str, naming: str) -> bool:
-    """Whether the key repeats what the tree holds already: a tied head, or the rotary frequencies."""
+    """Whether the key repeats what the tree or the config says already: a tied head, or rotary frequencies."""
     if key.endswith(".rotary_emb.inv_freq"):
-        return True
+        layer = re.search(r"\.layers\.(\d+)\.", key)
+        kinds = config.layer_kinds if layer is None else config.layer_kinds[int(layer[1]) :][:1]
+        frequencies = [rope_frequencies(config, local=local) for local, _ in dict.fromkeys(kinds)]
+        return bool(frequencies) and all(_near(reader.read(key), expected) for expected in frequencies)
+    if naming == "gguf" and key == "rope_freqs.weight":
+        plain = rope_frequencies(dataclasses.replace(config, rope_scaling=None))
+        return _near(reader.read(key), plain / rope_frequencies(config))
     names = {weight.path: getattr(weight, naming) for weight in WEIGHTS}
     embedding = names["embed/embedding"]
     if not config.tied_embeddings or key != names["head/kernel"] or embedding not in reader.shapes:
         return False
     return bool(np.array_equal(reader.read(key), reader.read(embedding)))
+
+
+def _remark(key: str) -> str:
+    return ", frequencies that are not those of the config" if "_freq" in key else ""
+
+
+def _near(found: np.ndarray, expected: np.ndarray) -> bool:
+    """Equal up to the rounding of bfloat16, which some files hold frequencies in."""
+    return found.shape == expected.shape and np.allclose(found.astype(np.float32), expected, rtol=2.0**-7, atol=0)
 
 
 def _insert(tree: Params, path: str, leaf: Any) -> None:
