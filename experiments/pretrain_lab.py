@@ -5,8 +5,8 @@ Question: none; it is the input of every laboratory experiment.
 Command:  python -m experiments.pretrain_lab --seed=0 --out=runs/lab-0
 Cost:     134 s for seed 0 on 2 shared CPU cores, 357 s for seed 1 beside three other jobs.
 Result:   share of 200 unseen problems, by seed. Seed 0 is the model that es_jax/weights/lab holds.
-          0: countdown .065, add .995, subtract 1.000, reverse 1.000, sort .995, maximum 1.000, compare .995, count .990
-          1: countdown .060, add 1.000, subtract 1.000, reverse 1.000, sort 1.000, maximum 1.000, compare 1.000, count .980
+    0: countdown .065, add .995, subtract 1.000, reverse 1.000, sort .995, maximum 1.000, compare .995, count .990
+    1: countdown .060, add 1.000, subtract 1.000, reverse 1.000, sort 1.000, maximum 1.000, compare 1.000, count .980
 """
 
 import argparse
