@@ -1,12 +1,12 @@
-"""GGUF files: metadata, config and dequantised tensors, through the `gguf` package."""
+"""The TransformerConfig that the metadata of a GGUF file describes."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from es_jax.models.config import TransformerConfig
 from es_jax.models.families import find_family
+from es_jax.weights.gguf_file import GGUFReader
 
 # Metadata that, when present with another value, asks for what the forward pass does not compute.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -24,37 +24,6 @@ _SIZES = {
     "context_length": "max_positions",
     "attention.layer_norm_rms_epsilon": "norm_eps",
 }
-
-
-class GGUFReader:
-    """`metadata`: key → value; `shapes`: tensor → shape [out, in]; `read(key)`: the tensor, float32.
-
-    Raises ValueError when the file is not whole GGUF.
-    """
-
-    def __init__(self, path: Path) -> None:
-        import gguf
-
-        self.path = path
-        try:
-            reader = gguf.GGUFReader(path)
-            self.metadata: dict[str, Any] = {key: field.contents() for key, field in reader.fields.items()}
-        except (ValueError, IndexError, KeyError, OverflowError) as error:
-            raise ValueError(f"{path} is truncated or corrupt GGUF ({error}); fetch it again") from error
-        self._tensors = {tensor.name: tensor for tensor in reader.tensors}
-        self.shapes = {name: tuple(int(n) for n in t.shape[::-1]) for name, t in self._tensors.items()}
-
-    def read(self, key: str) -> np.ndarray:
-        """The tensor, dequantised. Raises ValueError for a quantisation that `gguf` cannot undo."""
-        import gguf
-
-        tensor = self._tensors[key]
-        try:
-            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        except NotImplementedError as error:
-            kind = tensor.tensor_type.name
-            raise ValueError(f"{self.path.name}: {key} is {kind}, which gguf cannot dequantise") from error
-        return values.reshape(self.shapes[key])
 
 
 def from_gguf(reader: GGUFReader) -> TransformerConfig:

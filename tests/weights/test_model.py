@@ -185,7 +185,7 @@ def test_nothing_to_read(folder, tmp_path):
     shutil.rmtree(folder)
     with pytest.raises(FileNotFoundError, match="no hub name"):
         load_model(folder)
-    with pytest.raises(FileNotFoundError, match="the hub did not give it"):
+    with pytest.raises(FileNotFoundError, match="not in the hub's cache"):
         load_model("nobody/nothing-of-this-name")
     (tmp_path / "broken.gguf").write_bytes(b"GGUF and then nothing of use")
     with pytest.raises(ValueError, match="truncated or corrupt GGUF"):
