@@ -6,8 +6,8 @@ Result:   not yet run
 
 Without --source it makes a Llama of that size (as --dtype on disk) in a temporary folder; with it the model there is
 loaded, and nothing is made. It is loaded twice, in fresh processes with one CPU device, which have opened the model
-once before without its weights, so that imports, tokenizer and the tracing of the model's shapes do not count (about
-100 MB for a small tokenizer, 100 MB more where transformers imports torch; the same for a model of any size):
+once before without its weights, so that imports and the tracing of the model's shapes, which do not grow with the
+weights, do not count:
 
 - resident_beyond: the memory that the process holds at most while a leaf is placed, minus what it held at first and the
   leaves placed up to it. A CPU device's memory is the host's, so this is what the host needs beyond the weights.
