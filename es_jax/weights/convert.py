@@ -1,8 +1,9 @@
 """From the tensors of a checkpoint to the parameter tree and back, every key used exactly once."""
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from es_jax.core.tree import named_leaves
 from es_jax.models.config import TransformerConfig
 from es_jax.models.families import FAMILIES, WEIGHTS, Weight, weights_of
 from es_jax.models.transformer import Params, param_shapes
-from es_jax.weights.streaming import Range, Reader, Shardings, chunks, fetch, place, place_stacked
+from es_jax.weights.streaming import Range, Reader, Shardings, chunks, fetch, place, place_stacked, staging
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,7 @@ def to_params(
         if math.prod(shape) > largest:
             leaf = place_stacked(filler.layers(mine), shape, dtype=filler.dtype, sharding=where)
         else:
-            leaf = place(filler.leaf(mine, shape), where)
+            leaf = place(functools.partial(filler.leaf, mine, shape), where)
         _insert(params, path, leaf)
     if filler.broken:
         raise ValueError(
@@ -85,18 +86,18 @@ class _Filler:
     broken: list[str] = dataclasses.field(default_factory=list)
 
     def leaf(self, slots: dict[str, _Slot], shape: tuple[int, ...]) -> np.ndarray:
-        out = np.empty(shape, self.dtype)
+        out = staging(shape, self.dtype)
         for key, slot in slots.items():
             self._fill(out if slot.layer is None else out[slot.layer], key, slot)
         return out
 
-    def layers(self, slots: dict[str, _Slot]) -> Iterator[np.ndarray]:
-        for key, slot in slots.items():
-            shape = slot.shape[::-1] if slot.weight.transpose else slot.shape
-            out = np.empty(shape, self.dtype)
-            self._fill(out, key, slot)
-            yield out
-            del out
+    def layers(self, slots: dict[str, _Slot]) -> list[Callable[[], np.ndarray]]:
+        return [functools.partial(self._layer, key, slot) for key, slot in slots.items()]
+
+    def _layer(self, key: str, slot: _Slot) -> np.ndarray:
+        out = staging(slot.shape[::-1] if slot.weight.transpose else slot.shape, self.dtype)
+        self._fill(out, key, slot)
+        return out
 
     def _fill(self, out: np.ndarray, key: str, slot: _Slot) -> None:
         rows, seen = out.T if slot.weight.transpose else out, Range()

@@ -2,7 +2,9 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -13,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 Shardings = Callable[[str, tuple[int, ...]], Sharding]  # (path, shape) → where the leaf lives
 
 _CHUNK = 1 << 18  # numbers that are read and converted at once
+_PATIENCE = 100  # looks, 0.1 ms apart
 _LARGEST = 65504.0  # what float16 holds: no weight is larger
 
 
@@ -42,10 +45,10 @@ class Range:
         self._low, self._high, self._zero = 0.0, 0.0, True
 
     def add(self, chunk: np.ndarray) -> None:
-        with np.errstate(over="ignore"):  # of float64: infinite is what it then is
+        with np.errstate(over="ignore", invalid="ignore"):  # what is infinite or NaN is seen in the end
             values = chunk.astype(np.float32, copy=False)
-        self._low, self._high = np.minimum(self._low, values.min()), np.maximum(self._high, values.max())
-        self._zero = self._zero and not values.any()
+            self._low, self._high = np.minimum(self._low, values.min()), np.maximum(self._high, values.max())
+            self._zero = self._zero and not values.any()
 
     def plausible(self) -> bool:
         """Whether it can be a weight: finite, within float16's range, and not subnormal throughout.
@@ -61,25 +64,42 @@ class Range:
         return self._zero or float(np.finfo(np.float32).tiny) <= largest <= _LARGEST
 
 
-def place(buffer: np.ndarray, sharding: Sharding | None) -> jax.Array:
-    """The host's array on its devices, each given its own part. They may share the buffer: change it no more."""
+def staging(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An empty host array for `place`, at an address that a CPU device cannot adopt as its own.
+
+    What it adopts is not its to give away: the first update of the leaf could not donate it, and would hold it twice.
+    """
+    count = math.prod(shape) * dtype.itemsize
+    raw = np.empty(count + 64, np.uint8)
+    start = (16 - raw.ctypes.data) % 64
+    return raw[start : start + count].view(dtype).reshape(shape)
+
+
+def place(make: Callable[[], np.ndarray], sharding: Sharding | None) -> jax.Array:
+    """A host array that `make` returns, and nobody else keeps or changes, on its devices, each given its own part."""
+    buffer = make()
     if sharding is None:
         leaf = jax.device_put(buffer)
     else:
         leaf = jax.make_array_from_callback(buffer.shape, sharding, lambda index: buffer[index])
     jax.block_until_ready(leaf)
-    jax.device_put(0.0)  # JAX lets go of a buffer it has copied only at the next transfer
+    held, large = weakref.ref(buffer if buffer.base is None else buffer.base), buffer.size > _CHUNK
+    del buffer
+    for _ in range(_PATIENCE if large else 0):
+        if held() is None:
+            break
+        jax.device_put(0.0)  # JAX lets go of a buffer only at a call some time after it was copied
+        time.sleep(1e-4)
     return leaf
 
 
 def place_stacked(
-    layers: Iterator[np.ndarray], shape: tuple[int, ...], *, dtype: np.dtype, sharding: Sharding | None
+    layers: Sequence[Callable[[], np.ndarray]], shape: tuple[int, ...], *, dtype: np.dtype, sharding: Sharding | None
 ) -> jax.Array:
     """A leaf [L, …] filled on its devices, in place; the host holds one layer."""
     stack = jnp.zeros(shape, dtype, device=sharding)
-    for i, layer in enumerate(layers):
-        stack = _setter(sharding)(stack, place(layer, _of_layer(sharding)), np.int32(i))
-        del layer
+    for i, make in enumerate(layers):
+        stack = _setter(sharding)(stack, place(make, _of_layer(sharding)), np.int32(i))
         jax.block_until_ready(stack)  # so that the next layer finds this one's memory
     return stack
 
