@@ -15,16 +15,6 @@ from typing import Any
 
 from absl import app, flags
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory; nothing in it is changed.")
-_OUT = flags.DEFINE_string("out", None, "The folder to write; it must not exist, or be empty.")
-_STEP = flags.DEFINE_integer("step", None, "The step, 0 (the base weights) to the last; the last by default.")
-_DTYPE = flags.DEFINE_enum(
-    "dtype", None, ["float32", "bfloat16", "float16"], "What weights are written as; the run's model.param_dtype."
-)
-_SHARD = flags.DEFINE_float("max_shard_gb", 5.0, "The most a weight file holds, in 10⁹ bytes.", lower_bound=1e-9)
-_JSON = flags.DEFINE_bool("json", False, "Print the result as one line of JSON.")
-_TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where an error came from.")
-
 
 def main(argv: list[str]) -> None:
     """Flags → export_run()."""
@@ -33,19 +23,20 @@ def main(argv: list[str]) -> None:
     logging.getLogger().setLevel(logging.WARNING)
     from es_jax.training.export import export_run  # JAX starts only when the flags are good
 
+    given = flags.FLAGS
     try:
         result = export_run(
-            str(_WORKDIR.value),
-            str(_OUT.value),
-            step=_STEP.value,
-            dtype=_DTYPE.value,
-            max_shard_bytes=max(int(_SHARD.value * 1e9), 1),
+            given.workdir,
+            given.out,
+            step=given.step,
+            dtype=given.dtype,
+            max_shard_bytes=max(int(given.max_shard_gb * 1e9), 1),
         )
     except (ValueError, OSError) as error:
-        if _TRACEBACK.value:
+        if given.traceback:
             raise
         sys.exit(f"es_jax.export: {error}")
-    print(json.dumps(result) if _JSON.value else _sentence(result))
+    print(json.dumps(result) if given.json else _sentence(result))
 
 
 def _sentence(result: dict[str, Any]) -> str:
@@ -56,8 +47,19 @@ def _sentence(result: dict[str, Any]) -> str:
     )
 
 
+def _define_flags() -> None:
+    flags.DEFINE_string("workdir", None, "The run's directory; nothing in it is changed.", required=True)
+    flags.DEFINE_string("out", None, "The folder to write; it must not exist, or be empty.", required=True)
+    flags.DEFINE_integer("step", None, "The step, 0 (the base weights) to the last; the last by default.")
+    dtypes = ["float32", "bfloat16", "float16"]
+    flags.DEFINE_enum("dtype", None, dtypes, "What weights are written as; the run's model.param_dtype by default.")
+    flags.DEFINE_float("max_shard_gb", 5.0, "The most that a weight file holds, in 10⁹ bytes.", lower_bound=1e-9)
+    flags.DEFINE_bool("json", False, "Print the result as one line of JSON.")
+    flags.DEFINE_bool("traceback", False, "Show where an error came from.")
+
+
 def entry() -> None:
-    flags.mark_flags_as_required(["workdir", "out"])
+    _define_flags()
     app.run(main)
 
 

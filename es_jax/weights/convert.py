@@ -13,7 +13,7 @@ from es_jax.core.tree import named_leaves
 from es_jax.models.config import TransformerConfig
 from es_jax.models.families import FAMILIES, WEIGHTS, Weight, weights_of
 from es_jax.models.transformer import Params, param_shapes
-from es_jax.weights.streaming import Range, Reader, Shardings, chunks, fetch, place, place_stacked, staging
+from es_jax.weights.streaming import Range, Reader, Shardings, chunks, fetch, place, place_stacked, staging, widened
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,11 +105,13 @@ class _Filler:
         if self.unpermute and slot.weight.rotary:
             places = np.argsort(half_split(np.arange(slot.shape[0]), heads=getattr(self.config, slot.weight.rotary)))
         for where, chunk in chunks(self.reader, key):
-            seen.add(chunk)
+            values = widened(chunk)
+            seen.add(values)
+            values = chunk if chunk.dtype == self.dtype else values
             if places is None:
-                np.copyto(rows[where], chunk, casting="unsafe")
+                np.copyto(rows[where], values, casting="unsafe")
             else:
-                rows[places[where]] = chunk.astype(self.dtype)
+                rows[places[where]] = values.astype(self.dtype, copy=False)
         if not seen.plausible():
             self.broken.append(key)
 
