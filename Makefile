@@ -9,8 +9,8 @@ comma := ,
 
 .PHONY: demo test check format smollm2 clean
 
-demo: $(STAMP) $(SMOLLM2)  ## train something small, here and now
-	$(BIN)/python -m es_jax.train --config=configs/demo.py --workdir=runs/demo
+demo: $(STAMP)  ## the laboratory: ES with AWD, without, and on random rewards; a table and a figure
+	$(BIN)/python -m experiments.lab_demo --out=runs/demo
 
 test: $(STAMP)  ## all tests
 	$(BIN)/python -m pytest

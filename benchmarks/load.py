@@ -20,8 +20,8 @@ weights, do not count:
   leaves placed up to it. A CPU device's memory is the host's, so this is what the host needs beyond the weights.
 - arrays_at_most: the most that NumPy's arrays hold at once, which no device ever sees (Python's tracemalloc).
 
-The larger of the two, over the largest tensor (as the float32 that it becomes), is to stay below 1.2 for 2 GB. The file's pages
-are in the cache where it was just made.
+The larger of the two, over the largest tensor (as the float32 that it becomes), is to stay below 1.2 for 2 GB. The
+file's pages are in the cache where it was just made.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def make_model(folder: Path, *, gigabytes: float, dtype: str) -> None:
     from transformers import PreTrainedTokenizerFast
 
     from es_jax.models.config import TransformerConfig
-    from es_jax.models.families import to_hf
+    from es_jax.models.hf_config import to_hf
     from es_jax.models.transformer import param_shapes
     from es_jax.weights import convert, safetensors
 

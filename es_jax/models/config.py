@@ -1,8 +1,43 @@
 """The shape of a decoder-only transformer: one frozen record that validates itself."""
 
 import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
 
-_POSITIVE = ("vocab_size", "width", "layers", "heads", "kv_heads", "head_dim", "mlp_dim", "max_positions")
+from es_jax.core.names import unknown
+
+ACTIVATIONS = ("silu", "gelu_tanh")
+ROPE_SCALINGS = ("linear", "llama3")
+_COUNTS = ("vocab_size", "width", "layers", "heads", "kv_heads", "head_dim", "mlp_dim", "max_positions")
+_POSITIVE_IF_GIVEN = ("sliding_window", "local_rope_theta", "query_pre_attn_scalar", "attn_softcap", "final_softcap")
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched for contexts longer than the first training saw.
+
+    `linear` divides every frequency by `factor`. `llama3` divides those whose wavelength is above
+    original_positions / low_freq_factor, keeps those below original_positions / high_freq_factor, and goes over
+    smoothly between. Raises ValueError that lists every field that is out of range.
+    """
+
+    kind: str  # one of ROPE_SCALINGS
+    factor: float
+    low_freq_factor: float = 1.0  # this and the rest: llama3 alone
+    high_freq_factor: float = 4.0
+    original_positions: int = 8192
+
+    def __post_init__(self) -> None:
+        problems = [] if self.kind in ROPE_SCALINGS else [unknown("rope_scaling.kind", self.kind, ROPE_SCALINGS)]
+        for name in ("factor", "low_freq_factor", "original_positions"):
+            if not getattr(self, name) > 0:
+                problems.append(f"{name} = {getattr(self, name)!r} must be positive")
+        if not self.high_freq_factor > self.low_freq_factor:
+            problems.append(
+                f"high_freq_factor = {self.high_freq_factor!r} must be above low_freq_factor = {self.low_freq_factor!r}"
+            )
+        if problems:
+            raise ValueError("RopeScaling: " + "; ".join(problems))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -10,7 +45,8 @@ class TransformerConfig:
     """Everything the forward pass needs to know besides the weights.
 
     Sizes are counts, `rope_theta` is the base of the rotary frequencies, `norm_eps` is added to a
-    mean square.
+    mean square. `rope_layers` and `local_layers` are patterns that repeat over the layers: (True, True, False)
+    holds for layers 0, 1, 3, 4, 6, …
     Raises ValueError that lists every field that is out of range.
 
     >>> config = TransformerConfig(family="llama", vocab_size=32, width=16, layers=2, heads=4, kv_heads=2,
@@ -32,9 +68,22 @@ class TransformerConfig:
     qkv_bias: bool = False
     tied_embeddings: bool = True  # the output head is the transposed embedding
     max_positions: int = 2048  # the context the weights were trained for; the forward pass does not enforce it
+    rope_scaling: RopeScaling | None = None
+    rope_layers: tuple[bool, ...] = (True,)  # which layers turn queries and keys by their positions
+    sliding_window: int | None = None  # in local layers a query at p attends p - sliding_window + 1 … p
+    local_layers: tuple[bool, ...] = (True,)  # where the window holds, if there is one
+    local_rope_theta: float | None = None  # local layers have this base and no scaling; None: as the others
+    qk_norm: bool = False  # norms over head_dim on queries and keys, before they are turned
+    post_norms: bool = False  # norms behind attention and MLP too, before the residual sum
+    norm_plus_one: bool = False  # norms multiply by 1 + scale
+    activation: str = "silu"  # of the MLP's gate; one of ACTIVATIONS
+    scale_embeddings: bool = False  # times sqrt(width), rounded to the compute dtype
+    query_pre_attn_scalar: float | None = None  # scores are divided by its root; None: head_dim
+    attn_softcap: float | None = None  # scores become c * tanh(scores / c)
+    final_softcap: float | None = None  # the same for logits
 
     def __post_init__(self) -> None:
-        problems = [f"{n} = {getattr(self, n)!r} must be at least 1" for n in _POSITIVE if getattr(self, n) < 1]
+        problems = [f"{n} = {getattr(self, n)!r} must be at least 1" for n in _COUNTS if getattr(self, n) < 1]
         if not problems and self.heads % self.kv_heads:
             problems.append(f"kv_heads = {self.kv_heads} must divide heads = {self.heads}")
         if self.head_dim % 2:
@@ -43,6 +92,15 @@ class TransformerConfig:
             problems.append(f"rope_theta = {self.rope_theta!r} must be positive")
         if not self.norm_eps >= 0:
             problems.append(f"norm_eps = {self.norm_eps!r} must not be negative")
+        for name in _POSITIVE_IF_GIVEN:
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                problems.append(f"{name} = {value!r} must be positive, or None for none")
+        for name in ("rope_layers", "local_layers"):
+            if not getattr(self, name):
+                problems.append(f"{name} = () must name at least one layer's kind")
+        if self.activation not in ACTIVATIONS:
+            problems.append(unknown("activation", self.activation, ACTIVATIONS))
         if problems:
             raise ValueError("TransformerConfig: " + "; ".join(problems))
 
@@ -50,3 +108,27 @@ class TransformerConfig:
     def heads_per_kv(self) -> int:
         """Query heads that share one key/value head."""
         return self.heads // self.kv_heads
+
+    @property
+    def layer_kinds(self) -> tuple[tuple[bool, bool], ...]:
+        """(local, rope) of each of the L layers.
+
+        >>> TransformerConfig(family="smollm3", vocab_size=8, width=8, layers=3, heads=1, kv_heads=1, head_dim=8,
+        ...                   mlp_dim=8, rope_layers=(True, False)).layer_kinds
+        ((False, True), (False, False), (False, True))
+        """
+        local = (False,) if self.sliding_window is None else self.local_layers
+        kinds: Iterator[tuple[bool, bool]] = zip(itertools.cycle(local), itertools.cycle(self.rope_layers), strict=True)
+        return tuple(itertools.islice(kinds, self.layers))
+
+
+def shortest_pattern(values: Sequence[bool]) -> tuple[bool, ...]:
+    """The shortest tuple that, repeated, begins with `values`.
+
+    >>> shortest_pattern([True, False, True, False, True])
+    (True, False)
+    """
+    for period in range(1, len(values)):
+        if all(value == values[i % period] for i, value in enumerate(values)):
+            return tuple(values[:period])
+    return tuple(values)

@@ -1,14 +1,12 @@
-"""What differs between model families: config fields, names of weights in files. One record a family."""
+"""What differs between model families: flags, config.json's fields, names of weights in files. One record a family."""
 
 import dataclasses
-import logging
 from collections.abc import Mapping
 from typing import Any
 
 from es_jax.core.names import unknown
 from es_jax.models.config import TransformerConfig
-
-log = logging.getLogger(__name__)
+from es_jax.models.transformer import param_shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,56 +20,79 @@ class Weight:
     rotary: str = ""  # config field with the number of heads, for the rows that rotary positions turn
 
 
-@dataclasses.dataclass(frozen=True)
+def _layer(path: str, hf: str, gguf: str, transpose: bool = False, rotary: str = "") -> Weight:
+    return Weight(f"layers/{path}", f"model.layers.{{}}.{hf}", f"blk.{{}}.{gguf}", transpose, rotary)
+
+
+# The names that most families use; a family's `names` replaces some.
+WEIGHTS = (
+    Weight("embed/embedding", "model.embed_tokens.weight", "token_embd.weight"),
+    _layer("attn_norm/scale", "input_layernorm.weight", "attn_norm.weight"),
+    _layer("attn/q/kernel", "self_attn.q_proj.weight", "attn_q.weight", True, "heads"),
+    _layer("attn/q/bias", "self_attn.q_proj.bias", "attn_q.bias", False, "heads"),
+    _layer("attn/q_norm/scale", "self_attn.q_norm.weight", "attn_q_norm.weight"),
+    _layer("attn/k/kernel", "self_attn.k_proj.weight", "attn_k.weight", True, "kv_heads"),
+    _layer("attn/k/bias", "self_attn.k_proj.bias", "attn_k.bias", False, "kv_heads"),
+    _layer("attn/k_norm/scale", "self_attn.k_norm.weight", "attn_k_norm.weight"),
+    _layer("attn/v/kernel", "self_attn.v_proj.weight", "attn_v.weight", True),
+    _layer("attn/v/bias", "self_attn.v_proj.bias", "attn_v.bias"),
+    _layer("attn/o/kernel", "self_attn.o_proj.weight", "attn_output.weight", True),
+    _layer("mlp_norm/scale", "post_attention_layernorm.weight", "ffn_norm.weight"),
+    _layer("mlp/gate/kernel", "mlp.gate_proj.weight", "ffn_gate.weight", True),
+    _layer("mlp/up/kernel", "mlp.up_proj.weight", "ffn_up.weight", True),
+    _layer("mlp/down/kernel", "mlp.down_proj.weight", "ffn_down.weight", True),
+    Weight("final_norm/scale", "model.norm.weight", "output_norm.weight"),
+    Weight("head/kernel", "lm_head.weight", "output.weight", True),
+)
+_POST_NORMS = (
+    _layer("attn_post_norm/scale", "post_attention_layernorm.weight", "post_attention_norm.weight"),
+    _layer("mlp_norm/scale", "pre_feedforward_layernorm.weight", "ffn_norm.weight"),
+    _layer("mlp_post_norm/scale", "post_feedforward_layernorm.weight", "post_ffw_norm.weight"),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
-    """One family of checkpoints. `fixed`: config.json field → the only value this code computes."""
+    """One family of checkpoints.
+
+    `flags` are TransformerConfig fields that all its models share, `reads` the fields that config.json sets beside
+    the sizes. `missing` says what the format means by a field that is not there, `fixed` the only value this code
+    computes. `windows` says which layers are local where config.json has no layer_types: "none", "all", "late" (with
+    use_sliding_window, from max_window_layers on), or "alternating" (all but every sliding_window_pattern-th).
+    """
 
     name: str  # model_type in config.json
     architecture: str
     gguf_architecture: str
-    qkv_bias: bool
-    gguf_permuted: bool  # GGUF files interleave the rows of q and k within each head
-    fixed: Mapping[str, Any]
+    flags: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    reads: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    missing: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    windows: str = "none"
+    names: tuple[Weight, ...] = ()  # rows that replace those of WEIGHTS with the same path
+    gguf_permuted: bool = False  # GGUF files interleave the rows of q and k within each head
 
 
-WEIGHTS = (
-    Weight("embed/embedding", "model.embed_tokens.weight", "token_embd.weight"),
-    Weight("layers/attn_norm/scale", "model.layers.{}.input_layernorm.weight", "blk.{}.attn_norm.weight"),
-    Weight(
-        "layers/attn/q/kernel",
-        "model.layers.{}.self_attn.q_proj.weight",
-        "blk.{}.attn_q.weight",
-        True,
-        "heads",
-    ),
-    Weight("layers/attn/q/bias", "model.layers.{}.self_attn.q_proj.bias", "blk.{}.attn_q.bias", False, "heads"),
-    Weight(
-        "layers/attn/k/kernel",
-        "model.layers.{}.self_attn.k_proj.weight",
-        "blk.{}.attn_k.weight",
-        True,
-        "kv_heads",
-    ),
-    Weight("layers/attn/k/bias", "model.layers.{}.self_attn.k_proj.bias", "blk.{}.attn_k.bias", False, "kv_heads"),
-    Weight("layers/attn/v/kernel", "model.layers.{}.self_attn.v_proj.weight", "blk.{}.attn_v.weight", True),
-    Weight("layers/attn/v/bias", "model.layers.{}.self_attn.v_proj.bias", "blk.{}.attn_v.bias"),
-    Weight("layers/attn/o/kernel", "model.layers.{}.self_attn.o_proj.weight", "blk.{}.attn_output.weight", True),
-    Weight("layers/mlp_norm/scale", "model.layers.{}.post_attention_layernorm.weight", "blk.{}.ffn_norm.weight"),
-    Weight("layers/mlp/gate/kernel", "model.layers.{}.mlp.gate_proj.weight", "blk.{}.ffn_gate.weight", True),
-    Weight("layers/mlp/up/kernel", "model.layers.{}.mlp.up_proj.weight", "blk.{}.ffn_up.weight", True),
-    Weight("layers/mlp/down/kernel", "model.layers.{}.mlp.down_proj.weight", "blk.{}.ffn_down.weight", True),
-    Weight("final_norm/scale", "model.norm.weight", "output_norm.weight"),
-    Weight("head/kernel", "lm_head.weight", "output.weight", True),
-)
+_FIXED: dict[str, Any] = {"attention_bias": False, "quantization_config": None, "auto_map": None}
+_FIXED |= {"partial_rotary_factor": 1.0, "rope_interleaved": False, "logits_soft_cap": None, "use_mrope": False}
+_FIXED |= {"is_encoder_decoder": False}
+_SILU = {**_FIXED, "hidden_act": "silu", "mlp_bias": False}
 
-# The same for both families; a missing field counts as the value here, as it does in Hugging Face's format.
-_FIXED: dict[str, Any] = {
-    "hidden_act": "silu",
-    "rope_scaling": None,
-    "quantization_config": None,
-    "auto_map": None,
+_GEMMA: dict[str, Any] = {
+    "flags": {"post_norms": True, "norm_plus_one": True, "activation": "gelu_tanh", "scale_embeddings": True},
+    "reads": {"query_pre_attn_scalar": "query_pre_attn_scalar", "final_logit_softcapping": "final_softcap"},
+    "missing": {
+        **{"tie_word_embeddings": True, "head_dim": 256, "num_key_value_heads": 4, "query_pre_attn_scalar": 256},
+        **{"sliding_window": 4096, "sliding_window_pattern": 2, "rope_theta": 1e4},
+    },
+    "fixed": {
+        **_FIXED,
+        **{"hidden_activation": "gelu_pytorch_tanh", "hidden_act": "gelu_pytorch_tanh"},
+        "use_bidirectional_attention": False,
+    },
+    "windows": "alternating",
+    "names": _POST_NORMS,
 }
-_FIXED |= {"partial_rotary_factor": 1.0, "rope_interleaved": False, "logits_soft_cap": None}
 
 FAMILIES = {
     family.name: family
@@ -80,181 +101,98 @@ FAMILIES = {
             name="llama",
             architecture="LlamaForCausalLM",
             gguf_architecture="llama",
-            qkv_bias=False,
+            fixed={**_SILU, "sliding_window": None},
             gguf_permuted=True,
-            fixed={**_FIXED, "attention_bias": False, "mlp_bias": False, "sliding_window": None},
+        ),
+        Family(
+            name="mistral",
+            architecture="MistralForCausalLM",
+            gguf_architecture="llama",
+            missing={"sliding_window": 4096, "num_key_value_heads": 8},
+            fixed=_SILU,
+            windows="all",
+            gguf_permuted=True,
         ),
         Family(
             name="qwen2",
             architecture="Qwen2ForCausalLM",
             gguf_architecture="qwen2",
-            qkv_bias=True,
-            gguf_permuted=False,
-            fixed={**_FIXED, "use_sliding_window": False},
+            flags={"qkv_bias": True},
+            missing={"sliding_window": 4096, "max_window_layers": 28, "num_key_value_heads": 32},
+            fixed=_SILU,
+            windows="late",
+        ),
+        Family(
+            name="qwen3",
+            architecture="Qwen3ForCausalLM",
+            gguf_architecture="qwen3",
+            flags={"qk_norm": True},
+            missing={"sliding_window": 4096, "max_window_layers": 28, "num_key_value_heads": 32, "head_dim": 128},
+            fixed=_SILU,
+            windows="late",
+        ),
+        Family(
+            name="gemma2",
+            architecture="Gemma2ForCausalLM",
+            gguf_architecture="gemma2",
+            **{
+                **_GEMMA,
+                "reads": {**_GEMMA["reads"], "attn_logit_softcapping": "attn_softcap"},
+                "missing": {**_GEMMA["missing"], "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0},
+            },
+        ),
+        Family(
+            name="gemma3_text",
+            architecture="Gemma3ForCausalLM",
+            gguf_architecture="gemma3",
+            **{
+                **_GEMMA,
+                "flags": {**_GEMMA["flags"], "qk_norm": True},
+                "reads": {**_GEMMA["reads"], "rope_local_base_freq": "local_rope_theta"},
+                "missing": {
+                    **_GEMMA["missing"],
+                    **{"sliding_window_pattern": 6, "rope_theta": 1e6, "rope_local_base_freq": 1e4},
+                },
+                "fixed": {**_GEMMA["fixed"], "attn_logit_softcapping": None},
+            },
+        ),
+        Family(
+            name="smollm3",
+            architecture="SmolLM3ForCausalLM",
+            gguf_architecture="smollm3",
+            reads={"no_rope_layers": "rope_layers"},
+            missing={
+                **{"tie_word_embeddings": True, "num_key_value_heads": 4, "rope_theta": 2e6},
+                **{"no_rope_layers": None, "no_rope_layer_interval": 4},
+            },
+            fixed={**_SILU, "use_sliding_window": False},
+            gguf_permuted=True,
         ),
     )
 }
 
-# config.json field → TransformerConfig field
-_SIZES = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "width",
-    "num_hidden_layers": "layers",
-    "num_attention_heads": "heads",
-    "num_key_value_heads": "kv_heads",
-    "head_dim": "head_dim",
-    "intermediate_size": "mlp_dim",
-    "rms_norm_eps": "norm_eps",
-    "max_position_embeddings": "max_positions",
-}
-_OPTIONAL = ("num_key_value_heads", "head_dim")  # the format derives them from the others
-
-# Fields that do not change what a forward pass computes, or that are read elsewhere.
-_HARMLESS = {
-    *(
-        "architectures",
-        "model_type",
-        "dtype",
-        "torch_dtype",
-        "transformers_version",
-        "_name_or_path",
-        "use_cache",
-    ),
-    *(
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-        "initializer_range",
-        "attention_dropout",
-        "pretraining_tp",
-    ),
-    *(
-        "tie_word_embeddings",
-        "rope_theta",
-        "rope_parameters",
-        "layer_types",
-        "sliding_window",
-        "max_window_layers",
-    ),
-    *(
-        "return_dict",
-        "id2label",
-        "label2id",
-        "chunk_size_feed_forward",
-        "is_llama_config",
-        "transformers.js_config",
-    ),
-}
-
 
 def weights_of(config: TransformerConfig) -> tuple[Weight, ...]:
-    """The rows of `WEIGHTS` that this config has: biases with qkv_bias, a head unless it is tied."""
+    """A row for every parameter of this config, under its family's names.
 
-    def has(weight: Weight) -> bool:
-        absent = weight.path.endswith("/bias") and not config.qkv_bias
-        return not absent and not (weight.path.startswith("head/") and config.tied_embeddings)
-
-    return tuple(weight for weight in WEIGHTS if has(weight))
+    >>> c = TransformerConfig(family="gemma2", vocab_size=8, width=8, layers=1, heads=1, kv_heads=1, head_dim=8,
+    ...                       mlp_dim=8, post_norms=True)
+    >>> [row.hf for row in weights_of(c) if row.path == "layers/mlp_norm/scale"]
+    ['model.layers.{}.pre_feedforward_layernorm.weight']
+    """
+    rows = {row.path: row for row in (*WEIGHTS, *FAMILIES[config.family].names)}
+    return tuple(rows[path] for path in param_shapes(config))
 
 
 def find_family(name: str, *, by: str = "name") -> Family:
-    """The family whose field `by` (name, architecture, gguf_architecture) is `name`.
+    """The first family whose field `by` (name, architecture, gguf_architecture) is `name`.
 
     >>> find_family("LlamaForCausalLM", by="architecture").name
     'llama'
 
     Raises ValueError that names the nearest known ones.
     """
-    known = {getattr(family, by): family for family in FAMILIES.values()}
+    known = {getattr(family, by): family for family in reversed(FAMILIES.values())}
     if name not in known:
         raise ValueError(unknown(f"model {by}", name, known))
     return known[name]
-
-
-def from_hf(fields: Mapping[str, Any]) -> TransformerConfig:
-    """The TransformerConfig of a Hugging Face config.json, given as a dict.
-
-    Missing num_key_value_heads, head_dim, rope_theta (10000) and tie_word_embeddings (False) mean what they
-    mean in that format. Raises one ValueError for an unknown architecture, or that lists every missing field
-    and every field asking for what is not implemented (scaled rotary positions, sliding windows, quantised
-    weights, own code, …). Fields unknown here are logged.
-    """
-    family = find_family(fields.get("model_type", "(missing)"))
-    architecture = (fields.get("architectures") or [family.architecture])[0]
-    find_family(architecture, by="architecture")
-    problems = _not_implemented(family, fields)
-    missing = [key for key in _SIZES if fields.get(key) is None and key not in _OPTIONAL]
-    problems += [f"{key} is missing" for key in missing]
-    theta, rope_problems = _rope(fields)
-    problems += rope_problems
-    if problems:
-        raise ValueError(f"config.json of a {family.name} model: " + "; ".join(problems))
-    _report_unread(family, fields)
-    values = {ours: fields[theirs] for theirs, ours in _SIZES.items() if fields.get(theirs) is not None}
-    values.setdefault("kv_heads", values["heads"])
-    values.setdefault("head_dim", values["width"] // values["heads"])
-    return TransformerConfig(
-        family=family.name,
-        rope_theta=theta,
-        qkv_bias=family.qkv_bias,
-        tied_embeddings=bool(fields.get("tie_word_embeddings", False)),
-        **values,
-    )
-
-
-def to_hf(config: TransformerConfig) -> dict[str, Any]:
-    """config.json's fields for `config`: the inverse of `from_hf`, read by transformers 4 and 5 alike."""
-    family = FAMILIES[config.family]
-    return {
-        "architectures": [family.architecture],
-        "model_type": family.name,
-        **{theirs: getattr(config, ours) for theirs, ours in _SIZES.items()},
-        "hidden_act": "silu",
-        "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "tie_word_embeddings": config.tied_embeddings,
-    }
-
-
-def _not_implemented(family: Family, fields: Mapping[str, Any]) -> list[str]:
-    problems = []
-    for key, only in family.fixed.items():
-        value = fields.get(key, only)
-        plain_rope = key == "rope_scaling" and _rope_type(value) == "default"
-        if value != only and not plain_rope and not (value is None and only is False):
-            problems.append(f"{key} = {value!r} is not implemented (only {only!r} is)")
-    kinds = sorted(set(fields.get("layer_types") or ()) - {"full_attention"})
-    if kinds:
-        problems.append(f"layer_types contains {kinds}, not implemented (only 'full_attention' is)")
-    return problems
-
-
-def _rope_type(value: Any) -> str:
-    if not isinstance(value, Mapping):
-        return "default" if value is None else repr(value)
-    return str(value.get("rope_type", value.get("type", "(missing)")))
-
-
-def _rope(fields: Mapping[str, Any]) -> tuple[float, list[str]]:
-    """rope_theta from either of its two places, and what is wrong with them."""
-    inner = fields.get("rope_parameters") or {}
-    problems = []
-    if inner and _rope_type({"rope_type": "default", **inner}) != "default":
-        problems.append(f"rope_parameters.rope_type = {inner['rope_type']!r} is not implemented (only 'default' is)")
-    extra = {k: v for k, v in inner.items() if k not in ("rope_type", "type", "rope_theta")}
-    if extra.get("partial_rotary_factor") == 1.0:
-        del extra["partial_rotary_factor"]
-    if extra and not problems:
-        problems.append(f"rope_parameters has {extra}, not implemented (only rope_type and rope_theta are)")
-    outer = fields.get("rope_theta")
-    theta = inner.get("rope_theta", outer)
-    if outer is not None and theta != outer:
-        problems.append(f"rope_theta = {outer} contradicts rope_parameters.rope_theta = {theta}: remove one")
-    return float(10000.0 if theta is None else theta), problems
-
-
-def _report_unread(family: Family, fields: Mapping[str, Any]) -> None:
-    known = {*_HARMLESS, *_SIZES, *family.fixed}
-    unread = sorted(key for key, value in fields.items() if key not in known and value not in (None, False, "", {}))
-    if unread:
-        log.warning("config.json: fields this code does not read: %s", ", ".join(unread))

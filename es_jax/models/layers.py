@@ -9,16 +9,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from es_jax.models.cache import write
 from es_jax.models.config import TransformerConfig
+from es_jax.models.rope import Angles, rotate
 
 INIT_STD = 0.02
 MASKED = -1e30  # finite: a query that may attend nothing gets a mean of the values, not NaN
-Angles = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]
 Cached = tuple[Array, Array, Int[Array, ""]]  # k, v [B, S, KH, hd] and the slot to write
 
 
@@ -39,22 +38,9 @@ def linear(
     return y if accumulated else y.astype(x.dtype)
 
 
-def rope_angles(positions: Int[Array, "B T"], *, head_dim: int, theta: float) -> Angles:
-    """Cosine and sine, float32 [B, T, head_dim/2], of position * theta^(-2i/head_dim).
-
-    Source: Su et al. 2021, arXiv 2104.09864.
-    """
-    exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    frequency = 1.0 / np.float32(theta) ** exponent
-    angle = positions[:, :, None].astype(jnp.float32) * jnp.asarray(frequency)[None, None, :]
-    return jnp.cos(angle), jnp.sin(angle)
-
-
-def rotate(x: Float[Array, "B T H hd"], angles: Angles) -> Float[Array, "B T H hd"]:
-    """Turn the pairs (x[i], x[i + hd/2]) of every head by the angles of the token's position."""
-    cos, sin = (a[:, :, None, :] for a in angles)
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+def softcap(x: Float[Array, "*b N"], cap: float | None) -> Float[Array, "*b N"]:
+    """cap * tanh(x / cap), which is near x where |x| is small; x itself without a cap."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def attend(
@@ -63,30 +49,37 @@ def attend(
     v: Float[Array, "B S KH hd"],
     *,
     mask: Bool[Array, "B T S"],
+    scale: float,
+    cap: float | None = None,
 ) -> Float[Array, "B T H hd"]:
     """Softmax attention; each run of H/KH query heads shares one key/value head, which is never repeated.
 
-    Source of the grouping: Ainslie et al. 2023, arXiv 2305.13245.
+    Scores are products times `scale`, soft-capped at `cap`. Source of the grouping: Ainslie et al. 2023,
+    arXiv 2305.13245.
     """
     batch, length, heads, head_dim = q.shape
     q = q.reshape(batch, length, k.shape[2], heads // k.shape[2], head_dim)
-    scores = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=jnp.float32) * head_dim**-0.5
-    weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, MASKED), axis=-1)
+    scores = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=jnp.float32) * scale
+    weights = jax.nn.softmax(jnp.where(mask[:, None, None], softcap(scores, cap), MASKED), axis=-1)
     mixed = jnp.einsum("bkgts,bskd->btkgd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
     return mixed.astype(q.dtype).reshape(batch, length, heads, head_dim)
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * scale over the last axis [B, T, D], in float32. Source: arXiv 1910.07467."""
+    """x / rms(x) * scale over the last axis, in float32; times 1 + scale where the config's norms are so.
 
-    eps: float
+    Source: Zhang and Sennrich 2019, arXiv 1910.07467.
+    """
+
+    config: TransformerConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],)).astype(jnp.float32)
+    def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
+        offset = 1.0 if self.config.norm_plus_one else 0.0
+        scale = self.param("scale", nn.initializers.constant(1.0 - offset), (x.shape[-1],)).astype(jnp.float32)
         wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return (wide * scale[None, None, :]).astype(x.dtype)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.config.norm_eps)
+        return (wide * jnp.broadcast_to(scale + offset, wide.shape)).astype(x.dtype)
 
 
 class Linear(nn.Module):
@@ -123,26 +116,30 @@ class Attention(nn.Module):
             y = Linear(heads * c.head_dim, use_bias=c.qkv_bias, name=name)(x)
             return y.reshape(*x.shape[:2], heads, c.head_dim)
 
-        q = rotate(project("q", c.heads), angles)
-        k = rotate(project("k", c.kv_heads), angles)
-        v = project("v", c.kv_heads)
+        def turned(name: str, heads: int) -> Array:
+            y = project(name, heads)
+            return rotate(RMSNorm(c, name=f"{name}_norm")(y) if c.qk_norm else y, angles)
+
+        q, k, v = turned("q", c.heads), turned("k", c.kv_heads), project("v", c.kv_heads)
         if cached is not None:
             index = cached[2]
             k, v = write(cached[0], k, index=index), write(cached[1], v, index=index)
-        mixed = attend(q, k, v, mask=mask).reshape(*x.shape[:2], c.heads * c.head_dim)
-        return Linear(c.width, name="o")(mixed), (k, v)
+        scale = (c.query_pre_attn_scalar or c.head_dim) ** -0.5
+        mixed = attend(q, k, v, mask=mask, scale=scale, cap=c.attn_softcap)
+        return Linear(c.width, name="o")(mixed.reshape(*x.shape[:2], c.heads * c.head_dim)), (k, v)
 
 
 class MLP(nn.Module):
-    """down(silu(gate(x)) * up(x)). Source: Shazeer 2020, arXiv 2002.05202."""
+    """down(act(gate(x)) * up(x)). Source: Shazeer 2020, arXiv 2002.05202."""
 
     config: TransformerConfig
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        act = jax.nn.silu if self.config.activation == "silu" else jax.nn.gelu  # gelu: the tanh approximation
         gate = Linear(self.config.mlp_dim, name="gate")(x)
         up = Linear(self.config.mlp_dim, name="up")(x)
-        return Linear(self.config.width, name="down")(jax.nn.silu(gate) * up)
+        return Linear(self.config.width, name="down")(act(gate) * up)
 
 
 class Block(nn.Module):
@@ -154,7 +151,12 @@ class Block(nn.Module):
     def __call__(
         self, x: Float[Array, "B T D"], angles: Angles, mask: Bool[Array, "B T S"], cached: Cached | None
     ) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
-        eps = self.config.norm_eps
-        mixed, kv = Attention(self.config, name="attn")(RMSNorm(eps, name="attn_norm")(x), angles, mask, cached)
-        x = x + mixed
-        return x + MLP(self.config, name="mlp")(RMSNorm(eps, name="mlp_norm")(x)), kv
+        c = self.config
+
+        def norm(name: str, y: Array) -> Array:
+            return RMSNorm(c, name=name)(y)
+
+        mixed, kv = Attention(c, name="attn")(norm("attn_norm", x), angles, mask, cached)
+        x = x + (norm("attn_post_norm", mixed) if c.post_norms else mixed)
+        y = MLP(c, name="mlp")(norm("mlp_norm", x))
+        return x + (norm("mlp_post_norm", y) if c.post_norms else y), kv

@@ -2,18 +2,22 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
 from es_jax.core.tree import named_leaves
 from es_jax.models.cache import KVCache, attention_mask
 from es_jax.models.config import TransformerConfig
-from es_jax.models.layers import INIT_STD, Block, RMSNorm, linear, rope_angles
+from es_jax.models.layers import INIT_STD, Block, RMSNorm, linear, softcap
+from es_jax.models.rope import Angles, rope_angles, rope_frequencies
 
 Params = dict[str, Any]
+View = tuple[Angles, Bool[Array, "B T S"]]  # what a layer knows of positions: how far they turn, who sees whom
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +30,8 @@ class Transformer:
         layers/attn_norm/scale, layers/mlp_norm/scale [L, D]
         layers/attn/q/kernel [L, D, H*hd], k and v/kernel [L, D, KH*hd], and /bias [L, ...] with qkv_bias
         layers/attn/o/kernel [L, H*hd, D]       layers/mlp/gate and up/kernel [L, D, F], down/kernel [L, F, D]
+        layers/attn/q_norm and k_norm/scale [L, hd] with qk_norm
+        layers/attn_post_norm and mlp_post_norm/scale [L, D] with post_norms
 
     With `layers` stacked the layers are scanned (compiles fast); with the tuple that `unstack_layers` makes
     they are unrolled (decodes faster). The compute dtype is the embedding's.
@@ -41,20 +47,17 @@ class Transformer:
     config: TransformerConfig
 
     def init(self, key: Array, *, dtype: jnp.dtype = jnp.float32) -> Params:
-        """Random parameters: normal of std 0.02, norms one, biases zero; drawn in float32, then cast."""
+        """Random parameters: normal of std 0.02, norms the identity, biases zero; drawn in float32, then cast."""
         c = self.config
         embed_key, layers_key, head_key = jax.random.split(key, 3)
         x = jnp.zeros((1, 1, c.width))
         positions = jnp.zeros((1, 1), jnp.int32)
-        angles = rope_angles(positions, head_dim=c.head_dim, theta=c.rope_theta)
-        mask = attention_mask(positions, positions)
-        layers = jax.vmap(lambda k: Block(c).init(k, x, angles, mask, None)["params"])(
-            jax.random.split(layers_key, c.layers)
-        )
+        view = _Views.of(c, positions, positions).of_layer(0)
+        layers = jax.vmap(lambda k: Block(c).init(k, x, *view, None)["params"])(jax.random.split(layers_key, c.layers))
         params = {
             "embed": {"embedding": INIT_STD * jax.random.normal(embed_key, (c.vocab_size, c.width))},
             "layers": layers,
-            "final_norm": {"scale": jnp.ones(c.width)},
+            "final_norm": {"scale": jnp.full(c.width, 0.0 if c.norm_plus_one else 1.0)},
         }
         if not c.tied_embeddings:
             params["head"] = {"kernel": INIT_STD * jax.random.normal(head_key, (c.width, c.vocab_size))}
@@ -92,34 +95,48 @@ class Transformer:
         cache: KVCache | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """The residual stream after the last layer and the final norm, and the cache; see `apply`."""
-        c = self.config
         if positions is None:
             if cache is not None:
                 raise ValueError("positions = None with a cache: give the position of every token [B, T]")
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
-        x = jnp.take(params["embed"]["embedding"], tokens, axis=0, mode="clip")
-        angles = rope_angles(positions, head_dim=c.head_dim, theta=c.rope_theta)
         start = None if cache is None else cache.index
         cache = None if cache is None else cache.advance(positions)
-        mask = attention_mask(positions, positions if cache is None else cache.positions)
-
-        def block(x: Array, layer: Params, kv: tuple[Array, Array] | None) -> tuple[Array, Any]:
-            cached = None if kv is None else (*kv, start)
-            out: Any = Block(c).apply({"params": layer}, x, angles, mask, cached)
-            return out[0], (None if kv is None else out[1])
-
+        views = _Views.of(self.config, positions, positions if cache is None else cache.positions)
+        block = functools.partial(self._block, start=start)
         run = _unrolled if isinstance(params["layers"], list | tuple) else _scanned
-        x, cache = run(block, x, params["layers"], cache)
-        normed: Any = RMSNorm(c.norm_eps).apply({"params": params["final_norm"]}, x)
+        x, cache = run(block, self._embed(params, tokens), params["layers"], views, cache)
+        normed: Any = RMSNorm(self.config).apply({"params": params["final_norm"]}, x)
         return normed, cache
+
+    def trace(self, params: Params, tokens: Int[Array, "B T"]) -> list[Float[Array, "B T D"]]:
+        """The residual stream before the first layer and behind each, L + 1 arrays, without the final norm."""
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
+        views = _Views.of(self.config, positions, positions)
+        stream = [self._embed(params, tokens)]
+        for i, layer in enumerate(unstack_layers(params)["layers"]):
+            stream.append(self._block(stream[-1], layer, views.of_layer(i), None)[0])
+        return stream
+
+    def _embed(self, params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        x = jnp.take(params["embed"]["embedding"], tokens, axis=0, mode="clip")
+        return x * jnp.asarray(self.config.width**0.5, x.dtype) if self.config.scale_embeddings else x
+
+    def _block(
+        self, x: Array, layer: Params, view: View, kv: tuple[Array, Array] | None, start: Array | None = None
+    ) -> tuple[Array, Any]:
+        cached = None if kv is None else (*kv, start)
+        out: Any = Block(self.config).apply({"params": layer}, x, *view, cached)
+        return out[0], (None if kv is None else out[1])
 
     def logits(self, params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """The output head applied to `hidden`'s result: float32 logits."""
-        if not self.config.tied_embeddings:
-            return linear(hidden, params["head"]["kernel"], accumulated=True)
-        contract = (((2,), (1,)), ((), ()))
-        embedding = params["embed"]["embedding"]
-        return jax.lax.dot_general(hidden, embedding, contract, preferred_element_type=jnp.float32)
+        if self.config.tied_embeddings:
+            contract = (((2,), (1,)), ((), ()))
+            embedding = params["embed"]["embedding"]
+            logits = jax.lax.dot_general(hidden, embedding, contract, preferred_element_type=jnp.float32)
+        else:
+            logits = linear(hidden, params["head"]["kernel"], accumulated=True)
+        return softcap(logits, self.config.final_softcap)
 
 
 def unstack_layers(params: Params) -> Params:
@@ -147,21 +164,51 @@ def _shapes(config: TransformerConfig) -> tuple[tuple[str, tuple[int, ...]], ...
     return tuple((name, leaf.shape) for name, leaf in named_leaves(tree))
 
 
-def _scanned(block: Any, x: Array, layers: Params, cache: KVCache | None) -> tuple[Array, KVCache | None]:
+@dataclasses.dataclass(frozen=True)
+class _Views:
+    """The view of each kind of layer (local or not, turned or not), and each layer's kind as an index into them."""
+
+    distinct: list[View]
+    kinds: tuple[int, ...]
+
+    @classmethod
+    def of(cls, config: TransformerConfig, query: Array, held: Array) -> "_Views":
+        def view(local: bool, rope: bool) -> View:
+            frequencies = rope_frequencies(config, local=local)  # all zero: turned by no angle
+            angles = rope_angles(query, frequencies if rope else np.zeros_like(frequencies))
+            return angles, attention_mask(query, held, window=config.sliding_window if local else None)
+
+        kinds = tuple(dict.fromkeys(config.layer_kinds))
+        return cls([view(*kind) for kind in kinds], tuple(map(kinds.index, config.layer_kinds)))
+
+    def of_layer(self, i: int) -> View:
+        return self.distinct[self.kinds[i]]
+
+    def scanned(self) -> tuple[Array | None, Callable[[Array | None], View]]:
+        """What a scan goes over, and the view it makes of a slice: nothing where all layers are of one kind."""
+        if len(self.distinct) == 1:
+            return None, lambda kind: self.distinct[0]
+        stacked = jax.tree.map(lambda *views: jnp.stack(views), *self.distinct)
+        return jnp.array(self.kinds, jnp.int32), lambda kind: jax.tree.map(lambda x: x[kind], stacked)
+
+
+def _scanned(block: Any, x: Array, layers: Params, views: _Views, cache: KVCache | None) -> tuple[Array, Any]:
+    kinds, view = views.scanned()
     if cache is None:
-        return jax.lax.scan(lambda x, layer: block(x, layer, None), x, layers)[0], None
+        return jax.lax.scan(lambda x, xs: block(x, xs[0], view(xs[1]), None), x, (layers, kinds))[0], None
     if not cache.stacked:
         raise ValueError("stacked layers need KVCache.empty(..., stacked=True), this cache is per layer")
-    x, (k, v) = jax.lax.scan(lambda x, xs: block(x, xs[0], xs[1]), x, (layers, (cache.k, cache.v)))
+    pair = (cache.k, cache.v)
+    x, (k, v) = jax.lax.scan(lambda x, xs: block(x, xs[0], view(xs[1]), xs[2]), x, (layers, kinds, pair))
     return x, cache.replace(k=k, v=v)  # type: ignore[attr-defined]
 
 
-def _unrolled(block: Any, x: Array, layers: Any, cache: KVCache | None) -> tuple[Array, KVCache | None]:
+def _unrolled(block: Any, x: Array, layers: Any, views: _Views, cache: KVCache | None) -> tuple[Array, Any]:
     if cache is not None and cache.stacked:
         raise ValueError("unstacked layers need KVCache.empty(..., stacked=False), this cache is stacked")
     pairs = []
     for i, layer in enumerate(layers):
-        x, kv = block(x, layer, None if cache is None else (cache.k[i], cache.v[i]))
+        x, kv = block(x, layer, views.of_layer(i), None if cache is None else (cache.k[i], cache.v[i]))
         pairs.append(kv)
     if cache is None:
         return x, None

@@ -17,6 +17,7 @@ from es_jax.es.population import Members
 from es_jax.generate.engine import Engine
 from es_jax.optim.chains import build_optimizer
 from es_jax.training.config import RunConfig
+from es_jax.training.fields import ESConfig
 
 
 def make_noise(config: RunConfig) -> GaussianNoise:
@@ -33,11 +34,19 @@ def compute_dtype(config: RunConfig) -> jnp.dtype:
     return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
 
 
+def of_update(config: RunConfig) -> RunConfig:
+    """The fields that `update` compiles in, all others at their defaults, so that runs of one process share it."""
+    es = ESConfig(population=config.es.population, sigma=config.es.sigma, noise=config.es.noise)
+    return RunConfig(es=es, optim=config.optim)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
 def update(
     config: RunConfig, mesh: Mesh, params: Any, opt_state: Any, base: Any, members: Members, weights: jax.Array
 ) -> tuple[Any, Any, jax.Array]:
     """One step of the weights: (params, opt_state, drift). Parameters and optimizer state are donated.
+
+    `config`: of `of_update`.
 
     Every device makes all members' noise for its own slice; nothing is reduced but the scalar drift ‖θ − θ₀‖, measured
     from `base`, or from the anchor where `base` is None.
@@ -67,20 +76,27 @@ class Evaluator:
     `decode` runs one batch of prompts on them, so that weights are made once for all batches.
     """
 
-    config: RunConfig
     engine: Engine
     mesh: Mesh
+    noise: GaussianNoise
+    sigma: float
+    dtype: jnp.dtype
+    at_once: int
+
+    @classmethod
+    def of(cls, config: RunConfig, engine: Engine, mesh: Mesh) -> "Evaluator":
+        """A run's. It holds no more of the config than its programs need, so that runs of one process share them."""
+        noise, dtype = make_noise(config), compute_dtype(config)
+        return cls(engine, mesh, noise=noise, sigma=config.es.sigma, dtype=dtype, at_once=config.decode.members_at_once)
 
     @property
     def lanes(self) -> int:
-        return self.mesh.shape[POP] * self.config.decode.members_at_once
+        return self.mesh.shape[POP] * self.at_once
 
     @functools.partial(jax.jit, static_argnums=0)
     def _perturb(self, params: Any, members: Members) -> Any:
-        noise, dtype = make_noise(self.config), compute_dtype(self.config)
-
         def one(params, member):
-            return self.engine.layout(noise.apply(params, member, sigma=self.config.es.sigma, dtype=dtype))
+            return self.engine.layout(self.noise.apply(params, member, sigma=self.sigma, dtype=self.dtype))
 
         return self._grouped(one, in_specs=(PartitionSpec(), PartitionSpec(POP)), mapped=(None, 0))(params, members)
 
@@ -96,7 +112,7 @@ class Evaluator:
         """`one` over lanes: shard_map over groups of devices, vmap over the lanes of a group."""
 
         def group(*args):
-            if self.config.decode.members_at_once > 1:
+            if self.at_once > 1:
                 return jax.vmap(one, in_axes=mapped)(*args)
             args = (
                 arg if axis is None else jax.tree.map(lambda x: x[0], arg)

@@ -77,7 +77,8 @@ def card(facts: dict[str, Any], *, step: int, dtype: str, evals: dict[str, Any] 
     """The text of the folder's README.md, from what a run's config.json holds: Markdown behind YAML."""
     config = facts["config"]
     source, run = config["model"]["source"], config["train"]
-    hub = f"base_model: {json.dumps(source)}\n" if not Path(source).expanduser().exists() else ""
+    on_hub = source.count("/") == 1 and not Path(source).expanduser().exists()
+    hub = f"base_model: {json.dumps(source)}\n" if on_hub else ""
     resumed = f", resumed {len(facts['resumed'])} times" if facts.get("resumed") else ""
     lines = [
         f"| {name} | {value} |"

@@ -96,7 +96,7 @@ class _Run:
         self.test_prompts = {name: list(self._encoded(name, rows)) for name, rows in tests.items()}
         self.log = SeedLog(workdir)
         rundir.settle(workdir, config, identity=self._identity(), started=bool(self.log.entries))
-        self.evaluator = Evaluator(config, self._engine(), self.mesh)
+        self.evaluator = Evaluator.of(config, self._engine(), self.mesh)
         self.population = Population(config.es.population, seed=config.train.seed, antithetic=config.es.antithetic)
         self.checkpoints = Checkpoints(workdir, keep=config.train.keep)
         self.state = State(config, self.mesh, model.params)

@@ -13,7 +13,7 @@ from es_jax.core.mesh import leaf_sharding, make_mesh, param_shardings
 from es_jax.optim.chains import build_optimizer
 from es_jax.training import workdir as rundir
 from es_jax.training.config import RunConfig
-from es_jax.training.es_step import placed_weights, update
+from es_jax.training.es_step import of_update, placed_weights, update
 from es_jax.training.seedlog import Entry, SeedLog
 from es_jax.weights.model import Model, load_model
 
@@ -43,7 +43,7 @@ class State:
     def __init__(self, config: RunConfig, mesh: Mesh, params: Any):
         if not jax.config.jax_threefry_partitionable:  # type: ignore[attr-defined]
             raise ValueError("jax_threefry_partitionable is off, which changes the noise: unset it and start again")
-        self._config, self._mesh = config, mesh
+        self._config, self._mesh = of_update(config), mesh
         tx, self.sentence = build_optimizer(config, params)
         anchored = config.optim.anchor.penalty != "none"
         self._base = None if anchored else jax.tree.map(jnp.copy, params)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ import numpy as np
 from es_jax.core.tree import named_leaves
 from es_jax.models.config import TransformerConfig
 from es_jax.models.families import FAMILIES, WEIGHTS, Weight, weights_of
+from es_jax.models.rope import rope_frequencies
 from es_jax.models.transformer import Params, param_shapes
 from es_jax.weights.streaming import Range, Reader, Shardings, chunks, fetch, place, place_stacked, staging, widened
 
@@ -42,7 +44,7 @@ def to_params(
     """
     slots = _slots(config, naming)
     _check_keys(reader, config, slots, naming)
-    filler = _Filler(reader, config, np.dtype(dtype), naming == "gguf" and FAMILIES[config.family].gguf_permuted)
+    filler = _Filler(reader, config, np.dtype(dtype), naming)
     largest = max(math.prod(slot.shape) for slot in slots.values())
     params: Params = {}
     for path, shape in param_shapes(config).items():
@@ -82,7 +84,7 @@ class _Filler:
     reader: Reader
     config: TransformerConfig
     dtype: np.dtype
-    unpermute: bool
+    naming: Literal["hf", "gguf"]
     broken: list[str] = dataclasses.field(default_factory=list)
 
     def leaf(self, slots: dict[str, _Slot], shape: tuple[int, ...]) -> np.ndarray:
@@ -101,13 +103,17 @@ class _Filler:
 
     def _fill(self, out: np.ndarray, key: str, slot: _Slot) -> None:
         rows, seen = out.T if slot.weight.transpose else out, Range()
+        offset = np.float32(_gguf_offset(slot.weight, self.config) if self.naming == "gguf" else 0)
         places = None
-        if self.unpermute and slot.weight.rotary:
+        if self.naming == "gguf" and FAMILIES[self.config.family].gguf_permuted and slot.weight.rotary:
             places = np.argsort(half_split(np.arange(slot.shape[0]), heads=getattr(self.config, slot.weight.rotary)))
         for where, chunk in chunks(self.reader, key):
             values = widened(chunk)
             seen.add(values)
-            values = chunk if chunk.dtype == self.dtype else values
+            if offset:
+                values = values - offset
+            elif chunk.dtype == self.dtype:
+                values = chunk
             if places is None:
                 np.copyto(rows[where], values, casting="unsafe")
             else:
@@ -141,9 +147,8 @@ def _slots(config: TransformerConfig, naming: str) -> dict[str, _Slot]:
 def _check_keys(reader: Reader, config: TransformerConfig, slots: dict[str, _Slot], naming: str) -> None:
     shapes = reader.shapes
     problems = [f"missing: {key} {slot.shape}" for key, slot in slots.items() if key not in shapes]
-    problems += [
-        f"unexpected: {k} {s}" for k, s in shapes.items() if k not in slots and not _spare(reader, config, k, naming)
-    ]
+    spare = {key: _spare(reader, config, key, naming) for key in shapes if key not in slots}
+    problems += [f"unexpected: {key} {shapes[key]}{_remark(key)}" for key, is_spare in spare.items() if not is_spare]
     problems += [
         f"wrong shape: {key} is {shapes[key]}, the config says {slot.shape}"
         for key, slot in slots.items()
@@ -154,10 +159,21 @@ def _check_keys(reader: Reader, config: TransformerConfig, slots: dict[str, _Slo
         raise ValueError(f"the {naming} weights do not fit the {config.family} config:\n  {lines}")
 
 
+def _gguf_offset(weight: Weight, config: TransformerConfig) -> float:
+    """What GGUF files add to a tensor: they hold 1 + scale where norms multiply by that."""
+    return 1.0 if config.norm_plus_one and weight.path.endswith("norm/scale") else 0.0
+
+
 def _spare(reader: Reader, config: TransformerConfig, key: str, naming: str) -> bool:
-    """Whether the key repeats what the tree holds already: a tied head, or the rotary frequencies."""
+    """Whether the key repeats what the tree or the config says already: a tied head, or rotary frequencies."""
     if key.endswith(".rotary_emb.inv_freq"):
-        return True
+        layer = re.search(r"\.layers\.(\d+)\.", key)
+        kinds = config.layer_kinds if layer is None else config.layer_kinds[int(layer[1]) :][:1]
+        frequencies = [rope_frequencies(config, local=local) for local, _ in dict.fromkeys(kinds)]
+        return bool(frequencies) and all(_near(reader.read(key), expected) for expected in frequencies)
+    if naming == "gguf" and key == "rope_freqs.weight":
+        plain = rope_frequencies(dataclasses.replace(config, rope_scaling=None))
+        return _near(reader.read(key), plain / rope_frequencies(config))
     names = {weight.path: getattr(weight, naming) for weight in WEIGHTS}
     embedding = names["embed/embedding"]
     if not config.tied_embeddings or key != names["head/kernel"] or embedding not in reader.shapes:
@@ -165,6 +181,15 @@ def _spare(reader: Reader, config: TransformerConfig, key: str, naming: str) -> 
     if reader.shapes[key] != reader.shapes[embedding]:
         return False
     return all(np.array_equal(rows, reader.read(embedding, at.start, at.stop)) for at, rows in chunks(reader, key))
+
+
+def _remark(key: str) -> str:
+    return ", frequencies that are not those of the config" if "_freq" in key else ""
+
+
+def _near(found: np.ndarray, expected: np.ndarray) -> bool:
+    """Equal up to the rounding of bfloat16, which some files hold frequencies in."""
+    return found.shape == expected.shape and np.allclose(found.astype(np.float32), expected, rtol=2.0**-7, atol=0)
 
 
 def _insert(tree: Params, path: str, leaf: Any) -> None:

@@ -14,11 +14,14 @@ _FILES = (
 
 
 def resolve(source: str | Path, *, weights: bool = True) -> Path:
-    """The local folder or .gguf file of `source`; a hub name is fetched, or found in the local hub cache.
+    """The local folder or .gguf file of `source`; "lab" is the laboratory model that es_jax brings along; a hub name is
+    fetched, or found in the local hub cache.
 
     Raises FileNotFoundError when it is neither here nor to be had, and says why; PermissionError when the hub gives it
     only to those who asked for it; ValueError for a file of another kind.
     """
+    if str(source) == "lab":
+        return Path(__file__).parent / "lab"
     path = Path(source).expanduser()
     if path.is_dir():
         return path

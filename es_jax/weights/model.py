@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from es_jax.models.config import TransformerConfig
-from es_jax.models.families import from_hf, to_hf
+from es_jax.models.hf_config import from_hf, to_hf
 from es_jax.models.transformer import Params
 from es_jax.weights import convert, safetensors, tokenizer
 from es_jax.weights.gguf import from_gguf

@@ -1,0 +1,36 @@
+"""The laboratory: 90 thousand weights that know seven small tasks and guess at an eighth, a small Countdown.
+
+The paper's science in seconds: ES brings the target out and forgets the others, AWD keeps them, and random rewards
+forget as much as real ones. N = 8, σ = 0.01, α = 0.005, 64 fresh prompts a step, 300 steps.
+
+Command:  python -m es_jax.train --config=configs/lab.py:anchor=l2 --workdir=runs/lab
+Arguments: configs/common.py: pop, anchor=none|l2|l1, strength, drift, target, rewards=random, antithetic, seed, steps.
+          Other pretraining seeds: experiments/pretrain_lab.py, then --config.model.source=DIR.
+Needs:    not yet run.
+Reached:  not yet run.
+"""
+
+from configs.common import configure
+from es_jax.tasks.lab import PRIOR
+
+STRENGTH = {"l2": 2.0, "l1": 0.02}  # a step takes away αλ = 1 % of the drift, or 1e-4 of each weight
+
+
+def get_config(argument: str = ""):
+    return configure(
+        argument,
+        model="lab",
+        strengths=STRENGTH,
+        task__name="lab-countdown",
+        task__train_size=400,
+        task__prompts_per_step=64,
+        es__population=8,
+        es__sigma=0.01,
+        optim__learning_rate=0.005,
+        decode__max_prompt=16,
+        decode__max_new=6,
+        decode__members_at_once=4,
+        train__steps=300,
+        train__checkpoint_every=100,
+        evals__tasks=PRIOR,
+    )

@@ -1,0 +1,260 @@
+"""config.json ↔ TransformerConfig: every field is read, known to change nothing, or refused by name."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from es_jax.core.names import unknown
+from es_jax.models.config import RopeScaling, TransformerConfig, shortest_pattern
+from es_jax.models.families import FAMILIES, Family, find_family
+
+Fields = Mapping[str, Any]
+
+# config.json field → TransformerConfig field
+_SIZES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "width",
+    "num_hidden_layers": "layers",
+    "num_attention_heads": "heads",
+    "num_key_value_heads": "kv_heads",
+    "head_dim": "head_dim",
+    "intermediate_size": "mlp_dim",
+    "rms_norm_eps": "norm_eps",
+    "max_position_embeddings": "max_positions",
+}
+_DERIVED = ("num_key_value_heads", "head_dim")  # null: as many as heads; hidden_size / heads
+_READ: tuple[str, ...] = ("model_type", "architectures", "tie_word_embeddings", "layer_types", "sliding_window")
+_READ += ("rope_theta", "rope_scaling", "rope_parameters")
+_WINDOWS = {
+    "none": (),
+    "all": (),
+    "late": ("use_sliding_window", "max_window_layers"),
+    "alternating": ("sliding_window_pattern",),
+}
+
+# Fields that change nothing in a forward pass, or that are read elsewhere (token ids) or never (generation).
+_HARMLESS = {
+    "dtype", "torch_dtype", "transformers_version", "_name_or_path", "name_or_path", "use_cache",
+    "cache_implementation", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id",
+    "decoder_start_token_id", "tokenizer_class", "prefix", "initializer_range", "attention_dropout",
+    "hidden_dropout", "pretraining_tp", "max_window_layers", "return_dict",
+    "output_hidden_states", "output_attentions", "id2label", "label2id", "problem_type", "finetuning_task",
+    "task_specific_params", "chunk_size_feed_forward", "torchscript", "is_llama_config", "transformers.js_config",
+    "_attn_implementation", "attn_implementation", "_attn_implementation_autoset", "unsloth_fixed",
+    "unsloth_version", "max_length", "min_length", "do_sample", "temperature", "top_k", "top_p", "num_beams",
+    "num_return_sequences",
+}  # fmt: skip
+_SCALED = {
+    "linear": {"factor": "factor"},
+    "llama3": {
+        "factor": "factor",
+        "low_freq_factor": "low_freq_factor",
+        "high_freq_factor": "high_freq_factor",
+        "original_max_position_embeddings": "original_positions",
+    },
+}
+
+
+def from_hf(fields: Fields) -> TransformerConfig:
+    """The TransformerConfig of a Hugging Face config.json, given as a dict.
+
+    A missing field means what it means to the family's class in transformers; sizes must be there. Raises one
+    ValueError for an unknown architecture, or that lists every missing field, every field asking for what is not
+    implemented (other scalings of rotary positions, quantised weights, own code, …) and every field unknown here.
+    """
+    family = find_family(fields.get("model_type", "(missing)"))
+    architecture = (fields.get("architectures") or [family.architecture])[0]
+    if find_family(architecture, by="architecture") is not family:
+        raise ValueError(f"config.json: architectures = {architecture} is not that of model_type = {family.name}")
+    given = {**family.missing, **fields}
+    problems = [*_refused(family, fields), *_unknown(family, fields)]
+    values = _sizes(given, problems) | _rope(family, fields, problems)
+    if isinstance(values.get("layers"), int):
+        values |= _layers(family, given, values["layers"], problems)
+    if problems:
+        raise ValueError(f"config.json of a {family.name} model: " + "; ".join(problems))
+    plain: dict[str, Any] = {ours: given.get(key) for key, ours in family.reads.items() if ours not in values}
+    tied = bool(given.get("tie_word_embeddings", False))
+    return TransformerConfig(family=family.name, tied_embeddings=tied, **family.flags, **plain, **values)
+
+
+def to_hf(config: TransformerConfig) -> dict[str, Any]:
+    """config.json's fields for `config`: the inverse of `from_hf`, read by transformers 4 and 5 alike.
+
+    Raises ValueError for a config with fields that its family's config.json cannot express.
+    """
+    family = FAMILIES[config.family]
+    rope = _rope_fields(config.rope_theta, config.rope_scaling)
+    fields = {
+        "architectures": [family.architecture],
+        "model_type": family.name,
+        **{theirs: getattr(config, ours) for theirs, ours in _SIZES.items()},
+        **{key: family.fixed[key] for key in ("hidden_act", "hidden_activation") if key in family.fixed},
+        **{theirs: getattr(config, ours) for theirs, ours in family.reads.items()},
+        "rope_theta": config.rope_theta,
+        "rope_parameters": rope,
+        "tie_word_embeddings": config.tied_embeddings,
+    }
+    if config.rope_scaling is not None:
+        fields["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    if config.local_rope_theta is not None:
+        local = _rope_fields(config.local_rope_theta, None)
+        fields["rope_parameters"] = {"full_attention": rope, "sliding_attention": local}
+    if "rope_layers" in family.reads.values():
+        fields["no_rope_layers"] = [int(rope) for _, rope in config.layer_kinds]
+    fields |= _window_fields(config, family)
+    lost = _differing(config, from_hf(fields))
+    if lost:
+        raise ValueError(f"a {family.name} model's config.json cannot express {', '.join(lost)}")
+    return fields
+
+
+def _differing(a: TransformerConfig, b: TransformerConfig) -> list[str]:
+    names = [field.name for field in dataclasses.fields(a) if getattr(a, field.name) != getattr(b, field.name)]
+    patterns = () if a.layer_kinds != b.layer_kinds else ("rope_layers", "local_layers")
+    return [f"{name} = {getattr(a, name)!r}" for name in names if name not in patterns]
+
+
+def _window_fields(config: TransformerConfig, family: Family) -> dict[str, Any]:
+    local = [is_local for is_local, _ in config.layer_kinds]
+    fields: dict[str, Any] = {"sliding_window": config.sliding_window}
+    if family.windows in ("none", "all"):
+        return fields if family.windows == "all" else {}
+    if family.windows == "late":
+        first = local.index(True) if True in local else config.layers
+        fields |= {"use_sliding_window": any(local), "max_window_layers": first}
+    return fields | {"layer_types": ["sliding_attention" if is_local else "full_attention" for is_local in local]}
+
+
+def _rope_fields(theta: float, scaling: RopeScaling | None) -> dict[str, Any]:
+    if scaling is None:
+        return {"rope_type": "default", "rope_theta": theta}
+    numbers = {theirs: getattr(scaling, ours) for theirs, ours in _SCALED[scaling.kind].items()}
+    return {"rope_type": scaling.kind, "rope_theta": theta, **numbers}
+
+
+def _refused(family: Family, fields: Fields) -> list[str]:
+    def fine(value: Any, only: Any) -> bool:
+        return value == only or (value is None and only is False)
+
+    return [
+        f"{key} = {fields[key]!r} is not implemented (only {only!r} is)"
+        for key, only in family.fixed.items()
+        if key in fields and not fine(fields[key], only)
+    ]
+
+
+def _unknown(family: Family, fields: Fields) -> list[str]:
+    known = {*_SIZES, *_READ, *_HARMLESS, *_WINDOWS[family.windows], *family.fixed, *family.reads, *family.missing}
+    if "layer_types" in fields:
+        known.add("_sliding_window_pattern")  # transformers writes both; layer_types is what it follows
+    names = [key for key in fields if key not in known]
+    return [
+        f"{key} = {fields[key]!r} is not known here; if it changes nothing that the model computes, remove it"
+        for key in sorted(names)
+    ]
+
+
+def _sizes(given: Fields, problems: list[str]) -> dict[str, Any]:
+    problems += [f"{key} is missing" for key in _SIZES if given.get(key) is None and key not in _DERIVED]
+    values = {ours: given[theirs] for theirs, ours in _SIZES.items() if given.get(theirs) is not None}
+    for theirs, ours in _SIZES.items():
+        value, number = values.get(ours, 0), (int, float) if ours == "norm_eps" else int
+        if isinstance(value, bool) or not isinstance(value, number):
+            problems.append(f"{theirs} = {value!r} is not {'a number' if ours == 'norm_eps' else 'a whole number'}")
+    if not problems:
+        values.setdefault("kv_heads", values["heads"])
+        values.setdefault("head_dim", values["width"] // max(values["heads"], 1))
+    return values
+
+
+def _layers(family: Family, given: Fields, layers: int, problems: list[str]) -> dict[str, Any]:
+    """Which layers are local and which are turned, as patterns; adds what is wrong with their fields."""
+    values: dict[str, Any] = {}
+    if "no_rope_layers" in family.reads:
+        every = given["no_rope_layer_interval"]
+        turned = given["no_rope_layers"] or [(i + 1) % every != 0 for i in range(layers)]
+        if len(turned) < layers:
+            problems.append(f"no_rope_layers has {len(turned)} entries for {layers} layers")
+        values["rope_layers"] = shortest_pattern([bool(turn) for turn in turned[:layers]])
+    unused = family.windows == "none" or (family.windows == "late" and not given.get("use_sliding_window"))
+    window = None if unused else given.get("sliding_window")
+    kinds = given.get("layer_types") or _default_kinds(family, given, layers, window)
+    local = [kind == "sliding_attention" for kind in kinds]
+    strange = sorted(set(kinds) - {"full_attention", "sliding_attention"})
+    wrong = ""
+    if strange:
+        wrong = f"contains {strange}, not implemented"
+    elif len(kinds) != layers:
+        wrong = f"has {len(kinds)} entries for {layers} layers"
+    elif any(local) and window is None:
+        wrong = "contains 'sliding_attention' but no sliding_window is in use"
+    elif family.windows == "all" and window is not None and not all(local):
+        wrong = f"contains 'full_attention', but in a {family.name} model the window holds in every layer"
+    if wrong:
+        problems.append(f"layer_types {wrong}")
+    elif any(local):
+        values |= {"sliding_window": window, "local_layers": shortest_pattern(local)}
+    return values
+
+
+def _default_kinds(family: Family, given: Fields, layers: int, window: int | None) -> list[str]:
+    if family.windows == "alternating":
+        period = given["sliding_window_pattern"]
+        local = [(i + 1) % period != 0 for i in range(layers)]
+    else:
+        first = given["max_window_layers"] if family.windows == "late" else 0
+        local = [window is not None and i >= first for i in range(layers)]
+    return ["sliding_attention" if is_local else "full_attention" for is_local in local]
+
+
+def _rope(family: Family, fields: Fields, problems: list[str]) -> dict[str, Any]:
+    """rope_theta and the scaling from either of their places; adds what is wrong with them."""
+    values: dict[str, Any] = {}
+    inner = fields.get("rope_parameters") or {}
+    separate = "rope_local_base_freq" in family.reads
+    if inner and separate != bool({"full_attention", "sliding_attention"} & set(inner)):
+        shape = "full_attention and sliding_attention apart" if separate else "one group for all layers"
+        problems.append(f"rope_parameters = {inner} is not implemented for {family.name} (only {shape})")
+        return values
+    if separate:
+        local = inner.get("sliding_attention") or {}
+        values["local_rope_theta"] = _theta("rope_local_base_freq", fields, local, family, problems)
+        if _scaling("rope_parameters.sliding_attention", local, problems) is not None:
+            problems.append("rope_parameters.sliding_attention.rope_type: only 'default' is implemented")
+        inner = inner.get("full_attention") or {}
+    values["rope_theta"] = _theta("rope_theta", fields, inner, family, problems)
+    groups = {"rope_scaling": fields.get("rope_scaling"), "rope_parameters": inner}
+    found = {place: _scaling(place, group, problems) for place, group in groups.items() if group}
+    if len(set(found.values())) > 1 and not problems:
+        problems.append(f"rope_scaling = {found['rope_scaling']} contradicts rope_parameters: remove one")
+    return values | {"rope_scaling": next(iter(found.values()), None)}
+
+
+def _theta(key: str, fields: Fields, inner: Fields, family: Family, problems: list[str]) -> float:
+    """The base of the frequencies, which stands in `inner` or, under `key`, outside, or nowhere."""
+    outer = fields.get(key)
+    theta = inner.get("rope_theta", outer)
+    if outer is not None and theta != outer:
+        problems.append(f"{key} = {outer} contradicts rope_parameters.rope_theta = {theta}: remove one")
+    return float(family.missing.get(key, 1e4) if theta is None else theta)
+
+
+def _scaling(place: str, group: Any, problems: list[str]) -> RopeScaling | None:
+    if not isinstance(group, Mapping):
+        problems.append(f"{place} = {group!r} is not a group of fields")
+        return None
+    kind = str(group.get("rope_type", group.get("type", "(missing)" if place == "rope_scaling" else "default")))
+    if kind != "default" and kind not in _SCALED:
+        problems.append(f"{place}.rope_type: " + unknown("scaling", kind, ["default", *_SCALED]))
+        return None
+    names = _SCALED.get(kind, {})
+    neutral = {"partial_rotary_factor": 1.0, "attention_factor": None}
+    for key, value in group.items():
+        if key not in ("rope_type", "type", "rope_theta", *names) and neutral.get(key, ...) != value:
+            problems.append(f"{place}.{key} = {value!r} is not implemented for rope_type {kind!r}")
+    wrong = [key for key in names if not isinstance(group.get(key), int | float)]
+    problems += [f"{place}.{key} = {group.get(key)!r} must be a number" for key in wrong]
+    if kind == "default" or wrong:
+        return None
+    return RopeScaling(kind, **{ours: group[theirs] for theirs, ours in names.items()})

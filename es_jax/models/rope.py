@@ -1,0 +1,50 @@
+"""Rotary positions: frequencies, plain and scaled, and the turning of queries and keys.
+
+Source: Su et al. 2021, arXiv 2104.09864; position interpolation (linear): Chen et al. 2023, arXiv 2306.15595.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from es_jax.models.config import RopeScaling, TransformerConfig
+
+Angles = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]
+
+
+def rope_frequencies(config: TransformerConfig, *, local: bool = False) -> np.ndarray:
+    """Radians per position of each pair, float32 [head_dim/2]; `local`: of the layers with a sliding window.
+
+    >>> config = TransformerConfig(family="llama", vocab_size=8, width=8, layers=1, heads=1, kv_heads=1, head_dim=4,
+    ...                            mlp_dim=8, rope_scaling=RopeScaling("linear", factor=4.0))
+    >>> rope_frequencies(config).tolist()
+    [0.25, 0.0024999999441206455]
+    """
+    separate = local and config.local_rope_theta is not None
+    theta = config.local_rope_theta if separate else config.rope_theta
+    exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    plain = np.float32(1) / np.float32(theta) ** exponent
+    return plain if separate or config.rope_scaling is None else _scaled(plain, config.rope_scaling)
+
+
+def _scaled(plain: np.ndarray, scaling: RopeScaling) -> np.ndarray:
+    low = plain / np.float32(scaling.factor)
+    if scaling.kind == "linear":
+        return low
+    turns = scaling.original_positions * plain.astype(np.float64) / (2 * np.pi)  # within the first context
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    kept = np.clip(kept, 0, 1).astype(np.float32)
+    return (1 - kept) * low + kept * plain
+
+
+def rope_angles(positions: Int[Array, "B T"], frequencies: np.ndarray) -> Angles:
+    """Cosine and sine, float32 [B, T, head_dim/2], of position * frequency."""
+    angle = positions[:, :, None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)[None, None, :]
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x: Float[Array, "B T H hd"], angles: Angles) -> Float[Array, "B T H hd"]:
+    """Turn the pairs (x[i], x[i + hd/2]) of every head by the angles of the token's position."""
+    cos, sin = (a[:, :, None, :] for a in angles)
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

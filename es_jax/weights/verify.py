@@ -1,0 +1,217 @@
+"""python -m es_jax.weights.verify MODEL REFERENCE [--text=TEXT | --text-file=FILE] [--max-kl=NATS] [--json]
+
+Compares a model as es_jax loads it (a folder, a .gguf file, a hub name) with what transformers computes from the folder
+REFERENCE, in float32, on a text. Ends with 1 when they differ by more than allowed, and says at which layer they part.
+Needs PyTorch: pip install 'es_jax[verify]'.
+
+With --json one object is printed: tokens, same_tokens, logit_difference, mean_kl, max_kl, limit, kl (a list, by
+position), layers (name → relative difference, from the embedding to the logits), parted (a name or null), passed.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from es_jax.models.transformer import Transformer
+from es_jax.weights import tokenizer
+from es_jax.weights.model import Model, load_model
+
+PARTED = 1e-3  # relative difference of a layer's output from which on the layer is named
+TEXT = """The ferry leaves at 7:45 and again at 16:30, unless the wind is above 50 km/h. "Take the earlier one," said
+Marta, "the other is full of schoolchildren on Fridays." So he set two alarms, packed bread, a map and one clean shirt,
+and lay awake until three listening to the rain. In the morning the harbour was empty: no ship, no people, only a note
+on the ticket window, which read: closed for the regatta, back on Monday."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """How far a model is from its reference on one text.
+
+    Attributes:
+      tokens: how many tokens were compared.
+      same_tokens: whether the reference's tokenizer makes the same ids of the text.
+      logit_difference: the largest absolute difference of two logits.
+      kl: KL(reference ‖ model) of the next-token distributions, in nats, one number a position.
+      limit: the largest KL that is allowed.
+      layers: (name, difference) of "embedding", "layer 0", …, "final norm", "logits": the largest over positions of
+        ‖ours − theirs‖ / ‖theirs‖.
+    """
+
+    tokens: int
+    same_tokens: bool
+    logit_difference: float
+    kl: tuple[float, ...]
+    limit: float
+    layers: tuple[tuple[str, float], ...]
+
+    @property
+    def max_kl(self) -> float:
+        """The largest KL of a position."""
+        return max(self.kl)
+
+    @property
+    def mean_kl(self) -> float:
+        """The mean KL over positions."""
+        return float(np.mean(self.kl))
+
+    @property
+    def parted(self) -> str | None:
+        """The first of `layers` whose difference is above 1e-3 or not a number; None when none is."""
+        return next((name for name, difference in self.layers if not difference <= PARTED), None)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every position's KL is within the limit and the tokens are the same."""
+        return self.same_tokens and self.max_kl <= self.limit
+
+    def __str__(self) -> str:
+        worst = int(np.argmax(self.kl))
+        text = (
+            f"{self.tokens} tokens: largest logit difference {self.logit_difference:.2e}, KL mean {self.mean_kl:.2e}, "
+            f"largest {self.max_kl:.2e} nats at position {worst} (allowed {self.limit:.2e})"
+        )
+        if self.parted is not None:
+            text += f"; they part at {self.parted}, by {dict(self.layers)[self.parted]:.1e} of its size"
+        return text if self.same_tokens else f"{text}; the tokenizers make different tokens of the text"
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields and what follows from them, as the command prints them with --json."""
+        derived = {name: getattr(self, name) for name in ("max_kl", "mean_kl", "parted", "passed")}
+        return {**dataclasses.asdict(self), **derived, "layers": dict(self.layers)}
+
+
+class VerificationError(ValueError):
+    """A model is further from its reference than allowed. `report` has the numbers."""
+
+    def __init__(self, report: Report) -> None:
+        super().__init__(f"the model is not its reference: {report}")
+        self.report = report
+
+
+def verify_model(model: Model, reference: str | Path, *, max_kl: float, text: str = TEXT) -> Report:
+    """Compare a loaded model with what transformers computes, in float32 and eagerly, from the folder `reference`.
+
+    Args:
+      model: from `load_model`; it computes in the dtype of its parameters.
+      reference: a Hugging Face folder with safetensors and a tokenizer.
+      max_kl: the largest KL(reference ‖ model) allowed at any position, in nats. Float32 against float32 stays below
+        1e-8 or so, bfloat16 about 1e-2; a quantised file is as far off as its quantisation.
+      text: what to read; at least two tokens, and no more than the model's context.
+
+    Raises:
+      VerificationError: a position is above `max_kl`, or the tokens differ. It says where the two part first.
+      ValueError: PyTorch is missing, the text is too short or too long, or the two models differ in their sizes.
+      FileNotFoundError: `reference` is no model folder.
+    """
+    folder = Path(reference)
+    if not (folder / "config.json").exists():
+        raise FileNotFoundError(f"reference = {str(reference)!r} has no config.json: give a Hugging Face model folder")
+    ids = np.array([model.tokenizer.encode(text)], np.int32)
+    if not 2 <= ids.shape[1] <= model.config.max_positions:
+        raise ValueError(f"text has {ids.shape[1]} tokens: it must have 2 to {model.config.max_positions}")
+    theirs = _reference_stream(folder, ids)
+    ours = _stream(model, ids)
+    wrong = [name for name in ours if name not in theirs or theirs[name].shape != ours[name].shape]
+    if wrong or len(theirs) != len(ours):
+        raise ValueError(f"the model has other sizes than {reference}: {', '.join(wrong) or 'fewer layers'} differs")
+    report = Report(
+        tokens=ids.shape[1],
+        same_tokens=tokenizer.from_folder(folder).encode(text) == ids[0].tolist(),
+        logit_difference=float(np.abs(ours["logits"] - theirs["logits"]).max()),
+        kl=_kl(theirs["logits"], ours["logits"]),
+        limit=max_kl,
+        layers=tuple((name, _relative(ours[name], theirs[name])) for name in ours),
+    )
+    if not report.passed:
+        raise VerificationError(report)
+    return report
+
+
+def _stream(model: Model, ids: np.ndarray) -> dict[str, np.ndarray]:
+    """What each stage gives, [T, D], and the logits, [T, V], float32."""
+    transformer, tokens = Transformer(model.config), jnp.asarray(ids)
+    embedded, *layers = jax.jit(transformer.trace)(model.params, tokens)
+    normed = jax.jit(transformer.hidden)(model.params, tokens)[0]
+    found = {"embedding": embedded, **{f"layer {i}": x for i, x in enumerate(layers)}, "final norm": normed}
+    found["logits"] = jax.jit(transformer.logits)(model.params, normed)
+    return {name: np.asarray(x[0].astype(jnp.float32)) for name, x in found.items()}
+
+
+def _reference_stream(folder: Path, ids: np.ndarray) -> dict[str, np.ndarray]:
+    try:
+        import torch
+    except ImportError:
+        raise ValueError("verifying needs PyTorch: pip install 'es_jax[verify]'") from None
+    from transformers import AutoModelForCausalLM
+
+    reference: Any = AutoModelForCausalLM.from_pretrained(
+        str(folder), attn_implementation="eager", local_files_only=True, trust_remote_code=False, use_safetensors=True
+    )
+    reference = reference.float().eval()
+    found: dict[str, Any] = {}
+
+    def keep(name: str) -> Any:
+        return lambda module, given, out: found.update({name: out[0] if isinstance(out, tuple) else out})
+
+    layers = reference.model.layers
+    layers[0].register_forward_pre_hook(
+        lambda module, given, named: found.update(embedding=given[0] if given else named["hidden_states"]),
+        with_kwargs=True,
+    )
+    for i, layer in enumerate(layers):
+        layer.register_forward_hook(keep(f"layer {i}"))
+    reference.model.norm.register_forward_hook(keep("final norm"))
+    with torch.no_grad():
+        found["logits"] = reference(torch.tensor(ids).long(), use_cache=False).logits
+    return {name: x[0].numpy().copy() for name, x in found.items()}
+
+
+def _kl(reference: np.ndarray, model: np.ndarray) -> tuple[float, ...]:
+    """KL(reference ‖ model) of each row of logits [T, V], in float64."""
+    p, q = (logits - np.logaddexp.reduce(logits, axis=1, keepdims=True) for logits in _wide(reference, model))
+    return tuple(float(x) for x in np.maximum((np.exp(p) * (p - q)).sum(axis=1), 0.0))
+
+
+def _relative(ours: np.ndarray, theirs: np.ndarray) -> float:
+    ours, theirs = _wide(ours, theirs)
+    return float((np.linalg.norm(ours - theirs, axis=1) / np.maximum(np.linalg.norm(theirs, axis=1), 1e-30)).max())
+
+
+def _wide(*arrays: np.ndarray) -> tuple[np.ndarray, ...]:
+    return tuple(x.astype(np.float64) for x in arrays)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; gives its exit code."""
+    usage, _, description = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        usage=usage, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model")
+    parser.add_argument("reference")
+    words = parser.add_mutually_exclusive_group()
+    words.add_argument("--text", default=TEXT, help="what to read")
+    words.add_argument("--text-file", type=Path, help="a UTF-8 file with what to read")
+    parser.add_argument("--max-kl", type=float, default=1e-6, help="largest KL allowed at a position, in nats")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    given = parser.parse_args(argv)
+    try:
+        text = given.text if given.text_file is None else given.text_file.read_text(encoding="utf-8")
+        report = verify_model(load_model(given.model), given.reference, max_kl=given.max_kl, text=text)
+    except VerificationError as error:
+        report = error.report
+    except (ValueError, OSError) as error:
+        sys.exit(f"es_jax.weights.verify: {error}")
+    print(json.dumps(report.to_json()) if given.json else f"{'passed' if report.passed else 'FAILED'}: {report}")
+    return 0 if report.passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

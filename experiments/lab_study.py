@@ -1,0 +1,172 @@
+"""The paper's science at laboratory size: what is forgotten against N, λ, penalty, pairs and random rewards.
+
+Runs (or resumes) every row for every pretraining seed and ES seed, then writes runs.csv (a line for each evaluation)
+and the table and figures of what is finished.
+
+Command:  python -m experiments.lab_study --models lab runs/lab-1 --seeds 0 1 2 --out=runs/lab_study --docs=docs/lab
+Cost:     not yet run whole; docs/study.md says what was.
+Result:   docs/study.md
+"""
+
+import argparse
+import csv
+import math
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from configs.lab import get_config
+from es_jax.plotting import accuracies, prior_accuracy
+from es_jax.tasks.lab import PRIOR
+from es_jax.training.loop import run
+from es_jax.training.metrics import read_jsonl
+
+ROWS = {
+    "ES, N=8": "",
+    "ES, N=8, AWD l2 0.01": "anchor=l2,strength=2",
+    "ES, N=8, random rewards": "rewards=random",
+    "ES, N=8, antithetic": "antithetic=true",
+    "ES, N=8, AWD l1 1e-4": "anchor=l1,strength=0.02",
+    "ES, N=8, AWD l2 0.001": "anchor=l2,strength=0.2",
+    "ES, N=8, AWD l2 0.1": "anchor=l2,strength=20",
+    "ES, N=32": "pop=32",
+    "ES, N=8, AWD l2 0.003": "anchor=l2,strength=0.6",
+    "ES, N=8, AWD l2 0.03": "anchor=l2,strength=6",
+    "ES, N=8, AWD l2 0.3": "anchor=l2,strength=60",
+    "ES, N=8, AWD l1 3e-4": "anchor=l1,strength=0.06",
+    "ES, N=128": "pop=128",
+}
+TARGET, REFERENCE = "lab-countdown", "ES, N=8"
+COLUMNS = ("row", "model", "seed", "step", TARGET, "prior", *PRIOR, "drift", "theory", "seconds")
+
+
+def folder_of(out: Path, row: str, model: str, seed: int) -> Path:
+    return out / Path(model).name / row.replace(", ", "_").replace(" ", "_").replace("=", "") / str(seed)
+
+
+def evaluations(folder: Path, **labels: object) -> list[dict]:
+    """A line for each evaluation of a run."""
+    steps, target = accuracies(folder, TARGET)
+    parts = {task: accuracies(folder, task)[1] for task in PRIOR}
+    prior, metrics = prior_accuracy(folder, PRIOR), {row["step"]: row for row in read_jsonl(folder / "metrics.jsonl")}
+    spent = np.cumsum([row["seconds"] for row in metrics.values()])
+    out = []
+    for i, step in enumerate(steps.tolist()):
+        row = metrics.get(step, {"drift": 0.0, "drift_theory": 0.0})
+        line = {"step": step, TARGET: target[i], "prior": round(prior[i], 5), **{t: a[i] for t, a in parts.items()}}
+        line |= {"drift": row["drift"], "theory": row["drift_theory"], "seconds": spent[step - 1] if step else 0.0}
+        out.append(labels | line)
+    return out
+
+
+def mean_se(values: list[float]) -> str:
+    """mean ± standard error, or the mean where there is one value."""
+    se = f" ± {np.std(values, ddof=1) / math.sqrt(len(values)):.3f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.3f}{se}"
+
+
+def table(lines: list[dict]) -> str:
+    """Markdown: the last evaluation of every row, and the paired difference to ES at N = 8 of the same seeds."""
+    last = {(x["row"], x["model"], x["seed"]): x for x in lines}
+    text = ["| run | runs | target | prior | prior − prior of ES, N=8 (paired) | drift | drift / closed form |"]
+    text.append("|---|---|---|---|---|---|---|")
+    base = {(x["model"],): x for x in lines if x["step"] == 0}.values()
+    text.append(
+        f"| base | {len(base)} | " + " | ".join(mean_se([x[c] for x in base]) for c in (TARGET, "prior")) + " | | 0 | |"
+    )
+    for row in ROWS:
+        own = {key[1:]: x for key, x in last.items() if key[0] == row}
+        if not own:
+            continue
+        pairs = [x["prior"] - last[REFERENCE, *key]["prior"] for key, x in own.items() if (REFERENCE, *key) in last]
+        cells = [str(len(own)), *(mean_se([x[c] for x in own.values()]) for c in (TARGET, "prior"))]
+        cells += [
+            mean_se(pairs) if pairs and row != REFERENCE else "",
+            f"{np.mean([x['drift'] for x in own.values()]):.2f}",
+        ]
+        cells += [f"{np.mean([x['drift'] / x['theory'] for x in own.values()]):.3f}"]
+        text.append(f"| {row} | " + " | ".join(cells) + " |")
+    return "\n".join(text)
+
+
+def curves(lines: list[dict], path: Path) -> None:
+    """Accuracy of every task over iterations, for three rows: means over runs."""
+    names = [
+        row
+        for row in (REFERENCE, "ES, N=8, AWD l2 0.01", "ES, N=8, random rewards")
+        if any(x["row"] == row for x in lines)
+    ]
+    figure = Figure(figsize=(9, 3.4), layout="constrained", dpi=150)
+    for axes, name in zip(figure.subplots(1, len(names), sharey=True, squeeze=False)[0], names, strict=True):
+        mine = [x for x in lines if x["row"] == name]
+        steps = sorted({x["step"] for x in mine})
+        for i, task in enumerate((TARGET, *PRIOR)):
+            means = [np.mean([x[task] for x in mine if x["step"] == step]) for step in steps]
+            style = (
+                {"color": "black", "linewidth": 2.2} if task == TARGET else {"linestyle": ["-", "--", ":", "-."][i % 4]}
+            )
+            axes.plot(steps, means, label=task.removeprefix("lab-"), **style)
+        axes.set(title=name, xlabel="iteration", ylim=(0, 1.03))
+        axes.grid(alpha=0.3)
+        axes.set_ylabel("held-out accuracy" if axes.get_subplotspec().is_first_col() else "")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=8, fontsize=8)
+    figure.savefig(path)
+
+
+def sweep(lines: list[dict], path: Path) -> None:
+    """Target and prior against the fraction that l2 takes away a step, with the base and λ = 0 as lines."""
+    last = {(x["row"], x["model"], x["seed"]): x for x in lines}.values()
+    rates = sorted({float(x["row"].split()[-1]) for x in last if "AWD l2" in x["row"]})
+    figure = Figure(figsize=(5.6, 3.8), layout="constrained", dpi=150)
+    axes = figure.subplots()
+    for column, color, name in ((TARGET, "tab:orange", "target"), ("prior", "tab:blue", "mean prior")):
+        values = [[x[column] for x in last if x["row"].endswith(f"AWD l2 {rate:g}")] for rate in rates]
+        axes.plot(rates, [np.mean(v) for v in values], marker="o", color=color, label=name)
+        axes.axhline(
+            np.mean([x[column] for x in last if x["row"] == REFERENCE]), color=color, ls="--", label=f"{name}, λ = 0"
+        )
+        axes.axhline(np.mean([x[column] for x in lines if x["step"] == 0]), color=color, ls=":", label=f"{name}, base")
+    axes.set(
+        xscale="log",
+        xlabel="αλ, the fraction of the drift taken away a step",
+        ylabel="held-out accuracy",
+        ylim=(0, 1.03),
+    )
+    axes.legend(fontsize=8)
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["lab"], help="model.source of each pretraining seed")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
+    parser.add_argument("--out", type=Path, default=Path("runs/lab_study"))
+    parser.add_argument("--docs", type=Path, default=Path("docs/lab"))
+    parser.add_argument("--only-report", action="store_true", help="run nothing; report what is finished")
+    args = parser.parse_args()
+    work = [(row, model, seed) for row in args.rows for seed in args.seeds for model in args.models]
+    lines = []
+    for row, model, seed in work:
+        folder = folder_of(args.out, row, model, seed)
+        if not args.only_report and not (folder / "DONE").exists():
+            config = get_config(f"{ROWS[row]},seed={seed}")
+            config.model.source = model
+            run(config, folder)
+        if (folder / "DONE").exists():
+            lines += evaluations(folder, row=row, model=Path(model).name, seed=seed)
+    args.docs.mkdir(parents=True, exist_ok=True)
+    with open(args.docs / "runs.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(lines)
+    (args.docs / "table.md").write_text(table(lines) + "\n")
+    curves(lines, args.docs / "curves.png")
+    if any("AWD l2" in x["row"] for x in lines):
+        sweep(lines, args.docs / "sweep.png")
+    print(table(lines))
+
+
+if __name__ == "__main__":
+    main()
