@@ -26,7 +26,7 @@ from es_jax.generate.engine import Engine
 from es_jax.models.config import TransformerConfig
 from es_jax.models.transformer import Transformer, unstack_layers
 from es_jax.tasks.lab import CHARACTERS, KINDS, Lab
-from es_jax.weights.model import Model, save_model
+from es_jax.weights.model import Model, check_new, save_model
 
 CONFIG = TransformerConfig(
     family="llama", vocab_size=64, width=64, layers=2, heads=4, kv_heads=4, head_dim=16, mlp_dim=128,
@@ -120,6 +120,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3500)
     parser.add_argument("--batch", type=int, default=192)
     args = parser.parse_args()
+    check_new(args.out)
     began = time.monotonic()
     params = pretrain(args.seed, steps=args.steps, batch=args.batch)
     tokenizer = make_tokenizer()

@@ -53,6 +53,38 @@ class Checkpoints:
         self._manager.close()
 
 
+def saved_steps(workdir: Path) -> list[int]:
+    """The steps that the run's directory has checkpoints of; nothing in it is changed."""
+    folder = Path(workdir).resolve() / "ckpt"
+    if not folder.is_dir():
+        return []
+    with _reading(folder) as manager:
+        return sorted(manager.all_steps())
+
+
+def restore_params(workdir: Path, step: int, params: Any) -> Any:
+    """The weights alone of the step's checkpoint, like the given tree of `abstract` leaves; nothing is changed.
+
+    Raises:
+      OSError: the checkpoint is damaged, or gone by now.
+    """
+    item = {"params": params}
+    where = ocp.checkpoint_utils.construct_restore_args(item)
+    with _reading(Path(workdir).resolve() / "ckpt") as manager:
+        try:
+            args = ocp.args.PyTreeRestore(item=item, restore_args=where, partial_restore=True)
+            return manager.restore(step, args=args)["params"]
+        except Exception as error:
+            raise OSError(
+                f"the checkpoint of step {step} in {workdir} cannot be restored ({_first_line(error)}): delete that "
+                "folder, and the step is replayed from the seed log"
+            ) from error
+
+
+def _reading(folder: Path) -> ocp.CheckpointManager:
+    return ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True))
+
+
 def abstract(tree: Any) -> Any:
     """Shape, dtype and sharding of every leaf, without its memory."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)

@@ -85,8 +85,7 @@ def replay(
         raise ValueError(f"steps are {wanted[0]} to {wanted[-1]}, but {workdir} holds steps 0 to {len(log.entries)}")
     mesh = make_mesh() if mesh is None else mesh
     model = load_base(config, mesh)
-    if model.digest != rundir.read(workdir)["digest"]:
-        raise ValueError(f"model.source {config.model.source!r} is not what {workdir} was trained from: digests differ")
+    rundir.check_base(workdir, config.model.source, model.digest)
     state = State(config, mesh, model.params)
     del model
     if 0 in wanted:

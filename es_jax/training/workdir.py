@@ -105,6 +105,12 @@ def read_config(workdir: Path) -> RunConfig:
     return freeze(read(workdir)["config"])
 
 
+def check_base(workdir: Path, source: str, digest: str) -> None:
+    """Raises ValueError unless base weights of that digest are those of the run."""
+    if digest != read(workdir)["digest"]:
+        raise ValueError(f"model.source {source!r} is not what {workdir} was trained from: digests differ")
+
+
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Say which file could not be written, and that nothing is lost."""

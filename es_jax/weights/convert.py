@@ -1,12 +1,12 @@
 """From the tensors of a checkpoint to the parameter tree and back, every key used exactly once."""
 
 import dataclasses
+import functools
+import math
 import re
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -15,19 +15,7 @@ from es_jax.models.config import TransformerConfig
 from es_jax.models.families import FAMILIES, WEIGHTS, Weight, weights_of
 from es_jax.models.rope import rope_frequencies
 from es_jax.models.transformer import Params, param_shapes
-from es_jax.weights import safetensors
-
-Place = Callable[[str, np.ndarray], jax.Array]  # (path, host array) → device array
-
-
-@runtime_checkable
-class Reader(Protocol):
-    """Tensors by key, as a file format offers them."""
-
-    shapes: dict[str, tuple[int, ...]]
-
-    def read(self, key: str) -> np.ndarray:
-        """The tensor with that key, in any float type."""
+from es_jax.weights.streaming import Range, Reader, Shardings, chunks, fetch, place, place_stacked, staging, widened
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,48 +33,93 @@ def to_params(
     *,
     naming: Literal["hf", "gguf"],
     dtype: jnp.dtype = jnp.float32,
-    place: Place = lambda path, leaf: jnp.asarray(leaf),
+    shardings: Shardings | None = None,
 ) -> Params:
-    """The parameter tree, stacked over layers, in `dtype`; `place` puts each finished leaf on its devices.
+    """The parameter tree, stacked over layers, in `dtype`, each leaf where `shardings(path, shape)` says.
 
-    Tensors are read one at a time into one leaf at a time, so the host holds one leaf. Raises one ValueError
-    that lists every missing, unexpected and mis-shaped key, or every one with a number that is not finite. An
-    output head that a tied checkpoint stores nevertheless is accepted when it equals the embedding.
+    The host holds one tensor at a time, of the largest one's size at most: a leaf that is larger is filled on its
+    devices. Raises one ValueError that lists every missing, unexpected and mis-shaped key, or every tensor whose
+    numbers no weight has. An output head that a tied checkpoint stores nevertheless is accepted when it equals the
+    embedding.
     """
     slots = _slots(config, naming)
     _check_keys(reader, config, slots, naming)
-    unpermute = naming == "gguf" and FAMILIES[config.family].gguf_permuted
+    filler = _Filler(reader, config, np.dtype(dtype), naming)
+    largest = max(math.prod(slot.shape) for slot in slots.values())
     params: Params = {}
-    broken: list[str] = []
     for path, shape in param_shapes(config).items():
-        leaf = np.empty(shape, np.dtype(dtype))
-        for key, slot in slots.items():
-            if slot.weight.path == path:
-                tensor = reader.read(key)
-                if not np.isfinite(tensor.astype(np.float32)).all():
-                    broken.append(key)
-                if unpermute and slot.weight.rotary:
-                    tensor = half_split(tensor, heads=getattr(config, slot.weight.rotary))
-                if naming == "gguf":
-                    tensor = tensor - np.float32(_gguf_offset(slot.weight, config))
-                target = leaf if slot.layer is None else leaf[slot.layer]
-                np.copyto(target, tensor.T if slot.weight.transpose else tensor, casting="unsafe")
-        _insert(params, path, place(path, leaf))
-    if broken:
-        raise ValueError(f"tensors with NaN or infinite numbers: {', '.join(broken)}; fetch the model again")
+        mine = {key: slot for key, slot in slots.items() if slot.weight.path == path}
+        where = None if shardings is None else shardings(path, shape)
+        if math.prod(shape) > largest:
+            leaf = place_stacked(filler.layers(mine), shape, dtype=filler.dtype, sharding=where)
+        else:
+            leaf = place(functools.partial(filler.leaf, mine, shape), where)
+        _insert(params, path, leaf)
+    if filler.broken:
+        raise ValueError(
+            f"tensors with NaN, infinite or impossibly large or small numbers: {', '.join(filler.broken)}; the file is "
+            "damaged or has its bytes in another order: fetch the model again"
+        )
     return params
 
 
-def write_params(path: Path, params: Params, *, config: TransformerConfig) -> None:
-    """Write stacked `params` to one safetensors file under Hugging Face's keys, in their own dtype."""
-    leaves = dict(named_leaves(params))
+def hf_tensors(
+    params: Params, *, config: TransformerConfig
+) -> tuple[dict[str, tuple[int, ...]], Callable[[str], np.ndarray]]:
+    """Hugging Face's keys with the shapes of their tensors, and the function that brings one of them to the host."""
+    leaves, slots = dict(named_leaves(params)), _slots(config, "hf")
 
-    def tensor(slot: _Slot) -> np.ndarray:
-        leaf = leaves[slot.weight.path]
-        host = np.asarray(leaf if slot.layer is None else leaf[slot.layer])
+    def tensor(key: str) -> np.ndarray:
+        slot = slots[key]
+        host = fetch(leaves[slot.weight.path], slot.layer)
         return host.T if slot.weight.transpose else host
 
-    safetensors.write(path, {key: tensor(slot) for key, slot in _slots(config, "hf").items()})
+    return {key: slot.shape for key, slot in slots.items()}, tensor
+
+
+@dataclasses.dataclass
+class _Filler:
+    """Host arrays in the tree's layout, from the tensors of a file. `broken`: keys whose numbers no weight has."""
+
+    reader: Reader
+    config: TransformerConfig
+    dtype: np.dtype
+    naming: Literal["hf", "gguf"]
+    broken: list[str] = dataclasses.field(default_factory=list)
+
+    def leaf(self, slots: dict[str, _Slot], shape: tuple[int, ...]) -> np.ndarray:
+        out = staging(shape, self.dtype)
+        for key, slot in slots.items():
+            self._fill(out if slot.layer is None else out[slot.layer], key, slot)
+        return out
+
+    def layers(self, slots: dict[str, _Slot]) -> list[Callable[[], np.ndarray]]:
+        return [functools.partial(self._layer, key, slot) for key, slot in slots.items()]
+
+    def _layer(self, key: str, slot: _Slot) -> np.ndarray:
+        out = staging(slot.shape[::-1] if slot.weight.transpose else slot.shape, self.dtype)
+        self._fill(out, key, slot)
+        return out
+
+    def _fill(self, out: np.ndarray, key: str, slot: _Slot) -> None:
+        rows, seen = out.T if slot.weight.transpose else out, Range()
+        offset = np.float32(_gguf_offset(slot.weight, self.config) if self.naming == "gguf" else 0)
+        places = None
+        if self.naming == "gguf" and FAMILIES[self.config.family].gguf_permuted and slot.weight.rotary:
+            places = np.argsort(half_split(np.arange(slot.shape[0]), heads=getattr(self.config, slot.weight.rotary)))
+        for where, chunk in chunks(self.reader, key):
+            values = widened(chunk)
+            seen.add(values)
+            if offset:
+                values = values - offset
+            elif chunk.dtype == self.dtype:
+                values = chunk
+            if places is None:
+                np.copyto(rows[where], values, casting="unsafe")
+            else:
+                rows[places[where]] = values.astype(self.dtype, copy=False)
+        if not seen.plausible():
+            self.broken.append(key)
 
 
 def half_split(rows: np.ndarray, *, heads: int) -> np.ndarray:
@@ -145,7 +178,9 @@ def _spare(reader: Reader, config: TransformerConfig, key: str, naming: str) -> 
     embedding = names["embed/embedding"]
     if not config.tied_embeddings or key != names["head/kernel"] or embedding not in reader.shapes:
         return False
-    return bool(np.array_equal(reader.read(key), reader.read(embedding)))
+    if reader.shapes[key] != reader.shapes[embedding]:
+        return False
+    return all(np.array_equal(rows, reader.read(embedding, at.start, at.stop)) for at, rows in chunks(reader, key))
 
 
 def _remark(key: str) -> str:

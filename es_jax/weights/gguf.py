@@ -1,7 +1,6 @@
-"""GGUF files: metadata, config and dequantised tensors, through the `gguf` package."""
+"""The TransformerConfig that the metadata of a GGUF file describes."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +8,7 @@ import numpy as np
 from es_jax.models.config import RopeScaling, TransformerConfig, shortest_pattern
 from es_jax.models.families import FAMILIES, Family, find_family
 from es_jax.models.rope import rope_frequencies
+from es_jax.weights.gguf_file import GGUFReader
 
 # Metadata that, when present with another value, asks for what the forward pass does not compute.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -33,37 +33,6 @@ _HARMLESS = {"vocab_size", "rope.scaling.finetuned", "tensor_data_layout"}
 _GEMMA = {"attn_logit_softcapping", "final_logit_softcapping", "attention.sliding_window_pattern", "rope.freq_base_swa"}
 _WIDE_GEMMA = (46, 62)  # layers of the 27B models, whose scores are divided by the root of width / heads
 _LLAMA3_FACTORS = (8.0, 32.0)  # of Llama 3.1 and 3.2; the rest of that scaling is the same in both
-
-
-class GGUFReader:
-    """`metadata`: key → value; `shapes`: tensor → shape [out, in]; `read(key)`: the tensor, float32.
-
-    Raises ValueError when the file is not whole GGUF.
-    """
-
-    def __init__(self, path: Path) -> None:
-        import gguf
-
-        self.path = path
-        try:
-            reader = gguf.GGUFReader(path)
-            self.metadata: dict[str, Any] = {key: field.contents() for key, field in reader.fields.items()}
-        except (ValueError, IndexError, KeyError, OverflowError) as error:
-            raise ValueError(f"{path} is truncated or corrupt GGUF ({error}); fetch it again") from error
-        self._tensors = {tensor.name: tensor for tensor in reader.tensors}
-        self.shapes = {name: tuple(int(n) for n in t.shape[::-1]) for name, t in self._tensors.items()}
-
-    def read(self, key: str) -> np.ndarray:
-        """The tensor, dequantised. Raises ValueError for a quantisation that `gguf` cannot undo."""
-        import gguf
-
-        tensor = self._tensors[key]
-        try:
-            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        except NotImplementedError as error:
-            kind = tensor.tensor_type.name
-            raise ValueError(f"{self.path.name}: {key} is {kind}, which gguf cannot dequantise") from error
-        return values.reshape(self.shapes[key])
 
 
 def from_gguf(reader: GGUFReader) -> TransformerConfig:

@@ -1,43 +1,38 @@
 """Whole models: `load_model` from a folder, a .gguf file or the hub; `save_model` to a folder."""
 
+import contextlib
 import dataclasses
 import json
-import re
-from collections.abc import Callable
+import os
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from es_jax.models.config import TransformerConfig
 from es_jax.models.hf_config import from_hf, to_hf
 from es_jax.models.transformer import Params
 from es_jax.weights import convert, safetensors, tokenizer
-from es_jax.weights.gguf import GGUFReader, from_gguf
-
-Shardings = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
-_HUB_FILES = (
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "*.json",
-    "*.jinja",
-    "merges.txt",
-    "tokenizer.model",
-)
+from es_jax.weights.gguf import from_gguf
+from es_jax.weights.gguf_file import GGUFReader
+from es_jax.weights.hub import resolve
+from es_jax.weights.streaming import Reader, Shardings
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
     """A checkpoint in memory: `params` as `Transformer` takes them, `digest` the sha256 of the weight files,
-    `stop_ids` every token id that ends a turn."""
+    `stop_ids` every token id that ends a turn, `generation` the fields of generation_config.json."""
 
     config: TransformerConfig
     params: Params
     tokenizer: Any
     digest: str
     stop_ids: tuple[int, ...]
+    generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def load_model(
@@ -51,27 +46,26 @@ def load_model(
 
     `dtype`: of every parameter, float32 when None. `shardings(path, shape)` places each leaf, for example
     "layers/attn/q/kernel" [L, D, H*hd]; with only a `mesh`, leaves are replicated over it; with neither they
-    go to the default device. The host holds one leaf at a time.
+    go to the default device. Beyond what is placed, the host holds one tensor at a time.
 
     Raises FileNotFoundError when there is nothing to read, ValueError for a broken file, a config that asks
     for what is not implemented, or keys that do not fit it (all of them listed).
     """
     path = resolve(source)
+    model, reader = _open(path)
+    if shardings is None and mesh is not None:
+        replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        shardings = lambda path, shape: replicated  # noqa: E731
     wanted = jnp.dtype(jnp.float32 if dtype is None else dtype)
-    place = _placer(mesh, shardings)
-    if path.is_file():
-        reader = GGUFReader(path)
-        config = from_gguf(reader)
-        words = tokenizer.from_gguf_metadata(reader.metadata)
-        ends = [reader.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
-        params = convert.to_params(reader, config, naming="gguf", dtype=wanted, place=place)
-        return Model(config, params, words, safetensors.digest([path]), tokenizer.stop_ids(words, *ends))
-    config = config_only(path)
-    files = safetensors.find_files(path)
-    words = tokenizer.from_folder(path)
-    ends = [_json(path / name).get("eos_token_id") for name in ("config.json", "generation_config.json")]
-    params = convert.to_params(safetensors.SafetensorsReader(files), config, naming="hf", dtype=wanted, place=place)
-    return Model(config, params, words, safetensors.digest(files), tokenizer.stop_ids(words, *ends))
+    naming: Literal["hf", "gguf"] = "gguf" if isinstance(reader, GGUFReader) else "hf"
+    params = convert.to_params(reader, model.config, naming=naming, dtype=wanted, shardings=shardings)
+    return dataclasses.replace(model, params=params, digest=_digest(path))
+
+
+def load_outline(source: str | Path) -> Model:
+    """What `load_model(source)` gives, without the weights: `params` is empty. The files must be there all the same."""
+    path = resolve(source)
+    return dataclasses.replace(_open(path)[0], digest=_digest(path))
 
 
 def config_only(source: str | Path) -> TransformerConfig:
@@ -84,62 +78,85 @@ def config_only(source: str | Path) -> TransformerConfig:
     return from_hf(_json(path / "config.json"))
 
 
-def save_model(path: str | Path, model: Model) -> None:
+def save_model(
+    path: str | Path,
+    model: Model,
+    *,
+    dtype: jnp.dtype | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+    card: str | None = None,
+) -> None:
     """Write a Hugging Face folder that `load_model` and transformers read: config, weights, tokenizer.
 
-    Weights keep their dtype. Every process of a run may call it only where it holds all of every leaf.
+    Weights keep their dtype when `dtype` is None; they go into files of at most `max_shard_bytes`, and the host holds
+    one tensor at a time. `card` is the text of README.md. The folder appears when it is whole. In a run of many
+    processes all call this, and the first one writes.
+
+    Raises FileExistsError when the folder is there and not empty, ValueError for a limit below 1.
     """
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
+    if max_shard_bytes < 1:
+        raise ValueError(f"max_shard_bytes is {max_shard_bytes}: it must be at least 1")
     words = model.tokenizer
     ids = {name: getattr(words, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    dtype = str(model.params["embed"]["embedding"].dtype)
-    _write_json(folder / "config.json", {**to_hf(model.config), "torch_dtype": dtype, **ids})
-    _write_json(folder / "generation_config.json", {**ids, "eos_token_id": list(model.stop_ids)})
-    words.save_pretrained(str(folder))
-    convert.write_params(folder / safetensors.SINGLE, model.params, config=model.config)
+    wanted = jnp.dtype(model.params["embed"]["embedding"].dtype if dtype is None else dtype)
+    check_new(Path(path))
+    shapes, tensor = convert.hf_tensors(model.params, config=model.config)
+    if jax.process_index():
+        for key in shapes:
+            tensor(key)  # every process has a part of it to give
+        return
+    with new_folder(path) as folder:
+        _write_json(folder / "config.json", {**to_hf(model.config), "torch_dtype": str(wanted), **ids})
+        generation = {**model.generation, **ids, "eos_token_id": list(model.stop_ids)}
+        _write_json(folder / "generation_config.json", generation)
+        words.save_pretrained(str(folder))
+        if card is not None:
+            (folder / "README.md").write_text(card, encoding="utf-8")
+        safetensors.write_folder(folder, shapes, tensor, dtype=wanted, max_shard_bytes=max_shard_bytes)
 
 
-def resolve(source: str | Path, *, weights: bool = True) -> Path:
-    """The local folder or .gguf file of `source`; a hub name is fetched (or found in the local hub cache).
+@contextlib.contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """A folder to write into, which gets its name when the block ends well, and is gone when it does not.
 
-    Raises FileNotFoundError when it is neither here nor to be had, ValueError for a file of another kind.
+    Raises FileExistsError when `path` is a file or a folder that is not empty, OSError when it cannot be made.
     """
-    if str(source) == "lab":
-        return Path(__file__).parent / "lab"
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return path
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise ValueError(f"source = {str(source)!r} is a file but not .gguf: give the folder it is in")
-        return path
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)) or path.suffix == ".gguf":
-        raise FileNotFoundError(f"source = {str(source)!r} is no folder, no .gguf file and no hub name (owner/name)")
-    from huggingface_hub import snapshot_download
-
-    files = [name for name in _HUB_FILES if weights or name == "*.json"]
+    path = Path(path).expanduser().absolute()
+    check_new(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.parent / f".{path.name}.{os.getpid()}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
     try:
-        return Path(snapshot_download(str(source), allow_patterns=files))
-    except (OSError, ValueError) as error:
-        reason = type(error).__name__
-        raise FileNotFoundError(
-            f"source = {str(source)!r} is no local folder and the hub did not give it ({reason}): check the "
-            "name and the network, or download the model and give its folder"
-        ) from error
+        yield partial
+        os.replace(partial, path)  # over an empty folder too
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
-def _placer(mesh: jax.sharding.Mesh | None, shardings: Shardings | None) -> convert.Place:
-    if shardings is None and mesh is not None:
-        replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-        return _placer(None, lambda path, shape: replicated)
+def check_new(path: Path) -> None:
+    """Raises FileExistsError when `path` is a file or a folder that is not empty."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(f"{path} exists and is not an empty folder: choose another, or delete it")
 
-    def place(path: str, leaf: np.ndarray) -> jax.Array:
-        if shardings is None:
-            return jnp.asarray(leaf)
-        return jax.make_array_from_callback(leaf.shape, shardings(path, leaf.shape), lambda index: leaf[index])
 
-    return place
+def _open(path: Path) -> tuple[Model, Reader]:
+    """The model without weights and digest, and the reader of its weights; nothing long is done."""
+    reader: Reader
+    if path.is_file():
+        reader = GGUFReader(path)
+        config, words = from_gguf(reader), tokenizer.from_gguf_metadata(reader.metadata)
+        ends = [reader.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+        return Model(config, {}, words, "", tokenizer.stop_ids(words, *ends)), reader
+    config = config_only(path)
+    reader = safetensors.SafetensorsReader(safetensors.find_files(path))
+    words, generation = tokenizer.from_folder(path), _json(path / "generation_config.json")
+    ends = [fields.get("eos_token_id") for fields in (_json(path / "config.json"), generation)]
+    return Model(config, {}, words, "", tokenizer.stop_ids(words, *ends), generation), reader
+
+
+def _digest(path: Path) -> str:
+    return safetensors.digest([path] if path.is_file() else safetensors.find_files(path))
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from es_jax.models.config import TransformerConfig
 from es_jax.models.transformer import Transformer
 from es_jax.weights import safetensors
 from es_jax.weights.convert import half_split
-from es_jax.weights.model import Model, config_only, load_model, save_model
+from es_jax.weights.model import Model, config_only, load_model, load_outline, save_model
 from es_jax.weights.tokenizer import from_gguf_metadata
 
 CONFIG = TransformerConfig(
@@ -185,7 +185,7 @@ def test_nothing_to_read(folder, tmp_path):
     shutil.rmtree(folder)
     with pytest.raises(FileNotFoundError, match="no hub name"):
         load_model(folder)
-    with pytest.raises(FileNotFoundError, match="the hub did not give it"):
+    with pytest.raises(FileNotFoundError, match="not in the hub's cache"):
         load_model("nobody/nothing-of-this-name")
     (tmp_path / "broken.gguf").write_bytes(b"GGUF and then nothing of use")
     with pytest.raises(ValueError, match="truncated or corrupt GGUF"):
@@ -196,3 +196,21 @@ def test_half_split_undoes_the_interleaving():
     rows = np.arange(48).reshape(12, 4)
     interleaved = rows.reshape(2, 2, 3, 4).swapaxes(1, 2).reshape(12, 4)
     np.testing.assert_array_equal(half_split(interleaved, heads=2), rows)
+
+
+def test_generation_settings_are_carried_over_and_a_folder_in_use_is_refused(folder, tmp_path, model):
+    file = folder / "generation_config.json"
+    fields = json.loads(file.read_text()) | {"temperature": 0.7, "repetition_penalty": 1.05}
+    file.write_text(json.dumps(fields))
+    save_model(tmp_path / "again", load_model(folder))
+    assert json.loads((tmp_path / "again/generation_config.json").read_text()) == fields
+    with pytest.raises(FileExistsError, match="not an empty folder"):
+        save_model(tmp_path / "again", model)
+    with pytest.raises(ValueError, match="max_shard_bytes is 0"):
+        save_model(tmp_path / "third", model, max_shard_bytes=0)
+
+
+def test_the_outline_is_the_model_without_its_weights(folder):
+    outline, whole = load_outline(folder), load_model(folder)
+    assert outline.params == {} and outline.digest == whole.digest and outline.stop_ids == whole.stop_ids
+    assert outline.config == whole.config

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from es_jax.generate.engine import Engine
 from es_jax.models.transformer import Transformer
-from es_jax.weights.model import config_only, load_model
+from es_jax.weights.model import config_only, load_model, save_model
 from es_jax.weights.tokenizer import encode_prompt
 
 TEXT = """The tide tables for 2024 were printed on 31 pages, and nobody in the harbour read them: the
@@ -70,3 +71,26 @@ def test_tokenizer_round_trip(model, text):
     ids = model.tokenizer.encode(text)
     assert model.tokenizer.decode(ids) == text
     assert not any(sum(c.isdigit() for c in model.tokenizer.decode([i])) > 1 for i in ids)
+
+
+@pytest.mark.slow
+def test_out_to_transformers_and_back(model, tmp_path):
+    """GGUF → folder → transformers decodes the same tokens; folder → es_jax has the same bits."""
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    save_model(tmp_path / "out", model, max_shard_bytes=2 * 10**8)
+    theirs, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="float32", output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    words = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert words.encode(TEXT) == model.tokenizer.encode(TEXT) and words.chat_template == model.tokenizer.chat_template
+    ids = encode_prompt(words, "The tide tables")
+    made = theirs.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=12)[0, len(ids) :].tolist()
+    engine = Engine(model.config, slots=1, max_prompt=len(ids), max_new=12, stop=model.stop_ids)
+    tokens = engine.generate(model.params, [ids]).tokens[0]
+    assert made == np.asarray(tokens).tolist() and len(made) == 12
+    del theirs
+    back = load_model(tmp_path / "out")
+    assert back.config == model.config and back.stop_ids == model.stop_ids
+    forward, tokens = jax.jit(Transformer(model.config).apply), jnp.asarray([ids], jnp.int32)
+    np.testing.assert_array_equal(forward(back.params, tokens)[0], forward(model.params, tokens)[0])

@@ -1,0 +1,67 @@
+"""python -m es_jax.export --workdir=RUN --out=DIR [--step=K] [--dtype=…] [--max_shard_gb=5] [--json]
+
+Writes the weights of a run's step as a Hugging Face folder: sharded safetensors, config, generation config, the base
+model's tokenizer and chat template, a model card. The step comes from its checkpoint if there is one, otherwise it is
+replayed from the seed log; the bits are the same. The folder appears when it is whole. With --json one line is printed:
+
+    out, step, source ("checkpoint" or "replay"), parameters, dtype, files, bytes
+"""
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+
+
+def main(argv: list[str]) -> None:
+    """Flags → export_run()."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    logging.getLogger().setLevel(logging.WARNING)
+    from es_jax.training.export import export_run  # JAX starts only when the flags are good
+
+    given = flags.FLAGS
+    try:
+        result = export_run(
+            given.workdir,
+            given.out,
+            step=given.step,
+            dtype=given.dtype,
+            max_shard_bytes=max(int(given.max_shard_gb * 1e9), 1),
+        )
+    except (ValueError, OSError) as error:
+        if given.traceback:
+            raise
+        sys.exit(f"es_jax.export: {error}")
+    print(json.dumps(result) if given.json else _sentence(result))
+
+
+def _sentence(result: dict[str, Any]) -> str:
+    how = {"checkpoint": "from its checkpoint", "replay": "replayed from the seed log"}[result["source"]]
+    return (
+        f"step {result['step']} ({how}), {result['parameters']:,} weights in {result['dtype']}: "
+        f"{result['files']} weight files, {result['bytes'] / 1e9:.3f} GB, in {Path(result['out'])}"
+    )
+
+
+def _define_flags() -> None:
+    flags.DEFINE_string("workdir", None, "The run's directory; nothing in it is changed.", required=True)
+    flags.DEFINE_string("out", None, "The folder to write; it must not exist, or be empty.", required=True)
+    flags.DEFINE_integer("step", None, "The step, 0 (the base weights) to the last; the last by default.")
+    dtypes = ["float32", "bfloat16", "float16"]
+    flags.DEFINE_enum("dtype", None, dtypes, "What weights are written as; the run's model.param_dtype by default.")
+    flags.DEFINE_float("max_shard_gb", 5.0, "The most that a weight file holds, in 10⁹ bytes.", lower_bound=1e-9)
+    flags.DEFINE_bool("json", False, "Print the result as one line of JSON.")
+    flags.DEFINE_bool("traceback", False, "Show where an error came from.")
+
+
+def entry() -> None:
+    _define_flags()
+    app.run(main)
+
+
+if __name__ == "__main__":
+    entry()

@@ -1,0 +1,122 @@
+"""A step of a run as a Hugging Face folder, with a card that says how it came about."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import unflatten_dict
+
+from es_jax.core.mesh import leaf_sharding, make_mesh
+from es_jax.core.tree import count
+from es_jax.models.transformer import param_shapes
+from es_jax.training import workdir as rundir
+from es_jax.training.checkpoint import restore_params, saved_steps
+from es_jax.training.config import RunConfig
+from es_jax.training.metrics import read_jsonl
+from es_jax.training.seedlog import SeedLog
+from es_jax.training.state import replay
+from es_jax.weights.model import Model, check_new, load_outline, save_model
+
+
+def export_run(
+    workdir: str | Path,
+    out: str | Path,
+    *,
+    step: int | None = None,
+    dtype: str | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+) -> dict[str, Any]:
+    """Write the weights of a run's step to `out`; `save_model` says what is in it.
+
+    Args:
+      workdir: a run's directory; nothing in it is changed.
+      out: the folder; it must not exist, or be empty.
+      step: 0 (the base weights) to the last finished one; the last by default.
+      dtype: of the weights; the run's model.param_dtype by default.
+      max_shard_bytes: the most a weight file holds.
+
+    Returns:
+      out, step, source ("checkpoint" or "replay"), parameters, dtype, files and bytes of the weights.
+
+    Raises:
+      FileNotFoundError: no run in the directory, or its base model is gone.
+      FileExistsError: `out` is there and not empty.
+      ValueError: a step that the log does not hold, or a base model that is not the run's.
+    """
+    workdir, out = Path(workdir), Path(out).expanduser()
+    config, facts = rundir.read_config(workdir), rundir.read(workdir)
+    last = len(SeedLog(workdir, writable=False).entries)
+    step = last if step is None else step
+    if not 0 <= step <= last:
+        raise ValueError(f"step is {step}, but {workdir} holds steps 0 to {last}")
+    check_new(out)
+    base = load_outline(config.model.source)
+    rundir.check_base(workdir, config.model.source, base.digest)
+    source = "checkpoint" if step in saved_steps(workdir) else "replay"
+    params = _checkpoint(workdir, config, base, step) if source == "checkpoint" else _replayed(workdir, step)
+    wanted = jnp.dtype(config.model.param_dtype if dtype is None else dtype)
+    model = dataclasses.replace(base, params=params)
+    text = card(facts, step=step, dtype=str(wanted), evals=_evals(workdir, config.task.name, step))
+    save_model(out, model, dtype=wanted, max_shard_bytes=max_shard_bytes, card=text)
+    files = list(out.glob("*.safetensors"))
+    return {
+        "out": str(out),
+        "step": step,
+        "source": source,
+        "parameters": count(params),
+        "dtype": str(wanted),
+        "files": len(files),
+        "bytes": sum(file.stat().st_size for file in files),
+    }
+
+
+def card(facts: dict[str, Any], *, step: int, dtype: str, evals: dict[str, Any] | None) -> str:
+    """The text of the folder's README.md, from what a run's config.json holds: Markdown behind YAML."""
+    config = facts["config"]
+    source, run = config["model"]["source"], config["train"]
+    on_hub = source.count("/") == 1 and not Path(source).expanduser().exists()
+    hub = f"base_model: {json.dumps(source)}\n" if on_hub else ""
+    resumed = f", resumed {len(facts['resumed'])} times" if facts.get("resumed") else ""
+    lines = [
+        f"| {name} | {value} |"
+        for name, value in (
+            ("base model", f"`{source}`"),
+            ("sha256 of its weight files", f"`{facts['digest']}`"),
+            ("step", f"{step} of {run['steps']}{resumed}"),
+            ("weights", f"{facts.get('parameters', 'unknown')} numbers, written as {dtype}"),
+            ("task", f"`{config['task']['name']}`, seed {config['task']['seed']}"),
+            ("run seed", run["seed"]),
+            ("held out", f"`{json.dumps(evals)}`" if evals else "no evaluation at this step"),
+        )
+    ]
+    return (
+        f"---\nlibrary_name: transformers\ntags: [es_jax, evolution-strategies]\n{hub}---\n\n"
+        f"# Step {step} of a run of es_jax\n\nFine-tuned with Evolution Strategies. "
+        "The licence is the base model's.\n\n"
+        "| | |\n|---|---|\n" + "\n".join(lines) + "\n\nGreedy decoding, as in training: "
+        "`model.generate(**inputs, do_sample=False, repetition_penalty=1.0)`.\n\n## Config\n\n```json\n"
+        + json.dumps({"config": config, "versions": facts.get("versions")}, indent=2)
+        + "\n```\n"
+    )
+
+
+def _checkpoint(workdir: Path, config: RunConfig, base: Model, step: int) -> Any:
+    mesh, dtype = make_mesh(), jnp.dtype(config.model.param_dtype)
+    like = {
+        path: jax.ShapeDtypeStruct(shape, dtype, sharding=leaf_sharding(mesh, shape))
+        for path, shape in param_shapes(base.config).items()
+    }
+    return restore_params(workdir, step, unflatten_dict(like, sep="/"))
+
+
+def _replayed(workdir: Path, step: int) -> Any:
+    ((_, params),) = replay(workdir, steps=[step])
+    return params
+
+
+def _evals(workdir: Path, task: str, step: int) -> dict[str, Any] | None:
+    rows = read_jsonl(workdir / "evals" / f"{task}.jsonl")
+    return next((row for row in rows if row["step"] == step), None)
