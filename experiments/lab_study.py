@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from configs.lab import get_config
-from es_jax.plotting import accuracies, prior_accuracy
+from es_jax.plotting import accuracies
 from es_jax.tasks.lab import PRIOR
 from es_jax.training.loop import run
 from es_jax.training.metrics import read_jsonl
@@ -49,7 +49,8 @@ def evaluations(folder: Path, **labels: object) -> list[dict]:
     """A line for each evaluation of a run."""
     steps, target = accuracies(folder, TARGET)
     parts = {task: accuracies(folder, task)[1] for task in PRIOR}
-    prior, metrics = prior_accuracy(folder, PRIOR), {row["step"]: row for row in read_jsonl(folder / "metrics.jsonl")}
+    prior = np.mean(list(parts.values()), axis=0)
+    metrics = {row["step"]: row for row in read_jsonl(folder / "metrics.jsonl")}
     spent = np.cumsum([row["seconds"] for row in metrics.values()])
     out = []
     for i, step in enumerate(steps.tolist()):
@@ -71,7 +72,7 @@ def table(lines: list[dict]) -> str:
     last = {(x["row"], x["model"], x["seed"]): x for x in lines}
     text = ["| run | runs | target | prior | prior − prior of ES, N=8 (paired) | drift | drift / closed form |"]
     text.append("|---|---|---|---|---|---|---|")
-    base = {(x["model"],): x for x in lines if x["step"] == 0}.values()
+    base = {x["model"]: x for x in lines if x["step"] == 0}.values()
     text.append(
         f"| base | {len(base)} | " + " | ".join(mean_se([x[c] for x in base]) for c in (TARGET, "prior")) + " | | 0 | |"
     )
