@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from es_jax.core.mesh import leaf_sharding, make_mesh, param_shardings
@@ -51,6 +52,11 @@ class State:
         shardings = param_shardings(mesh, jax.eval_shape(tx.init, params))  # by shape alone, as the parameters' own are
         self.opt_state = jax.jit(tx.init, out_shardings=shardings)(params)
         self.drift: jax.Array | float = 0.0
+
+    @property
+    def base(self) -> Any:
+        """θ₀: a copy of its own, or the optimizer's anchor."""
+        return optax.tree_utils.tree_get(self.opt_state, "anchor") if self._base is None else self._base
 
     def apply(self, entry: Entry) -> None:
         """Move the weights from step − 1 to the entry's step. Nothing else ever moves them."""
