@@ -22,7 +22,6 @@ from es_jax.generate.engine import Engine
 from es_jax.models.transformer import Transformer
 from es_jax.optim.chains import build_optimizer
 from es_jax.training.config import RunConfig
-from es_jax.training.es_step import _distance
 from es_jax.training.grpo_fields import GRPOConfig
 
 TOKENS_AT_ONCE = 512  # tokens whose logits over the whole vocabulary are held at the same time
@@ -117,8 +116,9 @@ class Policy:
 
     @property
     def micro_batch(self) -> int:
-        """Rows that are differentiated at once: grpo.micro_batch for each device."""
-        return self.grpo.micro_batch * self.mesh.size
+        """Rows that are differentiated at once: grpo.micro_batch for each device, or the mini-batch where it is less."""
+        devices, rows = self.mesh.size, self.grpo.mini_batch * self.grpo.rollouts
+        return min(self.grpo.micro_batch, -(-rows // devices)) * devices
 
     @functools.partial(jax.jit, static_argnums=0)
     def rollout(self, params: Any, tokens: Array, positions: Array, keys: Array) -> tuple[Array, Array]:
@@ -165,7 +165,8 @@ class Policy:
         params = jax.lax.with_sharding_constraint(optax.apply_updates(params, updates), shardings)
         opt_state = jax.lax.with_sharding_constraint(opt_state, param_shardings(self.mesh, opt_state))
         base = optax.tree_utils.tree_get(opt_state, "anchor") if base is None else base
-        return params, opt_state, _distance(params, base), {**sums, "gradient_norm": optax.global_norm(gradient)}
+        drift = _norm(jax.tree.map(jnp.subtract, params, base))
+        return params, opt_state, drift, {**sums, "gradient_norm": _norm(gradient)}
 
     def gradient(self, params: Any, rows: Rows, count: Array) -> tuple[Any, dict[str, Array]]:
         """The gradient of the mini-batch's loss, float32 and cut like the weights, and its metrics."""
@@ -224,6 +225,10 @@ class Policy:
     def _shared(self, rows: Any) -> Any:
         """Rows cut over all devices."""
         return jax.lax.with_sharding_constraint(rows, NamedSharding(self.mesh, PartitionSpec((POP, MODEL))))
+
+
+def _norm(tree: Any) -> Array:
+    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)))
 
 
 def _in_chunks(function: Callable, *columns: Array) -> Any:

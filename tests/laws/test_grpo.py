@@ -156,9 +156,9 @@ def test_any_task_takes_grpo_and_its_defaults_are_the_published_ones():
         0.01,
         1,
     )
-    with pytest.raises(ValueError, match="'pop=8' is of the group es.population, which method 'grpo' does not read"):
+    with pytest.raises(ValueError, match=r"'pop=8' is of the group es\.population, which method 'grpo' does not read"):
         countdown.get_config("grpo,pop=8")
-    with pytest.raises(ValueError, match="'n=8' is of the group grpo.rollouts, which method 'es'"):
+    with pytest.raises(ValueError, match=r"'n=8' is of the group grpo\.rollouts, which method 'es'"):
         countdown.get_config("n=8")
     with pytest.raises(ValueError, match=r"with no strength: set either optim\.anchor\.strength"):
         freeze(countdown.get_config("grpo,anchor=l2"))

@@ -1,4 +1,4 @@
-"""The objective of GRPO: against numbers worked out by hand, and against the formulas in torch on transformers' model."""
+"""The objective of GRPO: against numbers by hand, and against the formulas in torch on the model of transformers."""
 
 import dataclasses
 import math
@@ -93,13 +93,13 @@ def policy_of(model, devices=8, **fields):
 
 
 PROMPTS = [[5, 6, 7]] * 4 + [list(range(40, 75))] * 4
-LENGTHS = np.array([3, 8, 0, 1, 8, 2, 5, 4])  # the third completion is empty
+LENGTHS = np.array([8, 7, 0, 5, 8, 2, 1, 4])  # the third completion is empty
 ADVANTAGE = group_relative(
     np.array([0.0, 1.0, 0.3, 2.0, 1.0, 1.0, 1.0, 1.0]), np.repeat([0, 1], 4)
 )  # the second: equal
 
 
-def rows_of(aggregation="token-mean", advantage=ADVANTAGE, far=1.0):
+def rows_of(aggregation="token-mean", advantage=ADVANTAGE, far=2.5):
     """Eight rows with padding on both sides, and old and reference log-probabilities that reach every clip."""
     draw = np.random.default_rng(0)
     tokens = draw.integers(2, 258, (8, 8)).astype(np.int32)
