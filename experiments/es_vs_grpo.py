@@ -1,8 +1,8 @@
-"""Question: for the same rollouts, tokens or time, what do ES and GRPO learn and forget, and what does AWD do to each?
+"""For the same rollouts, tokens or time, what do ES and GRPO learn and forget, and what does AWD do to each?
 
-Both use the same base model, training rows, prompts, held-out rows and seeds; every step of either makes 512 completions
-of 64 prompts (ES: 8 members, greedy; GRPO: 8 samples a prompt). Two targets: lab-countdown on the shipped model, and
-lab-sort on a model that answers it mostly by an echo.
+Both use the same base model, training rows, prompts, held-out rows and seeds; every step of either makes 512
+completions of 64 prompts (ES: 8 members, greedy; GRPO: 8 samples a prompt). Two targets: lab-countdown on the shipped
+model, and lab-sort on a model that answers it mostly by an echo.
 
 Command:  python -m experiments.pretrain_lab --seed=0 --target=sort --out=runs/lab-sort
           python -m experiments.es_vs_grpo --sort=runs/lab-sort --out=runs/es_vs_grpo --docs=docs/lab
@@ -12,12 +12,12 @@ Result:   docs/study.md
 
 import argparse
 import csv
+import itertools
 import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -26,7 +26,6 @@ from es_jax.plotting import accuracies
 from es_jax.tasks.lab import PRIOR
 from es_jax.training.loop import run
 from es_jax.training.metrics import read_jsonl
-from es_jax.training.state import replay
 
 TARGETS = ("lab-countdown", "lab-sort")
 ROWS = {"ES": "", "ES + AWD": "anchor=l2", "GRPO": "grpo", "GRPO + AWD": "grpo,anchor=l2"}
@@ -107,14 +106,16 @@ def forgetting_at(lines: Sequence[dict], target: str, level: float) -> str:
         own = [mine for key, mine in runs.items() if key[0] == row]
         found = [crossing(mine, level) for mine in own]
         done = [x for x in found if x is not None]
-        cells = [mean_se([x[c] for x in done], d) for c, d in (("lost", 3), ("drift", 2), ("rollouts", 0))] if done else []
+        cells = (
+            [mean_se([x[c] for x in done], d) for c, d in (("lost", 3), ("drift", 2), ("rollouts", 0))] if done else []
+        )
         text.append(f"| {row} | {len(done)} of {len(own)} | " + " | ".join(cells or ["", "", ""]) + " |")
     return "\n".join(text)
 
 
 def crossing(mine: Sequence[dict], level: float) -> dict[str, float] | None:
     """What a run had lost and spent when its target first reached the level, linear between evaluations."""
-    for before, after in zip(mine, mine[1:], strict=False):
+    for before, after in itertools.pairwise(mine):
         if before["target"] < level <= after["target"]:
             part = (level - before["target"]) / (after["target"] - before["target"])
             now = {c: before[c] + part * (after[c] - before[c]) for c in ("prior", "drift", "rollouts")}
@@ -149,3 +150,38 @@ def train(target: str, row: str, seed: int, source: str, folder: Path, *, steps:
     config.model.source = source
     config.evals.tasks, config.evals.every = priors_of(target), every
     run(config, folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sort", default="runs/lab-sort", help="model.source of the model whose target is lab-sort")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
+    parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--every", type=int, default=15, help="steps between evaluations")
+    parser.add_argument("--out", type=Path, default=Path("runs/es_vs_grpo"))
+    parser.add_argument("--docs", type=Path, default=Path("docs/lab"))
+    parser.add_argument("--only-report", action="store_true", help="run nothing; report what is finished")
+    args = parser.parse_args()
+    lines = []
+    for seed, target, row in itertools.product(args.seeds, args.targets, args.rows):
+        folder = args.out / target / row.replace(" + ", "-") / str(seed)
+        if not args.only_report and not (folder / "DONE").exists():
+            source = "lab" if target == TARGETS[0] else args.sort
+            train(target, row, seed, source, folder, steps=args.steps, every=args.every)
+        if (folder / "DONE").exists():
+            lines += evaluations(folder, target, row=row, seed=seed)
+    args.docs.mkdir(parents=True, exist_ok=True)
+    with open(args.docs / "es_vs_grpo.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(lines)
+    text = "\n\n".join(table(lines, target) for target in args.targets if runs_of(lines, target))
+    (args.docs / "es_vs_grpo.md").write_text(text + "\n")
+    figure(lines, args.docs / "es_vs_grpo.png")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

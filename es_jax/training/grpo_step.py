@@ -116,7 +116,7 @@ class Policy:
 
     @property
     def micro_batch(self) -> int:
-        """Rows that are differentiated at once: grpo.micro_batch for each device, or the mini-batch where it is less."""
+        """Rows that are differentiated at once: grpo.micro_batch for each device, or a mini-batch where it is less."""
         devices, rows = self.mesh.size, self.grpo.mini_batch * self.grpo.rollouts
         return min(self.grpo.micro_batch, -(-rows // devices)) * devices
 
