@@ -69,7 +69,8 @@ class GRPO:
         rewards = np.array([one.score.reward for one in graded])
         advantage = group_relative(rewards, np.array(owner), scale=g.scale_by_std, eps=g.std_eps)
         tokens, length = (np.concatenate(part) for part in zip(*parts, strict=True))
-        self._collected = laid_out([prompts[i] for i in owner], tokens, length, advantage)
+        limit = self._policy.engine.max_prompt
+        self._collected = laid_out([prompts[i] for i in owner], tokens, length, advantage, max_prompt=limit)
         entry = Entry(step, seeds=[], signs=[], paired=False, rewards=rewards.tolist(), weights=[])
         return entry, [graded[j :: g.rollouts] for j in range(g.rollouts)]
 
@@ -159,17 +160,19 @@ def _unpacked(item: tuple[int, Any], total: int) -> tuple[int, np.ndarray, np.nd
 
 
 def laid_out(
-    prompts: Sequence[Sequence[int]], tokens: np.ndarray, length: np.ndarray, advantage: np.ndarray
+    prompts: Sequence[Sequence[int]], tokens: np.ndarray, length: np.ndarray, advantage: np.ndarray, *, max_prompt: int
 ) -> Collected:
     """Prompts and their completions side by side, both padded to a multiple of 32 tokens: few programs are made.
 
-    >>> out = laid_out([[5, 6]], np.array([[7, 0]]), np.array([1]), np.zeros(1, np.float32))
-    >>> out.tokens[0, -4:].tolist(), out.positions[0, -4:].tolist(), out.counted.tolist()
-    ([5, 6, 7, 0], [0, 1, 2, -1], [[True, False]])
+    `max_prompt`: the longest prompt of the run, for short ones are not padded beyond it.
+
+    >>> out = laid_out([[5, 6]], np.array([[7, 0]]), np.array([1]), np.zeros(1, np.float32), max_prompt=3)
+    >>> out.tokens.tolist(), out.positions.tolist(), out.counted.tolist()
+    ([[0, 5, 6, 7, 0]], [[-1, 0, 1, 2, -1]], [[True, False]])
     """
     longest = max(int(length.max()), 1)
     width = min(-(-longest // BUCKET) * BUCKET, tokens.shape[1])
-    left, total = -(-max(map(len, prompts)) // BUCKET) * BUCKET, len(prompts)
+    left, total = min(-(-max(map(len, prompts)) // BUCKET) * BUCKET, max_prompt), len(prompts)
     out, positions = np.zeros((total, left + width), np.int32), np.full((total, left + width), -1, np.int32)
     for row, (prompt, n) in enumerate(zip(prompts, length, strict=True)):
         start = left - len(prompt)

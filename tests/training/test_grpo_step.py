@@ -103,7 +103,7 @@ def rows_of(aggregation="token-mean", advantage=ADVANTAGE, far=2.5):
     """Eight rows with padding on both sides, and old and reference log-probabilities that reach every clip."""
     draw = np.random.default_rng(0)
     tokens = draw.integers(2, 258, (8, 8)).astype(np.int32)
-    rows = laid_out(PROMPTS, tokens, LENGTHS, advantage)
+    rows = laid_out(PROMPTS, tokens, LENGTHS, advantage, max_prompt=64)
     shape = rows.counted.shape
     old, reference = (-5.5 + far * draw.standard_normal(shape).astype(np.float32) for _ in range(2))
     weight = token_weights(rows.counted, aggregation, max_new=8)
@@ -209,7 +209,7 @@ def test_logprobs_are_those_of_the_engine(model):
     policy = policy_of(model)
     engine = dataclasses.replace(policy.engine, logprobs=True)
     out = engine.generate(model.params, PROMPTS, key=jax.random.key(3))
-    rows = laid_out(PROMPTS, np.asarray(out.tokens), np.asarray(out.length), ADVANTAGE)
+    rows = laid_out(PROMPTS, np.asarray(out.tokens), np.asarray(out.length), ADVANTAGE, max_prompt=35)
     cut = (jnp.asarray(x.reshape(1, 8, -1)) for x in (rows.tokens, rows.positions))
     ours = np.asarray(policy.logprobs(model.params, *cut, rows.counted.shape[1]))[0]
     theirs = np.asarray(out.logprob)[:, : rows.counted.shape[1]]
