@@ -41,7 +41,7 @@ COLUMNS = ("target_task", "row", "seed", "step", *BUDGETS, "target", "prior", "d
 
 def priors_of(target: str) -> tuple[str, ...]:
     """The tasks that pretraining taught and that are not trained."""
-    return tuple(task for task in PRIOR if task != target)
+    return tuple(task for task in ("lab-countdown", *PRIOR) if task != target)
 
 
 def evaluations(folder: Path, target: str, **labels: object) -> list[dict]:
