@@ -15,6 +15,7 @@ import csv
 import itertools
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,12 +29,13 @@ from es_jax.training.loop import run
 from es_jax.training.metrics import read_jsonl
 
 TARGETS = ("lab-countdown", "lab-sort")
-ROWS = {  # AWD takes away 1 % of the drift a step; the last row 10 %
+ROWS = {  # AWD takes away 1 % of the drift a step, or 10 %; α of GRPO is 1e-4
     "ES": "",
     "ES + AWD": "anchor=l2",
     "GRPO": "grpo",
     "GRPO + AWD": "grpo,anchor=l2",
     "GRPO + AWD ×10": "grpo,anchor=l2,strength=250",
+    "GRPO, α = 3e-5": "grpo,lr=3e-5",
 }
 BUDGETS = {"rollouts": "rollouts", "tokens": "generated tokens", "seconds": "wall time, s"}
 COLUMNS = ("target_task", "row", "seed", "step", *BUDGETS, "target", "prior", "drift", "kl")
@@ -133,7 +135,7 @@ def figure(lines: Sequence[dict], path: Path) -> None:
     """Prior against target along training, a line a run; and drift against rollouts. A row for each target."""
     targets = [t for t in TARGETS if runs_of(lines, t)]
     picture = Figure(figsize=(9, 3.6 * len(targets)), layout="constrained", dpi=150)
-    colors = dict(zip(ROWS, ("tab:orange", "tab:green", "tab:blue", "tab:purple", "tab:red"), strict=True))
+    colors = dict(zip(ROWS, ("tab:orange", "tab:green", "tab:blue", "tab:purple", "tab:red", "tab:cyan"), strict=True))
     grid = picture.subplots(len(targets), 2, squeeze=False)
     for (left, right), target in zip(grid, targets, strict=True):
         for (row, seed), mine in runs_of(lines, target).items():
@@ -146,7 +148,7 @@ def figure(lines: Sequence[dict], path: Path) -> None:
         right.set_yscale("symlog", linthresh=0.1)
         for axes in (left, right):
             axes.grid(alpha=0.3)
-    picture.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    picture.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     picture.savefig(path)
 
 
@@ -172,7 +174,7 @@ def main() -> None:
     args = parser.parse_args()
     lines = []
     for seed, target, row in itertools.product(args.seeds, args.targets, args.rows):
-        folder = args.out / target / row.replace(" + ", "-").replace(" ×", "-") / str(seed)
+        folder = args.out / target / re.sub(r"[^\w.-]+", "-", row) / str(seed)
         if not args.only_report and not (folder / "DONE").exists():
             source = "lab" if target == TARGETS[0] else args.sort
             train(target, row, seed, source, folder, steps=args.steps, every=args.every)
