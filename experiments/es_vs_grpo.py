@@ -106,6 +106,11 @@ def table(lines: Sequence[dict], target: str) -> str:
     return "\n".join(text)
 
 
+def common_level(lines: Sequence[dict], target: str) -> float:
+    """The highest target accuracy, in steps of 0.05, that every run of the target reached."""
+    return math.floor(20 * min(max(x["target"] for x in mine) for mine in runs_of(lines, target).values())) / 20
+
+
 def forgetting_at(lines: Sequence[dict], target: str, level: float) -> str:
     """Markdown: the prior accuracy lost, and the drift, when a run's target first reached the level."""
     text = [f"| {target} at {level:.2f} | reached by | prior lost | drift | rollouts |", "|---" * 5 + "|"]
@@ -185,7 +190,11 @@ def main() -> None:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(lines)
-    text = "\n\n".join(table(lines, target) for target in args.targets if runs_of(lines, target))
+    text = "\n\n".join(
+        f"{table(lines, target)}\n\n{forgetting_at(lines, target, common_level(lines, target))}"
+        for target in args.targets
+        if runs_of(lines, target)
+    )
     (args.docs / "es_vs_grpo.md").write_text(text + "\n")
     figure(lines, args.docs / "es_vs_grpo.png")
     print(text)
