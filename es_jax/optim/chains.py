@@ -15,13 +15,16 @@ OPTIMIZERS = {
 }
 
 
-def build_optimizer(config: Any, params: Any) -> tuple[optax.GradientTransformationExtraArgs, str]:
+def build_optimizer(
+    config: Any, params: Any, *, anchor_sharding: Any = None
+) -> tuple[optax.GradientTransformationExtraArgs, str]:
     """The optimizer of a run, and one sentence that describes it.
 
     Args:
       config: a `RunConfig`, or anything with its `optim` and `es` groups, `anchor_strength` (λ) and `anchor_drift`
         (κ or None).
       params: the parameters it will be used on. Every leaf is stepped and anchored.
+      anchor_sharding: where the anchor lives; see `anchored_weight_decay`.
 
     Returns:
       (transformation, sentence).
@@ -40,5 +43,7 @@ def build_optimizer(config: Any, params: Any) -> tuple[optax.GradientTransformat
     if config.anchor_drift is not None:
         sentence += f"; in the long run a weight drifts κ = {config.anchor_drift:.2f} σ"
     arithmetic = "param" if config.es.noise == "shared_seed" else "float32"  # as published: all in the weights' dtype
-    decay = anchored_weight_decay(rate * strength, penalty=penalty, arithmetic=arithmetic)
+    decay = anchored_weight_decay(
+        rate * strength, penalty=penalty, arithmetic=arithmetic, anchor_sharding=anchor_sharding
+    )
     return optax.chain(optimizer, decay), f"{sentence})."

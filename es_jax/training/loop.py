@@ -16,11 +16,11 @@ import numpy as np
 from ml_collections import config_dict
 
 from es_jax.core import rng
-from es_jax.core.mesh import make_mesh
 from es_jax.core.tree import count
 from es_jax.es.population import Members, Population
 from es_jax.es.shaping import SHAPINGS
 from es_jax.generate.engine import Engine
+from es_jax.models.sharding import param_shardings
 from es_jax.tasks import get_task
 from es_jax.tasks.task import Example, Task
 from es_jax.training import workdir as rundir
@@ -31,7 +31,7 @@ from es_jax.training.grading import Graded, grade
 from es_jax.training.heldout import evaluate_rows, summary
 from es_jax.training.recorder import Recorder
 from es_jax.training.seedlog import Entry, SeedLog
-from es_jax.training.state import State, load_base
+from es_jax.training.state import State, base_config, load_base, mesh_of
 from es_jax.weights.tokenizer import encode_prompt
 
 logger = logging.getLogger(__name__)
@@ -88,8 +88,9 @@ class _Run:
 
     def __init__(self, config: RunConfig, workdir: Path, *, tasks: dict[str, Task], train: list[Example], tests: dict):
         self.config, self.workdir, self.tasks, self.examples, self.tests = config, workdir, tasks, train, tests
-        self.mesh = make_mesh(config.mesh.pop, config.mesh.model)
+        self.mesh = mesh_of(config, base_config(config))
         model = load_base(config, self.mesh)
+        param_shardings(self.mesh, model.params, log=True)
         self.dim = count(model.params)
         self.model = dataclasses.replace(model, params={})  # the state alone holds weights: updates donate them
         self.prompts = list(self._encoded(config.task.name, train))

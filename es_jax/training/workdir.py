@@ -18,7 +18,7 @@ from es_jax.training.config import RunConfig, freeze
 # What may change between the start and the resumption of a run: nothing that a step's bits depend on.
 CHANGEABLE = (
     *("train.steps", "train.checkpoint_every", "train.keep", "train.samples", "evals.every"),
-    *("mesh.pop", "mesh.model"),
+    *("mesh.pop", "mesh.model", "optim.anchor.memory"),
 )
 PACKAGES = (
     "es_jax",
