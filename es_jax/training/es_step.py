@@ -74,11 +74,23 @@ def update(
     """
     where = param_shardings(mesh, params)
     gradient = jax.lax.with_sharding_constraint(make_noise(config).estimate(params, members, weights), where)
+    params, opt_state = stepped(config, mesh, params, opt_state, gradient)
+    return params, opt_state, _squares(mesh, where, params, start_of(mesh, opt_state, base))
+
+
+def stepped(config: RunConfig, mesh: Mesh, params: Any, opt_state: Any, gradient: Any) -> tuple[Any, Any]:
+    """One step of the optimizer, everything left where it belongs; inside jit."""
     updates, opt_state = optimizer(config, mesh, params)[0].update(gradient, opt_state, params)
-    params = jax.lax.with_sharding_constraint(optax.apply_updates(params, updates), where)
-    opt_state = jax.tree.map(_kept, opt_state, state_shardings(config, mesh, opt_state))
-    base = optax.tree_utils.tree_get(opt_state, "anchor") if base is None else base
-    return params, opt_state, _squares(mesh, where, params, base)
+    params = jax.lax.with_sharding_constraint(optax.apply_updates(params, updates), param_shardings(mesh, params))
+    return params, jax.tree.map(_kept, opt_state, state_shardings(config, mesh, opt_state))
+
+
+def start_of(mesh: Mesh, opt_state: Any, base: Any) -> Any:
+    """θ₀ on the devices: `base`, or the optimizer's anchor where that is None; inside jit."""
+    if base is not None:
+        return base
+    anchor = optax.tree_utils.tree_get(opt_state, "anchor")
+    return jax.tree.map(jax.device_put, anchor, param_shardings(mesh, anchor))
 
 
 def _kept(leaf: jax.Array, where: NamedSharding) -> jax.Array:
@@ -88,7 +100,6 @@ def _kept(leaf: jax.Array, where: NamedSharding) -> jax.Array:
 
 def _squares(mesh: Mesh, where: Any, params: Any, base: Any) -> jax.Array:
     specs = jax.tree.map(lambda sharding: sharding.spec, where)
-    base = jax.tree.map(jax.device_put, base, where)
 
     def part(param: jax.Array, start: jax.Array, spec: PartitionSpec) -> jax.Array:
         total = jnp.sum(jnp.square(param.astype(jnp.float32) - start.astype(jnp.float32)))

@@ -75,6 +75,7 @@ class State:
     Attributes:
       params: θ; `apply` donates them, so keep no reference across it.
       opt_state: of the optax chain, the anchor among it.
+      drift: ‖θ − θ₀‖, a device scalar.
       sentence: what the optimizer is.
     """
 
@@ -89,7 +90,7 @@ class State:
         self.params = params
         where = state_shardings(config, mesh, jax.eval_shape(tx.init, params))
         self.opt_state = jax.jit(tx.init, out_shardings=where)(params)
-        self._squares: jax.Array | None = None
+        self.drift: jax.Array | float = 0.0
 
     @property
     def base(self) -> Any:
@@ -99,14 +100,10 @@ class State:
     def apply(self, entry: Entry) -> None:
         """Move the weights from step − 1 to the entry's step. Nothing else ever moves them."""
         members, weights = placed_weights(self._mesh, entry.members, np.array(entry.weights, np.float32))
-        self.params, self.opt_state, self._squares = update(
+        self.params, self.opt_state, squares = update(
             self._config, self._mesh, self.params, self.opt_state, self._base, members, weights
         )
-
-    @property
-    def drift(self) -> jax.Array | float:
-        """‖θ − θ₀‖, a device scalar; 0 before the first step."""
-        return 0.0 if self._squares is None else distance(self._squares)
+        self.drift = distance(squares)
 
 
 def check_memory(config: RunConfig, mesh: Mesh) -> None:
