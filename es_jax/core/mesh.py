@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -60,6 +61,29 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def over_pop(mesh: Mesh) -> NamedSharding:
     """The leading axis is the group of devices that evaluates a member."""
     return NamedSharding(mesh, PartitionSpec(POP))
+
+
+def place(tree: Any, sharding: NamedSharding) -> Any:
+    """Host arrays, the same in all processes, on the devices of the mesh; each process fills its own."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(tree, sharding)
+
+    def leaf(x: Any) -> jax.Array:
+        whole = np.asarray(x)
+        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+    return jax.tree.map(leaf, tree)
+
+
+def own_rows(leaf: jax.Array) -> dict[int, np.ndarray]:
+    """The rows of the leading axis that this process holds, by index; what several hold is the first one's."""
+    if leaf.is_fully_addressable:
+        return dict(enumerate(np.asarray(leaf)))
+    rows: dict[int, np.ndarray] = {}
+    for shard in leaf.addressable_shards:
+        if shard.replica_id == 0:
+            rows |= zip(range(leaf.shape[0])[shard.index[0]], np.asarray(shard.data), strict=True)
+    return rows
 
 
 def leaf_spec(mesh: Mesh, name: str, shape: tuple[int, ...], rules: Rules) -> PartitionSpec:

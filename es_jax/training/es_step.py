@@ -11,7 +11,8 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from es_jax.core.mesh import MODEL, POP, leaf_spec, only, over_pop, replicated
+from es_jax.core import hosts
+from es_jax.core.mesh import MODEL, POP, leaf_spec, only, over_pop, own_rows, place, replicated
 from es_jax.core.tree import map_named
 from es_jax.es.noise import NOISES, GaussianNoise, SharedSeedNoise
 from es_jax.es.population import Members
@@ -193,6 +194,7 @@ class Evaluator:
         self, params: Any, members: Members, batches: Sequence[tuple[np.ndarray, np.ndarray]]
     ) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
         """Every member on every batch: (member, batch, tokens [B, L], length [B]), graded while the next one decodes.
+        In a run of several processes, those that this one's devices decode.
 
         Where lanes are left over in the last round, their rows are padding and they decode nothing. The weights of one
         round are gone before those of the next are made.
@@ -202,7 +204,7 @@ class Evaluator:
         for first in range(0, count, self.lanes):
             index = np.arange(first, first + self.lanes)
             lanes = members[np.minimum(index, count - 1)]
-            jax.block_until_ready([outputs for _, outputs in pending])
+            hosts.wait(functools.partial(jax.block_until_ready, [outputs for _, outputs in pending]))
             perturbed = self._perturb(params, self._placed(lanes))
             for batch, (tokens, positions) in enumerate(batches):
                 own = [(i, batch) for i in index if i < count]
@@ -232,7 +234,7 @@ class Evaluator:
                 yield batch, out, length
 
     def _placed(self, tree: Any) -> Any:
-        return jax.device_put(tree, over_pop(self.mesh))
+        return place(tree, over_pop(self.mesh))
 
 
 def _gathered(mesh: Mesh, part: jax.Array, spec: PartitionSpec) -> jax.Array:
@@ -246,11 +248,12 @@ def _gathered(mesh: Mesh, part: jax.Array, spec: PartitionSpec) -> jax.Array:
 
 def _unpack(item: tuple) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
     own, outputs = item
-    tokens, length = jax.device_get(outputs)
+    tokens, length = hosts.wait(lambda: [own_rows(output) for output in outputs])
     for lane, (member, batch) in enumerate(own):
-        yield int(member), batch, tokens[lane], length[lane]
+        if lane in tokens:
+            yield int(member), batch, tokens[lane], length[lane]
 
 
 def placed_weights(mesh: Mesh, members: Members, weights: np.ndarray) -> tuple[Members, jax.Array]:
     """Members and weights on every device, always from the host, so that live steps and replays are one program."""
-    return jax.device_put((members, jnp.asarray(weights, jnp.float32)), replicated(mesh))
+    return place((members, np.asarray(weights, np.float32)), replicated(mesh))
