@@ -131,6 +131,14 @@ def test_an_anchor_holds_grpo_back(whole, tiny_model, tmp_path):
     assert anchored < 0.95 * read_jsonl(tmp_path / "metrics.jsonl")[-1]["drift"]
 
 
+def test_an_anchor_in_host_memory_gives_the_same_bits(whole, tiny_model, tmp_path):
+    optim = {"anchor": {"penalty": "l2", "strength": 100.0, "memory": "pinned_host"}}
+    run(config_of(tiny_model, optim=optim, train={"steps": 2}, evals={"every": 0}), tmp_path)
+    rows = (read_jsonl(folder / "metrics.jsonl")[:2] for folder in (tmp_path, whole[1]))
+    ours, theirs = ([(row["drift"], row["kl"], row["loss"]) for row in both] for both in rows)
+    assert ours == theirs
+
+
 def test_every_option_runs(tiny_model, tmp_path):
     grpo = {"rollouts": 2, "mini_batch": 3, "micro_batch": 2, "kl": 0.0, "entropy": 0.01, "clip_high": 0.3,
             "aggregation": "seq-mean-token-sum-norm", "scale_by_std": False, "temperature": 0.8}  # fmt: skip
