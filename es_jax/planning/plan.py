@@ -1,12 +1,14 @@
 """Compile a run's programs for a topology, and judge whether it fits."""
 
+import contextlib
 import dataclasses
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from es_jax.core.chips import GIB
 from es_jax.core.mesh import MODEL, POP
@@ -113,7 +115,8 @@ def _compile(program: Program, axes: dict[str, int]) -> tuple[Outcome, Any]:
     """What came of it, and where its results are."""
     began = time.monotonic()
     try:
-        compiled = program.lower().compile()
+        with _uncached():
+            compiled = program.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -123,6 +126,19 @@ def _compile(program: Program, axes: dict[str, int]) -> tuple[Outcome, Any]:
     own = _peak(compiled.memory_analysis())
     work = program.work + Work(sent=sum(kind.sent for kind in sent))
     return _outcome(program, own, sent, seconds, work), compiled.output_shardings
+
+
+@contextlib.contextmanager
+def _uncached() -> Iterator[None]:
+    """Without the compilation cache: it takes programs for absent devices, and then cannot read them."""
+    before = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # which remembers whether it is used
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
 
 
 def _peak(stats: Any) -> int:

@@ -14,16 +14,17 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from es_jax.core.mesh import MODEL, make_mesh, over_pop, param_shardings, replicated
+from es_jax.core.mesh import MODEL, over_pop, replicated
 from es_jax.es.population import Members
 from es_jax.generate.engine import BUCKET, Engine
 from es_jax.models.config import TransformerConfig
+from es_jax.models.sharding import param_shardings
 from es_jax.models.transformer import Transformer
-from es_jax.optim.chains import build_optimizer
 from es_jax.planning.costs import Work, cache_bytes, decode_flops, decode_memory, matrix_weights, prefill_flops
 from es_jax.planning.topology import Topology
 from es_jax.training.config import RunConfig
-from es_jax.training.es_step import Evaluator, of_update, update
+from es_jax.training.es_step import Evaluator, of_update, optimizer, state_shardings, update
+from es_jax.training.state import mesh_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,9 +84,9 @@ class Programs:
         dtype = jnp.dtype(config.model.param_dtype)
         params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), params)
         self.params = _placed(params, param_shardings(mesh, params))
-        self.tx = build_optimizer(config, self.params)[0]
+        self.tx = optimizer(config, mesh, self.params)[0]
         state = jax.eval_shape(self.tx.init, self.params)
-        self.opt_state = _placed(state, param_shardings(mesh, state))
+        self.opt_state = _placed(state, state_shardings(config, mesh, state))
         anchored = config.optim.anchor.penalty != "none"
         self.base = None if anchored else self.params
         self.prompts = config.task.prompts_per_step or config.task.train_size
@@ -98,11 +99,14 @@ class Programs:
         """Of a config on the mesh that it asks for; model.dtype "auto" is bfloat16, as on any accelerator.
 
         Raises:
-          ValueError: a mesh that the topology or the model does not allow.
+          ValueError: a mesh that the topology or the model does not allow, or a method that is not planned yet.
         """
+        if config.method != "es":
+            raise ValueError(f"method is {config.method!r}: a plan is of 'es' runs alone")
         if config.model.dtype == "auto":
             config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bfloat16"))
-        return cls(config, model, make_mesh(config.mesh.pop, config.mesh.model, devices=list(topology.devices)))
+        devices, memory = list(topology.devices), topology.chip.memory
+        return cls(config, model, mesh_of(config, model, devices=devices, memory=memory))
 
     def __iter__(self) -> Iterator[Program]:
         yield self.load()
