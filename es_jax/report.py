@@ -87,7 +87,8 @@ def _plots(series: Sequence[Series], prior: Sequence[str]) -> tuple[list[Plot], 
 
 def _tables(series: Sequence[Series], prior: Sequence[str], runs: Sequence[Run]) -> list[Table]:
     targets = dict.fromkeys(run.target for run in runs)
-    return [tables.results(series, prior), tables.accuracies(series, [*targets, *prior])]
+    made = (tables.results(series, prior), tables.accuracies(series, [*targets, *prior]), tables.views(series))
+    return [table for table in made if table is not None]
 
 
 def _write_table(table: Table, folder: Path) -> dict[str, Path]:

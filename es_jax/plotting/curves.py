@@ -60,7 +60,7 @@ def target_against_prior(series: Sequence[Series], prior: Sequence[str]) -> Plot
     if not paths:
         return None
     kinds = list(dict.fromkeys((one.first.target, one.first.model) for one, _, _ in paths))
-    figure, panels = grid(len(kinds), width=5.2, height=4.0, columns=2)
+    figure, panels = grid(len(kinds), width=5.2, height=4.0, columns=2, sharex=True)
     last, points = max(path[1][-1].step for path in paths), None
     data: list[dict[str, Any]] = []
     for axes, (target, model) in zip(panels, kinds, strict=True):

@@ -41,7 +41,7 @@ class Run:
 
     Attributes:
       folder: the directory.  config: its fields.  facts: the rest of config.json.
-      metrics: rows of metrics.jsonl.  evals: rows of evals/<task>.jsonl by task.  kl, drift: rows of those files.
+      metrics: rows of metrics.jsonl.  evals: rows of evals/<task>.jsonl by task.  kl: rows of evals/kl.jsonl.
     """
 
     folder: Path
@@ -50,7 +50,6 @@ class Run:
     metrics: list[dict[str, Any]] = field(default_factory=list)
     evals: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     kl: list[dict[str, Any]] = field(default_factory=list)
-    drift: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def step(self) -> int:
@@ -172,7 +171,6 @@ def read_run(folder: str | Path) -> Run:
         metrics=_ordered(read_jsonl(folder / "metrics.jsonl")),
         evals={name: rows for name, rows in files.items() if name not in SPECIAL and rows},
         kl=files.get("kl", []),
-        drift=files.get("drift", []),
     )
 
 

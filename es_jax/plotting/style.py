@@ -56,12 +56,14 @@ def bar(i: int) -> dict[str, Any]:
     return dict(facecolor=FILLS[i % len(FILLS)], edgecolor="black", hatch=HATCHES[i % len(HATCHES)], linewidth=0.8)
 
 
-def grid(count: int, *, columns: int = 3, width: float = 3.6, height: float = 3.0) -> tuple[Figure, list[Axes]]:
+def grid(
+    count: int, *, columns: int = 3, width: float = 3.6, height: float = 3.0, sharex: bool = False
+) -> tuple[Figure, list[Axes]]:
     """A figure of `count` panels; those of the last row that are left over are not shown."""
     across = min(columns, count)
     down = -(-count // across)
     figure = canvas(max(width * across, 6.0), height * down + 0.9)
-    panels = figure.subplots(down, across, squeeze=False, sharey=True).ravel().tolist()
+    panels = figure.subplots(down, across, squeeze=False, sharex=sharex, sharey=True).ravel().tolist()
     for spare in panels[count:]:
         spare.set_visible(False)
     return figure, panels[:count]

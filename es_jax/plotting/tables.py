@@ -1,7 +1,8 @@
 """Tables of runs, with standard errors, as Markdown and LaTeX."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -122,3 +123,29 @@ def _rows_only(one: Series, task: str, point: Point | None) -> Point | None:
         return None
     found = next(x for run in one.runs if 0 in (x := run.accuracy([task])))
     return Point(0, found[0][0], found[0][1], 1)
+
+
+VIEWS = {
+    "accuracy": "accuracy", "strict": "strict", "loglik": "likeliest", "well_formed": "well-formed",
+    "truncated": "truncated", "mean_length": "tokens",
+}  # fmt: skip
+
+
+def views(series: Sequence[Series]) -> Table | None:
+    """Each task by every view at step 0 and where each series stands, means over runs; None without a strict view."""
+    rows = []
+    for one in series:
+        for task in dict.fromkeys(task for run in one.runs for task in run.evals):
+            by = [{row["step"]: row for row in run.evals.get(task, [])} for run in one.runs]
+            steps = sorted(set.intersection(*map(set, by)))
+            for step in dict.fromkeys((*steps[:1], *steps[-1:])):
+                found = [rows_of[step] for rows_of in by]
+                if all("strict" in row for row in found):
+                    rows.append((one.label, task, str(step), *(_mean(found, name) for name in VIEWS)))
+    head = ("series", "task", "step", *VIEWS.values())
+    return Table("views", "Each task by every view", head, tuple(rows)) if rows else None
+
+
+def _mean(rows: Sequence[Mapping[str, Any]], name: str) -> str:
+    values = [row[name] for row in rows if row.get(name) is not None]
+    return f"{np.mean(values):.1f}" if name == "mean_length" and values else f"{np.mean(values):.3f}" if values else "–"

@@ -56,6 +56,7 @@ def _row(config: dict, task: str, step: int, accuracy: float, split: bool) -> di
     value = share if task == config["task"]["name"] else 1 - share
     row = {"step": step, "n": 50, "accuracy": value, "accuracy_se": (value * (1 - value) / 50) ** 0.5}
     lost = {"lost_format": 0.2 * share, "lost_truncation": 0.3 * share, "lost_knowledge": 0.5 * share}
+    lost |= {"strict": value / 2, "well_formed": 0.9, "truncated": 0.1, "mean_length": 5.0}
     return row | (lost if split else {})
 
 

@@ -132,6 +132,16 @@ def test_a_directory_without_a_run_is_refused(tmp_path: Path) -> None:
         report.write_report([], tmp_path / "out")
 
 
+def test_the_docs_name_every_figure() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs/report.md").read_text()
+    assert set(re.findall(r"^\| `(\w+)` \|", text, flags=re.M)) == FIGURES
+
+
+def test_the_views_of_an_evaluation(made: tuple) -> None:
+    table = Path(made[0]["tables"]["views"]["md"]).read_text()
+    assert "| Tiny-1B, ES, N = 8 | lab-countdown | 20 | 0.550 | 0.275 | – | 0.900 | 0.100 | 5.0 |" in table
+
+
 def test_methods_without_a_closed_form(tmp_path: Path) -> None:
     """A run whose drift is not predicted has its measured drift drawn, and no ratio."""
     folder = make_run(tmp_path / "a", done=3)
