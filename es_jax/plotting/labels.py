@@ -11,6 +11,7 @@ from es_jax.plotting.runs import Run, Series
 SYMBOLS = {
     "es.population": "N",
     "es.sigma": "σ",
+    "grpo.rollouts": "rollouts",
     "optim.learning_rate": "α",
     "es.rewards": "rewards",
     "es.antithetic": "antithetic",
@@ -68,14 +69,11 @@ def _label(run: Run, everyone: Sequence[Run], marked: bool) -> str:
 
 def caption(runs: Sequence[Run]) -> str:
     """What the runs of a figure were: model, task, method, N, σ, α, λ and penalty, seeds, iterations, evaluation."""
-    es = [run for run in runs if run.config.method == "es"]
     parts = [f"Model: {_list(f'{run.model} ({run.size:,} weights)' if run.size else run.model for run in runs)}"]
-    parts += [f"trained on: {_list(run.target for run in runs)}", f"method: {_list(run.method for run in runs)}"]
-    if es:
-        parts += [
-            f"N = {_list(run.config.es.population for run in es)}, σ = {_list(run.config.es.sigma for run in es)}"
-        ]
-    parts += [f"α = {_list(run.config.optim.learning_rate for run in runs)}"]
+    parts += [f"trained on: {_list(run.target for run in runs)}"]
+    parts += [
+        _method(method, [r for r in runs if r.method == method]) for method in dict.fromkeys(r.method for r in runs)
+    ]
     strengths = {run.penalty: {other.settings()["λ"] for other in runs if other.penalty == run.penalty} for run in runs}
     parts += ["; ".join(_strength(penalty, values) for penalty, values in strengths.items())]
     parts += [f"seeds {_list(run.config.train.seed for run in runs)}", _iterations(runs)]
@@ -83,6 +81,17 @@ def caption(runs: Sequence[Run]) -> str:
     graders = _list(run.config.task.grader or "paper" for run in runs)
     parts += [f"evaluated on {_list(rows)}, grader {graders}, max_new {_list(r.config.decode.max_new for r in runs)}"]
     return "; ".join(parts) + "."
+
+
+def _method(name: str, runs: Sequence[Run]) -> str:
+    """The method and its own settings."""
+    fields = (
+        ("optim.learning_rate", "es.population", "es.sigma")
+        if name == "ES"
+        else ("optim.learning_rate", "grpo.rollouts")
+    )
+    values = [f"{SYMBOLS[field]} = {_list(run.settings()[field] for run in runs)}" for field in sorted(fields)]
+    return f"{name} with {', '.join(values)}"
 
 
 def _strength(penalty: str, values: set[float]) -> str:

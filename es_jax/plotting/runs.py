@@ -19,7 +19,7 @@ from es_jax.training.metrics import read_jsonl
 
 # What may differ within a series: the seed, and what no result depends on.
 ALIKE = (
-    *("train.", "evals.", "mesh.", "decode.slots", "decode.members_at_once", "decode.max_prompt"),
+    *("train.", "evals.", "mesh.", "decode.slots", "decode.members_at_once", "decode.max_prompt", "grpo.micro_batch"),
     *("optim.anchor.strength", "optim.anchor.drift"),  # λ stands for both
 )
 SPECIAL = {"kl", "drift"}  # files of evals/ that are not a task's

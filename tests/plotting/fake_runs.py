@@ -11,14 +11,15 @@ TASKS = ("lab-countdown", "lab-add", "lab-sort")
 
 
 def fields(*, seed: int = 0, target: str = "lab-countdown", penalty: str = "none", strength: float | None = None,
-           steps: int = 20, max_new: int = 6, **more: Any) -> dict:  # fmt: skip
+           steps: int = 20, max_new: int = 6, method: str = "es", **more: Any) -> dict:  # fmt: skip
     """A run's config as plain fields."""
     anchor = {"penalty": penalty} | ({"strength": strength} if strength is not None else {})
-    config = {
+    config: dict = {
+        "method": method,
         "model": {"source": "models/Tiny-1B"},
         "task": {"name": target},
         "es": {"population": 8, "sigma": 0.01},
-        "optim": {"learning_rate": 0.005, "anchor": anchor},
+        "optim": {"name": "sgd" if method == "es" else "adamw", "learning_rate": 0.005, "anchor": anchor},
         "decode": {"max_new": max_new},
         "train": {"steps": steps, "seed": seed},
         "evals": {"every": 10, "size": 50, "tasks": [task for task in TASKS if task != target]},

@@ -104,10 +104,17 @@ def test_the_caption_says_everything(tmp_path: Path) -> None:
         read_run(make_run(tmp_path / "c", penalty="l2", strength=0.5, es__population=16)),
     ]
     assert caption(runs) == (
-        "Model: Tiny-1B (1,000 weights); trained on: lab-countdown; method: ES; N = 8, 16, σ = 0.01; α = 0.005; "
+        "Model: Tiny-1B (1,000 weights); trained on: lab-countdown; ES with N = 8, 16, σ = 0.01, α = 0.005; "
         "no penalty (λ = 0); penalty l2 with λ = 0.5, 2; seeds 0, 1; 20 iterations, not finished: b is at 10 of 20; "
         "evaluated on 50 rows a task, grader paper, max_new 6."
     )
+
+
+def test_es_and_grpo_side_by_side(tmp_path: Path) -> None:
+    grpo = {"method": "grpo", "optim__learning_rate": 1e-4, "grpo__rollouts": 4, "es__sigma": 1.0}
+    runs = [read_run(make_run(tmp_path / "a")), read_run(make_run(tmp_path / "b", **grpo))]
+    assert [one.label for one in group(runs)] == ["ES", "GRPO"] and not incomparable(runs)
+    assert "ES with N = 8, σ = 0.01, α = 0.005; GRPO with rollouts = 4, α = 0.0001; no penalty" in caption(runs)
 
 
 @pytest.mark.parametrize(
