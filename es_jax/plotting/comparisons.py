@@ -17,7 +17,7 @@ DIMENSIONS: Mapping[str, Callable[[Run], str]] = {
     "family of the model": lambda run: run.family,
     "size of the model": lambda run: _size(run.size),
 }
-REASONS = ("format", "truncation", "knowledge")
+REASONS = {"format": "format drift", "truncation": "truncation", "knowledge": "knowledge lost"}
 
 
 def _size(weights: int | None) -> str:
@@ -112,7 +112,7 @@ def kl_map(series: Sequence[Series]) -> Plot | None:
     )
     for (i, j), value in np.ndenumerate(values):
         shown = "–" if np.isnan(value) else f"{value:.3g}"
-        axes.text(j, i, shown, ha="center", va="center", fontsize=8, color="white" if value > 0.45 * top else "black")
+        axes.text(j, i, shown, ha="center", va="center", fontsize=8, color="white" if value > 0.5 * top else "black")
     axes.set_xticks(range(len(tasks)), [text(task, width=14) for task in tasks], rotation=30, ha="right", fontsize=8)
     axes.set_yticks(range(len(names)), [text(name, width=38) for name in names], fontsize=8)
     axes.set(xlabel="prompts of", ylabel="run")
@@ -205,7 +205,7 @@ def drop_parts(series: Sequence[Series], prior: Sequence[str]) -> Plot | None:
         mine = [row for row in data if row["reason"] == reason]
         places = [names.index(row["series"]) + (i - 1) * 0.26 for row in mine]
         errors = [np.nan if row["lost_se"] is None else row["lost_se"] for row in mine]
-        axes.barh(places, [row["lost"] for row in mine], 0.24, xerr=errors, label=f"lost {reason}", capsize=2, **bar(i))
+        axes.barh(places, [row["lost"] for row in mine], 0.24, xerr=errors, label=REASONS[reason], capsize=2, **bar(i))
     axes.set_yticks(range(len(names)), [text(name, width=38) for name in names], fontsize=8)
     axes.invert_yaxis()
     axes.axvline(0, color="black", linewidth=0.8)
