@@ -215,3 +215,6 @@ def _facts(run: Run) -> Iterable[tuple[str, tuple, Any]]:
         yield f"number of test rows of {name}", (), rows[-1]["n"]
         yield f"max_new of {name}", (), rows[-1].get("max_new", config.decode.max_new)
         yield f"digest of the test rows of {name}", (digest, "rows" in rows[-1]), rows[-1].get("rows")
+    for row in run.kl:
+        sampled = (row.get("rows"), row.get("max_new"), row.get("seed"))
+        yield f"what KL was measured on (rows, max_new, seed) of {row['task']}", (digest,), sampled

@@ -152,6 +152,15 @@ def test_evaluations_that_cannot_be_compared(tmp_path: Path, name: str, value: o
     assert "lab-sort" in incomparable(runs)[tmp_path / "b"]
 
 
+def test_kl_on_other_continuations_cannot_be_compared(tmp_path: Path) -> None:
+    runs = []
+    for seed in (0, 1):
+        made = make_run(tmp_path / str(seed), seed=seed)
+        write(made / "evals/kl.jsonl", [{"step": 10, "task": "lab-add", "kl_exact": 0.1, "rows": "y", "seed": seed}])
+        runs.append(read_run(made))
+    assert "what KL was measured on" in incomparable(runs)[tmp_path / "1"]
+
+
 def test_prior_tasks_are_common_and_never_a_target(tmp_path: Path) -> None:
     runs = [read_run(make_run(tmp_path / "a")), read_run(make_run(tmp_path / "b", target="lab-add"))]
     assert prior_tasks(runs[:1]) == ["lab-add", "lab-sort"]
