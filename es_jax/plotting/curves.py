@@ -103,41 +103,49 @@ def _key(i: int) -> Line2D:
 
 
 def drift_against_theory(series: Sequence[Series]) -> Plot | None:
-    """Measured ‖θ − θ₀‖ and its closed form over iterations, and their ratio; None where no step is finished."""
+    """Measured ‖θ − θ₀‖ and its closed form over iterations, and their ratio where any run has a closed form.
+
+    None where no step is finished.
+    """
     series = [one for one in series if any(run.metrics for run in one.runs)]
     if not series:
         return None
-    figure = canvas(7.2, 6.0)
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    walks = [_drift(one.runs) for one in series]
+    known = any(theory for _, _, predicted in walks for theory in predicted)
+    figure = canvas(7.2, 6.0 if known else 4.2)
+    panels = figure.subplots(2 if known else 1, 1, sharex=True, height_ratios=(3, 2)[: 1 + known], squeeze=False)[:, 0]
     data: list[dict[str, Any]] = []
-    for i, one in enumerate(series):
-        steps, measured, theory = _drift(one.runs)
-        style = line(i) | {"linestyle": "none"}
-        every = max(len(steps) // 15, 1)
-        above.plot(steps, measured, label=one.label, markevery=every, **style)
-        known = [t is not None and t > 0 for t in theory]
-        where = [step for step, there in zip(steps, known, strict=True) if there]
-        above.plot(where, [t for t in theory if t], color=style["color"], linewidth=1.2)
-        ratio = [m / t for m, t in zip(measured, theory, strict=True) if t]
-        below.plot(where, ratio, markevery=every, **(style | {"linestyle": DASHES[i % len(DASHES)], "linewidth": 1.0}))
+    for i, (one, (steps, measured, theory)) in enumerate(zip(series, walks, strict=True)):
+        style, every = line(i), max(len(steps) // 15, 1)
+        panels[0].plot(steps, measured, label=one.label, markevery=every, **(style | {"linestyle": "none"}))
+        where = [(step, m, t) for step, m, t in zip(steps, measured, theory, strict=True) if t]
+        if where:
+            at, ratio = [step for step, _, _ in where], [m / t for _, m, t in where]
+            panels[0].plot(at, [t for _, _, t in where], color=style["color"], linewidth=1.2)
+            panels[1].plot(at, ratio, markevery=every, **(style | {"linewidth": 1.0}))
         data += [
             {"series": one.label, "step": step, "drift": m, "theory": t, "ratio": m / t if t else None}
             for step, m, t in zip(steps, measured, theory, strict=True)
         ]
-    below.axhspan(0.98, 1.02, color="0.85", zorder=0)
-    below.axhline(1, color="0.4", linewidth=0.8)
-    low, high = below.get_ylim()
-    below.set_ylim(min(low, 0.96), max(high, 1.04))
-    above.set(ylabel="‖θ − θ₀‖ (Euclidean norm)")
-    below.set(xlabel="iteration", ylabel="measured / theory")
-    for axes in (above, below):
+    if known:
+        _band_of_ratio(panels[1])
+    panels[0].set_ylabel("‖θ − θ₀‖ (Euclidean norm)")
+    panels[-1].set_xlabel("iteration")
+    for axes in panels:
         axes.grid(alpha=0.3)
-    legend(figure, above, columns=2)
+    legend(figure, panels[0], columns=2)
     says = (
         "Markers: the measured distance of the weights from where they began, mean over seeds. Lines: the closed form "
-        "in exact arithmetic. A ratio outside the grey band, 1 ± 0.02, means that precision was lost."
+        "in exact arithmetic, where there is one. A ratio outside the grey band, 1 ± 0.02, means that precision was lost."
     )
     return Plot("drift", "Drift against theory", figure, data, says)
+
+
+def _band_of_ratio(axes: Axes) -> None:
+    axes.axhspan(0.98, 1.02, color="0.85", zorder=0)
+    axes.axhline(1, color="0.4", linewidth=0.8)
+    low, high = axes.get_ylim()
+    axes.set(ylim=(min(low, 0.96), max(high, 1.04)), ylabel="measured / theory")
 
 
 def _drift(runs: Sequence[Run]) -> tuple[list[int], list[float], list[float | None]]:

@@ -149,6 +149,7 @@ def test_methods_without_a_closed_form(tmp_path: Path) -> None:
     (folder / "metrics.jsonl").write_text(re.sub(r'"drift_theory": [0-9.]+', '"drift_theory": null', text))
     plot = curves.drift_against_theory(group([read_run(folder)]))
     assert plot is not None and [row["ratio"] for row in plot.data] == [None] * 3
+    assert len(plot.figure.axes) == 1
     assert comparisons.kl_map(group([read_run(folder)])) is None
 
 
