@@ -136,7 +136,8 @@ def drift_against_theory(series: Sequence[Series]) -> Plot | None:
     legend(figure, panels[0], columns=2)
     says = (
         "Markers: the measured distance of the weights from where they began, mean over seeds. Lines: the closed form "
-        "in exact arithmetic, where there is one. A ratio outside the grey band, 1 ± 0.02, means that precision was lost."
+        "in exact arithmetic, where there is one. A ratio outside the grey band, 1 ± 0.02, means that precision was "
+        "lost."
     )
     return Plot("drift", "Drift against theory", figure, data, says)
 
