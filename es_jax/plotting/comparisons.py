@@ -174,6 +174,9 @@ def _sweep(axes: Axes, penalty: str, mine: Sequence[Series], prior: Sequence[str
     many = "" if len({one.first.model for one in mine}) < 2 else f"{first.model}, "
     axes.set_title(text(f"{many}{first.target}, penalty {penalty}", width=60), fontsize=9)
     axes.set(xscale="log", xlabel="strength λ of the penalty", ylim=(-0.03, 1.03))
+    strengths = [one.first.settings()["λ"] for one in swept]
+    axes.set_xticks(strengths, [f"{strength:.3g}" for strength in strengths])
+    axes.minorticks_off()
     axes.grid(alpha=0.3)
     left_label(axes, "held-out accuracy")
     return data
