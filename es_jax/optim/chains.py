@@ -13,15 +13,19 @@ OPTIMIZERS = {
     "adamw": optax.adamw,
     "lion": optax.lion,
 }
+OPTIONS = {"adam": ("b1", "b2"), "adamw": ("b1", "b2", "weight_decay"), "lion": ("b1", "b2", "weight_decay")}
 
 
-def build_optimizer(config: Any, params: Any) -> tuple[optax.GradientTransformationExtraArgs, str]:
+def build_optimizer(
+    config: Any, params: Any, *, anchor_sharding: Any = None
+) -> tuple[optax.GradientTransformationExtraArgs, str]:
     """The optimizer of a run, and one sentence that describes it.
 
     Args:
       config: a `RunConfig`, or anything with its `optim` and `es` groups, `anchor_strength` (λ) and `anchor_drift`
         (κ or None).
       params: the parameters it will be used on. Every leaf is stepped and anchored.
+      anchor_sharding: where the anchor lives; see `anchored_weight_decay`.
 
     Returns:
       (transformation, sentence).
@@ -32,13 +36,21 @@ def build_optimizer(config: Any, params: Any) -> tuple[optax.GradientTransformat
     """
     del params  # no rule depends on the leaves yet
     rate, penalty, strength = config.optim.learning_rate, config.optim.anchor.penalty, config.anchor_strength
-    optimizer = OPTIMIZERS[config.optim.name](rate)
+    given = {name: getattr(config.optim, name) for name in OPTIONS.get(config.optim.name, ())}
+    given = {name: value for name, value in given.items() if value is not None}
+    optimizer: Any = OPTIMIZERS[config.optim.name](rate, **given)
     sentence = f"{config.optim.name} with learning rate {rate:g}"
+    sentence += "".join(f", {name} {value:g}" for name, value in given.items())
+    if config.optim.max_grad_norm is not None:
+        optimizer = optax.chain(optax.clip_by_global_norm(config.optim.max_grad_norm), optimizer)
+        sentence = f"gradients clipped at norm {config.optim.max_grad_norm:g}, {sentence}"
     if penalty == "none":
         return optax.with_extra_args_support(optimizer), f"{sentence}, no anchor."
     sentence += f", then {penalty} anchored weight decay with strength λ = {strength:g} (αλ = {rate * strength:g}"
     if config.anchor_drift is not None:
         sentence += f"; in the long run a weight drifts κ = {config.anchor_drift:.2f} σ"
     arithmetic = "param" if config.es.noise == "shared_seed" else "float32"  # as published: all in the weights' dtype
-    decay = anchored_weight_decay(rate * strength, penalty=penalty, arithmetic=arithmetic)
+    decay = anchored_weight_decay(
+        rate * strength, penalty=penalty, arithmetic=arithmetic, anchor_sharding=anchor_sharding
+    )
     return optax.chain(optimizer, decay), f"{sentence})."

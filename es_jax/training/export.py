@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 
-from es_jax.core.mesh import leaf_sharding, make_mesh
+from es_jax.core.mesh import make_mesh
 from es_jax.core.tree import count
+from es_jax.models.sharding import leaf_sharding
 from es_jax.models.transformer import param_shapes
 from es_jax.training import workdir as rundir
 from es_jax.training.checkpoint import restore_params, saved_steps
@@ -19,6 +20,8 @@ from es_jax.training.metrics import read_jsonl
 from es_jax.training.seedlog import SeedLog
 from es_jax.training.state import replay
 from es_jax.weights.model import Model, check_new, load_outline, save_model
+
+METHODS = {"es": ("Evolution Strategies", "evolution-strategies"), "grpo": ("GRPO", "grpo")}  # in the card
 
 
 def export_run(
@@ -44,7 +47,8 @@ def export_run(
     Raises:
       FileNotFoundError: no run in the directory, or its base model is gone.
       FileExistsError: `out` is there and not empty.
-      ValueError: a step that the log does not hold, or a base model that is not the run's.
+      ValueError: a step that the log does not hold, one of a GRPO run that has no checkpoint, or a base model that is
+        not the run's.
     """
     workdir, out = Path(workdir), Path(out).expanduser()
     config, facts = rundir.read_config(workdir), rundir.read(workdir)
@@ -80,6 +84,7 @@ def card(facts: dict[str, Any], *, step: int, dtype: str, evals: dict[str, Any] 
     on_hub = source.count("/") == 1 and not Path(source).expanduser().exists()
     hub = f"base_model: {json.dumps(source)}\n" if on_hub else ""
     resumed = f", resumed {len(facts['resumed'])} times" if facts.get("resumed") else ""
+    method, tag = METHODS[config.get("method", "es")]
     lines = [
         f"| {name} | {value} |"
         for name, value in (
@@ -93,8 +98,8 @@ def card(facts: dict[str, Any], *, step: int, dtype: str, evals: dict[str, Any] 
         )
     ]
     return (
-        f"---\nlibrary_name: transformers\ntags: [es_jax, evolution-strategies]\n{hub}---\n\n"
-        f"# Step {step} of a run of es_jax\n\nFine-tuned with Evolution Strategies. "
+        f"---\nlibrary_name: transformers\ntags: [es_jax, {tag}]\n{hub}---\n\n"
+        f"# Step {step} of a run of es_jax\n\nFine-tuned with {method}. "
         "The licence is the base model's.\n\n"
         "| | |\n|---|---|\n" + "\n".join(lines) + "\n\nGreedy decoding, as in training: "
         "`model.generate(**inputs, do_sample=False, repetition_penalty=1.0)`.\n\n## Config\n\n```json\n"
@@ -106,7 +111,7 @@ def card(facts: dict[str, Any], *, step: int, dtype: str, evals: dict[str, Any] 
 def _checkpoint(workdir: Path, config: RunConfig, base: Model, step: int) -> Any:
     mesh, dtype = make_mesh(), jnp.dtype(config.model.param_dtype)
     like = {
-        path: jax.ShapeDtypeStruct(shape, dtype, sharding=leaf_sharding(mesh, shape))
+        path: jax.ShapeDtypeStruct(shape, dtype, sharding=leaf_sharding(mesh, path, shape))
         for path, shape in param_shapes(base.config).items()
     }
     return restore_params(workdir, step, unflatten_dict(like, sep="/"))
