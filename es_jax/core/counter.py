@@ -26,7 +26,7 @@ ROUNDS = 13
 _ROTATIONS = (13, 15, 26, 6, 17, 29, 16, 24)
 _PARITY = 0x1BD11BDA
 _SQRT_HALF = 0x3F3504F3  # bits of the float32 √½
-_SCALE = 2**20  # −2 ln u is made in this unit, in which 2 ln 2 is a whole number to 1 part in 10⁷
+_SCALE = 2.0**20  # −2 ln u is made in this unit, in which 2 ln 2 is a whole number to 1 part in 10⁷
 _TWO_LOG_TWO = round(2 * math.log(2) * _SCALE)
 # −2 ln(1 + f) / f for 1 + f in √½..√2, and sin(π q / 2) / q for q² in 0..1; lowest power first
 _LOG = (-2.0000019, 1.0000223, -0.66629016, 0.49819487, -0.40992662, 0.3733572, -0.23792213)
