@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from es_jax.core import rng
 from es_jax.core.mesh import MODEL, over_pop, replicated
 from es_jax.es.population import Members
 from es_jax.generate.engine import BUCKET, Engine
@@ -80,7 +81,7 @@ class Programs:
 
     def __init__(self, config: RunConfig, model: TransformerConfig, mesh: Mesh):
         self.config, self.model, self.mesh = config, model, mesh
-        params = jax.eval_shape(Transformer(model).init, jax.random.key(0))
+        params = jax.eval_shape(Transformer(model).init, rng.key(0))
         dtype = jnp.dtype(config.model.param_dtype)
         params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), params)
         self.params = _placed(params, param_shardings(mesh, params))
