@@ -22,7 +22,6 @@ from es_jax.training.seedlog import SeedLog
 from es_jax.training.state import replay
 from es_jax.weights.model import load_model
 
-pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 FIELDS = {
     "model.source": "lab",
@@ -104,6 +103,7 @@ def config_of(steps):
     return config
 
 
+@pytest.mark.slow
 def test_two_processes_leave_what_one_does(trained, tmp_path):
     result = run(config_of(5), tmp_path)
     assert (tmp_path / "seedlog.jsonl").read_bytes() == (trained / "seedlog.jsonl").read_bytes()
@@ -122,6 +122,7 @@ def test_two_processes_leave_what_one_does(trained, tmp_path):
             np.testing.assert_array_equal(leaf, replayed[name], err_msg=name)
 
 
+@pytest.mark.slow
 def test_terminated_resumed_and_killed(trained, cache):
     pair = Pair(trained, cache, steps=100000)
     pair.until(7)
@@ -142,9 +143,39 @@ def test_terminated_resumed_and_killed(trained, cache):
     assert result.step == len(before) + 1
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_tells_the_other(tmp_path, cache):
     status, out = Pair(tmp_path, cache, steps=5, FAIL_AT="1 2").ended()
     assert status == [1, 1], out
     assert "es_jax.train: the grader broke" in out[1]
     assert "es_jax.train: process 1 failed, so this one stops: es_jax.train: the grader broke" in out[0]
     assert len(SeedLog(tmp_path, writable=False).entries) == 1
+
+
+def test_a_process_that_cannot_listen_ends_all_the_same():
+    code = """
+import time
+from es_jax.core import hosts
+hosts.GRACE = 0.2
+with hosts.stoppable():
+    print("ready", flush=True)
+    time.sleep(100)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and "finished steps are in the seed log" in err
+
+
+def test_one_process_of_several_needs_to_know_the_others():
+    command = [
+        sys.executable,
+        "-m",
+        "es_jax.train",
+        f"--config={ROOT}/configs/lab.py",
+        "--workdir=x",
+        "--num_processes=2",
+    ]
+    out = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert out.returncode == 1 and "--coordinator_address=HOST:PORT" in out.stderr and "Traceback" not in out.stderr
