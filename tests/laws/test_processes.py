@@ -55,7 +55,7 @@ class Pair:
         fields = FIELDS | {"train.steps": steps}
         command = [sys.executable, "-m", "tests.laws.train_process", f"--config={ROOT}/configs/lab.py"]
         command += [f"--workdir={workdir}", f"--coordinator_address={address}", "--num_processes=2"]
-        command += ["--heartbeat_timeout=10", *(f"--config.{name}={value}" for name, value in fields.items())]
+        command += ["--heartbeat_timeout=20", *(f"--config.{name}={value}" for name, value in fields.items())]
         env = os.environ | env | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
         env |= {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": ROOT, "env": env}
@@ -111,8 +111,9 @@ def test_two_processes_leave_what_one_does(trained, tmp_path):
     ours, theirs = (read_jsonl(folder / "evals/lab-countdown.jsonl") for folder in (tmp_path, trained))
     assert ours == theirs and [row["step"] for row in theirs] == [0, 5]
     for ours, theirs in zip(*(read_jsonl(folder / "metrics.jsonl") for folder in (tmp_path, trained)), strict=True):
-        timed = [name for name in ours if "second" in name]
-        assert {k: v for k, v in ours.items() if k not in timed} == {k: v for k, v in theirs.items() if k not in timed}
+        assert ours["drift"] == pytest.approx(theirs["drift"], rel=1e-6)  # its sum over devices has no order
+        kept = [name for name in ours if "second" not in name and name != "drift"]
+        assert {name: ours[name] for name in kept} == {name: theirs[name] for name in kept}
     assert read_jsonl(tmp_path / "samples.jsonl") == read_jsonl(trained / "samples.jsonl")
     ((_, params),) = replay(trained, steps=[5], mesh=make_mesh(1))
     replayed = {name: np.asarray(leaf) for name, leaf in named_leaves(params)}
