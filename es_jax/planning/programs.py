@@ -51,7 +51,7 @@ class Program:
     """One program of an iteration.
 
     Attributes:
-      name: "load", "perturb", "decode" or "update".
+      name: "load", "perturb", "decode" or "update"; of GRPO "load", "rollout", "logprobs" or "update".
       lower: lowers it for the topology.
       times: how often an iteration runs it; 0 for "load".
       turns: of its loops, as `es_jax.planning.hlo.collectives` takes them.
@@ -79,6 +79,8 @@ class Programs:
       mesh: of the devices to compile for.
     """
 
+    method = "es"
+
     def __init__(self, config: RunConfig, model: TransformerConfig, mesh: Mesh):
         self.config, self.model, self.mesh = config, model, mesh
         params = jax.eval_shape(Transformer(model).init, rng.key(0))
@@ -100,10 +102,10 @@ class Programs:
         """Of a config on the mesh that it asks for; model.dtype "auto" is bfloat16, as on any accelerator.
 
         Raises:
-          ValueError: a mesh that the topology or the model does not allow, or a method that is not planned yet.
+          ValueError: a mesh that the topology or the model does not allow, or another method.
         """
-        if config.method != "es":
-            raise ValueError(f"method is {config.method!r}: a plan is of 'es' runs alone")
+        if config.method != cls.method:
+            raise ValueError(f"method is {config.method!r}: these are the programs of {cls.method!r}")
         if config.model.dtype == "auto":
             config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bfloat16"))
         devices, memory = list(topology.devices), topology.chip.memory
