@@ -1,11 +1,12 @@
 """Accuracy of the unperturbed model on held-out rows."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from es_jax.generate.prompts import Prompts
 from es_jax.tasks.task import Example, Task
 from es_jax.training.es_step import Evaluator
 from es_jax.training.grading import Graded, grade, means
@@ -14,18 +15,19 @@ from es_jax.weights.model import Model
 
 def evaluate_rows(
     evaluator: Evaluator,
-    task: Task,
     model: Model,
     params: Any,
     *,
-    examples: Sequence[Example],
-    batches: Sequence,
-) -> list[Graded]:
-    """Greedy completions of the examples, graded. `batches` holds their prompts in the same order."""
-    slots, graded = evaluator.engine.slots, []
-    for batch, tokens, length in evaluator.unperturbed(params, batches):
-        graded += grade(task, model, examples[batch * slots : (batch + 1) * slots], tokens, length)
-    return graded
+    tasks: Mapping[str, Task],
+    examples: Mapping[str, Sequence[Example]],
+    prompts: Mapping[str, Prompts],
+) -> Iterator[tuple[str, list[Graded]]]:
+    """Each task's name and its examples' greedy completions, graded; the others decode meanwhile.
+
+    `prompts` are those of the examples, in the same order.
+    """
+    for name, (tokens, length) in zip(prompts, evaluator.unperturbed(params, prompts.values()), strict=True):
+        yield name, grade(tasks[name], model, examples[name], tokens, length)
 
 
 def summary(step: int, graded: Sequence[Graded]) -> dict[str, Any]:

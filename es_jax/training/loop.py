@@ -5,7 +5,6 @@ import hashlib
 import itertools
 import json
 import logging
-import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -96,7 +95,13 @@ class _Run:
         self.test_prompts = {name: list(self._encoded(name, rows)) for name, rows in tests.items()}
         self.log = SeedLog(workdir)
         rundir.settle(workdir, config, identity=self._identity(), started=bool(self.log.entries))
-        self.evaluator = Evaluator.of(config, self._engine(), self.mesh)
+        engine = self._engine()
+        self.packing = engine.packing(self.prompts)
+        self.tests_packed = {
+            name: engine.packing(prompts).pack(prompts, rows=len(prompts))
+            for name, prompts in self.test_prompts.items()
+        }
+        self.evaluator = Evaluator.of(config, engine, self.mesh)
         self.population = Population(config.es.population, seed=config.train.seed, antithetic=config.es.antithetic)
         self.checkpoints = Checkpoints(workdir, keep=config.train.keep)
         self.state = State(config, self.mesh, model.params)
@@ -179,7 +184,7 @@ class _Run:
             )
         return Engine(
             self.model.config,
-            slots=math.ceil(total / math.ceil(total / decode.slots)),  # batches of equal size
+            slots=min(decode.slots, total),
             max_prompt=longest,
             max_new=decode.max_new,
             stop=self.model.stop_ids,
@@ -218,15 +223,13 @@ class _Run:
 
     def _evaluate(self, step: int, members: Members) -> list[list[Graded]]:
         """Graded completions of every member, in the order of the step's examples."""
-        rows, slots = self._rows(step), self.evaluator.engine.slots
+        rows, task = self._rows(step), self.tasks[self.config.task.name]
         examples = [self.examples[i] for i in rows]
-        batches = self.evaluator.engine.batches([self.prompts[i] for i in rows])
+        prompts = self.packing.pack([self.prompts[i] for i in rows], rows=len(rows))
         graded: list[list[Graded]] = [[] for _ in range(len(members))]
-        for member, batch, tokens, length in self.evaluator.members(self.state.params, members, batches):
-            mine = examples[batch * slots : (batch + 1) * slots]
-            graded[member] += grade(self.tasks[self.config.task.name], self.model, mine, tokens, length)
-            if len(graded[member]) == len(examples):
-                self.recorder.progress.members(1)
+        for member, tokens, length in self.evaluator.members(self.state.params, members, prompts):
+            graded[member] = grade(task, self.model, examples, tokens, length)
+            self.recorder.progress.members(1)
         return graded
 
     def _finish_step(self, step: int) -> None:
@@ -235,10 +238,10 @@ class _Run:
         final = step == train.steps
         if (final or step % train.checkpoint_every == 0) and (self.checkpoints.latest() or 0) < step:
             self.checkpoints.save(step, self.state.params, self.state.opt_state)
-        for name, examples in self.tests.items():
-            if (final or step % every == 0) and step not in self.recorder.heldout[name].steps:
-                batches = self.evaluator.engine.batches(self.test_prompts[name])
-                graded = evaluate_rows(
-                    self.evaluator, self.tasks[name], self.model, self.state.params, examples=examples, batches=batches
-                )
-                self.recorder.evaluation(name, summary(step, graded))
+        due = [name for name in self.tests if final or step % every == 0]
+        prompts = {name: self.test_rows[name] for name in due if step not in self.recorder.heldout[name].steps}
+        rows = evaluate_rows(
+            self.evaluator, self.model, self.state.params, tasks=self.tasks, examples=self.tests, prompts=prompts
+        )
+        for name, graded in rows:
+            self.recorder.evaluation(name, summary(step, graded))
