@@ -8,6 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypedDict, runtime_checkable
 
+from es_jax.core.names import unknown
+
+GRADERS = ("paper", "strict")
+
 
 class Message(TypedDict):
     """One turn of a chat, in the form chat templates read: a role and its text."""
@@ -42,6 +46,21 @@ class Score:
     parts: Mapping[str, float]
 
 
+@dataclass(frozen=True)
+class Choices:
+    """A multiple-choice problem for a model that is not asked to write: which continuation has the highest probability?
+
+    Args:
+      prompt: what the continuations continue; plain text or messages, as `Example.prompt`.
+      options: one continuation an option, in the order of the task's labels. They start where the prompt ends.
+      right: index into `options` of the right one.
+    """
+
+    prompt: str | tuple[Message, ...]
+    options: tuple[str, ...]
+    right: int
+
+
 @runtime_checkable
 class Task(Protocol):
     """What every entry of `es_jax.tasks.TASKS` offers."""
@@ -62,6 +81,33 @@ class Task(Protocol):
 
     def score(self, example: Example, completion: str) -> Score:
         """Grades the text a model wrote after the prompt. Never raises for a strange completion."""
+
+
+@runtime_checkable
+class ChoiceTask(Task, Protocol):
+    """A task whose problems have options, which can be compared without generation (`isinstance` tells)."""
+
+    def choices(self, example: Example) -> Choices:
+        """The options of one of this task's examples, as continuations to score."""
+
+
+def check_grader(grader: str) -> None:
+    """Raises ValueError unless the grader is "paper" or "strict"."""
+    if grader not in GRADERS:
+        raise ValueError(unknown("grader", grader, GRADERS))
+
+
+def two_views(grader: str, *, paper: bool, strict: bool, form: float, bonus: float) -> Score:
+    """The score of a completion that both graders have looked at: reward = answer + bonus · format.
+
+    Its parts are `answer`, the verdict of the grader that is asked for; `format`; and `strict`, the strict grader's
+    verdict whichever is asked for, so that one generation shows how much of an accuracy hangs on the form.
+
+    >>> two_views("paper", paper=True, strict=False, form=0.0, bonus=0.1)
+    Score(reward=1.0, parts={'answer': 1.0, 'format': 0.0, 'strict': 0.0})
+    """
+    answer = float(strict if grader == "strict" else paper)
+    return Score(answer + bonus * form, {"answer": answer, "format": float(form), "strict": float(strict)})
 
 
 def response_text(example: Example, completion: str) -> str:

@@ -17,22 +17,40 @@ from es_jax.training.seedlog import Entry
 class Recorder:
     """Writes the rows of a run's directory, from behind the last of the finished steps given."""
 
-    def __init__(self, config: RunConfig, workdir: Path, *, dim: int, finished: Sequence[Entry], tasks: Sequence[str]):
+    def __init__(
+        self,
+        config: RunConfig,
+        workdir: Path,
+        *,
+        dim: int,
+        finished: Sequence[Entry],
+        tasks: Sequence[str],
+        unit: tuple[str, int],
+    ):
         self._config, self._dim, done = config, dim, len(finished)
         self._metrics = Metrics(workdir, last_step=done)
         self._samples = Jsonl(workdir / "samples.jsonl", last_step=done)
         files = {name: workdir / "evals" / f"{name}.jsonl" for name in {config.task.name: 0, **dict.fromkeys(tasks)}}
         self.heldout = {name: Jsonl(file, last_step=done) for name, file in files.items()}
-        self.progress = Progress(steps=config.train.steps, done=done, population=config.es.population)
+        self.progress = Progress(steps=config.train.steps, done=done, unit=unit)
         self.reward = float(np.mean(np.array(finished[-1].rewards, float))) if finished else None
         self._walked = 0.0
         for entry in finished:
             self._walk(entry)
 
     def step(
-        self, entry: Entry, graded: Sequence[Sequence[Graded]], *, drift: float, seconds: dict[str, float]
+        self,
+        entry: Entry,
+        graded: Sequence[Sequence[Graded]],
+        *,
+        drift: float,
+        seconds: dict[str, float],
+        learnt: dict[str, float],
     ) -> None:
-        """A step's row in metrics.jsonl and TensorBoard, its samples, and its line on the screen."""
+        """A step's row in metrics.jsonl and TensorBoard, its samples, and its line on the screen.
+
+        `learnt`: what the method has to say of its update.
+        """
         self._walk(entry)
         rewards, everyone = np.array(entry.rewards, float), [g for mine in graded for g in mine]
         self.reward = float(rewards.mean())
@@ -44,6 +62,7 @@ class Recorder:
             "reward_min": float(rewards.min()),
             "reward_max": float(rewards.max()),
             **{name: value for name, value in means(everyone).items() if name != "reward"},
+            **learnt,
             "drift": drift,
             "drift_theory": self._theory(entry.step),
             "tokens": tokens,
@@ -70,15 +89,17 @@ class Recorder:
 
     def _walk(self, entry: Entry) -> None:
         """Carry the predicted ‖θ − θ₀‖² on by the step's own weights: exact for the plain and the l2 walk."""
+        if self._config.method != "es":
+            return
         rate, strength = self._config.optim.learning_rate, self._config.anchor_strength
         self._walked += rate**2 * self._dim * theory.step_variance(np.array(entry.weights), paired=entry.paired)
         if self._config.optim.anchor.penalty == "l2":
             self._walked *= (1 - rate * strength) ** 2
 
     def _theory(self, step: int) -> float | None:
-        """The predicted drift; None for optimizers whose walk has no closed form."""
+        """The predicted drift; None for methods and optimizers whose walk has no closed form."""
         config = self._config
-        if config.optim.name != "sgd":
+        if config.method != "es" or config.optim.name != "sgd":
             return None
         if config.optim.anchor.penalty != "l1":
             return math.sqrt(self._walked)
