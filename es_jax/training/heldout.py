@@ -9,7 +9,7 @@ import numpy as np
 from es_jax.generate.prompts import Prompts
 from es_jax.tasks.task import Example, Task
 from es_jax.training.es_step import Evaluator
-from es_jax.training.grading import Graded, grade, means
+from es_jax.training.grading import Graded, Grader, means
 from es_jax.weights.model import Model
 
 
@@ -26,8 +26,10 @@ def evaluate_rows(
 
     `prompts` are those of the examples, in the same order.
     """
-    for name, (tokens, length) in zip(prompts, evaluator.unperturbed(params, prompts.values()), strict=True):
-        yield name, grade(tasks[name], model, examples[name], tokens, length)
+    for name, lanes in zip(prompts, evaluator.unperturbed(params, prompts.values()), strict=True):
+        grader = Grader(tasks[name], model, examples[name])
+        own = {lane: (rows, grader(rows, tokens, length)) for lane, (rows, tokens, length) in lanes.items()}
+        yield name, [one for part in grader.shared(own).values() for one in part]
 
 
 def summary(step: int, graded: Sequence[Graded]) -> dict[str, Any]:
