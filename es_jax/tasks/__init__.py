@@ -10,9 +10,11 @@ from es_jax.core.names import unknown
 from es_jax.tasks.conciseness import Conciseness
 from es_jax.tasks.countdown import Countdown
 from es_jax.tasks.lab import KINDS, Lab
-from es_jax.tasks.task import Example, Message, Score, Task, response_text
+from es_jax.tasks.task import Choices, ChoiceTask, Example, Message, Score, Task, response_text
 
-__all__ = ["TASKS", "Example", "Message", "Score", "Task", "get_task", "response_text"]
+__all__ = [
+    "TASKS", "ChoiceTask", "Choices", "Example", "Message", "Score", "Task", "get_task", "response_text",
+]  # fmt: skip
 
 TASKS: Mapping[str, Callable[..., Any]] = MappingProxyType(
     {task.name: task for task in (Countdown, Conciseness)} | {f"lab-{kind}": partial(Lab, kind) for kind in KINDS}

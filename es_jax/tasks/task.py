@@ -42,6 +42,21 @@ class Score:
     parts: Mapping[str, float]
 
 
+@dataclass(frozen=True)
+class Choices:
+    """A multiple-choice problem for a model that is not asked to write: which continuation has the highest probability?
+
+    Args:
+      prompt: what the continuations continue; plain text or messages, as `Example.prompt`.
+      options: one continuation an option, in the order of the task's labels. They start where the prompt ends.
+      right: index into `options` of the right one.
+    """
+
+    prompt: str | tuple[Message, ...]
+    options: tuple[str, ...]
+    right: int
+
+
 @runtime_checkable
 class Task(Protocol):
     """What every entry of `es_jax.tasks.TASKS` offers."""
@@ -62,6 +77,14 @@ class Task(Protocol):
 
     def score(self, example: Example, completion: str) -> Score:
         """Grades the text a model wrote after the prompt. Never raises for a strange completion."""
+
+
+@runtime_checkable
+class ChoiceTask(Task, Protocol):
+    """A task whose problems have options, which can be compared without generation (`isinstance` tells)."""
+
+    def choices(self, example: Example) -> Choices:
+        """The options of one of this task's examples, as continuations to score."""
 
 
 def response_text(example: Example, completion: str) -> str:
