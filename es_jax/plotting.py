@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from es_jax.training.metrics import read_jsonl
+from es_jax.training.evalsfile import read_evals
 
 
 def accuracies(workdir: str | Path, task: str) -> tuple[np.ndarray, np.ndarray]:
@@ -16,7 +16,7 @@ def accuracies(workdir: str | Path, task: str) -> tuple[np.ndarray, np.ndarray]:
       FileNotFoundError: the run has no evaluation of the task.
     """
     path = Path(workdir) / "evals" / f"{task}.jsonl"
-    rows = read_jsonl(path)
+    rows = read_evals(path)
     if not rows:
         raise FileNotFoundError(f"{path} has no rows: run with evals.every above 0 and {task!r} in evals.tasks")
     return np.array([row["step"] for row in rows]), np.array([row["accuracy"] for row in rows])

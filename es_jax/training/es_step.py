@@ -159,17 +159,20 @@ class Evaluator:
     def unperturbed(
         self, params: Any, batches: Sequence[tuple[np.ndarray, np.ndarray]]
     ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """θ itself on every batch, the batches spread over the lanes: (batch, tokens, length)."""
+        """θ itself on every batch, the batches spread over the lanes: (batch, tokens, length), as `members` does."""
         nobody = Members(jnp.zeros(self.lanes, jnp.uint32), jnp.zeros(self.lanes, jnp.float32))
-        lanes = self._perturb(params, self._placed(nobody))
+        lanes, pending = self._perturb(params, self._placed(nobody)), []
         for first in range(0, len(batches), self.lanes):
             mine = list(batches[first : first + self.lanes])
             spare = (np.zeros_like(mine[0][0]), np.full_like(mine[0][1], -1))
             rows = mine + [spare] * (self.lanes - len(mine))
             tokens, positions = (np.stack(part) for part in zip(*rows, strict=True))
             own = [(first + i, 0) for i in range(len(mine))]
-            for batch, _, out, length in _unpack((own, self._decode(lanes, *self._placed((tokens, positions))))):
-                yield batch, out, length
+            pending.append((own, self._decode(lanes, *self._placed((tokens, positions)))))
+            if len(pending) > 1:
+                yield from ((batch, out, length) for batch, _, out, length in _unpack(pending.pop(0)))
+        for item in pending:
+            yield from ((batch, out, length) for batch, _, out, length in _unpack(item))
 
     def _placed(self, tree: Any) -> Any:
         return jax.device_put(tree, over_pop(self.mesh))

@@ -1,39 +1,193 @@
-"""Accuracy of the unperturbed model on held-out rows."""
+"""Evaluation of the unperturbed model on held-out rows: all tasks of a step together, by one set of programs."""
 
-import math
-from collections.abc import Sequence
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from es_jax.tasks.task import Example, Task
+from es_jax.generate.engine import BUCKET
+from es_jax.generate.score import score_tokens
+from es_jax.models.config import TransformerConfig
+from es_jax.tasks.task import ChoiceTask, Example, Task
 from es_jax.training.es_step import Evaluator
-from es_jax.training.grading import Graded, grade, means
+from es_jax.training.grading import Graded, grade
+from es_jax.training.verdicts import Verdicts
 from es_jax.weights.model import Model
+from es_jax.weights.tokenizer import encode_prompt
+
+SCORED = 2**14  # tokens of options that are scored in one call
 
 
-def evaluate_rows(
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """The held-out rows of a task.
+
+    Attributes:
+      task: what grades them for the reward.
+      examples, prompts: n rows and the token ids of their prompts.
+      options: for a task with options, each row's prompt, continuations (token ids) and the index of the right one.
+    """
+
+    task: Task
+    examples: Sequence[Example]
+    prompts: Sequence[Sequence[int]]
+    options: Sequence[tuple[list[int], list[list[int]], int]] | None = None
+
+    @classmethod
+    def of(cls, task: Task, examples: Sequence[Example], model: Model, *, max_prompt: int) -> "HeldOut":
+        """Raises ValueError for a prompt longer than `max_prompt` tokens, which is named."""
+        prompts = [checked_prompt(model, task.name, example, max_prompt) for example in examples]
+        options = [_options(task, example, model) for example in examples] if isinstance(task, ChoiceTask) else None
+        return cls(task, examples, prompts, options)
+
+    @property
+    def name(self) -> str:
+        return self.task.name
+
+    @property
+    def digest(self) -> str:
+        """Of the rows and of their tokens: what must be equal for two evaluations to be comparable."""
+        rows = [[e.prompt, e.answer, dict(e.meta)] for e in self.examples]
+        content = json.dumps([rows, [list(ids) for ids in self.prompts]], default=str, sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def checked_prompt(model: Model, task: str, example: Example, max_prompt: int) -> list[int]:
+    """The token ids of an example's prompt. Raises ValueError where they are none, or more than `max_prompt`."""
+    ids = encode_prompt(model.tokenizer, example.prompt)
+    if not 1 <= len(ids) <= max_prompt:
+        raise ValueError(
+            f"prompt {example.id!r} of task {task!r} has {len(ids)} tokens: it must "
+            f"have 1 to decode.max_prompt = {max_prompt}; raise decode.max_prompt or take the row out"
+        )
+    return ids
+
+
+def evaluate(
     evaluator: Evaluator,
-    task: Task,
     model: Model,
     params: Any,
+    tasks: Sequence[HeldOut],
     *,
-    examples: Sequence[Example],
-    batches: Sequence,
-) -> list[Graded]:
-    """Greedy completions of the examples, graded. `batches` holds their prompts in the same order."""
-    slots, graded = evaluator.engine.slots, []
-    for batch, tokens, length in evaluator.unperturbed(params, batches):
-        graded += grade(task, model, examples[batch * slots : (batch + 1) * slots], tokens, length)
-    return graded
+    done: Callable[[int], None] = lambda rows: None,
+) -> Iterator[tuple[HeldOut, Verdicts]]:
+    """Greedy completions of all tasks' rows and the likelihoods of options, graded; each task as soon as it is done.
+
+    Rows of all tasks share batches, those with prompts of about one length together; one batch decodes while the one
+    before it is graded. `done` is told how many more rows are graded.
+    """
+    found: list[list[Graded | None]] = [[None] * len(held.examples) for held in tasks]
+    for batches, places in _mixed(evaluator, tasks):
+        slots = evaluator.engine.slots
+        for batch, tokens, length in evaluator.unperturbed(params, batches):
+            mine = places[batch * slots : (batch + 1) * slots]
+            for t in dict.fromkeys(task for task, _ in mine):
+                own = [(i, row) for i, (task, row) in enumerate(mine) if task == t]
+                index = [i for i, _ in own]
+                examples = [tasks[t].examples[row] for _, row in own]
+                graded = grade(tasks[t].task, model, examples, tokens[index], length[index])
+                for (_, row), result in zip(own, graded, strict=True):
+                    found[t][row] = result
+                done(len(own))
+                if all(result is not None for result in found[t]):
+                    likely = likeliest(model.config, cast(params, evaluator.dtype), tasks[t].options)
+                    yield tasks[t], _verdicts(tasks[t].task, found[t], likely)
 
 
-def summary(step: int, graded: Sequence[Graded]) -> dict[str, Any]:
-    """A row of evals/<task>.jsonl: accuracy and reward with their standard errors over rows, and the means."""
-    n = len(graded)
-    right = np.array([g.score.parts["answer"] for g in graded], float)
-    rewards = np.array([g.score.reward for g in graded], float)
-    deviation = lambda x: float(x.std(ddof=1) / math.sqrt(n)) if n > 1 else None  # noqa: E731
-    row = {"step": step, "n": n, "accuracy": float(right.mean()), "accuracy_se": deviation(right)}
-    rest = {name: value for name, value in means(graded).items() if name not in ("answer",)}
-    return row | rest | {"reward_se": deviation(rewards)}
+def _mixed(evaluator: Evaluator, tasks: Sequence[HeldOut]) -> Iterator[tuple[list, list[tuple[int, int]]]]:
+    """Batches of prompts of about one length (to a power of two), and which (task, row) each of them is."""
+    groups: dict[int, list[tuple[int, int]]] = {}
+    for t, held in enumerate(tasks):
+        for row, ids in enumerate(held.prompts):
+            groups.setdefault((-(-len(ids) // BUCKET) - 1).bit_length(), []).append((t, row))
+    for _, places in sorted(groups.items()):
+        yield evaluator.engine.batches([tasks[t].prompts[row] for t, row in places]), places
+
+
+def _verdicts(task: Task, graded: Sequence[Graded | None], likely: np.ndarray | None) -> Verdicts:
+    done = [g for g in graded if g is not None]
+    by = {name: [_regraded(task, name, g) for g in done] for name in ("paper", "strict")}
+    parts = {
+        name: np.array([g.score.parts[name] for g in done], float) for name in done[0].score.parts if name != "answer"
+    }
+    formed = None if "format" not in parts else (np.array([s.parts["format"] for s in by["paper"]]) >= 1).astype(float)
+    return Verdicts(
+        right=np.array([s.parts["answer"] for s in by["paper"]], float),
+        strict=np.array([s.parts["answer"] for s in by["strict"]], float),
+        loglik=likely,
+        well_formed=formed,
+        truncated=np.array([g.truncated for g in done], float),
+        length=np.array([g.length for g in done], float),
+        reward=np.array([g.score.reward for g in done], float),
+        parts=parts,
+    )
+
+
+def _regraded(task: Task, grader: str, graded: Graded) -> Any:
+    """The score by another of the task's graders; the score it has where the task has but one."""
+    if getattr(task, "grader", grader) == grader:
+        return graded.score
+    other: Any = dataclasses.replace(task, grader=grader)  # type: ignore[type-var]
+    return other.score(graded.example, graded.text)
+
+
+def _options(task: ChoiceTask, example: Example, model: Model) -> tuple[list[int], list[list[int]], int]:
+    choices = task.choices(example)
+    prompt = encode_prompt(model.tokenizer, choices.prompt)
+    options = [model.tokenizer.encode(text, add_special_tokens=False) for text in choices.options]
+    if not prompt or not all(options):
+        raise ValueError(f"row {example.id!r} of task {task.name!r} has an option or a prompt without tokens")
+    room = model.config.max_positions - len(prompt)
+    if max(map(len, options)) > room:
+        raise ValueError(
+            f"row {example.id!r} of task {task.name!r} has {len(prompt)} tokens of prompt and options of up to "
+            f"{max(map(len, options))}, more than the model's context of {room + len(prompt)}: take the row out"
+        )
+    return prompt, options, choices.right
+
+
+def likeliest(
+    config: TransformerConfig, params: Any, rows: Sequence[tuple[list[int], list[list[int]], int]] | None
+) -> np.ndarray | None:
+    """Whether the right option has the highest log-probability, the sum over its tokens, [n]; None without options.
+
+    The first of several equal options counts as the highest.
+    """
+    if rows is None:
+        return None
+    flat = [(prompt + option, len(option)) for prompt, options, _ in rows for option in options]
+    order = sorted(range(len(flat)), key=lambda i: len(flat[i][0]))
+    total = np.zeros(len(flat))
+    for chosen, shape in _scored_together(order, [len(ids) for ids, _ in flat]):
+        tokens = np.zeros(shape, np.int32)
+        mask, asked = np.zeros_like(tokens, bool), np.zeros_like(tokens, bool)
+        for r, i in enumerate(chosen):
+            ids, tail = flat[i]
+            tokens[r, : len(ids)], mask[r, : len(ids)], asked[r, len(ids) - tail : len(ids)] = ids, True, True
+        logprob = np.asarray(score_tokens(config, params, tokens, mask))
+        total[chosen] = np.where(asked, logprob, 0.0).sum(axis=1)[: len(chosen)]
+    ends = np.cumsum([len(options) for _, options, _ in rows])
+    parts = np.split(total, ends[:-1])
+    return np.array([float(np.argmax(part) == right) for part, (_, _, right) in zip(parts, rows, strict=True)])
+
+
+def _scored_together(order: Sequence[int], lengths: Sequence[int]) -> Iterator[tuple[list[int], tuple[int, int]]]:
+    """What to score in one call, and the shape it is padded to: powers of two, so that there are few programs."""
+    groups: dict[int, list[int]] = {}
+    for i in order:
+        groups.setdefault(max(BUCKET, 1 << (lengths[i] - 1).bit_length()), []).append(i)
+    for width, group in groups.items():
+        rows = min(max(SCORED // width, 1), 1 << (len(group) - 1).bit_length())
+        yield from ((group[i : i + rows], (rows, width)) for i in range(0, len(group), rows))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def cast(params: Any, dtype: jnp.dtype) -> Any:
+    """The weights in the dtype they compute in."""
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
