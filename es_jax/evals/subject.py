@@ -61,7 +61,7 @@ def of_run(workdir: Path, mesh: Mesh) -> Subject:
     config, log = rundir.read_config(workdir), SeedLog(workdir, writable=False)
     model = load_outline(config.model.source)
     rundir.check_base(workdir, config.model.source, model.digest)
-    replayable, saved = getattr(config, "method", "es") not in METHODS_WITHOUT_REPLAY, saved_steps(workdir)
+    replayable, saved = config.method not in METHODS_WITHOUT_REPLAY, saved_steps(workdir)
 
     def base() -> Any:
         return load_base(config, mesh).params

@@ -9,7 +9,11 @@ from typing import Any
 from es_jax.core.names import unknown
 from es_jax.tasks.conciseness import Conciseness
 from es_jax.tasks.countdown import Countdown
+from es_jax.tasks.gsm8k import GSM8K
 from es_jax.tasks.lab import KINDS, Lab
+from es_jax.tasks.multiple_choice import MultipleChoice
+from es_jax.tasks.proofwriter import ProofWriter
+from es_jax.tasks.questions import SETS
 from es_jax.tasks.task import Choices, ChoiceTask, Example, Message, Score, Task, response_text
 
 __all__ = [
@@ -17,7 +21,9 @@ __all__ = [
 ]  # fmt: skip
 
 TASKS: Mapping[str, Callable[..., Any]] = MappingProxyType(
-    {task.name: task for task in (Countdown, Conciseness)} | {f"lab-{kind}": partial(Lab, kind) for kind in KINDS}
+    {task.name: task for task in (Countdown, GSM8K, ProofWriter, Conciseness)}
+    | {name: partial(MultipleChoice, name) for name in SETS}
+    | {f"lab-{kind}": partial(Lab, kind) for kind in KINDS}
 )
 
 

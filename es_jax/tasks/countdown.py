@@ -13,12 +13,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
-from es_jax.core.names import unknown
 from es_jax.tasks.arithmetic import parse, solve
 from es_jax.tasks.data import FieldError, find_split, read_examples
-from es_jax.tasks.task import Example, Message, Score, check_count, response_text, take
+from es_jax.tasks.task import Example, Message, Score, check_count, check_grader, response_text, take, two_views
 
-GRADERS = ("paper", "strict")
 TOLERANCE = Fraction(1, 100_000)
 SYSTEM = "You solve number puzzles. Think a puzzle through first, and state your solution only afterwards."
 USER = (
@@ -49,7 +47,7 @@ class Countdown:
     >>> task = Countdown()
     >>> example = Example("0", "", None, {"numbers": (44, 19, 35), "target": "98"})
     >>> task.score(example, "44 + 19 = 63</think>\\n<answer>44 + 19 + 35</answer>")
-    Score(reward=1.1, parts={'answer': 1.0, 'format': 1.0})
+    Score(reward=1.1, parts={'answer': 1.0, 'format': 1.0, 'strict': 1.0})
     """
 
     data_dir: str | Path | None = None
@@ -59,8 +57,7 @@ class Countdown:
     name: ClassVar[str] = "countdown"
 
     def __post_init__(self) -> None:
-        if self.grader not in GRADERS:
-            raise ValueError(unknown("grader", self.grader, GRADERS))
+        check_grader(self.grader)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ValueError(f"seed is {self.seed!r}: it should be a whole number")
 
@@ -89,10 +86,8 @@ class Countdown:
         response = response_text(example, completion)
         found = last_answer(response)
         layout = format_score(response, has_answer=found is not None)
-        answer = 0.0 if found is None else float(_is_right(found, example))
-        if self.grader == "strict" and layout < 1.0:
-            answer = 0.0
-        return Score(answer + 0.1 * layout, {"answer": answer, "format": layout})
+        right = found is not None and _is_right(found, example)
+        return two_views(self.grader, paper=right, strict=right and layout == 1.0, form=layout, bonus=0.1)
 
 
 def last_answer(response: str) -> str | None:

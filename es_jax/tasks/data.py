@@ -142,13 +142,18 @@ def read_examples(
     examples = []
     for number, row in enumerate(read_rows(path)):
         try:
-            examples.append(_example(row, number, extra, needs_answer))
+            examples.append(verl_example(row, number, extra=extra, needs_answer=needs_answer))
         except FieldError as error:
             raise ValueError(f"{path}, row {number}: {error}") from error
     return examples
 
 
-def _example(row: Mapping[str, Any], number: int, extra: Callable, needs_answer: bool) -> Example:
+def verl_example(row: Mapping[str, Any], number: int, *, extra: Callable = dict, needs_answer: bool = True) -> Example:
+    """One row in the verl layout as an example; arguments as in `read_examples`, `number` being the row's.
+
+    Raises:
+      FieldError: a field is not what it should be.
+    """
     meta = dict(extra(_optional(row, "extra_info", Mapping, "an object") or {}))
     source = _optional(row, "data_source", str, "text")
     if source is not None:

@@ -8,6 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypedDict, runtime_checkable
 
+from es_jax.core.names import unknown
+
+GRADERS = ("paper", "strict")
+
 
 class Message(TypedDict):
     """One turn of a chat, in the form chat templates read: a role and its text."""
@@ -85,6 +89,25 @@ class ChoiceTask(Task, Protocol):
 
     def choices(self, example: Example) -> Choices:
         """The options of one of this task's examples, as continuations to score."""
+
+
+def check_grader(grader: str) -> None:
+    """Raises ValueError unless the grader is "paper" or "strict"."""
+    if grader not in GRADERS:
+        raise ValueError(unknown("grader", grader, GRADERS))
+
+
+def two_views(grader: str, *, paper: bool, strict: bool, form: float, bonus: float) -> Score:
+    """The score of a completion that both graders have looked at: reward = answer + bonus · format.
+
+    Its parts are `answer`, the verdict of the grader that is asked for; `format`; and `strict`, the strict grader's
+    verdict whichever is asked for, so that one generation shows how much of an accuracy hangs on the form.
+
+    >>> two_views("paper", paper=True, strict=False, form=0.0, bonus=0.1)
+    Score(reward=1.0, parts={'answer': 1.0, 'format': 0.0, 'strict': 0.0})
+    """
+    answer = float(strict if grader == "strict" else paper)
+    return Score(answer + bonus * form, {"answer": answer, "format": float(form), "strict": float(strict)})
 
 
 def response_text(example: Example, completion: str) -> str:

@@ -20,11 +20,18 @@ from es_jax.training.fields import (
     TrainConfig,
 )
 
+METHODS = ("es",)
+
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """Everything a run is, besides the bytes of its base weights. See each group for its fields."""
+    """Everything a run is, besides the bytes of its base weights. See each group for its fields.
 
+    Attributes:
+      method: a name of `METHODS`: "es", Evolution Strategies.
+    """
+
+    method: str = "es"
     model: ModelConfig = ModelConfig()
     task: TaskConfig = TaskConfig()
     es: ESConfig = ESConfig()
@@ -35,6 +42,8 @@ class RunConfig:
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
+        if self.method not in METHODS:
+            raise ValueError(unknown("method", self.method, METHODS))
         rate = self.optim.learning_rate * self.anchor_strength
         if self.optim.anchor.penalty == "l2" and not rate < 1:
             raise ValueError(

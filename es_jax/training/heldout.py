@@ -14,7 +14,7 @@ import numpy as np
 from es_jax.generate.engine import BUCKET
 from es_jax.generate.score import score_tokens
 from es_jax.models.config import TransformerConfig
-from es_jax.tasks.task import ChoiceTask, Example, Task
+from es_jax.tasks.task import ChoiceTask, Example, Score, Task
 from es_jax.training.es_step import Evaluator
 from es_jax.training.grading import Graded, grade
 from es_jax.training.verdicts import Verdicts
@@ -112,16 +112,14 @@ def _mixed(evaluator: Evaluator, tasks: Sequence[HeldOut]) -> Iterator[tuple[lis
 
 def _verdicts(task: Task, graded: Sequence[Graded | None], likely: np.ndarray | None) -> Verdicts:
     done = [g for g in graded if g is not None]
-    by = {name: [_regraded(task, name, g) for g in done] for name in ("paper", "strict")}
-    parts = {
-        name: np.array([g.score.parts[name] for g in done], float) for name in done[0].score.parts if name != "answer"
-    }
-    formed = None if "format" not in parts else (np.array([s.parts["format"] for s in by["paper"]]) >= 1).astype(float)
+    scores = [_published(task, g) for g in done]
+    names = [name for name in scores[0].parts if name not in ("answer", "strict")]
+    parts = {name: np.array([s.parts[name] for s in scores], float) for name in names}
     return Verdicts(
-        right=np.array([s.parts["answer"] for s in by["paper"]], float),
-        strict=np.array([s.parts["answer"] for s in by["strict"]], float),
+        right=np.array([s.parts["answer"] for s in scores], float),
+        strict=np.array([s.parts.get("strict", s.parts["answer"]) for s in scores], float),
         loglik=likely,
-        well_formed=formed,
+        well_formed=(parts["format"] >= 1).astype(float) if "format" in parts else None,
         truncated=np.array([g.truncated for g in done], float),
         length=np.array([g.length for g in done], float),
         reward=np.array([g.score.reward for g in done], float),
@@ -129,12 +127,12 @@ def _verdicts(task: Task, graded: Sequence[Graded | None], likely: np.ndarray | 
     )
 
 
-def _regraded(task: Task, grader: str, graded: Graded) -> Any:
-    """The score by another of the task's graders; the score it has where the task has but one."""
-    if getattr(task, "grader", grader) == grader:
+def _published(task: Task, graded: Graded) -> Score:
+    """The score by the published grader, whichever the task is trained with."""
+    if getattr(task, "grader", "paper") == "paper":
         return graded.score
-    other: Any = dataclasses.replace(task, grader=grader)  # type: ignore[type-var]
-    return other.score(graded.example, graded.text)
+    paper: Any = dataclasses.replace(task, grader="paper")  # type: ignore[type-var]
+    return paper.score(graded.example, graded.text)
 
 
 def _options(task: ChoiceTask, example: Example, model: Model) -> tuple[list[int], list[list[int]], int]:

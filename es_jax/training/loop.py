@@ -18,8 +18,6 @@ from ml_collections import config_dict
 from es_jax.core import rng
 from es_jax.core.mesh import make_mesh
 from es_jax.core.tree import count
-from es_jax.es.population import Members, Population
-from es_jax.es.shaping import SHAPINGS
 from es_jax.generate.engine import Engine
 from es_jax.tasks import get_task
 from es_jax.tasks.task import Example, Task
@@ -29,11 +27,13 @@ from es_jax.training.config import RunConfig, freeze
 from es_jax.training.es_step import Evaluator, compute_dtype
 from es_jax.training.grading import Graded, grade
 from es_jax.training.heldout import HeldOut, checked_prompt, evaluate
+from es_jax.training.method import Evolution, Method
 from es_jax.training.recorder import Recorder
 from es_jax.training.seedlog import Entry, SeedLog
 from es_jax.training.state import State, load_base
 
 logger = logging.getLogger(__name__)
+METHODS = {"es": Evolution}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,13 +97,15 @@ class _Run:
         self.log = SeedLog(workdir)
         rundir.settle(workdir, config, identity=self._identity(), started=bool(self.log.entries))
         self.evaluator = Evaluator.of(config, self._engine(), self.mesh)
-        self.population = Population(config.es.population, seed=config.train.seed, antithetic=config.es.antithetic)
         self.checkpoints = Checkpoints(workdir, keep=config.train.keep)
         self.state = State(config, self.mesh, model.params)
         del model
+        self.method: Method = METHODS[config.method](config, self.evaluator, self.state)
         self._resume()
         rundir.check_space(workdir, nbytes(self.state.params, self.state.opt_state))
-        self.recorder = Recorder(config, workdir, dim=self.dim, finished=self.log.entries, tests=self.tests)
+        self.recorder = Recorder(
+            config, workdir, dim=self.dim, finished=self.log.entries, tests=self.tests, unit=self.method.unit
+        )
         self.recorder.progress.say(f"{self.dim:,} weights, {self.mesh.size} devices, {self.state.sentence}")
 
     def train(self) -> RunResult:
@@ -125,25 +127,27 @@ class _Run:
 
     def _loop(self) -> None:
         (self.workdir / "DONE").unlink(missing_ok=True)
-        shape, config = SHAPINGS[self.config.es.shaping], self.config
         start = len(self.log.entries)
         self._finish_step(start)
-        for step in range(start + 1, config.train.steps + 1):
+        for step in range(start + 1, self.config.train.steps + 1):
             began = time.monotonic()
-            members = self.population.members(step)
-            graded = self._evaluate(step, members)
-            rewards = np.array([np.mean([g.score.reward for g in mine]) for mine in graded])
-            if config.es.rewards == "random":
-                rewards = rng.random_rewards(config.train.seed, step, len(members))
-            weights = shape(rewards, nan_rewards=config.es.nan_rewards)
-            entry = Entry.of(step, members, rewards=rewards, weights=weights)
+            entry, graded = self._collect(step)
             scored = time.monotonic()
-            self.state.apply(entry)
+            learnt = self.method.learn(entry)
             drift = float(self.state.drift)
             seconds = {"evaluate": scored - began, "update": time.monotonic() - scored}
-            self.recorder.step(entry, graded, drift=drift, seconds=seconds)
+            self.recorder.step(entry, graded, drift=drift, seconds=seconds, learnt=learnt)
             self.log.append(entry)
             self._finish_step(step)
+
+    def _collect(self, step: int) -> tuple[Entry, list[list[Graded]]]:
+        """The method's completions of the step's prompts, graded."""
+        rows, task = self._rows(step), self.tasks[self.config.task.name]
+
+        def graded(indices: Sequence[int], tokens: np.ndarray, length: np.ndarray) -> list[Graded]:
+            return grade(task, self.model, [self.examples[rows[i]] for i in indices], tokens, length)
+
+        return self.method.collect(step, [self.prompts[i] for i in rows], graded, self.recorder.progress.advance)
 
     def _identity(self) -> dict[str, Any]:
         """What a run is besides its fields, as config.json keeps it."""
@@ -192,9 +196,12 @@ class _Run:
             like = abstract((self.state.params, self.state.opt_state))
             self.state.params = self.state.opt_state = None  # their memory is the checkpoint's now
             self.state.params, self.state.opt_state = self.checkpoints.restore(saved, *like)
+        if not self.method.replayable and done > (saved or 0):
+            logger.info("resumed at step %d, the last checkpoint's: steps to %d are made again", saved or 0, done)
+            self.log.cut(saved or 0)
         for entry in self.log.entries[saved or 0 :]:
             self.state.apply(entry)
-        if done:
+        if done and self.method.replayable:
             logger.info("resumed at step %d: checkpoint of step %s, the rest replayed", done, saved or 0)
 
     def _rows(self, step: int) -> Sequence[int]:
@@ -205,19 +212,6 @@ class _Run:
         places = range((step - 1) * n, step * n)
         orders = {e: rng.row_order(self.config.train.seed, e, size) for e in {p // size for p in places}}
         return [orders[p // size][p % size] for p in places]
-
-    def _evaluate(self, step: int, members: Members) -> list[list[Graded]]:
-        """Graded completions of every member, in the order of the step's examples."""
-        rows, slots = self._rows(step), self.evaluator.engine.slots
-        examples = [self.examples[i] for i in rows]
-        batches = self.evaluator.engine.batches([self.prompts[i] for i in rows])
-        graded: list[list[Graded]] = [[] for _ in range(len(members))]
-        for member, batch, tokens, length in self.evaluator.members(self.state.params, members, batches):
-            mine = examples[batch * slots : (batch + 1) * slots]
-            graded[member] += grade(self.tasks[self.config.task.name], self.model, mine, tokens, length)
-            if len(graded[member]) == len(examples):
-                self.recorder.progress.members(1)
-        return graded
 
     def _finish_step(self, step: int) -> None:
         """Checkpoint and held-out evaluation, where they are due and not done yet."""

@@ -100,20 +100,25 @@ class Metrics:
 
 
 class Progress:
-    """A bar over the members of all steps, and a line for a step at most every `every` seconds."""
+    """A bar over the units of all steps, and a line for a step at most every `every` seconds.
 
-    def __init__(self, *, steps: int, done: int, population: int, every: float = 2.0):
+    `unit`: what a step is counted in, and how many it has: ("member", 30).
+    """
+
+    def __init__(self, *, steps: int, done: int, unit: tuple[str, int], every: float = 2.0):
+        name, each = unit
         self._bar = tqdm(
-            total=steps * population,
-            initial=done * population,
-            unit="member",
+            total=steps * each,
+            initial=done * each,
+            unit=name,
             smoothing=0.05,
             dynamic_ncols=True,
         )
         self._steps, self._every, self._last = steps, every, 0.0
         self._start, self._done = time.monotonic(), done
 
-    def members(self, n: int) -> None:
+    def advance(self, n: int) -> None:
+        """n more units are done."""
         self._bar.update(n)
 
     def step(self, row: dict[str, Any]) -> None:

@@ -20,23 +20,39 @@ class Recorder:
     """Writes the rows of a run's directory, from behind the last of the finished steps given."""
 
     def __init__(
-        self, config: RunConfig, workdir: Path, *, dim: int, finished: Sequence[Entry], tests: Sequence[HeldOut]
+        self,
+        config: RunConfig,
+        workdir: Path,
+        *,
+        dim: int,
+        finished: Sequence[Entry],
+        tests: Sequence[HeldOut],
+        unit: tuple[str, int],
     ):
         self._config, done = config, len(finished)
         self._metrics = Metrics(workdir, last_step=done)
         self._samples = Jsonl(workdir / "samples.jsonl", last_step=done)
         names = {config.task.name: 0, **dict.fromkeys(held.name for held in tests)}
         self.heldout = {name: EvalsFile(workdir / "evals", name, last_step=done) for name in names}
-        self.progress = Progress(steps=config.train.steps, done=done, population=config.es.population)
+        self.progress = Progress(steps=config.train.steps, done=done, unit=unit)
         self.reward = float(np.mean(np.array(finished[-1].rewards, float))) if finished else None
         self._walk = Walk(config, dim)
         for entry in finished:
             self._walk.add(entry)
 
     def step(
-        self, entry: Entry, graded: Sequence[Sequence[Graded]], *, drift: float, seconds: dict[str, float]
+        self,
+        entry: Entry,
+        graded: Sequence[Sequence[Graded]],
+        *,
+        drift: float,
+        seconds: dict[str, float],
+        learnt: dict[str, float],
     ) -> None:
-        """A step's row in metrics.jsonl and TensorBoard, its samples, and its line on the screen."""
+        """A step's row in metrics.jsonl and TensorBoard, its samples, and its line on the screen.
+
+        `learnt`: what the method has to say of its update.
+        """
         self._walk.add(entry)
         rewards, everyone = np.array(entry.rewards, float), [g for mine in graded for g in mine]
         self.reward = float(rewards.mean())
@@ -48,6 +64,7 @@ class Recorder:
             "reward_min": float(rewards.min()),
             "reward_max": float(rewards.max()),
             **{name: value for name, value in means(everyone).items() if name != "reward"},
+            **learnt,
             "drift": drift,
             "drift_theory": self._walk.norm,
             "tokens": tokens,

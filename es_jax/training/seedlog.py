@@ -71,6 +71,13 @@ class SeedLog:
                 raise
         self.entries.append(entry)
 
+    def cut(self, step: int) -> None:
+        """Forget the lines behind that step: for a method whose steps must be made again from a checkpoint."""
+        with writing(self.path), open(self.path, "r+b") as file:
+            file.truncate(sum(map(len, file.read().splitlines(keepends=True)[:step])))
+            os.fsync(file.fileno())
+        del self.entries[step:]
+
 
 def _line(entry: Entry) -> bytes:
     return json.dumps(dataclasses.asdict(entry)).encode() + b"\n"

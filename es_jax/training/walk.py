@@ -26,6 +26,8 @@ class Walk:
 
     def add(self, entry: Entry) -> None:
         """One more step."""
+        if self._config.method != "es":
+            return
         rate, strength = self._config.optim.learning_rate, self._config.anchor_strength
         self._steps += 1
         self._square += rate**2 * self._dim * theory.step_variance(np.array(entry.weights), paired=entry.paired)
@@ -34,9 +36,9 @@ class Walk:
 
     @property
     def norm(self) -> float | None:
-        """The prediction; None for optimizers whose walk has no closed form."""
+        """The prediction; None for methods and optimizers whose walk has no closed form."""
         config = self._config
-        if config.optim.name != "sgd":
+        if config.method != "es" or config.optim.name != "sgd":
             return None
         if config.optim.anchor.penalty != "l1" or not self._steps:
             return math.sqrt(self._square)

@@ -11,13 +11,16 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
 
 from es_jax.models.config import TransformerConfig
 from es_jax.models.hf_config import from_hf, to_hf
 from es_jax.models.transformer import Params
-from es_jax.weights import convert, safetensors, tokenizer
+from es_jax.weights import checksums, convert, safetensors, tokenizer
 from es_jax.weights.gguf import from_gguf
 from es_jax.weights.gguf_file import GGUFReader
+from es_jax.weights.gguf_tokenizer import from_gguf_metadata
 from es_jax.weights.hub import resolve
 from es_jax.weights.streaming import Reader, Shardings
 
@@ -48,8 +51,8 @@ def load_model(
     "layers/attn/q/kernel" [L, D, H*hd]; with only a `mesh`, leaves are replicated over it; with neither they
     go to the default device. Beyond what is placed, the host holds one tensor at a time.
 
-    Raises FileNotFoundError when there is nothing to read, ValueError for a broken file, a config that asks
-    for what is not implemented, or keys that do not fit it (all of them listed).
+    Raises FileNotFoundError when there is nothing to read, ValueError for a broken file (also one that is not what its
+    known sha256 says), a config that asks for what is not implemented, or keys that do not fit it (all of them listed).
     """
     path = resolve(source)
     model, reader = _open(path)
@@ -89,8 +92,8 @@ def save_model(
     """Write a Hugging Face folder that `load_model` and transformers read: config, weights, tokenizer.
 
     Weights keep their dtype when `dtype` is None; they go into files of at most `max_shard_bytes`, and the host holds
-    one tensor at a time. `card` is the text of README.md. The folder appears when it is whole. In a run of many
-    processes all call this, and the first one writes.
+    one tensor at a time. `card` is the text of README.md. The folder appears when it is whole. Where JAX runs in many
+    processes all of them call this, the first one writes, and all return when the folder is there.
 
     Raises FileExistsError when the folder is there and not empty, ValueError for a limit below 1.
     """
@@ -99,12 +102,12 @@ def save_model(
     words = model.tokenizer
     ids = {name: getattr(words, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     wanted = jnp.dtype(model.params["embed"]["embedding"].dtype if dtype is None else dtype)
-    check_new(Path(path))
+    check_new(Path(path).expanduser())
     shapes, tensor = convert.hf_tensors(model.params, config=model.config)
     if jax.process_index():
         for key in shapes:
             tensor(key)  # every process has a part of it to give
-        return
+        return _wait_for_all(path)
     with new_folder(path) as folder:
         _write_json(folder / "config.json", {**to_hf(model.config), "torch_dtype": str(wanted), **ids})
         generation = {**model.generation, **ids, "eos_token_id": list(model.stop_ids)}
@@ -113,6 +116,7 @@ def save_model(
         if card is not None:
             (folder / "README.md").write_text(card, encoding="utf-8")
         safetensors.write_folder(folder, shapes, tensor, dtype=wanted, max_shard_bytes=max_shard_bytes)
+    _wait_for_all(path)
 
 
 @contextlib.contextmanager
@@ -122,7 +126,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     Raises FileExistsError when `path` is a file or a folder that is not empty, OSError when it cannot be made.
     """
     path = Path(path).expanduser().absolute()
-    check_new(path)
+    _refuse(path, taken=_taken(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.parent / f".{path.name}.{os.getpid()}"
     shutil.rmtree(partial, ignore_errors=True)
@@ -135,9 +139,25 @@ def new_folder(path: str | Path) -> Iterator[Path]:
 
 
 def check_new(path: Path) -> None:
-    """Raises FileExistsError when `path` is a file or a folder that is not empty."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    """Raises FileExistsError when `path` is a file or a folder that is not empty, in every process: the first looks."""
+    taken = _taken(path)
+    if jax.process_count() > 1:
+        taken = bool(multihost_utils.broadcast_one_to_all(np.array(taken)))
+    _refuse(path, taken=taken)
+
+
+def _taken(path: Path) -> bool:
+    return path.exists() and (not path.is_dir() or any(path.iterdir()))
+
+
+def _refuse(path: Path, *, taken: bool) -> None:
+    if taken:
         raise FileExistsError(f"{path} exists and is not an empty folder: choose another, or delete it")
+
+
+def _wait_for_all(path: str | Path) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"saved {path}")
 
 
 def _open(path: Path) -> tuple[Model, Reader]:
@@ -145,8 +165,9 @@ def _open(path: Path) -> tuple[Model, Reader]:
     reader: Reader
     if path.is_file():
         reader = GGUFReader(path)
-        config, words = from_gguf(reader), tokenizer.from_gguf_metadata(reader.metadata)
+        config, words = from_gguf(reader), from_gguf_metadata(reader.metadata)
         ends = [reader.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+        reader.metadata.clear()  # a hundred thousand strings, which the tokenizer has by now
         return Model(config, {}, words, "", tokenizer.stop_ids(words, *ends)), reader
     config = config_only(path)
     reader = safetensors.SafetensorsReader(safetensors.find_files(path))
@@ -156,7 +177,7 @@ def _open(path: Path) -> tuple[Model, Reader]:
 
 
 def _digest(path: Path) -> str:
-    return safetensors.digest([path] if path.is_file() else safetensors.find_files(path))
+    return checksums.digest([path] if path.is_file() else safetensors.find_files(path))
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -149,14 +149,14 @@ MONSTERS = {  # name: (completion, answer, format)
 def test_layout(name: str) -> None:
     completion, answer, layout = LAYOUTS[name]
     score = get_task("countdown").score(example(), completion)
-    assert score.parts == {"answer": answer, "format": layout}
+    assert score.parts == {"answer": answer, "format": layout, "strict": answer if layout == 1.0 else 0}
     assert score.reward == answer + 0.1 * layout
 
 
 @pytest.mark.parametrize(("text", "target", "answer"), ANSWERS)
 def test_answer(text: str, target: str, answer: int) -> None:
     score = get_task("countdown").score(example(target), f"so</think>\n<answer>{text}</answer>")
-    assert score.parts == {"answer": answer, "format": 1.0}
+    assert score.parts == {"answer": answer, "format": 1.0, "strict": answer}
 
 
 @pytest.mark.parametrize("name", MONSTERS)
@@ -165,14 +165,15 @@ def test_monster(name: str) -> None:
     task, start = get_task("countdown"), time.process_time()
     score = task.score(example(), completion)
     assert time.process_time() - start < 1
-    assert score.parts == {"answer": answer, "format": layout}
+    assert score.parts == {"answer": answer, "format": layout, "strict": answer if layout == 1.0 else 0}
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_strict_counts_an_answer_only_in_the_exact_format(name: str) -> None:
     completion, answer, layout = LAYOUTS[name]
     score = get_task("countdown", grader="strict").score(example(), completion)
-    assert score.parts == {"answer": answer if layout == 1.0 else 0, "format": layout}
+    assert score.parts["answer"] == score.parts["strict"] == (answer if layout == 1.0 else 0)
+    assert score.parts["format"] == layout
     assert score.reward == score.parts["answer"] + 0.1 * layout
 
 

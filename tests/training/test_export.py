@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from es_jax.core.tree import named_leaves
 from es_jax.generate.engine import Engine
 from es_jax.training.config import freeze
 from es_jax.training.export import export_run
@@ -129,6 +131,38 @@ def test_a_damaged_checkpoint_is_named(workdir, tmp_path):
             file.write_bytes(b"")
     with pytest.raises(OSError, match=r"checkpoint of step 3 in .* cannot be restored"):
         export_run(tmp_path / "run", tmp_path / "out")
+
+
+def test_two_processes_load_their_parts_and_export_together(workdir, tiny_model, tmp_path):
+    """Four devices of two processes: each holds its own slices, bit for bit; the first writes, what one would have."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "tests.training.export_process"]
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    given = [port, str(tiny_model), str(workdir), str(tmp_path)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    started = [subprocess.Popen([*command, str(rank), *given], cwd=ROOT, env=env, **pipes) for rank in range(2)]
+    try:
+        ended = [process.communicate(timeout=300) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0, 0], "".join(err[-2000:] for _, err in ended)
+    first, second = (json.loads(out.splitlines()[-1]) for out, _ in ended)
+    whole = dict(named_leaves(load_model(tiny_model).params))
+    for name, leaf in whole.items():
+        parts = [bytes.fromhex(part) for held in (first, second) for part in held["held"][name]]
+        columns = np.split(np.asarray(leaf), len(parts), axis=-1) if len(parts) == 4 else [np.asarray(leaf)] * 2
+        assert parts == [np.ascontiguousarray(column).tobytes() for column in columns], name
+    assert first["there"] == second["there"] and "model.safetensors.index.json" in first["there"]
+    assert first["results"] == second["results"] and [r["source"] for r in first["results"]] == ["replay", "checkpoint"]
+    assert "exists and is not an empty folder" in first["refused"] and first["refused"] == second["refused"]
+    same(load_model(tmp_path / "saved").params, load_model(tiny_model).params)
+    for step in (1, 3):
+        export_run(workdir, tmp_path / f"alone{step}", step=step)
+        for file in (tmp_path / f"alone{step}").iterdir():
+            assert file.read_bytes() == (tmp_path / f"step{step}" / file.name).read_bytes(), file.name
 
 
 def test_the_command(workdir, tmp_path):

@@ -1,7 +1,10 @@
 """The laboratory shows the science: what ES forgets, what AWD keeps, and that drift obeys the closed forms."""
 
+import json
 import math
+from importlib.resources import files
 
+import jax
 import numpy as np
 import pytest
 
@@ -13,7 +16,7 @@ from es_jax.training.loop import run
 from es_jax.training.metrics import read_jsonl
 from es_jax.weights.model import load_model
 from experiments.lab_demo import sentence
-from experiments.pretrain_lab import CONFIG, accuracy, make_tokenizer
+from experiments.pretrain_lab import CONFIG, RECORD, accuracy, digest, make_tokenizer, pretrain
 
 TARGET, STEPS, EVERY, DIM = "lab-countdown", 120, 40, 90_432
 RUNS = {"none": "", "l2": "anchor=l2", "random": "rewards=random", "antithetic": "antithetic=true,steps=40",
@@ -46,6 +49,16 @@ def test_the_shipped_model_is_of_the_script_and_knows_the_prior_tasks():
     scores = accuracy(model.params, model.tokenizer)
     assert 0.03 <= scores.pop(TARGET) <= 0.10
     assert set(scores) == set(PRIOR) and min(scores.values()) >= 0.95, scores
+
+
+def test_the_shipped_weights_are_what_the_script_makes():
+    """The script's own record beside them names their digest, and its first hundred steps come out again."""
+    folder = files("es_jax.weights") / "lab"
+    record = json.loads((folder / RECORD).read_text())
+    assert record["sha256"] == digest(folder)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        losses = pretrain(**record["recipe"], until=100)[1]
+    assert losses == pytest.approx(record["losses"][:2], rel=1e-3)
 
 
 def _leaves(tree):

@@ -2,6 +2,7 @@
 
 import functools
 import json
+from typing import Any
 
 import gguf
 import jax
@@ -51,8 +52,19 @@ def interleaved(rows: np.ndarray, heads: int) -> np.ndarray:
     return rows[order]
 
 
-def add_metadata(writer: gguf.GGUFWriter, config: TransformerConfig, tokenizer: Tokenizer, *, pre: str) -> None:
+def byte_level_metadata(tokenizer: Tokenizer, *, pre: str) -> dict[str, Any]:
+    """What a GGUF file says of the tokenizer."""
+    vocabulary = sorted(tokenizer.get_vocab(), key=tokenizer.token_to_id)
     merges = json.loads(tokenizer.to_str())["model"]["merges"]
+    fields = {
+        **{"model": "gpt2", "pre": pre, "tokens": vocabulary, "bos_token_id": 0, "eos_token_id": 3},
+        "token_type": [3 if token in SPECIAL else 1 for token in vocabulary],
+        "merges": [" ".join(merge) for merge in merges],
+    }
+    return {f"tokenizer.ggml.{key}": value for key, value in fields.items()}
+
+
+def add_metadata(writer: gguf.GGUFWriter, config: TransformerConfig, words: dict[str, Any]) -> None:
     writer.add_context_length(config.max_positions)
     writer.add_embedding_length(config.width)
     writer.add_block_count(config.layers)
@@ -61,22 +73,21 @@ def add_metadata(writer: gguf.GGUFWriter, config: TransformerConfig, tokenizer: 
     writer.add_head_count_kv(config.kv_heads)
     writer.add_layer_norm_rms_eps(config.norm_eps)
     writer.add_rope_freq_base(config.rope_theta)
-    vocabulary = sorted(tokenizer.get_vocab(), key=tokenizer.token_to_id)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
-    writer.add_token_list(vocabulary)
-    writer.add_token_types([3 if token in SPECIAL else 1 for token in vocabulary])
-    writer.add_token_merges([" ".join(merge) for merge in merges])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(3)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    if config.sliding_window:
+        writer.add_sliding_window(config.sliding_window)
+    kinds = {bool: writer.add_bool, int: writer.add_uint32, str: writer.add_string, list: writer.add_array}
+    for key, value in words.items():
+        kinds[type(value)](key, value)
 
 
-def write_gguf(path, config, params, tokenizer, *, pre, kind="F32") -> None:
-    """`params` as a GGUF file; matrices as `kind`."""
+def write_gguf(path, config, params, words, *, kind="F32") -> None:
+    """`params` as a GGUF file; matrices as `kind`; `words`: the tokenizer's metadata."""
     family = FAMILIES[config.family]
     names = {weight.hf: weight for weight in weights_of(config)}
     writer = gguf.GGUFWriter(path, family.gguf_architecture)
-    add_metadata(writer, config, tokenizer, pre=pre)
+    add_metadata(writer, config, words)
     shapes, tensor = hf_tensors(params, config=config)
     for key in shapes:
         layer = next((part for part in key.split(".") if part.isdigit()), "")
@@ -84,6 +95,8 @@ def write_gguf(path, config, params, tokenizer, *, pre, kind="F32") -> None:
         values = np.array(tensor(key))
         if family.gguf_permuted and weight.rotary:
             values = interleaved(values, getattr(config, weight.rotary))
+        if config.norm_plus_one and weight.path.endswith("norm/scale"):
+            values = values + np.float32(1)
         if values.ndim == 2 and kind != "F32":
             quantised = gguf.GGMLQuantizationType[kind]
             writer.add_tensor(weight.gguf.format(layer), gguf.quants.quantize(values, quantised), raw_dtype=quantised)

@@ -3,7 +3,8 @@
 import pytest
 from test_model import tiny_metadata
 
-from es_jax.weights.tokenizer import encode_prompt, from_folder, from_gguf_metadata, render
+from es_jax.weights.gguf_tokenizer import from_gguf_metadata
+from es_jax.weights.tokenizer import encode_prompt, from_folder, render
 
 SYSTEM, USER, ANSWER = ({"role": role, "content": f"{role[0]} text"} for role in ("system", "user", "assistant"))
 CHATML = (

@@ -6,12 +6,20 @@ import gguf
 import jax
 import numpy as np
 import pytest
-from gguf_models import SPECIAL, TEXT, random_params, reference_tokenizer, write_gguf, write_tensors
+from gguf_models import (
+    SPECIAL,
+    TEXT,
+    byte_level_metadata,
+    random_params,
+    reference_tokenizer,
+    write_gguf,
+    write_tensors,
+)
 
 from es_jax.models.config import TransformerConfig
 from es_jax.weights.gguf_file import KINDS, GGUFReader
+from es_jax.weights.gguf_tokenizer import from_gguf_metadata
 from es_jax.weights.model import load_model
-from es_jax.weights.tokenizer import from_gguf_metadata
 
 QWEN2 = TransformerConfig(
     family="qwen2", vocab_size=400, width=32, layers=2, heads=3, kv_heads=1, head_dim=10, mlp_dim=64,
@@ -122,22 +130,25 @@ def patterns():
     from transformers.convert_slow_tokenizer import TikTokenConverter
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-    return {"qwen2": PRETOKENIZE_REGEX, "llama-bpe": TikTokenConverter().pattern}
+    known = {"qwen2": PRETOKENIZE_REGEX, "llama-bpe": TikTokenConverter().pattern}
+    mapping = pytest.importorskip("transformers.integrations.gguf.gguf_tokenizer_mapping")  # transformers 5.24 on
+    return known | {"tekken": mapping.GGUF_PRE_TOKENIZER_SPLITS["tekken"]}
 
 
-MODELS = {"qwen2": QWEN2, "llama-bpe": LLAMA3}
+MODELS = {"qwen2": QWEN2, "llama-bpe": LLAMA3, "tekken": LLAMA3}
+WHOLE_WORDS = ("llama-bpe", "tekken")
 
 
 @pytest.fixture(scope="module", params=MODELS)
 def written(request, tmp_path_factory):
     """Pre-tokenizer, config, weights, tokenizer and file of a model."""
     pre, config = request.param, MODELS[request.param]
-    tokenizer = reference_tokenizer(patterns()[pre], nfc=pre == "qwen2", ignore_merges=pre == "llama-bpe")
+    tokenizer = reference_tokenizer(patterns()[pre], nfc=pre == "qwen2", ignore_merges=pre in WHOLE_WORDS)
     params = jax.tree.map(
         lambda leaf: leaf + 0.1 * np.random.default_rng(2).standard_normal(leaf.shape, "f4"), random_params(config)
     )
     path = tmp_path_factory.mktemp("gguf") / f"{pre}.gguf"
-    write_gguf(path, config, params, tokenizer, pre=pre)
+    write_gguf(path, config, params, byte_level_metadata(tokenizer, pre=pre))
     return pre, config, params, tokenizer, path
 
 
@@ -164,14 +175,15 @@ def test_its_tokens_are_the_reference_tokenizers(text, written):
     tokenizer.add_special_tokens(SPECIAL)
     expected = tokenizer.encode(text, add_special_tokens=False).ids
     assert ours.encode(text, add_special_tokens=False) == expected
-    assert ours.encode(text) == [0] * (pre == "llama-bpe") + expected  # Llama 3 begins with BOS, Qwen2 does not
+    assert ours.encode(text) == [0] * (pre in WHOLE_WORDS) + expected  # Qwen2 begins without BOS
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q5_0", "Q4_1", "Q4_0"])
 def test_quantised_models_are_near_their_weights(kind, tmp_path):
     config, tokenizer = LLAMA3, reference_tokenizer(patterns()["llama-bpe"], nfc=False, ignore_merges=True)
     params = random_params(config)
-    write_gguf(tmp_path / "m.gguf", config, params, tokenizer, pre="llama-bpe", kind=kind)
+    words = byte_level_metadata(tokenizer, pre="llama-bpe")
+    write_gguf(tmp_path / "m.gguf", config, params, words, kind=kind)
     bound = {"F16": 1e-4, "BF16": 1e-3, "Q8_0": 1e-3, "Q5_0": 6e-3, "Q4_1": 6e-3, "Q4_0": 1.2e-2}[kind]
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=bound), load_model(tmp_path / "m.gguf").params, params

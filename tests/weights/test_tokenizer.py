@@ -3,7 +3,8 @@
 import pytest
 from test_model import tiny_metadata
 
-from es_jax.weights.tokenizer import PRE_TOKENIZERS, encode_prompt, from_gguf_metadata, render, stop_ids
+from es_jax.weights.gguf_tokenizer import PRE_TOKENIZERS, from_gguf_metadata
+from es_jax.weights.tokenizer import encode_prompt, render, stop_ids
 
 TRIMS = "{% for m in messages %}[{{ m.role }}]{{ m.content | trim }}<|im_end|>{% endfor %}"
 TRIMS += "{% if add_generation_prompt %}[assistant]{% endif %}"
@@ -63,7 +64,13 @@ def test_stop_ids_are_all_ends_of_turn(tokenizer):
     assert stop_ids(tokenizer, 7, [9, 2], None) == (0, 2, 7, 9)
 
 
-@pytest.mark.parametrize("field, value", [("pre", "tekken"), ("model", "llama")])
-def test_unknown_tokenizers_are_refused_by_name(field, value):
-    with pytest.raises(ValueError, match=f"tokenizer.ggml.{field} = '{value}'"):
+@pytest.mark.parametrize(
+    "field, value, says",
+    [
+        ("pre", "qwen", r"unknown tokenizer\.ggml\.pre 'qwen': did you mean 'qwen2'\? Known: .*safetensors folder"),
+        ("model", "bert", r"tokenizer\.ggml\.model = 'bert' is not implemented.*safetensors folder"),
+    ],
+)
+def test_unknown_tokenizers_are_refused_by_name(field, value, says):
+    with pytest.raises(ValueError, match=says):
         from_gguf_metadata({**tiny_metadata(), f"tokenizer.ggml.{field}": value})

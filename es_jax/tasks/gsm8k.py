@@ -1,0 +1,127 @@
+"""GSM8K: word problems of grade school whose answer is a number (arXiv 2110.14168; data openai/gsm8k)."""
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import ClassVar
+
+from es_jax.tasks.data import FieldError
+from es_jax.tasks.rows import Hub, Row, load_examples, text_field
+from es_jax.tasks.task import Example, Score, check_grader, response_text, two_views
+
+HUB = Hub("openai/gsm8k", "main")
+ASK = (
+    "{question}\n\nWork the problem out in short steps. Close with a line of its own that holds four number signs, a "
+    "space and the result as a bare number, like this:\n#### 42"
+)
+TAIL = 4096  # characters that the paper's grader looks at
+TOLERANCE = Fraction(1, 1_000_000)
+DIGITS = r"(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)"
+NUMBER = rf"(?:[-+]?\$?|\$[-+]){DIGITS}(?:\\?%)?(?: ?/ ?{DIGITS})?"
+START = re.compile(rf"[\s\\{{]*({NUMBER})")  # what stands behind a marker
+FIRST = re.compile(rf"(?<![0-9A-Za-z]){NUMBER}|{DIGITS}")  # a sign counts unless it hangs on a word, as in covid-19
+FORM = re.compile(rf"#### ([-+]?{DIGITS}(?:/{DIGITS})?)")
+BARE = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)(?:/(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+))?")
+
+
+@dataclass(frozen=True)
+class GSM8K:
+    """The GSM8K task: reward = answer + 0.1 · format.
+
+    Args:
+      data_dir: folder with train and test rows, in the verl layout (`reward_model.ground_truth` a number) or with the
+        fields `question` and `answer` ("… #### 72"). None: openai/gsm8k from the hub.
+      grader: "paper" or "strict"; docs/tasks.md has the rules of both, with examples.
+
+    Raises:
+      ValueError: the grader is unknown.
+
+    >>> GSM8K().score(Example("0", "", "72"), "48 + 24 = 72\\n#### 72")
+    Score(reward=1.1, parts={'answer': 1.0, 'format': 1.0, 'strict': 1.0})
+    """
+
+    data_dir: str | Path | None = None
+    grader: str = "paper"
+
+    name: ClassVar[str] = "gsm8k"
+
+    def __post_init__(self) -> None:
+        check_grader(self.grader)
+
+    def train(self, n: int | None = None) -> list[Example]:
+        """The first `n` training examples; raises ValueError or OSError as `rows.load_examples`."""
+        return load_examples(HUB, "train", n, data_dir=self.data_dir, native=_native, verl=_checked)
+
+    def test(self, n: int | None = None) -> list[Example]:
+        """The first `n` test examples; raises like `train`."""
+        return load_examples(HUB, "test", n, data_dir=self.data_dir, native=_native, verl=_checked)
+
+    def score(self, example: Example, completion: str) -> Score:
+        """Paper: `final_number` within 1e-6. Format: the last line is #### and a number. Strict: that number alone.
+
+        The last line is the last one that is not empty, without the white space around it.
+        """
+        response, wanted = response_text(example, completion), _wanted(example)
+        last = FORM.fullmatch(response.rstrip()[-TAIL:].rpartition("\n")[2].strip())
+        asked = None if last is None else number(last[1])
+        paper, strict = (x is not None and abs(x - wanted) <= TOLERANCE for x in (final_number(response), asked))
+        return two_views(self.grader, paper=paper, strict=strict, form=float(asked is not None), bonus=0.1)
+
+
+def final_number(response: str) -> Fraction | None:
+    """The number that the paper's grader reads out of a response, or None.
+
+    Only the last 4096 characters count, and only what follows the last </think>. In that text: the last `#### x`; else
+    the last `\\boxed{x}`; else the last `<answer>x</answer>`; else the first number. A marker that no number follows
+    is not one.
+
+    >>> final_number("#### 1,000 and then \\\\boxed{3}")
+    Fraction(1000, 1)
+    >>> final_number("3 of 4 are <answer> 75% </answer>")
+    Fraction(75, 1)
+    """
+    tail = response.rpartition("</think>")[2][-TAIL:]
+    boxes = [piece.partition("}") for piece in tail.split("\\boxed{")[1:]]
+    answers = [piece.rpartition("<answer>") for piece in tail.split("</answer>")[:-1]]
+    marked = (tail.split("####")[1:], [x for x, end, _ in boxes if end], [x for _, tag, x in answers if tag])
+    for texts in marked:
+        for text in reversed(texts):
+            if (found := START.match(text)) and (value := number(found[1])) is not None:
+                return value
+    return next((x for found in FIRST.finditer(tail) if (x := number(found[0])) is not None), None)
+
+
+def number(text: str) -> Fraction | None:
+    """The exact value of a decimal or of a/b, with commas, dollars and per cent signs ignored; otherwise None.
+
+    >>> number("$1,250.50"), number("-3/4"), number("1/0"), number("NaN")
+    (Fraction(2501, 2), Fraction(-3, 4), None, None)
+    """
+    bare = re.sub(r"[,$%\\ ]", "", text)
+    if len(bare) > TAIL or not BARE.fullmatch(bare):
+        return None
+    above, _, below = bare.partition("/")
+    divisor = Fraction(below or "1")
+    return Fraction(above) / divisor if divisor else None
+
+
+def _wanted(example: Example) -> Fraction:
+    value = number(example.answer or "")
+    if value is None:
+        raise ValueError(f"example {example.id!r} has the answer {example.answer!r}: gsm8k needs a number")
+    return value
+
+
+def _checked(example: Example) -> Example:
+    if number(example.answer or "") is None:
+        raise FieldError("reward_model.ground_truth", example.answer, "a number such as '72' or '1,250.5'")
+    return example
+
+
+def _native(row: Row) -> Example:
+    question, solution = text_field(row, "question"), text_field(row, "answer")
+    answer = solution.rpartition("####")[2].strip()
+    if number(answer) is None:
+        raise FieldError("answer", solution, "a solution that ends in #### and a number")
+    return Example("", ({"role": "user", "content": ASK.format(question=question)},), answer, {"solution": solution})

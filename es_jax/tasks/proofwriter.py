@@ -1,0 +1,105 @@
+"""ProofWriter: does a statement follow from a theory, is it refuted, or is it unknown? (arXiv 2012.13048.)"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from es_jax.tasks.data import FieldError
+from es_jax.tasks.rows import Hub, Row, load_examples, text_field
+from es_jax.tasks.task import Example, Message, Score, check_grader, response_text, two_views
+
+HUB = Hub("tasksource/proofwriter", shuffle=True)  # rows of one theory stand together there
+LABELS = ("True", "False", "Unknown")
+ASK = (
+    "Facts and rules:\n{theory}\n\nStatement: {question}\n\nDo the facts and rules prove the statement (True), its "
+    "opposite (False), or neither (Unknown)? Reason first. Then write a last line that is one of these, with nothing "
+    "after it:\nAnswer: True\nAnswer: False\nAnswer: Unknown"
+)
+OPENING = "Reasoning:"
+FORM = re.compile(r"answer: (true|false|unknown)")  # of a line in lower case
+LINE = re.compile(r"answer\s*:\s*(true|false|unknown)")
+WORD = re.compile(r"\b(?:true|false|unknown)\b")
+
+
+@dataclass(frozen=True)
+class ProofWriter:
+    """The ProofWriter task in an open world: reward = answer + 0.1 · format.
+
+    Args:
+      data_dir: folder with train and test rows, in the verl layout (`reward_model.ground_truth` one of True, False,
+        Unknown) or with the fields `theory`, `question` and `answer`. None: tasksource/proofwriter from the hub.
+      grader: "paper" or "strict"; docs/tasks.md has the rules of both, with examples.
+
+    Raises:
+      ValueError: the grader is unknown.
+
+    >>> ProofWriter().score(Example("0", "", "False"), "Anne is not kind.\\nAnswer: False")
+    Score(reward=1.1, parts={'answer': 1.0, 'format': 1.0, 'strict': 1.0})
+    """
+
+    data_dir: str | Path | None = None
+    grader: str = "paper"
+
+    name: ClassVar[str] = "proofwriter"
+
+    def __post_init__(self) -> None:
+        check_grader(self.grader)
+
+    def train(self, n: int | None = None) -> list[Example]:
+        """The first `n` training examples; raises ValueError or OSError as `rows.load_examples`."""
+        return load_examples(HUB, "train", n, data_dir=self.data_dir, native=_native, verl=_checked)
+
+    def test(self, n: int | None = None) -> list[Example]:
+        """The first `n` test examples; raises like `train`."""
+        return load_examples(HUB, "test", n, data_dir=self.data_dir, native=_native, verl=_checked)
+
+    def score(self, example: Example, completion: str) -> Score:
+        """Paper: `final_label`. Format: the last line that is not empty is the answer line. Strict: that line alone.
+
+        Upper and lower case are the same, and white space around a line does not count.
+        """
+        text, wanted = response_text(example, completion).lower(), (example.answer or "").lower()
+        last = FORM.fullmatch(text.strip().rpartition("\n")[2].strip())
+        return two_views(
+            self.grader,
+            paper=final_label(text) == wanted,
+            strict=last is not None and last[1] == wanted,
+            form=float(last is not None),
+            bonus=0.1,
+        )
+
+
+def final_label(response: str) -> str | None:
+    """The label that the paper's grader reads out of a response, in lower case, or None.
+
+    The last line `Answer: <label>`; else the last label that stands as a word anywhere. The published rule names a
+    step between the two, a last line that is only a label or "answer is" and a label: its label is also the last word.
+
+    >>> final_label("Answer: True\\nIs it false?")
+    'true'
+    >>> final_label("So the answer is unknown")
+    'unknown'
+    """
+    text = response.lower()
+    for line in reversed(text.split("\n")):
+        if found := LINE.fullmatch(line.strip()):
+            return found[1]
+    return next(reversed(WORD.findall(text)), None)
+
+
+def _checked(example: Example) -> Example:
+    answer = str(example.answer).capitalize()
+    if answer not in LABELS:
+        raise FieldError("reward_model.ground_truth", example.answer, f"one of {', '.join(LABELS)}")
+    return Example(example.id, example.prompt, answer, example.meta)
+
+
+def _native(row: Row) -> Example:
+    theory, question, answer = (text_field(row, name) for name in ("theory", "question", "answer"))
+    if answer.capitalize() not in LABELS:
+        raise FieldError("answer", answer, f"one of {', '.join(LABELS)}")
+    content = ASK.format(theory=theory, question=question)
+    prompt: tuple[Message, ...] = ({"role": "user", "content": content}, {"role": "assistant", "content": OPENING})
+    meta = {name: row[name] for name in ("id", "QDep", "config") if row.get(name) is not None}
+    return Example("", prompt, answer.capitalize(), meta)

@@ -1,0 +1,159 @@
+"""Tokenizers from the metadata of GGUF files: byte-level BPE (model "gpt2") and SentencePiece BPE (model "llama").
+
+What a file leaves to its reader is as in llama.cpp, the program that the format comes from. Only where SentencePiece's
+dummy space goes is as in transformers: before the text, not behind every special token, since chat templates write the
+spaces between turns themselves.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from es_jax.core.names import unknown
+
+_NORMAL, _CONTROL, _USER_DEFINED, _BYTE = 1, 3, 4, 6  # GGUF's token types; control and user-defined are matched first
+_NAMES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+_SENTENCEPIECE_IDS = {"bos_token": 1, "eos_token": 2, "unk_token": 0}  # when the file does not say
+
+
+@dataclasses.dataclass(frozen=True)
+class PreTokenizer:
+    """How text is split before byte-level BPE. `pattern` None: the pattern byte-level BPE brings along."""
+
+    pattern: str | None = None
+    single_digits: bool = False
+    nfc: bool = False
+    whole_words: bool = False  # a piece that is in the vocabulary is taken whole, merges or not
+    add_bos: bool = False  # when the file does not say
+
+
+_LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_CASED = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
+PRE_TOKENIZERS = {
+    "smollm": PreTokenizer(single_digits=True),
+    "qwen2": PreTokenizer(pattern=_LETTERS + r"|\p{N}" + _REST, nfc=True),
+    "llama-bpe": PreTokenizer(pattern=_LETTERS + r"|\p{N}{1,3}" + _REST, whole_words=True, add_bos=True),
+    "tekken": PreTokenizer(
+        pattern=_CASED + r"|\p{N}" + _REST.replace(r"[\r\n]*", r"[\r\n/]*", 1), whole_words=True, add_bos=True
+    ),
+}
+
+
+def from_gguf_metadata(metadata: Mapping[str, Any]) -> Any:
+    """The tokenizer that a GGUF file's metadata describes, as a transformers fast tokenizer.
+
+    Raises ValueError for another kind of tokenizer, an unknown pre-tokenizer, or a missing part, by name.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    kind = metadata.get("tokenizer.ggml.model")
+    if kind not in _BUILDERS:
+        raise ValueError(
+            f"tokenizer.ggml.model = {kind!r} is not implemented (only 'gpt2', byte-level BPE, and 'llama', "
+            "SentencePiece's, are); load the model's safetensors folder instead"
+        )
+    needed, build = _BUILDERS[kind]
+    missing = [name for name in ("tokens", "token_type", *needed) if f"tokenizer.ggml.{name}" not in metadata]
+    if missing:
+        raise ValueError(
+            f"{', '.join(f'tokenizer.ggml.{name}' for name in missing)} missing: the file has no whole tokenizer; load "
+            "the model's safetensors folder instead"
+        )
+    tokens = metadata["tokenizer.ggml.tokens"]
+    default = _SENTENCEPIECE_IDS if kind == "llama" else {}
+    found = {name: metadata.get(f"tokenizer.ggml.{key}_token_id", default.get(name)) for name, key in _NAMES.items()}
+    special = {name: tokens[i] for name, i in found.items() if i is not None}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=build(metadata, special),
+        chat_template=metadata.get("tokenizer.chat_template"),
+        clean_up_tokenization_spaces=False,
+        **special,
+    )
+
+
+def _byte_level(metadata: Mapping[str, Any], special: Mapping[str, str]) -> Any:
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    name = metadata.get("tokenizer.ggml.pre")
+    if name not in PRE_TOKENIZERS:
+        raise ValueError(
+            f"{unknown('tokenizer.ggml.pre', name, PRE_TOKENIZERS)}; load the model's safetensors folder instead"
+        )
+    pre = PRE_TOKENIZERS[name]
+    vocabulary = {token: i for i, token in enumerate(metadata["tokenizer.ggml.tokens"])}
+    merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre.whole_words))
+    if pre.nfc:
+        tokenizer.normalizer = normalizers.NFC()
+    splits: list[Any] = []
+    if pre.single_digits:
+        splits.append(pre_tokenizers.Digits(individual_digits=True))
+    if pre.pattern is not None:
+        splits.append(pre_tokenizers.Split(Regex(pre.pattern), behavior="isolated"))
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre.pattern is None)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    return _finished(tokenizer, metadata, special, add_bos=pre.add_bos)
+
+
+def _sentencepiece(metadata: Mapping[str, Any], special: Mapping[str, str]) -> Any:
+    """SentencePiece's BPE: of two neighbours the pair whose union has the highest score is merged first."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    tokens, kinds = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
+    for field in ("remove_extra_whitespaces", "precompiled_charsmap"):
+        if metadata.get(f"tokenizer.ggml.{field}"):
+            raise ValueError(
+                f"tokenizer.ggml.{field} is not implemented for a tokenizer of the model 'llama'; load the model's "
+                "safetensors folder instead"
+            )
+    model = models.BPE(
+        vocab={token: i for i, token in enumerate(tokens)},
+        merges=_merges(tokens, kinds, metadata["tokenizer.ggml.scores"]),
+        unk_token=special.get("unk_token"),
+        fuse_unk=True,
+        byte_fallback=_BYTE in kinds,
+    )
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if metadata.get("tokenizer.ggml.add_space_prefix", True):
+        # No blank is left to replace: the first step only puts one before the text, even before another ▁.
+        first = pre_tokenizers.Metaspace(replacement=" ", prepend_scheme="first", split=False)
+        marked = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="never", split=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([first, marked])
+        steps.append(decoders.Strip(" ", left=1))
+    tokenizer.decoder = decoders.Sequence(steps)
+    return _finished(tokenizer, metadata, special, add_bos=True)
+
+
+def _merges(tokens: list[str], kinds: list[int], scores: list[float]) -> list[tuple[str, str]]:
+    """Every pair of normal pieces that makes a third, by the third's score; equal scores in the vocabulary's order."""
+    order = sorted((i for i, kind in enumerate(kinds) if kind == _NORMAL), key=lambda i: -scores[i])
+    normal = {tokens[i] for i in order}
+    halves = ((tokens[i][:at], tokens[i][at:]) for i in order for at in range(1, len(tokens[i])))
+    return [(left, right) for left, right in halves if left in normal and right in normal]
+
+
+def _finished(tokenizer: Any, metadata: Mapping[str, Any], special: Mapping[str, str], *, add_bos: bool) -> Any:
+    """The same tokenizer with the tokens that are matched before anything else, and those it puts around a text."""
+    from tokenizers import AddedToken, processors
+
+    typed = zip(metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"], strict=True)
+    whole = [(token, kind == _CONTROL) for token, kind in typed if kind in (_CONTROL, _USER_DEFINED)]
+    tokenizer.add_tokens([AddedToken(token, special=control, normalized=False) for token, control in whole])
+    before = [special.get("bos_token")] if metadata.get("tokenizer.ggml.add_bos_token", add_bos) else []
+    after = [special.get("eos_token")] if metadata.get("tokenizer.ggml.add_eos_token", False) else []
+    before, after = [t for t in before if t], [t for t in after if t]
+    if before or after:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[*before, "$A", *after],
+            special_tokens=[(token, tokenizer.token_to_id(token)) for token in dict.fromkeys(before + after)],
+        )
+    return tokenizer
+
+
+# tokenizer.ggml.model → the parts it needs besides the tokens and their types, and what builds it
+_BUILDERS = {"gpt2": (("merges",), _byte_level), "llama": (("scores",), _sentencepiece)}

@@ -1,0 +1,89 @@
+"""ProofWriter's graders against completions worked out by hand, hostile ones among them."""
+
+import time
+
+import pytest
+
+from es_jax.tasks import Example, get_task
+
+LONG = 100_000
+
+CASES = [  # (completion, the right answer, paper, format, strict)
+    ("Anne is kind.\nAnswer: True", "True", 1, 1, 1),
+    ("Answer: False", "False", 1, 1, 1),
+    ("Answer: Unknown\n\n  \n", "Unknown", 1, 1, 1),
+    ("  Answer: True  ", "True", 1, 1, 1),
+    ("so\r\nAnswer: True\r\n", "True", 1, 1, 1),
+    ("answer: TRUE", "True", 1, 1, 1),
+    ("ANSWER: unknown", "Unknown", 1, 1, 1),
+    ("Answer: True", "False", 0, 1, 0),
+    ("Answer:True", "True", 1, 0, 0),
+    ("Answer :  True", "True", 1, 0, 0),
+    ("Answer: True.", "True", 1, 0, 0),
+    ("**Answer: True**", "True", 1, 0, 0),
+    ("The answer: True", "True", 1, 0, 0),
+    ("Answer: True or False", "False", 1, 0, 0),
+    ("Answer: True\nAnswer: False", "False", 1, 1, 1),
+    ("Answer: False\nAnswer: True", "False", 0, 1, 0),
+    ("Answer: True\nUnless it is false.", "True", 1, 0, 0),
+    ("Answer: True\nfalse", "True", 1, 0, 0),
+    ("Answer: True\nAnswer: maybe", "True", 1, 0, 0),
+    ("True", "True", 1, 0, 0),
+    ("It could be false.\nTrue", "True", 1, 0, 0),
+    ("It could be false.\nThe answer is True", "True", 1, 0, 0),
+    ("answer is unknown", "Unknown", 1, 0, 0),
+    ("It is True that Anne is kind, so this is false.", "False", 1, 0, 0),
+    ("This is false since it is true.", "False", 0, 0, 0),
+    ("not true", "True", 1, 0, 0),
+    ("untrue", "True", 0, 0, 0),
+    ("truely", "True", 0, 0, 0),
+    ("true-ish", "True", 1, 0, 0),
+    ("true_", "True", 0, 0, 0),
+    ("trueé", "True", 0, 0, 0),
+    ("(True)", "True", 1, 0, 0),
+    ("Answer: Yes", "True", 0, 0, 0),
+    ("Ｔｒｕｅ", "True", 0, 0, 0),
+    ("Т rue", "True", 0, 0, 0),
+    ("", "Unknown", 0, 0, 0),
+    ("\n\n", "Unknown", 0, 0, 0),
+    ("I do not know", "Unknown", 0, 0, 0),
+    ("Answer: True\u2028", "True", 1, 1, 1),
+    ("Answer: True\0", "True", 1, 0, 0),
+    ("Answer:\nTrue", "True", 1, 0, 0),
+    ("Answer: True Answer: False", "False", 1, 0, 0),
+]
+
+MONSTERS = {
+    "spaces": " " * LONG + "x",
+    "spaces inside": "answer" + " " * LONG + ":" + " " * LONG + "x",
+    "newlines": "\n" * LONG + "x",
+    "answers": "Answer: " * LONG,
+    "answer lines": "Answer: \n" * LONG,
+    "almost labels": "tru" * LONG,
+    "nuls": "\0" * LONG,
+    "surrogates": "\ud800" * LONG,
+    "one word": "true" * LONG,
+}
+
+
+@pytest.mark.parametrize(("completion", "answer", "paper", "form", "strict"), CASES)
+def test_case(completion: str, answer: str, paper: int, form: int, strict: int) -> None:
+    prompt = ({"role": "user", "content": "?"}, {"role": "assistant", "content": "Reasoning:"})
+    for example in (Example("0", "?", answer), Example("0", prompt, answer)):
+        if example.prompt != "?":
+            completion = "\n" + completion
+        score = get_task("proofwriter").score(example, completion)
+        assert score.parts == {"answer": paper, "format": form, "strict": strict}
+        assert score.reward == paper + 0.1 * form
+        score = get_task("proofwriter", grader="strict").score(example, completion)
+        assert score.parts == {"answer": strict, "format": form, "strict": strict}
+        assert score.reward == strict + 0.1 * form
+
+
+@pytest.mark.parametrize("name", MONSTERS)
+def test_monster(name: str) -> None:
+    task, start = get_task("proofwriter"), time.process_time()
+    for end in ("", "\nAnswer: True"):
+        score = task.score(Example("0", "?", "True"), MONSTERS[name] + end)
+        assert score.parts == dict.fromkeys(("answer", "format", "strict"), float(bool(end)))
+    assert time.process_time() - start < 1

@@ -1,0 +1,40 @@
+"""docs/tasks.md against the code: every row of its grading tables, its example, and that no task is missing."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from es_jax.tasks import TASKS, Example, get_task
+
+TEXT = (Path(__file__).resolve().parents[2] / "docs/tasks.md").read_text()
+TABLES = dict(re.findall(r"^### (\S+)\n(.*?)(?=^#|\Z)", TEXT, flags=re.M | re.S))
+ROW = re.compile(r"^\| `(.*)` \| (.*?) \| (.*?) \| (.*?) \| (.*?) \| .* \|$", flags=re.M)
+ROWS = [(task, *row) for task, text in TABLES.items() for row in ROW.findall(text)]
+
+
+@pytest.mark.parametrize(("task", "completion", "answer", "paper", "form", "strict"), ROWS)
+def test_row(task: str, completion: str, answer: str, paper: str, form: str, strict: str) -> None:
+    example = Example("0", "?", answer, {"numbers": (44, 19, 35), "target": answer} if task == "countdown" else {})
+    completion = completion.replace("\\n", "\n")
+    parts = {"format": float(form), "strict": float(strict)}
+    assert get_task(task).score(example, completion).parts == {"answer": float(paper)} | parts
+    assert get_task(task, grader="strict").score(example, completion).parts == {"answer": float(strict)} | parts
+
+
+def test_every_task_with_two_graders_has_a_table() -> None:
+    assert set(TABLES) == {name for name in TASKS if hasattr(get_task(name), "grader")}
+    assert all(len([row for row in ROWS if row[0] == name]) >= 5 for name in TABLES)
+    assert len(ROWS) == TEXT.count("\n| `") - len(
+        re.findall(r"^\| `[a-z0-9…-]+` \| ", TEXT.partition("##")[0], flags=re.M)
+    )
+
+
+def test_the_table_of_tasks_is_whole() -> None:
+    named = re.findall(r"^\| `([a-z0-9…-]+)` \|", TEXT.partition("##")[0], flags=re.M)
+    assert set(named) == {name for name in TASKS if not name.startswith("lab-")} | {"lab-…"}
+
+
+def test_the_example_runs() -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", TEXT, flags=re.S)
+    exec(compile(block, "docs/tasks.md", "exec"), {})  # our own text, not a model's
