@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -15,9 +15,12 @@ from es_jax.core.mesh import POP, over_pop, param_shardings, replicated
 from es_jax.es.noise import NOISES, GaussianNoise, SharedSeedNoise
 from es_jax.es.population import Members
 from es_jax.generate.engine import Engine
+from es_jax.generate.prompts import Prompts
 from es_jax.optim.chains import build_optimizer
 from es_jax.training.config import RunConfig
 from es_jax.training.fields import ESConfig
+
+LANE = "lane"  # the axis of the members that a group evaluates at once
 
 
 def make_noise(config: RunConfig) -> GaussianNoise:
@@ -72,8 +75,8 @@ def _distance(params: Any, base: Any) -> jax.Array:
 class Evaluator:
     """Perturbs and decodes members, a group of devices each, several at once where the model is small.
 
-    A *lane* is one member with its own prompts; a call runs `lanes` of them. `perturb` makes the lanes' weights and
-    `decode` runs one batch of prompts on them, so that weights are made once for all batches.
+    A *lane* is one member with its own prompts; a call runs `lanes` of them. `_perturb` makes the lanes' weights and
+    `_decode` runs a queue of prompts through the slots of each.
     """
 
     engine: Engine
@@ -101,19 +104,21 @@ class Evaluator:
         return self._grouped(one, in_specs=(PartitionSpec(), PartitionSpec(POP)), mapped=(None, 0))(params, members)
 
     @functools.partial(jax.jit, static_argnums=0)
-    def _decode(self, params: Any, tokens: jax.Array, positions: jax.Array) -> Any:
-        def one(params, tokens, positions):
-            generation = self.engine.decode(params, tokens, positions)
+    def _decode(self, params: Any, prompts: Prompts) -> Any:
+        def one(params, tokens, positions, prefix):
+            lane = LANE if self.at_once > 1 else None
+            generation = self.engine.decode(params, tokens, positions, prefix=prefix, axis_name=lane)
             return generation.tokens, generation.length
 
-        return self._grouped(one, in_specs=(PartitionSpec(POP),) * 3, mapped=(0, 0, 0))(params, tokens, positions)
+        specs = (PartitionSpec(POP),) * 3 + (PartitionSpec(),)
+        return self._grouped(one, in_specs=specs, mapped=(0, 0, 0, None))(params, *prompts)
 
     def _grouped(self, one: Any, *, in_specs: tuple, mapped: tuple) -> Any:
         """`one` over lanes: shard_map over groups of devices, vmap over the lanes of a group."""
 
         def group(*args):
             if self.at_once > 1:
-                return jax.vmap(one, in_axes=mapped)(*args)
+                return jax.vmap(one, in_axes=mapped, axis_name=LANE)(*args)
             args = (
                 arg if axis is None else jax.tree.map(lambda x: x[0], arg)
                 for arg, axis in zip(args, mapped, strict=True)
@@ -129,10 +134,8 @@ class Evaluator:
             check_vma=False,
         )
 
-    def members(
-        self, params: Any, members: Members, batches: Sequence[tuple[np.ndarray, np.ndarray]]
-    ) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
-        """Every member on every batch: (member, batch, tokens [B, L], length [B]), graded while the next one decodes.
+    def members(self, params: Any, members: Members, prompts: Prompts) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """Every member on all prompts: (member, tokens [Q, L], length [Q]), graded while the next ones decode.
 
         Where lanes are left over in the last round, their rows are padding and they decode nothing. The weights of one
         round are gone before those of the next are made.
@@ -144,45 +147,54 @@ class Evaluator:
             lanes = members[np.minimum(index, count - 1)]
             jax.block_until_ready([outputs for _, outputs in pending])
             perturbed = self._perturb(params, self._placed(lanes))
-            for batch, (tokens, positions) in enumerate(batches):
-                own = [(i, batch) for i in index if i < count]
-                live = (index < count)[:, None, None]
-                rows = (np.repeat(tokens[None], self.lanes, 0), np.where(live, positions[None], np.int32(-1)))
-                pending.append((own, self._decode(perturbed, *self._placed(rows))))
-                if batch + 1 == len(batches):
-                    del perturbed
-                if len(pending) > 1:
-                    yield from _unpack(pending.pop(0))
+            live = (index < count)[:, None, None]
+            tokens = np.repeat(prompts.tokens[None], self.lanes, 0)
+            rows = self._rows(tokens, np.where(live, prompts.positions[None], np.int32(-1)), prompts.prefix)
+            pending.append((index[index < count], self._decode(perturbed, rows)))
+            del perturbed
+            if len(pending) > 1:
+                yield from _unpack(pending.pop(0))
         for item in pending:
             yield from _unpack(item)
 
-    def unperturbed(
-        self, params: Any, batches: Sequence[tuple[np.ndarray, np.ndarray]]
-    ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """θ itself on every batch, the batches spread over the lanes: (batch, tokens, length), as `members` does."""
+    def unperturbed(self, params: Any, queues: Iterable[Prompts]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """θ itself on several queues of prompts, each spread over the lanes: (tokens [Q, L], length [Q]) of each.
+
+        All are dispatched before the first is waited for. Queues of the same width and prefix share a program with one
+        another, and with the members where these have as many prompts a lane.
+        """
+        queues = list(queues)
+        if not queues:
+            return
         nobody = Members(jnp.zeros(self.lanes, jnp.uint32), jnp.zeros(self.lanes, jnp.float32))
-        lanes, pending = self._perturb(params, self._placed(nobody)), []
-        for first in range(0, len(batches), self.lanes):
-            mine = list(batches[first : first + self.lanes])
-            spare = (np.zeros_like(mine[0][0]), np.full_like(mine[0][1], -1))
-            rows = mine + [spare] * (self.lanes - len(mine))
-            tokens, positions = (np.stack(part) for part in zip(*rows, strict=True))
-            own = [(first + i, 0) for i in range(len(mine))]
-            pending.append((own, self._decode(lanes, *self._placed((tokens, positions)))))
-            if len(pending) > 1:
-                yield from ((batch, out, length) for batch, _, out, length in _unpack(pending.pop(0)))
-        for item in pending:
-            yield from ((batch, out, length) for batch, _, out, length in _unpack(item))
+        weights = self._perturb(params, self._placed(nobody))
+        pending = []
+        for prompts in queues:
+            count, width = prompts.tokens.shape
+            slots = self.engine.slots
+            each = -(-count // (self.lanes * slots)) * slots
+            spare = ((0, each * self.lanes - count), (0, 0))
+            tokens = np.pad(prompts.tokens, spare).reshape(self.lanes, each, width)
+            positions = np.pad(prompts.positions, spare, constant_values=-1).reshape(self.lanes, each, width)
+            pending.append((count, self._decode(weights, self._rows(tokens, positions, prompts.prefix))))
+        del weights
+        for count, outputs in pending:
+            tokens, length = jax.device_get(outputs)
+            yield tokens.reshape(-1, tokens.shape[-1])[:count], length.reshape(-1)[:count]
+
+    def _rows(self, tokens: np.ndarray, positions: np.ndarray, prefix: np.ndarray) -> Prompts:
+        tokens, positions = self._placed((tokens, positions))
+        return Prompts(tokens, positions, jax.device_put(prefix, replicated(self.mesh)))
 
     def _placed(self, tree: Any) -> Any:
         return jax.device_put(tree, over_pop(self.mesh))
 
 
-def _unpack(item: tuple) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
-    own, outputs = item
+def _unpack(item: tuple) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    members, outputs = item
     tokens, length = jax.device_get(outputs)
-    for lane, (member, batch) in enumerate(own):
-        yield int(member), batch, tokens[lane], length[lane]
+    for lane, member in enumerate(members):
+        yield int(member), tokens[lane], length[lane]
 
 
 def placed_weights(mesh: Mesh, members: Members, weights: np.ndarray) -> tuple[Members, jax.Array]:

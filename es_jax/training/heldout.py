@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from es_jax.generate.engine import BUCKET
+from es_jax.generate.prompts import WIDTH_STEP
 from es_jax.generate.score import score_tokens
 from es_jax.models.config import TransformerConfig
 from es_jax.tasks.task import ChoiceTask, Example, Score, Task
@@ -77,42 +77,21 @@ def evaluate(
     *,
     done: Callable[[int], None] = lambda rows: None,
 ) -> Iterator[tuple[HeldOut, Verdicts]]:
-    """Greedy completions of all tasks' rows and the likelihoods of options, graded; each task as soon as it is done.
+    """Greedy completions of all tasks' rows and the likelihoods of options, graded; a task while the others decode.
 
-    Rows of all tasks share batches, those with prompts of about one length together; one batch decodes while the one
-    before it is graded. `done` is told how many more rows are graded.
+    `done` is told how many more rows are graded.
     """
-    found: list[list[Graded | None]] = [[None] * len(held.examples) for held in tasks]
-    for batches, places in _mixed(evaluator, tasks):
-        slots = evaluator.engine.slots
-        for batch, tokens, length in evaluator.unperturbed(params, batches):
-            mine = places[batch * slots : (batch + 1) * slots]
-            for t in dict.fromkeys(task for task, _ in mine):
-                own = [(i, row) for i, (task, row) in enumerate(mine) if task == t]
-                index = [i for i, _ in own]
-                examples = [tasks[t].examples[row] for _, row in own]
-                graded = grade(tasks[t].task, model, examples, tokens[index], length[index])
-                for (_, row), result in zip(own, graded, strict=True):
-                    found[t][row] = result
-                done(len(own))
-                if all(result is not None for result in found[t]):
-                    likely = likeliest(model.config, cast(params, evaluator.dtype), tasks[t].options)
-                    yield tasks[t], _verdicts(tasks[t].task, found[t], likely)
+    engine = evaluator.engine
+    queues = [engine.packing(held.prompts).pack(held.prompts, rows=len(held.prompts)) for held in tasks]
+    for held, (tokens, length) in zip(tasks, evaluator.unperturbed(params, queues), strict=True):
+        graded = grade(held.task, model, held.examples, tokens, length)
+        likely = likeliest(model.config, params, held.options, dtype=evaluator.dtype)
+        done(len(graded))
+        yield held, _verdicts(held.task, graded, likely)
 
 
-def _mixed(evaluator: Evaluator, tasks: Sequence[HeldOut]) -> Iterator[tuple[list, list[tuple[int, int]]]]:
-    """Batches of prompts of about one length (to a power of two), and which (task, row) each of them is."""
-    groups: dict[int, list[tuple[int, int]]] = {}
-    for t, held in enumerate(tasks):
-        for row, ids in enumerate(held.prompts):
-            groups.setdefault((-(-len(ids) // BUCKET) - 1).bit_length(), []).append((t, row))
-    for _, places in sorted(groups.items()):
-        yield evaluator.engine.batches([tasks[t].prompts[row] for t, row in places]), places
-
-
-def _verdicts(task: Task, graded: Sequence[Graded | None], likely: np.ndarray | None) -> Verdicts:
-    done = [g for g in graded if g is not None]
-    scores = [_published(task, g) for g in done]
+def _verdicts(task: Task, graded: Sequence[Graded], likely: np.ndarray | None) -> Verdicts:
+    scores = [_published(task, g) for g in graded]
     names = [name for name in scores[0].parts if name not in ("answer", "strict")]
     parts = {name: np.array([s.parts[name] for s in scores], float) for name in names}
     return Verdicts(
@@ -120,9 +99,9 @@ def _verdicts(task: Task, graded: Sequence[Graded | None], likely: np.ndarray | 
         strict=np.array([s.parts.get("strict", s.parts["answer"]) for s in scores], float),
         loglik=likely,
         well_formed=(parts["format"] >= 1).astype(float) if "format" in parts else None,
-        truncated=np.array([g.truncated for g in done], float),
-        length=np.array([g.length for g in done], float),
-        reward=np.array([g.score.reward for g in done], float),
+        truncated=np.array([g.truncated for g in graded], float),
+        length=np.array([g.length for g in graded], float),
+        reward=np.array([g.score.reward for g in graded], float),
         parts=parts,
     )
 
@@ -151,14 +130,19 @@ def _options(task: ChoiceTask, example: Example, model: Model) -> tuple[list[int
 
 
 def likeliest(
-    config: TransformerConfig, params: Any, rows: Sequence[tuple[list[int], list[list[int]], int]] | None
+    config: TransformerConfig,
+    params: Any,
+    rows: Sequence[tuple[list[int], list[list[int]], int]] | None,
+    *,
+    dtype: jnp.dtype,
 ) -> np.ndarray | None:
     """Whether the right option has the highest log-probability, the sum over its tokens, [n]; None without options.
 
-    The first of several equal options counts as the highest.
+    The first of several equal options counts as the highest. It computes in `dtype`.
     """
     if rows is None:
         return None
+    params = cast(params, dtype)
     flat = [(prompt + option, len(option)) for prompt, options, _ in rows for option in options]
     order = sorted(range(len(flat)), key=lambda i: len(flat[i][0]))
     total = np.zeros(len(flat))
@@ -179,7 +163,7 @@ def _scored_together(order: Sequence[int], lengths: Sequence[int]) -> Iterator[t
     """What to score in one call, and the shape it is padded to: powers of two, so that there are few programs."""
     groups: dict[int, list[int]] = {}
     for i in order:
-        groups.setdefault(max(BUCKET, 1 << (lengths[i] - 1).bit_length()), []).append(i)
+        groups.setdefault(max(WIDTH_STEP, 1 << (lengths[i] - 1).bit_length()), []).append(i)
     for width, group in groups.items():
         rows = min(max(SCORED // width, 1), 1 << (len(group) - 1).bit_length())
         yield from ((group[i : i + rows], (rows, width)) for i in range(0, len(group), rows))

@@ -5,7 +5,6 @@ import hashlib
 import itertools
 import json
 import logging
-import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -96,7 +95,9 @@ class _Run:
         self.tests = [HeldOut.of(tasks[name], rows, self.model, max_prompt=limit) for name, rows in tests.items()]
         self.log = SeedLog(workdir)
         rundir.settle(workdir, config, identity=self._identity(), started=bool(self.log.entries))
-        self.evaluator = Evaluator.of(config, self._engine(), self.mesh)
+        engine = self._engine()
+        self.packing = engine.packing(self.prompts)
+        self.evaluator = Evaluator.of(config, engine, self.mesh)
         self.checkpoints = Checkpoints(workdir, keep=config.train.keep)
         self.state = State(config, self.mesh, model.params)
         del model
@@ -147,7 +148,8 @@ class _Run:
         def graded(indices: Sequence[int], tokens: np.ndarray, length: np.ndarray) -> list[Graded]:
             return grade(task, self.model, [self.examples[rows[i]] for i in indices], tokens, length)
 
-        return self.method.collect(step, [self.prompts[i] for i in rows], graded, self.recorder.progress.advance)
+        prompts = self.packing.pack([self.prompts[i] for i in rows], rows=len(rows))
+        return self.method.collect(step, prompts, graded, self.recorder.progress.advance)
 
     def _identity(self) -> dict[str, Any]:
         """What a run is besides its fields, as config.json keeps it."""
@@ -173,7 +175,7 @@ class _Run:
             )
         return Engine(
             self.model.config,
-            slots=math.ceil(total / math.ceil(total / decode.slots)),  # batches of equal size
+            slots=min(decode.slots, total),
             max_prompt=longest,
             max_new=decode.max_new,
             stop=self.model.stop_ids,

@@ -12,6 +12,7 @@ import numpy as np
 from es_jax.core import rng
 from es_jax.es.population import Members, Population
 from es_jax.es.shaping import SHAPINGS
+from es_jax.generate.prompts import Prompts
 from es_jax.training.config import RunConfig
 from es_jax.training.es_step import Evaluator
 from es_jax.training.grading import Graded
@@ -34,13 +35,13 @@ class Method(Protocol):
     unit: tuple[str, int]
 
     def collect(
-        self, step: int, prompts: Sequence[Sequence[int]], grade: Grade, done: Callable[[int], None]
+        self, step: int, prompts: Prompts, grade: Grade, done: Callable[[int], None]
     ) -> tuple[Entry, list[list[Graded]]]:
         """A step's completions, graded: its line of the seed log, and a list for each member or rollout.
 
         Args:
           step: 1, 2, …
-          prompts: token ids of the step's prompts.
+          prompts: the step's, packed in the same shapes at every step.
           grade: scores of completions, from their prompts' indices, tokens [B, L] and lengths [B].
           done: told how many more units there are.
         """
@@ -60,7 +61,7 @@ class Evolution:
         self.unit = ("member", config.es.population)
 
     def collect(
-        self, step: int, prompts: Sequence[Sequence[int]], grade: Grade, done: Callable[[int], None]
+        self, step: int, prompts: Prompts, grade: Grade, done: Callable[[int], None]
     ) -> tuple[Entry, list[list[Graded]]]:
         """Every member's completions, in the order of the prompts."""
         es, members = self._config.es, self._population.members(step)
@@ -77,13 +78,11 @@ class Evolution:
         return {}
 
     def _evaluate(
-        self, members: Members, prompts: Sequence[Sequence[int]], grade: Grade, done: Callable[[int], None]
+        self, members: Members, prompts: Prompts, grade: Grade, done: Callable[[int], None]
     ) -> list[list[Graded]]:
-        slots, batches = self._evaluator.engine.slots, self._evaluator.engine.batches(prompts)
         graded: list[list[Graded]] = [[] for _ in range(len(members))]
-        for member, batch, tokens, length in self._evaluator.members(self._state.params, members, batches):
-            first = batch * slots
-            graded[member] += grade(range(first, min(first + slots, len(prompts))), tokens, length)
-            if len(graded[member]) == len(prompts):
-                done(1)
+        everyone = range(len(prompts.tokens))
+        for member, tokens, length in self._evaluator.members(self._state.params, members, prompts):
+            graded[member] = grade(everyone, tokens, length)
+            done(1)
         return graded

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from es_jax.core import rng
-from es_jax.generate.engine import Engine, _decode_batch
+from es_jax.generate.engine import Engine, _decode
 from es_jax.generate.sampling import Greedy, Temperature, TopK, TopP
 from es_jax.generate.score import score_tokens
 from es_jax.models.config import TransformerConfig
@@ -92,10 +92,10 @@ def test_a_neighbour_never_changes_a_row_and_slots_equal_one_by_one(sampler):
 def test_the_second_call_compiles_nothing(family):
     params, e = params_of(family), engine(family)
     e.generate(params, PROMPTS)
-    compiled = _decode_batch._cache_size()
+    compiled = _decode._cache_size()
     e.generate(jax.tree.map(lambda x: x + 0.1, params), PROMPTS[::-1])
-    e.generate(params, PROMPTS[:1])
-    assert _decode_batch._cache_size() == compiled
+    e.generate(params, PROMPTS)
+    assert _decode._cache_size() == compiled
 
 
 @every_family
