@@ -15,13 +15,16 @@ OPTIMIZERS = {
 }
 
 
-def build_optimizer(config: Any, params: Any) -> tuple[optax.GradientTransformationExtraArgs, str]:
+def build_optimizer(
+    config: Any, params: Any, *, rates: Any = None
+) -> tuple[optax.GradientTransformationExtraArgs, str]:
     """The optimizer of a run, and one sentence that describes it.
 
     Args:
       config: a `RunConfig`, or anything with its `optim` and `es` groups, `anchor_strength` (λ) and `anchor_drift`
         (κ or None).
       params: the parameters it will be used on. Every leaf is stepped and anchored.
+      rates: (α, αλ) of a step, which may be traced; the config's constants by default.
 
     Returns:
       (transformation, sentence).
@@ -32,13 +35,26 @@ def build_optimizer(config: Any, params: Any) -> tuple[optax.GradientTransformat
     """
     del params  # no rule depends on the leaves yet
     rate, penalty, strength = config.optim.learning_rate, config.optim.anchor.penalty, config.anchor_strength
-    optimizer = OPTIMIZERS[config.optim.name](rate)
-    sentence = f"{config.optim.name} with learning rate {rate:g}"
+    step, pull = (rate, rate * strength) if rates is None else rates
+    optimizer = OPTIMIZERS[config.optim.name](step)
+    sentence = f"{config.optim.name} with learning rate {rate:g}{_by(config.optim.schedule)}"
     if penalty == "none":
         return optax.with_extra_args_support(optimizer), f"{sentence}, no anchor."
-    sentence += f", then {penalty} anchored weight decay with strength λ = {strength:g} (αλ = {rate * strength:g}"
+    anchor = config.optim.anchor
+    sentence += f", then {penalty} anchored weight decay with strength λ = {strength:g}{_by(anchor.schedule)}"
+    sentence += f" (αλ = {rate * strength:g}"
     if config.anchor_drift is not None:
         sentence += f"; in the long run a weight drifts κ = {config.anchor_drift:.2f} σ"
     arithmetic = "param" if config.es.noise == "shared_seed" else "float32"  # as published: all in the weights' dtype
-    decay = anchored_weight_decay(rate * strength, penalty=penalty, arithmetic=arithmetic)
-    return optax.chain(optimizer, decay), f"{sentence})."
+    decay = anchored_weight_decay(pull, penalty=penalty, arithmetic=arithmetic, average=anchor.average)
+    kept = (
+        ""
+        if anchor.average is None
+        else f" to an average of the weights over about {1 / (1 - anchor.average):.0f} steps"
+    )
+    kept += "" if anchor.source is None else f" to {anchor.source}"
+    return optax.chain(optimizer, decay), f"{sentence}){kept}."
+
+
+def _by(schedule: str) -> str:
+    return "" if schedule == "constant" else f" times {schedule}"

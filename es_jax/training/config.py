@@ -3,12 +3,13 @@
 import dataclasses
 import types
 import typing
-from typing import Any
+from typing import Any, NamedTuple
 
 from ml_collections import config_dict
 
 from es_jax.core.names import unknown
 from es_jax.es import theory
+from es_jax.optim.schedules import largest, make_schedule
 from es_jax.training.fields import (
     DecodeConfig,
     ESConfig,
@@ -21,6 +22,14 @@ from es_jax.training.fields import (
 )
 
 METHODS = ("es",)
+
+
+class Rates(NamedTuple):
+    """What a step's size depends on: α, σ and λ."""
+
+    learning_rate: float
+    sigma: float
+    strength: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,12 +53,33 @@ class RunConfig:
     def __post_init__(self):
         if self.method not in METHODS:
             raise ValueError(unknown("method", self.method, METHODS))
-        rate = self.optim.learning_rate * self.anchor_strength
+        for field, text in self._schedules.items():
+            try:
+                make_schedule(text, self.train.steps)
+            except ValueError as error:
+                raise ValueError(f"{field}: {error}") from None
+        highest = largest(self.optim.schedule) * largest(self.optim.anchor.schedule)
+        rate = self.optim.learning_rate * self.anchor_strength * highest
         if self.optim.anchor.penalty == "l2" and not rate < 1:
             raise ValueError(
-                f"αλ is {self.optim.learning_rate:g} × {self.anchor_strength:g} = {rate:g}: the l2 anchor needs it "
-                "below 1; lower optim.anchor.strength, or raise optim.anchor.drift"
+                f"αλ is {self.optim.learning_rate:g} × {self.anchor_strength:g} (times {highest:g} by its schedules) = "
+                f"{rate:g}: the l2 anchor needs it below 1; lower optim.anchor.strength, or raise optim.anchor.drift"
             )
+
+    @property
+    def _schedules(self) -> dict[str, str]:
+        optim = self.optim
+        return {
+            "optim.schedule": optim.schedule,
+            "es.schedule": self.es.schedule,
+            "optim.anchor.schedule": optim.anchor.schedule,
+        }
+
+    def rates(self, step: int) -> Rates:
+        """α, σ and λ of step 1..T, by their schedules."""
+        factors = [make_schedule(text, self.train.steps)(step) for text in self._schedules.values()]
+        base = (self.optim.learning_rate, self.es.sigma, self.anchor_strength)
+        return Rates(*(value * factor for value, factor in zip(base, factors, strict=True)))
 
     @property
     def anchor_strength(self) -> float:
@@ -60,7 +90,7 @@ class RunConfig:
     @property
     def anchor_drift(self) -> float | None:
         """κ, the long-run drift of a weight in units of σ; None where the weights wander freely or it is not known."""
-        if not self.anchor_strength or self.optim.name != "sgd":
+        if not self.anchor_strength or self.optim.name != "sgd" or self.optim.anchor.average is not None:
             return None
         return self.optim.anchor.drift or self._theory(theory.drift_for_strength, self.anchor_strength)
 

@@ -40,24 +40,33 @@ def compute_dtype(config: RunConfig) -> jnp.dtype:
 def of_update(config: RunConfig) -> RunConfig:
     """The fields that `update` compiles in, all others at their defaults, so that runs of one process share it."""
     es = ESConfig(population=config.es.population, sigma=config.es.sigma, noise=config.es.noise)
-    return RunConfig(es=es, optim=config.optim)
+    anchor = dataclasses.replace(config.optim.anchor, schedule="constant")  # rates are arguments, step by step
+    return RunConfig(es=es, optim=dataclasses.replace(config.optim, schedule="constant", anchor=anchor))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
 def update(
-    config: RunConfig, mesh: Mesh, params: Any, opt_state: Any, base: Any, members: Members, weights: jax.Array
+    config: RunConfig,
+    mesh: Mesh,
+    params: Any,
+    opt_state: Any,
+    base: Any,
+    members: Members,
+    weights: jax.Array,
+    rates: jax.Array | None = None,
 ) -> tuple[Any, Any, jax.Array]:
     """One step of the weights: (params, opt_state, drift). Parameters and optimizer state are donated.
 
     `config`: of `of_update`.
 
     Every device makes all members' noise for its own slice; nothing is reduced but the scalar drift ‖θ − θ₀‖, measured
-    from `base`, or from the anchor where `base` is None.
+    from `base`, or from the anchor where `base` is None. `rates`: (α, αλ) of the step; by default the config's constants.
     """
     shardings = param_shardings(mesh, params)
     gradient = make_noise(config).estimate(params, members, weights)
     gradient = jax.lax.with_sharding_constraint(gradient, shardings)
-    updates, opt_state = build_optimizer(config, params)[0].update(gradient, opt_state, params)
+    rates = None if rates is None else rates.astype(jax.tree.leaves(gradient)[0].dtype)  # as a constant would be
+    updates, opt_state = build_optimizer(config, params, rates=rates)[0].update(gradient, opt_state, params)
     params = jax.lax.with_sharding_constraint(optax.apply_updates(params, updates), shardings)
     opt_state = jax.lax.with_sharding_constraint(opt_state, param_shardings(mesh, opt_state))
     base = optax.tree_utils.tree_get(opt_state, "anchor") if base is None else base

@@ -11,6 +11,7 @@ from es_jax.es.noise import NOISES
 from es_jax.es.population import Population
 from es_jax.es.shaping import SHAPINGS
 from es_jax.optim.chains import OPTIMIZERS
+from es_jax.optim.schedules import parse
 from es_jax.tasks import TASKS
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -21,6 +22,14 @@ def _positive(config: Any, group: str, *fields: str) -> None:
         value = getattr(config, field)
         if value is not None and value < 1:
             raise ValueError(f"{group}.{field} is {value}: it must be at least 1")
+
+
+def check_schedule(field: str, text: str) -> None:
+    """Raises ValueError with the field's name where the text is no schedule."""
+    try:
+        parse(text)
+    except ValueError as error:
+        raise ValueError(f"{field}: {error}") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +89,7 @@ class ESConfig:
     Attributes:
       population: N ≥ 2 members a step.
       sigma: σ > 0, the noise scale.
+      schedule: what σ is multiplied by, step by step: `es_jax.optim.schedules`.
       antithetic: members are pairs θ ± σε; N even.
       noise: "gaussian", or "shared_seed" as published (equal-shaped parameters share noise; arithmetic in param_dtype).
       shaping: "z_score" as published, or "centered_rank".
@@ -90,6 +100,7 @@ class ESConfig:
 
     population: int = 30
     sigma: float = 1e-3
+    schedule: str = "constant"
     antithetic: bool = False
     noise: str = "gaussian"
     shaping: str = "z_score"
@@ -100,6 +111,9 @@ class ESConfig:
         Population(self.population, seed=0, antithetic=self.antithetic)
         if not (self.sigma > 0 and math.isfinite(self.sigma)):
             raise ValueError(f"es.sigma is {self.sigma}: the noise scale must be above 0 (the papers use 1e-3)")
+        check_schedule("es.schedule", self.schedule)
+        if self.schedule.startswith(("linear", "cosine")) and not parse(self.schedule)[1] > 0:
+            raise ValueError(f"es.schedule is {self.schedule!r}: σ must stay above 0, so give an end, as in linear:0.1")
         choices = {
             "noise": NOISES,
             "shaping": SHAPINGS,
@@ -119,11 +133,18 @@ class AnchorConfig:
       penalty: "none", "l2" or "l1".
       strength: λ ≥ 0 of the paper (10 for l2, 0.01 for l1); or give `drift`.
       drift: κ > 0, how many σ a weight may drift in the long run; λ follows from it. Plain sgd only.
+      schedule: what λ is multiplied by, step by step: `es_jax.optim.schedules`.
+      source: the model to be pulled to, where it is not the one that training starts from (model.source): in a
+        sequence of tasks, the base of the first.
+      average: β of an anchor that follows the weights, an exponential average over about 1/(1 − β) steps; None: fixed.
     """
 
     penalty: str = "none"
     strength: float | None = None
     drift: float | None = None
+    schedule: str = "constant"
+    source: str | None = None
+    average: float | None = None
 
     def __post_init__(self):
         if self.penalty not in theory.PENALTIES:
@@ -138,6 +159,17 @@ class AnchorConfig:
                 f"optim.anchor.penalty is {self.penalty!r} with {' and '.join(given) or 'no strength'}: set either "
                 "optim.anchor.strength (λ of the paper) or optim.anchor.drift (κ, in σ per weight)"
             )
+        moved = [name for name in ("source", "average") if getattr(self, name) is not None]
+        if self.penalty == "none" and moved:
+            raise ValueError(f"optim.anchor.{moved[0]} is set but optim.anchor.penalty is 'none': set that")
+        if self.average is not None and not 0 <= self.average < 1:
+            raise ValueError(f"optim.anchor.average is {self.average}: it must be at least 0 and below 1, such as 0.99")
+        if self.average is not None and self.drift is not None:
+            raise ValueError(
+                f"optim.anchor.drift is {self.drift} with optim.anchor.average: weights that are pulled to their own "
+                "average have no long-run drift; set optim.anchor.strength instead"
+            )
+        check_schedule("optim.anchor.schedule", self.schedule)
         if self.strength is not None and not 0 <= self.strength < math.inf:
             raise ValueError(f"optim.anchor.strength is {self.strength}: it must be finite and not negative")
         if self.drift is not None and not 0 < self.drift < math.inf:
@@ -151,16 +183,19 @@ class OptimConfig:
     Attributes:
       name: one of `es_jax.optim.chains.OPTIMIZERS`; the papers' step is "sgd".
       learning_rate: α > 0, with the 1/σ of the gradient folded in, as in the papers.
+      schedule: what α is multiplied by, step by step: `es_jax.optim.schedules`.
       anchor: the pull toward the starting weights.
     """
 
     name: str = "sgd"
     learning_rate: float = 5e-4
+    schedule: str = "constant"
     anchor: AnchorConfig = AnchorConfig()
 
     def __post_init__(self):
         if self.name not in OPTIMIZERS:
             raise ValueError(unknown("optim.name", self.name, OPTIMIZERS))
+        check_schedule("optim.schedule", self.schedule)
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"optim.learning_rate is {self.learning_rate}: it must be finite and above 0")
         if self.anchor.drift is not None and self.name != "sgd":

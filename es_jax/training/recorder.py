@@ -1,5 +1,6 @@
 """What a run tells of itself as it goes: metrics, samples, and held-out rows."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ class Recorder:
         tests: Sequence[HeldOut],
         unit: tuple[str, int],
     ):
-        self._config, done = config, len(finished)
+        self._config, self._dim, done = config, dim, len(finished)
         self._metrics = Metrics(workdir, last_step=done)
         self._samples = Jsonl(workdir / "samples.jsonl", last_step=done)
         names = {config.task.name: 0, **dict.fromkeys(held.name for held in tests)}
@@ -47,7 +48,7 @@ class Recorder:
         *,
         drift: float,
         seconds: dict[str, float],
-        learnt: dict[str, float],
+        learnt: dict[str, float | None],
     ) -> None:
         """A step's row in metrics.jsonl and TensorBoard, its samples, and its line on the screen.
 
@@ -67,6 +68,7 @@ class Recorder:
             **learnt,
             "drift": drift,
             "drift_theory": self._walk.norm,
+            "kappa": self._kappa(drift, entry),
             "tokens": tokens,
             "tokens_per_second": tokens / seconds["evaluate"],
             "seconds": total,
@@ -84,6 +86,12 @@ class Recorder:
             f"step {step}: {held.name} held-out accuracy {row['accuracy']:.3f}, "
             f"reward {row['reward']:.4f} ± {row['reward_se'] or 0:.4f} on {row['n']} rows"
         )
+
+    def _kappa(self, drift: float, entry: Entry) -> float | None:
+        """The drift of a weight in σ, for a method that has a σ."""
+        if self._config.method != "es":
+            return None
+        return drift / math.sqrt(self._dim) / entry.rates(self._config).sigma
 
     def close(self) -> None:
         self._metrics.close()
