@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from es_jax.generate.prompts import WIDTH_STEP
-from es_jax.generate.score import score_tokens
+from es_jax.generate.options import score_options
 from es_jax.models.config import TransformerConfig
 from es_jax.tasks.task import ChoiceTask, Example, Score, Task
 from es_jax.training.es_step import Evaluator
@@ -20,8 +19,6 @@ from es_jax.training.grading import Graded, grade
 from es_jax.training.verdicts import Verdicts
 from es_jax.weights.model import Model
 from es_jax.weights.tokenizer import encode_prompt
-
-SCORED = 2**14  # tokens of options that are scored in one call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,31 +139,8 @@ def likeliest(
     """
     if rows is None:
         return None
-    params = cast(params, dtype)
-    flat = [(prompt + option, len(option)) for prompt, options, _ in rows for option in options]
-    order = sorted(range(len(flat)), key=lambda i: len(flat[i][0]))
-    total = np.zeros(len(flat))
-    for chosen, shape in _scored_together(order, [len(ids) for ids, _ in flat]):
-        tokens = np.zeros(shape, np.int32)
-        mask, asked = np.zeros_like(tokens, bool), np.zeros_like(tokens, bool)
-        for r, i in enumerate(chosen):
-            ids, tail = flat[i]
-            tokens[r, : len(ids)], mask[r, : len(ids)], asked[r, len(ids) - tail : len(ids)] = ids, True, True
-        logprob = np.asarray(score_tokens(config, params, tokens, mask))
-        total[chosen] = np.where(asked, logprob, 0.0).sum(axis=1)[: len(chosen)]
-    ends = np.cumsum([len(options) for _, options, _ in rows])
-    parts = np.split(total, ends[:-1])
-    return np.array([float(np.argmax(part) == right) for part, (_, _, right) in zip(parts, rows, strict=True)])
-
-
-def _scored_together(order: Sequence[int], lengths: Sequence[int]) -> Iterator[tuple[list[int], tuple[int, int]]]:
-    """What to score in one call, and the shape it is padded to: powers of two, so that there are few programs."""
-    groups: dict[int, list[int]] = {}
-    for i in order:
-        groups.setdefault(max(WIDTH_STEP, 1 << (lengths[i] - 1).bit_length()), []).append(i)
-    for width, group in groups.items():
-        rows = min(max(SCORED // width, 1), 1 << (len(group) - 1).bit_length())
-        yield from ((group[i : i + rows], (rows, width)) for i in range(0, len(group), rows))
+    scores = score_options(config, cast(params, dtype), [(prompt, options) for prompt, options, _ in rows])
+    return np.array([float(np.argmax(own) == right) for own, (_, _, right) in zip(scores, rows, strict=True)])
 
 
 @functools.partial(jax.jit, static_argnums=1)
