@@ -164,6 +164,7 @@ def report(
     name: str,
     *,
     labels: Sequence[str],
+    columns: Sequence[str] = MEASURED,
     figure: Callable[[list[dict[str, Any]], Path], None] | None = None,
 ) -> None:
     """name.csv with a line for each evaluation, name.md with the table, name.png."""
@@ -175,7 +176,7 @@ def report(
         writer = csv.DictWriter(file, list(lines[0]))
         writer.writeheader()
         writer.writerows(lines)
-    text = table(lines, labels)
+    text = table(lines, labels, columns)
     (docs / f"{name}.md").write_text(text + "\n")
     if figure is not None:
         figure(lines, docs / f"{name}.png")
