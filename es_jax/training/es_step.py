@@ -60,7 +60,7 @@ def update(
     `config`: of `of_update`.
 
     Every device makes all members' noise for its own slice; nothing is reduced but the scalar drift ‖θ − θ₀‖, measured
-    from `base`, or from the anchor where `base` is None. `rates`: (α, αλ) of the step; by default the config's constants.
+    from `base`, or from the anchor where `base` is None. `rates`: (α, αλ); by default the config's.
     """
     shardings = param_shardings(mesh, params)
     gradient = make_noise(config).estimate(params, members, weights)

@@ -27,9 +27,7 @@ def test_the_gain_is_what_the_step_adds_where_rewards_are_linear(paired):
     entry, u = step(lambda x: 0.3 + slope @ x, paired=paired)
     got = diagnose(entry, learning_rate=ALPHA, sigma=SIGMA)
     assert got["expected_gain"] == pytest.approx(slope @ u, rel=1e-3)
-    assert got["expected_gain"] == pytest.approx(
-        ALPHA * np.linalg.norm(slope), rel=0.1
-    )  # α‖g‖: all the spread is signal
+    assert got["expected_gain"] == pytest.approx(ALPHA * np.linalg.norm(slope), rel=0.1)  # α‖g‖
 
 
 def test_pairs_tell_slope_from_curvature():
