@@ -1,7 +1,7 @@
 """Accelerators: published peak speeds and sizes, by the name that JAX gives a device.
 
-All figures are for one JAX device, which is one chip, except on TPU7x, where it is one of a chip's two halves. Speeds are
-the vendors' peaks, so a time computed from them is a bound that no run beats, never a prediction of what it takes.
+All figures are for one JAX device, which is one chip, except on TPU7x, where it is one of a chip's two halves. Speeds
+are the vendors' peaks, so a time computed from them is a bound that no run beats, never a prediction of what it takes.
 
 Sources, read in November 2026: docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e and tpu7x (the tables of key
 specifications; the interconnect of v4 is 6 links of 50 GB/s, arXiv 2304.01433); NVIDIA's data sheets of the A100 80GB

@@ -6,7 +6,7 @@ import itertools
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from es_jax.training.checkpoint import Checkpoints, abstract, nbytes
 from es_jax.training.config import RunConfig, freeze
 from es_jax.training.es_step import Evaluator, compute_dtype
 from es_jax.training.grading import Graded, grade
+from es_jax.training.grpo import GRPO
 from es_jax.training.heldout import evaluate_rows, summary
 from es_jax.training.method import Evolution, Method
 from es_jax.training.recorder import Recorder
@@ -33,7 +34,7 @@ from es_jax.training.state import State, load_base
 from es_jax.weights.tokenizer import encode_prompt
 
 logger = logging.getLogger(__name__)
-METHODS = {"es": Evolution}
+METHODS: dict[str, Callable[..., Method]] = {"es": Evolution, "grpo": GRPO}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,13 +97,12 @@ class _Run:
         self.log = SeedLog(workdir)
         rundir.settle(workdir, config, identity=self._identity(), started=bool(self.log.entries))
         engine = self._engine()
-        self.packing = engine.packing(self.prompts)
         self.test_rows = {name: engine.packing(ids).pack(ids, rows=len(ids)) for name, ids in self.test_prompts.items()}
         self.evaluator = Evaluator.of(config, engine, self.mesh)
         self.checkpoints = Checkpoints(workdir, keep=config.train.keep)
         self.state = State(config, self.mesh, model.params)
         del model
-        self.method: Method = METHODS[config.method](config, self.evaluator, self.state)
+        self.method = METHODS[config.method](config, self.evaluator, self.state, engine.packing(self.prompts))
         self._resume()
         rundir.check_space(workdir, nbytes(self.state.params, self.state.opt_state))
         self.recorder = Recorder(
@@ -149,8 +149,7 @@ class _Run:
         def graded(indices: Sequence[int], tokens: np.ndarray, length: np.ndarray) -> list[Graded]:
             return grade(task, self.model, [self.examples[rows[i]] for i in indices], tokens, length)
 
-        prompts = self.packing.pack([self.prompts[i] for i in rows], rows=len(rows))
-        return self.method.collect(step, prompts, graded, self.recorder.progress.advance)
+        return self.method.collect(step, [self.prompts[i] for i in rows], graded, self.recorder.progress.advance)
 
     def _identity(self) -> dict[str, Any]:
         """What a run is besides its fields, as config.json keeps it."""

@@ -12,7 +12,7 @@ import numpy as np
 from es_jax.core import rng
 from es_jax.es.population import Members, Population
 from es_jax.es.shaping import SHAPINGS
-from es_jax.generate.prompts import Prompts
+from es_jax.generate.prompts import Packing
 from es_jax.training.config import RunConfig
 from es_jax.training.es_step import Evaluator
 from es_jax.training.grading import Graded
@@ -23,7 +23,7 @@ Grade = Callable[[Sequence[int], np.ndarray, np.ndarray], list[Graded]]
 
 
 class Method(Protocol):
-    """One way of training; made from a run's config, its evaluator and its state.
+    """One way of training; made from a run's config, its evaluator, its state and the packing of its prompts.
 
     Attributes:
       replayable: whether a line of the seed log rebuilds its step. Where it does not, a run goes on from its last
@@ -35,13 +35,13 @@ class Method(Protocol):
     unit: tuple[str, int]
 
     def collect(
-        self, step: int, prompts: Prompts, grade: Grade, done: Callable[[int], None]
+        self, step: int, prompts: Sequence[Sequence[int]], grade: Grade, done: Callable[[int], None]
     ) -> tuple[Entry, list[list[Graded]]]:
         """A step's completions, graded: its line of the seed log, and a list for each member or rollout.
 
         Args:
           step: 1, 2, …
-          prompts: the step's, packed in the same shapes at every step.
+          prompts: token ids of the step's prompts.
           grade: scores of completions, from their prompts' indices, tokens [B, L] and lengths [B].
           done: told how many more units there are.
         """
@@ -55,13 +55,13 @@ class Evolution:
 
     replayable = True
 
-    def __init__(self, config: RunConfig, evaluator: Evaluator, state: State):
-        self._config, self._evaluator, self._state = config, evaluator, state
+    def __init__(self, config: RunConfig, evaluator: Evaluator, state: State, packing: Packing):
+        self._config, self._evaluator, self._state, self._packing = config, evaluator, state, packing
         self._population = Population(config.es.population, seed=config.train.seed, antithetic=config.es.antithetic)
         self.unit = ("member", config.es.population)
 
     def collect(
-        self, step: int, prompts: Prompts, grade: Grade, done: Callable[[int], None]
+        self, step: int, prompts: Sequence[Sequence[int]], grade: Grade, done: Callable[[int], None]
     ) -> tuple[Entry, list[list[Graded]]]:
         """Every member's completions, in the order of the prompts."""
         es, members = self._config.es, self._population.members(step)
@@ -78,11 +78,11 @@ class Evolution:
         return {}
 
     def _evaluate(
-        self, members: Members, prompts: Prompts, grade: Grade, done: Callable[[int], None]
+        self, members: Members, prompts: Sequence[Sequence[int]], grade: Grade, done: Callable[[int], None]
     ) -> list[list[Graded]]:
         graded: list[list[Graded]] = [[] for _ in range(len(members))]
-        everyone = range(len(prompts.tokens))
-        for member, tokens, length in self._evaluator.members(self._state.params, members, prompts):
-            graded[member] = grade(everyone, tokens, length)
+        rows = self._packing.pack(prompts, rows=len(prompts))
+        for member, tokens, length in self._evaluator.members(self._state.params, members, rows):
+            graded[member] = grade(range(len(prompts)), tokens, length)
             done(1)
         return graded

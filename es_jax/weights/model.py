@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from es_jax.models.config import TransformerConfig
 from es_jax.models.hf_config import from_hf, to_hf
 from es_jax.models.transformer import Params
-from es_jax.weights import convert, safetensors, tokenizer
+from es_jax.weights import checksums, convert, safetensors, tokenizer
 from es_jax.weights.gguf import from_gguf
 from es_jax.weights.gguf_file import GGUFReader
 from es_jax.weights.gguf_tokenizer import from_gguf_metadata
@@ -51,8 +51,8 @@ def load_model(
     "layers/attn/q/kernel" [L, D, H*hd]; with only a `mesh`, leaves are replicated over it; with neither they
     go to the default device. Beyond what is placed, the host holds one tensor at a time.
 
-    Raises FileNotFoundError when there is nothing to read, ValueError for a broken file, a config that asks
-    for what is not implemented, or keys that do not fit it (all of them listed).
+    Raises FileNotFoundError when there is nothing to read, ValueError for a broken file (also one that is not what its
+    known sha256 says), a config that asks for what is not implemented, or keys that do not fit it (all of them listed).
     """
     path = resolve(source)
     model, reader = _open(path)
@@ -167,6 +167,7 @@ def _open(path: Path) -> tuple[Model, Reader]:
         reader = GGUFReader(path)
         config, words = from_gguf(reader), from_gguf_metadata(reader.metadata)
         ends = [reader.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+        reader.metadata.clear()  # a hundred thousand strings, which the tokenizer has by now
         return Model(config, {}, words, "", tokenizer.stop_ids(words, *ends)), reader
     config = config_only(path)
     reader = safetensors.SafetensorsReader(safetensors.find_files(path))
@@ -176,7 +177,7 @@ def _open(path: Path) -> tuple[Model, Reader]:
 
 
 def _digest(path: Path) -> str:
-    return safetensors.digest([path] if path.is_file() else safetensors.find_files(path))
+    return checksums.digest([path] if path.is_file() else safetensors.find_files(path))
 
 
 def _json(path: Path) -> dict[str, Any]:

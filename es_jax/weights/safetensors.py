@@ -15,6 +15,8 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from es_jax.weights.checksums import write_sums
+
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _FLOATS = {
@@ -108,14 +110,18 @@ def write_folder(
 ) -> tuple[Path, ...]:
     """Write `tensor(key)` of every key as `dtype` into one file, or several and an index; one tensor at a time.
 
-    A file holds at most `max_shard_bytes` of tensors, more only where a single tensor does. Returns the files.
+    A file holds at most `max_shard_bytes` of tensors, more only where a single tensor does. Their sums are written
+    beside them. Returns the files.
     """
     sizes = {key: math.prod(shape) * dtype.itemsize for key, shape in shapes.items()}
     shards = list(_shards(sizes, max_shard_bytes))
     names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     names = names if len(shards) > 1 else [SINGLE]
-    for name, keys in zip(names, shards, strict=True):
-        _write(folder / name, {key: shapes[key] for key in keys}, tensor, dtype=dtype)
+    sums = {
+        name: _write(folder / name, {key: shapes[key] for key in keys}, tensor, dtype=dtype)
+        for name, keys in zip(names, shards, strict=True)
+    }
+    write_sums(folder, sums)
     if len(shards) > 1:
         where = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
@@ -127,16 +133,6 @@ def write(path: Path, tensors: dict[str, np.ndarray]) -> None:
     """Write one file of tensors that share a dtype, as Hugging Face's tools read it."""
     (dtype,) = {tensor.dtype for tensor in tensors.values()}
     _write(path, {key: tensor.shape for key, tensor in tensors.items()}, tensors.__getitem__, dtype=dtype)
-
-
-def digest(files: Iterable[Path]) -> str:
-    """sha256, in hex, of the files' bytes one after another in the order of their names."""
-    total = hashlib.sha256()
-    for path in sorted(files):
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                total.update(chunk)
-    return total.hexdigest()
 
 
 def _header(file: Path) -> tuple[dict[str, Any], int]:
@@ -176,7 +172,8 @@ def _shards(sizes: Mapping[str, int], limit: int) -> Iterator[list[str]]:
 
 def _write(
     path: Path, shapes: Mapping[str, tuple[int, ...]], tensor: Callable[[str], np.ndarray], *, dtype: np.dtype
-) -> None:
+) -> str:
+    """Write one file; gives its sha256 in hex."""
     fields: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for key, shape in shapes.items():
@@ -184,12 +181,19 @@ def _write(
         fields[key] = {"dtype": _NAMES[dtype.name], "shape": shape, "data_offsets": (start, end)}
     header = json.dumps(fields, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
+    total = hashlib.sha256()
     with open(path, "wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
+
+        def put(data: bytes | memoryview) -> None:
+            file.write(data)
+            total.update(data)
+
+        put(len(header).to_bytes(8, "little") + header)
         for key, shape in shapes.items():
             values = tensor(key)
             if values.shape != shape:
                 raise ValueError(f"{key} has the shape {values.shape}, the header says {shape}")
             rows = max(_ROWS // max(math.prod(shape[1:]), 1), 1)
             for at in range(0, shape[0], rows):
-                file.write(np.ascontiguousarray(values[at : at + rows], dtype).view(np.uint8).data)
+                put(np.ascontiguousarray(values[at : at + rows], dtype).view(np.uint8).data)
+    return total.hexdigest()

@@ -26,6 +26,7 @@ MIXED = dataclasses.replace(  # every flag at once; four kinds of layers
 CONFIGS = pytest.mark.parametrize("config", [LLAMA, MIXED], ids=["llama", "mixed"])
 
 
+@functools.cache
 def _setup(config):
     params = jax.tree.map(lambda x: x * jnp.float32(4), jax.jit(Transformer(config).init)(jax.random.key(0)))
     tokens = jax.random.randint(jax.random.key(1), (2, 9), 0, config.vocab_size)
