@@ -14,7 +14,6 @@ from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
 from es_jax.core.mesh import make_mesh
-from es_jax.core.tree import count
 from es_jax.evals import drift as drifts
 from es_jax.evals.kl import Continuation, kl, sample
 from es_jax.evals.subject import Subject, is_run, of_model, of_run
@@ -227,7 +226,7 @@ class _Evaluation:
         base = self.subject.base() if needs_kl or needs_drift else None
         small = cast(base, dtype) if needs_kl else None
         written = {h.name: self._continuations(h, small) for h in self.tests if any(h in self._kl(s) for s in todo)}
-        predicted = self.subject.predicted(todo[-1], count(base)) if needs_drift else {}
+        predicted = self.subject.predicted(todo[-1], base) if needs_drift else {}
         for step, params in self.subject.weights(todo):
             self.bar.set_description(f"step {step}")
             for held, verdicts in evaluate(

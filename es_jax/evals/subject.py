@@ -8,13 +8,15 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from es_jax.core.tree import count
+from es_jax.evals.drift import drift
 from es_jax.training import workdir as rundir
 from es_jax.training.checkpoint import saved_steps
 from es_jax.training.config import RunConfig
 from es_jax.training.export import restored
 from es_jax.training.fields import ModelConfig
 from es_jax.training.seedlog import SeedLog
-from es_jax.training.state import load_base, replay
+from es_jax.training.state import load_anchor, load_base, replay
 from es_jax.training.walk import Walk
 from es_jax.weights.model import Model, load_outline
 
@@ -32,7 +34,7 @@ class Subject:
       saved: steps that need no replay.
       base: makes the base model's weights.
       weights: the weights of given steps, in their order; copy what is kept, the next step reuses their memory.
-      predicted: ‖θ_t − θ₀‖ in exact arithmetic, by step, where theory knows it.
+      predicted: ‖θ_t − θ₀‖ in exact arithmetic by step, up to a last step and from given θ₀, where theory knows it.
     """
 
     config: RunConfig
@@ -41,7 +43,7 @@ class Subject:
     saved: tuple[int, ...]
     base: Callable[[], Any]
     weights: Callable[[Sequence[int]], Iterator[tuple[int, Any]]]
-    predicted: Callable[[int, int], dict[int, float | None]]
+    predicted: Callable[[int, Any], dict[int, float | None]]
 
 
 def is_run(path: Path) -> bool:
@@ -77,8 +79,9 @@ def of_run(workdir: Path, mesh: Mesh) -> Subject:
         for step in steps:
             yield step, restored(workdir, config, model, step) if step in saved else next(rebuilt)[1]
 
-    def predicted(last: int, dim: int) -> dict[int, float | None]:
-        walk, found = Walk(config, dim), {}
+    def predicted(last: int, start: Any) -> dict[int, float | None]:
+        offset = drift(start, load_anchor(config, mesh, start))["norm"] if config.optim.anchor.source else 0.0
+        walk, found = Walk(config, count(start), offset=offset), {}
         for entry in log.entries[:last] if replayable else ():
             walk.add(entry)
             found[entry.step] = walk.norm
@@ -110,4 +113,4 @@ def of_model(source: str, base: str | None, mesh: Mesh) -> Subject:
     def made() -> Any:
         return load_base(first, mesh).params
 
-    return Subject(second, model, int(base is not None), (), made, weights, lambda last, dim: {})
+    return Subject(second, model, int(base is not None), (), made, weights, lambda last, start: {})

@@ -13,6 +13,7 @@ OPTIMIZERS = {
     "adamw": optax.adamw,
     "lion": optax.lion,
 }
+OPTIONS = {"adam": ("b1", "b2"), "adamw": ("b1", "b2", "weight_decay"), "lion": ("b1", "b2", "weight_decay")}
 
 
 def build_optimizer(
@@ -36,8 +37,14 @@ def build_optimizer(
     del params  # no rule depends on the leaves yet
     rate, penalty, strength = config.optim.learning_rate, config.optim.anchor.penalty, config.anchor_strength
     step, pull = (rate, rate * strength) if rates is None else rates
-    optimizer = OPTIMIZERS[config.optim.name](step)
+    given = {name: getattr(config.optim, name) for name in OPTIONS.get(config.optim.name, ())}
+    given = {name: value for name, value in given.items() if value is not None}
+    optimizer: Any = OPTIMIZERS[config.optim.name](step, **given)
     sentence = f"{config.optim.name} with learning rate {rate:g}{_by(config.optim.schedule)}"
+    sentence += "".join(f", {name} {value:g}" for name, value in given.items())
+    if config.optim.max_grad_norm is not None:
+        optimizer = optax.chain(optax.clip_by_global_norm(config.optim.max_grad_norm), optimizer)
+        sentence = f"gradients clipped at norm {config.optim.max_grad_norm:g}, {sentence}"
     if penalty == "none":
         return optax.with_extra_args_support(optimizer), f"{sentence}, no anchor."
     anchor = config.optim.anchor

@@ -6,7 +6,7 @@ import itertools
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,16 @@ from es_jax.training.checkpoint import Checkpoints, abstract, nbytes
 from es_jax.training.config import RunConfig, freeze
 from es_jax.training.es_step import Evaluator, compute_dtype
 from es_jax.training.grading import Graded, grade
+from es_jax.training.grpo import GRPO
 from es_jax.training.heldout import HeldOut, checked_prompt, evaluate
 from es_jax.training.method import Evolution, Method
 from es_jax.training.recorder import Recorder
 from es_jax.training.seedlog import Entry, SeedLog
 from es_jax.training.state import State, load_base
+from es_jax.weights.model import load_outline
 
 logger = logging.getLogger(__name__)
-METHODS = {"es": Evolution}
+METHODS: dict[str, Callable[..., Method]] = {"es": Evolution, "grpo": GRPO}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,16 +98,21 @@ class _Run:
         self.log = SeedLog(workdir)
         rundir.settle(workdir, config, identity=self._identity(), started=bool(self.log.entries))
         engine = self._engine()
-        self.packing = engine.packing(self.prompts)
         self.evaluator = Evaluator.of(config, engine, self.mesh)
         self.checkpoints = Checkpoints(workdir, keep=config.train.keep)
         self.state = State(config, self.mesh, model.params)
         del model
-        self.method: Method = METHODS[config.method](config, self.evaluator, self.state)
+        self.method = METHODS[config.method](config, self.evaluator, self.state, engine.packing(self.prompts))
         self._resume()
         rundir.check_space(workdir, nbytes(self.state.params, self.state.opt_state))
         self.recorder = Recorder(
-            config, workdir, dim=self.dim, finished=self.log.entries, tests=self.tests, unit=self.method.unit
+            config,
+            workdir,
+            dim=self.dim,
+            finished=self.log.entries,
+            tests=self.tests,
+            unit=self.method.unit,
+            offset=self.state.offset,
         )
         self.recorder.progress.say(f"{self.dim:,} weights, {self.mesh.size} devices, {self.state.sentence}")
 
@@ -148,8 +155,7 @@ class _Run:
         def graded(indices: Sequence[int], tokens: np.ndarray, length: np.ndarray) -> list[Graded]:
             return grade(task, self.model, [self.examples[rows[i]] for i in indices], tokens, length)
 
-        prompts = self.packing.pack([self.prompts[i] for i in rows], rows=len(rows))
-        return self.method.collect(step, prompts, graded, self.recorder.progress.advance)
+        return self.method.collect(step, [self.prompts[i] for i in rows], graded, self.recorder.progress.advance)
 
     def _identity(self) -> dict[str, Any]:
         """What a run is besides its fields, as config.json keeps it."""
@@ -162,7 +168,12 @@ class _Run:
             "compute_dtype": str(compute_dtype(self.config)),
             "parameters": self.dim,
             "stop_ids": list(self.model.stop_ids),
+            **self._anchor_identity(),
         }
+
+    def _anchor_identity(self) -> dict[str, str]:
+        source = self.config.optim.anchor.source
+        return {} if source is None else {"anchor_digest": load_outline(source).digest}
 
     def _engine(self) -> Engine:
         decode, total = self.config.decode, self.config.task.prompts_per_step or len(self.examples)

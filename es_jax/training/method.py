@@ -5,7 +5,7 @@ moves the weights by them.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ import numpy as np
 from es_jax.core import rng
 from es_jax.es.population import Members, Population
 from es_jax.es.shaping import SHAPINGS
-from es_jax.generate.prompts import Prompts
+from es_jax.generate.prompts import Packing
 from es_jax.training.config import RunConfig
 from es_jax.training.diagnostics import diagnose
 from es_jax.training.es_step import Evaluator
@@ -26,7 +26,7 @@ Grade = Callable[[Sequence[int], np.ndarray, np.ndarray], list[Graded]]
 
 
 class Method(Protocol):
-    """One way of training; made from a run's config, its evaluator and its state.
+    """One way of training; made from a run's config, its evaluator, its state and the packing of its prompts.
 
     Attributes:
       replayable: whether a line of the seed log rebuilds its step. Where it does not, a run goes on from its last
@@ -38,18 +38,18 @@ class Method(Protocol):
     unit: tuple[str, int]
 
     def collect(
-        self, step: int, prompts: Prompts, grade: Grade, done: Callable[[int], None]
+        self, step: int, prompts: Sequence[Sequence[int]], grade: Grade, done: Callable[[int], None]
     ) -> tuple[Entry, list[list[Graded]]]:
         """A step's completions, graded: its line of the seed log, and a list for each member or rollout.
 
         Args:
           step: 1, 2, …
-          prompts: the step's, packed in the same shapes at every step.
+          prompts: token ids of the step's prompts.
           grade: scores of completions, from their prompts' indices, tokens [B, L] and lengths [B].
           done: told how many more units there are.
         """
 
-    def learn(self, entry: Entry) -> dict[str, float | None]:
+    def learn(self, entry: Entry) -> Mapping[str, float | None]:
         """Move the weights by what was collected; what else there is to record of it."""
 
 
@@ -58,14 +58,14 @@ class Evolution:
 
     replayable = True
 
-    def __init__(self, config: RunConfig, evaluator: Evaluator, state: State):
-        self._config, self._evaluator, self._state = config, evaluator, state
+    def __init__(self, config: RunConfig, evaluator: Evaluator, state: State, packing: Packing):
+        self._config, self._evaluator, self._state, self._packing = config, evaluator, state, packing
         self._population = Population(config.es.population, seed=config.train.seed, antithetic=config.es.antithetic)
         self.unit = ("member", config.es.population)
         self._gap: float | None = None
 
     def collect(
-        self, step: int, prompts: Prompts, grade: Grade, done: Callable[[int], None]
+        self, step: int, prompts: Sequence[Sequence[int]], grade: Grade, done: Callable[[int], None]
     ) -> tuple[Entry, list[list[Graded]]]:
         """Every member's completions, in the order of the prompts."""
         es, members = self._config.es, self._population.members(step)
@@ -88,7 +88,7 @@ class Evolution:
             found["expected_gain"] = None
         return {**found, "curvature_gap": self._gap, **rates._asdict()}
 
-    def _measure_gap(self, step: int, prompts: Prompts, grade: Grade, rewards: np.ndarray) -> None:
+    def _measure_gap(self, step: int, prompts: Sequence[Sequence[int]], grade: Grade, rewards: np.ndarray) -> None:
         """Mean reward of the members minus that of the model between them, at the steps behind an evaluation."""
         every, self._gap = self._config.evals.every, None
         if every and (step - 1) % every == 0 and self._config.es.rewards == "task":
@@ -97,11 +97,11 @@ class Evolution:
             self._gap = float(rewards.mean() - np.mean([g.score.reward for g in centre]))
 
     def _evaluate(
-        self, members: Members, prompts: Prompts, grade: Grade, done: Callable[[int], None]
+        self, members: Members, prompts: Sequence[Sequence[int]], grade: Grade, done: Callable[[int], None]
     ) -> list[list[Graded]]:
         graded: list[list[Graded]] = [[] for _ in range(len(members))]
-        everyone = range(len(prompts.tokens))
-        for member, tokens, length in self._evaluator.members(self._state.params, members, prompts):
-            graded[member] = grade(everyone, tokens, length)
+        rows = self._packing.pack(prompts, rows=len(prompts))
+        for member, tokens, length in self._evaluator.members(self._state.params, members, rows):
+            graded[member] = grade(range(len(prompts)), tokens, length)
             done(1)
         return graded

@@ -1,7 +1,7 @@
 """What a run tells of itself as it goes: metrics, samples, and held-out rows."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ class Recorder:
         finished: Sequence[Entry],
         tests: Sequence[HeldOut],
         unit: tuple[str, int],
+        offset: float = 0.0,
     ):
         self._config, self._dim, done = config, dim, len(finished)
         self._metrics = Metrics(workdir, last_step=done)
@@ -37,7 +38,7 @@ class Recorder:
         self.heldout = {name: EvalsFile(workdir / "evals", name, last_step=done) for name in names}
         self.progress = Progress(steps=config.train.steps, done=done, unit=unit)
         self.reward = float(np.mean(np.array(finished[-1].rewards, float))) if finished else None
-        self._walk = Walk(config, dim)
+        self._walk = Walk(config, dim, offset=offset)
         for entry in finished:
             self._walk.add(entry)
 
@@ -48,7 +49,7 @@ class Recorder:
         *,
         drift: float,
         seconds: dict[str, float],
-        learnt: dict[str, float | None],
+        learnt: Mapping[str, float | None],
     ) -> None:
         """A step's row in metrics.jsonl and TensorBoard, its samples, and its line on the screen.
 

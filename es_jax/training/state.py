@@ -1,5 +1,6 @@
 """The weights of a run, moved by entries of its seed log: live, on resuming and in a replay alike."""
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,11 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
-from es_jax.core.mesh import leaf_sharding, make_mesh, param_shardings
+from es_jax.core.mesh import leaf_sharding, make_mesh, param_shardings, replicated
+from es_jax.core.tree import named_leaves
 from es_jax.optim.chains import build_optimizer
 from es_jax.training import workdir as rundir
+from es_jax.training.checkpoint import abstract, restore_params, saved_steps
 from es_jax.training.config import RunConfig
 from es_jax.training.es_step import of_update, placed_weights, update
 from es_jax.training.seedlog import Entry, SeedLog
@@ -22,8 +26,26 @@ def load_base(config: RunConfig, mesh: Mesh) -> Model:
     """The base model of a run, its weights in model.param_dtype and cut over all devices of the mesh."""
     if not config.model.source:
         raise ValueError("model.source is empty: set it to a Hugging Face folder, a .gguf file or a hub name")
+    return _load(config.model.source, config, mesh)
+
+
+def load_anchor(config: RunConfig, mesh: Mesh, params: Any) -> Any:
+    """The weights of optim.anchor.source, like the run's own.
+
+    Raises:
+      ValueError: another model's, by the shapes.
+    """
+    source = str(config.optim.anchor.source)
+    anchor = _load(source, config, mesh).params
+    shapes = [{name: leaf.shape for name, leaf in named_leaves(tree)} for tree in (anchor, params)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"optim.anchor.source {source!r} has other parameters than model.source: give the same model")
+    return anchor
+
+
+def _load(source: str, config: RunConfig, mesh: Mesh) -> Model:
     return load_model(
-        config.model.source,
+        source,
         mesh=mesh,
         dtype=jnp.dtype(config.model.param_dtype),
         shardings=lambda name, shape: leaf_sharding(mesh, shape),
@@ -37,27 +59,47 @@ class State:
       params: θ; `apply` donates them, so keep no reference across it.
       opt_state: of the optax chain, the anchor among it.
       drift: ‖θ − θ₀‖, a device scalar.
+      offset: ‖anchor − θ₀‖ at the start; 0 where training begins at the anchor.
       sentence: what the optimizer is.
     """
 
     def __init__(self, config: RunConfig, mesh: Mesh, params: Any):
         if not jax.config.jax_threefry_partitionable:  # type: ignore[attr-defined]
             raise ValueError("jax_threefry_partitionable is off, which changes the noise: unset it and start again")
-        self._config, self._mesh = of_update(config), mesh
+        self._run, self._config, self._mesh = config, of_update(config), mesh
         tx, self.sentence = build_optimizer(config, params)
-        anchored = config.optim.anchor.penalty != "none"
-        self._base = None if anchored else jax.tree.map(jnp.copy, params)
+        anchor = config.optim.anchor
+        stays = anchor.penalty != "none" and anchor.average is None and anchor.source is None
+        self._base = None if stays else jax.tree.map(jnp.copy, params)
         self.params = params
         shardings = param_shardings(mesh, jax.eval_shape(tx.init, params))  # by shape alone, as the parameters' own are
         self.opt_state = jax.jit(tx.init, out_shardings=shardings)(params)
         self.drift: jax.Array | float = 0.0
+        self.offset = 0.0
+        if anchor.source is not None:
+            other = load_anchor(config, mesh, params)
+            self.opt_state = optax.tree_utils.tree_set(self.opt_state, anchor=other)
+            self.offset = math.sqrt(sum(float(x) for x in jax.tree.leaves(jax.tree.map(_square, other, params))))
+
+    @property
+    def base(self) -> Any:
+        """θ₀: a copy of its own, or the optimizer's anchor."""
+        return optax.tree_utils.tree_get(self.opt_state, "anchor") if self._base is None else self._base
 
     def apply(self, entry: Entry) -> None:
         """Move the weights from step − 1 to the entry's step. Nothing else ever moves them."""
         members, weights = placed_weights(self._mesh, entry.members, np.array(entry.weights, np.float32))
+        rates = entry.rates(self._run)
+        steps = jnp.array([rates.learning_rate, rates.learning_rate * rates.strength], jnp.float32)
+        steps = jax.device_put(steps, replicated(self._mesh))
         self.params, self.opt_state, self.drift = update(
-            self._config, self._mesh, self.params, self.opt_state, self._base, members, weights
+            self._config, self._mesh, self.params, self.opt_state, self._base, members, weights, steps
         )
+
+
+@jax.jit
+def _square(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.square(a.astype(jnp.float32) - b.astype(jnp.float32)))
 
 
 def replay(
@@ -67,7 +109,8 @@ def replay(
 
     Args:
       workdir: a run's directory; only config.json and seedlog.jsonl are read.
-      steps: which to yield, 0 (the base weights) to the last; all by default. They come in order.
+      steps: which to yield, 0 (the base weights) to the last; all by default. They come in order. Of a GRPO run,
+        whose log does not hold what its steps were made of, those with a checkpoint, and 0.
       mesh: where to rebuild; all devices by default.
 
     Yields:
@@ -83,9 +126,17 @@ def replay(
     wanted = sorted(set(range(len(log.entries) + 1) if steps is None else steps))
     if wanted and not 0 <= wanted[0] <= wanted[-1] <= len(log.entries):
         raise ValueError(f"steps are {wanted[0]} to {wanted[-1]}, but {workdir} holds steps 0 to {len(log.entries)}")
+    if config.method != "es":
+        saved = saved_steps(workdir)
+        wanted = [0, *saved] if steps is None else wanted
+        _check_saved(workdir, wanted, saved)
     mesh = make_mesh() if mesh is None else mesh
     model = load_base(config, mesh)
     rundir.check_base(workdir, config.model.source, model.digest)
+    if config.method != "es":
+        like = abstract(model.params)
+        yield from ((step, restore_params(workdir, step, like) if step else model.params) for step in wanted)
+        return
     state = State(config, mesh, model.params)
     del model
     if 0 in wanted:
@@ -94,3 +145,14 @@ def replay(
         state.apply(entry)
         if entry.step in wanted:
             yield entry.step, state.params
+
+
+def _check_saved(workdir: Path, wanted: Sequence[int], saved: Sequence[int]) -> None:
+    """Raises ValueError for a step, other than 0, that has no checkpoint."""
+    for step in wanted:
+        if step and step not in saved:
+            raise ValueError(
+                f"step {step} of {workdir} cannot be rebuilt: the log of a GRPO run does not hold its completions, and "
+                f"there are checkpoints of steps {', '.join(map(str, saved)) or 'none'} alone; raise train.keep, or "
+                "lower train.checkpoint_every, to have more of them"
+            )
