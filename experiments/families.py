@@ -12,11 +12,11 @@ from collections.abc import Iterator, Sequence
 
 from configs import lab
 from experiments.forgetting import ANCHORS, PRIOR, TARGETS
-from experiments.runs import Case, main
+from experiments.runs import EVALS, Case, main
 
 LAB = {"llama": "lab", "qwen3": "runs/lab-qwen3", "gemma2": "runs/lab-gemma2"}
 FULL = ("qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-3b", "qwen2.5-7b")
-SMALL = {"task.prompts_per_step": 32, "train.steps": 120, "train.checkpoint_every": 120, "evals.every": 60}
+SMALL = {"task.prompts_per_step": 32, "train.steps": 120, "train.checkpoint_every": 120, "evals.every": 60} | EVALS
 
 
 def cases(size: str, seeds: Sequence[int]) -> Iterator[Case]:

@@ -15,13 +15,13 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from configs import countdown, gsm8k, lab, proofwriter
-from experiments.runs import Case, main
+from experiments.runs import EVALS, Case, main
 
 POPULATIONS = (30, 128, 256)
 ANCHORS = {"none": "", "l2": "anchor=l2"}
 TARGETS = {"countdown": countdown, "gsm8k": gsm8k, "proofwriter": proofwriter}
 PRIOR = ("hellaswag", "piqa", "arc-challenge", "mmlu-pro")
-SMALL = {"task.prompts_per_step": 16, "train.steps": 60, "train.checkpoint_every": 60, "evals.every": 30}
+SMALL = {"task.prompts_per_step": 16, "train.steps": 40, "train.checkpoint_every": 40, "evals.every": 20} | EVALS
 
 
 def cases(size: str, seeds: Sequence[int]) -> Iterator[Case]:

@@ -21,6 +21,7 @@ from es_jax.training.loop import run
 from es_jax.training.metrics import read_jsonl
 
 SIZES = ("lab", "full")
+EVALS = {"evals.size": 100, "train.samples": 1}  # of a run at laboratory size
 MEASURED = ("target", "prior", "prior_change", "of_format", "of_knowledge", "drift", "ratio", "kappa")
 
 

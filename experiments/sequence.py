@@ -22,12 +22,12 @@ from es_jax.tasks.lab import PRIOR as LAB_PRIOR
 from es_jax.training.evalsfile import read_evals
 from es_jax.training.export import export_run
 from experiments.forgetting import PRIOR
-from experiments.runs import SIZES, Case, execute, report
+from experiments.runs import EVALS, SIZES, Case, execute, report
 
 ANCHORS = ("none", "base", "re-anchored")
 STAGES = {"lab": ("lab-countdown", "lab-add", "lab-sort"), "full": ("countdown", "gsm8k", "proofwriter")}
 FULL = {"countdown": countdown, "gsm8k": gsm8k, "proofwriter": proofwriter}
-SMALL = {"task.prompts_per_step": 32, "train.steps": 80, "train.checkpoint_every": 80, "evals.every": 40}
+SMALL = {"task.prompts_per_step": 32, "train.steps": 80, "train.checkpoint_every": 80, "evals.every": 40} | EVALS
 
 
 def case(size: str, stage: int, anchor: str, seed: int, *, start: str) -> Case:

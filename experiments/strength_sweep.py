@@ -17,12 +17,12 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from configs import countdown, gsm8k, lab
-from experiments.runs import Case, main
+from experiments.runs import EVALS, Case, main
 
-DRIFTS = (0.25, 0.5, 1.0, 2.0, 4.0)
+DRIFTS = (0.3, 1.0, 3.0)
 MODELS = {"near": "lab", "far": "runs/lab-far"}
 FULL = {"near": countdown, "far": gsm8k}
-SMALL = {"task.prompts_per_step": 32, "train.steps": 120, "train.checkpoint_every": 120, "evals.every": 60}
+SMALL = {"task.prompts_per_step": 32, "train.steps": 120, "train.checkpoint_every": 120, "evals.every": 60} | EVALS
 
 
 def cases(size: str, seeds: Sequence[int]) -> Iterator[Case]:

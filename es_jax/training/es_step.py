@@ -18,7 +18,7 @@ from es_jax.generate.engine import Engine
 from es_jax.generate.prompts import Prompts
 from es_jax.optim.chains import build_optimizer
 from es_jax.training.config import RunConfig
-from es_jax.training.fields import ESConfig
+from es_jax.training.fields import ESConfig, OptimConfig
 
 LANE = "lane"  # the axis of the members that a group evaluates at once
 
@@ -40,8 +40,17 @@ def compute_dtype(config: RunConfig) -> jnp.dtype:
 def of_update(config: RunConfig) -> RunConfig:
     """The fields that `update` compiles in, all others at their defaults, so that runs of one process share it."""
     es = ESConfig(population=config.es.population, sigma=config.es.sigma, noise=config.es.noise)
-    anchor = dataclasses.replace(config.optim.anchor, schedule="constant")  # rates are arguments, step by step
+    anchor = dataclasses.replace(config.optim.anchor, schedule="constant")
     return RunConfig(es=es, optim=dataclasses.replace(config.optim, schedule="constant", anchor=anchor))
+
+
+def of_rated_update(config: RunConfig) -> RunConfig:
+    """The same where `update` is given its rates: runs that differ in α, σ, λ, N or their schedules share a program."""
+    anchored = config.optim.anchor.penalty != "none"
+    anchor = dataclasses.replace(config.optim.anchor, strength=1.0 if anchored else None, drift=None, source=None)
+    anchor = dataclasses.replace(anchor, schedule="constant")
+    optim = dataclasses.replace(config.optim, learning_rate=OptimConfig().learning_rate, schedule="constant")
+    return RunConfig(es=ESConfig(noise=config.es.noise), optim=dataclasses.replace(optim, anchor=anchor))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))

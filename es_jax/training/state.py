@@ -17,7 +17,7 @@ from es_jax.optim.chains import build_optimizer
 from es_jax.training import workdir as rundir
 from es_jax.training.checkpoint import abstract, restore_params, saved_steps
 from es_jax.training.config import RunConfig
-from es_jax.training.es_step import of_update, placed_weights, update
+from es_jax.training.es_step import of_rated_update, placed_weights, update
 from es_jax.training.seedlog import Entry, SeedLog
 from es_jax.weights.model import Model, load_model
 
@@ -66,7 +66,7 @@ class State:
     def __init__(self, config: RunConfig, mesh: Mesh, params: Any):
         if not jax.config.jax_threefry_partitionable:  # type: ignore[attr-defined]
             raise ValueError("jax_threefry_partitionable is off, which changes the noise: unset it and start again")
-        self._run, self._config, self._mesh = config, of_update(config), mesh
+        self._run, self._config, self._mesh = config, of_rated_update(config), mesh
         tx, self.sentence = build_optimizer(config, params)
         anchor = config.optim.anchor
         stays = anchor.penalty != "none" and anchor.average is None and anchor.source is None
