@@ -66,8 +66,9 @@ class RunConfig:
         rate = self.optim.learning_rate * self.anchor_strength * highest
         if self.optim.anchor.penalty == "l2" and not rate < 1:
             raise ValueError(
-                f"αλ is {self.optim.learning_rate:g} × {self.anchor_strength:g} (times {highest:g} by its schedules) = "
-                f"{rate:g}: the l2 anchor needs it below 1; lower optim.anchor.strength, or raise optim.anchor.drift"
+                f"αλ is {self.optim.learning_rate:g} × {self.anchor_strength:g} = {rate / highest:g}"
+                + (f", times {highest:g} by its schedules" if highest > 1 else "")
+                + ": the l2 anchor needs it below 1; lower optim.anchor.strength, or raise optim.anchor.drift"
             )
 
     def _check_grpo(self) -> None:
