@@ -13,7 +13,6 @@ import jax
 from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
-from es_jax.core.mesh import make_mesh
 from es_jax.evals import drift as drifts
 from es_jax.evals.kl import Continuation, kl, sample
 from es_jax.evals.subject import Subject, is_run, of_model, of_run
@@ -23,10 +22,12 @@ from es_jax.tasks.task import Task
 from es_jax.training.config import RunConfig
 from es_jax.training.es_step import Evaluator, compute_dtype
 from es_jax.training.evalsfile import EvalsFile, read_evals
+from es_jax.training.fields import MeshConfig, ModelConfig
 from es_jax.training.heldout import HeldOut, cast, evaluate
 from es_jax.training.loop import make_task
 from es_jax.training.metrics import Jsonl
-from es_jax.training.workdir import writing
+from es_jax.training.state import base_config, mesh_of
+from es_jax.training.workdir import read_config, writing
 
 logger = logging.getLogger(__name__)
 LAST = 2**62
@@ -100,17 +101,24 @@ def evaluate_run(
     """
     if jax.process_count() > 1:
         raise ValueError(f"{jax.process_count()} processes: evaluation is one process; start it on one host")
-    mesh = make_mesh() if mesh is None else mesh
     run = is_run(Path(workdir))
     if not run and base is None and (kl or drift):
         raise ValueError(f"{workdir} is a model, not a run: kl and drift need base, the model it was trained from")
     if run and base is not None:
         raise ValueError(f"base is {base!r}, but {workdir} is a run, which knows its base model: leave base out")
+    if mesh is None:
+        mesh = _mesh(read_config(Path(workdir)) if run else RunConfig(model=ModelConfig(source=str(workdir))))
     subject = of_run(Path(workdir), mesh) if run else of_model(str(workdir), base, mesh)
     folder = Path(out) if out is not None else Path(workdir) / "evals"
     wanted = chosen_steps(subject, every=every, steps=steps)
     names = list(tasks) if tasks is not None else _own_tasks(subject.config, run)
     return _Evaluation(subject, folder, names, wanted, options=options, mesh=mesh, kl=kl, drift=drift).run()
+
+
+def _mesh(config: RunConfig) -> Mesh:
+    """All devices there are, whatever the run had, in groups that have room for the model."""
+    config = dataclasses.replace(config, mesh=MeshConfig())
+    return mesh_of(config, base_config(config))
 
 
 def chosen_steps(subject: Subject, *, every: int | None, steps: Sequence[int] | None) -> list[int]:

@@ -7,8 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float32, Int32
 
+from es_jax.core.mesh import replicated
 from es_jax.generate.score import block_length, in_blocks
 from es_jax.models.cache import KVCache
 from es_jax.models.config import TransformerConfig
@@ -19,13 +21,18 @@ WIDTH_STEP = 32  # prompts are padded to this many tokens times a power of two, 
 
 
 def score_options(
-    config: TransformerConfig, params: Any, rows: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]]
+    config: TransformerConfig,
+    params: Any,
+    rows: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]],
+    *,
+    mesh: Mesh | None = None,
 ) -> list[np.ndarray]:
     """log p(option | prompt) of every option, the sum over its tokens: an array [K] for each row.
 
     Args:
       config, params: the model; it computes in the dtype of the parameters.
       rows: (prompt, options) as token ids, at least one of each; rows may have different numbers of options.
+      mesh: of the parameters, where they are cut over the devices of several processes.
 
     >>> config = TransformerConfig(family="llama", vocab_size=16, width=8, layers=1, heads=2, kv_heads=1,
     ...                            head_dim=4, mlp_dim=8)
@@ -46,15 +53,16 @@ def score_options(
                 prompts[r, : len(rows[i][0])], lengths[r] = rows[i][0], len(rows[i][0])
                 for k, ids in enumerate(rows[i][1]):
                     options[k, r, : len(ids)], ends[k, r] = ids, len(ids)
-            total = np.asarray(_score(config, params, prompts, lengths, options, ends))
+            total = np.asarray(_score(config, mesh, params, prompts, lengths, options, ends))
             for r, i in enumerate(chosen):
                 found[i] = total[: len(rows[i][1]), r]
     return found
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _score(
     config: TransformerConfig,
+    mesh: Mesh | None,
     params: Any,
     prompts: Int32[Array, "B P"],
     lengths: Int32[Array, "B"],
@@ -83,7 +91,8 @@ def _score(
         logits = model.logits(params, before)
         return jnp.take_along_axis(logits, tokens[..., None], axis=2)[..., 0] - jax.nn.logsumexp(logits, axis=2)
 
-    return jax.lax.map(one, (options, ends))
+    total = jax.lax.map(one, (options, ends))
+    return total if mesh is None else jax.lax.with_sharding_constraint(total, replicated(mesh))
 
 
 def _together(lengths: Sequence[int]) -> Iterator[tuple[list[int], int]]:

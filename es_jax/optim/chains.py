@@ -17,7 +17,7 @@ OPTIONS = {"adam": ("b1", "b2"), "adamw": ("b1", "b2", "weight_decay"), "lion": 
 
 
 def build_optimizer(
-    config: Any, params: Any, *, rates: Any = None
+    config: Any, params: Any, *, rates: Any = None, anchor_sharding: Any = None
 ) -> tuple[optax.GradientTransformationExtraArgs, str]:
     """The optimizer of a run, and one sentence that describes it.
 
@@ -26,6 +26,7 @@ def build_optimizer(
         (κ or None).
       params: the parameters it will be used on. Every leaf is stepped and anchored.
       rates: (α, αλ) of a step, which may be traced; the config's constants by default.
+      anchor_sharding: where the anchor lives; see `anchored_weight_decay`.
 
     Returns:
       (transformation, sentence).
@@ -53,13 +54,12 @@ def build_optimizer(
     if config.anchor_drift is not None:
         sentence += f"; in the long run a weight drifts κ = {config.anchor_drift:.2f} σ"
     arithmetic = "param" if config.es.noise == "shared_seed" else "float32"  # as published: all in the weights' dtype
-    decay = anchored_weight_decay(pull, penalty=penalty, arithmetic=arithmetic, average=anchor.average)
-    kept = (
-        ""
-        if anchor.average is None
-        else f" to an average of the weights over about {1 / (1 - anchor.average):.0f} steps"
+    decay = anchored_weight_decay(
+        pull, penalty=penalty, arithmetic=arithmetic, average=anchor.average, anchor_sharding=anchor_sharding
     )
-    kept += "" if anchor.source is None else f" to {anchor.source}"
+    kept = "" if anchor.source is None else f" to {anchor.source}"
+    if anchor.average is not None:
+        kept += f" to an average of the weights over about {1 / (1 - anchor.average):.0f} steps"
     return optax.chain(optimizer, decay), f"{sentence}){kept}."
 
 

@@ -9,13 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from es_jax.core.mesh import POP, over_pop, param_shardings, replicated
+from es_jax.core import hosts
+from es_jax.core.mesh import MODEL, POP, leaf_spec, only, over_pop, own_rows, place, replicated
+from es_jax.core.tree import map_named
 from es_jax.es.noise import NOISES, GaussianNoise, SharedSeedNoise
 from es_jax.es.population import Members
 from es_jax.generate.engine import Engine
 from es_jax.generate.prompts import Prompts
+from es_jax.models.sharding import RULES, param_shardings
 from es_jax.optim.chains import build_optimizer
 from es_jax.training.config import RunConfig
 from es_jax.training.fields import ESConfig, OptimConfig
@@ -53,6 +56,27 @@ def of_rated_update(config: RunConfig) -> RunConfig:
     return RunConfig(es=ESConfig(noise=config.es.noise), optim=dataclasses.replace(optim, anchor=anchor))
 
 
+def optimizer(
+    config: RunConfig, mesh: Mesh, params: Any, rates: Any = None
+) -> tuple[optax.GradientTransformationExtraArgs, str]:
+    """The run's transformation and its sentence; the anchor lives where optim.anchor.memory says."""
+    memory = config.optim.anchor.memory
+    if memory == "device":
+        return build_optimizer(config, params, rates=rates)
+    where = jax.tree.map(lambda s: s.with_memory_kind(memory), param_shardings(mesh, params))
+    return build_optimizer(config, params, rates=rates, anchor_sharding=where)
+
+
+def state_shardings(config: RunConfig, mesh: Mesh, opt_state: Any) -> Any:
+    """Where the optimizer's state lives: cut like the parameters, the anchor in its own memory."""
+
+    def where(name: str, sharding: NamedSharding) -> NamedSharding:
+        memory = config.optim.anchor.memory if "anchor" in name.split("/") else "device"
+        return sharding if memory == "device" else sharding.with_memory_kind(memory)
+
+    return map_named(where, param_shardings(mesh, opt_state))
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
 def update(
     config: RunConfig,
@@ -64,29 +88,62 @@ def update(
     weights: jax.Array,
     rates: jax.Array | None = None,
 ) -> tuple[Any, Any, jax.Array]:
-    """One step of the weights: (params, opt_state, drift). Parameters and optimizer state are donated.
+    """One step of the weights: (params, opt_state, squares). Parameters and optimizer state are donated.
 
     `config`: of `of_update`.
 
-    Every device makes all members' noise for its own slice; nothing is reduced but the scalar drift ‖θ − θ₀‖, measured
-    from `base`, or from the anchor where `base` is None. `rates`: (α, αλ); by default the config's.
+    Every device makes all members' noise for its own slice, and nothing is sent or reduced: `squares` [pop, model]
+    holds each device's part of ‖θ − θ₀‖², which `distance` adds up. θ₀ is `base`, or the anchor where `base` is None.
+    `rates`: (α, αλ); by default the config's.
     """
-    shardings = param_shardings(mesh, params)
-    gradient = make_noise(config).estimate(params, members, weights)
-    gradient = jax.lax.with_sharding_constraint(gradient, shardings)
+    where = param_shardings(mesh, params)
+    gradient = jax.lax.with_sharding_constraint(make_noise(config).estimate(params, members, weights), where)
+    params, opt_state = stepped(config, mesh, params, opt_state, gradient, rates)
+    return params, opt_state, _squares(mesh, where, params, start_of(mesh, opt_state, base))
+
+
+def stepped(
+    config: RunConfig, mesh: Mesh, params: Any, opt_state: Any, gradient: Any, rates: jax.Array | None = None
+) -> tuple[Any, Any]:
+    """One step of the optimizer, everything left where it belongs; inside jit. `rates`: as of `update`."""
     rates = None if rates is None else rates.astype(jax.tree.leaves(gradient)[0].dtype)  # as a constant would be
-    updates, opt_state = build_optimizer(config, params, rates=rates)[0].update(gradient, opt_state, params)
-    params = jax.lax.with_sharding_constraint(optax.apply_updates(params, updates), shardings)
-    opt_state = jax.lax.with_sharding_constraint(opt_state, param_shardings(mesh, opt_state))
-    base = optax.tree_utils.tree_get(opt_state, "anchor") if base is None else base
-    return params, opt_state, _distance(params, base)
+    updates, opt_state = optimizer(config, mesh, params, rates)[0].update(gradient, opt_state, params)
+    params = jax.lax.with_sharding_constraint(optax.apply_updates(params, updates), param_shardings(mesh, params))
+    return params, jax.tree.map(_kept, opt_state, state_shardings(config, mesh, opt_state))
 
 
-def _distance(params: Any, base: Any) -> jax.Array:
-    squares = jax.tree.map(
-        lambda p, b: jnp.sum(jnp.square(p.astype(jnp.float32) - b.astype(jnp.float32))), params, base
-    )
-    return jnp.sqrt(sum(jax.tree.leaves(squares)))
+def start_of(mesh: Mesh, opt_state: Any, base: Any) -> Any:
+    """θ₀ on the devices: `base`, or the optimizer's anchor where that is None; inside jit."""
+    if base is not None:
+        return base
+    anchor = optax.tree_utils.tree_get(opt_state, "anchor")
+    return jax.tree.map(jax.device_put, anchor, param_shardings(mesh, anchor))
+
+
+def _kept(leaf: jax.Array, where: NamedSharding) -> jax.Array:
+    """The leaf held where it belongs; one in host memory is what came in, and stays as it is."""
+    return leaf if where.memory_kind == "pinned_host" else jax.lax.with_sharding_constraint(leaf, where)
+
+
+def _squares(mesh: Mesh, where: Any, params: Any, base: Any) -> jax.Array:
+    specs = jax.tree.map(lambda sharding: sharding.spec, where)
+
+    def part(param: jax.Array, start: jax.Array, spec: PartitionSpec) -> jax.Array:
+        total = jnp.sum(jnp.square(param.astype(jnp.float32) - start.astype(jnp.float32)))
+        copies = [jax.lax.axis_index(axis) for axis in mesh.axis_names if axis not in spec]
+        return jnp.where(sum(copies, jnp.int32(0)) == 0, total, 0.0)  # a leaf held several times counts once
+
+    def local(params: Any, base: Any) -> jax.Array:
+        return sum(jax.tree.leaves(jax.tree.map(part, params, base, specs)), jnp.float32(0))[None, None]
+
+    out = PartitionSpec(*mesh.axis_names)
+    return jax.shard_map(local, mesh=mesh, in_specs=(specs, specs), out_specs=out, check_vma=False)(params, base)
+
+
+@jax.jit
+def distance(squares: jax.Array) -> jax.Array:
+    """‖θ − θ₀‖, a scalar, from the parts of its square that `update` gives: the one sum over devices of a step."""
+    return jnp.sqrt(jnp.sum(squares))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,10 +173,19 @@ class Evaluator:
 
     @functools.partial(jax.jit, static_argnums=0)
     def _perturb(self, params: Any, members: Members) -> Any:
-        def one(params, member):
-            return self.engine.layout(self.noise.apply(params, member, sigma=self.sigma, dtype=self.dtype))
+        specs = map_named(lambda name, leaf: leaf_spec(self.mesh, name, leaf.shape, RULES), params)
 
-        return self._grouped(one, in_specs=(PartitionSpec(), PartitionSpec(POP)), mapped=(None, 0))(params, members)
+        def perturbed(name: str, part: jax.Array, spec: PartitionSpec, member: Members) -> jax.Array:
+            whole = {name: _gathered(self.mesh, part, spec)}
+            made = self.noise.apply(whole, member, sigma=self.sigma, dtype=self.dtype)[name]
+            return jax.lax.with_sharding_constraint(made, only(spec, MODEL))
+
+        def one(params: Any, member: Members) -> Any:
+            make = functools.partial(perturbed, member=member)
+            return self.engine.layout(map_named(make, params, specs))
+
+        held = jax.tree.map(lambda spec: only(spec, POP), specs)
+        return self._grouped(one, in_specs=(held, PartitionSpec(POP)), mapped=(None, 0))(params, members)
 
     @functools.partial(jax.jit, static_argnums=0)
     def _decode(self, params: Any, prompts: Prompts) -> Any:
@@ -163,7 +229,7 @@ class Evaluator:
         for first in range(0, count, self.lanes):
             index = np.arange(first, first + self.lanes)
             lanes = members[np.minimum(index, count - 1)]
-            jax.block_until_ready([outputs for _, outputs in pending])
+            hosts.wait(functools.partial(jax.block_until_ready, [outputs for _, outputs in pending]))
             perturbed = self._perturb(params, self._placed(lanes))
             live = (index < count)[:, None, None]
             tokens = np.repeat(prompts.tokens[None], self.lanes, 0)
@@ -175,11 +241,12 @@ class Evaluator:
         for item in pending:
             yield from _unpack(item)
 
-    def unperturbed(self, params: Any, queues: Iterable[Prompts]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """θ itself on several queues of prompts, each spread over the lanes: (tokens [Q, L], length [Q]) of each.
+    def unperturbed(self, params: Any, queues: Iterable[Prompts]) -> Iterator[list[tuple[int, np.ndarray, np.ndarray]]]:
+        """θ itself on several queues of prompts, each spread over the lanes: a list of (first row, tokens [B, L],
+        length [B]) of each; in a run of several processes, those that this one's devices decode.
 
         All are dispatched before the first is waited for. Queues of the same width and prefix share a program with one
-        another, and with the members where these have as many prompts a lane.
+        another, and with the members where these have as many prompts a lane. Rows behind a queue's last are padding.
         """
         queues = list(queues)
         if not queues:
@@ -191,30 +258,41 @@ class Evaluator:
             count, width = prompts.tokens.shape
             slots = self.engine.slots
             each = -(-count // (self.lanes * slots)) * slots
+            first = range(0, each * self.lanes, each)
             spare = ((0, each * self.lanes - count), (0, 0))
             tokens = np.pad(prompts.tokens, spare).reshape(self.lanes, each, width)
             positions = np.pad(prompts.positions, spare, constant_values=-1).reshape(self.lanes, each, width)
-            pending.append((count, self._decode(weights, self._rows(tokens, positions, prompts.prefix))))
+            pending.append((first, self._decode(weights, self._rows(tokens, positions, prompts.prefix))))
         del weights
-        for count, outputs in pending:
-            tokens, length = jax.device_get(outputs)
-            yield tokens.reshape(-1, tokens.shape[-1])[:count], length.reshape(-1)[:count]
+        for first, outputs in pending:
+            yield list(_unpack((first, outputs)))
 
     def _rows(self, tokens: np.ndarray, positions: np.ndarray, prefix: np.ndarray) -> Prompts:
         tokens, positions = self._placed((tokens, positions))
         return Prompts(tokens, positions, jax.device_put(prefix, replicated(self.mesh)))
 
     def _placed(self, tree: Any) -> Any:
-        return jax.device_put(tree, over_pop(self.mesh))
+        return place(tree, over_pop(self.mesh))
+
+
+def _gathered(mesh: Mesh, part: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """The leaf from its parts over `pop`, each device its own cut over `model`; inside a shard_map over `pop`."""
+    if POP not in spec or mesh.shape[POP] == 1:
+        return part
+    gather = functools.partial(jax.lax.all_gather, axis_name=POP, axis=list(spec).index(POP), tiled=True)
+    cut = only(spec, MODEL)  # by hand: the partitioner would gather over `model` too
+    return jax.shard_map(gather, in_specs=cut, out_specs=cut, axis_names={MODEL}, check_vma=False)(part)
 
 
 def _unpack(item: tuple) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    members, outputs = item
-    tokens, length = jax.device_get(outputs)
-    for lane, member in enumerate(members):
-        yield int(member), tokens[lane], length[lane]
+    """The lanes that this process holds, each by its number: of a member, or of a row."""
+    numbers, outputs = item
+    tokens, length = hosts.wait(lambda: [own_rows(output) for output in outputs])
+    for lane, number in enumerate(numbers):
+        if lane in tokens:
+            yield int(number), tokens[lane], length[lane]
 
 
 def placed_weights(mesh: Mesh, members: Members, weights: np.ndarray) -> tuple[Members, jax.Array]:
     """Members and weights on every device, always from the host, so that live steps and replays are one program."""
-    return jax.device_put((members, jnp.asarray(weights, jnp.float32)), replicated(mesh))
+    return place((members, np.asarray(weights, np.float32)), replicated(mesh))

@@ -19,21 +19,20 @@ class EvalsFile:
       folder: the run's evals/.
       task: its name.
       last_step: rows of later steps, which did not finish, are dropped.
+
+    Attributes:
+      last: the row of the latest step; None when there is none.
     """
 
     def __init__(self, folder: Path, task: str, *, last_step: int = MAX):
         self.task, self._rows = task, Jsonl(folder / f"{task}.jsonl", last_step=last_step)
         self._verdicts = Jsonl(folder / "verdicts" / f"{task}.jsonl", last_step=last_step)
+        self.last: dict[str, Any] | None = max(read_evals(self._rows.path), key=lambda row: row["step"], default=None)
 
     @property
     def steps(self) -> set[int]:
         """The steps that are evaluated."""
         return self._rows.steps
-
-    @property
-    def last(self) -> dict[str, Any] | None:
-        """The row of the latest step."""
-        return max(read_evals(self._rows.path), key=lambda row: row["step"], default=None)
 
     def check(self, *, digest: str, max_new: int) -> None:
         """Raises ValueError where the file's rows were made from other held-out rows or with another limit."""
@@ -52,6 +51,7 @@ class EvalsFile:
         row = summary(step, verdicts, base) | {"max_new": max_new, "rows": digest}
         self._verdicts.write({"step": step, "max_new": max_new, "rows": digest, **verdicts.to_json()})
         self._rows.write(row)
+        self.last = row if self.last is None or step >= self.last["step"] else self.last
         return row
 
     def _base(self, digest: str, max_new: int) -> Verdicts | None:

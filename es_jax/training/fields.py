@@ -14,6 +14,7 @@ from es_jax.optim.chains import OPTIMIZERS, OPTIONS
 from es_jax.optim.schedules import parse
 from es_jax.tasks import TASKS
 
+MEMORIES = ("device", "pinned_host")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -137,6 +138,7 @@ class AnchorConfig:
       source: the model to be pulled to, where it is not the one that training starts from (model.source): in a
         sequence of tasks, the base of the first.
       average: β of an anchor that follows the weights, an exponential average over about 1/(1 − β) steps; None: fixed.
+      memory: where the starting weights are kept: "device", or "pinned_host" to bring them leaf by leaf each step.
     """
 
     penalty: str = "none"
@@ -145,8 +147,11 @@ class AnchorConfig:
     schedule: str = "constant"
     source: str | None = None
     average: float | None = None
+    memory: str = "device"
 
     def __post_init__(self):
+        if self.memory not in MEMORIES:
+            raise ValueError(unknown("optim.anchor.memory", self.memory, MEMORIES))
         if self.penalty not in theory.PENALTIES:
             raise ValueError(unknown("optim.anchor.penalty", self.penalty, theory.PENALTIES))
         given = [name for name in ("strength", "drift") if getattr(self, name) is not None]
@@ -169,6 +174,8 @@ class AnchorConfig:
                 f"optim.anchor.drift is {self.drift} with optim.anchor.average: weights that are pulled to their own "
                 "average have no long-run drift; set optim.anchor.strength instead"
             )
+        if self.average is not None and self.memory != "device":
+            raise ValueError(f"optim.anchor.memory is {self.memory!r} with optim.anchor.average: set it to 'device'")
         check_schedule("optim.anchor.schedule", self.schedule)
         if self.strength is not None and not 0 <= self.strength < math.inf:
             raise ValueError(f"optim.anchor.strength is {self.strength}: it must be finite and not negative")
@@ -297,14 +304,12 @@ class MeshConfig:
     """The device mesh: groups of devices that hold a member each, and devices in a group.
 
     Attributes:
-      pop: groups; None is as many as there are devices.
-      model: devices that share one member: 1, until a member can be cut over several.
+      pop: groups; None is as many as there are devices for.
+      model: devices that share one member, by its heads, MLP and vocabulary; None is the fewest with room for it.
     """
 
     pop: int | None = None
-    model: int = 1
+    model: int | None = None
 
     def __post_init__(self):
         _positive(self, "mesh", "pop", "model")
-        if self.model != 1:
-            raise ValueError(f"mesh.model is {self.model}: members cannot be cut over devices yet; set it to 1")

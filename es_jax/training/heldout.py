@@ -10,12 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from es_jax.generate.options import score_options
 from es_jax.models.config import TransformerConfig
 from es_jax.tasks.task import ChoiceTask, Example, Score, Task
 from es_jax.training.es_step import Evaluator
-from es_jax.training.grading import Graded, grade
+from es_jax.training.grading import Graded, Grader
 from es_jax.training.verdicts import Verdicts
 from es_jax.weights.model import Model
 from es_jax.weights.tokenizer import encode_prompt
@@ -80,15 +81,20 @@ def evaluate(
     """
     engine = evaluator.engine
     queues = [engine.packing(held.prompts).pack(held.prompts, rows=len(held.prompts)) for held in tasks]
-    for held, (tokens, length) in zip(tasks, evaluator.unperturbed(params, queues), strict=True):
-        graded = grade(held.task, model, held.examples, tokens, length)
-        likely = likeliest(model.config, params, held.options, dtype=evaluator.dtype)
+    for held, parts in zip(tasks, evaluator.unperturbed(params, queues), strict=True):
+        own: dict[int, Any] = {}
+        grader = Grader(_Published(held.task), model, held.examples)  # type: ignore[arg-type]
+        for first, tokens, length in parts:
+            rows = range(first, min(first + len(tokens), len(held.examples)))
+            own[first] = rows, grader(rows, tokens, length)
+        graded = [one for part in grader.shared(own).values() for one in part]
+        likely = likeliest(model.config, params, held.options, dtype=evaluator.dtype, mesh=evaluator.mesh)
         done(len(graded))
-        yield held, _verdicts(held.task, graded, likely)
+        yield held, _verdicts(graded, likely)
 
 
-def _verdicts(task: Task, graded: Sequence[Graded], likely: np.ndarray | None) -> Verdicts:
-    scores = [_published(task, g) for g in graded]
+def _verdicts(graded: Sequence[Graded], likely: np.ndarray | None) -> Verdicts:
+    scores = [g.score for g in graded]
     names = [name for name in scores[0].parts if name not in ("answer", "strict")]
     parts = {name: np.array([s.parts[name] for s in scores], float) for name in names}
     return Verdicts(
@@ -103,12 +109,18 @@ def _verdicts(task: Task, graded: Sequence[Graded], likely: np.ndarray | None) -
     )
 
 
-def _published(task: Task, graded: Graded) -> Score:
-    """The score by the published grader, whichever the task is trained with."""
-    if getattr(task, "grader", "paper") == "paper":
-        return graded.score
-    paper: Any = dataclasses.replace(task, grader="paper")  # type: ignore[type-var]
-    return paper.score(graded.example, graded.text)
+@dataclasses.dataclass(frozen=True)
+class _Published:
+    """A task whose reward is its own grader's, and whose parts are the published grader's."""
+
+    task: Task
+
+    def score(self, example: Example, completion: str) -> Score:
+        own = self.task.score(example, completion)
+        if getattr(self.task, "grader", "paper") == "paper":
+            return own
+        paper: Any = dataclasses.replace(self.task, grader="paper")  # type: ignore[type-var]
+        return Score(own.reward, paper.score(example, completion).parts)
 
 
 def _options(task: ChoiceTask, example: Example, model: Model) -> tuple[list[int], list[list[int]], int]:
@@ -132,6 +144,7 @@ def likeliest(
     rows: Sequence[tuple[list[int], list[list[int]], int]] | None,
     *,
     dtype: jnp.dtype,
+    mesh: Mesh | None = None,
 ) -> np.ndarray | None:
     """Whether the right option has the highest log-probability, the sum over its tokens, [n]; None without options.
 
@@ -139,7 +152,7 @@ def likeliest(
     """
     if rows is None:
         return None
-    scores = score_options(config, cast(params, dtype), [(prompt, options) for prompt, options, _ in rows])
+    scores = score_options(config, cast(params, dtype), [(prompt, options) for prompt, options, _ in rows], mesh=mesh)
     return np.array([float(np.argmax(own) == right) for own, (_, _, right) in zip(scores, rows, strict=True)])
 
 

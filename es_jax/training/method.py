@@ -18,11 +18,9 @@ from es_jax.generate.prompts import Packing
 from es_jax.training.config import RunConfig
 from es_jax.training.diagnostics import diagnose
 from es_jax.training.es_step import Evaluator
-from es_jax.training.grading import Graded
+from es_jax.training.grading import Graded, Grader
 from es_jax.training.seedlog import Entry
 from es_jax.training.state import State
-
-Grade = Callable[[Sequence[int], np.ndarray, np.ndarray], list[Graded]]
 
 
 class Method(Protocol):
@@ -38,7 +36,7 @@ class Method(Protocol):
     unit: tuple[str, int]
 
     def collect(
-        self, step: int, prompts: Sequence[Sequence[int]], grade: Grade, done: Callable[[int], None]
+        self, step: int, prompts: Sequence[Sequence[int]], grade: Grader, done: Callable[[int], None]
     ) -> tuple[Entry, list[list[Graded]]]:
         """A step's completions, graded: its line of the seed log, and a list for each member or rollout.
 
@@ -65,12 +63,12 @@ class Evolution:
         self._gap: float | None = None
 
     def collect(
-        self, step: int, prompts: Sequence[Sequence[int]], grade: Grade, done: Callable[[int], None]
+        self, step: int, prompts: Sequence[Sequence[int]], grade: Grader, done: Callable[[int], None]
     ) -> tuple[Entry, list[list[Graded]]]:
         """Every member's completions, in the order of the prompts."""
         es, members = self._config.es, self._population.members(step)
         scaled = dataclasses.replace(members, sign=members.sign * np.float32(self._config.rates(step).sigma / es.sigma))
-        graded = self._evaluate(scaled, prompts, grade, done)
+        graded = self._graded(scaled, prompts, grade, done)
         rewards = np.array([np.mean([g.score.reward for g in mine]) for mine in graded])
         self._measure_gap(step, prompts, grade, rewards)
         if es.rewards == "random":
@@ -88,20 +86,22 @@ class Evolution:
             found["expected_gain"] = None
         return {**found, "curvature_gap": self._gap, **rates._asdict()}
 
-    def _measure_gap(self, step: int, prompts: Sequence[Sequence[int]], grade: Grade, rewards: np.ndarray) -> None:
+    def _measure_gap(self, step: int, prompts: Sequence[Sequence[int]], grade: Grader, rewards: np.ndarray) -> None:
         """Mean reward of the members minus that of the model between them, at the steps behind an evaluation."""
         every, self._gap = self._config.evals.every, None
         if every and (step - 1) % every == 0 and self._config.es.rewards == "task":
             nobody = Members(jnp.zeros(1, jnp.uint32), jnp.zeros(1, jnp.float32))
-            (centre,) = self._evaluate(nobody, prompts, grade, lambda n: None)
+            (centre,) = self._graded(nobody, prompts, grade, lambda n: None)
             self._gap = float(rewards.mean() - np.mean([g.score.reward for g in centre]))
 
-    def _evaluate(
-        self, members: Members, prompts: Sequence[Sequence[int]], grade: Grade, done: Callable[[int], None]
+    def _graded(
+        self, members: Members, prompts: Sequence[Sequence[int]], grade: Grader, done: Callable[[int], None]
     ) -> list[list[Graded]]:
-        graded: list[list[Graded]] = [[] for _ in range(len(members))]
-        rows = self._packing.pack(prompts, rows=len(prompts))
+        """All members' completions, whichever process decoded them."""
+        rows, own = self._packing.pack(prompts, rows=len(prompts)), {}
         for member, tokens, length in self._evaluator.members(self._state.params, members, rows):
-            graded[member] = grade(range(len(prompts)), tokens, length)
+            own[member] = range(len(prompts)), grade(range(len(prompts)), tokens, length)
             done(1)
+        graded = list(grade.shared(own).values())
+        done(len(members) - len(own))  # by other processes
         return graded
