@@ -110,10 +110,10 @@ def walk(population: int, size: int, seed: int) -> dict[tuple[str, str], float]:
     return {key: weights.norm for key, weights in all_weights.items()}
 
 
-def exact(population: int, penalty: str, strength: float) -> float:
+def exact(population: int, penalty: str, strength: float, *, steps: int = STEPS) -> float:
     """The closed form."""
     return theory.anchored_norm(
-        learning_rate=RATE, dim=DIM, steps=STEPS, population=population, strength=strength, penalty=penalty
+        learning_rate=RATE, dim=DIM, steps=steps, population=population, strength=strength, penalty=penalty
     )
 
 

@@ -22,7 +22,7 @@ from es_jax.training.metrics import read_jsonl
 
 SIZES = ("lab", "full")
 EVALS = {"evals.size": 100, "train.samples": 1}  # of a run at laboratory size
-MEASURED = ("target", "prior", "prior_change", "of_format", "of_knowledge", "drift", "ratio", "kappa")
+MEASURED = ("accuracy", "prior", "prior_change", "of_format", "of_knowledge", "drift", "ratio", "kappa")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,7 @@ def execute(cases: Sequence[Case], out: Path, *, index: int | None = None) -> No
 
 
 def evaluations(case: Case, folder: Path) -> list[dict[str, Any]]:
-    """A line for each evaluation of a run: its labels, step, accuracy of the target and mean over the prior tasks.
+    """A line for each evaluation of a run: its labels, step, accuracy on the target and mean over the prior tasks.
 
     of_format and of_knowledge are the parts of the prior tasks' drop; ratio is drift over the closed form.
     """
@@ -81,7 +81,7 @@ def evaluations(case: Case, folder: Path) -> list[dict[str, Any]]:
         lines.append({
             **case.labels,
             "step": step,
-            "target": row["accuracy"],
+            "accuracy": row["accuracy"],
             "prior": mean("accuracy"),
             "prior_change": mean("accuracy_change"),
             "of_format": mean("lost_format"),

@@ -20,6 +20,7 @@ from configs import countdown, gsm8k, lab
 from experiments.runs import EVALS, Case, main
 
 DRIFTS = (0.3, 1.0, 3.0)
+NAMES = {"accuracy": "target", "prior": "mean prior"}
 MODELS = {"near": "lab", "far": "runs/lab-far"}
 FULL = {"near": countdown, "far": gsm8k}
 SMALL = {"task.prompts_per_step": 32, "train.steps": 120, "train.checkpoint_every": 120, "evals.every": 60} | EVALS
@@ -46,19 +47,25 @@ def figure(lines: list[dict[str, Any]], path: Path) -> None:
     last = max(line["step"] for line in lines)
     for axes, target in zip(drawing.subplots(1, len(targets), sharey=True, squeeze=False)[0], targets, strict=True):
         mine = [line for line in lines if line["target"] == target]
-        for column, color in (("target", "tab:orange"), ("prior", "tab:blue")):
+        for column, color in (("accuracy", "tab:orange"), ("prior", "tab:blue")):
             of = lambda p, k, mine=mine, column=column: [  # noqa: E731
                 x[column] for x in mine if (x["penalty"], x["κ"], x["step"]) == (p, k, last)
             ]
             for penalty, style in (("l2", "-o"), ("l1", "--s")):
                 done = [k for k in DRIFTS if of(penalty, k)]
                 axes.plot(
-                    done, [np.mean(of(penalty, k)) for k in done], style, color=color, label=f"{column}, {penalty}"
+                    done,
+                    [np.mean(of(penalty, k)) for k in done],
+                    style,
+                    color=color,
+                    label=f"{NAMES[column]}, {penalty}",
                 )
             if of("none", float("inf")):
-                axes.axhline(np.mean(of("none", float("inf"))), color=color, ls="-.", lw=1, label=f"{column}, λ = 0")
+                axes.axhline(
+                    np.mean(of("none", float("inf"))), color=color, ls="-.", lw=1, label=f"{NAMES[column]}, λ = 0"
+                )
             base = [x[column] for x in mine if x["step"] == 0]
-            axes.axhline(np.mean(base), color=color, ls=":", lw=1, label=f"{column}, base")
+            axes.axhline(np.mean(base), color=color, ls=":", lw=1, label=f"{NAMES[column]}, base")
         axes.set(xscale="log", xlabel="κ, the drift allowed, in σ a weight", title=f"target {target}", ylim=(0, 1.03))
         axes.grid(alpha=0.3)
     axes.get_figure().axes[0].set_ylabel("held-out accuracy")
