@@ -53,14 +53,10 @@ def figure(lines: list[dict[str, Any]], path: Path) -> None:
             ]
             for penalty, style in (("l2", "-o"), ("l1", "--s")):
                 done = [k for k in DRIFTS if of(penalty, k)]
-                axes.plot(
-                    done,
-                    [np.mean(of(penalty, k)) for k in done],
-                    style,
-                    color=color,
-                    label=f"{NAMES[column]}, {penalty}",
-                )
-            if of("none", float("inf")):
+                means, label = [np.mean(of(penalty, k)) for k in done], f"{NAMES[column]}, {penalty}"
+                axes.plot(done, means, style, color=color, label=label)
+            free = of("none", float("inf"))
+            if free:
                 axes.axhline(
                     np.mean(of("none", float("inf"))), color=color, ls="-.", lw=1, label=f"{NAMES[column]}, λ = 0"
                 )
