@@ -102,6 +102,21 @@ def test_an_exported_step_is_evaluated_beside_its_base(whole, tmp_path):
     assert alone["tasks"]["lab-add"][0]["accuracy"] == of_run["lab-add"][-1]["accuracy"]
 
 
+@pytest.mark.slow
+def test_a_grpo_run_is_evaluated_at_its_checkpoints_alone(tmp_path):
+    config = get_config("grpo,steps=2")
+    config.update_from_flattened_dict({
+        "task.prompts_per_step": 4, "grpo.rollouts": 2, "grpo.mini_batch": 4, "grpo.micro_batch": 8,
+        "train.checkpoint_every": 2, "evals.every": 0, "evals.size": 8,
+    })  # fmt: skip
+    run(config, tmp_path)
+    result = evaluate_run(tmp_path, tasks=["lab-add"], steps=[2], drift=True)
+    assert [row["step"] for row in result["tasks"]["lab-add"]] == [0, 2]
+    assert result["drift"][0]["norm"] > 0 and result["drift"][0]["predicted"] is None
+    with pytest.raises(ValueError, match=r"steps \[1\] of .* have no checkpoint"):
+        evaluate_run(tmp_path, tasks=["lab-add"], steps=[1])
+
+
 @pytest.mark.parametrize(
     ("ask", "message"),
     [
