@@ -29,8 +29,8 @@ LANE = "lane"  # the axis of the members that a group evaluates at once
 def make_noise(config: RunConfig) -> GaussianNoise:
     """The run's noise. Stacked layers count as the parameters they are made of."""
     if config.es.noise == "shared_seed":
-        return SharedSeedNoise(stacked="layers/")
-    return NOISES[config.es.noise]()
+        return SharedSeedNoise(config.es.generator, stacked="layers/")
+    return NOISES[config.es.noise](config.es.generator)
 
 
 def compute_dtype(config: RunConfig) -> jnp.dtype:
@@ -42,7 +42,9 @@ def compute_dtype(config: RunConfig) -> jnp.dtype:
 
 def of_update(config: RunConfig) -> RunConfig:
     """The fields that `update` compiles in, all others at their defaults, so that runs of one process share it."""
-    es = ESConfig(population=config.es.population, sigma=config.es.sigma, noise=config.es.noise)
+    es = ESConfig(
+        population=config.es.population, sigma=config.es.sigma, noise=config.es.noise, generator=config.es.generator
+    )
     anchor = dataclasses.replace(config.optim.anchor, schedule="constant")
     return RunConfig(es=es, optim=dataclasses.replace(config.optim, schedule="constant", anchor=anchor))
 
@@ -53,7 +55,10 @@ def of_rated_update(config: RunConfig) -> RunConfig:
     anchor = dataclasses.replace(config.optim.anchor, strength=1.0 if anchored else None, drift=None, source=None)
     anchor = dataclasses.replace(anchor, schedule="constant")
     optim = dataclasses.replace(config.optim, learning_rate=OptimConfig().learning_rate, schedule="constant")
-    return RunConfig(es=ESConfig(noise=config.es.noise), optim=dataclasses.replace(optim, anchor=anchor))
+    return RunConfig(
+        es=ESConfig(noise=config.es.noise, generator=config.es.generator),
+        optim=dataclasses.replace(optim, anchor=anchor),
+    )
 
 
 def optimizer(

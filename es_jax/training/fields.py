@@ -4,6 +4,7 @@ import dataclasses
 import math
 from typing import Any
 
+from es_jax.core import rng
 from es_jax.core.names import unknown
 from es_jax.core.rng import check_seed
 from es_jax.es import theory
@@ -93,6 +94,7 @@ class ESConfig:
       schedule: what σ is multiplied by, step by step: `es_jax.optim.schedules`.
       antithetic: members are pairs θ ± σε; N even.
       noise: "gaussian", or "shared_seed" as published (equal-shaped parameters share noise; arithmetic in param_dtype).
+      generator: what draws the noise: "threefry13", or "threefry" of jax.random, as runs without this field have it.
       shaping: "z_score" as published, or "centered_rank".
       rewards: "task", or "random" to draw them from a normal distribution instead: the control experiment that shows
         what the random walk does by itself. Members are still decoded and graded for the metrics.
@@ -104,6 +106,7 @@ class ESConfig:
     schedule: str = "constant"
     antithetic: bool = False
     noise: str = "gaussian"
+    generator: str = rng.DEFAULT
     shaping: str = "z_score"
     rewards: str = "task"
     nan_rewards: str = "error"
@@ -117,6 +120,7 @@ class ESConfig:
             raise ValueError(f"es.schedule is {self.schedule!r}: σ must stay above 0, so give an end, as in linear:0.1")
         choices = {
             "noise": NOISES,
+            "generator": rng.GENERATORS,
             "shaping": SHAPINGS,
             "rewards": ("task", "random"),
             "nan_rewards": ("error", "worst"),

@@ -138,6 +138,7 @@ def read(workdir: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path} does not exist: {workdir} is not a run's directory")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        content["config"].get("es", {}).setdefault("generator", "threefry")  # of all runs before the field was there
         return {**content, "config": content["config"], "digest": content["digest"]}
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is damaged ({error!r}): restore it, or choose another --workdir") from None
