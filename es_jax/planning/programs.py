@@ -146,7 +146,7 @@ class Programs:
         )
 
     def decode(self) -> Program:
-        """Prefill and completions of one round of members, a slotful of prompts at a time, once `place_copy` is done."""
+        """Prefill and completions of one round of members, a slotful of prompts at a time; `place_copy` comes first."""
         slots, decode, lanes = self.evaluator.engine.slots, self.config.decode, self.evaluator.at_once
         batches = -(-self.prompts // slots)
         shape = (self.evaluator.lanes, slots, self.width)
