@@ -7,8 +7,8 @@ rounded to the dtype. Norms are scaled to d = 3.397e9, the published model's wei
 
 Command:  python -m experiments.precision [--json]
 Cost:     96 s of one CPU core.
-Result:   float16 118.7, 93.6, 68.1, 58.4, 43.5 beside the published 119.2, 92.1, 67.7, 58.6, 42.1; bfloat16 131.7,
-          127.5, 118.6, 77.0, 64.1; float32 within 1 % of the closed form. What it shows: docs/study.md.
+Result:   float16 118.7, 93.6, 68.1, 58.4, 43.5 beside the published 119.2, 92.1, 67.7, 58.6, 42.1;
+          bfloat16 131.7, 127.5, 118.6, 77.0, 64.1; float32 within 1 % of the closed form: docs/study.md.
 """
 
 import argparse
