@@ -6,7 +6,7 @@ and knows the others, so the question is what becomes of the skill that was lear
 
 Command:  python -m experiments.sequence [--size=full] [--seeds 0 1] [--docs=docs/lab]
 Cost:     laboratory: 8 minutes a seed on 2 busy CPU cores. Full: 9 runs of 500 steps a seed, not yet run.
-Result:   laboratory, seed 0: re-anchored keeps .53 of the first task and .74 of what was never trained; an anchor at the
+Result:   laboratory, seed 0: re-anchored keeps .53 of the first task and .74 of what was never trained; to the
           first base keeps .11 and .89; no anchor .26 and .50. Full: not yet run.
 """
 

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,7 +12,7 @@ PREFIX_STEP = 16  # a shared prefix is a multiple of this many tokens long, for 
 
 
 class Prompts(NamedTuple):
-    """Q prompts as an engine takes them.
+    """Q prompts as an engine takes them: arrays of NumPy or JAX.
 
     Attributes:
       tokens: int32 [Q, P], each row's tokens behind the prefix at its left end, 0 to their right.
@@ -21,9 +21,9 @@ class Prompts(NamedTuple):
       prefix: int32 [C], the tokens that every prompt begins with; C may be 0.
     """
 
-    tokens: np.ndarray
-    positions: np.ndarray
-    prefix: np.ndarray
+    tokens: Any
+    positions: Any
+    prefix: Any
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 CHUNK = 32  # decode steps between merges
 SHORTEST = 128  # places that a chunk attends at least, where there are as many
+FILL, STEPS = "fill", "steps"  # what the two inner loops are called in traces and in the compiled program
 FEWEST = 8  # rows that a chunk decodes at least, where there are as many slots
 
 
@@ -74,10 +75,10 @@ class Queue:
 
     engine: "Engine"
     params: Any
-    tokens: Array
-    positions: Array
+    tokens: Any
+    positions: Any
     keys: Any
-    prefix: Array
+    prefix: Any
     axis_name: str | None
 
     def run(self) -> Generation:
@@ -104,6 +105,11 @@ class Queue:
         return min(CHUNK, self.engine.max_new - 1)
 
     @property
+    def places(self) -> int:
+        """Of a slot's keys and values, those of a chunk among them: all that a row can need, and a chunk more."""
+        return self.width + self.steps if self.single else self.width + self.engine.max_new + 2 * self.steps
+
+    @property
     def single(self) -> bool:
         """Whether one prefill and one chunk are all there is."""
         return len(self.tokens) <= self.engine.slots and self.engine.max_new - 1 <= CHUNK
@@ -112,6 +118,12 @@ class Queue:
     def fill_rows(self) -> int:
         """Rows of a prefill: not all, so that free slots need not wait for the last one."""
         return self.rows if self.single else -(-self.rows // 4)
+
+    def turns(self) -> dict[str, int]:
+        """How often the loops turn where no row stops: the outer one (""), and in each of its turns the inner ones."""
+        chunks = -(-len(self.tokens) // self.rows) * -(-(self.engine.max_new - 1) // max(self.steps, 1))
+        fills = -(-len(self.tokens) // self.fill_rows)
+        return {"": chunks, FILL: -(-fills // max(chunks, 1)), STEPS: self.steps}
 
     @property
     def row_sizes(self) -> list[int]:
@@ -176,7 +188,7 @@ class Queue:
         total, most = len(self.tokens), self.engine.max_new
         logprob = jnp.zeros((total, most), jnp.float32) if self.engine.logprobs else None
         out = Generation(jnp.zeros((total, most), jnp.int32), jnp.zeros(total, jnp.int32), logprob)
-        cache = self._cache(self.rows, 0 if self.single else self.width + most + self.steps)
+        cache = self._cache(self.rows, 0 if self.single else self.places - self.steps)
         none = jnp.zeros(self.rows, jnp.int32)
         slots = Slots(none + total, none, none, none, none > 0)
         _ = self.past, self.order, self.count  # made here, outside of the loops
@@ -184,7 +196,8 @@ class Queue:
         return _State((cache.k, cache.v), slots, jnp.int32(0), out, filling=any_row, more=any_row)
 
     def _turn(self, state: _State) -> _State:
-        state = lax.while_loop(lambda state: state.filling, self._fill, state)
+        with jax.named_scope(FILL):
+            state = lax.while_loop(lambda state: state.filling, self._fill, state)
         if self.steps:
             state = self._sized_chunk(state)
         filling = self._agreed(self._wanting(state.slots.live, state.taken))
@@ -283,7 +296,8 @@ class Queue:
 
         made = (jnp.zeros((rows, steps), jnp.int32), logprob)
         start = _Chunk(self._cache(rows, steps), slots, made, self._agreed(jnp.any(slots.live)))
-        return lax.while_loop(lambda chunk: chunk.going, step, start)
+        with jax.named_scope(STEPS):
+            return lax.while_loop(lambda chunk: chunk.going, step, start)
 
     def _choose(self, logits: Array, slots: Slots) -> tuple[Slots, tuple[Array, Array | None]]:
         """Each live row's next token, and its log-probability; rows that stop live no longer."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -19,6 +20,7 @@ from es_jax.core.mesh import MODEL, over_pop, replicated
 from es_jax.es.population import Members
 from es_jax.generate.engine import Engine
 from es_jax.generate.prompts import WIDTH_STEP, Prompts
+from es_jax.generate.slots import Queue
 from es_jax.models.config import TransformerConfig
 from es_jax.models.sharding import param_shardings
 from es_jax.models.transformer import Transformer
@@ -148,30 +150,30 @@ class Programs:
     def decode(self) -> Program:
         """Prefill and completions of one round of members, a slotful of prompts at a time; `place_copy` comes first."""
         slots, decode, lanes = self.evaluator.engine.slots, self.config.decode, self.evaluator.at_once
-        batches = -(-self.prompts // slots)
-        shape = (self.evaluator.lanes, slots, self.width)
-        rows: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=over_pop(self.mesh))
-        prefix: Any = _array((0,), jnp.int32, replicated(self.mesh))
+        shape = (self.evaluator.lanes, self.prompts, self.width)
+        tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=over_pop(self.mesh))
+        rows = Prompts(tokens, tokens, _array((0,), jnp.int32, replicated(self.mesh)))  # no shared prefix: a bound
+        queue = Queue(self.evaluator.engine, None, np.empty(shape[1:]), None, None, None, axis_name=None)
         width = self.mesh.shape[MODEL]
         size = jnp.dtype(self.config.model.dtype).itemsize
-        cache = lanes * cache_bytes(self.model, slots * (self.width + decode.max_new - 1), size) // width
-        flops = prefill_flops(self.model, slots, self.width) + decode_flops(
-            self.model, slots, self.width, decode.max_new
+        cache = lanes * cache_bytes(self.model, slots * queue.places, size) // width
+        flops = prefill_flops(self.model, self.prompts, self.width) + decode_flops(
+            self.model, self.prompts, self.width, decode.max_new
         )
         memory = decode_memory(
             self.model,
-            slots,
+            self.prompts,
             self.width,
             decode.max_new,
-            steps=decode.max_new,
+            steps=-(-self.prompts // slots) * decode.max_new,
             copy=self._matrices(size),
             itemsize=size,
         )
         return Program(
             "decode",
-            lambda: Evaluator._decode.lower(self.evaluator, self.copy, Prompts(rows, rows, prefix)),
-            times=self.rounds * batches,
-            turns={"": decode.max_new - 1},
+            lambda: Evaluator._decode.lower(self.evaluator, self.copy, rows),
+            times=self.rounds,
+            turns=queue.turns(),
             parts=self._held() | {"compute copy": self._copy(), "KV cache": Held(cache)},
             own=frozenset({"compute copy", "KV cache"}),
             work=Work(flops * lanes / width, memory * lanes / width),
@@ -210,7 +212,7 @@ class Programs:
         decode, total = self.config.decode, self.prompts
         return Engine(
             self.model,
-            slots=math.ceil(total / math.ceil(total / decode.slots)),
+            slots=min(decode.slots, total),
             max_prompt=decode.max_prompt,
             max_new=decode.max_new,
             stop=(0,),

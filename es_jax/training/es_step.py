@@ -225,6 +225,7 @@ class Evaluator:
 
     def members(self, params: Any, members: Members, prompts: Prompts) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """Every member on all prompts: (member, tokens [Q, L], length [Q]), graded while the next ones decode.
+        In a run of several processes, those that this one's devices decode.
 
         Where lanes are left over in the last round, their rows are padding and they decode nothing. The weights of one
         round are gone before those of the next are made.
@@ -246,35 +247,36 @@ class Evaluator:
         for item in pending:
             yield from _unpack(item)
 
-    def unperturbed(self, params: Any, queues: Iterable[Prompts]) -> Iterator[list[tuple[int, np.ndarray, np.ndarray]]]:
-        """θ itself on several queues of prompts, each spread over the lanes: a list of (first row, tokens [B, L],
-        length [B]) of each; in a run of several processes, those that this one's devices decode.
+    def unperturbed(
+        self, params: Any, queues: Iterable[Prompts]
+    ) -> Iterator[dict[int, tuple[range, np.ndarray, np.ndarray]]]:
+        """θ itself on several queues of prompts, each spread over the lanes: of each, lane → (rows, tokens, length).
 
         All are dispatched before the first is waited for. Queues of the same width and prefix share a program with one
-        another, and with the members where these have as many prompts a lane. Rows behind a queue's last are padding.
+        another, and with the members where these have as many prompts a lane. In a run of several processes, each has
+        the lanes of its own devices.
         """
-        queues = list(queues)
+        queues, slots = list(queues), self.engine.slots
         if not queues:
             return
         nobody = Members(jnp.zeros(self.lanes, jnp.uint32), jnp.zeros(self.lanes, jnp.float32))
-        weights = self._perturb(params, self._placed(nobody))
-        pending = []
+        weights, pending = self._perturb(params, self._placed(nobody)), []
         for prompts in queues:
             count, width = prompts.tokens.shape
-            slots = self.engine.slots
             each = -(-count // (self.lanes * slots)) * slots
-            first = range(0, each * self.lanes, each)
             spare = ((0, each * self.lanes - count), (0, 0))
             tokens = np.pad(prompts.tokens, spare).reshape(self.lanes, each, width)
             positions = np.pad(prompts.positions, spare, constant_values=-1).reshape(self.lanes, each, width)
-            pending.append((first, self._decode(weights, self._rows(tokens, positions, prompts.prefix))))
+            rows = [range(first, min(first + each, count)) for first in range(0, count, each)]
+            pending.append((rows, self._decode(weights, self._rows(tokens, positions, prompts.prefix))))
         del weights
-        for first, outputs in pending:
-            yield list(_unpack((first, outputs)))
+        for rows, outputs in pending:
+            of_lanes = ((lane, (tokens, length)) for lane, tokens, length in _unpack((range(len(rows)), outputs)))
+            yield {lane: (rows[lane], *made) for lane, made in of_lanes}
 
     def _rows(self, tokens: np.ndarray, positions: np.ndarray, prefix: np.ndarray) -> Prompts:
         tokens, positions = self._placed((tokens, positions))
-        return Prompts(tokens, positions, jax.device_put(prefix, replicated(self.mesh)))
+        return Prompts(tokens, positions, place(prefix, replicated(self.mesh)))
 
     def _placed(self, tree: Any) -> Any:
         return place(tree, over_pop(self.mesh))
@@ -290,12 +292,11 @@ def _gathered(mesh: Mesh, part: jax.Array, spec: PartitionSpec) -> jax.Array:
 
 
 def _unpack(item: tuple) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """The lanes that this process holds, each by its number: of a member, or of a row."""
-    numbers, outputs = item
+    members, outputs = item
     tokens, length = hosts.wait(lambda: [own_rows(output) for output in outputs])
-    for lane, number in enumerate(numbers):
+    for lane, member in enumerate(members):
         if lane in tokens:
-            yield int(number), tokens[lane], length[lane]
+            yield int(member), tokens[lane], length[lane]
 
 
 def placed_weights(mesh: Mesh, members: Members, weights: np.ndarray) -> tuple[Members, jax.Array]:

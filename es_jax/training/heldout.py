@@ -81,12 +81,9 @@ def evaluate(
     """
     engine = evaluator.engine
     queues = [engine.packing(held.prompts).pack(held.prompts, rows=len(held.prompts)) for held in tasks]
-    for held, parts in zip(tasks, evaluator.unperturbed(params, queues), strict=True):
-        own: dict[int, Any] = {}
+    for held, lanes in zip(tasks, evaluator.unperturbed(params, queues), strict=True):
         grader = Grader(_Published(held.task), model, held.examples)  # type: ignore[arg-type]
-        for first, tokens, length in parts:
-            rows = range(first, min(first + len(tokens), len(held.examples)))
-            own[first] = rows, grader(rows, tokens, length)
+        own = {lane: (rows, grader(rows, tokens, length)) for lane, (rows, tokens, length) in lanes.items()}
         graded = [one for part in grader.shared(own).values() for one in part]
         likely = likeliest(model.config, params, held.options, dtype=evaluator.dtype, mesh=evaluator.mesh)
         done(len(graded))
