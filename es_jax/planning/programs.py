@@ -15,6 +15,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from es_jax.core import rng
 from es_jax.core.mesh import MODEL, over_pop, replicated
 from es_jax.es.population import Members
 from es_jax.generate.engine import Engine
@@ -56,7 +57,7 @@ class Program:
       name: "load", "perturb", "decode" or "update".
       lower: lowers it for the topology.
       times: how often an iteration runs it; 0 for "load".
-      turns: of its loops, at most: one number, or by the names of their scopes.
+      turns: of its loops, as `es_jax.planning.hlo.collectives` takes them.
       parts: what the device holds while it runs, by name: of these `own` are the program's arguments, results and
         temporaries, and the others are the run's.
       own: names of parts that the compiler's figures contain.
@@ -66,7 +67,7 @@ class Program:
     name: str
     lower: Callable[[], Any]
     times: int
-    turns: int | Mapping[str, int]
+    turns: Mapping[str, float]
     parts: Mapping[str, Held]
     own: frozenset[str]
     work: Work
@@ -83,7 +84,7 @@ class Programs:
 
     def __init__(self, config: RunConfig, model: TransformerConfig, mesh: Mesh):
         self.config, self.model, self.mesh = config, model, mesh
-        params = jax.eval_shape(Transformer(model).init, jax.random.key(0))
+        params = jax.eval_shape(Transformer(model).init, rng.key(0))
         dtype = jnp.dtype(config.model.param_dtype)
         params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), params)
         self.params = _placed(params, param_shardings(mesh, params))
@@ -91,7 +92,8 @@ class Programs:
         state = jax.eval_shape(self.tx.init, self.params)
         self.opt_state = _placed(state, state_shardings(config, mesh, state))
         anchored = config.optim.anchor.penalty != "none"
-        self.base = None if anchored else self.params
+        moves = config.optim.anchor.average is not None or config.optim.anchor.source is not None
+        self.base = None if anchored and not moves else self.params
         self.prompts = config.task.prompts_per_step or config.task.train_size
         self.width = min(-(-config.decode.max_prompt // WIDTH_STEP) * WIDTH_STEP, config.decode.max_prompt)
         self.evaluator = Evaluator.of(config, self._engine(), mesh)
@@ -125,7 +127,7 @@ class Programs:
             "load",
             lambda: jax.jit(self.tx.init, out_shardings=where).lower(self.params),
             times=0,
-            turns=1,
+            turns={},
             parts=held,
             own=frozenset({"parameters", "anchor", "moments"}),
             work=Work(memory=2.0 * sum(part.device for part in held.values())),
@@ -139,14 +141,14 @@ class Programs:
             "perturb",
             lambda: Evaluator._perturb.lower(self.evaluator, self.params, members),
             times=self.rounds,
-            turns=1,
+            turns={},
             parts=self._held() | {"compute copy": copy},
             own=frozenset({"parameters", "compute copy"}),
             work=Work(memory=Held.of(self.params).device + copy.device),
         )
 
     def decode(self) -> Program:
-        """Prefill and completions of one round of members; `place_copy` must have been called."""
+        """Prefill and completions of one round of members, a slotful of prompts at a time; `place_copy` comes first."""
         slots, decode, lanes = self.evaluator.engine.slots, self.config.decode, self.evaluator.at_once
         shape = (self.evaluator.lanes, self.prompts, self.width)
         tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=over_pop(self.mesh))
@@ -191,7 +193,7 @@ class Programs:
                 of_update(self.config), self.mesh, self.params, self.opt_state, self.base, members, weights
             ),
             times=1,
-            turns=n,
+            turns={"": n},
             parts=held,
             own=frozenset(held),
             work=Work(memory=total + held["parameters"].device),

@@ -21,7 +21,7 @@ from es_jax.generate.prompts import Prompts
 from es_jax.models.sharding import RULES, param_shardings
 from es_jax.optim.chains import build_optimizer
 from es_jax.training.config import RunConfig
-from es_jax.training.fields import ESConfig
+from es_jax.training.fields import ESConfig, OptimConfig
 
 LANE = "lane"  # the axis of the members that a group evaluates at once
 
@@ -29,8 +29,8 @@ LANE = "lane"  # the axis of the members that a group evaluates at once
 def make_noise(config: RunConfig) -> GaussianNoise:
     """The run's noise. Stacked layers count as the parameters they are made of."""
     if config.es.noise == "shared_seed":
-        return SharedSeedNoise(stacked="layers/")
-    return NOISES[config.es.noise]()
+        return SharedSeedNoise(config.es.generator, stacked="layers/")
+    return NOISES[config.es.noise](config.es.generator)
 
 
 def compute_dtype(config: RunConfig) -> jnp.dtype:
@@ -42,17 +42,34 @@ def compute_dtype(config: RunConfig) -> jnp.dtype:
 
 def of_update(config: RunConfig) -> RunConfig:
     """The fields that `update` compiles in, all others at their defaults, so that runs of one process share it."""
-    es = ESConfig(population=config.es.population, sigma=config.es.sigma, noise=config.es.noise)
-    return RunConfig(es=es, optim=config.optim)
+    es = ESConfig(
+        population=config.es.population, sigma=config.es.sigma, noise=config.es.noise, generator=config.es.generator
+    )
+    anchor = dataclasses.replace(config.optim.anchor, schedule="constant")
+    return RunConfig(es=es, optim=dataclasses.replace(config.optim, schedule="constant", anchor=anchor))
 
 
-def optimizer(config: RunConfig, mesh: Mesh, params: Any) -> tuple[optax.GradientTransformationExtraArgs, str]:
+def of_rated_update(config: RunConfig) -> RunConfig:
+    """The same where `update` is given its rates: runs that differ in α, σ, λ, N or their schedules share a program."""
+    anchored = config.optim.anchor.penalty != "none"
+    anchor = dataclasses.replace(config.optim.anchor, strength=1.0 if anchored else None, drift=None, source=None)
+    anchor = dataclasses.replace(anchor, schedule="constant")
+    optim = dataclasses.replace(config.optim, learning_rate=OptimConfig().learning_rate, schedule="constant")
+    return RunConfig(
+        es=ESConfig(noise=config.es.noise, generator=config.es.generator),
+        optim=dataclasses.replace(optim, anchor=anchor),
+    )
+
+
+def optimizer(
+    config: RunConfig, mesh: Mesh, params: Any, rates: Any = None
+) -> tuple[optax.GradientTransformationExtraArgs, str]:
     """The run's transformation and its sentence; the anchor lives where optim.anchor.memory says."""
     memory = config.optim.anchor.memory
     if memory == "device":
-        return build_optimizer(config, params)
+        return build_optimizer(config, params, rates=rates)
     where = jax.tree.map(lambda s: s.with_memory_kind(memory), param_shardings(mesh, params))
-    return build_optimizer(config, params, anchor_sharding=where)
+    return build_optimizer(config, params, rates=rates, anchor_sharding=where)
 
 
 def state_shardings(config: RunConfig, mesh: Mesh, opt_state: Any) -> Any:
@@ -67,7 +84,14 @@ def state_shardings(config: RunConfig, mesh: Mesh, opt_state: Any) -> Any:
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
 def update(
-    config: RunConfig, mesh: Mesh, params: Any, opt_state: Any, base: Any, members: Members, weights: jax.Array
+    config: RunConfig,
+    mesh: Mesh,
+    params: Any,
+    opt_state: Any,
+    base: Any,
+    members: Members,
+    weights: jax.Array,
+    rates: jax.Array | None = None,
 ) -> tuple[Any, Any, jax.Array]:
     """One step of the weights: (params, opt_state, squares). Parameters and optimizer state are donated.
 
@@ -75,16 +99,20 @@ def update(
 
     Every device makes all members' noise for its own slice, and nothing is sent or reduced: `squares` [pop, model]
     holds each device's part of ‖θ − θ₀‖², which `distance` adds up. θ₀ is `base`, or the anchor where `base` is None.
+    `rates`: (α, αλ); by default the config's.
     """
     where = param_shardings(mesh, params)
     gradient = jax.lax.with_sharding_constraint(make_noise(config).estimate(params, members, weights), where)
-    params, opt_state = stepped(config, mesh, params, opt_state, gradient)
+    params, opt_state = stepped(config, mesh, params, opt_state, gradient, rates)
     return params, opt_state, _squares(mesh, where, params, start_of(mesh, opt_state, base))
 
 
-def stepped(config: RunConfig, mesh: Mesh, params: Any, opt_state: Any, gradient: Any) -> tuple[Any, Any]:
-    """One step of the optimizer, everything left where it belongs; inside jit."""
-    updates, opt_state = optimizer(config, mesh, params)[0].update(gradient, opt_state, params)
+def stepped(
+    config: RunConfig, mesh: Mesh, params: Any, opt_state: Any, gradient: Any, rates: jax.Array | None = None
+) -> tuple[Any, Any]:
+    """One step of the optimizer, everything left where it belongs; inside jit. `rates`: as of `update`."""
+    rates = None if rates is None else rates.astype(jax.tree.leaves(gradient)[0].dtype)  # as a constant would be
+    updates, opt_state = optimizer(config, mesh, params, rates)[0].update(gradient, opt_state, params)
     params = jax.lax.with_sharding_constraint(optax.apply_updates(params, updates), param_shardings(mesh, params))
     return params, jax.tree.map(_kept, opt_state, state_shardings(config, mesh, opt_state))
 

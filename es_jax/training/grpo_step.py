@@ -124,8 +124,8 @@ class Policy:
     def rollout(self, params: Any, tokens: Array, positions: Array, keys: Array, prefix: Array) -> tuple[Array, Array]:
         """Sampled completions: tokens [G, Q, L] and lengths [G, Q] of prompts [G, Q, P], one part for each group.
 
-        All prompts begin with `prefix` [C], which `tokens` leaves out, as in `Prompts`. A row's completion depends on
-        its prompt and its key alone.
+        All prompts begin with `prefix` [C], which `tokens` leaves out, as in `Prompts`. A completion depends on its
+        prompt and its key alone.
         """
 
         def group(params, tokens, positions, keys, prefix):

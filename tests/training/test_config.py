@@ -1,10 +1,12 @@
 import dataclasses
+import json
 
 import pytest
 from ml_collections import config_dict
 
 from configs import conciseness, countdown, gsm8k, lab, proofwriter
 from es_jax.optim.chains import OPTIMIZERS, build_optimizer
+from es_jax.training import workdir
 from es_jax.training.config import RunConfig, default_config, freeze
 
 
@@ -42,6 +44,17 @@ def test_the_defaults_are_the_papers():
         ({"optim": {"anchor": {"strength": 1.0}}}, "penalty is 'none'"),
         ({"optim": {"anchor": {"penalty": "l2", "strength": 2000.0}}}, "αλ is 0.0005 × 2000 = 1"),
         ({"optim": {"name": "adam", "anchor": {"penalty": "l2", "drift": 1.0}}}, "closed form for 'sgd' alone"),
+        ({"optim": {"schedule": "liner"}}, "optim.schedule: unknown schedule 'liner': did you mean 'linear'"),
+        ({"optim": {"schedule": "linear:0:500"}}, "optim.schedule: schedule 'linear:0:500' warms up for 500 of 500"),
+        ({"es": {"schedule": "cosine"}}, "σ must stay above 0"),
+        (
+            {"optim": {"schedule": "linear:5", "anchor": {"penalty": "l2", "strength": 500.0}}},
+            "times 5 by its schedules",
+        ),
+        ({"optim": {"anchor": {"average": 0.9}}}, "optim.anchor.average is set but optim.anchor.penalty is 'none'"),
+        ({"optim": {"anchor": {"penalty": "l2", "strength": 1.0, "average": 1.0}}}, "optim.anchor.average is 1.0"),
+        ({"optim": {"anchor": {"penalty": "l2", "drift": 1.0, "average": 0.9}}}, "have no long-run drift"),
+        ({"method": "grpo", "optim": {"schedule": "linear"}}, "schedules are for ES"),
         ({"task": {"train_size": 4, "prompts_per_step": 5}}, "prompts_per_step is 5 of task.train_size 4"),
         ({"decode": {"max_new": 0}}, "decode.max_new is 0"),
         ({"train": {"seed": -1}}, "train.seed is -1"),
@@ -90,3 +103,12 @@ def test_the_sentence_says_what_the_chain_is(name):
     _, sentence = build_optimizer(freeze({"optim": {"name": name, "anchor": anchor}}), None)
     assert sentence.startswith(f"{name} with learning rate 0.0005, then l2 anchored weight decay with strength λ = 10")
     assert ("κ = 0.91 σ" in sentence) == (name == "sgd")
+
+
+def test_runs_from_before_the_generator_was_a_field_keep_theirs(tmp_path):
+    content = {"digest": "0", "config": {"es": {"sigma": 0.01}}}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert workdir.read_config(tmp_path).es.generator == "threefry"
+    content["config"]["es"]["generator"] = "threefry13"
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert workdir.read_config(tmp_path).es.generator == "threefry13"
