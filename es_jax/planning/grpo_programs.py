@@ -8,17 +8,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from es_jax.core import rng
 from es_jax.core.mesh import POP, over_pop, replicated
 from es_jax.generate.sampling import Temperature
+from es_jax.generate.slots import Queue
 from es_jax.models.config import TransformerConfig
 from es_jax.planning.costs import Work, cache_bytes, decode_flops, decode_memory, matrix_weights, prefill_flops
 from es_jax.planning.programs import Held, Program, Programs, _array
 from es_jax.planning.topology import Topology
 from es_jax.training.config import RunConfig
 from es_jax.training.es_step import of_update
+from es_jax.training.grpo import AT_ONCE
 from es_jax.training.grpo_step import Policy, Rows
 
 
@@ -49,20 +52,24 @@ class GRPOPrograms(Programs):
         yield self.update()
 
     def rollout(self) -> Program:
-        """Prefill and completions of one batch a group, with the weights gathered and cast."""
+        """Completions of one call, several slotfuls a group, with the weights gathered and cast."""
         engine, new, groups = self.policy.engine, self.config.decode.max_new, self.mesh.shape[POP]
-        slots, size = engine.slots, jnp.dtype(self.config.model.dtype).itemsize
-        batch = _array((groups, slots, self.width), jnp.int32, over_pop(self.mesh))
-        keys = _array((groups, slots), rng.key(0).dtype, over_pop(self.mesh))
+        each = min(-(-self.rows // groups), AT_ONCE * engine.slots)
+        tokens = _array((groups, each, self.width), jnp.int32, over_pop(self.mesh))
+        keys = _array((groups, each), rng.key(0).dtype, over_pop(self.mesh))
+        prefix = _array((0,), jnp.int32, replicated(self.mesh))  # no shared prefix: a bound
+        queue = Queue(engine, None, np.empty((each, self.width)), None, None, None, axis_name=None)
+        size = jnp.dtype(self.config.model.dtype).itemsize
         copy = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.params)) * size
-        cache = cache_bytes(self.model, slots * (self.width + new - 1), size)
-        flops = prefill_flops(self.model, slots, self.width) + decode_flops(self.model, slots, self.width, new)
-        read = functools.partial(decode_memory, self.model, slots, self.width, new, steps=new, itemsize=size)
+        cache = cache_bytes(self.model, engine.slots * queue.places, size)
+        flops = prefill_flops(self.model, each, self.width) + decode_flops(self.model, each, self.width, new)
+        steps = -(-each // engine.slots) * new
+        read = functools.partial(decode_memory, self.model, each, self.width, new, steps=steps, itemsize=size)
         return Program(
             "rollout",
-            lambda: Policy.rollout.lower(self.policy, self.params, batch, batch, keys),
-            times=-(-self.rows // (slots * groups)),
-            turns={"": new - 1},
+            lambda: Policy.rollout.lower(self.policy, self.params, tokens, tokens, keys, prefix),
+            times=-(-self.rows // (each * groups)),
+            turns=queue.turns(),
             parts=self._held() | {"compute copy": Held(copy), "KV cache": Held(cache)},
             own=frozenset({"parameters", "compute copy", "KV cache"}),
             work=Work(flops, read(copy=self._matrices(size))),
