@@ -4,7 +4,10 @@ Both use the same base model, training rows, prompts, held-out rows and seeds; e
 completions of 64 prompts (ES: 8 members, greedy; GRPO: 8 samples a prompt). Two targets: lab-countdown on the shipped
 model, and lab-sort on a model that answers it mostly by an echo.
 
+Seconds are those of a median step, timed alone, times the steps: the runs themselves may share a machine.
+
 Command:  python -m experiments.pretrain_lab --seed=0 --target=sort --out=runs/lab-sort
+          python -m experiments.es_vs_grpo --time --docs=docs/lab
           python -m experiments.es_vs_grpo --sort=runs/lab-sort --out=runs/es_vs_grpo --docs=docs/lab
 Cost:     not yet run whole.
 Result:   docs/study.md
@@ -16,6 +19,7 @@ import itertools
 import json
 import math
 import re
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,7 +41,7 @@ ROWS = {  # AWD takes away 1 % of the drift a step, or 10 %; α of GRPO is 1e-4
     "GRPO + AWD ×10": "grpo,anchor=l2,strength=250",
     "GRPO, α = 3e-5": "grpo,lr=3e-5",
 }
-BUDGETS = {"rollouts": "rollouts", "tokens": "generated tokens", "seconds": "wall time, s"}
+BUDGETS = {"rollouts": "rollouts", "tokens": "generated tokens", "seconds": "seconds of steps"}
 COLUMNS = ("target_task", "row", "seed", "step", *BUDGETS, "target", "prior", "drift", "kl")
 
 
@@ -46,20 +50,32 @@ def priors_of(target: str) -> tuple[str, ...]:
     return tuple(task for task in ("lab-countdown", *PRIOR) if task != target)
 
 
-def evaluations(folder: Path, target: str, **labels: object) -> list[dict]:
+def step_seconds(out: Path, *, rounds: int = 2, steps: int = 16) -> dict[str, float]:
+    """Median seconds of a step of each method, from short runs in turn; time it on an idle machine."""
+    seen: dict[str, list[float]] = {"ES": [], "GRPO": []}
+    for i, row in itertools.product(range(rounds), seen):
+        config = get_config(f"{ROWS[row]},steps={steps}".removeprefix(","))
+        config.evals.every = 0
+        run(config, out / f"{row}-{i}")
+        seen[row] += [line["seconds"] for line in read_jsonl(out / f"{row}-{i}" / "metrics.jsonl")[steps // 4 :]]
+    return {row: float(np.median(values)) for row, values in seen.items()}
+
+
+def evaluations(folder: Path, target: str, *, each_step: dict[str, float], **labels: object) -> list[dict]:
     """A line for each evaluation of a run: what it had cost by then, and what it knew."""
     config = json.loads((folder / "config.json").read_text())["config"]
     members = config["grpo"]["rollouts"] if config["method"] == "grpo" else config["es"]["population"]
     each = members * config["task"]["prompts_per_step"]
     rows = read_jsonl(folder / "metrics.jsonl")
-    tokens, seconds = (np.cumsum([0.0] + [row[name] for row in rows]) for name in ("tokens", "seconds"))
+    tokens = np.cumsum([0] + [row["tokens"] for row in rows])
+    seconds = each_step["GRPO" if config["method"] == "grpo" else "ES"]
     drift = [0.0] + [row["drift"] for row in rows]
     steps, accuracy = accuracies(folder, target)
     prior = np.mean([accuracies(folder, task)[1] for task in priors_of(target)], axis=0)
     return [
         labels
         | {"target_task": target, "step": int(step), "rollouts": int(step) * each, "tokens": int(tokens[step])}
-        | {"seconds": round(float(seconds[step]), 1), "target": float(accuracy[i]), "prior": round(float(prior[i]), 4)}
+        | {"seconds": round(seconds * int(step), 1), "target": float(accuracy[i]), "prior": round(float(prior[i]), 4)}
         | {"drift": round(drift[step], 4)}
         for i, step in enumerate(steps.tolist())
     ]
@@ -175,17 +191,23 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=20, help="steps between evaluations")
     parser.add_argument("--out", type=Path, default=Path("runs/es_vs_grpo"))
     parser.add_argument("--docs", type=Path, default=Path("docs/lab"))
+    parser.add_argument("--time", action="store_true", help="only time a step of each method; the report needs it")
     parser.add_argument("--only-report", action="store_true", help="run nothing; report what is finished")
     args = parser.parse_args()
-    lines = []
+    args.docs.mkdir(parents=True, exist_ok=True)
+    timed, lines = args.docs / "es_vs_grpo_seconds.json", []
+    if args.time:
+        with tempfile.TemporaryDirectory() as folder:
+            timed.write_text(json.dumps(step_seconds(Path(folder))) + "\n")
+        return print(timed.read_text())
+    each_step = json.loads(timed.read_text())
     for seed, target, row in itertools.product(args.seeds, args.targets, args.rows):
         folder = args.out / target / re.sub(r"[^\w.-]+", "-", row) / str(seed)
         if not args.only_report and not (folder / "DONE").exists():
             source = "lab" if target == TARGETS[0] else args.sort
             train(target, row, seed, source, folder, steps=args.steps, every=args.every)
         if (folder / "DONE").exists():
-            lines += evaluations(folder, target, row=row, seed=seed)
-    args.docs.mkdir(parents=True, exist_ok=True)
+            lines += evaluations(folder, target, each_step=each_step, row=row, seed=seed)
     with open(args.docs / "es_vs_grpo.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()

@@ -20,7 +20,7 @@ def test_runs_are_compared_at_the_most_that_both_spent():
     text = table(FAST + SLOW, "lab-sort")
     assert "| rollouts | 150 | GRPO | 1 | 0.600 | 0.850 | 0.150 |" in text
     assert "| rollouts | 150 | ES | 1 | 0.200 | 0.500 | 0.500 |" in text
-    assert "| generated tokens | 750 |" in text and "| wall time, s | 15 |" in text
+    assert "| generated tokens | 750 |" in text and "| seconds of steps | 15 |" in text
     both = table([*FAST, *lines_of("GRPO", 1, (0.0, 1.0), (1.0, 1.0), (0, 200))], "lab-sort")
     assert "| 0.900 ± 0.100 |" in both  # of .8 and 1
 
