@@ -187,7 +187,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--every", type=int, default=20, help="steps between evaluations")
     parser.add_argument("--out", type=Path, default=Path("runs/es_vs_grpo"))
     parser.add_argument("--docs", type=Path, default=Path("docs/lab"))
@@ -201,7 +201,7 @@ def main() -> None:
             timed.write_text(json.dumps(step_seconds(Path(folder))) + "\n")
         return print(timed.read_text())
     each_step = json.loads(timed.read_text())
-    for seed, target, row in itertools.product(args.seeds, args.targets, args.rows):
+    for row, seed, target in itertools.product(args.rows, args.seeds, args.targets):
         folder = args.out / target / re.sub(r"[^\w.-]+", "-", row) / str(seed)
         if not args.only_report and not (folder / "DONE").exists():
             source = "lab" if target == TARGETS[0] else args.sort
