@@ -27,11 +27,19 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from configs.lab import get_config
+from es_jax.evals.kl import kl, sample
 from es_jax.plotting import accuracies
+from es_jax.tasks import get_task
 from es_jax.tasks.lab import PRIOR
+from es_jax.training import workdir as rundir
+from es_jax.training.checkpoint import saved_steps
 from es_jax.training.loop import run
 from es_jax.training.metrics import read_jsonl
+from es_jax.training.state import replay
+from es_jax.weights.model import load_model
+from es_jax.weights.tokenizer import encode_prompt
 
+ALL = ("lab-countdown", *PRIOR)
 TARGETS = ("lab-countdown", "lab-sort")
 ROWS = {  # AWD takes away 1 % of the drift a step, or 10 %; α of GRPO is 1e-4
     "ES": "",
@@ -47,7 +55,7 @@ COLUMNS = ("target_task", "row", "seed", "step", *BUDGETS, "target", "prior", "d
 
 def priors_of(target: str) -> tuple[str, ...]:
     """The tasks that pretraining taught and that are not trained."""
-    return tuple(task for task in ("lab-countdown", *PRIOR) if task != target)
+    return tuple(task for task in ALL if task != target)
 
 
 def step_seconds(out: Path, *, rounds: int = 2, steps: int = 16) -> dict[str, float]:
@@ -81,9 +89,35 @@ def evaluations(folder: Path, target: str, *, each_step: dict[str, float], **lab
     ]
 
 
+def add_kl(folder: Path, lines: list[dict], *, until: int, rows: int = 25) -> None:
+    """KL(base ‖ now) a token into the lines whose weights there are: GRPO's checkpoints, ES's steps up to `until`.
+
+    It is exact at each position of continuations that the base model sampled, of test rows of all eight tasks.
+    """
+    config = rundir.read_config(folder)
+    known = saved_steps(folder) if config.method == "grpo" else range(until + 1)
+    wanted = {line["step"]: line for line in lines if line["step"] in known and line["step"]}
+    model = load_model(config.model.source)
+    prompts = [encode_prompt(model.tokenizer, e.prompt) for task in ALL for e in get_task(task).test(rows)]
+    written = sample(model.config, model.params, prompts, stop=model.stop_ids, slots=len(prompts), max_new=8)
+    lines[0]["kl"] = 0.0
+    for step, now in replay(folder, steps=sorted(wanted)):
+        wanted[step]["kl"] = round(kl(model.config, model.params, now, written)["kl_exact_token"], 5)
+
+
 def at(lines: Sequence[dict], budget: str, amount: float, column: str) -> float:
     """A column of one run when it had spent the amount, linear between evaluations."""
     return float(np.interp(amount, [x[budget] for x in lines], [x[column] for x in lines]))
+
+
+def measured(mine: Sequence[dict]) -> list[dict]:
+    """The lines with a KL."""
+    return [x for x in mine if "kl" in x]
+
+
+def near(mine: Sequence[dict], budget: str, amount: float) -> bool:
+    """Whether a line stands close behind the amount: what is between lines far apart is not known."""
+    return any(amount <= x[budget] <= 1.3 * amount for x in mine)
 
 
 def mean_se(values: Sequence[float], digits: int = 3) -> str:
@@ -115,9 +149,9 @@ def table(lines: Sequence[dict], target: str) -> str:
                 continue
             got = {c: [at(mine, budget, amount, c) for mine in own] for c in ("target", "prior", "drift")}
             lost = [mine[0]["prior"] - p for mine, p in zip(own, got["prior"], strict=True)]
-            kl = [mine[-1]["kl"] for mine in own if "kl" in mine[-1]] if budget == "rollouts" else []
+            kls = [at(m, budget, amount, "kl") for m in map(measured, own) if near(m, budget, amount)]
             cells = [label, f"{amount:,.0f}", row, str(len(own)), mean_se(got["target"]), mean_se(got["prior"])]
-            cells += [mean_se(lost), mean_se(got["drift"], 2), mean_se(kl) if kl else ""]
+            cells += [mean_se(lost), mean_se(got["drift"], 2), mean_se(kls) if kls else ""]
             text.append("| " + " | ".join(cells) + " |")
     return "\n".join(text)
 
@@ -207,7 +241,9 @@ def main() -> None:
             source = "lab" if target == TARGETS[0] else args.sort
             train(target, row, seed, source, folder, steps=args.steps, every=args.every)
         if (folder / "DONE").exists():
-            lines += evaluations(folder, target, each_step=each_step, row=row, seed=seed)
+            mine = evaluations(folder, target, each_step=each_step, row=row, seed=seed)
+            add_kl(folder, mine, until=2 * args.steps)
+            lines += mine
     with open(args.docs / "es_vs_grpo.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()

@@ -29,6 +29,13 @@ def test_columns_are_linear_between_evaluations():
     assert at(FAST, "rollouts", 50, "target") == pytest.approx(0.2)
 
 
+def test_a_divergence_is_shown_only_where_it_was_measured_nearby():
+    last = [*FAST[:-1], FAST[-1] | {"kl": 0.5}]
+    first = [FAST[0] | {"kl": 0.0}, *FAST[1:-1], last[-1]]
+    assert table(first, "lab-sort").count("| 0.500 |") == 3  # at the end, by each budget
+    assert "0.375" not in table(first + SLOW, "lab-sort")  # of 150, where ES ends
+
+
 def test_what_is_lost_at_a_level_of_the_target():
     assert crossing(FAST, 0.6) == pytest.approx({"prior": 0.85, "drift": 1.0, "rollouts": 150.0, "lost": 0.15})
     assert crossing(SLOW, 0.6) is None
