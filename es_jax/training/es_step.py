@@ -21,6 +21,7 @@ from es_jax.models.sharding import RULES, param_shardings
 from es_jax.optim.chains import build_optimizer
 from es_jax.training.config import RunConfig
 from es_jax.training.fields import ESConfig
+from es_jax.training.timing import launched
 
 
 def make_noise(config: RunConfig) -> GaussianNoise:
@@ -207,12 +208,12 @@ class Evaluator:
             index = np.arange(first, first + self.lanes)
             lanes = members[np.minimum(index, count - 1)]
             hosts.wait(functools.partial(jax.block_until_ready, [outputs for _, outputs in pending]))
-            perturbed = self._perturb(params, self._placed(lanes))
+            perturbed = launched("perturb", self._perturb(params, self._placed(lanes)))
             for batch, (tokens, positions) in enumerate(batches):
                 own = [(i, batch) for i in index if i < count]
                 live = (index < count)[:, None, None]
                 rows = (np.repeat(tokens[None], self.lanes, 0), np.where(live, positions[None], np.int32(-1)))
-                pending.append((own, self._decode(perturbed, *self._placed(rows))))
+                pending.append((own, launched("decode", self._decode(perturbed, *self._placed(rows)))))
                 if batch + 1 == len(batches):
                     del perturbed
                 if len(pending) > 1:
