@@ -21,6 +21,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     logging.getLogger().setLevel(logging.WARNING)
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax says three times that it only reads
     from es_jax.training.export import export_run  # JAX starts only when the flags are good
 
     given = flags.FLAGS
@@ -41,9 +42,10 @@ def main(argv: list[str]) -> None:
 
 def _sentence(result: dict[str, Any]) -> str:
     how = {"checkpoint": "from its checkpoint", "replay": "replayed from the seed log"}[result["source"]]
+    files = "1 weight file" if result["files"] == 1 else f"{result['files']} weight files"
     return (
         f"step {result['step']} ({how}), {result['parameters']:,} weights in {result['dtype']}: "
-        f"{result['files']} weight files, {result['bytes'] / 1e9:.3f} GB, in {Path(result['out'])}"
+        f"{files}, {result['bytes'] / 1e6:,.1f} MB, in {Path(result['out'])}"
     )
 
 

@@ -2,7 +2,11 @@
 
 import dataclasses
 import json
+import os
+import platform
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -209,6 +213,16 @@ def test_generation_settings_are_carried_over_and_a_folder_in_use_is_refused(fol
         save_model(tmp_path / "again", model)
     with pytest.raises(ValueError, match="max_shard_bytes is 0"):
         save_model(tmp_path / "third", model, max_shard_bytes=0)
+
+
+def test_what_a_killed_export_left_is_deleted_by_the_next(tmp_path, model):
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        pass
+    names = {pid: f".out.{platform.node()}.{pid}" for pid in (ended.pid, os.getppid(), "notes")}
+    for name in names.values():
+        (tmp_path / name / "inside").mkdir(parents=True)
+    save_model(tmp_path / "out", model)
+    assert sorted(os.listdir(tmp_path)) == sorted([names[os.getppid()], names["notes"], "out"])
 
 
 def test_the_outline_is_the_model_without_its_weights(folder):
