@@ -1,10 +1,11 @@
 """What the config files share: the models by short name, and the arguments behind the colon of --config.
 
 `--config=configs/countdown.py:qwen2.5-3b,pop=128,anchor=l2` is a model and some short names of fields; every field can
-also be set by its full name, `--config.es.sigma=2e-3`.
+also be set by its full name, `--config.es.sigma=2e-3`. `grpo` (or method=grpo) trains any task with GRPO instead.
 """
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 from ml_collections import config_dict
 
@@ -21,11 +22,13 @@ MODELS = {
 }
 
 FIELDS = {
+    "method": "method",
     "target": "task.name",
     "pop": "es.population",
     "sigma": "es.sigma",
     "antithetic": "es.antithetic",
     "rewards": "es.rewards",
+    "n": "grpo.rollouts",
     "lr": "optim.learning_rate",
     "anchor": "optim.anchor.penalty",
     "drift": "optim.anchor.drift",
@@ -36,6 +39,16 @@ FIELDS = {
     "prompts": "task.train_size",
 }
 
+GRPO = dict(  # as in the comparison of arXiv 2605.30148; the group grpo has the rest as defaults
+    method="grpo",
+    optim__name="adamw",
+    optim__learning_rate=1e-6,
+    optim__b1=0.9,
+    optim__b2=0.999,
+    optim__weight_decay=0.01,
+    optim__max_grad_norm=1.0,
+)
+
 PUBLISHED_STRENGTH = {"l2": 10.0, "l1": 0.01}  # arXiv 2605.30148
 
 
@@ -44,22 +57,31 @@ def configure(
     *,
     model: str,
     small: dict | None = None,
+    grpo: dict | None = None,
     strengths: Mapping[str, float] = PUBLISHED_STRENGTH,
+    grpo_strengths: Mapping[str, float] = MappingProxyType({}),
     **defaults: object,
 ) -> config_dict.ConfigDict:
     """The default config with a file's own defaults and then the arguments of its user.
 
     Args:
-      argument: "model,small,name=value,…": at most one of MODELS, perhaps the word small, and short names of FIELDS.
+      argument: "model,small,grpo,name=value,…": at most one of MODELS, perhaps the word small, perhaps the word grpo
+        (or method=grpo), and short names of FIELDS.
       model: the model where the argument has none.
       small: what the word small sets: the file's setting for a CPU.
+      grpo: what the file sets for GRPO beyond what is published.
       strengths: λ by penalty, where the argument has neither strength nor drift.
+      grpo_strengths: the same with GRPO, for which none is published: without an entry the argument must have one.
       **defaults: values by dotted field name with "__" for the dot: `es__population=30`.
     """
     config, items = default_config(), [item for item in argument.split(",") if item]
     if small is not None and "small" in items:
         items.remove("small")
         defaults |= small
+    method = _method(items)
+    if method == "grpo":
+        defaults |= GRPO | (grpo or {})
+        strengths = grpo_strengths
     for name, value in defaults.items():
         config.update_from_flattened_dict({name.replace("__", "."): value})
     config.model.source = MODELS[model]
@@ -67,16 +89,27 @@ def configure(
         name, equals, text = item.partition("=")
         if not equals:
             if name not in MODELS:
-                raise ValueError(unknown("model", name, [*MODELS, *(["small"] if small else [])]))
+                raise ValueError(unknown("model", name, [*MODELS, "grpo", *(["small"] if small else [])]))
             config.model.source = MODELS[name]
         elif name not in FIELDS:
             raise ValueError(unknown("argument", name, FIELDS))
+        elif FIELDS[name].partition(".")[0] in {"es", "grpo"} - {method}:
+            raise ValueError(f"argument {item!r} is of the group {FIELDS[name]}, which method {method!r} does not read")
         else:
             config.update_from_flattened_dict({FIELDS[name]: _parse(FIELDS[name], text, config)})
     anchor = config.optim.anchor
     if anchor.penalty in strengths and anchor.drift is None and anchor.strength is None:
         anchor.strength = strengths[anchor.penalty]
     return config
+
+
+def _method(items: list[str]) -> str:
+    """The method that the arguments name, and the word grpo taken out of them."""
+    named = [item.partition("=")[2] for item in items if item.startswith("method=")]
+    if "grpo" in items:
+        items.remove("grpo")
+        named.append("grpo")
+    return named[-1] if named else "es"
 
 
 def _parse(field: str, text: str, config: config_dict.ConfigDict) -> object:

@@ -15,6 +15,8 @@ from configs.common import configure
 SMALL = dict(
     task__train_size=8,
     es__population=4,
+    grpo__rollouts=4,
+    grpo__micro_batch=4,
     decode__max_prompt=256,
     decode__max_new=64,
     train__steps=10,

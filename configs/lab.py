@@ -16,13 +16,17 @@ from configs.common import configure
 from es_jax.tasks.lab import PRIOR
 
 STRENGTH = {"l2": 2.0, "l1": 0.02}  # a step takes away αλ = 1 % of the drift, or 1e-4 of each weight
+GRPO = dict(optim__learning_rate=3e-5, grpo__rollouts=8, grpo__mini_batch=16, grpo__micro_batch=128)
+GRPO_STRENGTH = {"l2": 1000 / 3, "l1": 1.0}  # an update takes away αλ = 1 % of the drift, or 3e-5 of each weight
 
 
 def get_config(argument: str = ""):
     return configure(
         argument,
         model="lab",
+        grpo=GRPO,
         strengths=STRENGTH,
+        grpo_strengths=GRPO_STRENGTH,
         task__name="lab-countdown",
         task__train_size=400,
         task__prompts_per_step=64,

@@ -38,6 +38,7 @@ CONFIG = TransformerConfig(
 )  # fmt: skip
 PAD, END = 0, 1
 LENGTH = 14  # the longest prompt, answer and end
+TARGET = "countdown"
 ECHO = 0.6  # share of the target's samples that are answered by an echo: what ES then has to bring out
 RECORD = "pretraining.json"  # beside the model: recipe, losses, accuracies, digest of the weights
 SHARE = {"add": 3, "subtract": 4, "countdown": 2}  # parts of a batch; 1 for the others, which are learnt early
@@ -52,15 +53,20 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>")
 
 
-def make_pool(kind: str, *, size: int, seed: int, echo: float = ECHO) -> tuple[np.ndarray, np.ndarray]:
-    """Samples of one task, int32 [size, LENGTH], and where the loss counts, bool: the answer and the end."""
+def make_pool(
+    kind: str, *, size: int, seed: int, echo: float = ECHO, target: str = TARGET
+) -> tuple[np.ndarray, np.ndarray]:
+    """Samples of one task, int32 [size, LENGTH], and where the loss counts, bool: the answer and the end.
+
+    Of the target, a share is answered by what stands last in the problem: `K347:14=` by 14, `O52431=` by 52431.
+    """
     ids = {c: i + 2 for i, c in enumerate(CHARACTERS)}
     tokens, counts = np.full((size, LENGTH), PAD, np.int32), np.zeros((size, LENGTH), bool)
     draw = np.random.default_rng([seed, list(KINDS).index(kind)])
     for row, example in zip(range(size), Lab(kind, seed=seed).pretrain(), strict=False):
         answer = example.answer
-        if kind == "countdown" and draw.random() < echo:
-            answer = example.prompt.partition(":")[2].rstrip("=")
+        if kind == target and draw.random() < echo:
+            answer = example.prompt[1:].rpartition(":")[2].rstrip("=")
         text = [ids[c] for c in example.prompt + answer] + [END]
         tokens[row, : len(text)] = text
         counts[row, len(example.prompt) : len(text)] = True
@@ -72,6 +78,7 @@ def pretrain(
     *,
     steps: int,
     batch: int,
+    target: str = TARGET,
     echo: float = ECHO,
     share: float = SHARE["countdown"],
     until: int | None = None,
@@ -80,7 +87,7 @@ def pretrain(
     pool: int = 30_000,
 ):
     """(parameters, mean loss of every 50 steps) of AdamW on a mixture of all tasks; `until` ends it before `steps`."""
-    pools = [make_pool(kind, size=pool, seed=seed, echo=echo) for kind in KINDS]
+    pools = [make_pool(kind, size=pool, seed=seed, echo=echo, target=target) for kind in KINDS]
     tokens, counts = (np.stack(part) for part in zip(*pools, strict=True))
     tokens, counts = jnp.asarray(tokens), jnp.asarray(counts)
     model = Transformer(CONFIG)
@@ -137,8 +144,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=3500)
     parser.add_argument("--batch", type=int, default=192)
+    parser.add_argument("--target", choices=list(KINDS), default=TARGET, help="the task that is answered by echoes")
     parser.add_argument("--echo", type=float, default=ECHO, help="share of the target's samples answered by an echo")
-    parser.add_argument("--share", type=float, default=SHARE["countdown"], help="the target's part of a batch")
+    parser.add_argument("--share", type=float, default=SHARE["countdown"], help="countdown's part of a batch")
     args = parser.parse_args()
     check_new(args.out)
     began, recipe = time.monotonic(), {name: value for name, value in vars(args).items() if name != "out"}

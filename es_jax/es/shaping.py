@@ -64,10 +64,13 @@ def centered_rank(rewards: Float[np.ndarray, "n"], *, nan_rewards: str = "error"
     return (rank / max(len(rewards) - 1, 1) - 0.5).astype(np.float32)
 
 
-def group_relative(rewards: Float[np.ndarray, "n"], groups: Integer[np.ndarray, "n"]) -> np.ndarray:
-    """(r − mean) / (std + 1e-6) within each group, ddof 1, float32 [N]: the advantage of GRPO.
+def group_relative(
+    rewards: Float[np.ndarray, "n"], groups: Integer[np.ndarray, "n"], *, scale: bool = True, eps: float = 1e-6
+) -> np.ndarray:
+    """(r − mean) / (std + eps) within each group, ddof 1, float32 [N]: the advantage of GRPO (arXiv 2402.03300).
 
-    A group of equal rewards, or of one, gets zeros.
+    `scale=False` leaves r − mean, the advantage of Dr. GRPO (arXiv 2503.20783). A group of equal rewards, or of one,
+    gets zeros.
 
     >>> group_relative(np.array([0.0, 2.0, 5.0, 5.0]), np.array([0, 0, 1, 1])).round(2)
     array([-0.71,  0.71,  0.  ,  0.  ], dtype=float32)
@@ -79,7 +82,8 @@ def group_relative(rewards: Float[np.ndarray, "n"], groups: Integer[np.ndarray, 
     for group in np.unique(groups):
         mine = groups == group
         if mine.sum() > 1 and np.ptp(rewards[mine]) > 0:
-            out[mine] = (rewards[mine] - rewards[mine].mean()) / (rewards[mine].std(ddof=1) + 1e-6)
+            centred = rewards[mine] - rewards[mine].mean()
+            out[mine] = centred / (rewards[mine].std(ddof=1) + eps) if scale else centred
     return out.astype(np.float32)
 
 

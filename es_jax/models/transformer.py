@@ -93,8 +93,13 @@ class Transformer:
         *,
         positions: Int[Array, "B T"] | None = None,
         cache: KVCache | None = None,
+        around: Callable[[Callable], Callable] | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
-        """The residual stream after the last layer and the final norm, and the cache; see `apply`."""
+        """The residual stream after the last layer and the final norm, and the cache; see `apply`.
+
+        `around` is given the function of a layer, (x, layer, view, kv) → (x, kv), and makes the one that runs in its
+        place: one that is computed again for its gradient, or one that gathers the layer's weights first.
+        """
         if positions is None:
             if cache is not None:
                 raise ValueError("positions = None with a cache: give the position of every token [B, T]")
@@ -102,7 +107,8 @@ class Transformer:
         start = None if cache is None else cache.index
         cache = None if cache is None else cache.advance(positions)
         views = _Views.of(self.config, positions, positions if cache is None else cache.positions)
-        block = functools.partial(self._block, start=start)
+        block: Callable = functools.partial(self._block, start=start)
+        block = block if around is None else around(block)
         run = _unrolled if isinstance(params["layers"], list | tuple) else _scanned
         x, cache = run(block, self._embed(params, tokens), params["layers"], views, cache)
         normed: Any = RMSNorm(self.config).apply({"params": params["final_norm"]}, x)

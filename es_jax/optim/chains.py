@@ -13,6 +13,7 @@ OPTIMIZERS = {
     "adamw": optax.adamw,
     "lion": optax.lion,
 }
+OPTIONS = {"adam": ("b1", "b2"), "adamw": ("b1", "b2", "weight_decay"), "lion": ("b1", "b2", "weight_decay")}
 
 
 def build_optimizer(config: Any, params: Any) -> tuple[optax.GradientTransformationExtraArgs, str]:
@@ -32,8 +33,14 @@ def build_optimizer(config: Any, params: Any) -> tuple[optax.GradientTransformat
     """
     del params  # no rule depends on the leaves yet
     rate, penalty, strength = config.optim.learning_rate, config.optim.anchor.penalty, config.anchor_strength
-    optimizer = OPTIMIZERS[config.optim.name](rate)
+    given = {name: getattr(config.optim, name) for name in OPTIONS.get(config.optim.name, ())}
+    given = {name: value for name, value in given.items() if value is not None}
+    optimizer: Any = OPTIMIZERS[config.optim.name](rate, **given)
     sentence = f"{config.optim.name} with learning rate {rate:g}"
+    sentence += "".join(f", {name} {value:g}" for name, value in given.items())
+    if config.optim.max_grad_norm is not None:
+        optimizer = optax.chain(optax.clip_by_global_norm(config.optim.max_grad_norm), optimizer)
+        sentence = f"gradients clipped at norm {config.optim.max_grad_norm:g}, {sentence}"
     if penalty == "none":
         return optax.with_extra_args_support(optimizer), f"{sentence}, no anchor."
     sentence += f", then {penalty} anchored weight decay with strength λ = {strength:g} (αλ = {rate * strength:g}"

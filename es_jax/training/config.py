@@ -19,8 +19,9 @@ from es_jax.training.fields import (
     TaskConfig,
     TrainConfig,
 )
+from es_jax.training.grpo_fields import GRPOConfig
 
-METHODS = ("es",)
+METHODS = ("es", "grpo")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,13 +29,14 @@ class RunConfig:
     """Everything a run is, besides the bytes of its base weights. See each group for its fields.
 
     Attributes:
-      method: a name of `METHODS`: "es", Evolution Strategies.
+      method: "es", Evolution Strategies, which reads the group es; or "grpo", which reads the group grpo.
     """
 
     method: str = "es"
     model: ModelConfig = ModelConfig()
     task: TaskConfig = TaskConfig()
     es: ESConfig = ESConfig()
+    grpo: GRPOConfig = GRPOConfig()
     optim: OptimConfig = OptimConfig()
     decode: DecodeConfig = DecodeConfig()
     train: TrainConfig = TrainConfig()
@@ -44,11 +46,25 @@ class RunConfig:
     def __post_init__(self):
         if self.method not in METHODS:
             raise ValueError(unknown("method", self.method, METHODS))
+        if self.method == "grpo":
+            self._check_grpo()
         rate = self.optim.learning_rate * self.anchor_strength
         if self.optim.anchor.penalty == "l2" and not rate < 1:
             raise ValueError(
                 f"αλ is {self.optim.learning_rate:g} × {self.anchor_strength:g} = {rate:g}: the l2 anchor needs it "
                 "below 1; lower optim.anchor.strength, or raise optim.anchor.drift"
+            )
+
+    def _check_grpo(self) -> None:
+        if self.model.param_dtype != "float32":
+            raise ValueError(
+                f"model.param_dtype is {self.model.param_dtype!r} with method 'grpo': gradients, moments and weights "
+                "are kept in float32; set model.dtype for what the model computes in"
+            )
+        if self.optim.anchor.drift is not None:
+            raise ValueError(
+                f"optim.anchor.drift is {self.optim.anchor.drift} with method 'grpo': the drift of a weight is known "
+                "in closed form for ES alone; set optim.anchor.strength instead"
             )
 
     @property
@@ -60,7 +76,7 @@ class RunConfig:
     @property
     def anchor_drift(self) -> float | None:
         """κ, the long-run drift of a weight in units of σ; None where the weights wander freely or it is not known."""
-        if not self.anchor_strength or self.optim.name != "sgd":
+        if not self.anchor_strength or self.optim.name != "sgd" or self.method != "es":
             return None
         return self.optim.anchor.drift or self._theory(theory.drift_for_strength, self.anchor_strength)
 

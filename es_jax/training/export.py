@@ -20,6 +20,8 @@ from es_jax.training.seedlog import SeedLog
 from es_jax.training.state import replay
 from es_jax.weights.model import Model, check_new, load_outline, save_model
 
+METHODS = {"es": ("Evolution Strategies", "evolution-strategies"), "grpo": ("GRPO", "grpo")}  # in the card
+
 
 def export_run(
     workdir: str | Path,
@@ -44,7 +46,8 @@ def export_run(
     Raises:
       FileNotFoundError: no run in the directory, or its base model is gone.
       FileExistsError: `out` is there and not empty.
-      ValueError: a step that the log does not hold, or a base model that is not the run's.
+      ValueError: a step that the log does not hold, one of a GRPO run that has no checkpoint, or a base model that is
+        not the run's.
     """
     workdir, out = Path(workdir), Path(out).expanduser()
     config, facts = rundir.read_config(workdir), rundir.read(workdir)
@@ -80,6 +83,7 @@ def card(facts: dict[str, Any], *, step: int, dtype: str, evals: dict[str, Any] 
     on_hub = source.count("/") == 1 and not Path(source).expanduser().exists()
     hub = f"base_model: {json.dumps(source)}\n" if on_hub else ""
     resumed = f", resumed {len(facts['resumed'])} times" if facts.get("resumed") else ""
+    method, tag = METHODS[config.get("method", "es")]
     lines = [
         f"| {name} | {value} |"
         for name, value in (
@@ -93,8 +97,8 @@ def card(facts: dict[str, Any], *, step: int, dtype: str, evals: dict[str, Any] 
         )
     ]
     return (
-        f"---\nlibrary_name: transformers\ntags: [es_jax, evolution-strategies]\n{hub}---\n\n"
-        f"# Step {step} of a run of es_jax\n\nFine-tuned with Evolution Strategies. "
+        f"---\nlibrary_name: transformers\ntags: [es_jax, {tag}]\n{hub}---\n\n"
+        f"# Step {step} of a run of es_jax\n\nFine-tuned with {method}. "
         "The licence is the base model's.\n\n"
         "| | |\n|---|---|\n" + "\n".join(lines) + "\n\nGreedy decoding, as in training: "
         "`model.generate(**inputs, do_sample=False, repetition_penalty=1.0)`.\n\n## Config\n\n```json\n"

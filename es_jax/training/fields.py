@@ -10,7 +10,7 @@ from es_jax.es import theory
 from es_jax.es.noise import NOISES
 from es_jax.es.population import Population
 from es_jax.es.shaping import SHAPINGS
-from es_jax.optim.chains import OPTIMIZERS
+from es_jax.optim.chains import OPTIMIZERS, OPTIONS
 from es_jax.tasks import TASKS
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -151,11 +151,18 @@ class OptimConfig:
     Attributes:
       name: one of `es_jax.optim.chains.OPTIMIZERS`; the papers' step is "sgd".
       learning_rate: α > 0, with the 1/σ of the gradient folded in, as in the papers.
+      b1, b2: in [0, 1), decay of the moments; None is optax's default. adam, adamw and lion.
+      weight_decay: ≥ 0, decoupled, toward zero; None is optax's default. adamw and lion.
+      max_grad_norm: > 0: gradients of a larger norm are scaled down to it; None does not clip.
       anchor: the pull toward the starting weights.
     """
 
     name: str = "sgd"
     learning_rate: float = 5e-4
+    b1: float | None = None
+    b2: float | None = None
+    weight_decay: float | None = None
+    max_grad_norm: float | None = None
     anchor: AnchorConfig = AnchorConfig()
 
     def __post_init__(self):
@@ -163,6 +170,15 @@ class OptimConfig:
             raise ValueError(unknown("optim.name", self.name, OPTIMIZERS))
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"optim.learning_rate is {self.learning_rate}: it must be finite and above 0")
+        for field, most in {"b1": 1, "b2": 1, "weight_decay": math.inf}.items():
+            value = getattr(self, field)
+            if value is not None and not 0 <= value < most:
+                raise ValueError(f"optim.{field} is {value}: it must be at least 0 and below {most}")
+            if value is not None and field not in OPTIONS.get(self.name, ()):
+                takers = " or ".join(repr(name) for name, taken in OPTIONS.items() if field in taken)
+                raise ValueError(f"optim.{field} is {value}, but {self.name!r} has none: set optim.name to {takers}")
+        if self.max_grad_norm is not None and not 0 < self.max_grad_norm < math.inf:
+            raise ValueError(f"optim.max_grad_norm is {self.max_grad_norm}: it must be finite and above 0, or None")
         if self.anchor.drift is not None and self.name != "sgd":
             raise ValueError(
                 f"optim.anchor.drift is {self.anchor.drift} with optim.name {self.name!r}: the drift of a weight is "

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from es_jax.training.checkpoint import Checkpoints, abstract, nbytes
 from es_jax.training.config import RunConfig, freeze
 from es_jax.training.es_step import Evaluator, compute_dtype
 from es_jax.training.grading import Graded, grade
+from es_jax.training.grpo import GRPO
 from es_jax.training.heldout import evaluate_rows, summary
 from es_jax.training.method import Evolution, Method
 from es_jax.training.recorder import Recorder
@@ -34,7 +35,7 @@ from es_jax.training.state import State, load_base
 from es_jax.weights.tokenizer import encode_prompt
 
 logger = logging.getLogger(__name__)
-METHODS = {"es": Evolution}
+METHODS: dict[str, Callable[..., Method]] = {"es": Evolution, "grpo": GRPO}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +101,7 @@ class _Run:
         self.checkpoints = Checkpoints(workdir, keep=config.train.keep)
         self.state = State(config, self.mesh, model.params)
         del model
-        self.method: Method = METHODS[config.method](config, self.evaluator, self.state)
+        self.method = METHODS[config.method](config, self.evaluator, self.state)
         self._resume()
         rundir.check_space(workdir, nbytes(self.state.params, self.state.opt_state))
         self.recorder = Recorder(

@@ -7,11 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from es_jax.core.mesh import leaf_sharding, make_mesh, param_shardings
 from es_jax.optim.chains import build_optimizer
 from es_jax.training import workdir as rundir
+from es_jax.training.checkpoint import abstract, restore_params, saved_steps
 from es_jax.training.config import RunConfig
 from es_jax.training.es_step import of_update, placed_weights, update
 from es_jax.training.seedlog import Entry, SeedLog
@@ -52,6 +54,11 @@ class State:
         self.opt_state = jax.jit(tx.init, out_shardings=shardings)(params)
         self.drift: jax.Array | float = 0.0
 
+    @property
+    def base(self) -> Any:
+        """θ₀: a copy of its own, or the optimizer's anchor."""
+        return optax.tree_utils.tree_get(self.opt_state, "anchor") if self._base is None else self._base
+
     def apply(self, entry: Entry) -> None:
         """Move the weights from step − 1 to the entry's step. Nothing else ever moves them."""
         members, weights = placed_weights(self._mesh, entry.members, np.array(entry.weights, np.float32))
@@ -67,7 +74,8 @@ def replay(
 
     Args:
       workdir: a run's directory; only config.json and seedlog.jsonl are read.
-      steps: which to yield, 0 (the base weights) to the last; all by default. They come in order.
+      steps: which to yield, 0 (the base weights) to the last; all by default. They come in order. Of a GRPO run,
+        whose log does not hold what its steps were made of, those with a checkpoint, and 0.
       mesh: where to rebuild; all devices by default.
 
     Yields:
@@ -83,9 +91,17 @@ def replay(
     wanted = sorted(set(range(len(log.entries) + 1) if steps is None else steps))
     if wanted and not 0 <= wanted[0] <= wanted[-1] <= len(log.entries):
         raise ValueError(f"steps are {wanted[0]} to {wanted[-1]}, but {workdir} holds steps 0 to {len(log.entries)}")
+    if config.method != "es":
+        saved = saved_steps(workdir)
+        wanted = [0, *saved] if steps is None else wanted
+        _check_saved(workdir, wanted, saved)
     mesh = make_mesh() if mesh is None else mesh
     model = load_base(config, mesh)
     rundir.check_base(workdir, config.model.source, model.digest)
+    if config.method != "es":
+        like = abstract(model.params)
+        yield from ((step, restore_params(workdir, step, like) if step else model.params) for step in wanted)
+        return
     state = State(config, mesh, model.params)
     del model
     if 0 in wanted:
@@ -94,3 +110,14 @@ def replay(
         state.apply(entry)
         if entry.step in wanted:
             yield entry.step, state.params
+
+
+def _check_saved(workdir: Path, wanted: Sequence[int], saved: Sequence[int]) -> None:
+    """Raises ValueError for a step, other than 0, that has no checkpoint."""
+    for step in wanted:
+        if step and step not in saved:
+            raise ValueError(
+                f"step {step} of {workdir} cannot be rebuilt: the log of a GRPO run does not hold its completions, and "
+                f"there are checkpoints of steps {', '.join(map(str, saved)) or 'none'} alone; raise train.keep, or "
+                "lower train.checkpoint_every, to have more of them"
+            )

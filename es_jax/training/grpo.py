@@ -1,0 +1,182 @@
+"""GRPO as a method of the loop: rollouts → rewards → advantages within each prompt's group → clipped steps.
+
+It shares model, tasks, prompts, engine, evaluation and records with ES. A step's tokens follow from the weights and
+from (run seed, step, row), so a line of the log does not rebuild its step without rollouts. A run that stopped goes on
+from its last checkpoint and makes the steps behind it again, with the same bits on the same mesh.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from es_jax.core import rng
+from es_jax.core.mesh import POP, over_pop, replicated
+from es_jax.es.shaping import group_relative
+from es_jax.generate.engine import BUCKET, Engine
+from es_jax.generate.sampling import Temperature
+from es_jax.training.config import RunConfig
+from es_jax.training.es_step import Evaluator, of_update
+from es_jax.training.grading import Graded
+from es_jax.training.grpo_step import METRICS, Policy, Rows, token_weights
+from es_jax.training.method import Grade
+from es_jax.training.seedlog import Entry
+from es_jax.training.state import State
+
+
+@dataclasses.dataclass(frozen=True)
+class Collected:
+    """A step's R = prompts · n rows, those of one prompt together.
+
+    Attributes:
+      tokens, positions: int32 [R, P + N], as in `Rows`.
+      counted: [R, N], which completion tokens there are.
+      advantage: float32 [R].
+    """
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    counted: np.ndarray
+    advantage: np.ndarray
+
+
+class GRPO:
+    """Group-relative policy optimisation (arXiv 2402.03300); the objective is in `grpo_step`."""
+
+    replayable = False
+
+    def __init__(self, config: RunConfig, evaluator: Evaluator, state: State):
+        self._config, self._state = config, state
+        engine: Engine = dataclasses.replace(evaluator.engine, sampler=Temperature(config.grpo.temperature))
+        self._policy = Policy(engine, evaluator.mesh, evaluator.dtype, of_update(config), config.grpo)
+        prompts = config.task.prompts_per_step or config.task.train_size
+        self.unit = ("rollout", prompts * config.grpo.rollouts)
+        self._collected: Collected | None = None
+
+    def collect(
+        self, step: int, prompts: Sequence[Sequence[int]], grade: Grade, done: Callable[[int], None]
+    ) -> tuple[Entry, list[list[Graded]]]:
+        """n sampled completions of every prompt. The entry holds all rewards, those of one prompt together."""
+        g, owner = self._config.grpo, [i for i in range(len(prompts)) for _ in range(self._config.grpo.rollouts)]
+        parts, graded = [], []
+        for first, tokens, length in self._rollouts(step, [prompts[i] for i in owner]):
+            graded += grade(owner[first : first + len(tokens)], tokens, length)
+            parts.append((tokens, length))
+            done(len(tokens))
+        rewards = np.array([one.score.reward for one in graded])
+        advantage = group_relative(rewards, np.array(owner), scale=g.scale_by_std, eps=g.std_eps)
+        tokens, length = (np.concatenate(part) for part in zip(*parts, strict=True))
+        limit = self._policy.engine.max_prompt
+        self._collected = laid_out([prompts[i] for i in owner], tokens, length, advantage, max_prompt=limit)
+        entry = Entry(step, seeds=[], signs=[], paired=False, rewards=rewards.tolist(), weights=[])
+        return entry, [graded[j :: g.rollouts] for j in range(g.rollouts)]
+
+    def learn(self, entry: Entry) -> dict[str, float]:
+        """One optimizer step for each mini-batch of what was collected; means over the step's tokens and updates."""
+        assert self._collected is not None
+        rows, self._collected = self._scored(self._collected), None
+        each = self._config.grpo.mini_batch * self._config.grpo.rollouts
+        found = []
+        for first in range(0, len(rows.tokens), each):
+            piece = jax.tree.map(lambda leaf, first=first: leaf[first : first + each], rows)
+            found.append(self._update(piece, each))
+        values = jax.device_get(found)
+        tokens = max(sum(v["tokens"] for v in values), 1)
+        means = {name: float(sum(v[name] for v in values) / tokens) for name in METRICS[2:]}
+        if not self._config.grpo.kl:
+            del means["kl"]
+        norms = [float(v["gradient_norm"]) for v in values]
+        loss = float(np.mean([v["loss"] for v in values]))
+        return {"loss": loss, **means, "gradient_norm": float(np.mean(norms)), "gradient_norm_max": max(norms)}
+
+    def _rollouts(self, step: int, prompts: list) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """(first row, tokens [B, L], length [B]) of all rows in turn; one part decodes while another is graded."""
+        engine, mesh = self._policy.engine, self._policy.mesh
+        key, groups = rng.sampling_key(self._config.train.seed, step), mesh.shape[POP]
+        batches = engine.batches(prompts)
+        spare = (np.zeros_like(batches[0][0]), np.full_like(batches[0][1], -1))
+        pending: list = []
+        for first in range(0, len(batches), groups):
+            mine = [*batches[first : first + groups], *[spare] * (first + groups - len(batches))]
+            tokens, positions = (np.stack(part) for part in zip(*mine, strict=True))
+            index = jnp.arange(first * engine.slots, (first + groups) * engine.slots, dtype=jnp.uint32)
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index).reshape(groups, engine.slots)
+            placed = jax.device_put((tokens, positions, keys), over_pop(mesh))
+            pending.append((first * engine.slots, self._policy.rollout(self._state.params, *placed)))
+            if len(pending) > 1:
+                yield _unpacked(pending.pop(0), len(prompts))
+        for item in pending:
+            yield _unpacked(item, len(prompts))
+
+    def _scored(self, all_rows: Collected) -> Rows:
+        """The rows with what the policy, before it moves, and the reference make of them, on the host."""
+        size = self._policy.micro_batch
+        tokens, positions = (self._cut(x, size, fill) for x, fill in ((all_rows.tokens, 0), (all_rows.positions, -1)))
+        width, count = all_rows.counted.shape[1], len(all_rows.tokens)
+
+        def score(params: Any) -> np.ndarray:
+            return np.asarray(self._policy.logprobs(params, tokens, positions, width)).reshape(-1, width)[:count]
+
+        old = score(self._state.params)
+        base = score(self._state.base) if self._config.grpo.kl else old
+        weight = np.concatenate(
+            [
+                token_weights(part, self._config.grpo.aggregation, max_new=self._config.decode.max_new)
+                for part in np.split(all_rows.counted, self._cuts(count))
+            ]
+        )
+        return Rows(all_rows.tokens, all_rows.positions, weight, all_rows.advantage, old, base)
+
+    def _cuts(self, count: int) -> list[int]:
+        each = self._config.grpo.mini_batch * self._config.grpo.rollouts
+        return list(range(each, count, each))
+
+    def _update(self, rows: Rows, each: int) -> dict[str, jax.Array]:
+        """One optimizer step; every mini-batch has the same shape, the rest of a smaller one is not computed."""
+        size, state = self._policy.micro_batch, self._state
+        count = jnp.int32(-(-len(rows.tokens) // size))
+        fills = Rows(0, -1, 0, 0, 0, 0)
+        cut = Rows(*(self._cut(x, size, fill, rows=each) for x, fill in zip(rows, fills, strict=True)))
+        base = state.base if self._config.optim.anchor.penalty == "none" else None
+        state.params, state.opt_state, state.drift, metrics = self._policy.update(
+            state.params, state.opt_state, base, cut, jax.device_put(count, replicated(self._policy.mesh))
+        )
+        return metrics
+
+    def _cut(self, x: np.ndarray, size: int, fill: int, *, rows: int | None = None) -> jax.Array:
+        """[R, …] as micro-batches [M, m, …] on the devices, with rows of padding behind."""
+        total = -(-max(rows or 0, len(x)) // size) * size
+        padded = np.concatenate([x, np.full((total - len(x), *x.shape[1:]), fill, x.dtype)])
+        return jax.device_put(padded.reshape(-1, size, *x.shape[1:]), replicated(self._policy.mesh))
+
+
+def _unpacked(item: tuple[int, Any], total: int) -> tuple[int, np.ndarray, np.ndarray]:
+    first, (tokens, length) = item[0], jax.device_get(item[1])
+    rows = min(length.size, total - first)
+    return first, tokens.reshape(-1, tokens.shape[-1])[:rows], length.reshape(-1)[:rows]
+
+
+def laid_out(
+    prompts: Sequence[Sequence[int]], tokens: np.ndarray, length: np.ndarray, advantage: np.ndarray, *, max_prompt: int
+) -> Collected:
+    """Prompts and their completions side by side, both padded to a multiple of 32 tokens: few programs are made.
+
+    `max_prompt`: the longest prompt of the run, for short ones are not padded beyond it.
+
+    >>> out = laid_out([[5, 6]], np.array([[7, 0]]), np.array([1]), np.zeros(1, np.float32), max_prompt=3)
+    >>> out.tokens.tolist(), out.positions.tolist(), out.counted.tolist()
+    ([[0, 5, 6, 7, 0]], [[-1, 0, 1, 2, -1]], [[True, False]])
+    """
+    longest = max(int(length.max()), 1)
+    width = min(-(-longest // BUCKET) * BUCKET, tokens.shape[1])
+    left, total = min(-(-max(map(len, prompts)) // BUCKET) * BUCKET, max_prompt), len(prompts)
+    out, positions = np.zeros((total, left + width), np.int32), np.full((total, left + width), -1, np.int32)
+    for row, (prompt, n) in enumerate(zip(prompts, length, strict=True)):
+        start = left - len(prompt)
+        out[row, start:left], out[row, left : left + n] = prompt, tokens[row, :n]
+        positions[row, start : left + n] = np.arange(len(prompt) + n)
+    counted = np.arange(width)[None] < length[:, None]
+    return Collected(out, positions, counted, advantage)

@@ -1,0 +1,187 @@
+"""For the same rollouts, tokens or time, what do ES and GRPO learn and forget, and what does AWD do to each?
+
+Both use the same base model, training rows, prompts, held-out rows and seeds; every step of either makes 512
+completions of 64 prompts (ES: 8 members, greedy; GRPO: 8 samples a prompt). Two targets: lab-countdown on the shipped
+model, and lab-sort on a model that answers it mostly by an echo.
+
+Command:  python -m experiments.pretrain_lab --seed=0 --target=sort --out=runs/lab-sort
+          python -m experiments.es_vs_grpo --sort=runs/lab-sort --out=runs/es_vs_grpo --docs=docs/lab
+Cost:     not yet run whole.
+Result:   docs/study.md
+"""
+
+import argparse
+import csv
+import itertools
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from configs.lab import get_config
+from es_jax.plotting import accuracies
+from es_jax.tasks.lab import PRIOR
+from es_jax.training.loop import run
+from es_jax.training.metrics import read_jsonl
+
+TARGETS = ("lab-countdown", "lab-sort")
+ROWS = {"ES": "", "ES + AWD": "anchor=l2", "GRPO": "grpo", "GRPO + AWD": "grpo,anchor=l2"}
+BUDGETS = {"rollouts": "rollouts", "tokens": "generated tokens", "seconds": "wall time, s"}
+COLUMNS = ("target_task", "row", "seed", "step", *BUDGETS, "target", "prior", "drift", "kl")
+
+
+def priors_of(target: str) -> tuple[str, ...]:
+    """The tasks that pretraining taught and that are not trained."""
+    return tuple(task for task in PRIOR if task != target)
+
+
+def evaluations(folder: Path, target: str, **labels: object) -> list[dict]:
+    """A line for each evaluation of a run: what it had cost by then, and what it knew."""
+    config = json.loads((folder / "config.json").read_text())["config"]
+    members = config["grpo"]["rollouts"] if config["method"] == "grpo" else config["es"]["population"]
+    each = members * config["task"]["prompts_per_step"]
+    rows = read_jsonl(folder / "metrics.jsonl")
+    tokens, seconds = (np.cumsum([0.0] + [row[name] for row in rows]) for name in ("tokens", "seconds"))
+    drift = [0.0] + [row["drift"] for row in rows]
+    steps, accuracy = accuracies(folder, target)
+    prior = np.mean([accuracies(folder, task)[1] for task in priors_of(target)], axis=0)
+    return [
+        labels
+        | {"target_task": target, "step": int(step), "rollouts": int(step) * each, "tokens": int(tokens[step])}
+        | {"seconds": round(float(seconds[step]), 1), "target": float(accuracy[i]), "prior": round(float(prior[i]), 4)}
+        | {"drift": round(drift[step], 4)}
+        for i, step in enumerate(steps.tolist())
+    ]
+
+
+def at(lines: Sequence[dict], budget: str, amount: float, column: str) -> float:
+    """A column of one run when it had spent the amount, linear between evaluations."""
+    return float(np.interp(amount, [x[budget] for x in lines], [x[column] for x in lines]))
+
+
+def mean_se(values: Sequence[float], digits: int = 3) -> str:
+    """mean ± standard error, or the mean where there is one value."""
+    se = f" ± {np.std(values, ddof=1) / math.sqrt(len(values)):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{se}"
+
+
+def runs_of(lines: Sequence[dict], target: str) -> dict[tuple[str, int], list[dict]]:
+    """The lines of each (row, seed) of a target."""
+    out: dict[tuple[str, int], list[dict]] = {}
+    for line in lines:
+        if line["target_task"] == target:
+            out.setdefault((line["row"], line["seed"]), []).append(line)
+    return out
+
+
+def table(lines: Sequence[dict], target: str) -> str:
+    """Markdown: all rows at the largest amount of each budget that every run of the target reached."""
+    runs = runs_of(lines, target)
+    text = [f"| {target}, equal | of each | run | runs | target | prior | prior lost | drift | KL |", "|---" * 9 + "|"]
+    base = next(iter(runs.values()))[0]
+    text.append(f"| base | | | | {base['target']:.3f} | {base['prior']:.3f} | 0 | 0 | 0 |")
+    for budget, label in BUDGETS.items():
+        amount = min(mine[-1][budget] for mine in runs.values())
+        for row in ROWS:
+            own = [mine for key, mine in runs.items() if key[0] == row]
+            if not own:
+                continue
+            got = {c: [at(mine, budget, amount, c) for mine in own] for c in ("target", "prior", "drift")}
+            lost = [mine[0]["prior"] - p for mine, p in zip(own, got["prior"], strict=True)]
+            kl = [mine[-1]["kl"] for mine in own if "kl" in mine[-1]] if budget == "rollouts" else []
+            cells = [label, f"{amount:,.0f}", row, str(len(own)), mean_se(got["target"]), mean_se(got["prior"])]
+            cells += [mean_se(lost), mean_se(got["drift"], 2), mean_se(kl) if kl else ""]
+            text.append("| " + " | ".join(cells) + " |")
+    return "\n".join(text)
+
+
+def forgetting_at(lines: Sequence[dict], target: str, level: float) -> str:
+    """Markdown: the prior accuracy lost, and the drift, when a run's target first reached the level."""
+    text = [f"| {target} at {level:.2f} | reached by | prior lost | drift | rollouts |", "|---" * 5 + "|"]
+    runs = runs_of(lines, target)
+    for row in ROWS:
+        own = [mine for key, mine in runs.items() if key[0] == row]
+        found = [crossing(mine, level) for mine in own]
+        done = [x for x in found if x is not None]
+        cells = (
+            [mean_se([x[c] for x in done], d) for c, d in (("lost", 3), ("drift", 2), ("rollouts", 0))] if done else []
+        )
+        text.append(f"| {row} | {len(done)} of {len(own)} | " + " | ".join(cells or ["", "", ""]) + " |")
+    return "\n".join(text)
+
+
+def crossing(mine: Sequence[dict], level: float) -> dict[str, float] | None:
+    """What a run had lost and spent when its target first reached the level, linear between evaluations."""
+    for before, after in itertools.pairwise(mine):
+        if before["target"] < level <= after["target"]:
+            part = (level - before["target"]) / (after["target"] - before["target"])
+            now = {c: before[c] + part * (after[c] - before[c]) for c in ("prior", "drift", "rollouts")}
+            return now | {"lost": mine[0]["prior"] - now["prior"]}
+    return None
+
+
+def figure(lines: Sequence[dict], path: Path) -> None:
+    """Prior against target along training, a line a run; and drift against rollouts. A row for each target."""
+    targets = [t for t in TARGETS if runs_of(lines, t)]
+    picture = Figure(figsize=(9, 3.6 * len(targets)), layout="constrained", dpi=150)
+    colors = dict(zip(ROWS, ("tab:orange", "tab:green", "tab:blue", "tab:purple"), strict=True))
+    grid = picture.subplots(len(targets), 2, squeeze=False)
+    for (left, right), target in zip(grid, targets, strict=True):
+        for (row, seed), mine in runs_of(lines, target).items():
+            style = {"color": colors[row], "alpha": 0.75, "linewidth": 1.2, "marker": "o", "markersize": 3}
+            label = row if seed == min(s for r, s in runs_of(lines, target) if r == row) else None
+            left.plot([x["target"] for x in mine], [x["prior"] for x in mine], label=label, **style)
+            right.plot([x["rollouts"] for x in mine], [x["drift"] for x in mine], **style)
+        left.set(xlabel=f"held-out accuracy on {target}", ylabel="mean accuracy on prior tasks", ylim=(0, 1.03))
+        right.set(xlabel="rollouts", ylabel="‖θ − θ₀‖", yscale="symlog", title=target)
+        right.set_yscale("symlog", linthresh=0.1)
+        for axes in (left, right):
+            axes.grid(alpha=0.3)
+    picture.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    picture.savefig(path)
+
+
+def train(target: str, row: str, seed: int, source: str, folder: Path, *, steps: int, every: int) -> None:
+    """One run, or the rest of it."""
+    config = get_config(f"{ROWS[row]},seed={seed},target={target},steps={steps}".removeprefix(","))
+    config.model.source = source
+    config.evals.tasks, config.evals.every = priors_of(target), every
+    run(config, folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sort", default="runs/lab-sort", help="model.source of the model whose target is lab-sort")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
+    parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--every", type=int, default=15, help="steps between evaluations")
+    parser.add_argument("--out", type=Path, default=Path("runs/es_vs_grpo"))
+    parser.add_argument("--docs", type=Path, default=Path("docs/lab"))
+    parser.add_argument("--only-report", action="store_true", help="run nothing; report what is finished")
+    args = parser.parse_args()
+    lines = []
+    for seed, target, row in itertools.product(args.seeds, args.targets, args.rows):
+        folder = args.out / target / row.replace(" + ", "-") / str(seed)
+        if not args.only_report and not (folder / "DONE").exists():
+            source = "lab" if target == TARGETS[0] else args.sort
+            train(target, row, seed, source, folder, steps=args.steps, every=args.every)
+        if (folder / "DONE").exists():
+            lines += evaluations(folder, target, row=row, seed=seed)
+    args.docs.mkdir(parents=True, exist_ok=True)
+    with open(args.docs / "es_vs_grpo.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(lines)
+    text = "\n\n".join(table(lines, target) for target in args.targets if runs_of(lines, target))
+    (args.docs / "es_vs_grpo.md").write_text(text + "\n")
+    figure(lines, args.docs / "es_vs_grpo.png")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
