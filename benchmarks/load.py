@@ -13,9 +13,9 @@ Result:   2 CPU cores, shared with other work; MB are 10⁶ bytes.
     The small model's remainder, 26 MB, is its tokenizer and metadata, 98 thousand strings, read a second time.
 
 Without --source it makes a Llama of that size (as --dtype on disk) in a temporary folder; with it the model there is
-loaded, and nothing is made. It is loaded --repeats times, and once more for `arrays_at_most`, each time in a fresh process
-with one CPU device, which has opened the model once before without its weights, so that imports and the tracing of the
-model's shapes, which do not grow with the weights, do not count. `seconds` is the median, the rest the most of all loads:
+loaded, and nothing is made. It is loaded --repeats times, and once more for `arrays_at_most`, each time in a fresh
+process with one CPU device, which has opened the model once before without its weights, so that imports and the tracing
+of the model's shapes, which do not grow with the weights, do not count. `seconds` is the median, the rest the most:
 
 - resident_beyond: the memory that the process holds at most while a leaf is placed, minus what it held at first and the
   leaves placed up to it. A CPU device's memory is the host's, so this is what the host needs beyond the weights.

@@ -98,8 +98,8 @@ def save_model(
     one tensor at a time. `card` is the text of README.md. The folder appears when it is whole. Where JAX runs in many
     processes all of them call this, the first one writes, and all return when the folder is there.
 
-    Raises FileExistsError when the folder is there and not empty, OSError when it cannot be made or the disk has no room
-    for it, ValueError for a limit below 1.
+    Raises FileExistsError when the folder is there and not empty, OSError when it cannot be made or does not fit on its
+    disk, ValueError for a limit below 1.
     """
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes is {max_shard_bytes}: it must be at least 1")
@@ -161,7 +161,7 @@ def _running(pid: str) -> bool:
 
 def check_new(path: str | Path, *, nbytes: int = 0) -> None:
     """Raises FileExistsError when `path` is a file or a folder that is not empty, OSError when it cannot be made or its
-    disk has fewer than `nbytes` bytes left. Where JAX runs in many processes all of them call this, and the first looks.
+    disk has fewer than `nbytes` bytes left. Of many processes all call this, and the first looks.
     """
     error = _obstacle(Path(path).expanduser().absolute(), nbytes) if jax.process_index() == 0 else None
     if jax.process_count() > 1:
