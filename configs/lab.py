@@ -16,8 +16,8 @@ from configs.common import configure
 from es_jax.tasks.lab import PRIOR
 
 STRENGTH = {"l2": 2.0, "l1": 0.02}  # a step takes away αλ = 1 % of the drift, or 1e-4 of each weight
-GRPO = dict(optim__learning_rate=3e-5, grpo__rollouts=8, grpo__mini_batch=16, grpo__micro_batch=128)
-GRPO_STRENGTH = {"l2": 1000 / 3, "l1": 1.0}  # an update takes away αλ = 1 % of the drift, or 3e-5 of each weight
+GRPO = dict(optim__learning_rate=1e-4, grpo__rollouts=8, grpo__mini_batch=16, grpo__micro_batch=128)
+GRPO_STRENGTH = {"l2": 25.0, "l1": 0.25}  # the same a step, which has four updates of 16 prompts each
 
 
 def get_config(argument: str = ""):

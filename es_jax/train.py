@@ -1,9 +1,14 @@
 """python -m es_jax.train --config=configs/countdown.py[:args] --workdir=DIR [--config.group.field=value …]
 
 Trains, or resumes the run that is in the directory. A mistake in the input ends it with one sentence; add
---traceback to see where it was noticed.
+--traceback to see where it was noticed. SIGTERM ends it with a checkpoint and status 0.
+
+On several hosts the same command runs on all, with one --workdir on a file system that they share, and --distributed
+where the environment says who they are (Cloud TPU, GKE, SLURM, Open MPI), or --coordinator_address=HOST:PORT,
+--num_processes and --process_id where it does not. See docs/launch.md.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -15,6 +20,11 @@ from ml_collections import config_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A config file, and after a colon its arguments.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory; a run that is there is resumed.")
+_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of several processes, which the environment describes.")
+_ADDRESS = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0; implies --distributed.")
+_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are; implies --distributed.")
+_PROCESS = flags.DEFINE_integer("process_id", None, "Which one this is, from 0; implies --distributed.")
+_HEARTBEAT = flags.DEFINE_integer("heartbeat_timeout", 60, "Seconds after which a silent process counts as dead.")
 _JSON = flags.DEFINE_bool("json", False, "Print the result as one line of JSON.")
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where an error came from.")
 
@@ -25,8 +35,30 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments {argv[1:]}: fields are set with --config.group.field=value")
     logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger("es_jax").setLevel(logging.INFO)
-    from jax.errors import JaxRuntimeError  # JAX starts only when the flags are good
+    from es_jax.core import hosts  # JAX starts only when the flags are good
 
+    with _processes():
+        try:
+            _train()
+        except hosts.Preempted as stop:
+            hosts.leave(f"es_jax.train: {stop}")
+
+
+def _processes() -> contextlib.AbstractContextManager:
+    """The processes of the run come together: as the flags say, the rest as the environment does."""
+    from es_jax.core import hosts
+
+    given = {"coordinator_address": _ADDRESS.value, "num_processes": _PROCESSES.value, "process_id": _PROCESS.value}
+    given = {name: value for name, value in given.items() if value is not None}
+    if not (given or _DISTRIBUTED.value):
+        return contextlib.nullcontext()
+    return hosts.joined("es_jax.train", heartbeat_timeout_seconds=_HEARTBEAT.value, **given)
+
+
+def _train() -> None:
+    from jax.errors import JaxRuntimeError
+
+    from es_jax.core import hosts
     from es_jax.training.loop import run
 
     try:
@@ -44,6 +76,8 @@ def main(argv: list[str]) -> None:
         )
     except KeyboardInterrupt:
         sys.exit(f"es_jax.train: interrupted; the same command goes on from the last finished step of {_WORKDIR.value}")
+    if not hosts.first():
+        return
     if _JSON.value:
         fields = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
         fields.pop("params")

@@ -1,24 +1,37 @@
-"""The device mesh, and where the master weights live on it."""
+"""The device mesh, and the table of rules that says where every leaf of the weights lives on it."""
 
+import logging
 import math
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from es_jax.core.tree import map_named
+
 POP, MODEL = "pop", "model"
-_MIN_SLICE = 128  # numbers; a smaller leaf is kept whole on every device, where its own program stays the same
+Rules = Sequence[tuple[str, PartitionSpec]]  # a pattern searched for in the leaf's name, and how the leaf is cut
+
+_MIN_SLICE = 128  # numbers; a leaf that `pop` would cut finer is not cut over it, and its own program stays the same
+logger = logging.getLogger(__name__)
 
 
 def make_mesh(pop: int | None = None, model: int = 1, *, devices: list | None = None) -> Mesh:
     """A `pop` × `model` mesh over the devices (all there are, by default). `pop=None` takes what `model` leaves.
 
-    With a smaller `pop` the first devices are used. Raises ValueError when there are too few.
+    A group, the `model` devices that share one member, are neighbours: on one host, and on one slice, where they fit.
+    With a smaller `pop` the first devices are used, but only when all of them belong to one process.
+
+    Raises ValueError when there are too few devices, or when devices of a run of many processes would be left out.
 
     >>> make_mesh(1, 1, devices=jax.devices()[:1]).axis_names
     ('pop', 'model')
     """
-    devices = jax.devices() if devices is None else devices
+    devices = list(jax.devices() if devices is None else devices)
     if model < 1 or (pop is not None and pop < 1):
         raise ValueError(f"mesh is pop={pop} × model={model}: both must be at least 1")
     pop = max(len(devices) // model, 1) if pop is None else pop
@@ -27,8 +40,18 @@ def make_mesh(pop: int | None = None, model: int = 1, *, devices: list | None = 
             f"mesh is pop={pop} × model={model}, but there are {len(devices)} devices: "
             f"set mesh.pop and mesh.model so that their product is at most {len(devices)}"
         )
-    devices = devices[: pop * model]
-    return jax.make_mesh((pop, model), (POP, MODEL), devices=devices, axis_types=(AxisType.Auto,) * 2)
+    if pop * model < len(devices) and len({d.process_index for d in devices}) > 1:
+        raise ValueError(
+            f"mesh is pop={pop} × model={model} of {len(devices)} devices of several hosts: every host must have its "
+            f"part; set mesh.pop and mesh.model so that their product is {len(devices)}"
+        )
+    used = devices[: pop * model]
+    slices = len({getattr(d, "slice_index", 0) for d in used})
+    if slices > 1 and pop % slices == 0:  # slow links join slices: only `pop` goes over them
+        shape, across = (pop // slices, model), (slices, 1)
+        grid = mesh_utils.create_hybrid_device_mesh(shape, across, used, allow_split_physical_axes=True)
+        return Mesh(grid, (POP, MODEL), axis_types=(AxisType.Auto,) * 2)
+    return jax.make_mesh((pop, model), (POP, MODEL), devices=used, axis_types=(AxisType.Auto,) * 2)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -40,15 +63,82 @@ def over_pop(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(POP))
 
 
-def leaf_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
-    """A master leaf, cut over every device along its last axis that divides; whole where no axis does."""
-    n, size = mesh.size, math.prod(shape)
-    for axis in reversed(range(len(shape))):
-        if shape[axis] % n == 0 and size // n >= _MIN_SLICE:
-            return NamedSharding(mesh, PartitionSpec(*[None] * axis, (POP, MODEL)))
-    return replicated(mesh)
+def place(tree: Any, sharding: NamedSharding) -> Any:
+    """Host arrays, the same in all processes, on the devices of the mesh; each process fills its own."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(tree, sharding)
+
+    def leaf(x: Any) -> jax.Array:
+        whole = np.asarray(x)
+        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+    return jax.tree.map(leaf, tree)
 
 
-def param_shardings(mesh: Mesh, params: Any) -> Any:
-    """`leaf_sharding` of every leaf of a tree of arrays or `jax.ShapeDtypeStruct`s."""
-    return jax.tree.map(lambda leaf: leaf_sharding(mesh, leaf.shape), params)
+def own_rows(leaf: jax.Array) -> dict[int, np.ndarray]:
+    """The rows of the leading axis that this process holds, by index; what several hold is the first one's."""
+    if leaf.is_fully_addressable:
+        return dict(enumerate(np.asarray(leaf)))
+    rows: dict[int, np.ndarray] = {}
+    for shard in leaf.addressable_shards:
+        if shard.replica_id == 0:
+            rows |= zip(range(leaf.shape[0])[shard.index[0]], np.asarray(shard.data), strict=True)
+    return rows
+
+
+def leaf_spec(mesh: Mesh, name: str, shape: tuple[int, ...], rules: Rules) -> PartitionSpec:
+    """How a leaf is cut: by the first rule whose pattern is found in its name.
+
+    A leaf of fewer than 128 numbers a device is not cut over `pop`.
+
+    Raises:
+      ValueError: no rule, a rule for another number of axes, or an axis that does not divide; the leaf is named.
+
+    >>> mesh = make_mesh(1, 1, devices=jax.devices()[:1])
+    >>> tuple(leaf_spec(mesh, "mlp/up/kernel", (64, 256), [("up/kernel$", PartitionSpec("pop", "model"))]))
+    ('pop', 'model')
+    """
+    spec = next((spec for pattern, spec in rules if re.search(pattern, name)), None)
+    if spec is None:
+        raise ValueError(f"leaf {name!r} has no sharding rule: add one for it to the table")
+    if len(spec) > len(shape):
+        raise ValueError(f"leaf {name!r} of shape {shape} has the sharding rule {spec}: it must have fewer axes")
+    parts = math.prod(_size(mesh, entry) for entry in spec)
+    if math.prod(shape) // parts < _MIN_SLICE:
+        spec = only(spec, MODEL)
+    for axis, entry in enumerate(spec):
+        if shape[axis] % _size(mesh, entry):
+            raise ValueError(
+                f"leaf {name!r} of shape {shape}: axis {axis} of {shape[axis]} does not divide over "
+                f"mesh.{entry} = {_size(mesh, entry)}; set mesh.{entry} to a divisor of {shape[axis]}"
+            )
+    return spec
+
+
+def only(spec: PartitionSpec, axis: str) -> PartitionSpec:
+    """The same cut along one axis of the mesh alone.
+
+    >>> tuple(only(PartitionSpec(None, "pop", "model"), "model"))
+    (None, None, 'model')
+    """
+    return PartitionSpec(*(entry if entry == axis else None for entry in spec))
+
+
+def _size(mesh: Mesh, entry: Any) -> int:
+    return 1 if entry is None else mesh.shape[entry]
+
+
+def shardings(mesh: Mesh, tree: Any, rules: Rules, *, log: bool = False) -> Any:
+    """The sharding of every leaf of a tree of arrays or `jax.ShapeDtypeStruct`s; `log` tells each match.
+
+    Raises:
+      ValueError: as `leaf_spec` does.
+    """
+
+    def where(name: str, leaf: Any) -> NamedSharding:
+        spec = leaf_spec(mesh, name, leaf.shape, rules)
+        if log:
+            logger.info("%s %s is cut as %s", name, leaf.shape, tuple(spec))
+        return NamedSharding(mesh, spec)
+
+    return map_named(where, tree)

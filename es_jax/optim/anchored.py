@@ -47,7 +47,8 @@ def anchored_weight_decay(
       anchor_dtype: dtype in which the anchor is kept; each parameter's own by default. A narrower one moves the anchor
         itself by its rounding.
       anchor_sharding: a sharding, or a tree of them like the parameters, on which the anchor is put; by default where
-        the parameters are.
+        the parameters are. With a memory kind of the host, such as "pinned_host", `update` (inside jit) brings it to
+        the devices one leaf at a time.
       arithmetic: "float32" (float64 for float64 updates) computes one correction of the update and rounds once;
         "param" takes the step, subtracts the anchor, shrinks and adds it back in the parameters' own dtype, rounding
         each result, as the published code does. In 16 bits that loses most of the decay: it is there to explain
@@ -97,11 +98,20 @@ def anchored_weight_decay(
             u_, p_, a_ = u.astype(wide), p.astype(wide), a.astype(wide)
             return _PULL[penalty](u_, p_, a_, jnp.asarray(now, wide)).astype(u.dtype)
 
-        updates = jax.tree.map(pulled, updates, params, state.anchor)
+        updates = jax.tree.map(pulled, updates, params, _on_devices(state.anchor, anchor_sharding))
         return updates, AnchoredWeightDecayState(optax.safe_increment(state.count), state.anchor)
 
     transformation = optax.GradientTransformationExtraArgs(init, update)
     return transformation if mask is None else optax.masked(transformation, mask)
+
+
+def _on_devices(anchor, sharding):
+    """The anchor, brought from the host where its sharding keeps it there."""
+    if getattr(next(iter(jax.tree.leaves(sharding)), None), "memory_kind", None) in (None, "device"):
+        return anchor
+    if isinstance(sharding, jax.sharding.Sharding):
+        sharding = jax.tree.map(lambda _: sharding, anchor)
+    return jax.tree.map(lambda a, s: jax.device_put(a, s.with_memory_kind("device")), anchor, sharding)
 
 
 def _l2(update, param, anchor, rate):

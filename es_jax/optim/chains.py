@@ -16,13 +16,16 @@ OPTIMIZERS = {
 OPTIONS = {"adam": ("b1", "b2"), "adamw": ("b1", "b2", "weight_decay"), "lion": ("b1", "b2", "weight_decay")}
 
 
-def build_optimizer(config: Any, params: Any) -> tuple[optax.GradientTransformationExtraArgs, str]:
+def build_optimizer(
+    config: Any, params: Any, *, anchor_sharding: Any = None
+) -> tuple[optax.GradientTransformationExtraArgs, str]:
     """The optimizer of a run, and one sentence that describes it.
 
     Args:
       config: a `RunConfig`, or anything with its `optim` and `es` groups, `anchor_strength` (λ) and `anchor_drift`
         (κ or None).
       params: the parameters it will be used on. Every leaf is stepped and anchored.
+      anchor_sharding: where the anchor lives; see `anchored_weight_decay`.
 
     Returns:
       (transformation, sentence).
@@ -47,5 +50,7 @@ def build_optimizer(config: Any, params: Any) -> tuple[optax.GradientTransformat
     if config.anchor_drift is not None:
         sentence += f"; in the long run a weight drifts κ = {config.anchor_drift:.2f} σ"
     arithmetic = "param" if config.es.noise == "shared_seed" else "float32"  # as published: all in the weights' dtype
-    decay = anchored_weight_decay(rate * strength, penalty=penalty, arithmetic=arithmetic)
+    decay = anchored_weight_decay(
+        rate * strength, penalty=penalty, arithmetic=arithmetic, anchor_sharding=anchor_sharding
+    )
     return optax.chain(optimizer, decay), f"{sentence})."

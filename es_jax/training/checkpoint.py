@@ -13,7 +13,13 @@ class Checkpoints:
 
     def __init__(self, workdir: Path, *, keep: int):
         self.folder = Path(workdir).resolve() / "ckpt"
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=False)
+        self.folder.mkdir(exist_ok=True)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            create=False,
+            enable_async_checkpointing=False,
+            multiprocessing_options=_over_the_store(),
+        )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def latest(self) -> int | None:
@@ -79,6 +85,12 @@ def restore_params(workdir: Path, step: int, params: Any) -> Any:
                 f"the checkpoint of step {step} in {workdir} cannot be restored ({_first_line(error)}): delete that "
                 "folder, and the step is replayed from the seed log"
             ) from error
+
+
+def _over_the_store() -> ocp.options.MultiprocessingOptions:
+    """Processes wait for one another outside of the devices, which may be at work that nobody waits for any more."""
+    count = jax.process_count()
+    return ocp.options.MultiprocessingOptions(active_processes=set(range(count)) if count > 1 else None)
 
 
 def _reading(folder: Path) -> ocp.CheckpointManager:

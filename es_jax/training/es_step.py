@@ -9,12 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from es_jax.core.mesh import POP, over_pop, param_shardings, replicated
+from es_jax.core import hosts
+from es_jax.core.mesh import MODEL, POP, leaf_spec, only, over_pop, own_rows, place, replicated
+from es_jax.core.tree import map_named
 from es_jax.es.noise import NOISES, GaussianNoise, SharedSeedNoise
 from es_jax.es.population import Members
 from es_jax.generate.engine import Engine
+from es_jax.models.sharding import RULES, param_shardings
 from es_jax.optim.chains import build_optimizer
 from es_jax.training.config import RunConfig
 from es_jax.training.fields import ESConfig
@@ -40,32 +43,81 @@ def of_update(config: RunConfig) -> RunConfig:
     return RunConfig(es=es, optim=config.optim)
 
 
+def optimizer(config: RunConfig, mesh: Mesh, params: Any) -> tuple[optax.GradientTransformationExtraArgs, str]:
+    """The run's transformation and its sentence; the anchor lives where optim.anchor.memory says."""
+    memory = config.optim.anchor.memory
+    if memory == "device":
+        return build_optimizer(config, params)
+    where = jax.tree.map(lambda s: s.with_memory_kind(memory), param_shardings(mesh, params))
+    return build_optimizer(config, params, anchor_sharding=where)
+
+
+def state_shardings(config: RunConfig, mesh: Mesh, opt_state: Any) -> Any:
+    """Where the optimizer's state lives: cut like the parameters, the anchor in its own memory."""
+
+    def where(name: str, sharding: NamedSharding) -> NamedSharding:
+        memory = config.optim.anchor.memory if "anchor" in name.split("/") else "device"
+        return sharding if memory == "device" else sharding.with_memory_kind(memory)
+
+    return map_named(where, param_shardings(mesh, opt_state))
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
 def update(
     config: RunConfig, mesh: Mesh, params: Any, opt_state: Any, base: Any, members: Members, weights: jax.Array
 ) -> tuple[Any, Any, jax.Array]:
-    """One step of the weights: (params, opt_state, drift). Parameters and optimizer state are donated.
+    """One step of the weights: (params, opt_state, squares). Parameters and optimizer state are donated.
 
     `config`: of `of_update`.
 
-    Every device makes all members' noise for its own slice; nothing is reduced but the scalar drift ‖θ − θ₀‖, measured
-    from `base`, or from the anchor where `base` is None.
+    Every device makes all members' noise for its own slice, and nothing is sent or reduced: `squares` [pop, model]
+    holds each device's part of ‖θ − θ₀‖², which `distance` adds up. θ₀ is `base`, or the anchor where `base` is None.
     """
-    shardings = param_shardings(mesh, params)
-    gradient = make_noise(config).estimate(params, members, weights)
-    gradient = jax.lax.with_sharding_constraint(gradient, shardings)
-    updates, opt_state = build_optimizer(config, params)[0].update(gradient, opt_state, params)
-    params = jax.lax.with_sharding_constraint(optax.apply_updates(params, updates), shardings)
-    opt_state = jax.lax.with_sharding_constraint(opt_state, param_shardings(mesh, opt_state))
-    base = optax.tree_utils.tree_get(opt_state, "anchor") if base is None else base
-    return params, opt_state, _distance(params, base)
+    where = param_shardings(mesh, params)
+    gradient = jax.lax.with_sharding_constraint(make_noise(config).estimate(params, members, weights), where)
+    params, opt_state = stepped(config, mesh, params, opt_state, gradient)
+    return params, opt_state, _squares(mesh, where, params, start_of(mesh, opt_state, base))
 
 
-def _distance(params: Any, base: Any) -> jax.Array:
-    squares = jax.tree.map(
-        lambda p, b: jnp.sum(jnp.square(p.astype(jnp.float32) - b.astype(jnp.float32))), params, base
-    )
-    return jnp.sqrt(sum(jax.tree.leaves(squares)))
+def stepped(config: RunConfig, mesh: Mesh, params: Any, opt_state: Any, gradient: Any) -> tuple[Any, Any]:
+    """One step of the optimizer, everything left where it belongs; inside jit."""
+    updates, opt_state = optimizer(config, mesh, params)[0].update(gradient, opt_state, params)
+    params = jax.lax.with_sharding_constraint(optax.apply_updates(params, updates), param_shardings(mesh, params))
+    return params, jax.tree.map(_kept, opt_state, state_shardings(config, mesh, opt_state))
+
+
+def start_of(mesh: Mesh, opt_state: Any, base: Any) -> Any:
+    """θ₀ on the devices: `base`, or the optimizer's anchor where that is None; inside jit."""
+    if base is not None:
+        return base
+    anchor = optax.tree_utils.tree_get(opt_state, "anchor")
+    return jax.tree.map(jax.device_put, anchor, param_shardings(mesh, anchor))
+
+
+def _kept(leaf: jax.Array, where: NamedSharding) -> jax.Array:
+    """The leaf held where it belongs; one in host memory is what came in, and stays as it is."""
+    return leaf if where.memory_kind == "pinned_host" else jax.lax.with_sharding_constraint(leaf, where)
+
+
+def _squares(mesh: Mesh, where: Any, params: Any, base: Any) -> jax.Array:
+    specs = jax.tree.map(lambda sharding: sharding.spec, where)
+
+    def part(param: jax.Array, start: jax.Array, spec: PartitionSpec) -> jax.Array:
+        total = jnp.sum(jnp.square(param.astype(jnp.float32) - start.astype(jnp.float32)))
+        copies = [jax.lax.axis_index(axis) for axis in mesh.axis_names if axis not in spec]
+        return jnp.where(sum(copies, jnp.int32(0)) == 0, total, 0.0)  # a leaf held several times counts once
+
+    def local(params: Any, base: Any) -> jax.Array:
+        return sum(jax.tree.leaves(jax.tree.map(part, params, base, specs)), jnp.float32(0))[None, None]
+
+    out = PartitionSpec(*mesh.axis_names)
+    return jax.shard_map(local, mesh=mesh, in_specs=(specs, specs), out_specs=out, check_vma=False)(params, base)
+
+
+@jax.jit
+def distance(squares: jax.Array) -> jax.Array:
+    """‖θ − θ₀‖, a scalar, from the parts of its square that `update` gives: the one sum over devices of a step."""
+    return jnp.sqrt(jnp.sum(squares))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,10 +147,19 @@ class Evaluator:
 
     @functools.partial(jax.jit, static_argnums=0)
     def _perturb(self, params: Any, members: Members) -> Any:
-        def one(params, member):
-            return self.engine.layout(self.noise.apply(params, member, sigma=self.sigma, dtype=self.dtype))
+        specs = map_named(lambda name, leaf: leaf_spec(self.mesh, name, leaf.shape, RULES), params)
 
-        return self._grouped(one, in_specs=(PartitionSpec(), PartitionSpec(POP)), mapped=(None, 0))(params, members)
+        def perturbed(name: str, part: jax.Array, spec: PartitionSpec, member: Members) -> jax.Array:
+            whole = {name: _gathered(self.mesh, part, spec)}
+            made = self.noise.apply(whole, member, sigma=self.sigma, dtype=self.dtype)[name]
+            return jax.lax.with_sharding_constraint(made, only(spec, MODEL))
+
+        def one(params: Any, member: Members) -> Any:
+            make = functools.partial(perturbed, member=member)
+            return self.engine.layout(map_named(make, params, specs))
+
+        held = jax.tree.map(lambda spec: only(spec, POP), specs)
+        return self._grouped(one, in_specs=(held, PartitionSpec(POP)), mapped=(None, 0))(params, members)
 
     @functools.partial(jax.jit, static_argnums=0)
     def _decode(self, params: Any, tokens: jax.Array, positions: jax.Array) -> Any:
@@ -133,6 +194,7 @@ class Evaluator:
         self, params: Any, members: Members, batches: Sequence[tuple[np.ndarray, np.ndarray]]
     ) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
         """Every member on every batch: (member, batch, tokens [B, L], length [B]), graded while the next one decodes.
+        In a run of several processes, those that this one's devices decode.
 
         Where lanes are left over in the last round, their rows are padding and they decode nothing. The weights of one
         round are gone before those of the next are made.
@@ -142,7 +204,7 @@ class Evaluator:
         for first in range(0, count, self.lanes):
             index = np.arange(first, first + self.lanes)
             lanes = members[np.minimum(index, count - 1)]
-            jax.block_until_ready([outputs for _, outputs in pending])
+            hosts.wait(functools.partial(jax.block_until_ready, [outputs for _, outputs in pending]))
             perturbed = self._perturb(params, self._placed(lanes))
             for batch, (tokens, positions) in enumerate(batches):
                 own = [(i, batch) for i in index if i < count]
@@ -172,16 +234,26 @@ class Evaluator:
                 yield batch, out, length
 
     def _placed(self, tree: Any) -> Any:
-        return jax.device_put(tree, over_pop(self.mesh))
+        return place(tree, over_pop(self.mesh))
+
+
+def _gathered(mesh: Mesh, part: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """The leaf from its parts over `pop`, each device its own cut over `model`; inside a shard_map over `pop`."""
+    if POP not in spec or mesh.shape[POP] == 1:
+        return part
+    gather = functools.partial(jax.lax.all_gather, axis_name=POP, axis=list(spec).index(POP), tiled=True)
+    cut = only(spec, MODEL)  # by hand: the partitioner would gather over `model` too
+    return jax.shard_map(gather, in_specs=cut, out_specs=cut, axis_names={MODEL}, check_vma=False)(part)
 
 
 def _unpack(item: tuple) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
     own, outputs = item
-    tokens, length = jax.device_get(outputs)
+    tokens, length = hosts.wait(lambda: [own_rows(output) for output in outputs])
     for lane, (member, batch) in enumerate(own):
-        yield int(member), batch, tokens[lane], length[lane]
+        if lane in tokens:
+            yield int(member), batch, tokens[lane], length[lane]
 
 
 def placed_weights(mesh: Mesh, members: Members, weights: np.ndarray) -> tuple[Members, jax.Array]:
     """Members and weights on every device, always from the host, so that live steps and replays are one program."""
-    return jax.device_put((members, jnp.asarray(weights, jnp.float32)), replicated(mesh))
+    return place((members, np.asarray(weights, np.float32)), replicated(mesh))

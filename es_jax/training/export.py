@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 
-from es_jax.core.mesh import leaf_sharding, make_mesh
+from es_jax.core.mesh import make_mesh
 from es_jax.core.tree import count
+from es_jax.models.sharding import leaf_sharding
 from es_jax.models.transformer import param_shapes
 from es_jax.training import workdir as rundir
 from es_jax.training.checkpoint import restore_params, saved_steps
@@ -113,7 +114,7 @@ def card(facts: dict[str, Any], *, step: int, dtype: str, evals: dict[str, Any] 
 def _checkpoint(workdir: Path, config: RunConfig, base: Model, step: int) -> Any:
     mesh, dtype = make_mesh(), jnp.dtype(config.model.param_dtype)
     like = {
-        path: jax.ShapeDtypeStruct(shape, dtype, sharding=leaf_sharding(mesh, shape))
+        path: jax.ShapeDtypeStruct(shape, dtype, sharding=leaf_sharding(mesh, path, shape))
         for path, shape in param_shapes(base.config).items()
     }
     return restore_params(workdir, step, unflatten_dict(like, sep="/"))

@@ -13,6 +13,7 @@ from es_jax.es.shaping import SHAPINGS
 from es_jax.optim.chains import OPTIMIZERS, OPTIONS
 from es_jax.tasks import TASKS
 
+MEMORIES = ("device", "pinned_host")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -119,13 +120,17 @@ class AnchorConfig:
       penalty: "none", "l2" or "l1".
       strength: λ ≥ 0 of the paper (10 for l2, 0.01 for l1); or give `drift`.
       drift: κ > 0, how many σ a weight may drift in the long run; λ follows from it. Plain sgd only.
+      memory: where the starting weights are kept: "device", or "pinned_host" to bring them leaf by leaf each step.
     """
 
     penalty: str = "none"
     strength: float | None = None
     drift: float | None = None
+    memory: str = "device"
 
     def __post_init__(self):
+        if self.memory not in MEMORIES:
+            raise ValueError(unknown("optim.anchor.memory", self.memory, MEMORIES))
         if self.penalty not in theory.PENALTIES:
             raise ValueError(unknown("optim.anchor.penalty", self.penalty, theory.PENALTIES))
         given = [name for name in ("strength", "drift") if getattr(self, name) is not None]
@@ -262,14 +267,12 @@ class MeshConfig:
     """The device mesh: groups of devices that hold a member each, and devices in a group.
 
     Attributes:
-      pop: groups; None is as many as there are devices.
-      model: devices that share one member: 1, until a member can be cut over several.
+      pop: groups; None is as many as there are devices for.
+      model: devices that share one member, by its heads, MLP and vocabulary; None is the fewest with room for it.
     """
 
     pop: int | None = None
-    model: int = 1
+    model: int | None = None
 
     def __post_init__(self):
         _positive(self, "mesh", "pop", "model")
-        if self.model != 1:
-            raise ValueError(f"mesh.model is {self.model}: members cannot be cut over devices yet; set it to 1")

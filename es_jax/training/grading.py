@@ -1,10 +1,13 @@
 """From tokens to scores, on the host."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import jax
 import numpy as np
 
+from es_jax.core import hosts
 from es_jax.tasks.task import Example, Score, Task
 from es_jax.weights.model import Model
 
@@ -34,6 +37,42 @@ def grade(
         Graded(example, text, task.score(example, text), int(n), not stop)
         for example, text, n, stop in zip(examples, texts, length, stopped, strict=False)
     ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Grader:
+    """Grades completions of a list of examples, and shares what it graded with the other processes of the run."""
+
+    task: Task
+    model: Model
+    examples: Sequence[Example]
+
+    def __call__(self, indices: Sequence[int], tokens: np.ndarray, length: np.ndarray) -> list[Graded]:
+        """Scores of completions of the examples with those indices: tokens [B, L], length [B]."""
+        return grade(self.task, self.model, [self.examples[i] for i in indices], tokens, length)
+
+    def shared(self, own: Mapping[int, tuple[Sequence[int], list[Graded]]]) -> dict[int, list[Graded]]:
+        """What all processes graded, by number, in order; each gives its own, with the indices of its examples.
+
+        All processes call it. Only the texts of number 0 travel; others are empty where they were not graded.
+        """
+        if jax.process_count() == 1:
+            return {number: own[number][1] for number in sorted(own)}
+        packed = {n: [list(at), [_packed(g, text=not n) for g in graded]] for n, (at, graded) in own.items()}
+        return {
+            n: own[n][1] if n in own else [_unpacked(self.examples[i], row) for i, row in zip(at, rows, strict=True)]
+            for n, (at, rows) in hosts.exchange(packed).items()
+        }
+
+
+def _packed(graded: Graded, *, text: bool) -> list[Any]:
+    score = graded.score
+    return [score.reward, dict(score.parts), graded.length, graded.truncated, graded.text if text else ""]
+
+
+def _unpacked(example: Example, row: list[Any]) -> Graded:
+    reward, parts, length, truncated, text = row
+    return Graded(example, text, Score(reward, parts), length, truncated)
 
 
 def means(graded: Sequence[Graded]) -> dict[str, float]:

@@ -20,9 +20,8 @@ from es_jax.generate.engine import BUCKET, Engine
 from es_jax.generate.sampling import Temperature
 from es_jax.training.config import RunConfig
 from es_jax.training.es_step import Evaluator, of_update
-from es_jax.training.grading import Graded
+from es_jax.training.grading import Graded, Grader
 from es_jax.training.grpo_step import METRICS, Policy, Rows, token_weights
-from es_jax.training.method import Grade
 from es_jax.training.seedlog import Entry
 from es_jax.training.state import State
 
@@ -57,7 +56,7 @@ class GRPO:
         self._collected: Collected | None = None
 
     def collect(
-        self, step: int, prompts: Sequence[Sequence[int]], grade: Grade, done: Callable[[int], None]
+        self, step: int, prompts: Sequence[Sequence[int]], grade: Grader, done: Callable[[int], None]
     ) -> tuple[Entry, list[list[Graded]]]:
         """n sampled completions of every prompt. The entry holds all rewards, those of one prompt together."""
         g, owner = self._config.grpo, [i for i in range(len(prompts)) for _ in range(self._config.grpo.rollouts)]

@@ -13,15 +13,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Float32
 
-from es_jax.core.mesh import MODEL, POP, param_shardings, replicated
+from es_jax.core.mesh import MODEL, POP, replicated
 from es_jax.generate.engine import Engine
+from es_jax.models.sharding import param_shardings
 from es_jax.models.transformer import Transformer
-from es_jax.optim.chains import build_optimizer
 from es_jax.training.config import RunConfig
+from es_jax.training.es_step import start_of, stepped
 from es_jax.training.grpo_fields import GRPOConfig
 
 TOKENS_AT_ONCE = 512  # tokens whose logits over the whole vocabulary are held at the same time
@@ -160,12 +160,8 @@ class Policy:
           count: how many of the M micro-batches hold rows; the rest are not computed.
         """
         (gradient, sums) = self.gradient(params, rows, count)
-        shardings = param_shardings(self.mesh, params)
-        updates, opt_state = build_optimizer(self.config, params)[0].update(gradient, opt_state, params)
-        params = jax.lax.with_sharding_constraint(optax.apply_updates(params, updates), shardings)
-        opt_state = jax.lax.with_sharding_constraint(opt_state, param_shardings(self.mesh, opt_state))
-        base = optax.tree_utils.tree_get(opt_state, "anchor") if base is None else base
-        drift = _norm(jax.tree.map(jnp.subtract, params, base))
+        params, opt_state = stepped(self.config, self.mesh, params, opt_state, gradient)
+        drift = _norm(jax.tree.map(jnp.subtract, params, start_of(self.mesh, opt_state, base)))
         return params, opt_state, drift, {**sums, "gradient_norm": _norm(gradient)}
 
     def gradient(self, params: Any, rows: Rows, count: Array) -> tuple[Any, dict[str, Array]]:

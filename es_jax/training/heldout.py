@@ -8,7 +8,7 @@ import numpy as np
 
 from es_jax.tasks.task import Example, Task
 from es_jax.training.es_step import Evaluator
-from es_jax.training.grading import Graded, grade, means
+from es_jax.training.grading import Graded, Grader, means
 from es_jax.weights.model import Model
 
 
@@ -22,10 +22,11 @@ def evaluate_rows(
     batches: Sequence,
 ) -> list[Graded]:
     """Greedy completions of the examples, graded. `batches` holds their prompts in the same order."""
-    slots, graded = evaluator.engine.slots, []
+    slots, own, grader = evaluator.engine.slots, {}, Grader(task, model, examples)
     for batch, tokens, length in evaluator.unperturbed(params, batches):
-        graded += grade(task, model, examples[batch * slots : (batch + 1) * slots], tokens, length)
-    return graded
+        rows = range(batch * slots, min((batch + 1) * slots, len(examples)))
+        own[batch] = rows, grader(rows, tokens, length)
+    return [one for part in grader.shared(own).values() for one in part]
 
 
 def summary(step: int, graded: Sequence[Graded]) -> dict[str, Any]:

@@ -12,26 +12,25 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from ml_collections import config_dict
 
-from es_jax.core import rng
-from es_jax.core.mesh import make_mesh
+from es_jax.core import hosts, rng
 from es_jax.core.tree import count
 from es_jax.generate.engine import Engine
+from es_jax.models.sharding import param_shardings
 from es_jax.tasks import get_task
 from es_jax.tasks.task import Example, Task
 from es_jax.training import workdir as rundir
 from es_jax.training.checkpoint import Checkpoints, abstract, nbytes
 from es_jax.training.config import RunConfig, freeze
 from es_jax.training.es_step import Evaluator, compute_dtype
-from es_jax.training.grading import Graded, grade
+from es_jax.training.grading import Graded, Grader
 from es_jax.training.grpo import GRPO
 from es_jax.training.heldout import evaluate_rows, summary
 from es_jax.training.method import Evolution, Method
 from es_jax.training.recorder import Recorder
 from es_jax.training.seedlog import Entry, SeedLog
-from es_jax.training.state import State, load_base
+from es_jax.training.state import State, base_config, load_base, mesh_of
 from es_jax.weights.tokenizer import encode_prompt
 
 logger = logging.getLogger(__name__)
@@ -67,14 +66,17 @@ def run(config: RunConfig | config_dict.ConfigDict | dict, workdir: str | Path) 
     Raises:
       ValueError, OSError: bad fields, rows, weights, prompts, or a directory of another run, before any work starts;
         rewards that are not finite or a full disk, at their step. Finished steps stay.
+      hosts.Preempted: SIGTERM came. The last finished step has a checkpoint.
     """
     config, workdir = config if isinstance(config, RunConfig) else freeze(config), Path(workdir)
-    if jax.process_count() > 1:
-        raise ValueError(f"{jax.process_count()} processes: a run is one process yet; start it on one host")
+    if jax.process_count() > 1 and config.method != "es":
+        raise ValueError(
+            f"method {config.method!r} in {jax.process_count()} processes: start it in one; ES runs in many"
+        )
     tasks = {name: get_task(name) for name in config.evals.tasks} | {config.task.name: make_task(config)}
     train = tasks[config.task.name].train(config.task.train_size)
     tests = {name: task.test(config.evals.size) for name, task in tasks.items()} if config.evals.every else {}
-    with rundir.claim(workdir):
+    with hosts.stoppable(), rundir.claim(workdir):
         return _Run(config, workdir, tasks=tasks, train=train, tests=tests).train()
 
 
@@ -89,8 +91,9 @@ class _Run:
 
     def __init__(self, config: RunConfig, workdir: Path, *, tasks: dict[str, Task], train: list[Example], tests: dict):
         self.config, self.workdir, self.tasks, self.examples, self.tests = config, workdir, tasks, train, tests
-        self.mesh = make_mesh(config.mesh.pop, config.mesh.model)
+        self.mesh = mesh_of(config, base_config(config))
         model = load_base(config, self.mesh)
+        param_shardings(self.mesh, model.params, log=True)
         self.dim = count(model.params)
         self.model = dataclasses.replace(model, params={})  # the state alone holds weights: updates donate them
         self.prompts = list(self._encoded(config.task.name, train))
@@ -114,7 +117,14 @@ class _Run:
         try:
             self._loop()
             step = len(self.log.entries)
-            (self.workdir / "DONE").write_text(f"{step}\n")
+            if hosts.first():
+                (self.workdir / "DONE").write_text(f"{step}\n")
+        except hosts.Preempted:
+            hosts.saving()
+            self._save(len(self.log.entries))
+            raise hosts.Preempted(
+                f"terminated; step {len(self.log.entries)} is saved, and the same command goes on from there"
+            ) from None
         finally:
             self.checkpoints.close()
             self.recorder.close()
@@ -127,7 +137,8 @@ class _Run:
         )
 
     def _loop(self) -> None:
-        (self.workdir / "DONE").unlink(missing_ok=True)
+        if hosts.first():
+            (self.workdir / "DONE").unlink(missing_ok=True)
         start = len(self.log.entries)
         self._finish_step(start)
         for step in range(start + 1, self.config.train.steps + 1):
@@ -145,10 +156,8 @@ class _Run:
         """The method's completions of the step's prompts, graded."""
         rows, task = self._rows(step), self.tasks[self.config.task.name]
 
-        def graded(indices: Sequence[int], tokens: np.ndarray, length: np.ndarray) -> list[Graded]:
-            return grade(task, self.model, [self.examples[rows[i]] for i in indices], tokens, length)
-
-        return self.method.collect(step, [self.prompts[i] for i in rows], graded, self.recorder.progress.advance)
+        grader = Grader(task, self.model, [self.examples[i] for i in rows])
+        return self.method.collect(step, [self.prompts[i] for i in rows], grader, self.recorder.progress.advance)
 
     def _identity(self) -> dict[str, Any]:
         """What a run is besides its fields, as config.json keeps it."""
@@ -224,12 +233,16 @@ class _Run:
         orders = {e: rng.row_order(self.config.train.seed, e, size) for e in {p // size for p in places}}
         return [orders[p // size][p % size] for p in places]
 
+    def _save(self, step: int) -> None:
+        if (self.checkpoints.latest() or 0) < step:
+            self.checkpoints.save(step, self.state.params, self.state.opt_state)
+
     def _finish_step(self, step: int) -> None:
         """Checkpoint and held-out evaluation, where they are due and not done yet."""
         train, every = self.config.train, self.config.evals.every
         final = step == train.steps
-        if (final or step % train.checkpoint_every == 0) and (self.checkpoints.latest() or 0) < step:
-            self.checkpoints.save(step, self.state.params, self.state.opt_state)
+        if final or step % train.checkpoint_every == 0:
+            self._save(step)
         for name, examples in self.tests.items():
             if (final or step % every == 0) and step not in self.recorder.heldout[name].steps:
                 batches = self.evaluator.engine.batches(self.test_prompts[name])

@@ -14,11 +14,9 @@ from es_jax.es.population import Members, Population
 from es_jax.es.shaping import SHAPINGS
 from es_jax.training.config import RunConfig
 from es_jax.training.es_step import Evaluator
-from es_jax.training.grading import Graded
+from es_jax.training.grading import Graded, Grader
 from es_jax.training.seedlog import Entry
 from es_jax.training.state import State
-
-Grade = Callable[[Sequence[int], np.ndarray, np.ndarray], list[Graded]]
 
 
 class Method(Protocol):
@@ -34,7 +32,7 @@ class Method(Protocol):
     unit: tuple[str, int]
 
     def collect(
-        self, step: int, prompts: Sequence[Sequence[int]], grade: Grade, done: Callable[[int], None]
+        self, step: int, prompts: Sequence[Sequence[int]], grade: Grader, done: Callable[[int], None]
     ) -> tuple[Entry, list[list[Graded]]]:
         """A step's completions, graded: its line of the seed log, and a list for each member or rollout.
 
@@ -60,11 +58,13 @@ class Evolution:
         self.unit = ("member", config.es.population)
 
     def collect(
-        self, step: int, prompts: Sequence[Sequence[int]], grade: Grade, done: Callable[[int], None]
+        self, step: int, prompts: Sequence[Sequence[int]], grade: Grader, done: Callable[[int], None]
     ) -> tuple[Entry, list[list[Graded]]]:
         """Every member's completions, in the order of the prompts."""
         es, members = self._config.es, self._population.members(step)
-        graded = self._evaluate(members, prompts, grade, done)
+        own = self._evaluate(members, prompts, grade, done)
+        graded = list(grade.shared({i: (range(len(prompts)), mine) for i, mine in enumerate(own) if mine}).values())
+        done(own.count([]))  # by other processes
         rewards = np.array([np.mean([g.score.reward for g in mine]) for mine in graded])
         if es.rewards == "random":
             rewards = rng.random_rewards(self._config.train.seed, step, len(members))
@@ -77,7 +77,7 @@ class Evolution:
         return {}
 
     def _evaluate(
-        self, members: Members, prompts: Sequence[Sequence[int]], grade: Grade, done: Callable[[int], None]
+        self, members: Members, prompts: Sequence[Sequence[int]], grade: Grader, done: Callable[[int], None]
     ) -> list[list[Graded]]:
         slots, batches = self._evaluator.engine.slots, self._evaluator.engine.batches(prompts)
         graded: list[list[Graded]] = [[] for _ in range(len(members))]

@@ -13,11 +13,15 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 from tqdm.auto import tqdm
 
+from es_jax.core import hosts
 from es_jax.training.workdir import writing
 
 
 class Jsonl:
-    """A file of JSON rows, each with a `step`. Rows of steps that did not finish are dropped when it is opened."""
+    """A file of JSON rows, each with a `step`. Rows of steps that did not finish are dropped when it is opened.
+
+    Of several processes the first one writes.
+    """
 
     def __init__(self, path: Path, *, last_step: int):
         self.path = path
@@ -26,15 +30,17 @@ class Jsonl:
         kept = [row for row in rows if row["step"] <= last_step]
         self.steps = {row["step"] for row in kept}
         self.last = kept[-1] if kept else None
-        if len(kept) < len(rows) or (path.exists() and not path.read_bytes().endswith(b"\n")):
+        whole = not path.exists() or path.read_bytes().endswith(b"\n")
+        if hosts.first() and not (whole and len(kept) == len(rows)):
             partial = path.with_suffix(".tmp")
             with writing(path):
                 partial.write_text("".join(_line(row) for row in kept))
                 os.replace(partial, path)
 
     def write(self, *rows: dict[str, Any]) -> None:
-        with writing(self.path), open(self.path, "a") as file:
-            file.writelines(_line(row) for row in rows)
+        if hosts.first():
+            with writing(self.path), open(self.path, "a") as file:
+                file.writelines(_line(row) for row in rows)
         for row in rows:
             self.steps.add(row["step"])
             self.last = row
@@ -66,12 +72,16 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 class Metrics:
     """metrics.jsonl and TensorBoard, the same numbers in both.
 
-    Events are written by the caller's thread: the usual writer has its own, which dies of a full disk unheard.
+    Events are written by the caller's thread: the usual writer has its own, which dies of a full disk unheard. Of
+    several processes the first one writes.
     """
 
     def __init__(self, workdir: Path, *, last_step: int):
         self._jsonl = Jsonl(workdir / "metrics.jsonl", last_step=last_step)
         self._folder = workdir / "tb"
+        self._board = None
+        if not hosts.first():
+            return
         with writing(self._folder):
             self._folder.mkdir(exist_ok=True)
             self._board = EventsWriter(str(self._folder / "events"))
@@ -84,6 +94,8 @@ class Metrics:
         """A step's row; numbers go to TensorBoard under `prefix`."""
         if prefix == "train":
             self._jsonl.write(row)
+        if self._board is None:
+            return
         for name, value in row.items():
             if name != "step" and isinstance(value, int | float):
                 self._event(Event(step=row["step"], summary=scalar(f"{prefix}/{name}", value)))
@@ -93,10 +105,12 @@ class Metrics:
     def _event(self, event: Event) -> None:
         event.wall_time = time.time()
         with writing(self._folder):
-            self._board.write_event(event)
+            if self._board is not None:
+                self._board.write_event(event)
 
     def close(self) -> None:
-        self._board.close()
+        if self._board is not None:
+            self._board.close()
 
 
 class Progress:
@@ -113,6 +127,7 @@ class Progress:
             unit=name,
             smoothing=0.05,
             dynamic_ncols=True,
+            disable=not hosts.first(),
         )
         self._steps, self._every, self._last = steps, every, 0.0
         self._start, self._done = time.monotonic(), done
@@ -135,8 +150,9 @@ class Progress:
         )
 
     def say(self, text: str) -> None:
-        """A line above the bar."""
-        self._bar.write(text, file=sys.stderr)
+        """A line above the bar, of the first process."""
+        if hosts.first():
+            self._bar.write(text, file=sys.stderr)
 
     def close(self) -> None:
         self._bar.close()

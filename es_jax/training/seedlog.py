@@ -8,6 +8,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
+from es_jax.core import hosts
 from es_jax.es.population import Members
 from es_jax.training.workdir import sync_folder, writing
 
@@ -52,14 +53,19 @@ class SeedLog:
     def __init__(self, workdir: Path, *, writable: bool = True):
         self.path = Path(workdir) / NAME
         self.entries = _read(self.path)
-        if writable:
+        if writable and hosts.first():
             with writing(self.path), open(self.path, "a+b") as file:
                 file.seek(0)
                 file.truncate(file.read().rfind(b"\n") + 1)
                 sync_folder(self.path.parent)
 
     def append(self, entry: Entry) -> None:
-        """Write the step's line and force it to disk."""
+        """Write the step's line and force it to disk; of several processes the first one does."""
+        if hosts.first():
+            self._write(entry)
+        self.entries.append(entry)
+
+    def _write(self, entry: Entry) -> None:
         with writing(self.path), open(self.path, "ab") as file:
             before = file.tell()
             try:
@@ -69,13 +75,13 @@ class SeedLog:
             except OSError:
                 os.ftruncate(file.fileno(), before)
                 raise
-        self.entries.append(entry)
 
     def cut(self, step: int) -> None:
         """Forget the lines behind that step: for a method whose steps must be made again from a checkpoint."""
-        with writing(self.path), open(self.path, "r+b") as file:
-            file.truncate(sum(map(len, file.read().splitlines(keepends=True)[:step])))
-            os.fsync(file.fileno())
+        if hosts.first():
+            with writing(self.path), open(self.path, "r+b") as file:
+                file.truncate(sum(map(len, file.read().splitlines(keepends=True)[:step])))
+                os.fsync(file.fileno())
         del self.entries[step:]
 
 

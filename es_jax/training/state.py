@@ -1,5 +1,6 @@
 """The weights of a run, moved by entries of its seed log: live, on resuming and in a replay alike."""
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,26 +11,62 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from es_jax.core.mesh import leaf_sharding, make_mesh, param_shardings
-from es_jax.optim.chains import build_optimizer
+from es_jax.core.mesh import make_mesh
+from es_jax.models.config import TransformerConfig
+from es_jax.models.sharding import check_heads, leaf_sharding, members_spread
+from es_jax.models.transformer import param_shapes
 from es_jax.training import workdir as rundir
 from es_jax.training.checkpoint import abstract, restore_params, saved_steps
 from es_jax.training.config import RunConfig
-from es_jax.training.es_step import of_update, placed_weights, update
+from es_jax.training.es_step import (
+    compute_dtype,
+    distance,
+    of_update,
+    optimizer,
+    placed_weights,
+    state_shardings,
+    update,
+)
 from es_jax.training.seedlog import Entry, SeedLog
-from es_jax.weights.model import Model, load_model
+from es_jax.weights.model import Model, config_only, load_model
+
+
+def mesh_of(
+    config: RunConfig, model: TransformerConfig, *, devices: list | None = None, memory: int | None = None
+) -> Mesh:
+    """The mesh of a run: as the config says, the rest chosen from the devices and the model's size.
+
+    `devices`: all there are by default; `memory`: bytes of one of them, as it tells itself by default.
+
+    Raises:
+      ValueError: sizes that the devices or the model's heads do not allow.
+    """
+    devices = jax.devices() if devices is None else devices
+    spread = config.mesh.model
+    if spread is None:
+        numbers = sum(math.prod(shape) for shape in param_shapes(model).values())
+        memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit") if memory is None else memory
+        room = len(devices) // (config.mesh.pop or 1)
+        spread = members_spread(model, room, member_bytes=numbers * compute_dtype(config).itemsize, memory=memory)
+    check_heads(model, spread)
+    return make_mesh(config.mesh.pop, spread, devices=devices)
 
 
 def load_base(config: RunConfig, mesh: Mesh) -> Model:
     """The base model of a run, its weights in model.param_dtype and cut over all devices of the mesh."""
-    if not config.model.source:
-        raise ValueError("model.source is empty: set it to a Hugging Face folder, a .gguf file or a hub name")
     return load_model(
         config.model.source,
         mesh=mesh,
         dtype=jnp.dtype(config.model.param_dtype),
-        shardings=lambda name, shape: leaf_sharding(mesh, shape),
+        shardings=lambda name, shape: leaf_sharding(mesh, name, shape),
     )
+
+
+def base_config(config: RunConfig) -> TransformerConfig:
+    """The shape of the run's base model. Raises ValueError when model.source is empty, or what cannot be read."""
+    if not config.model.source:
+        raise ValueError("model.source is empty: set it to a Hugging Face folder, a .gguf file or a hub name")
+    return config_only(config.model.source)
 
 
 class State:
@@ -45,13 +82,14 @@ class State:
     def __init__(self, config: RunConfig, mesh: Mesh, params: Any):
         if not jax.config.jax_threefry_partitionable:  # type: ignore[attr-defined]
             raise ValueError("jax_threefry_partitionable is off, which changes the noise: unset it and start again")
+        check_memory(config, mesh)
         self._config, self._mesh = of_update(config), mesh
-        tx, self.sentence = build_optimizer(config, params)
+        tx, self.sentence = optimizer(config, mesh, params)
         anchored = config.optim.anchor.penalty != "none"
         self._base = None if anchored else jax.tree.map(jnp.copy, params)
         self.params = params
-        shardings = param_shardings(mesh, jax.eval_shape(tx.init, params))  # by shape alone, as the parameters' own are
-        self.opt_state = jax.jit(tx.init, out_shardings=shardings)(params)
+        where = state_shardings(config, mesh, jax.eval_shape(tx.init, params))
+        self.opt_state = jax.jit(tx.init, out_shardings=where)(params)
         self.drift: jax.Array | float = 0.0
 
     @property
@@ -62,8 +100,19 @@ class State:
     def apply(self, entry: Entry) -> None:
         """Move the weights from step − 1 to the entry's step. Nothing else ever moves them."""
         members, weights = placed_weights(self._mesh, entry.members, np.array(entry.weights, np.float32))
-        self.params, self.opt_state, self.drift = update(
+        self.params, self.opt_state, squares = update(
             self._config, self._mesh, self.params, self.opt_state, self._base, members, weights
+        )
+        self.drift = distance(squares)
+
+
+def check_memory(config: RunConfig, mesh: Mesh) -> None:
+    """Raises ValueError unless the devices of the mesh have the memory that optim.anchor.memory names."""
+    wanted, device = config.optim.anchor.memory, mesh.local_devices[0]
+    known = [memory.kind for memory in device.addressable_memories()]
+    if wanted not in ("device", *known):
+        raise ValueError(
+            f"optim.anchor.memory is {wanted!r}, but {device.device_kind} has {', '.join(known)}: set it to 'device'"
         )
 
 

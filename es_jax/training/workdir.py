@@ -9,16 +9,20 @@ import os
 import platform
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+
+from es_jax.core import hosts
 from es_jax.training.config import RunConfig, freeze
 
 # What may change between the start and the resumption of a run: nothing that a step's bits depend on.
 CHANGEABLE = (
     *("train.steps", "train.checkpoint_every", "train.keep", "train.samples", "evals.every"),
-    *("mesh.pop", "mesh.model"),
+    *("mesh.pop", "mesh.model", "optim.anchor.memory"),
 )
 PACKAGES = (
     "es_jax",
@@ -34,11 +38,34 @@ PACKAGES = (
 
 
 def claim(workdir: Path) -> Any:
-    """Make the directory and hold its lock until the returned file is closed.
+    """Make the directory and hold its lock until the returned file is closed; of several processes the first holds it.
 
     Raises:
-      OSError: it cannot be made, or another process trains in it.
+      OSError: it cannot be made, another process trains in it, or processes of the run do not see the same directory.
     """
+    lock = _lock(workdir) if hosts.first() else None
+    if lock is not None:
+        lock.write(f"{os.getpid()} {time.time_ns()}\n")
+        lock.flush()
+    (told,) = hosts.exchange({0: (workdir / ".lock").read_text()} if hosts.first() else {}).values()
+    if lock is None:
+        _check_shared(workdir, told)
+    return lock or contextlib.nullcontext()
+
+
+def _check_shared(workdir: Path, told: str) -> None:
+    for _ in range(100):  # a network's file system may take a moment
+        with contextlib.suppress(OSError):
+            if (workdir / ".lock").read_text() == told:
+                return
+        time.sleep(0.1)
+    raise OSError(
+        f"workdir {workdir} of process {jax.process_index()} is not that of process 0: all processes of a run need one "
+        "directory on a file system that they share"
+    )
+
+
+def _lock(workdir: Path) -> Any:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         lock = open(workdir / ".lock", "w")  # noqa: SIM115
@@ -61,9 +88,25 @@ def settle(workdir: Path, config: RunConfig, *, identity: dict[str, Any], starte
       identity: what else a run is, by name: digests of base weights and of prompts, the compute dtype, …
       started: whether it has a finished step. Without one the directory is taken over, whatever it was meant for.
 
+    Of several processes the first writes; all call it.
+
     Raises:
-      ValueError: the directory holds a run of another config, base weights or rows; what differs is named.
+      ValueError: the directory holds a run of another config, base weights or rows, or this process has others than
+        the first one; what differs is named.
     """
+    if hosts.first():
+        _settle(workdir, config, identity=identity, started=started)
+    hosts.barrier()
+    there = identity if hosts.first() else read(workdir)
+    differing = [f"{k} is {there.get(k)!r} there and {v!r} here" for k, v in identity.items() if there.get(k) != v]
+    if differing:
+        raise ValueError(
+            f"process {jax.process_index()} differs from process 0: {'; '.join(differing)}. All processes of a run "
+            "need the same model files and rows"
+        )
+
+
+def _settle(workdir: Path, config: RunConfig, *, identity: dict[str, Any], started: bool) -> None:
     fields = json.loads(json.dumps(dataclasses.asdict(config)))  # as they are read back: lists for tuples
     versions, path = _versions(), workdir / "config.json"
     if not (path.exists() or started):

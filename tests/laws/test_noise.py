@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from es_jax.core.mesh import make_mesh, param_shardings
+from es_jax.core.mesh import MODEL, POP, make_mesh, shardings
 from es_jax.es.noise import NOISES, GaussianNoise, SharedSeedNoise
 from es_jax.es.population import Population
 
@@ -16,6 +16,7 @@ PARAMS = {
     "odd": jnp.zeros((17, 40)),
     "scalar": jnp.float32(1.0),
 }
+RULES = [("embed", PartitionSpec(MODEL, POP)), ("layers/[ab]", PartitionSpec(None, POP, MODEL)), ("", PartitionSpec())]
 every_noise = pytest.mark.parametrize("noise", [make() for make in NOISES.values()], ids=NOISES)
 
 
@@ -51,12 +52,12 @@ def test_same_bits_on_1_2_4_and_8_devices(noise, antithetic):
     members = Population(6, seed=3, antithetic=antithetic).members(1)
     weights = jax.random.normal(jax.random.key(0), (6,))
     estimates, perturbed = [], []
-    for n in (1, 2, 4, 8):
-        mesh = make_mesh(devices=jax.devices()[:n])
-        shardings = param_shardings(mesh, PARAMS)
-        params = jax.device_put(PARAMS, shardings)
-        estimates.append(jax.jit(noise.estimate, out_shardings=shardings)(params, members, weights))
-        apply = jax.jit(lambda p: noise.apply(p, members[1], sigma=0.1), out_shardings=shardings)
+    for n, model in ((1, 1), (2, 1), (4, 1), (4, 2), (8, 1), (8, 4)):
+        mesh = make_mesh(None, model, devices=jax.devices()[:n])
+        where = shardings(mesh, PARAMS, RULES)
+        params = jax.device_put(PARAMS, where)
+        estimates.append(jax.jit(noise.estimate, out_shardings=where)(params, members, weights))
+        apply = jax.jit(lambda p: noise.apply(p, members[1], sigma=0.1), out_shardings=where)
         perturbed.append(apply(params))
     assert all(equal(estimates[0], other) for other in estimates[1:])
     assert all(equal(perturbed[0], other) for other in perturbed[1:])
@@ -65,9 +66,9 @@ def test_same_bits_on_1_2_4_and_8_devices(noise, antithetic):
 @every_noise
 def test_estimate_needs_no_communication(noise):
     mesh = make_mesh()
-    shardings = param_shardings(mesh, PARAMS)
+    where = shardings(mesh, PARAMS, RULES)
     members = Population(6, seed=3).members(1)
-    compiled = jax.jit(noise.estimate, in_shardings=(shardings, None, None), out_shardings=shardings).lower(
+    compiled = jax.jit(noise.estimate, in_shardings=(where, None, None), out_shardings=where).lower(
         PARAMS, members, jnp.ones(6)
     )
     text = compiled.compile().as_text()

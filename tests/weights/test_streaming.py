@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from es_jax.core.mesh import leaf_sharding, make_mesh
+from es_jax.core.mesh import make_mesh
 from es_jax.core.tree import named_leaves
 from es_jax.models.config import TransformerConfig
+from es_jax.models.sharding import leaf_sharding
 from es_jax.models.transformer import param_shapes
 from es_jax.weights import convert
 from es_jax.weights.convert import hf_tensors, to_params
@@ -51,7 +52,7 @@ def expected(config, path, reader):
 
 
 def over_all(path, shape):
-    return leaf_sharding(make_mesh(), shape)
+    return leaf_sharding(make_mesh(), path, shape)
 
 
 def by_layer(path, shape):

@@ -1,0 +1,261 @@
+"""The processes of one run, on one host or many: how they start, what they tell one another, and how they end.
+
+They talk through the key-value store of JAX's coordination service, which process 0 keeps, never through the devices:
+so a process that waits hears that another failed, or that the run is to stop, whatever the devices are doing. With one
+process nothing is sent.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NoReturn, TypeVar
+
+import jax
+
+T = TypeVar("T")
+GRACE = 20.0  # seconds from SIGTERM to the end of a process that could not come to a checkpoint
+_POLL = 0.5  # seconds between looks
+_rounds = itertools.count()
+_round = next(_rounds)
+_stop, _saving = threading.Event(), threading.Event()
+
+
+class Preempted(Exception):
+    """SIGTERM came to one of the processes: all stop at the same step."""
+
+
+def first() -> bool:
+    """Whether this process is the one that writes."""
+    return jax.process_index() == 0
+
+
+def exchange(own: Mapping[int, Any]) -> dict[int, Any]:
+    """What all processes have, by number, in the order of the numbers; each gives its own. Values are JSON.
+
+    All processes must call it, in the same order.
+
+    Raises:
+      Preempted: the run is to stop; in all processes, in the same call or in `check` before it.
+    """
+    if jax.process_count() == 1:
+        check()
+        return dict(sorted(own.items()))
+    store = _store()
+    store.key_value_set_bytes(f"es_jax/{_round}/{jax.process_index()}", _pack({str(k): v for k, v in own.items()}))
+    if first():
+        given = [_wait(f"es_jax/{_round}/{i}") for i in range(jax.process_count())]
+        _decide({"parts": {k: v for part in given for k, v in part.items()}})
+    parts = _heed(_wait(f"es_jax/{_round}/verdict"))
+    _next_round()
+    return {int(key): parts[key] for key in sorted(parts, key=lambda key: int(key))}
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    exchange({})
+
+
+def check() -> None:
+    """Raises Preempted when the run is to stop. Process 0 decides it, so that all stop in the same round."""
+    if jax.process_count() == 1:
+        if _stop.is_set():
+            raise Preempted
+        return
+    if not first():
+        verdict = _look(f"es_jax/{_round}/verdict")
+        if verdict and verdict.get("stop"):
+            _heed(verdict)
+        if _stop.is_set():
+            _store().key_value_set("es_jax/stop", "please", allow_overwrite=True)
+    elif _stop.is_set() or _look("es_jax/stop", raw=True):
+        _decide({"stop": True})
+        raise Preempted
+
+
+def wait(function: Callable[[], T]) -> T:
+    """The function's result, from a thread of its own: while it waits for the devices this one can be told to stop.
+
+    Raises:
+      Preempted: the run is to stop. The thread is left behind.
+    """
+    result: list[Any] = []
+
+    def work() -> None:
+        try:
+            result.append((function(), None))
+        except BaseException as error:
+            result.append((None, error))
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    while True:
+        thread.join(_POLL)
+        check()
+        if result:
+            value, error = result[0]
+            if error is not None:
+                raise error
+            return value
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """Inside, SIGTERM asks for the end of the run: `check`, `wait` and `exchange` raise Preempted.
+
+    When the process does not come to one of them, or to `saving`, within 20 s (it may be compiling), it ends all the
+    same, with status 0: finished steps are in the seed log. In another thread than the main one, signals stay as they
+    are.
+    """
+    _stop.clear()
+    _saving.clear()
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    threading.Thread(target=_listen, args=(reader,), daemon=True).start()
+    before = signal.signal(signal.SIGTERM, lambda *_: None)  # the byte in the socket is what counts: it comes at once
+    descriptor = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(descriptor)
+        signal.signal(signal.SIGTERM, before)
+        writer.close()
+
+
+def saving() -> None:
+    """Say that the last checkpoint is being written, so that the process is given the time."""
+    _saving.set()
+
+
+def _listen(reader: socket.socket) -> None:
+    with reader:
+        while data := reader.recv(16):
+            if signal.SIGTERM in data:
+                _stop.set()
+                break
+        else:
+            return
+    if not _saving.wait(GRACE):
+        _end(f"terminated; no checkpoint within {GRACE:.0f} s, but finished steps are in the seed log", 0)
+
+
+@contextlib.contextmanager
+def joined(name: str, **options: Any) -> Iterator[None]:
+    """Inside, the processes that `jax.distributed.initialize(**options)` brings together are one run.
+
+    A process that fails tells the others, which end with its message; one that is gone ends them when
+    `heartbeat_timeout_seconds` have passed.
+
+    Args:
+      name: what messages begin with.
+      options: what the environment (Cloud TPU, GKE, SLURM, Open MPI) does not say.
+    """
+    try:
+        jax.distributed.initialize(shutdown_timeout_seconds=30, **options)
+    except (ValueError, RuntimeError) as error:
+        raise SystemExit(
+            f"{name}: the processes of the run could not come together ({error}): give --coordinator_address=HOST:PORT "
+            "of process 0, --num_processes and --process_id where the environment does not say them"
+        ) from None
+    ended = threading.Event()
+    watch = threading.Thread(target=_watch, args=(name, ended), daemon=True)
+    watch.start()
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, SystemExit):
+            traceback.print_exception(error)
+        text = str(error.code) if isinstance(error, SystemExit) else f"{type(error).__name__}: {error}"
+        with contextlib.suppress(Exception):
+            _store().key_value_set(f"es_jax/failed/{jax.process_index()}", text[:2000], allow_overwrite=True)
+        time.sleep(4 * _POLL)  # for the others to read it, before the store goes with process 0
+        _end(text if isinstance(error, SystemExit) else f"{name}: process {jax.process_index()} failed", 1)
+    ended.set()
+    watch.join()
+    jax.distributed.shutdown()
+
+
+def leave(text: str) -> NoReturn:
+    """End this process with status 0 when all have come to their end, whatever the devices are at."""
+    with contextlib.suppress(Exception):
+        jax.distributed.shutdown()
+    _end(text, 0)
+
+
+def _watch(name: str, ended: threading.Event) -> None:
+    """End this process when another has failed, even when it hangs in a collective that the other never joins."""
+    mine, store = jax.process_index(), _store()
+    while not ended.wait(_POLL):
+        try:
+            failed = [(key.split("/")[-1], text) for key, text in store.key_value_dir_get("es_jax/failed/")]
+        except Exception:
+            return  # shut down, or process 0 is gone: JAX itself ends the process then, and says so
+        for other, text in failed:
+            if other != str(mine):
+                _end(f"{name}: process {other} failed, so this one stops: {text}", 1)
+
+
+def _end(text: str, status: int) -> NoReturn:
+    """End the process at once: the devices may be at work that nobody waits for."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+    sys.stdout.flush()
+    os._exit(status)
+
+
+def _store() -> Any:
+    from jax._src import distributed  # JAX has no public name for it; Orbax uses this one too
+
+    return distributed.global_state.client
+
+
+def _decide(verdict: dict[str, Any]) -> None:
+    _store().key_value_set_bytes(f"es_jax/{_round}/verdict", _pack(verdict))
+
+
+def _heed(verdict: dict[str, Any]) -> dict[str, Any]:
+    if verdict.get("stop"):
+        raise Preempted
+    return verdict["parts"]
+
+
+def _next_round() -> None:
+    global _round
+    done, _round = _round, next(_rounds)
+    if first() and done:
+        _store().key_value_delete(f"es_jax/{done - 1}/")  # all have read it: they are behind it
+
+
+def _wait(key: str) -> dict[str, Any]:
+    while (value := _look(key, patience=_POLL)) is None:
+        check()
+    return value
+
+
+def _look(key: str, *, patience: float = 0.0, raw: bool = False) -> Any:
+    """The value of a key, or None when it is not there within `patience` seconds."""
+    try:
+        if patience:
+            value = _store().blocking_key_value_get_bytes(key, int(1000 * patience))
+        else:
+            value = _store().key_value_try_get_bytes(key)
+    except jax.errors.JaxRuntimeError as error:
+        if "NOT_FOUND" in str(error) or "DEADLINE_EXCEEDED" in str(error):
+            return None
+        raise
+    return value if raw else json.loads(zlib.decompress(value))
+
+
+def _pack(value: Any) -> bytes:
+    return zlib.compress(json.dumps(value).encode(), 1)

@@ -1,0 +1,72 @@
+"""Where the transformer's parameters live on a mesh: one table for the master weights and the members' copies.
+
+An entry cuts a parameter along both axes of the mesh. The master weights, the anchor and the optimizer's moments are
+cut as it says, over all devices. A member's copy is gathered over `pop` and stays cut over `model`: attention by
+heads, the MLP by its hidden dimension, the vocabulary by rows (Shoeybi et al. 2019, arXiv 1909.08053, section 3).
+So the gather needs no traffic along `model`. Vectors are small and whole, or cut along with the heads.
+"""
+
+from typing import Any
+
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from es_jax.core.mesh import MODEL, POP, leaf_spec
+from es_jax.core.mesh import shardings as by_rules
+from es_jax.models.config import TransformerConfig
+
+RULES = (
+    (r"(^|/)embed/embedding$", PartitionSpec(MODEL, POP)),
+    (r"(^|/)head/kernel$", PartitionSpec(POP, MODEL)),
+    (r"(^|/)attn/[qkv]/kernel$", PartitionSpec(None, POP, MODEL)),
+    (r"(^|/)attn/[qkv]/bias$", PartitionSpec(None, MODEL)),
+    (r"(^|/)attn/o/kernel$", PartitionSpec(None, MODEL, POP)),
+    (r"(^|/)mlp/(gate|up)/kernel$", PartitionSpec(None, POP, MODEL)),
+    (r"(^|/)mlp/down/kernel$", PartitionSpec(None, MODEL, POP)),
+    (r"(^|/)\w*norm/scale$", PartitionSpec()),
+    (r"(^|/)count$", PartitionSpec()),  # of an optimizer's state
+)
+
+
+def leaf_sharding(mesh: Mesh, name: str, shape: tuple[int, ...]) -> NamedSharding:
+    """Where the master leaf of that name lives. Raises ValueError, naming it, where it does not divide."""
+    return NamedSharding(mesh, leaf_spec(mesh, name, shape, RULES))
+
+
+def param_shardings(mesh: Mesh, params: Any, *, log: bool = False) -> Any:
+    """`leaf_sharding` of every leaf: of parameters, an anchor or an optimizer's state; `log` tells each match."""
+    return by_rules(mesh, params, RULES, log=log)
+
+
+def check_heads(config: TransformerConfig, model: int) -> None:
+    """Raises ValueError unless `model` devices can share the attention heads evenly; a head is never cut."""
+    for leaf, heads in (("q", config.heads), ("k", config.kv_heads)):
+        if heads % model:
+            raise ValueError(
+                f"leaf 'layers/attn/{leaf}/kernel' has {heads} heads, which do not divide over mesh.model = {model}: "
+                f"set mesh.model to a divisor of {heads}"
+            )
+
+
+def members_spread(config: TransformerConfig, devices: int, *, member_bytes: int, memory: int | None) -> int:
+    """How many devices should share a member: the fewest with room for it, a power of two.
+
+    Args:
+      config: of the model; its heads, MLP and vocabulary must divide.
+      devices: how many there are; the answer divides them.
+      member_bytes: of one member's weights in the compute dtype.
+      memory: bytes of one device; None where that is not known, as on CPU.
+
+    Returns:
+      The least 1, 2, 4, … that leaves two thirds of a device for the rest: master weights, anchor and cache. Where
+      none does, the largest that divides.
+
+    >>> config = TransformerConfig(family="llama", vocab_size=32, width=16, layers=2, heads=4, kv_heads=2,
+    ...                            head_dim=8, mlp_dim=24)
+    >>> members_spread(config, 8, member_bytes=900, memory=1000)
+    2
+    """
+    spread = 1
+    sizes = (devices, config.heads, config.kv_heads, config.mlp_dim, config.vocab_size)
+    while memory and 3 * member_bytes > memory * spread and not any(size % (2 * spread) for size in sizes):
+        spread *= 2
+    return spread

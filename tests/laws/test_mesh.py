@@ -1,0 +1,232 @@
+"""The laws of the mesh: every leaf has its place, members fit on several devices, and the bits are the same on all."""
+
+import dataclasses
+import logging
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from es_jax.core.mesh import MODEL, POP, leaf_spec, make_mesh, only
+from es_jax.core.tree import map_named, named_leaves
+from es_jax.es.population import Population
+from es_jax.generate.engine import Engine
+from es_jax.models.config import TransformerConfig
+from es_jax.models.sharding import RULES, check_heads, members_spread, param_shardings
+from es_jax.models.transformer import Transformer, param_shapes
+from es_jax.training.config import freeze
+from es_jax.training.es_step import Evaluator, distance, of_update, placed_weights, update
+from es_jax.training.loop import run
+from es_jax.training.state import State, mesh_of, replay
+from es_jax.weights.model import Model, load_model, save_model
+
+SMALL = TransformerConfig(
+    family="qwen2",
+    vocab_size=264,
+    width=32,
+    layers=2,
+    heads=8,
+    kv_heads=4,
+    head_dim=8,
+    mlp_dim=64,
+    qkv_bias=True,
+)
+MESHES = ((8, 1), (4, 2), (2, 4))
+COLLECTIVES = re.compile(r"= \(?(\w+)\[([\d,]*)\]\S* (all-reduce|all-gather|all-to-all|collective-permute)\S*\(.*")
+
+
+@pytest.fixture(scope="module")
+def qwen(tiny_model, tmp_path_factory):
+    """A folder of a small random Qwen2 whose heads, MLP and vocabulary divide over 4 devices."""
+    params = jax.tree.map(lambda x: 3 * x, jax.jit(Transformer(SMALL).init)(jax.random.key(0)))
+    folder = tmp_path_factory.mktemp("qwen")
+    words = load_model(tiny_model).tokenizer
+    save_model(folder, Model(SMALL, params, words, digest="", stop_ids=(1,)))
+    return folder
+
+
+def config_of(source, **groups):
+    fields = {
+        "model": {"source": str(source)},
+        "task": {"name": "conciseness", "train_size": 3},
+        "es": {"population": 6, "sigma": 0.02},
+        "optim": {"learning_rate": 0.01, "anchor": {"penalty": "l2", "drift": 1.0}},
+        "decode": {"max_prompt": 160, "max_new": 6, "slots": 3},
+        "train": {"steps": 5, "checkpoint_every": 5, "samples": 1},
+        "evals": {"every": 0},
+    }
+    return freeze({name: fields.get(name, {}) | groups.get(name, {}) for name in fields | groups})
+
+
+def placed(params, mesh):
+    return jax.tree.map(jnp.copy, jax.device_put(params, param_shardings(mesh, params)))  # its own, to be donated
+
+
+def host(params):
+    return {name: np.asarray(leaf) for name, leaf in named_leaves(params)}
+
+
+def same(a, b):
+    return all(np.array_equal(x, b[name]) for name, x in a.items())
+
+
+def test_runs_on_every_mesh_have_one_seed_log(qwen, tmp_path):
+    logs = []
+    for pop, model in ((1, 1), *MESHES):
+        workdir = tmp_path / f"{pop}x{model}"
+        run(config_of(qwen, mesh={"pop": pop, "model": model}), workdir)
+        logs.append((workdir / "seedlog.jsonl").read_bytes())
+    assert logs[0].count(b"\n") == 5 and len(set(logs)) == 1
+    for pop, model in MESHES:
+        ((_, alone),) = replay(tmp_path / "1x1", steps=[5], mesh=make_mesh(1))
+        ((_, params),) = replay(tmp_path / "1x1", steps=[5], mesh=make_mesh(pop, model))
+        assert same(host(alone), host(params))
+
+
+@pytest.fixture(scope="module")
+def params():
+    return jax.tree.map(lambda x: 3 * x, jax.jit(Transformer(SMALL).init)(jax.random.key(0)))
+
+
+def test_every_parameter_has_a_rule_and_the_masters_are_cut_over_all_devices():
+    mesh = make_mesh(4, 2)
+    full = dataclasses.replace(SMALL, family="gemma2", qk_norm=True, post_norms=True, tied_embeddings=False, width=512)
+    for name, shape in param_shapes(full).items():
+        spec = leaf_spec(mesh, name, shape, RULES)
+        matrix = len(shape) - name.startswith("layers/") == 2
+        assert (POP in spec and MODEL in spec) == matrix, (name, spec)
+
+
+def test_matches_are_told_and_what_does_not_fit_is_named(params, caplog):
+    with caplog.at_level(logging.INFO):
+        param_shardings(make_mesh(4, 2), params, log=True)
+    assert len(caplog.records) == len(jax.tree.leaves(params))
+    assert "embed/embedding (264, 32) is cut as ('model', 'pop')" in caplog.text
+    with pytest.raises(ValueError, match=r"leaf 'layers/mlp/extra' has no sharding rule"):
+        param_shardings(make_mesh(), {"layers": {"mlp": {"extra": jnp.zeros(3)}}})
+    with pytest.raises(
+        ValueError, match=r"leaf 'embed/embedding' .* axis 0 of 258 does not divide over mesh.model = 4"
+    ):
+        leaf_spec(make_mesh(2, 4), "embed/embedding", (258, 64), RULES)
+    with pytest.raises(ValueError, match=r"leaf 'layers/attn/k/kernel' has 4 heads, .* mesh.model = 8"):
+        check_heads(SMALL, 8)
+    with pytest.raises(ValueError, match=r"its part|has the sharding rule"):
+        leaf_spec(make_mesh(4, 2), "embed/embedding", (264,), RULES)
+
+
+def test_a_mesh_is_chosen_from_the_devices_and_the_models_size():
+    member = 4 * sum(int(np.prod(shape)) for shape in param_shapes(SMALL).values())
+    for memory, model in ((None, 1), (4 * member, 1), (2 * member, 2), (member, 4), (member // 9, 4)):
+        assert members_spread(SMALL, 8, member_bytes=member, memory=memory) == model
+    config = config_of("")
+    assert mesh_of(config, SMALL, memory=2 * member).shape == {POP: 4, MODEL: 2}
+    assert mesh_of(config_of("", mesh={"pop": 8}), SMALL, memory=member).shape == {POP: 8, MODEL: 1}
+    assert mesh_of(config_of("", mesh={"pop": 1}), SMALL).shape == {POP: 1, MODEL: 1}
+    with pytest.raises(ValueError, match=r"do not divide over mesh\.model = 8"):
+        mesh_of(config_of("", mesh={"model": 8}), SMALL)
+
+
+@pytest.mark.parametrize("model", [2, 4])
+def test_logits_on_several_devices_are_near_those_on_one(params, model):
+    """The partial sums of attention and MLP are added over devices, in another order than on one."""
+    mesh, tokens = make_mesh(8 // model, model), jnp.arange(40).reshape(2, 20) * 5
+    apply = jax.jit(lambda p: Transformer(SMALL).apply(p, tokens)[0])
+    cut = map_named(
+        lambda name, leaf: NamedSharding(mesh, only(leaf_spec(mesh, name, leaf.shape, RULES), MODEL)), params
+    )
+    alone, together = apply(params), apply(jax.device_put(params, cut))
+    scale = float(jnp.abs(alone).max())
+    assert float(jnp.abs(alone - together).max()) <= 16 * 2.0**-23 * scale  # measured: 3 and 4 ulp of the largest logit
+
+
+def evaluator_of(mesh, **fields):
+    engine = Engine(SMALL, slots=3, max_prompt=8, max_new=4, stop=(1,), unroll=False)
+    config = config_of("", **fields)
+    return Evaluator.of(config, engine, mesh)
+
+
+def test_members_are_made_the_same_on_every_mesh(params):
+    """The bits of member 1, wherever it was made; with two members at once too."""
+    made = []
+    everyone = Population(16, seed=0).members(0)
+    for pop, model, at_once in ((1, 1, 1), (1, 1, 2), (8, 1, 2), (4, 2, 1), (2, 4, 2)):
+        mesh = make_mesh(pop, model)
+        evaluator = evaluator_of(mesh, decode={"members_at_once": at_once})
+        perturbed = evaluator._perturb(placed(params, mesh), everyone[np.arange(evaluator.lanes)])
+        made.append({name: np.asarray(leaf[0]) for name, leaf in named_leaves(perturbed)})
+    assert all(same(made[0], other) for other in made[1:])
+
+
+def traffic(compiled):
+    """(kind, dtype, shape, group size) of every collective in a compiled program."""
+    found = []
+    for line in compiled.as_text().splitlines():
+        if match := COLLECTIVES.search(line):
+            dtype, shape, kind = match.groups()
+            found.append((kind, dtype, tuple(map(int, filter(None, shape.split(",")))), line))
+    return found
+
+
+def test_decoding_sends_nothing_between_groups_and_keeps_the_cache_cut(params):
+    mesh = make_mesh(4, 2)
+    evaluator = evaluator_of(mesh)
+    members = Population(4, seed=0).members(0)
+    perturbed = evaluator._perturb(placed(params, mesh), members)
+    tokens, positions = evaluator.engine.batches([[1, 2, 3], [4], [5, 6]])[0]
+    rows = [np.repeat(x[None], 4, 0) for x in (tokens, positions)]
+    compiled = evaluator._decode.lower(evaluator, perturbed, *rows).compile()
+    sent = traffic(compiled)
+    assert sent, "members on two devices must talk"
+    for *_, line in sent:
+        groups = re.search(r"replica_groups=(\{\{.*?\}\}|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)", line).group(1)
+        assert groups in ("{{0,1},{2,3},{4,5},{6,7}}", "[4,2]<=[8]"), line
+    cache = SMALL.layers * 3 * (8 + 4 - 1) * SMALL.kv_heads * SMALL.head_dim  # numbers of its keys
+    held = {math.prod(map(int, shape.split(","))) for shape in re.findall(r"f32\[([\d,]+)\]", compiled.as_text())}
+    assert cache // 2 in held and cache not in held
+    wq = dict(named_leaves(perturbed))["layers/attn/q/kernel"]
+    assert wq.sharding.spec == PartitionSpec(POP, None, None, MODEL)
+
+
+@pytest.mark.parametrize("penalty", ["l2", "none"])
+def test_the_update_sends_nothing_and_works_in_place(params, penalty):
+    mesh, start = make_mesh(4, 2), host(params)
+    anchor = {"penalty": penalty} | ({"strength": 1.0} if penalty != "none" else {})
+    config = config_of("", optim={"learning_rate": 0.01, "anchor": anchor})
+    state = State(config, mesh, placed(params, mesh))
+    members, weights = placed_weights(mesh, Population(6, seed=0).members(1), np.arange(6.0))
+    arguments = (of_update(config), mesh, state.params, state.opt_state, state._base, members, weights)
+    assert traffic(update.lower(*arguments).compile()) == []
+    leaf = lambda: dict(named_leaves(state.params))["layers/mlp/up/kernel"]  # noqa: E731
+    where = [shard.data.unsafe_buffer_pointer() for shard in leaf().addressable_shards]
+    before = state.params
+    state.params, state.opt_state, squares = update(*arguments)
+    assert [shard.data.unsafe_buffer_pointer() for shard in leaf().addressable_shards] == where
+    assert [name for name, x in named_leaves(before) if not x.is_deleted()] == []
+    moved = [np.asarray(leaf, np.float64) - start[name] for name, leaf in host(state.params).items()]
+    expected = np.sqrt(sum(np.sum(np.square(x)) for x in moved))
+    assert float(distance(squares)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_anchor_in_host_memory_gives_the_same_bits(params, tmp_path):
+    mesh, ends = make_mesh(4, 2), []
+    for memory in ("device", "pinned_host"):
+        anchor = {"penalty": "l2", "strength": 1.0, "memory": memory}
+        config = config_of("", optim={"name": "momentum", "learning_rate": 0.01, "anchor": anchor})
+        state = State(config, mesh, placed(params, mesh))
+        for step in (1, 2):
+            members, weights = placed_weights(mesh, Population(6, seed=0).members(step), np.arange(6.0))
+            state.params, state.opt_state, _ = update(
+                state._config, mesh, state.params, state.opt_state, state._base, members, weights
+            )
+            held = {leaf.sharding.memory_kind for name, leaf in named_leaves(state.opt_state) if "anchor/" in name}
+            assert held == {memory}
+        ends.append(host(state.params))
+    assert same(*ends)
+    other = config_of("", optim={"anchor": anchor})
+    object.__setattr__(other.optim.anchor, "memory", "elsewhere")
+    with pytest.raises(ValueError, match=r"optim.anchor.memory is 'elsewhere', but .* has .*pinned_host"):
+        State(other, mesh, placed(params, mesh))
