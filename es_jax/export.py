@@ -5,6 +5,9 @@ model's tokenizer and chat template, a model card. The step comes from its check
 replayed from the seed log; the bits are the same. The folder appears when it is whole. With --json one line is printed:
 
     out, step, source ("checkpoint" or "replay"), parameters, dtype, files, bytes
+
+A model that one host's devices do not hold is exported as it is trained: the same command on all hosts, which share the
+two folders, with the flags --distributed, … of es_jax.train. The first one writes.
 """
 
 import json
@@ -15,6 +18,8 @@ from typing import Any
 
 from absl import app, flags
 
+from es_jax.core import launch
+
 
 def main(argv: list[str]) -> None:
     """Flags → export_run()."""
@@ -22,9 +27,14 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax says three times that it only reads
-    from es_jax.training.export import export_run  # JAX starts only when the flags are good
+    with launch.processes("es_jax.export"):
+        _export(flags.FLAGS)
 
-    given = flags.FLAGS
+
+def _export(given: flags.FlagValues) -> None:
+    from es_jax.core import hosts  # JAX starts only when the flags are good
+    from es_jax.training.export import export_run
+
     try:
         result = export_run(
             given.workdir,
@@ -37,7 +47,8 @@ def main(argv: list[str]) -> None:
         if given.traceback:
             raise
         sys.exit(f"es_jax.export: {error}")
-    print(json.dumps(result) if given.json else _sentence(result))
+    if hosts.first():
+        print(json.dumps(result) if given.json else _sentence(result))
 
 
 def _sentence(result: dict[str, Any]) -> str:
@@ -58,6 +69,7 @@ def _define_flags() -> None:
     flags.DEFINE_float("max_shard_gb", 5.0, "The most that a weight file holds, in 10⁹ bytes.", lower_bound=1e-9)
     flags.DEFINE_bool("json", False, "Print the result as one line of JSON.")
     flags.DEFINE_bool("traceback", False, "Show where an error came from.")
+    launch.define_flags()
 
 
 def entry() -> None:

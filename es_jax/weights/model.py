@@ -14,9 +14,8 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.experimental import multihost_utils
 
+from es_jax.core import hosts
 from es_jax.models.config import TransformerConfig
 from es_jax.models.hf_config import from_hf, to_hf
 from es_jax.models.transformer import Params
@@ -95,8 +94,8 @@ def save_model(
     """Write a Hugging Face folder that `load_model` and transformers read: config, weights, tokenizer.
 
     Weights keep their dtype when `dtype` is None; they go into files of at most `max_shard_bytes`, and the host holds
-    one tensor at a time. `card` is the text of README.md. The folder appears when it is whole. Where JAX runs in many
-    processes all of them call this, the first one writes, and all return when the folder is there.
+    one tensor at a time. `card` is the text of README.md. The folder appears when it is whole. All processes of a
+    run call this, the first one writes, and all return when the folder is there.
 
     Raises FileExistsError when the folder is there and not empty, OSError when it cannot be made or does not fit on its
     disk, ValueError for a limit below 1.
@@ -108,10 +107,10 @@ def save_model(
     wanted = jnp.dtype(model.params["embed"]["embedding"].dtype if dtype is None else dtype)
     shapes, tensor = convert.hf_tensors(model.params, config=model.config)
     check_new(path, nbytes=wanted.itemsize * sum(math.prod(shape) for shape in shapes.values()))
-    if jax.process_index():
+    if not hosts.first():
         for key in shapes:
             tensor(key)  # every process has a part of it to give
-        return _wait_for_all(path)
+        return hosts.barrier()
     with new_folder(path) as folder:
         _write_json(folder / "config.json", {**to_hf(model.config), "torch_dtype": str(wanted), **ids})
         generation = {**model.generation, **ids, "eos_token_id": list(model.stop_ids)}
@@ -120,7 +119,7 @@ def save_model(
         if card is not None:
             (folder / "README.md").write_text(card, encoding="utf-8")
         safetensors.write_folder(folder, shapes, tensor, dtype=wanted, max_shard_bytes=max_shard_bytes)
-    _wait_for_all(path)
+    hosts.barrier()
 
 
 @contextlib.contextmanager
@@ -129,11 +128,11 @@ def new_folder(path: str | Path) -> Iterator[Path]:
 
     What a killed process of this machine left of the same folder is deleted first.
 
-    Raises FileExistsError when `path` is a file or a folder that is not empty, OSError when it cannot be made.
+    Raises OSError when `path` is a file or a folder that is not empty, or cannot be made.
     """
     path = Path(path).expanduser().absolute()
-    if error := _obstacle(path, 0):
-        raise error
+    if problem := _obstacle(path, 0)[1]:
+        raise OSError(problem)
     path.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{path.name}.{platform.node()}."
     for other in path.parent.iterdir():
@@ -161,35 +160,28 @@ def _running(pid: str) -> bool:
 
 def check_new(path: str | Path, *, nbytes: int = 0) -> None:
     """Raises FileExistsError when `path` is a file or a folder that is not empty, OSError when it cannot be made or its
-    disk has fewer than `nbytes` bytes left. Of many processes all call this, and the first looks.
+    disk has fewer than `nbytes` bytes left. All processes of a run call this; the first looks, and all raise.
     """
-    error = _obstacle(Path(path).expanduser().absolute(), nbytes) if jax.process_index() == 0 else None
-    if jax.process_count() > 1:
-        stopped = multihost_utils.broadcast_one_to_all(np.array(error is not None))
-        if stopped and error is None:
-            error = OSError(f"the first process cannot write {path}, and says why")
-    if error is not None:
-        raise error
+    kind, problem = hosts.exchange({0: _obstacle(Path(path), nbytes)} if hosts.first() else {})[0]
+    if problem:
+        raise FileExistsError(problem) if kind == "taken" else OSError(problem)
 
 
-def _obstacle(path: Path, nbytes: int) -> OSError | None:
+def _obstacle(path: Path, nbytes: int) -> tuple[str, str]:
+    """What is in the way of a new folder, and a sentence about it; both empty when nothing is."""
+    path = path.expanduser().absolute()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        return FileExistsError(f"{path} exists and is not an empty folder: choose another, or delete it")
+        return "taken", f"{path} exists and is not an empty folder: choose another, or delete it"
     inside = next(parent for parent in path.parents if parent.exists())
     try:
         tempfile.TemporaryFile(dir=inside).close()
     except OSError as error:
-        return OSError(f"{path} cannot be made ({inside}: {error.strerror}): choose another folder")
+        return "closed", f"{path} cannot be made ({inside}: {error.strerror}): choose another folder"
     free = shutil.disk_usage(inside).free
     if free < nbytes:
-        needed = f"{nbytes / 1e9:.3f} GB are needed, {free / 1e9:.3f} GB are free"
-        return OSError(f"{path} does not fit on its disk ({needed}): free some space, or choose another folder")
-    return None
-
-
-def _wait_for_all(path: str | Path) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"saved {path}")
+        room = f"{nbytes / 1e9:.3f} GB are needed, {free / 1e9:.3f} GB are free"
+        return "full", f"{path} does not fit on its disk ({room}): free some space, or choose another folder"
+    return "", ""
 
 
 def _open(path: Path) -> tuple[Model, Reader]:

@@ -165,7 +165,7 @@ def test_two_processes_load_their_parts_and_export_together(workdir, tiny_model,
         assert parts == [np.ascontiguousarray(column).tobytes() for column in columns], name
     assert first["there"] == second["there"] and "model.safetensors.index.json" in first["there"]
     assert first["results"] == second["results"] and [r["source"] for r in first["results"]] == ["replay", "checkpoint"]
-    assert "exists and is not an empty folder" in first["refused"] and "the first process cannot" in second["refused"]
+    assert "exists and is not an empty folder" in first["refused"] and first["refused"] == second["refused"]
     same(load_model(tmp_path / "saved").params, load_model(tiny_model).params)
     for step in (1, 3):
         export_run(workdir, tmp_path / f"alone{step}", step=step)
