@@ -2,15 +2,15 @@
 
 Command:  python -m benchmarks.load [--gigabytes=2] [--dtype=float32] [--source=FOLDER or FILE.gguf] [--repeats=3]
           [--json]
-Cost:     54 s for 2 GB of float32, 83 s for 2 GB of bfloat16, 16 s for SmolLM2's GGUF, with making and both loads.
-Result:   2 CPU cores, shared with other work; MB are 10⁶ bytes.
+Cost:     two minutes for 2 GB of float32, three for 2 GB of bfloat16, 20 s for SmolLM2's GGUF.
+Result:   2 CPU cores, busy with other work; MB are 10⁶ bytes. Reading includes the sha256 of the files.
 
                          file MB   seconds    placed MB   largest tensor MB   beyond at most MB   over the largest
-    --dtype=float32       1967.3       9.5       1967.3               262.1               264.4              1.009
-    --dtype=bfloat16      1975.7      20.4       3951.4               262.1               265.3              1.012
-    SmolLM2, Q4_1           98.4       2.3        538.1               113.2               139.3              1.230
+    --dtype=float32       1967.3      12.7       1967.3               262.1               264.3              1.008
+    --dtype=bfloat16      1975.7      27.7       3951.4               262.1               265.4              1.012
+    SmolLM2, Q4_1           98.4       1.3        538.1               113.2               135.3              1.195
 
-    The small model's remainder, 26 MB, is its tokenizer and metadata, 98 thousand strings, read a second time.
+    Of the small model's remainder, 22 MB, most is its tokenizer, which stays.
 
 Without --source it makes a Llama of that size (as --dtype on disk) in a temporary folder; with it the model there is
 loaded, and nothing is made. It is loaded --repeats times, and once more for `arrays_at_most`, each time in a fresh

@@ -19,20 +19,20 @@ def digest(files: Iterable[Path]) -> str:
 
     Raises ValueError that lists every file whose own sum is not the one that is known of it.
     """
-    total, damaged = hashlib.sha256(), []
-    for path in sorted(files):
+    files, total, damaged = sorted(files), hashlib.sha256(), []
+    for path in files:
         known = known_sum(path)
-        own = hashlib.sha256() if known else None
+        own = total if len(files) == 1 else hashlib.sha256()
+        sums = [total, own] if known and own is not total else [total]
         with path.open("rb") as file:
             while chunk := file.read(_CHUNK):
-                total.update(chunk)
-                if own is not None:
-                    own.update(chunk)
-        if own is not None and known is not None and own.hexdigest() != known[0]:
+                for each in sums:
+                    each.update(chunk)
+        if known and own.hexdigest() != known[0]:
             damaged.append(f"{path} differs from its sha256 in {known[1]}")
     if damaged:
-        sums = "; ".join(damaged)
-        raise ValueError(f"{sums}: damaged, so fetch or export it again; if changed on purpose, delete the sum")
+        found = "; ".join(damaged)
+        raise ValueError(f"{found}: damaged, so fetch or export it again; if changed on purpose, delete the sum")
     return total.hexdigest()
 
 
