@@ -18,7 +18,7 @@ from typing import Any
 
 from absl import app, flags
 
-from es_jax.core import launch
+from es_jax.core.flags import define_processes, parser, processes
 
 
 def main(argv: list[str]) -> None:
@@ -27,7 +27,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax says three times that it only reads
-    with launch.processes("es_jax.export"):
+    with processes("es_jax.export"):
         _export(flags.FLAGS)
 
 
@@ -69,12 +69,12 @@ def _define_flags() -> None:
     flags.DEFINE_float("max_shard_gb", 5.0, "The most that a weight file holds, in 10⁹ bytes.", lower_bound=1e-9)
     flags.DEFINE_bool("json", False, "Print the result as one line of JSON.")
     flags.DEFINE_bool("traceback", False, "Show where an error came from.")
-    launch.define_flags()
+    define_processes()
 
 
 def entry() -> None:
     _define_flags()
-    app.run(main)
+    app.run(main, flags_parser=parser("es_jax.export"))
 
 
 if __name__ == "__main__":

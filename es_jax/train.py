@@ -12,16 +12,15 @@ import dataclasses
 import json
 import logging
 import sys
-from pathlib import Path
 
 from absl import app, flags
 from ml_collections import config_flags
 
-from es_jax.core import launch
+from es_jax.core.flags import define_processes, parser, processes
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A config file, and after a colon its arguments.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory; a run that is there is resumed.")
-launch.define_flags()
+define_processes()
 _JSON = flags.DEFINE_bool("json", False, "Print the result as one line of JSON.")
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where an error came from.")
 
@@ -34,7 +33,7 @@ def main(argv: list[str]) -> None:
     logging.getLogger("es_jax").setLevel(logging.INFO)
     from es_jax.core import hosts  # JAX starts only when the flags are good
 
-    with launch.processes("es_jax.train"):
+    with processes("es_jax.train"):
         try:
             _train()
         except hosts.Preempted as stop:
@@ -72,22 +71,8 @@ def _train() -> None:
         print(f"finished step {result.step}, mean reward {result.reward:.4f}; the run is in {result.workdir}")
 
 
-def _parse(argv: list[str]) -> list[str]:
-    """absl's parser, with a mistake in the config file or its arguments told in one sentence."""
-    flags.mark_flags_as_required(["config", "workdir"])
-    for argument in argv:
-        if argument.startswith("--config="):  # a config file imports its neighbours: configs.common
-            sys.path.append(str(Path(argument.removeprefix("--config=").partition(":")[0]).resolve().parent.parent))
-    try:
-        return flags.FLAGS(argv)
-    except flags.Error as error:
-        sys.exit(f"es_jax.train: {str(error).splitlines()[-1].strip() or error}")
-    except (AttributeError, ImportError, KeyError, SyntaxError, TypeError, ValueError) as error:
-        sys.exit(f"es_jax.train: --config: {error}")
-
-
 def entry() -> None:
-    app.run(main, flags_parser=_parse)
+    app.run(main, flags_parser=parser("es_jax.train", required=("config", "workdir")))
 
 
 if __name__ == "__main__":

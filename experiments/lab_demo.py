@@ -63,7 +63,7 @@ def main() -> None:
         row = read_jsonl(folder / "metrics.jsonl")[-1]
         print(f"{label:20} {target[label]:6.3f}  {prior[label]:6.3f}   {row['drift']:.3f} ({row['drift_theory']:.3f})")
     print(f"\ntarget: accuracy on {TARGET}, 200 unseen problems; prior: mean over {len(PRIOR)} tasks not trained on")
-    print(f"figure: {target_against_prior(folders, args.out / 'forgetting.png', target=TARGET, prior=PRIOR)}")
+    print(f"figure: {target_against_prior(folders, args.out / 'forgetting.png', prior=PRIOR)}")
     print(f"\n{sentence(target, prior, base)}")
 
 

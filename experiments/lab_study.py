@@ -14,10 +14,11 @@ import math
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from configs.lab import get_config
-from es_jax.plotting import accuracies
+from es_jax.plotting import Series, accuracies, read_run
+from es_jax.plotting.comparisons import strength_sweep
+from es_jax.plotting.curves import accuracy_over_iterations
 from es_jax.tasks.lab import PRIOR
 from es_jax.training.loop import run
 from es_jax.training.metrics import read_jsonl
@@ -91,51 +92,14 @@ def table(lines: list[dict]) -> str:
     return "\n".join(text)
 
 
-def curves(lines: list[dict], path: Path) -> None:
-    """Accuracy of every task over iterations, for three rows: means over runs."""
-    names = [
-        row
-        for row in (REFERENCE, "ES, N=8, AWD l2 0.01", "ES, N=8, random rewards")
-        if any(x["row"] == row for x in lines)
-    ]
-    figure = Figure(figsize=(9, 3.4), layout="constrained", dpi=150)
-    for axes, name in zip(figure.subplots(1, len(names), sharey=True, squeeze=False)[0], names, strict=True):
-        mine = [x for x in lines if x["row"] == name]
-        steps = sorted({x["step"] for x in mine})
-        for i, task in enumerate((TARGET, *PRIOR)):
-            means = [np.mean([x[task] for x in mine if x["step"] == step]) for step in steps]
-            style = (
-                {"color": "black", "linewidth": 2.2} if task == TARGET else {"linestyle": ["-", "--", ":", "-."][i % 4]}
-            )
-            axes.plot(steps, means, label=task.removeprefix("lab-"), **style)
-        axes.set(title=name, xlabel="iteration", ylim=(0, 1.03))
-        axes.grid(alpha=0.3)
-        axes.set_ylabel("held-out accuracy" if axes.get_subplotspec().is_first_col() else "")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=8, fontsize=8)
-    figure.savefig(path)
-
-
-def sweep(lines: list[dict], path: Path) -> None:
-    """Target and prior against the fraction that l2 takes away a step, with the base and λ = 0 as lines."""
-    last = {(x["row"], x["model"], x["seed"]): x for x in lines}.values()
-    rates = sorted({float(x["row"].split()[-1]) for x in last if "AWD l2" in x["row"]})
-    figure = Figure(figsize=(5.6, 3.8), layout="constrained", dpi=150)
-    axes = figure.subplots()
-    for column, color, name in ((TARGET, "tab:orange", "target"), ("prior", "tab:blue", "mean prior")):
-        values = [[x[column] for x in last if x["row"].endswith(f"AWD l2 {rate:g}")] for rate in rates]
-        axes.plot(rates, [np.mean(v) for v in values], marker="o", color=color, label=name)
-        axes.axhline(
-            np.mean([x[column] for x in last if x["row"] == REFERENCE]), color=color, ls="--", label=f"{name}, λ = 0"
-        )
-        axes.axhline(np.mean([x[column] for x in lines if x["step"] == 0]), color=color, ls=":", label=f"{name}, base")
-    axes.set(
-        xscale="log",
-        xlabel="αλ, the fraction of the drift taken away a step",
-        ylabel="held-out accuracy",
-        ylim=(0, 1.03),
-    )
-    axes.legend(fontsize=8)
-    figure.savefig(path)
+def figures(finished: dict[str, list[Path]], docs: Path) -> None:
+    """Accuracy of every task over iterations for three rows, and the sweep of λ; means over models and seeds."""
+    series = {row: Series(row, tuple(map(read_run, folders))) for row, folders in finished.items()}
+    shown = [series[row] for row in (REFERENCE, "ES, N=8, AWD l2 0.01", "ES, N=8, random rewards") if row in series]
+    plots = {"curves": accuracy_over_iterations(shown), "sweep": strength_sweep(list(series.values()), PRIOR)}
+    for name, plot in plots.items():
+        if plot is not None:
+            plot.figure.savefig(docs / f"{name}.png")
 
 
 def main() -> None:
@@ -148,7 +112,7 @@ def main() -> None:
     parser.add_argument("--only-report", action="store_true", help="run nothing; report what is finished")
     args = parser.parse_args()
     work = [(row, model, seed) for row in args.rows for seed in args.seeds for model in args.models]
-    lines = []
+    lines, finished = [], {}
     for row, model, seed in work:
         folder = folder_of(args.out, row, model, seed)
         if not args.only_report and not (folder / "DONE").exists():
@@ -157,15 +121,14 @@ def main() -> None:
             run(config, folder)
         if (folder / "DONE").exists():
             lines += evaluations(folder, row=row, model=Path(model).name, seed=seed)
+            finished.setdefault(row, []).append(folder)
     args.docs.mkdir(parents=True, exist_ok=True)
     with open(args.docs / "runs.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(lines)
     (args.docs / "table.md").write_text(table(lines) + "\n")
-    curves(lines, args.docs / "curves.png")
-    if any("AWD l2" in x["row"] for x in lines):
-        sweep(lines, args.docs / "sweep.png")
+    figures(finished, args.docs)
     print(table(lines))
 
 

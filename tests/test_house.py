@@ -28,7 +28,7 @@ LEVELS = (
     ("models", "es", "optim"),
     ("weights", "generate"),
     ("training",),
-    ("evals", "plotting"),
+    ("evals", "plotting", "planning"),
     ENTRIES,
 )
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}

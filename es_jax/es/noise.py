@@ -10,13 +10,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float
 
-from es_jax.core import rng
+from es_jax.core import counter, rng
+from es_jax.core.names import unknown
 from es_jax.core.tree import map_named
 from es_jax.es.population import Members
 
 PyTree = Any
+_TOGETHER = 6  # members that one pass over a leaf adds: more read and write the sum less often, and compile longer
 
 
 def _check_float(name: str, leaf: Array) -> None:
@@ -32,12 +34,22 @@ def _check_sigma(sigma: float | Array) -> None:
         raise ValueError(f"sigma is {sigma}: the noise scale must be above 0 (the papers use 1e-3)")
 
 
+def _rounded(product: Array) -> Array:
+    return counter.rounded(product) if product.dtype == jnp.float32 else product
+
+
 @dataclasses.dataclass(frozen=True)
 class GaussianNoise:
-    """ε ~ N(0, I), drawn by partitionable threefry, independent between leaves, members and steps.
+    """ε ~ N(0, I), independent between leaves, members and steps.
 
     The arithmetic is in float32 whatever the leaf's dtype (float64 for float64 leaves): θ + σε is rounded once, to the
     dtype asked for, and the estimate is returned unrounded.
+
+    Args:
+      generator: what draws ε, a name of `es_jax.core.rng.GENERATORS`. Another generator is another run.
+
+    Raises:
+      ValueError: an unknown generator.
 
     >>> import jax.numpy as jnp
     >>> from es_jax.es.population import Population
@@ -48,13 +60,15 @@ class GaussianNoise:
     0.0
     """
 
+    generator: str = rng.DEFAULT
+
+    def __post_init__(self):
+        if self.generator not in rng.GENERATORS:
+            raise ValueError(unknown("generator", self.generator, rng.GENERATORS))
+
     def _sample(self, seed: Array, name: str, leaf: Array) -> Float[Array, "..."]:
         """ε of one leaf for one member, in the dtype of the arithmetic."""
-        eps = jax.random.normal(self._key(seed, name, leaf), leaf.shape, jnp.float32)
-        return eps.astype(self._arithmetic(leaf))
-
-    def _key(self, seed: Array, name: str, leaf: Array) -> PRNGKeyArray:
-        return rng.leaf_key(seed, name)
+        return rng.normal(seed, name, leaf.shape, generator=self.generator).astype(self._arithmetic(leaf))
 
     def _arithmetic(self, leaf: Array) -> jnp.dtype:
         return jnp.dtype(jnp.float64) if leaf.dtype == jnp.float64 else jnp.dtype(jnp.float32)
@@ -77,16 +91,16 @@ class GaussianNoise:
             _check_float(name, leaf)
             kind = self._arithmetic(leaf)
             scale = jnp.asarray(sigma, kind) * member.sign.astype(kind)
-            return (leaf.astype(kind) + scale * self._sample(member.seed, name, leaf)).astype(dtype or leaf.dtype)
+            step = _rounded(scale * self._sample(member.seed, name, leaf))
+            return (leaf.astype(kind) + step).astype(dtype or leaf.dtype)
 
         return map_named(perturb, params)
 
     def estimate(self, params: PyTree, members: Members, weights: Float[Array | np.ndarray, "n"]) -> PyTree:
         """The gradient of minus the mean reward, −(1/N) Σ wₙ signₙ εₙ, so that any optax optimizer descends.
 
-        The papers fold 1/σ into the learning rate, and so does this. Noise is made again from the seeds, one leaf of
-        one member at a time, and summed in member order (a pair's noise once, weighted z⁺ − z⁻): memory does not grow
-        with N.
+        The papers fold 1/σ into the learning rate, and so does this. Noise is made again from the seeds, each number
+        once and added at once, in member order (a pair's noise once, weighted z⁺ − z⁻): memory does not grow with N.
 
         Args:
           params: the pytree that was perturbed; only its shapes and dtypes are read.
@@ -102,18 +116,27 @@ class GaussianNoise:
         weights = jnp.asarray(weights)
         if weights.shape != (len(members),):
             raise ValueError(f"weights have shape {weights.shape} for {len(members)} members: give one weight a member")
-        signed = weights.astype(jnp.float32) * members.sign
+        signed = weights.astype(jnp.float32) * members.sign * jnp.float32(-1 / len(members))
         seeds, signed = (members.seed[::2], signed[::2] + signed[1::2]) if members.paired else (members.seed, signed)
+
+        together, n = min(_TOGETHER, len(seeds)), len(seeds)
+        first = (n - 1) % together + 1  # members in the first, shorter pass: the others are all of one length
 
         def leaf_estimate(name, leaf):
             _check_float(name, leaf)
             kind = self._arithmetic(leaf)
 
-            def add(i, total):
-                return total + signed[i].astype(kind) * self._sample(seeds[i], name, leaf)
+            def add(start, count, total):
+                for i in range(count):
+                    weight = signed[start + i].astype(kind)
+                    total = total + _rounded(weight * self._sample(seeds[start + i], name, leaf))
+                return total
 
-            total = jax.lax.fori_loop(0, len(seeds), add, jnp.zeros(leaf.shape, kind))
-            return total * jnp.asarray(-1 / len(members), kind)
+            total = add(0, first, jnp.zeros(leaf.shape, kind))
+            passes = (n - first) // together
+            if passes:
+                total = jax.lax.fori_loop(0, passes, lambda k, t: add(first + k * together, together, t), total)
+            return total
 
         return map_named(leaf_estimate, params)
 
@@ -142,14 +165,12 @@ class SharedSeedNoise(GaussianNoise):
     def _shape(self, name: str, leaf: Array) -> tuple[int, ...]:
         return leaf.shape[1:] if self.stacked and name.startswith(self.stacked) else leaf.shape
 
-    def _key(self, seed: Array, name: str, leaf: Array) -> PRNGKeyArray:
-        return rng.leaf_key(seed, "x".join(map(str, self._shape(name, leaf))))
-
     def _arithmetic(self, leaf: Array) -> jnp.dtype:
         return leaf.dtype
 
     def _sample(self, seed: Array, name: str, leaf: Array) -> Float[Array, "..."]:
-        eps = jax.random.normal(self._key(seed, name, leaf), self._shape(name, leaf), jnp.float32)
+        shape = self._shape(name, leaf)
+        eps = rng.normal(seed, "x".join(map(str, shape)), shape, generator=self.generator)
         return jnp.broadcast_to(eps.astype(leaf.dtype), leaf.shape)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from es_jax.tasks.data import FieldError
+from es_jax.tasks.numbers import DIGITS, MAX_LENGTH, NUMBER, number
 from es_jax.tasks.rows import Hub, Row, load_examples, text_field
 from es_jax.tasks.task import Example, Score, check_grader, response_text, two_views
 
@@ -15,14 +16,11 @@ ASK = (
     "{question}\n\nWork the problem out in short steps. Close with a line of its own that holds four number signs, a "
     "space and the result as a bare number, like this:\n#### 42"
 )
-TAIL = 4096  # characters that the paper's grader looks at
+TAIL = MAX_LENGTH  # characters that the paper's grader looks at
 TOLERANCE = Fraction(1, 1_000_000)
-DIGITS = r"(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)"
-NUMBER = rf"(?:[-+]?\$?|\$[-+]){DIGITS}(?:\\?%)?(?: ?/ ?{DIGITS})?"
 START = re.compile(rf"[\s\\{{]*({NUMBER})")  # what stands behind a marker
 FIRST = re.compile(rf"(?<![0-9A-Za-z]){NUMBER}|{DIGITS}")  # a sign counts unless it hangs on a word, as in covid-19
 FORM = re.compile(rf"#### ([-+]?{DIGITS}(?:/{DIGITS})?)")
-BARE = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)(?:/(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+))?")
 
 
 @dataclass(frozen=True)
@@ -90,20 +88,6 @@ def final_number(response: str) -> Fraction | None:
             if (found := START.match(text)) and (value := number(found[1])) is not None:
                 return value
     return next((x for found in FIRST.finditer(tail) if (x := number(found[0])) is not None), None)
-
-
-def number(text: str) -> Fraction | None:
-    """The exact value of a decimal or of a/b, with commas, dollars and per cent signs ignored; otherwise None.
-
-    >>> number("$1,250.50"), number("-3/4"), number("1/0"), number("NaN")
-    (Fraction(2501, 2), Fraction(-3, 4), None, None)
-    """
-    bare = re.sub(r"[,$%\\ ]", "", text)
-    if len(bare) > TAIL or not BARE.fullmatch(bare):
-        return None
-    above, _, below = bare.partition("/")
-    divisor = Fraction(below or "1")
-    return Fraction(above) / divisor if divisor else None
 
 
 def _wanted(example: Example) -> Fraction:

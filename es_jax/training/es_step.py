@@ -26,8 +26,8 @@ from es_jax.training.fields import ESConfig
 def make_noise(config: RunConfig) -> GaussianNoise:
     """The run's noise. Stacked layers count as the parameters they are made of."""
     if config.es.noise == "shared_seed":
-        return SharedSeedNoise(stacked="layers/")
-    return NOISES[config.es.noise]()
+        return SharedSeedNoise(config.es.generator, stacked="layers/")
+    return NOISES[config.es.noise](config.es.generator)
 
 
 def compute_dtype(config: RunConfig) -> jnp.dtype:
@@ -39,7 +39,9 @@ def compute_dtype(config: RunConfig) -> jnp.dtype:
 
 def of_update(config: RunConfig) -> RunConfig:
     """The fields that `update` compiles in, all others at their defaults, so that runs of one process share it."""
-    es = ESConfig(population=config.es.population, sigma=config.es.sigma, noise=config.es.noise)
+    es = ESConfig(
+        population=config.es.population, sigma=config.es.sigma, noise=config.es.noise, generator=config.es.generator
+    )
     return RunConfig(es=es, optim=config.optim)
 
 

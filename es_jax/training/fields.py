@@ -4,6 +4,7 @@ import dataclasses
 import math
 from typing import Any
 
+from es_jax.core import rng
 from es_jax.core.names import unknown
 from es_jax.core.rng import check_seed
 from es_jax.es import theory
@@ -83,6 +84,7 @@ class ESConfig:
       sigma: σ > 0, the noise scale.
       antithetic: members are pairs θ ± σε; N even.
       noise: "gaussian", or "shared_seed" as published (equal-shaped parameters share noise; arithmetic in param_dtype).
+      generator: what draws the noise: "threefry13", or "threefry" of jax.random, as runs without this field have it.
       shaping: "z_score" as published, or "centered_rank".
       rewards: "task", or "random" to draw them from a normal distribution instead: the control experiment that shows
         what the random walk does by itself. Members are still decoded and graded for the metrics.
@@ -93,6 +95,7 @@ class ESConfig:
     sigma: float = 1e-3
     antithetic: bool = False
     noise: str = "gaussian"
+    generator: str = rng.DEFAULT
     shaping: str = "z_score"
     rewards: str = "task"
     nan_rewards: str = "error"
@@ -103,6 +106,7 @@ class ESConfig:
             raise ValueError(f"es.sigma is {self.sigma}: the noise scale must be above 0 (the papers use 1e-3)")
         choices = {
             "noise": NOISES,
+            "generator": rng.GENERATORS,
             "shaping": SHAPINGS,
             "rewards": ("task", "random"),
             "nan_rewards": ("error", "worst"),

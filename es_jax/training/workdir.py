@@ -112,7 +112,7 @@ def _settle(workdir: Path, config: RunConfig, *, identity: dict[str, Any], start
     if not (path.exists() or started):
         return _write(path, {"config": fields, **identity, "versions": versions})
     then = read(workdir)
-    old, new = _flat(then["config"]), _flat(fields)
+    old, new = flat(then["config"]), flat(fields)
     changed = [name for name in new if name not in CHANGEABLE and old.get(name) != new[name]]
     differing = [f"{name} was {old.get(name)!r} and is {new[name]!r}" for name in changed]
     differing += [f"{k} was {then.get(k)!r} and is {v!r}" for k, v in identity.items() if then.get(k) != v]
@@ -138,6 +138,7 @@ def read(workdir: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path} does not exist: {workdir} is not a run's directory")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        content["config"].get("es", {}).setdefault("generator", "threefry")  # of all runs before the field was there
         return {**content, "config": content["config"], "digest": content["digest"]}
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is damaged ({error!r}): restore it, or choose another --workdir") from None
@@ -199,10 +200,15 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested fields by dotted name.
+
+    >>> flat({"es": {"sigma": 0.1}})
+    {'es.sigma': 0.1}
+    """
     out: dict[str, Any] = {}
     for name, value in tree.items():
-        out |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        out |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return out
 
 

@@ -1,5 +1,6 @@
 """The laws of the mesh: every leaf has its place, members fit on several devices, and the bits are the same on all."""
 
+import contextlib
 import dataclasses
 import logging
 import math
@@ -18,6 +19,7 @@ from es_jax.generate.engine import Engine
 from es_jax.models.config import TransformerConfig
 from es_jax.models.sharding import RULES, check_heads, members_spread, param_shardings
 from es_jax.models.transformer import Transformer, param_shapes
+from es_jax.training.checkpoint import Checkpoints, abstract
 from es_jax.training.config import freeze
 from es_jax.training.es_step import Evaluator, distance, of_update, placed_weights, update
 from es_jax.training.loop import run
@@ -225,8 +227,21 @@ def test_an_anchor_in_host_memory_gives_the_same_bits(params, tmp_path):
             held = {leaf.sharding.memory_kind for name, leaf in named_leaves(state.opt_state) if "anchor/" in name}
             assert held == {memory}
         ends.append(host(state.params))
+        with contextlib.closing(Checkpoints(tmp_path / memory, keep=1)) as checkpoints:
+            checkpoints.save(2, state.params, state.opt_state)
     assert same(*ends)
-    other = config_of("", optim={"anchor": anchor})
-    object.__setattr__(other.optim.anchor, "memory", "elsewhere")
+    other = make_mesh(2, 1)
+    for memory, where in (("device", "pinned_host"), ("pinned_host", "device")):  # restored on another mesh and memory
+        anchor = {"penalty": "l2", "strength": 1.0, "memory": where}
+        state = State(config_of("", optim={"name": "momentum", "anchor": anchor}), other, placed(params, other))
+        like = abstract((state.params, state.opt_state))
+        with contextlib.closing(Checkpoints(tmp_path / memory, keep=1)) as checkpoints:
+            moved, opt_state = checkpoints.restore(2, *like)
+        assert same(host(moved), ends[0])
+        held = {name: leaf for name, leaf in named_leaves(opt_state) if "anchor/" in name}
+        assert {leaf.sharding.memory_kind for leaf in held.values()} == {where}
+        assert same({name.split("anchor/")[1]: np.asarray(leaf) for name, leaf in held.items()}, host(params))
+    wrong = config_of("", optim={"anchor": anchor})
+    object.__setattr__(wrong.optim.anchor, "memory", "elsewhere")
     with pytest.raises(ValueError, match=r"optim.anchor.memory is 'elsewhere', but .* has .*pinned_host"):
-        State(other, mesh, placed(params, mesh))
+        State(wrong, mesh, placed(params, mesh))

@@ -14,8 +14,9 @@ import jax
 import numpy as np
 import pytest
 
+from es_jax.core.hosts import Preempted
 from es_jax.core.mesh import make_mesh
-from es_jax.training.checkpoint import Checkpoints
+from es_jax.training.checkpoint import Checkpoints, saved_steps
 from es_jax.training.config import freeze
 from es_jax.training.loop import run
 from es_jax.training.metrics import read_jsonl
@@ -185,6 +186,23 @@ def test_sigkill_and_another_process(whole, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     check_resumed(config, tmp_path, whole)
+
+
+def test_sigterm_saves_the_last_finished_step(whole, tmp_path, monkeypatch):
+    append = SeedLog.append
+
+    def terminated(self, entry):
+        append(self, entry)
+        if entry.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch, pytest.raises(Preempted, match=r"terminated; step [23] is saved"):
+        patch.setattr(SeedLog, "append", terminated)
+        run(whole[0], tmp_path)
+    assert signal.getsignal(signal.SIGTERM) == before and not (tmp_path / "DONE").exists()
+    assert saved_steps(tmp_path) == [len(SeedLog(tmp_path, writable=False).entries)]
+    check_resumed(whole[0], tmp_path, whole)
 
 
 def test_resumed_on_another_mesh(whole, tmp_path, monkeypatch):

@@ -1,10 +1,12 @@
 import dataclasses
+import json
 
 import pytest
 from ml_collections import config_dict
 
 from configs import conciseness, countdown, gsm8k, lab, proofwriter
 from es_jax.optim.chains import OPTIMIZERS, build_optimizer
+from es_jax.training import workdir
 from es_jax.training.config import RunConfig, default_config, freeze
 
 
@@ -90,3 +92,12 @@ def test_the_sentence_says_what_the_chain_is(name):
     _, sentence = build_optimizer(freeze({"optim": {"name": name, "anchor": anchor}}), None)
     assert sentence.startswith(f"{name} with learning rate 0.0005, then l2 anchored weight decay with strength λ = 10")
     assert ("κ = 0.91 σ" in sentence) == (name == "sgd")
+
+
+def test_runs_from_before_the_generator_was_a_field_keep_theirs(tmp_path):
+    content = {"digest": "0", "config": {"es": {"sigma": 0.01}}}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert workdir.read_config(tmp_path).es.generator == "threefry"
+    content["config"]["es"]["generator"] = "threefry13"
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert workdir.read_config(tmp_path).es.generator == "threefry13"

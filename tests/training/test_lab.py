@@ -108,7 +108,7 @@ def test_the_same_seed_is_the_same_run(tmp_path):
 
 
 def test_the_figure_and_its_errors(runs, tmp_path):
-    path = target_against_prior({"ES": runs("none")}, tmp_path / "a.png", target=TARGET, prior=PRIOR)
+    path = target_against_prior({"ES": runs("none")}, tmp_path / "a.png", prior=PRIOR)
     assert path.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(FileNotFoundError, match="lab-nothing"):
         accuracies(runs("none"), "lab-nothing")

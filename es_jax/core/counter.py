@@ -1,0 +1,116 @@
+"""Normal numbers as a pure function of a key and a position: one short chain of 32-bit operations for each number.
+
+Nothing here is larger than its output and no number needs another, so a compiler fuses all of it into whatever uses
+the numbers, and a device that holds a slice of a leaf makes just that slice.
+
+The bits are Threefry-2x32 with 13 rounds, the block cipher of Salmon et al., "Parallel random numbers: as easy as
+1, 2, 3" (SC 2011, section 4.2 and table 2; rotations and key parity from there), whose smallest number of rounds that
+passes TestU01's BigCrush is 13; 20, the rounds of `jax.random`, keep a margin that matters to nobody's noise.
+Two words make one number by the transformation of Box and Muller (1958), in float32:
+
+    z = √(−2 ln u) · cos φ,    u in (0, 1] of 32 bits,    φ uniform on the circle, of 32 bits
+
+so that |z| reaches √(66 ln 2) = 6.76. The logarithm and the sine are polynomials written out here (least maximal
+relative error on their interval, about 1e-6), not calls into a library whose code depends on the vector's width. Every
+product that is added to something passes `rounded`. So the words are the same bits on every backend, and the numbers
+made of them wherever float32 products, sums and square roots are rounded as IEEE 754 says.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float32, UInt32
+
+ROUNDS = 13
+_ROTATIONS = (13, 15, 26, 6, 17, 29, 16, 24)
+_PARITY = 0x1BD11BDA
+_SQRT_HALF = 0x3F3504F3  # bits of the float32 √½
+_SCALE = 2.0**20  # −2 ln u is made in this unit, in which 2 ln 2 is a whole number to 1 part in 10⁷
+_TWO_LOG_TWO = round(2 * math.log(2) * _SCALE)
+# −2 ln(1 + f) / f for 1 + f in √½..√2, and sin(π q / 2) / q for q² in 0..1; lowest power first
+_LOG = (-2.0000019, 1.0000223, -0.66629016, 0.49819487, -0.40992662, 0.3733572, -0.23792213)
+_SIN = (1.57079482, -0.64592099, 0.07948767, -0.00436247)
+
+Words = UInt32[Array, "..."]
+
+
+def threefry(key: tuple[Words, Words], counter: tuple[Words, Words], *, rounds: int = ROUNDS) -> tuple[Words, Words]:
+    """Two random words of two words of key and two of counter; all broadcast together.
+
+    >>> [hex(word) for word in threefry((jnp.uint32(0),) * 2, (jnp.uint32(0),) * 2)]
+    ['0x9d1c5ec6', '0x8bd50731']
+    """
+    keys = (*key, key[0] ^ key[1] ^ jnp.uint32(_PARITY))
+    x, y = counter[0] + keys[0], counter[1] + keys[1]
+    for i in range(rounds):
+        x = x + y
+        turn = _ROTATIONS[i % 8]
+        y = ((y << jnp.uint32(turn)) | (y >> jnp.uint32(32 - turn))) ^ x
+        if i % 4 == 3:
+            j = i // 4 + 1
+            x, y = x + keys[j % 3], y + (keys[(j + 1) % 3] + jnp.uint32(j))
+    return x, y
+
+
+def positions(shape: tuple[int, ...]) -> tuple[Words, Words]:
+    """The counter of every element of an array: its place among the leading axes, and among the trailing ones.
+
+    The trailing axes are as many as have at most 2**32 elements, so every element of a larger array has its own pair.
+
+    Raises:
+      ValueError: more than 2**32 leading places, or an axis longer than that.
+    """
+    cut = len(shape)
+    while cut and math.prod(shape[cut - 1 :]) <= 2**32:
+        cut -= 1
+    if math.prod(shape[:cut]) > 2**32 or max(shape, default=0) > 2**32:
+        raise ValueError(f"an array of shape {shape} has more places than a counter of two 32-bit words: cut the leaf")
+    return _place(shape, range(cut)), _place(shape, range(cut, len(shape)))
+
+
+def _place(shape: tuple[int, ...], axes: range) -> Words:
+    place = jnp.uint32(0)
+    for axis in axes:
+        index = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+        place = index + place * jnp.uint32(shape[axis]) if axis > axes.start else index
+    return place
+
+
+def box_muller(radius: Words, angle: Words) -> Float32[Array, "..."]:
+    """One number of N(0, 1) from two random words."""
+    return jnp.sqrt(_minus_two_log(radius)) * _cosine(angle)
+
+
+def _minus_two_log(word: Words) -> Float32[Array, "..."]:
+    """−2 ln u in units of 1 / _SCALE, of u = (word + ½) / 2³²; at least 0, the largest words round to u = 1."""
+    bits = jax.lax.bitcast_convert_type(word.astype(jnp.float32) + jnp.float32(0.5), jnp.int32) - jnp.int32(_SQRT_HALF)
+    mantissa = (bits & jnp.int32(0x7FFFFF)) + jnp.int32(_SQRT_HALF)
+    f = jax.lax.bitcast_convert_type(mantissa, jnp.float32) - jnp.float32(1)
+    octaves = (jnp.int32(32) - (bits >> 23)) * jnp.int32(_TWO_LOG_TWO)
+    return octaves.astype(jnp.float32) + rounded(f * _polynomial(_LOG, f, scale=_SCALE))
+
+
+def _cosine(word: Words) -> Float32[Array, "..."]:
+    """cos φ / √_SCALE of a uniform φ: a sign from the top bit, the sine of an angle of a quarter turn from the rest."""
+    q = (word & jnp.uint32(0x7FFFFFFF)).astype(jnp.int32).astype(jnp.float32) * jnp.float32(2**-31)
+    sine = q * _polynomial(_SIN, q * q, scale=_SCALE**-0.5)
+    sign = word & jnp.uint32(0x80000000)
+    return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(sine, jnp.uint32) | sign, jnp.float32)
+
+
+def _polynomial(coefficients: tuple[float, ...], x: Float32[Array, "..."], *, scale: float) -> Float32[Array, "..."]:
+    total = jnp.float32(coefficients[-1] * scale)
+    for coefficient in coefficients[-2::-1]:
+        total = rounded(total * x) + jnp.float32(coefficient * scale)
+    return total
+
+
+def rounded(product: Float32[Array, "..."]) -> Float32[Array, "..."]:
+    """The product without the last of its 24 bits: a number of its own, which the sum behind it cannot swallow.
+
+    A CPU or GPU fuses a product into a sum, unrounded, where its compiler happens to see the two side by side: that
+    depends on how a loop was cut, so on the shape of a device's slice. One bit operation keeps them apart.
+    """
+    bits = jax.lax.bitcast_convert_type(product, jnp.uint32) & jnp.uint32(0xFFFFFFFE)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)

@@ -1,0 +1,53 @@
+"""How the commands read their flags, and those of a command that may be one of several processes."""
+
+import contextlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from absl import flags
+
+_NAMES = ("coordinator_address", "num_processes", "process_id")
+
+
+def parser(command: str, *, required: tuple[str, ...] = ()) -> Callable[[list[str]], list[str]]:
+    """absl's parser for a command with a --config file, with a mistake in the file or its arguments told in a sentence.
+
+    Args:
+      command: what the sentence begins with, "es_jax.train".
+      required: flags that must be given, which a config file cannot say of itself.
+    """
+
+    def parse(argv: list[str]) -> list[str]:
+        flags.mark_flags_as_required(required)
+        for argument in argv:
+            if argument.startswith("--config="):  # a config file imports its neighbours: configs.common
+                file = argument.removeprefix("--config=").partition(":")[0]
+                sys.path.append(str(Path(file).resolve().parent.parent))
+        try:
+            return flags.FLAGS(argv)
+        except flags.Error as error:
+            sys.exit(f"{command}: {str(error).splitlines()[-1].strip() or error}")
+        except (AttributeError, ImportError, KeyError, SyntaxError, TypeError, ValueError) as error:
+            sys.exit(f"{command}: --config: {error}")
+
+    return parse
+
+
+def define_processes() -> None:
+    """Define --distributed, --coordinator_address, --num_processes, --process_id and --heartbeat_timeout."""
+    flags.DEFINE_bool("distributed", False, "One of several processes, which the environment describes.")
+    flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0; implies --distributed.")
+    flags.DEFINE_integer("num_processes", None, "How many processes there are; implies --distributed.")
+    flags.DEFINE_integer("process_id", None, "Which one this is, from 0; implies --distributed.")
+    flags.DEFINE_integer("heartbeat_timeout", 60, "Seconds after which a silent process counts as dead.")
+
+
+def processes(name: str) -> contextlib.AbstractContextManager:
+    """Inside, the processes of the command `name` are together: as the flags say, the rest as the environment does."""
+    from es_jax.core import hosts  # JAX starts only when the flags are good
+
+    given = {flag: flags.FLAGS[flag].value for flag in _NAMES if flags.FLAGS[flag].value is not None}
+    if not (given or flags.FLAGS["distributed"].value):
+        return contextlib.nullcontext()
+    return hosts.joined(name, heartbeat_timeout_seconds=flags.FLAGS["heartbeat_timeout"].value, **given)

@@ -1,0 +1,79 @@
+"""python -m es_jax.plan --config=configs/countdown.py:qwen2.5-7b --topology=v5e:4x4 [--config.group.field=value …]
+
+Compiles the programs of a run for devices that are not here, and says whether it fits them: memory of a device and what
+it is made of, what devices send each other, and a bound on the time of an iteration. Nothing is run, no chip and no
+weights are needed; the shape of a model comes from its files, the hub, or a table of published shapes. The prompts are
+taken to be as long as decode.max_prompt allows.
+
+  --topology  v5e:4x4, v5p:4x4x4, v6e:8x8, tpu7x:2x2x1, v4:2x2x1; GPUs as slices × hosts × GPUs: h100:1x1x8, a100:1x2x8
+  --slices    TPU slices of that shape, joined by the data-centre network
+  --search    try meshes and slot counts, and print the best that fits
+  --json      print one line of JSON
+
+TPUs need libtpu (pip install 'es_jax[plan]'). For GPUs: pip install --no-deps jax-cuda12-plugin jax-cuda12-pjrt, in the
+version of jax. The exit code is 0 when it fits, 1 when not, and 2 when the question has a mistake.
+
+With --json: fits, verdict, topology, devices, memory_bytes (of a device), mesh {pop, model}, slots, bound_seconds (of
+an iteration), compile_seconds (of all), shape ("files" or "published"), and programs {name: {peak_bytes (of a device,
+with what the run holds beside the program), own_bytes (of these the program's), host_bytes (pinned, for one device),
+parts {name: bytes of a device}, collectives [{op, bytes, times, axes, groups, group_size}], compile_seconds, runs (in
+an iteration), flops, memory_traffic_bytes, sent_bytes, bound_seconds (of one run, on one device), error}}.
+"""
+
+import json
+import os
+import sys
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from es_jax.core.flags import parser
+
+
+def main(argv: list[str]) -> None:
+    """Flags → plan."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}: fields are set with --config.group.field=value")
+    from es_jax.planning.describe import fields, words
+    from es_jax.planning.plan import make_plan
+    from es_jax.planning.search import search
+    from es_jax.planning.shape import find_shape
+    from es_jax.planning.topology import topology
+    from es_jax.training.config import freeze
+
+    given = flags.FLAGS
+    say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
+    try:
+        config = freeze(given.config)
+        model, origin = find_shape(config.model.source)
+        devices = topology(given.topology, slices=given.slices)
+        plan = (
+            search(config, model, devices, say=say)[0] if given.search else make_plan(config, model, devices, say=say)
+        )
+    except (ValueError, OSError) as error:
+        if given.traceback:
+            raise
+        print(f"es_jax.plan: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(json.dumps(fields(plan) | {"shape": origin}) if given.json else words(plan))
+    sys.exit(0 if plan.fits else 1)
+
+
+def _define_flags() -> None:
+    config_flags.DEFINE_config_file("config", None, "A config file, and after a colon its arguments.")
+    flags.DEFINE_string("topology", None, "What to compile for: v5e:4x4, v5p:4x4x4, h100:1x1x8, …")
+    flags.DEFINE_integer("slices", 1, "TPU slices of that shape.", lower_bound=1)
+    flags.DEFINE_bool("search", False, "Try meshes and slot counts, and print the best that fits.")
+    flags.DEFINE_bool("json", False, "Print the plan as one line of JSON.")
+    flags.DEFINE_bool("traceback", False, "Show where an error came from.")
+
+
+def entry() -> None:
+    os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX starts: chips that are here are left alone
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    _define_flags()
+    app.run(main, flags_parser=parser("es_jax.plan", required=("config", "topology")))
+
+
+if __name__ == "__main__":
+    entry()

@@ -1,0 +1,85 @@
+"""What an iteration must compute and move at least, counted from shapes, and how long that takes at published peaks.
+
+Everything here is a bound: it takes each completion to its full length, each chip at its peak, and lets arithmetic,
+memory and links work at the same time. Drawing the noise is vector work, for which no peak is published, so it is left
+out; a run takes longer than the bound.
+"""
+
+import dataclasses
+import math
+
+from es_jax.core.chips import Chip
+from es_jax.models.config import TransformerConfig
+from es_jax.models.transformer import param_shapes
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Of one device: floating-point operations, bytes read and written in its memory, bytes sent to others."""
+
+    flops: float = 0.0
+    memory: float = 0.0
+    sent: float = 0.0
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.flops + other.flops, self.memory + other.memory, self.sent + other.sent)
+
+    def times(self, n: int) -> "Work":
+        return Work(self.flops * n, self.memory * n, self.sent * n)
+
+    def seconds(self, chip: Chip) -> float:
+        """At the chip's peaks, the three at once.
+
+        >>> from es_jax.core.chips import chip
+        >>> Work(flops=197e12, memory=2 * 819e9).seconds(chip("v5e"))
+        2.0
+        """
+        return max(self.flops / chip.flops, self.memory / chip.bandwidth, self.sent / chip.interconnect)
+
+
+def matrix_weights(config: TransformerConfig) -> tuple[int, int]:
+    """Weights that multiply every token's activations: in the layers, and in the output head.
+
+    >>> matrix_weights(TransformerConfig(family="llama", vocab_size=10, width=4, layers=2, heads=1, kv_heads=1,
+    ...                                  head_dim=4, mlp_dim=8))
+    (320, 40)
+    """
+    shapes = param_shapes(config).items()
+    layers = sum(math.prod(shape) for name, shape in shapes if name.startswith("layers/") and name.endswith("kernel"))
+    return layers, config.width * config.vocab_size
+
+
+def cache_bytes(config: TransformerConfig, tokens: int, itemsize: int) -> int:
+    """Keys and values of that many tokens, in all layers."""
+    return 2 * config.layers * tokens * config.kv_heads * config.head_dim * itemsize
+
+
+def _attended(config: TransformerConfig, first: int, last: int) -> int:
+    """Tokens attended, summed over the layers and over queries at the positions `first` to `last` − 1."""
+
+    def seen(window: int | None) -> int:
+        return sum(min(position + 1, window or position + 1) for position in range(first, last))
+
+    return sum(seen(config.sliding_window if local else None) for local, _ in config.layer_kinds)
+
+
+def prefill_flops(config: TransformerConfig, prompts: int, prompt: int) -> float:
+    """Of prompts of `prompt` tokens each: two a weight and token, four a head dimension and token attended."""
+    layers, head = matrix_weights(config)
+    attention = 4 * config.heads * config.head_dim * _attended(config, 0, prompt)
+    return prompts * (2.0 * layers * prompt + 2.0 * head + attention)
+
+
+def decode_flops(config: TransformerConfig, prompts: int, prompt: int, new: int) -> float:
+    """Of `new` tokens behind each of the prompts; the first of them comes from the prefill."""
+    layers, head = matrix_weights(config)
+    attention = 4 * config.heads * config.head_dim * _attended(config, prompt, prompt + new - 1)
+    return prompts * (2.0 * (layers + head) * (new - 1) + attention)
+
+
+def decode_memory(
+    config: TransformerConfig, prompts: int, prompt: int, new: int, *, steps: int, copy: int, itemsize: int
+) -> float:
+    """Bytes that decoding reads: the member's weights (`copy` bytes) at each step, and the keys and values attended."""
+    attended = _attended(config, prompt, prompt + new - 1)
+    return steps * copy + prompts * attended * 2.0 * config.kv_heads * config.head_dim * itemsize

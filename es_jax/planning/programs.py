@@ -1,0 +1,243 @@
+"""The programs of a run, lowered for devices that are not here: they are asked for from the run's own classes.
+
+`load` makes the optimizer's state (the anchor in it), `perturb` a round of members, `decode` their completions,
+`update` is the estimate and the step. Arrays have shapes and shardings, but no numbers.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from es_jax.core import rng
+from es_jax.core.mesh import MODEL, over_pop, replicated
+from es_jax.es.population import Members
+from es_jax.generate.engine import BUCKET, Engine
+from es_jax.models.config import TransformerConfig
+from es_jax.models.sharding import param_shardings
+from es_jax.models.transformer import Transformer
+from es_jax.planning.costs import Work, cache_bytes, decode_flops, decode_memory, matrix_weights, prefill_flops
+from es_jax.planning.topology import Topology
+from es_jax.training.config import RunConfig
+from es_jax.training.es_step import Evaluator, of_update, optimizer, state_shardings, update
+from es_jax.training.state import mesh_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """Bytes of arrays on one device, and of its share in the host's pinned memory."""
+
+    device: int = 0
+    host: int = 0
+
+    @classmethod
+    def of(cls, tree: Any) -> "Held":
+        """Of a tree of `jax.ShapeDtypeStruct`s with shardings."""
+        device = host = 0
+        for leaf in jax.tree.leaves(tree):
+            size = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+            pinned = leaf.sharding.memory_kind == "pinned_host"
+            device, host = (device, host + size) if pinned else (device + size, host)
+        return cls(device, host)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One program of an iteration.
+
+    Attributes:
+      name: "load", "perturb", "decode" or "update".
+      lower: lowers it for the topology.
+      times: how often an iteration runs it; 0 for "load".
+      turns: of its loops, as `es_jax.planning.hlo.collectives` takes them.
+      parts: what the device holds while it runs, by name: of these `own` are the program's arguments, results and
+        temporaries, and the others are the run's.
+      own: names of parts that the compiler's figures contain.
+      work: of a run of it, on one device, without what is sent.
+    """
+
+    name: str
+    lower: Callable[[], Any]
+    times: int
+    turns: Mapping[str, float]
+    parts: Mapping[str, Held]
+    own: frozenset[str]
+    work: Work
+
+
+class Programs:
+    """A run's programs on a mesh.
+
+    Args:
+      config: of the run; model.dtype must not be "auto".
+      model: the model's shape.
+      mesh: of the devices to compile for.
+    """
+
+    def __init__(self, config: RunConfig, model: TransformerConfig, mesh: Mesh):
+        self.config, self.model, self.mesh = config, model, mesh
+        params = jax.eval_shape(Transformer(model).init, rng.key(0))
+        dtype = jnp.dtype(config.model.param_dtype)
+        params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), params)
+        self.params = _placed(params, param_shardings(mesh, params))
+        self.tx = optimizer(config, mesh, self.params)[0]
+        state = jax.eval_shape(self.tx.init, self.params)
+        self.opt_state = _placed(state, state_shardings(config, mesh, state))
+        anchored = config.optim.anchor.penalty != "none"
+        self.base = None if anchored else self.params
+        self.prompts = config.task.prompts_per_step or config.task.train_size
+        self.width = min(-(-config.decode.max_prompt // BUCKET) * BUCKET, config.decode.max_prompt)
+        self.evaluator = Evaluator.of(config, self._engine(), mesh)
+        self.copy = jax.eval_shape(self.evaluator._perturb, self.params, self._members(self.evaluator.lanes))
+
+    @classmethod
+    def of(cls, config: RunConfig, model: TransformerConfig, topology: Topology) -> "Programs":
+        """Of a config on the mesh that it asks for; model.dtype "auto" is bfloat16, as on any accelerator.
+
+        Raises:
+          ValueError: a mesh that the topology or the model does not allow, or a method that is not planned yet.
+        """
+        if config.method != "es":
+            raise ValueError(f"method is {config.method!r}: a plan is of 'es' runs alone")
+        if config.model.dtype == "auto":
+            config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bfloat16"))
+        devices, memory = list(topology.devices), topology.chip.memory
+        return cls(config, model, mesh_of(config, model, devices=devices, memory=memory))
+
+    def __iter__(self) -> Iterator[Program]:
+        yield self.load()
+        yield self.perturb()
+        yield self.decode()
+        yield self.update()
+
+    def load(self) -> Program:
+        """From the weights, which are read leaf by leaf, to the optimizer's state."""
+        where = jax.tree.map(lambda leaf: leaf.sharding, self.opt_state)
+        held = self._held()
+        return Program(
+            "load",
+            lambda: jax.jit(self.tx.init, out_shardings=where).lower(self.params),
+            times=0,
+            turns={},
+            parts=held,
+            own=frozenset({"parameters", "anchor", "moments"}),
+            work=Work(memory=2.0 * sum(part.device for part in held.values())),
+        )
+
+    def perturb(self) -> Program:
+        """The weights of one round of members."""
+        members = self._members(self.evaluator.lanes)
+        copy = self._copy()
+        return Program(
+            "perturb",
+            lambda: Evaluator._perturb.lower(self.evaluator, self.params, members),
+            times=self.rounds,
+            turns={},
+            parts=self._held() | {"compute copy": copy},
+            own=frozenset({"parameters", "compute copy"}),
+            work=Work(memory=Held.of(self.params).device + copy.device),
+        )
+
+    def decode(self) -> Program:
+        """Prefill and completions of one round of members; `place_copy` must have been called."""
+        slots, decode, lanes = self.evaluator.engine.slots, self.config.decode, self.evaluator.at_once
+        batches = -(-self.prompts // slots)
+        shape = (self.evaluator.lanes, slots, self.width)
+        rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=over_pop(self.mesh))
+        width = self.mesh.shape[MODEL]
+        size = jnp.dtype(self.config.model.dtype).itemsize
+        cache = lanes * cache_bytes(self.model, slots * (self.width + decode.max_new - 1), size) // width
+        flops = prefill_flops(self.model, slots, self.width) + decode_flops(
+            self.model, slots, self.width, decode.max_new
+        )
+        memory = decode_memory(
+            self.model,
+            slots,
+            self.width,
+            decode.max_new,
+            steps=decode.max_new,
+            copy=self._matrices(size),
+            itemsize=size,
+        )
+        return Program(
+            "decode",
+            lambda: Evaluator._decode.lower(self.evaluator, self.copy, rows, rows),
+            times=self.rounds * batches,
+            turns={"": decode.max_new - 1},
+            parts=self._held() | {"compute copy": self._copy(), "KV cache": Held(cache)},
+            own=frozenset({"compute copy", "KV cache"}),
+            work=Work(flops * lanes / width, memory * lanes / width),
+        )
+
+    def update(self) -> Program:
+        """Estimate and step."""
+        n = self.config.es.population
+        everywhere = replicated(self.mesh)
+        members = Members(_array((n,), jnp.uint32, everywhere), _array((n,), jnp.float32, everywhere))
+        weights = _array((n,), jnp.float32, everywhere)
+        held = self._held()
+        total = sum(part.device + part.host for part in held.values())
+        return Program(
+            "update",
+            lambda: update.lower(
+                of_update(self.config), self.mesh, self.params, self.opt_state, self.base, members, weights
+            ),
+            times=1,
+            turns={"": n},
+            parts=held,
+            own=frozenset(held),
+            work=Work(memory=total + held["parameters"].device),
+        )
+
+    @property
+    def rounds(self) -> int:
+        """Rounds of members in an iteration."""
+        return -(-self.config.es.population // self.evaluator.lanes)
+
+    def place_copy(self, shardings: Any) -> None:
+        """Take the members' weights where the compiled `perturb` leaves them."""
+        self.copy = _placed(self.copy, shardings)
+
+    def _engine(self) -> Engine:
+        decode, total = self.config.decode, self.prompts
+        return Engine(
+            self.model,
+            slots=math.ceil(total / math.ceil(total / decode.slots)),
+            max_prompt=decode.max_prompt,
+            max_new=decode.max_new,
+            stop=(0,),
+            unroll=False,
+        )
+
+    def _members(self, n: int) -> Members:
+        where = over_pop(self.mesh)
+        return Members(_array((n,), jnp.uint32, where), _array((n,), jnp.float32, where))
+
+    def _held(self) -> dict[str, Held]:
+        """What a run has on its devices at any time."""
+        anchor = optax.tree_utils.tree_get(self.opt_state, "anchor", None) if self.base is None else self.base
+        moments = Held.of(self.opt_state)
+        if self.base is None:
+            moments = Held(moments.device - Held.of(anchor).device, moments.host - Held.of(anchor).host)
+        return {"parameters": Held.of(self.params), "anchor": Held.of(anchor), "moments": moments}
+
+    def _copy(self) -> Held:
+        sizes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.copy))
+        return Held(sizes // self.mesh.size)
+
+    def _matrices(self, itemsize: int) -> int:
+        """Bytes of a member's weights that a decode step reads."""
+        return sum(matrix_weights(self.model)) * itemsize
+
+
+def _array(shape: tuple[int, ...], dtype: Any, sharding: Any) -> Any:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+
+def _placed(tree: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda leaf, where: _array(leaf.shape, leaf.dtype, where), tree, shardings)

@@ -1,0 +1,51 @@
+"""Figures and tables from the directories of runs. `python -m es_jax.report` makes a page of them."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from es_jax.plotting import curves
+from es_jax.plotting.runs import Run, Series, read_run
+
+__all__ = ["Run", "Series", "accuracies", "prior_accuracy", "read_run", "target_against_prior"]
+
+
+def accuracies(workdir: str | Path, task: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps [n] and held-out accuracies [n] of a task, from a run's evals/<task>.jsonl.
+
+    Raises:
+      FileNotFoundError: the run has no evaluation of the task.
+    """
+    found = read_run(workdir).accuracy([task])
+    if not found:
+        path = Path(workdir) / "evals" / f"{task}.jsonl"
+        raise FileNotFoundError(f"{path} has no rows: run with evals.every above 0 and {task!r} in evals.tasks")
+    return np.array(list(found)), np.array([value for value, _ in found.values()])
+
+
+def prior_accuracy(workdir: str | Path, prior: Sequence[str]) -> np.ndarray:
+    """Mean held-out accuracy of the prior tasks at every evaluated step, [n]."""
+    return np.mean([accuracies(workdir, task)[1] for task in prior], axis=0)
+
+
+def target_against_prior(runs: Mapping[str, str | Path], path: str | Path, *, prior: Sequence[str]) -> Path:
+    """Writes the figure of target accuracy against mean prior accuracy, a line a run, coloured by iteration.
+
+    Args:
+      runs: label → run directory.
+      path: of the image; its ending chooses the format.
+      prior: names of tasks that all runs evaluated.
+
+    Returns:
+      The path.
+
+    Raises:
+      ValueError: no run has evaluated its target and the prior tasks.
+    """
+    plot = curves.target_against_prior([Series(label, (read_run(run),)) for label, run in runs.items()], prior)
+    if plot is None:
+        raise ValueError(f"no run has evaluations of its target and of {', '.join(prior)}: nothing can be drawn")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    plot.figure.savefig(path)
+    return Path(path)

@@ -1,0 +1,117 @@
+"""What series are called, and what a caption says of runs: both are read from the runs' configs."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from es_jax.plotting.runs import Run, Series
+
+# Dotted field → how a label or a caption calls it. Fields that are not here keep their names.
+SYMBOLS = {
+    "es.population": "N",
+    "es.sigma": "σ",
+    "grpo.rollouts": "rollouts",
+    "optim.learning_rate": "α",
+    "es.rewards": "rewards",
+    "es.antithetic": "antithetic",
+    "es.noise": "noise",
+    "es.shaping": "shaping",
+    "optim.name": "optimizer",
+    "task.grader": "grader",
+}
+SKIPPED = ("method", "model.source", "task.name", "optim.anchor.penalty", "λ")  # said in words of their own
+
+
+def group(runs: Sequence[Run], marks: Mapping[Path, str] | None = None) -> list[Series]:
+    """The series of some runs, in the order in which their first runs are given.
+
+    Args:
+      runs: any runs.
+      marks: folder → why the run cannot be compared; such a run is a series of its own, and its label says so.
+
+    Raises:
+      ValueError: two directories hold the same run: everything is equal, the seed included.
+    """
+    found: dict[tuple, list[Run]] = {}
+    marks = marks or {}
+    for run in runs:
+        key = (*sorted((name, repr(value)) for name, value in run.settings().items()), marks.get(run.folder, ""))
+        found.setdefault(key, []).append(run)
+    for mine in found.values():
+        for one, other in itertools.combinations(mine, 2):
+            if one.config.train.seed == other.config.train.seed:
+                raise ValueError(
+                    f"{one.folder} and {other.folder} are the same run (seed {one.config.train.seed}): leave one out; "
+                    "standard errors need runs with different seeds"
+                )
+    everyone = [mine[0] for mine in found.values()]
+    label = {id(run): _label(run, everyone, run.folder in marks) for run in everyone}
+    return [Series(label[id(mine[0])], tuple(mine)) for mine in found.values()]
+
+
+def _label(run: Run, everyone: Sequence[Run], marked: bool) -> str:
+    """What tells a run from the others: always the method and the anchor, and the fields that vary."""
+    words = [
+        run.method if run.penalty == "none" else f"{run.method} + AWD {run.penalty}, λ = {_number(run.settings()['λ'])}"
+    ]
+    same = [other for other in everyone if other.method == run.method]
+    if len({other.model for other in everyone}) > 1:
+        words.insert(0, run.model)
+    if len({other.target for other in everyone}) > 1:
+        words.insert(0, run.target)
+    settings = [other.settings() for other in same]
+    for name, value in run.settings().items():
+        if name not in SKIPPED and len({repr(other.get(name)) for other in settings}) > 1:
+            words.append(f"{SYMBOLS.get(name, name)} = {_number(value)}")
+    return ", ".join(words) + (" [not comparable]" if marked else "")
+
+
+def caption(runs: Sequence[Run]) -> str:
+    """What the runs of a figure were: model, task, method, N, σ, α, λ and penalty, seeds, iterations, evaluation."""
+    parts = [f"Model: {_list(f'{run.model} ({run.size:,} weights)' if run.size else run.model for run in runs)}"]
+    parts += [f"trained on: {_list(run.target for run in runs)}"]
+    parts += [
+        _method(method, [r for r in runs if r.method == method]) for method in dict.fromkeys(r.method for r in runs)
+    ]
+    strengths = {run.penalty: {other.settings()["λ"] for other in runs if other.penalty == run.penalty} for run in runs}
+    parts += ["; ".join(_strength(penalty, values) for penalty, values in strengths.items())]
+    parts += [f"seeds {_list(run.config.train.seed for run in runs)}", _iterations(runs)]
+    rows = {f"{found[-1]['n']} rows a task" for run in runs for found in run.evals.values()}
+    graders = _list(run.config.task.grader or "paper" for run in runs)
+    parts += [f"evaluated on {_list(rows)}, grader {graders}, max_new {_list(r.config.decode.max_new for r in runs)}"]
+    return "; ".join(parts) + "."
+
+
+def _method(name: str, runs: Sequence[Run]) -> str:
+    """The method and its own settings."""
+    fields = (
+        ("optim.learning_rate", "es.population", "es.sigma")
+        if name == "ES"
+        else ("optim.learning_rate", "grpo.rollouts")
+    )
+    values = [f"{SYMBOLS[field]} = {_list(run.settings()[field] for run in runs)}" for field in sorted(fields)]
+    return f"{name} with {', '.join(values)}"
+
+
+def _strength(penalty: str, values: set[float]) -> str:
+    return "no penalty (λ = 0)" if penalty == "none" else f"penalty {penalty} with λ = {_list(values)}"
+
+
+def _iterations(runs: Sequence[Run]) -> str:
+    """Iterations done, and of the runs that are not finished how far they are."""
+    short = [f"{run.folder.name} is at {run.step} of {run.config.train.steps}" for run in runs if not run.finished]
+    done = _list(run.config.train.steps for run in runs if run.finished)
+    return ", ".join(
+        [*([f"{done} iterations"] if done else []), *(["not finished: " + ", ".join(short)] if short else [])]
+    )
+
+
+def _list(values: Any) -> str:
+    kept = dict.fromkeys(values)
+    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in kept)
+    return ", ".join(_number(value) for value in (sorted(kept) if numbers else kept))
+
+
+def _number(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

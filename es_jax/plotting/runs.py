@@ -1,0 +1,220 @@
+"""The directories of runs, read for figures and tables: half-finished ones too, and those that cannot be compared told.
+
+Runs that differ in nothing but their seed are a `Series`; a figure shows series, with standard errors over seeds.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from es_jax.training import workdir as rundir
+from es_jax.training.config import RunConfig
+from es_jax.training.metrics import read_jsonl
+
+# What may differ within a series: the seed, and what no result depends on.
+ALIKE = (
+    *("train.", "evals.", "mesh.", "decode.slots", "decode.members_at_once", "decode.max_prompt", "grpo.micro_batch"),
+    *("optim.anchor.strength", "optim.anchor.drift"),  # λ stands for both
+)
+SPECIAL = {"kl", "drift"}  # files of evals/ that are not a task's
+
+
+@dataclass(frozen=True)
+class Point:
+    """A mean at a step: its standard error (None if unknown) and how many runs it is over."""
+
+    step: int
+    mean: float
+    error: float | None
+    runs: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run's directory. Lists hold rows in the order of their steps.
+
+    Attributes:
+      folder: the directory.  config: its fields.  facts: the rest of config.json.
+      metrics: rows of metrics.jsonl.  evals: rows of evals/<task>.jsonl by task.  kl: rows of evals/kl.jsonl.
+    """
+
+    folder: Path
+    config: RunConfig
+    facts: Mapping[str, Any]
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    evals: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    kl: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def step(self) -> int:
+        """The last finished step."""
+        return self.metrics[-1]["step"] if self.metrics else 0
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.config.train.steps
+
+    @property
+    def target(self) -> str:
+        return self.config.task.name
+
+    @property
+    def model(self) -> str:
+        """The base model's short name."""
+        source = self.config.model.source.rstrip("/")
+        return Path(source).name.removesuffix(".gguf") or source
+
+    @property
+    def family(self) -> str:
+        """The letters that the model's name begins with, and a version right behind them: Qwen2.5, Llama, lab."""
+        found = re.match(r"[A-Za-z]+[0-9.]*", self.model)
+        return found[0].rstrip(".") if found else self.model
+
+    @property
+    def size(self) -> int | None:
+        """d, how many weights."""
+        return self.facts.get("parameters")
+
+    @property
+    def method(self) -> str:
+        """ "ES" or "GRPO"."""
+        return self.config.method.upper()
+
+    @property
+    def penalty(self) -> str:
+        return self.config.optim.anchor.penalty
+
+    def accuracy(self, tasks: Sequence[str]) -> dict[int, tuple[float, float | None]]:
+        """Step → mean accuracy over tasks and its standard error over rows, where all of them were evaluated."""
+        by = [{row["step"]: row for row in self.evals.get(task, [])} for task in tasks]
+        steps = sorted(set.intersection(*map(set, by))) if by else []
+        found = {}
+        for step in steps:
+            errors = [error for rows in by if (error := rows[step].get("accuracy_se")) is not None]
+            known = math.sqrt(sum(error**2 for error in errors)) / len(by) if len(errors) == len(by) else None
+            found[step] = (float(np.mean([rows[step]["accuracy"] for rows in by])), known)
+        return found
+
+    def settings(self) -> dict[str, Any]:
+        """What the run is, by dotted name, without its seed; λ for the anchor's strength or drift."""
+        other = "grpo." if self.config.method == "es" else "es."
+        fields = rundir.flat(dataclasses.asdict(self.config))
+        flat = {name: value for name, value in fields.items() if not name.startswith((*ALIKE, other))}
+        return flat | {"λ": self.config.anchor_strength}
+
+
+@dataclass(frozen=True)
+class Series:
+    """Runs of one setting with different seeds, under a label that tells them from the other series."""
+
+    label: str
+    runs: tuple[Run, ...]
+
+    @property
+    def first(self) -> Run:
+        return self.runs[0]
+
+    def curve(self, tasks: Sequence[str]) -> list[Point]:
+        """Mean accuracy over tasks at every evaluated step; the error is over seeds, or over rows for a single run."""
+        by = [run.accuracy(tasks) for run in self.runs]
+        return [average(step, [mine[step] for mine in by if step in mine]) for step in sorted(set().union(*by))]
+
+    def last(self, tasks: Sequence[str]) -> Point | None:
+        """The last step of the curve that all runs have."""
+        whole = [point for point in self.curve(tasks) if point.runs == len(self.runs)]
+        return whole[-1] if whole else None
+
+    def change(self, tasks: Sequence[str]) -> Point | None:
+        """Change in mean accuracy from step 0 to the last step that all runs have, with the error of a difference."""
+        end, by = self.last(tasks), [run.accuracy(tasks) for run in self.runs]
+        if end is None or not all(0 in mine for mine in by):
+            return None
+        return average(end.step, [_difference(mine[end.step], mine[0]) for mine in by])
+
+
+def average(step: int, values: Sequence[tuple[float, float | None]]) -> Point:
+    """The mean of (value, its own error) over runs: the error over runs, or the value's own where there is one run.
+
+    >>> average(5, [(0.2, 0.1), (0.4, 0.1)])
+    Point(step=5, mean=0.30000000000000004, error=0.1, runs=2)
+    """
+    numbers = [value for value, _ in values]
+    own = values[0][1] if len(values) == 1 else float(np.std(numbers, ddof=1) / math.sqrt(len(numbers)))
+    return Point(step, float(np.mean(numbers)), None if own is None else round(own, 12), len(values))
+
+
+def _difference(end: tuple[float, float | None], start: tuple[float, float | None]) -> tuple[float, float | None]:
+    error = None if end[1] is None or start[1] is None else math.hypot(end[1], start[1])
+    return end[0] - start[0], error
+
+
+def read_run(folder: str | Path) -> Run:
+    """A run's directory, whatever it holds so far.
+
+    Raises:
+      FileNotFoundError: there is no run.
+      ValueError: a file is damaged; it is named.
+    """
+    folder = Path(folder)
+    facts = rundir.read(folder)
+    files = {path.stem: _ordered(read_jsonl(path)) for path in sorted((folder / "evals").glob("*.jsonl"))}
+    return Run(
+        folder,
+        rundir.read_config(folder),
+        facts,
+        metrics=_ordered(read_jsonl(folder / "metrics.jsonl")),
+        evals={name: rows for name, rows in files.items() if name not in SPECIAL and rows},
+        kl=files.get("kl", []),
+    )
+
+
+def _ordered(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """By step and task; of rows that were written twice the later one."""
+    found = {(row["step"], str(row.get("task", ""))): row for row in rows}
+    return [found[key] for key in sorted(found)]
+
+
+def prior_tasks(runs: Sequence[Run]) -> list[str]:
+    """The tasks that every run evaluated and none was trained on, in the order of the first run's config."""
+    common = set.intersection(*(set(run.evals) for run in runs)) - {run.target for run in runs} if runs else set()
+    asked = [task for task in runs[0].config.evals.tasks if task in common] if runs else []
+    return asked + sorted(common - set(asked))
+
+
+def incomparable(runs: Sequence[Run]) -> dict[Path, str]:
+    """Why a run cannot be set beside the earlier ones: it has other data, another grader or another max_new.
+
+    Returns:
+      folder → the first difference found, for those runs.
+    """
+    found: dict[Path, str] = {}
+    seen: dict[tuple, tuple[Any, Run]] = {}
+    for run in runs:
+        for name, key, value in _facts(run):
+            then, other = seen.setdefault((name, *key), (value, run))
+            if then != value and run.folder not in found:
+                found[run.folder] = f"{name} is {value!r}, but {then!r} in {other.folder}"
+    return found
+
+
+def _facts(run: Run) -> Iterable[tuple[str, tuple, Any]]:
+    """(what is compared, among which runs, its value)."""
+    config, digest = run.config, run.facts["digest"]
+    yield "decode.max_new", (), config.decode.max_new
+    yield "task.grader", (), config.task.grader or "paper"
+    task = config.task
+    yield "the training data (data_dir, seed, train_size)", (task.name,), (task.data_dir, task.seed, task.train_size)
+    yield "digest of the rows", (digest, task.name, config.evals.size, config.evals.tasks), run.facts.get("rows")
+    for name, rows in run.evals.items():
+        yield f"number of test rows of {name}", (), rows[-1]["n"]
+        yield f"max_new of {name}", (), rows[-1].get("max_new", config.decode.max_new)
+        yield f"digest of the test rows of {name}", (digest, "rows" in rows[-1]), rows[-1].get("rows")
+    for row in run.kl:
+        sampled = (row.get("rows"), row.get("max_new"), row.get("seed"))
+        yield f"what KL was measured on (rows, max_new, seed) of {row['task']}", (digest,), sampled

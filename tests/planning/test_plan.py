@@ -1,0 +1,113 @@
+"""The planner, on the smallest TPU slices: what it says of a run, and what it says when the run does not fit."""
+
+import dataclasses
+import importlib.util
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from es_jax.core.chips import chip
+from es_jax.models.config import TransformerConfig
+from es_jax.planning.describe import fields, words
+from es_jax.planning.plan import make_plan
+from es_jax.planning.programs import Held, Programs
+from es_jax.planning.search import candidates
+from es_jax.planning.shape import find_shape
+from es_jax.planning.topology import Topology, topology
+from es_jax.training.config import freeze
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = TransformerConfig(
+    family="qwen2", vocab_size=512, width=128, layers=2, heads=4, kv_heads=2, head_dim=32, mlp_dim=256, qkv_bias=True
+)
+CONFIG = {
+    "model": {"source": "small"},
+    "task": {"train_size": 16},
+    "es": {"population": 8},
+    "decode": {"max_prompt": 32, "max_new": 8, "slots": 8},
+    "optim": {"anchor": {"penalty": "l2", "strength": 10.0}},
+}
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install -e '.[plan]'"
+)
+
+
+@pytest.fixture(scope="module")
+def plan():
+    return make_plan(freeze(CONFIG), SMALL, topology("v5e:2x2"))
+
+
+@needs_libtpu
+def test_a_small_run_fits_four_chips(plan):
+    said = fields(plan)
+    assert said["fits"] and json.loads(json.dumps(said)) == said
+    assert list(said["programs"]) == ["load", "perturb", "decode", "update"]
+    assert said["programs"]["perturb"]["runs"] == 2 and said["programs"]["decode"]["runs"] == 4
+    for program in said["programs"].values():
+        assert program["compile_seconds"] > 0 and program["error"] is None
+        assert sum(program["parts"].values()) == program["peak_bytes"] >= program["own_bytes"] > 0
+    assert "fits" in words(plan).splitlines()[-1] and "bound, not a measurement" in words(plan)
+
+
+@needs_libtpu
+def test_members_are_decoded_apart_and_the_update_is_local(plan):
+    """Nothing goes between groups while they decode, and an update exchanges no weights."""
+    sent = {outcome.name: outcome.collectives for outcome in plan.programs}
+    assert not [kind for kind in sent["decode"] if "pop" in kind.axes]
+    assert sum(kind.bytes * kind.times for kind in sent["update"]) < 1000
+    assert any(kind.op == "all-gather" for kind in sent["perturb"])
+
+
+@needs_libtpu
+def test_a_chip_that_is_too_small_is_told_with_what_would_help(plan):
+    tiny = dataclasses.replace(plan.topology, chip=dataclasses.replace(plan.topology.chip, memory=10_000))
+    short = dataclasses.replace(plan, topology=tiny)
+    assert not short.fits and short.short > 0
+    assert fields(short)["verdict"].startswith("does not fit") and "pinned_host" in words(short)
+
+
+@needs_libtpu
+@pytest.mark.parametrize("name", ["v5e", "v5e:3x5x7x2", "v5e:1x1", "nothing:2x2"])
+def test_topologies_that_are_none_are_refused(name):
+    with pytest.raises(ValueError, match=r"v5e|chip"):
+        topology(name)
+
+
+def test_parts_of_what_a_device_holds():
+    """Counted on the eight CPU devices: masters and anchor over all of them, a member's copy in each group."""
+    cpu = Topology("cpu:8", chip("v5e"), tuple(jax.devices()))
+    programs = Programs.of(freeze(CONFIG), SMALL, cpu)
+    held = programs.decode().parts
+    weights = 2 * 128 * (2 * 128 + 2 * 2 * 32 + 3 * 256) + 512 * 128
+    assert held["parameters"] == held["anchor"]
+    assert 0 < held["parameters"].device / (4 * weights / 8) - 1 < 0.1  # small leaves are whole
+    assert held["compute copy"].device >= 2 * weights
+    assert held["KV cache"] == Held(2 * 2 * 8 * (32 + 7) * 2 * 32 * 2)
+
+
+def test_the_search_ranks_meshes_and_slots():
+    cpu = Topology("cpu:8", chip("v5e"), tuple(jax.devices()[:1]))
+    found = candidates(freeze(CONFIG), SMALL, cpu)
+    assert [one.config.decode.slots for one in found] == [16, 8, 4, 2, 1]
+    assert all(a.seconds <= b.seconds for a, b in itertools.pairwise(found))
+
+
+def test_shapes_come_from_files_and_then_from_the_table(tiny_model):
+    assert find_shape(str(tiny_model))[1] == "files"
+    shape, origin = find_shape("Qwen/Qwen2.5-7B-Instruct")
+    assert (shape.layers, origin) == (28, "published")
+    with pytest.raises(FileNotFoundError, match=r"Qwen2\.5-7B"):
+        find_shape("Qwen/Qwen2.5-9B")
+    with pytest.raises(ValueError, match=r"model\.source is empty"):
+        find_shape("")
+
+
+def test_a_mistake_ends_the_command_with_a_sentence():
+    command = [sys.executable, "-m", "es_jax.plan", "--config=configs/countdown.py", "--topology=v5f:4x4"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "'v5e'" in done.stderr and "Traceback" not in done.stderr

@@ -1,0 +1,194 @@
+"""Runs read from their directories: what is averaged, what it is called, and what must not be compared."""
+
+import re
+from pathlib import Path
+
+import pytest
+from fake_runs import make_run, write
+
+from es_jax.plotting import accuracies, prior_accuracy, target_against_prior
+from es_jax.plotting.labels import caption, group
+from es_jax.plotting.runs import incomparable, prior_tasks, read_run
+from es_jax.plotting.tables import Table, results
+
+
+def test_a_run_as_it_stands(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "a", done=10)
+    run = read_run(folder)
+    assert (run.step, run.finished, run.target, run.model, run.family, run.size) == (
+        10, False, "lab-countdown", "Tiny-1B", "Tiny", 1000,
+    )  # fmt: skip
+    assert run.accuracy(["lab-countdown"]) == {0: (0.0, 0.0), 10: (0.25, pytest.approx(0.0612, abs=1e-4))}
+    value, error = run.accuracy(["lab-add", "lab-sort"])[10]
+    assert value == 0.75 and error == pytest.approx(0.0612 / 2**0.5, abs=1e-4)
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 11, "dri')  # a crash
+    assert read_run(folder).step == 10
+
+
+def test_an_empty_run_and_no_run(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "a", done=0)
+    (folder / "metrics.jsonl").unlink()
+    for file in (folder / "evals").iterdir():
+        file.unlink()
+    run = read_run(folder)
+    assert run.step == 0 and not run.evals and prior_tasks([run]) == []
+    with pytest.raises(FileNotFoundError, match="is not a run's directory"):
+        read_run(tmp_path)
+
+
+def test_rows_out_of_order_and_twice(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "a")
+    row = {"n": 50, "accuracy_se": 0.0}
+    found = [row | {"step": s, "accuracy": a} for s, a in ((20, 0.2), (0, 0.0), (20, 0.3), (10, 0.1))]
+    write(folder / "evals/lab-add.jsonl", found)
+    assert read_run(folder).accuracy(["lab-add"]) == {0: (0.0, 0.0), 10: (0.1, 0.0), 20: (0.3, 0.0)}
+
+
+def test_seeds_are_averaged_with_the_error_over_them(tmp_path: Path) -> None:
+    runs = [read_run(make_run(tmp_path / str(s), seed=s, accuracy=a)) for s, a in enumerate((0.4, 0.6))]
+    (one,) = group(runs)
+    end = one.last(["lab-countdown"])
+    assert end is not None and (end.step, end.runs) == (20, 2)
+    assert end.mean == pytest.approx(0.5) and end.error == pytest.approx(0.1)  # |0.6 − 0.4| / 2
+    change = one.change(["lab-add"])
+    assert change is not None and change.mean == pytest.approx(-0.5) and change.error == pytest.approx(0.1)
+
+
+def test_a_single_run_has_the_error_over_rows(tmp_path: Path) -> None:
+    (one,) = group([read_run(make_run(tmp_path / "a"))])
+    end = one.last(["lab-countdown"])
+    assert end is not None and end.error == pytest.approx((0.5 * 0.5 / 50) ** 0.5)
+
+
+def test_the_last_step_is_one_that_all_runs_have(tmp_path: Path) -> None:
+    runs = [read_run(make_run(tmp_path / str(s), seed=s, done=20 - 10 * s)) for s in (0, 1)]
+    (one,) = group(runs)
+    assert [(p.step, p.runs) for p in one.curve(["lab-add"])] == [(0, 2), (10, 2), (20, 1)]
+    end = one.last(["lab-add"])
+    assert end is not None and end.step == 10
+
+
+def test_labels_say_what_differs(tmp_path: Path) -> None:
+    runs = [
+        read_run(make_run(tmp_path / "a")),
+        read_run(make_run(tmp_path / "b", penalty="l2", strength=2.0)),
+        read_run(make_run(tmp_path / "c", es__population=16)),
+        read_run(make_run(tmp_path / "d", task__train_size=100)),
+    ]
+    assert [one.label for one in group(runs)] == [
+        "ES, task.train_size = 200, N = 8",
+        "ES + AWD l2, λ = 2, task.train_size = 200, N = 8",
+        "ES, task.train_size = 200, N = 16",
+        "ES, task.train_size = 100, N = 8",
+    ]
+    assert [one.label for one in group(runs[:2])] == ["ES", "ES + AWD l2, λ = 2"]
+
+
+def test_drift_and_strength_that_mean_the_same_are_one_series(tmp_path: Path) -> None:
+    kappa = read_run(make_run(tmp_path / "a", penalty="l2", optim__anchor={"penalty": "l2", "drift": 1.0}))
+    same = read_run(make_run(tmp_path / "b", seed=1, penalty="l2", strength=kappa.config.anchor_strength))
+    assert len(group([kappa, same])) == 1
+
+
+def test_the_same_run_twice_is_refused(tmp_path: Path) -> None:
+    runs = [read_run(make_run(tmp_path / name)) for name in "ab"]
+    with pytest.raises(ValueError, match=r"a and .*b are the same run \(seed 0\): leave one out"):
+        group(runs)
+
+
+def test_the_caption_says_everything(tmp_path: Path) -> None:
+    runs = [
+        read_run(make_run(tmp_path / "a")),
+        read_run(make_run(tmp_path / "b", penalty="l2", strength=2.0, seed=1, done=10)),
+        read_run(make_run(tmp_path / "c", penalty="l2", strength=0.5, es__population=16)),
+    ]
+    assert caption(runs) == (
+        "Model: Tiny-1B (1,000 weights); trained on: lab-countdown; ES with N = 8, 16, σ = 0.01, α = 0.005; "
+        "no penalty (λ = 0); penalty l2 with λ = 0.5, 2; seeds 0, 1; 20 iterations, not finished: b is at 10 of 20; "
+        "evaluated on 50 rows a task, grader paper, max_new 6."
+    )
+
+
+def test_es_and_grpo_side_by_side(tmp_path: Path) -> None:
+    grpo = {"method": "grpo", "optim__learning_rate": 1e-4, "grpo__rollouts": 4, "es__sigma": 1.0}
+    runs = [read_run(make_run(tmp_path / "a")), read_run(make_run(tmp_path / "b", **grpo))]
+    assert [one.label for one in group(runs)] == ["ES", "GRPO"] and not incomparable(runs)
+    assert "ES with N = 8, σ = 0.01, α = 0.005; GRPO with rollouts = 4, α = 0.0001; no penalty" in caption(runs)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"max_new": 7}, "decode.max_new is 7, but 6 in "),
+        ({"task__grader": "strict"}, "task.grader is 'strict', but 'paper' in "),
+        ({"task__data_dir": "rows"}, r"the training data \(data_dir, seed, train_size\) is \('rows', None, 200\), but"),
+        ({"rows": "s"}, "digest of the rows is 's', but 'r' in "),
+        ({"digest": "e", "rows": "s"}, None),  # another model: other tokens
+        ({"evals__size": 60, "rows": "s"}, None),  # another test size: the digest says nothing
+        ({"train__steps": 30}, None),
+        ({"target": "lab-add", "rows": "s"}, None),
+    ],
+)
+def test_what_cannot_be_compared(tmp_path: Path, options: dict, says: str | None) -> None:
+    runs = [read_run(make_run(tmp_path / "a")), read_run(make_run(tmp_path / "b", seed=1, **options))]
+    found = incomparable(runs)
+    if says is None:
+        assert not found
+    else:
+        assert re.search(says, found[tmp_path / "b"]), found
+
+
+@pytest.mark.parametrize(("name", "value"), [("n", 60), ("max_new", 9), ("rows", "x")])
+def test_evaluations_that_cannot_be_compared(tmp_path: Path, name: str, value: object) -> None:
+    runs = []
+    for folder, mine in (
+        ("a", {"n": 50, "max_new": 6, "rows": "y"}),
+        ("b", {"n": 50, "max_new": 6, "rows": "y", name: value}),
+    ):
+        made = make_run(tmp_path / folder, seed=len(runs))
+        write(made / "evals/lab-sort.jsonl", [{"step": 0, "accuracy": 0.5, "accuracy_se": 0.1, **mine}])
+        runs.append(read_run(made))
+    assert "lab-sort" in incomparable(runs)[tmp_path / "b"]
+
+
+def test_kl_on_other_continuations_cannot_be_compared(tmp_path: Path) -> None:
+    runs = []
+    for seed in (0, 1):
+        made = make_run(tmp_path / str(seed), seed=seed)
+        write(made / "evals/kl.jsonl", [{"step": 10, "task": "lab-add", "kl_exact": 0.1, "rows": "y", "seed": seed}])
+        runs.append(read_run(made))
+    assert "what KL was measured on" in incomparable(runs)[tmp_path / "1"]
+
+
+def test_prior_tasks_are_common_and_never_a_target(tmp_path: Path) -> None:
+    runs = [read_run(make_run(tmp_path / "a")), read_run(make_run(tmp_path / "b", target="lab-add"))]
+    assert prior_tasks(runs[:1]) == ["lab-add", "lab-sort"]
+    assert prior_tasks(runs) == ["lab-sort"]
+
+
+def test_tables_are_text_whatever_they_hold() -> None:
+    table = Table("t", "T", ("a|b", "x_%"), (("<b>", "0.5 ± 0.1"), ("$\\input{x}$", "`")))
+    markdown, latex = table.markdown(), table.latex()
+    assert markdown.splitlines()[0] == "| a\\|b | x\\_% |" and "&lt;b&gt;" in markdown and "<b>" not in markdown
+    assert "\\input" not in latex and r"\$\textbackslash{}input\{x\}\$" in latex and r"0.5 $\pm$ 0.1" in latex
+    assert r"x\_\%" in latex and len(latex.splitlines()) == 8
+
+
+def test_results_of_half_finished_runs(tmp_path: Path) -> None:
+    runs = [read_run(make_run(tmp_path / "a", done=10)), read_run(make_run(tmp_path / "b", es__sigma=0.02, done=0))]
+    (tmp_path / "b/metrics.jsonl").unlink()
+    table = results(group([runs[0], read_run(tmp_path / "b")]), ["lab-add"])
+    assert table.rows[0][1:5] == ("1", "10", "0.250 ± 0.061", "0.250 ± 0.061")
+    assert table.rows[0][6] == "−0.250 ± 0.061" and table.rows[0][8] == "1.000"
+    assert table.rows[1][2:] == ("0", "0.000 ± 0.000", "0.000 ± 0.000", "1.000 ± 0.000", "0.000 ± 0.000", "–", "–")
+
+
+def test_short_cuts(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "a")
+    assert accuracies(folder, "lab-countdown")[1].tolist() == [0.0, 0.25, 0.5]
+    assert prior_accuracy(folder, ["lab-add", "lab-sort"]).tolist() == [1.0, 0.75, 0.5]
+    with pytest.raises(FileNotFoundError, match=r"lab-max\.jsonl has no rows"):
+        accuracies(folder, "lab-max")
+    with pytest.raises(ValueError, match="nothing can be drawn"):
+        target_against_prior({"a": folder}, tmp_path / "a.png", prior=["lab-max"])
