@@ -64,7 +64,7 @@ def export_run(
     wanted = jnp.dtype(config.model.param_dtype if dtype is None else dtype)
     check_new(out, nbytes=wanted.itemsize * sum(map(math.prod, param_shapes(base.config).values())))
     source = "checkpoint" if step in saved_steps(workdir) else "replay"
-    params = _checkpoint(workdir, config, base, step) if source == "checkpoint" else _replayed(workdir, step)
+    params = restored(workdir, config, base, step) if source == "checkpoint" else _replayed(workdir, step)
     model = dataclasses.replace(base, params=params)
     text = card(facts, step=step, dtype=str(wanted), evals=_evals(workdir, config.task.name, step))
     save_model(out, model, dtype=wanted, max_shard_bytes=max_shard_bytes, card=text)
@@ -111,7 +111,8 @@ def card(facts: dict[str, Any], *, step: int, dtype: str, evals: dict[str, Any] 
     )
 
 
-def _checkpoint(workdir: Path, config: RunConfig, base: Model, step: int) -> Any:
+def restored(workdir: Path, config: RunConfig, base: Model, step: int) -> Any:
+    """The weights of a step that has a checkpoint, cut over all devices."""
     mesh, dtype = make_mesh(), jnp.dtype(config.model.param_dtype)
     like = {
         path: jax.ShapeDtypeStruct(shape, dtype, sharding=leaf_sharding(mesh, path, shape))
