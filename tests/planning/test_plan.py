@@ -14,7 +14,7 @@ import pytest
 from es_jax.core.chips import chip
 from es_jax.models.config import TransformerConfig
 from es_jax.planning.describe import fields, words
-from es_jax.planning.plan import make_plan
+from es_jax.planning.plan import compile_program, make_plan
 from es_jax.planning.programs import Held, Programs
 from es_jax.planning.search import candidates
 from es_jax.planning.shape import find_shape
@@ -47,7 +47,7 @@ def test_a_small_run_fits_four_chips(plan):
     said = fields(plan)
     assert said["fits"] and json.loads(json.dumps(said)) == said
     assert list(said["programs"]) == ["load", "perturb", "decode", "update"]
-    assert said["programs"]["perturb"]["runs"] == 2 and said["programs"]["decode"]["runs"] == 4
+    assert said["programs"]["perturb"]["runs"] == 2 and said["programs"]["decode"]["runs"] == 2
     for program in said["programs"].values():
         assert program["compile_seconds"] > 0 and program["error"] is None
         assert sum(program["parts"].values()) == program["peak_bytes"] >= program["own_bytes"] > 0
@@ -69,6 +69,17 @@ def test_a_chip_that_is_too_small_is_told_with_what_would_help(plan):
     short = dataclasses.replace(plan, topology=tiny)
     assert not short.fits and short.short > 0
     assert fields(short)["verdict"].startswith("does not fit") and "pinned_host" in words(short)
+
+
+@needs_libtpu
+def test_a_pinned_anchor_is_the_hosts_and_not_the_devices(plan):
+    """The compiler counts it in its peak; the plan does not."""
+    pinned = CONFIG | {"optim": {"anchor": {"penalty": "l2", "strength": 10.0, "memory": "pinned_host"}}}
+    load = next(iter(Programs.of(freeze(pinned), SMALL, plan.topology)))
+    outcome = compile_program(load, plan.mesh)[0]
+    on_device = plan.programs[0]
+    assert outcome.host == on_device.parts["anchor"] and on_device.host == 0
+    assert outcome.peak < on_device.peak - 0.9 * outcome.host
 
 
 @needs_libtpu
