@@ -4,7 +4,7 @@ Both use the same base model, training rows, prompts, held-out rows and seeds; e
 completions of 64 prompts (ES: 8 members, greedy; GRPO: 8 samples a prompt). Two targets: lab-countdown on the shipped
 model, and lab-sort on a model that answers it mostly by an echo.
 
-Seconds are those of a median step, timed alone, times the steps: the runs themselves may share a machine.
+Seconds are those of the median step of short runs in turn, times the steps: the runs themselves may share a machine.
 
 Command:  python -m experiments.pretrain_lab --seed=0 --target=sort --out=runs/lab-sort
           python -m experiments.es_vs_grpo --time --docs=docs/lab
@@ -59,7 +59,7 @@ def priors_of(target: str) -> tuple[str, ...]:
 
 
 def step_seconds(out: Path, *, rounds: int = 2, steps: int = 16) -> dict[str, float]:
-    """Median seconds of a step of each method, from short runs in turn; time it on an idle machine."""
+    """Median seconds of a step of each method, from short runs in turn."""
     seen: dict[str, list[float]] = {"ES": [], "GRPO": []}
     for i, row in itertools.product(range(rounds), seen):
         config = get_config(f"{ROWS[row]},steps={steps}".removeprefix(","))
