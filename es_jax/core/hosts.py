@@ -147,7 +147,7 @@ def _listen(reader: socket.socket) -> None:
         else:
             return
     if not _saving.wait(GRACE):
-        _end(f"terminated; no checkpoint within {GRACE:.0f} s, but finished steps are in the seed log", 0)
+        _end(f"terminated; no checkpoint within {GRACE:g} s, but finished steps are in the seed log", 0)
 
 
 @contextlib.contextmanager

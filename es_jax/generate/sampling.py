@@ -10,9 +10,12 @@ from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
 @runtime_checkable
 class Sampler(Protocol):
-    """Picks a token id from float32 logits [V]; a pure function, hashable, so that it can be part of a program."""
+    """Picks a token id from float32 logits [V]; a pure function, hashable, so that it can be part of a program.
 
-    def __call__(self, logits: Float[Array, "V"], key: PRNGKeyArray) -> Int32[Array, ""]: ...
+    `key` is None where there are none, which only `Greedy` can do with.
+    """
+
+    def __call__(self, logits: Float[Array, "V"], key: PRNGKeyArray | None) -> Int32[Array, ""]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +27,9 @@ class Greedy:
     """
 
     def __call__(self, logits, key):
-        return jnp.argmax(logits).astype(jnp.int32)
+        # The first place of the maximum, in two reductions that vectorise; argmax, one reduction of pairs, does not.
+        places = jnp.arange(logits.shape[-1], dtype=jnp.int32)
+        return jnp.min(jnp.where(logits == jnp.max(logits), places, logits.shape[-1] - 1))
 
 
 @dataclasses.dataclass(frozen=True)

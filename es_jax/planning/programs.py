@@ -11,13 +11,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
 from es_jax.core import rng
 from es_jax.core.mesh import MODEL, over_pop, replicated
 from es_jax.es.population import Members
-from es_jax.generate.engine import BUCKET, Engine
+from es_jax.generate.engine import Engine
+from es_jax.generate.prompts import WIDTH_STEP, Prompts
+from es_jax.generate.slots import Queue
 from es_jax.models.config import TransformerConfig
 from es_jax.models.sharding import param_shardings
 from es_jax.models.transformer import Transformer
@@ -54,7 +57,7 @@ class Program:
       name: "load", "perturb", "decode" or "update".
       lower: lowers it for the topology.
       times: how often an iteration runs it; 0 for "load".
-      turns: of its loop of decode steps, at most.
+      turns: of its loops, as `es_jax.planning.hlo.collectives` takes them.
       parts: what the device holds while it runs, by name: of these `own` are the program's arguments, results and
         temporaries, and the others are the run's.
       own: names of parts that the compiler's figures contain.
@@ -64,7 +67,7 @@ class Program:
     name: str
     lower: Callable[[], Any]
     times: int
-    turns: int
+    turns: Mapping[str, float]
     parts: Mapping[str, Held]
     own: frozenset[str]
     work: Work
@@ -89,9 +92,10 @@ class Programs:
         state = jax.eval_shape(self.tx.init, self.params)
         self.opt_state = _placed(state, state_shardings(config, mesh, state))
         anchored = config.optim.anchor.penalty != "none"
-        self.base = None if anchored else self.params
+        moves = config.optim.anchor.average is not None or config.optim.anchor.source is not None
+        self.base = None if anchored and not moves else self.params
         self.prompts = config.task.prompts_per_step or config.task.train_size
-        self.width = min(-(-config.decode.max_prompt // BUCKET) * BUCKET, config.decode.max_prompt)
+        self.width = min(-(-config.decode.max_prompt // WIDTH_STEP) * WIDTH_STEP, config.decode.max_prompt)
         self.evaluator = Evaluator.of(config, self._engine(), mesh)
         self.copy = jax.eval_shape(self.evaluator._perturb, self.params, self._members(self.evaluator.lanes))
 
@@ -123,7 +127,7 @@ class Programs:
             "load",
             lambda: jax.jit(self.tx.init, out_shardings=where).lower(self.params),
             times=0,
-            turns=1,
+            turns={},
             parts=held,
             own=frozenset({"parameters", "anchor", "moments"}),
             work=Work(memory=2.0 * sum(part.device for part in held.values())),
@@ -137,38 +141,39 @@ class Programs:
             "perturb",
             lambda: Evaluator._perturb.lower(self.evaluator, self.params, members),
             times=self.rounds,
-            turns=1,
+            turns={},
             parts=self._held() | {"compute copy": copy},
             own=frozenset({"parameters", "compute copy"}),
             work=Work(memory=Held.of(self.params).device + copy.device),
         )
 
     def decode(self) -> Program:
-        """Prefill and completions of one round of members; `place_copy` must have been called."""
+        """Prefill and completions of one round of members, a slotful of prompts at a time; `place_copy` comes first."""
         slots, decode, lanes = self.evaluator.engine.slots, self.config.decode, self.evaluator.at_once
-        batches = -(-self.prompts // slots)
-        shape = (self.evaluator.lanes, slots, self.width)
-        rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=over_pop(self.mesh))
+        shape = (self.evaluator.lanes, self.prompts, self.width)
+        tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=over_pop(self.mesh))
+        rows = Prompts(tokens, tokens, _array((0,), jnp.int32, replicated(self.mesh)))  # no shared prefix: a bound
+        queue = Queue(self.evaluator.engine, None, np.empty(shape[1:]), None, None, None, axis_name=None)
         width = self.mesh.shape[MODEL]
         size = jnp.dtype(self.config.model.dtype).itemsize
-        cache = lanes * cache_bytes(self.model, slots * (self.width + decode.max_new - 1), size) // width
-        flops = prefill_flops(self.model, slots, self.width) + decode_flops(
-            self.model, slots, self.width, decode.max_new
+        cache = lanes * cache_bytes(self.model, slots * queue.places, size) // width
+        flops = prefill_flops(self.model, self.prompts, self.width) + decode_flops(
+            self.model, self.prompts, self.width, decode.max_new
         )
         memory = decode_memory(
             self.model,
-            slots,
+            self.prompts,
             self.width,
             decode.max_new,
-            steps=decode.max_new,
+            steps=-(-self.prompts // slots) * decode.max_new,
             copy=self._matrices(size),
             itemsize=size,
         )
         return Program(
             "decode",
-            lambda: Evaluator._decode.lower(self.evaluator, self.copy, rows, rows),
-            times=self.rounds * batches,
-            turns=decode.max_new - 1,
+            lambda: Evaluator._decode.lower(self.evaluator, self.copy, rows),
+            times=self.rounds,
+            turns=queue.turns(),
             parts=self._held() | {"compute copy": self._copy(), "KV cache": Held(cache)},
             own=frozenset({"compute copy", "KV cache"}),
             work=Work(flops * lanes / width, memory * lanes / width),
@@ -188,7 +193,7 @@ class Programs:
                 of_update(self.config), self.mesh, self.params, self.opt_state, self.base, members, weights
             ),
             times=1,
-            turns=n,
+            turns={"": n},
             parts=held,
             own=frozenset(held),
             work=Work(memory=total + held["parameters"].device),
@@ -207,7 +212,7 @@ class Programs:
         decode, total = self.config.decode, self.prompts
         return Engine(
             self.model,
-            slots=math.ceil(total / math.ceil(total / decode.slots)),
+            slots=min(decode.slots, total),
             max_prompt=decode.max_prompt,
             max_new=decode.max_new,
             stop=(0,),

@@ -13,7 +13,7 @@ class Checkpoints:
 
     def __init__(self, workdir: Path, *, keep: int):
         self.folder = Path(workdir).resolve() / "ckpt"
-        self.folder.mkdir(exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             create=False,

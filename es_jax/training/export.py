@@ -60,7 +60,7 @@ def export_run(
     base = load_outline(config.model.source)
     rundir.check_base(workdir, config.model.source, base.digest)
     source = "checkpoint" if step in saved_steps(workdir) else "replay"
-    params = _checkpoint(workdir, config, base, step) if source == "checkpoint" else _replayed(workdir, step)
+    params = restored(workdir, config, base, step) if source == "checkpoint" else _replayed(workdir, step)
     wanted = jnp.dtype(config.model.param_dtype if dtype is None else dtype)
     model = dataclasses.replace(base, params=params)
     text = card(facts, step=step, dtype=str(wanted), evals=_evals(workdir, config.task.name, step))
@@ -108,7 +108,8 @@ def card(facts: dict[str, Any], *, step: int, dtype: str, evals: dict[str, Any] 
     )
 
 
-def _checkpoint(workdir: Path, config: RunConfig, base: Model, step: int) -> Any:
+def restored(workdir: Path, config: RunConfig, base: Model, step: int) -> Any:
+    """The weights of a step that has a checkpoint, cut over all devices."""
     mesh, dtype = make_mesh(), jnp.dtype(config.model.param_dtype)
     like = {
         path: jax.ShapeDtypeStruct(shape, dtype, sharding=leaf_sharding(mesh, path, shape))

@@ -5,9 +5,8 @@ import hashlib
 import itertools
 import json
 import logging
-import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +25,12 @@ from es_jax.training.config import RunConfig, freeze
 from es_jax.training.es_step import Evaluator, compute_dtype
 from es_jax.training.grading import Graded, Grader
 from es_jax.training.grpo import GRPO
-from es_jax.training.heldout import evaluate_rows, summary
+from es_jax.training.heldout import HeldOut, checked_prompt, evaluate
 from es_jax.training.method import Evolution, Method
 from es_jax.training.recorder import Recorder
 from es_jax.training.seedlog import Entry, SeedLog
 from es_jax.training.state import State, base_config, load_base, mesh_of
-from es_jax.weights.tokenizer import encode_prompt
+from es_jax.weights.model import load_outline
 
 logger = logging.getLogger(__name__)
 METHODS: dict[str, Callable[..., Method]] = {"es": Evolution, "grpo": GRPO}
@@ -90,25 +89,33 @@ class _Run:
     """One process's run of the loop. `__init__` checks and loads everything and brings the state to the last step."""
 
     def __init__(self, config: RunConfig, workdir: Path, *, tasks: dict[str, Task], train: list[Example], tests: dict):
-        self.config, self.workdir, self.tasks, self.examples, self.tests = config, workdir, tasks, train, tests
+        self.config, self.workdir, self.tasks, self.examples = config, workdir, tasks, train
         self.mesh = mesh_of(config, base_config(config))
         model = load_base(config, self.mesh)
         param_shardings(self.mesh, model.params, log=True)
         self.dim = count(model.params)
         self.model = dataclasses.replace(model, params={})  # the state alone holds weights: updates donate them
-        self.prompts = list(self._encoded(config.task.name, train))
-        self.test_prompts = {name: list(self._encoded(name, rows)) for name, rows in tests.items()}
+        limit = config.decode.max_prompt
+        self.prompts = [checked_prompt(self.model, config.task.name, example, limit) for example in train]
+        self.tests = [HeldOut.of(tasks[name], rows, self.model, max_prompt=limit) for name, rows in tests.items()]
         self.log = SeedLog(workdir)
         rundir.settle(workdir, config, identity=self._identity(), started=bool(self.log.entries))
-        self.evaluator = Evaluator.of(config, self._engine(), self.mesh)
+        engine = self._engine()
+        self.evaluator = Evaluator.of(config, engine, self.mesh)
         self.checkpoints = Checkpoints(workdir, keep=config.train.keep)
         self.state = State(config, self.mesh, model.params)
         del model
-        self.method = METHODS[config.method](config, self.evaluator, self.state)
+        self.method = METHODS[config.method](config, self.evaluator, self.state, engine.packing(self.prompts))
         self._resume()
         rundir.check_space(workdir, nbytes(self.state.params, self.state.opt_state))
         self.recorder = Recorder(
-            config, workdir, dim=self.dim, finished=self.log.entries, tasks=list(tests), unit=self.method.unit
+            config,
+            workdir,
+            dim=self.dim,
+            finished=self.log.entries,
+            tests=self.tests,
+            unit=self.method.unit,
+            offset=self.state.offset,
         )
         self.recorder.progress.say(f"{self.dim:,} weights, {self.mesh.size} devices, {self.state.sentence}")
 
@@ -162,29 +169,24 @@ class _Run:
     def _identity(self) -> dict[str, Any]:
         """What a run is besides its fields, as config.json keeps it."""
         rows = [[e.prompt, e.answer, dict(e.meta)] for e in self.examples]
-        content = json.dumps([rows, self.prompts, self.test_prompts], default=str).encode()
+        tests = {held.name: held.prompts for held in self.tests}
+        content = json.dumps([rows, self.prompts, tests], default=str).encode()
         return {
             "digest": self.model.digest,
             "rows": hashlib.sha256(content).hexdigest(),
             "compute_dtype": str(compute_dtype(self.config)),
             "parameters": self.dim,
             "stop_ids": list(self.model.stop_ids),
+            **self._anchor_identity(),
         }
 
-    def _encoded(self, task: str, examples: Sequence[Example]) -> Iterator[list[int]]:
-        limit = self.config.decode.max_prompt
-        for example in examples:
-            ids = encode_prompt(self.model.tokenizer, example.prompt)
-            if not 1 <= len(ids) <= limit:
-                raise ValueError(
-                    f"prompt {example.id!r} of task {task!r} has {len(ids)} tokens: it must "
-                    f"have 1 to decode.max_prompt = {limit}; raise decode.max_prompt or take the row out"
-                )
-            yield ids
+    def _anchor_identity(self) -> dict[str, str]:
+        source = self.config.optim.anchor.source
+        return {} if source is None else {"anchor_digest": load_outline(source).digest}
 
     def _engine(self) -> Engine:
         decode, total = self.config.decode, self.config.task.prompts_per_step or len(self.examples)
-        longest = max(len(ids) for ids in itertools.chain(self.prompts, *self.test_prompts.values()))
+        longest = max(len(ids) for ids in itertools.chain(self.prompts, *(held.prompts for held in self.tests)))
         room = self.model.config.max_positions - longest
         if decode.max_new > room:
             raise ValueError(
@@ -193,7 +195,7 @@ class _Run:
             )
         return Engine(
             self.model.config,
-            slots=math.ceil(total / math.ceil(total / decode.slots)),  # batches of equal size
+            slots=min(decode.slots, total),
             max_prompt=longest,
             max_new=decode.max_new,
             stop=self.model.stop_ids,
@@ -243,10 +245,7 @@ class _Run:
         final = step == train.steps
         if final or step % train.checkpoint_every == 0:
             self._save(step)
-        for name, examples in self.tests.items():
-            if (final or step % every == 0) and step not in self.recorder.heldout[name].steps:
-                batches = self.evaluator.engine.batches(self.test_prompts[name])
-                graded = evaluate_rows(
-                    self.evaluator, self.tasks[name], self.model, self.state.params, examples=examples, batches=batches
-                )
-                self.recorder.evaluation(name, summary(step, graded))
+        due = [held for held in self.tests if step not in self.recorder.heldout[held.name].steps]
+        if due and (final or step % every == 0):
+            for held, verdicts in evaluate(self.evaluator, self.model, self.state.params, due):
+                self.recorder.evaluation(held, step, verdicts)

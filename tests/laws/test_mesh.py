@@ -15,6 +15,7 @@ from es_jax.core.mesh import MODEL, POP, leaf_spec, make_mesh, only
 from es_jax.core.tree import map_named, named_leaves
 from es_jax.es.population import Population
 from es_jax.generate.engine import Engine
+from es_jax.generate.prompts import Prompts
 from es_jax.models.config import TransformerConfig
 from es_jax.models.sharding import RULES, check_heads, members_spread, param_shardings
 from es_jax.models.transformer import Transformer, param_shapes
@@ -176,15 +177,16 @@ def test_decoding_sends_nothing_between_groups_and_keeps_the_cache_cut(params):
     evaluator = evaluator_of(mesh)
     members = Population(4, seed=0).members(0)
     perturbed = evaluator._perturb(placed(params, mesh), members)
-    tokens, positions = evaluator.engine.batches([[1, 2, 3], [4], [5, 6]])[0]
-    rows = [np.repeat(x[None], 4, 0) for x in (tokens, positions)]
-    compiled = evaluator._decode.lower(evaluator, perturbed, *rows).compile()
+    prompts = [[1, 2, 3], [4], [5, 6]]
+    tokens, positions, prefix = evaluator.engine.packing(prompts).pack(prompts, rows=3)
+    rows = Prompts(np.repeat(tokens[None], 4, 0), np.repeat(positions[None], 4, 0), prefix)
+    compiled = evaluator._decode.lower(evaluator, perturbed, rows).compile()
     sent = traffic(compiled)
     assert sent, "members on two devices must talk"
     for *_, line in sent:
         groups = re.search(r"replica_groups=(\{\{.*?\}\}|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)", line).group(1)
         assert groups in ("{{0,1},{2,3},{4,5},{6,7}}", "[4,2]<=[8]"), line
-    cache = SMALL.layers * 3 * (8 + 4 - 1) * SMALL.kv_heads * SMALL.head_dim  # numbers of its keys
+    cache = SMALL.layers * 3 * 8 * SMALL.kv_heads * SMALL.head_dim  # numbers of its keys
     held = {math.prod(map(int, shape.split(","))) for shape in re.findall(r"f32\[([\d,]+)\]", compiled.as_text())}
     assert cache // 2 in held and cache not in held
     wq = dict(named_leaves(perturbed))["layers/attn/q/kernel"]

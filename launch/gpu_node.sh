@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# One node with one or more GPUs: one process drives them all. Run it there, in a checkout of this repository.
+# Assumes: a driver for CUDA 12 and python3 ≥ 3.11.
+# Usage: launch/gpu_node.sh CONFIG WORKDIR [flag …]
+set -euo pipefail
+config=$1 workdir=$2; shift 2
+make EXTRAS=cuda .venv/.installed-cuda
+exec .venv/bin/python -m es_jax.train --config="$config" --workdir="$workdir" "$@"

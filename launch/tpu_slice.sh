@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# A TPU pod slice: starts the same command on all its hosts. Run it on your own machine.
+# Assumes: gcloud is logged in; TPU, ZONE and PROJECT name a slice that is up; every host has this repository in REPO and
+# mounts WORKDIR from one file system (Filestore, or a bucket through gcsfuse).
+# Usage: TPU=… ZONE=… PROJECT=… REPO=… launch/tpu_slice.sh CONFIG WORKDIR [flag …]
+set -euo pipefail
+config=$1 workdir=$2; shift 2
+train="cd $(printf %q "$REPO") && make EXTRAS=tpu .venv/.installed-tpu && exec .venv/bin/python -m es_jax.train"
+train+="$(printf ' %q' --distributed "--config=$config" "--workdir=$workdir" "$@")"
+exec gcloud compute tpus tpu-vm ssh "$TPU" --zone="$ZONE" --project="$PROJECT" --worker=all --command="$train"
