@@ -288,8 +288,8 @@ class EvalsConfig:
       every: steps between evaluations; 0 is never.
       size: how many test rows, of each task.
       tasks: other tasks to evaluate besides the one that is trained.
-      data_dir: a folder with a folder of rows for each of `tasks`, named like it (`-` may be `_`); None: the task's own,
-        of the hub or made here. The laboratory's tasks always make theirs.
+      data_dir: a folder with a folder of rows for each of `tasks`, named like it (`-` may be `_`); None: the task's
+        own, of the hub or made here. The laboratory's tasks always make theirs.
     """
 
     every: int = 25
