@@ -25,10 +25,8 @@ from es_jax.models.config import TransformerConfig
 from es_jax.models.sharding import param_shardings
 from es_jax.models.transformer import Transformer
 from es_jax.planning.costs import Work, cache_bytes, decode_flops, decode_memory, matrix_weights, prefill_flops
-from es_jax.planning.topology import Topology
 from es_jax.training.config import RunConfig
 from es_jax.training.es_step import Evaluator, of_update, optimizer, state_shardings, update
-from es_jax.training.state import mesh_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +52,7 @@ class Program:
     """One program of an iteration.
 
     Attributes:
-      name: "load", "perturb", "decode" or "update"; of GRPO "load", "rollout", "logprobs" or "update".
+      name: "load", "perturb", "decode" or "update".
       lower: lowers it for the topology.
       times: how often an iteration runs it; 0 for "load".
       turns: of its loops, as `es_jax.planning.hlo.collectives` takes them.
@@ -82,8 +80,6 @@ class Programs:
       mesh: of the devices to compile for.
     """
 
-    method = "es"
-
     def __init__(self, config: RunConfig, model: TransformerConfig, mesh: Mesh):
         self.config, self.model, self.mesh = config, model, mesh
         params = jax.eval_shape(Transformer(model).init, rng.key(0))
@@ -100,20 +96,6 @@ class Programs:
         self.width = min(-(-config.decode.max_prompt // WIDTH_STEP) * WIDTH_STEP, config.decode.max_prompt)
         self.evaluator = Evaluator.of(config, self._engine(), mesh)
         self.copy = jax.eval_shape(self.evaluator._perturb, self.params, self._members(self.evaluator.lanes))
-
-    @classmethod
-    def of(cls, config: RunConfig, model: TransformerConfig, topology: Topology) -> "Programs":
-        """Of a config on the mesh that it asks for; model.dtype "auto" is bfloat16, as on any accelerator.
-
-        Raises:
-          ValueError: a mesh that the topology or the model does not allow, or another method.
-        """
-        if config.method != cls.method:
-            raise ValueError(f"method is {config.method!r}: these are the programs of {cls.method!r}")
-        if config.model.dtype == "auto":
-            config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bfloat16"))
-        devices, memory = list(topology.devices), topology.chip.memory
-        return cls(config, model, mesh_of(config, model, devices=devices, memory=memory))
 
     def __iter__(self) -> Iterator[Program]:
         yield self.load()
@@ -154,7 +136,7 @@ class Programs:
         slots, decode, lanes = self.evaluator.engine.slots, self.config.decode, self.evaluator.at_once
         shape = (self.evaluator.lanes, self.prompts, self.width)
         tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=over_pop(self.mesh))
-        rows = Prompts(tokens, tokens, _array((0,), jnp.int32, replicated(self.mesh)))  # no shared prefix: a bound
+        rows = Prompts(tokens, tokens, array((0,), jnp.int32, replicated(self.mesh)))  # no shared prefix: a bound
         queue = Queue(self.evaluator.engine, None, np.empty(shape[1:]), None, None, None, axis_name=None)
         width = self.mesh.shape[MODEL]
         size = jnp.dtype(self.config.model.dtype).itemsize
@@ -185,8 +167,8 @@ class Programs:
         """Estimate and step."""
         n = self.config.es.population
         everywhere = replicated(self.mesh)
-        members = Members(_array((n,), jnp.uint32, everywhere), _array((n,), jnp.float32, everywhere))
-        weights = _array((n,), jnp.float32, everywhere)
+        members = Members(array((n,), jnp.uint32, everywhere), array((n,), jnp.float32, everywhere))
+        weights = array((n,), jnp.float32, everywhere)
         held = self._held()
         total = sum(part.device + part.host for part in held.values())
         return Program(
@@ -223,7 +205,7 @@ class Programs:
 
     def _members(self, n: int) -> Members:
         where = over_pop(self.mesh)
-        return Members(_array((n,), jnp.uint32, where), _array((n,), jnp.float32, where))
+        return Members(array((n,), jnp.uint32, where), array((n,), jnp.float32, where))
 
     def _held(self) -> dict[str, Held]:
         """What a run has on its devices at any time."""
@@ -242,9 +224,10 @@ class Programs:
         return sum(matrix_weights(self.model)) * itemsize
 
 
-def _array(shape: tuple[int, ...], dtype: Any, sharding: Any) -> Any:
+def array(shape: tuple[int, ...], dtype: Any, sharding: Any) -> Any:
+    """A shape in the place of an array."""
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 
 def _placed(tree: Any, shardings: Any) -> Any:
-    return jax.tree.map(lambda leaf, where: _array(leaf.shape, leaf.dtype, where), tree, shardings)
+    return jax.tree.map(lambda leaf, where: array(leaf.shape, leaf.dtype, where), tree, shardings)

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 
 from es_jax.models.config import TransformerConfig
-from es_jax.planning.grpo_programs import programs_of
+from es_jax.planning.methods import programs_of
 from es_jax.planning.plan import Plan, make_plan
 from es_jax.planning.topology import Topology
 from es_jax.training.config import RunConfig
