@@ -4,12 +4,11 @@ Both use the same base model, training rows, prompts, held-out rows and seeds; e
 completions of 64 prompts (ES: 8 members, greedy; GRPO: 8 samples a prompt). Two targets: lab-countdown on the shipped
 model, and lab-sort on a model that answers it mostly by an echo.
 
-Seconds are those of the median step of short runs in turn, times the steps: the runs themselves may share a machine.
+Seconds are a method's median over all its steps, times the steps: runs may share their machine.
 
 Command:  python -m experiments.pretrain_lab --seed=0 --target=sort --out=runs/lab-sort
-          python -m experiments.es_vs_grpo --time --docs=docs/lab
           python -m experiments.es_vs_grpo --sort=runs/lab-sort --out=runs/es_vs_grpo --docs=docs/lab
-Cost:     not yet run whole.
+Cost:     a run of GRPO 27 CPU seconds for 100 steps, compilation aside; on an idle machine not yet timed.
 Result:   docs/study.md
 """
 
@@ -19,7 +18,6 @@ import itertools
 import json
 import math
 import re
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -58,15 +56,13 @@ def priors_of(target: str) -> tuple[str, ...]:
     return tuple(task for task in ALL if task != target)
 
 
-def step_seconds(out: Path, *, rounds: int = 2, steps: int = 16) -> dict[str, float]:
-    """Median seconds of a step of each method, from short runs in turn."""
-    seen: dict[str, list[float]] = {"ES": [], "GRPO": []}
-    for i, row in itertools.product(range(rounds), seen):
-        config = get_config(f"{ROWS[row]},steps={steps}".removeprefix(","))
-        config.evals.every = 0
-        run(config, out / f"{row}-{i}")
-        seen[row] += [line["seconds"] for line in read_jsonl(out / f"{row}-{i}" / "metrics.jsonl")[steps // 4 :]]
-    return {row: float(np.median(values)) for row, values in seen.items()}
+def step_seconds(folders: Sequence[Path]) -> dict[str, float]:
+    """Median seconds of a step of each method over its runs."""
+    seen: dict[str, list[float]] = {"es": [], "grpo": []}
+    for folder in folders:
+        method = json.loads((folder / "config.json").read_text())["config"]["method"]
+        seen[method] += [line["seconds"] for line in read_jsonl(folder / "metrics.jsonl")]
+    return {method: float(np.median(values)) for method, values in seen.items() if values}
 
 
 def evaluations(folder: Path, target: str, *, each_step: dict[str, float], **labels: object) -> list[dict]:
@@ -76,7 +72,7 @@ def evaluations(folder: Path, target: str, *, each_step: dict[str, float], **lab
     each = members * config["task"]["prompts_per_step"]
     rows = read_jsonl(folder / "metrics.jsonl")
     tokens = np.cumsum([0] + [row["tokens"] for row in rows])
-    seconds = each_step["GRPO" if config["method"] == "grpo" else "ES"]
+    seconds = each_step[config["method"]]
     drift = [0.0] + [row["drift"] for row in rows]
     steps, accuracy = accuracies(folder, target)
     prior = np.mean([accuracies(folder, task)[1] for task in priors_of(target)], axis=0)
@@ -135,13 +131,13 @@ def runs_of(lines: Sequence[dict], target: str) -> dict[tuple[str, int], list[di
     return out
 
 
-def table(lines: Sequence[dict], target: str) -> str:
+def table(lines: Sequence[dict], target: str, budgets: Sequence[str] = tuple(BUDGETS)) -> str:
     """Markdown: all rows at the largest amount of each budget that every run of the target reached."""
     runs = runs_of(lines, target)
     text = [f"| {target}, equal | of each | run | runs | target | prior | prior lost | drift | KL |", "|---" * 9 + "|"]
     base = next(iter(runs.values()))[0]
     text.append(f"| base | | | | {base['target']:.3f} | {base['prior']:.3f} | 0 | 0 | 0 |")
-    for budget, label in BUDGETS.items():
+    for budget, label in ((budget, BUDGETS[budget]) for budget in budgets):
         amount = min(mine[-1][budget] for mine in runs.values())
         for row in ROWS:
             own = [mine for key, mine in runs.items() if key[0] == row]
@@ -165,7 +161,7 @@ def forgetting_at(lines: Sequence[dict], target: str, level: float) -> str:
     """Markdown: the prior accuracy lost, and the drift, when a run's target first reached the level."""
     text = [f"| {target} at {level:.2f} | reached by | prior lost | drift | rollouts |", "|---" * 5 + "|"]
     runs = runs_of(lines, target)
-    for row in ROWS:
+    for row in dict.fromkeys(key[0] for key in runs):
         own = [mine for key, mine in runs.items() if key[0] == row]
         found = [crossing(mine, level) for mine in own]
         done = [x for x in found if x is not None]
@@ -225,31 +221,34 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=20, help="steps between evaluations")
     parser.add_argument("--out", type=Path, default=Path("runs/es_vs_grpo"))
     parser.add_argument("--docs", type=Path, default=Path("docs/lab"))
-    parser.add_argument("--time", action="store_true", help="only time a step of each method; the report needs it")
+    parser.add_argument("--seconds", action="store_true", help="match by time too: for runs of one idle machine")
+    parser.add_argument("--kl", action="store_true", help="also measure KL from the base model")
     parser.add_argument("--only-report", action="store_true", help="run nothing; report what is finished")
     args = parser.parse_args()
     args.docs.mkdir(parents=True, exist_ok=True)
-    timed, lines = args.docs / "es_vs_grpo_seconds.json", []
-    if args.time:
-        with tempfile.TemporaryDirectory() as folder:
-            timed.write_text(json.dumps(step_seconds(Path(folder))) + "\n")
-        return print(timed.read_text())
-    each_step = json.loads(timed.read_text())
+    done, lines = [], []
     for row, seed, target in itertools.product(args.rows, args.seeds, args.targets):
         folder = args.out / target / re.sub(r"[^\w.-]+", "-", row) / str(seed)
         if not args.only_report and not (folder / "DONE").exists():
             source = "lab" if target == TARGETS[0] else args.sort
             train(target, row, seed, source, folder, steps=args.steps, every=args.every)
         if (folder / "DONE").exists():
-            mine = evaluations(folder, target, each_step=each_step, row=row, seed=seed)
+            done.append((folder, target, row, seed))
+    each_step = step_seconds([folder for folder, *_ in done])
+    for folder, target, row, seed in done:
+        mine = evaluations(folder, target, each_step=each_step, row=row, seed=seed)
+        if args.kl:
             add_kl(folder, mine, until=2 * args.steps)
-            lines += mine
+        lines += mine
     with open(args.docs / "es_vs_grpo.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        hidden = () if args.seconds else ("seconds",)
+        columns = [column for column in COLUMNS if column not in hidden]
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(lines)
+    budgets = [budget for budget in BUDGETS if budget not in hidden]
     text = "\n\n".join(
-        f"{table(lines, target)}\n\n{forgetting_at(lines, target, common_level(lines, target))}"
+        f"{table(lines, target, budgets)}\n\n{forgetting_at(lines, target, common_level(lines, target))}"
         for target in args.targets
         if runs_of(lines, target)
     )
