@@ -294,12 +294,15 @@ class EvalsConfig:
     Attributes:
       every: steps between evaluations; 0 is never.
       size: how many test rows, of each task.
-      tasks: other tasks to evaluate besides the one that is trained; they use their own rows.
+      tasks: other tasks to evaluate besides the one that is trained.
+      data_dir: a folder with a folder of rows for each of `tasks`, named like it (`-` may be `_`); None: the task's
+        own, of the hub or made here. The laboratory's tasks always make theirs.
     """
 
     every: int = 25
     size: int = 200
     tasks: tuple[str, ...] = ()
+    data_dir: str | None = None
 
     def __post_init__(self):
         _positive(self, "evals", "size")

@@ -18,6 +18,7 @@ from es_jax.core.tree import count
 from es_jax.generate.engine import Engine
 from es_jax.models.sharding import param_shardings
 from es_jax.tasks import get_task
+from es_jax.tasks.data import rows_folder
 from es_jax.tasks.task import Example, Task
 from es_jax.training import workdir as rundir
 from es_jax.training.checkpoint import Checkpoints, abstract, nbytes
@@ -74,7 +75,7 @@ def run(config: RunConfig | config_dict.ConfigDict | dict, workdir: str | Path) 
         raise ValueError(
             f"method {config.method!r} in {jax.process_count()} processes: start it in one; ES runs in many"
         )
-    tasks = {name: get_task(name) for name in config.evals.tasks} | {config.task.name: make_task(config)}
+    tasks = {name: other_task(config, name) for name in config.evals.tasks} | {config.task.name: make_task(config)}
     train = tasks[config.task.name].train(config.task.train_size)
     tests = {name: task.test(config.evals.size) for name, task in tasks.items()} if config.evals.every else {}
     with hosts.stoppable(), rundir.claim(workdir), compilation_cache(workdir / "cache"):
@@ -85,6 +86,12 @@ def make_task(config: RunConfig) -> Task:
     """The run's task, with the options that are set."""
     options = {"data_dir": config.task.data_dir, "grader": config.task.grader, "seed": config.task.seed}
     return get_task(config.task.name, **{name: value for name, value in options.items() if value is not None})
+
+
+def other_task(config: RunConfig, name: str) -> Task:
+    """A task of evals.tasks, with its rows from evals.data_dir where that is set."""
+    root = None if name.startswith("lab-") else config.evals.data_dir
+    return get_task(name) if root is None else get_task(name, data_dir=rows_folder(root, name))
 
 
 class _Run:
