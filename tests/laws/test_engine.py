@@ -258,6 +258,12 @@ def test_bad_input_is_refused(options, prompts, says):
         engine("llama", **options).generate(params_of("llama"), prompts)
 
 
+@pytest.mark.parametrize("size", [1, 7, 64, 97, 1000, 49152])
+def test_greedy_is_the_first_of_the_likeliest(size):
+    logits = jax.random.randint(jax.random.key(size), (20, size), 0, 5).astype(jnp.float32)  # with many ties
+    assert jax.vmap(lambda row: Greedy()(row, None))(logits).tolist() == np.argmax(logits, axis=1).tolist()
+
+
 def test_bad_samplers_are_refused():
     for make in (lambda: Temperature(0.0), lambda: TopK(0), lambda: TopP(1.5), lambda: TopP(0.5, t=-1)):
         with pytest.raises(ValueError, match="it must be"):
