@@ -99,7 +99,7 @@ def walk(population: int, size: int, seed: int, engines: int = ENGINES) -> dict[
         if n == population
         for dtype, rounded in DTYPES.items()
     }
-    own = math.ceil(population / engines)
+    own = math.ceil(population / engines) if engines else 0
     for _ in range(STEPS):
         z = z_score(draw.standard_normal(population)).astype(np.float32)
         for n in range(population):
@@ -122,7 +122,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=20_000, help="weights; a norm scatters by 1/√(2·size)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--engines", type=int, default=ENGINES, help="each perturbs N/engines members in place")
+    parser.add_argument(
+        "--engines", type=int, default=ENGINES, help="each perturbs N/engines members in place; 0: none does"
+    )
     parser.add_argument("--json", action="store_true", help="one line: {setting: {dtype: norm, exact, published}}")
     args = parser.parse_args()
     found: dict[str, dict[str, float]] = {}
