@@ -100,7 +100,7 @@ def make_plan(
         slots = programs.evaluator.engine.slots if program.name == "decode" else None
         key = (program.name, *axes.values(), slots)
         if key not in done:
-            done[key] = _compile(program, axes)
+            done[key] = compile_program(program, axes)
             say(f"{program.name}: compiled in {done[key][0].seconds:.0f} s")
         outcome, shardings = done[key]
         outcomes.append(outcome)
@@ -111,8 +111,8 @@ def make_plan(
     return Plan(programs.config, topology, axes, programs.evaluator.engine.slots, tuple(outcomes))
 
 
-def _compile(program: Program, axes: dict[str, int]) -> tuple[Outcome, Any]:
-    """What came of it, and where its results are."""
+def compile_program(program: Program, axes: dict[str, int]) -> tuple[Outcome, Any]:
+    """What came of it, and where its results are (None where it did not compile)."""
     began = time.monotonic()
     try:
         with _uncached():

@@ -129,7 +129,7 @@ class Programs:
             times=0,
             turns={},
             parts=held,
-            own=frozenset({"parameters", "anchor", "moments"}),
+            own=frozenset({"parameters", "moments"} | ({"anchor"} if self.base is None else set())),
             work=Work(memory=2.0 * sum(part.device for part in held.values())),
         )
 

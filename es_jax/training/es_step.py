@@ -22,6 +22,7 @@ from es_jax.models.sharding import RULES, param_shardings
 from es_jax.optim.chains import build_optimizer
 from es_jax.training.config import RunConfig
 from es_jax.training.fields import ESConfig, OptimConfig
+from es_jax.training.timing import launched
 
 LANE = "lane"  # the axis of the members that a group evaluates at once
 
@@ -236,11 +237,11 @@ class Evaluator:
             index = np.arange(first, first + self.lanes)
             lanes = members[np.minimum(index, count - 1)]
             hosts.wait(functools.partial(jax.block_until_ready, [outputs for _, outputs in pending]))
-            perturbed = self._perturb(params, self._placed(lanes))
+            perturbed = launched("perturb", self._perturb(params, self._placed(lanes)))
             live = (index < count)[:, None, None]
             tokens = np.repeat(prompts.tokens[None], self.lanes, 0)
             rows = self._rows(tokens, np.where(live, prompts.positions[None], np.int32(-1)), prompts.prefix)
-            pending.append((index[index < count], self._decode(perturbed, rows)))
+            pending.append((index[index < count], launched("decode", self._decode(perturbed, rows))))
             del perturbed
             if len(pending) > 1:
                 yield from _unpack(pending.pop(0))

@@ -14,7 +14,7 @@ import pytest
 from es_jax.core.chips import chip
 from es_jax.models.config import TransformerConfig
 from es_jax.planning.describe import fields, words
-from es_jax.planning.plan import make_plan
+from es_jax.planning.plan import compile_program, make_plan
 from es_jax.planning.programs import Held, Programs
 from es_jax.planning.search import candidates
 from es_jax.planning.shape import find_shape
@@ -69,6 +69,17 @@ def test_a_chip_that_is_too_small_is_told_with_what_would_help(plan):
     short = dataclasses.replace(plan, topology=tiny)
     assert not short.fits and short.short > 0
     assert fields(short)["verdict"].startswith("does not fit") and "pinned_host" in words(short)
+
+
+@needs_libtpu
+def test_a_pinned_anchor_is_the_hosts_and_not_the_devices(plan):
+    """The compiler counts it in its peak; the plan does not."""
+    pinned = CONFIG | {"optim": {"anchor": {"penalty": "l2", "strength": 10.0, "memory": "pinned_host"}}}
+    load = next(iter(Programs.of(freeze(pinned), SMALL, plan.topology)))
+    outcome = compile_program(load, plan.mesh)[0]
+    on_device = plan.programs[0]
+    assert outcome.host == on_device.parts["anchor"] and on_device.host == 0
+    assert outcome.peak < on_device.peak - 0.9 * outcome.host
 
 
 @needs_libtpu
