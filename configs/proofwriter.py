@@ -10,13 +10,13 @@ Reached:  not yet run, at either size.
 from configs.common import configure
 
 SMALL = dict(
-    task__train_size=8,
+    task__train_size=4,
     es__population=4,
     decode__max_prompt=512,
     decode__max_new=96,
-    train__steps=5,
-    train__checkpoint_every=5,
-    evals__every=5,
+    train__steps=3,
+    train__checkpoint_every=3,
+    evals__every=3,
     evals__size=8,
 )
 

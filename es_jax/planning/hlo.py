@@ -1,13 +1,14 @@
 """What a compiled program sends between devices, read from its HLO text.
 
 A collective inside a loop is sent once a turn. The compiler writes down how often a loop turns where it knows it; the
-loop of decode steps ends when all rows have stopped, so its turns are given by the caller.
+loops of decoding end when all rows have stopped, so their turns are given by the caller.
 """
 
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -59,39 +60,84 @@ class Collective:
         return self.bytes * shares.get(self.op, 1) * self.times
 
 
-def collectives(text: str, axes: dict[str, int], *, turns: int = 1) -> list[Collective]:
+def collectives(text: str, axes: dict[str, int], *, turns: Mapping[str, float]) -> list[Collective]:
     """The exchanges of a compiled program, equal ones added up, largest first.
 
     Args:
       text: of `Compiled.as_text()`.
       axes: the mesh's axes with their sizes, in its order; devices count through them, the last one fastest.
-      turns: of every loop whose number the compiler does not know.
+      turns: of the loops whose number the compiler does not know, by a scope (`jax.named_scope`) that they are in, the
+        innermost that is known; "" is for all others. Of branches, the one that sends most is taken.
 
     Raises:
       ValueError: groups of devices in a form that is not known.
     """
-    found: dict[tuple, int] = {}
-    for op, line, times in _instructions(text, turns):
-        rest, started = line.rest, line.op.endswith("-start")
-        groups = _groups(rest, math.prod(axes.values()))
-        size = max(map(len, groups), default=1)
-        if size == 1:
-            continue
-        key = (op, _result_bytes(op, line.shape, started), _along(groups, axes), len(groups), size)
-        found[key] = found.get(key, 0) + times
-    kinds = [Collective(op, n, times, along, many, size) for (op, n, along, many, size), times in found.items()]
+    found = _Reader(*_computations(text), axes, turns).of_entry()
+    kinds = [dataclasses.replace(kind, times=max(round(times), 1)) for kind, times in found.items()]
     return sorted(kinds, key=lambda kind: -kind.bytes * kind.times)
 
 
-def _instructions(text: str, turns: int) -> Iterator[tuple[str, _Line, int]]:
-    """(op, its line, times) of every collective."""
-    bodies, entry = _computations(text)
-    times = _times(bodies, entry, turns)
-    for name, body in bodies.items():
-        for line in body:
-            base = line.op.removesuffix("-start")
-            if base in OPS and times.get(name):
-                yield base, line, times[name]
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+    """Adds up what computations send; a `Collective` counts as a key, its own `times` at 1."""
+
+    bodies: dict[str, list[_Line]]
+    entry: str
+    axes: dict[str, int]
+    turns: Mapping[str, float]
+    known: dict[str, Counter] = dataclasses.field(default_factory=dict)
+
+    def of_entry(self) -> Counter:
+        return self._of(self.entry)
+
+    def _of(self, name: str) -> Counter:
+        """What one run of a computation sends."""
+        if name not in self.known:
+            total: Counter = Counter()
+            for line in self.bodies.get(name, ()):
+                total.update(self._of_line(line))
+            self.known[name] = total
+        return self.known[name]
+
+    def _of_line(self, line: _Line) -> Counter:
+        if line.op.removesuffix("-start") in OPS:
+            kind = self._kind(line)
+            return Counter({kind: 1} if kind.size > 1 else {})
+        called = [
+            self._of(name.strip().lstrip("%"))
+            for several, one in _CALLED.findall(line.rest)
+            for name in (several or one).split(",")
+        ]
+        if line.op == "conditional":
+            return max(called, key=_sent, default=Counter())
+        total = sum(called, Counter())
+        repeat = self._repeat(line.rest) if line.op == "while" and total else 1
+        return Counter({kind: times * repeat for kind, times in total.items()})
+
+    def _kind(self, line: _Line) -> Collective:
+        op = line.op.removesuffix("-start")
+        groups = _groups(line.rest, math.prod(self.axes.values()))
+        arriving = _result_bytes(op, line.shape, line.op != op)
+        return Collective(op, arriving, 1, _along(groups, self.axes), len(groups), max(map(len, groups), default=1))
+
+    def _repeat(self, rest: str) -> float:
+        """Turns of a loop: as the compiler writes them, or the bound in a condition that is nothing but i < bound."""
+        if known := re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', rest):
+            return int(known[1])
+        condition = re.search(r"condition=%?([\w.\-]+)", rest)
+        lines = self.bodies.get(condition[1], []) if condition else []
+        root = next((line for line in lines if line.root), None)
+        bounds = [line.rest.partition(")")[0] for line in lines if line.op == "constant"]
+        if root is not None and root.op == "compare" and "direction=LT" in root.rest and len(bounds) == 1:
+            return int(bounds[0])
+        scope = re.search(r'op_name="([^"]*)"', rest)
+        places = {name: scope[1].rfind(name) if scope else -1 for name in self.turns if name}
+        inner = max(places, key=lambda name: places[name], default="")
+        return self.turns[inner] if inner and places[inner] >= 0 else self.turns.get("", 1)
+
+
+def _sent(found: Counter) -> float:
+    return sum(kind.sent * times for kind, times in found.items())
 
 
 def _computations(text: str) -> tuple[dict[str, list[_Line]], str]:
@@ -105,34 +151,6 @@ def _computations(text: str) -> tuple[dict[str, list[_Line]], str]:
         elif current is not None and (found := _INSTRUCTION.match(line)):
             current.append(_Line(bool(found[1]), *found.groups()[1:]))
     return bodies, entry
-
-
-def _times(bodies: dict[str, list[_Line]], entry: str, turns: int) -> dict[str, int]:
-    """How often each computation runs; of branches, each as if it were taken."""
-    times: dict[str, int] = {}
-
-    def visit(name: str, count: int) -> None:
-        times[name] = times.get(name, 0) + count
-        for line in bodies.get(name, ()):
-            repeat = count * (_turns(bodies, line.rest, turns) if line.op == "while" else 1)
-            for several, one in _CALLED.findall(line.rest):
-                for called in (several or one).split(","):
-                    visit(called.strip().lstrip("%"), repeat)
-
-    visit(entry, 1)
-    return times
-
-
-def _turns(bodies: dict[str, list[_Line]], rest: str, unknown: int) -> int:
-    """Of a loop: as written by the compiler, or the bound in a condition that is nothing but i < bound."""
-    if known := re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', rest):
-        return int(known[1])
-    condition = re.search(r"condition=%?([\w.\-]+)", rest)
-    lines = bodies.get(condition[1], []) if condition else []
-    root = next((line for line in lines if line.root), None)
-    bounds = [line.rest.partition(")")[0] for line in lines if line.op == "constant"]
-    plain = root is not None and root.op == "compare" and "direction=LT" in root.rest
-    return int(bounds[0]) if plain and len(bounds) == 1 else unknown
 
 
 def _result_bytes(op: str, shape: str, started: bool) -> int:

@@ -54,7 +54,7 @@ class Program:
       name: "load", "perturb", "decode" or "update".
       lower: lowers it for the topology.
       times: how often an iteration runs it; 0 for "load".
-      turns: of its loop of decode steps, at most.
+      turns: of its loops, as `es_jax.planning.hlo.collectives` takes them.
       parts: what the device holds while it runs, by name: of these `own` are the program's arguments, results and
         temporaries, and the others are the run's.
       own: names of parts that the compiler's figures contain.
@@ -64,7 +64,7 @@ class Program:
     name: str
     lower: Callable[[], Any]
     times: int
-    turns: int
+    turns: Mapping[str, float]
     parts: Mapping[str, Held]
     own: frozenset[str]
     work: Work
@@ -123,7 +123,7 @@ class Programs:
             "load",
             lambda: jax.jit(self.tx.init, out_shardings=where).lower(self.params),
             times=0,
-            turns=1,
+            turns={},
             parts=held,
             own=frozenset({"parameters", "anchor", "moments"}),
             work=Work(memory=2.0 * sum(part.device for part in held.values())),
@@ -137,7 +137,7 @@ class Programs:
             "perturb",
             lambda: Evaluator._perturb.lower(self.evaluator, self.params, members),
             times=self.rounds,
-            turns=1,
+            turns={},
             parts=self._held() | {"compute copy": copy},
             own=frozenset({"parameters", "compute copy"}),
             work=Work(memory=Held.of(self.params).device + copy.device),
@@ -168,7 +168,7 @@ class Programs:
             "decode",
             lambda: Evaluator._decode.lower(self.evaluator, self.copy, rows, rows),
             times=self.rounds * batches,
-            turns=decode.max_new - 1,
+            turns={"": decode.max_new - 1},
             parts=self._held() | {"compute copy": self._copy(), "KV cache": Held(cache)},
             own=frozenset({"compute copy", "KV cache"}),
             work=Work(flops * lanes / width, memory * lanes / width),
@@ -188,7 +188,7 @@ class Programs:
                 of_update(self.config), self.mesh, self.params, self.opt_state, self.base, members, weights
             ),
             times=1,
-            turns=n,
+            turns={"": n},
             parts=held,
             own=frozenset(held),
             work=Work(memory=total + held["parameters"].device),

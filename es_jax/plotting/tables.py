@@ -86,19 +86,23 @@ def results(series: Sequence[Series], prior: Sequence[str]) -> Table:
                 with_error(one.change(target)),
                 with_error(one.last(prior)) if prior else "–",
                 with_error(one.change(prior)) if prior else "–",
-                *_drift(one),
+                *_drift(one, end),
             )
         )
     head = ("series", "runs", "step", "target", "Δ target", "prior", "Δ prior", "‖θ − θ₀‖", "measured / theory")
     return Table("results", "Results", head, tuple(rows))
 
 
-def _drift(one: Series) -> tuple[str, str]:
-    ends = [run.metrics[-1] for run in one.runs if run.metrics and run.metrics[-1].get("drift") is not None]
-    if not ends:
+def _drift(one: Series, end: Point | None) -> tuple[str, str]:
+    """Mean drift at the step of the row, or without evaluations at the last step that all runs have."""
+    by = [{row["step"]: row for row in run.metrics if row.get("drift") is not None} for run in one.runs]
+    common = set.intersection(*map(set, by))
+    step = end.step if end else max(common, default=0)
+    if step not in common:
         return "–", "–"
-    ratios = [row["drift"] / row["drift_theory"] for row in ends if row.get("drift_theory")]
-    return f"{np.mean([row['drift'] for row in ends]):.4g}", f"{np.mean(ratios):.3f}" if ratios else "–"
+    rows = [rows_of[step] for rows_of in by]
+    ratios = [row["drift"] / row["drift_theory"] for row in rows if row.get("drift_theory")]
+    return f"{np.mean([row['drift'] for row in rows]):.4g}", f"{np.mean(ratios):.3f}" if ratios else "–"
 
 
 def accuracies(series: Sequence[Series], tasks: Sequence[str]) -> Table:

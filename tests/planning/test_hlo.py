@@ -21,7 +21,7 @@ def program(fn, *specs, shape=(64, 64)):
 def test_the_axes_and_groups_of_a_gather(axis, groups, size):
     """A [64, 64] float32 array is gathered whole: 16 KiB arrive, along the axes that it was cut over."""
     along = (axis,) if isinstance(axis, str) else axis
-    assert collectives(program(lambda x: x, PartitionSpec(axis)), AXES) == [
+    assert collectives(program(lambda x: x, PartitionSpec(axis)), AXES, turns={}) == [
         Collective("all-gather", 64 * 64 * 4, 1, along, groups, size)
     ]
 
@@ -33,7 +33,7 @@ def test_loops_count_their_turns():
         return jax.lax.scan(lambda carry, _: (jnp.tanh(carry @ y), None), x, length=5)[0]
 
     text = program(five, PartitionSpec(None, "model"), PartitionSpec("model", None))
-    inside = [kind for kind in collectives(text, AXES, turns=1000) if kind.times > 1]
+    inside = [kind for kind in collectives(text, AXES, turns={"": 1000}) if kind.times > 1]
     assert inside and {kind.times for kind in inside} == {5} and {kind.axes for kind in inside} == {("model",)}
 
 
@@ -45,9 +45,51 @@ def test_a_loop_of_unknown_length_turns_as_often_as_told():
         return jax.lax.while_loop(lambda x: total(x) < 1e9, lambda x: x * 2, x)
 
     text = program(until, PartitionSpec("pop"))
-    counts = [sum(kind.times for kind in collectives(text, AXES, turns=turns)) for turns in (1, 11)]
+    counts = [sum(kind.times for kind in collectives(text, AXES, turns={"": turns})) for turns in (1, 11)]
     assert counts[1] > counts[0] + 8
 
+
+def test_loops_turn_by_the_scope_that_they_are_in():
+    halves, whole = (NamedSharding(make_mesh(2, 4), PartitionSpec(part)) for part in ("pop", None))
+    hold = jax.lax.with_sharding_constraint
+
+    def until(x):
+        swap = lambda x: hold(hold(x, halves) * 2, whole)  # noqa: E731
+        x = jax.lax.while_loop(lambda x: x[0, 0] < 1e9, swap, x)
+        with jax.named_scope("fill"):
+            return jax.lax.while_loop(lambda x: x[0, 0] < 1e9, swap, x + 1)
+
+    text = program(until, PartitionSpec())
+
+    def times(rest, **turns):
+        return sum(kind.times for kind in collectives(text, AXES, turns={"": rest} | turns))
+
+    base = times(rest=7, fill=3)
+    assert times(rest=7, fill=5) > base and times(rest=9, fill=3) > base
+    assert times(rest=7) == times(rest=7, fill=7)
+
+
+def test_of_branches_the_one_that_sends_most_counts():
+    branches = BRANCHES.replace("ONE", "%dear, %cheap"), BRANCHES.replace("ONE", "%cheap, %dear")
+    assert [collectives(text, AXES, turns={}) for text in branches] == [
+        [Collective("all-reduce", 400, 1, ("model",), 2, 4)]
+    ] * 2
+
+
+BRANCHES = """HloModule jit_g
+
+%cheap (p: f32[100]) -> f32[100] {
+  ROOT %r = f32[10]{0} all-reduce(%p), replica_groups=[2,4]<=[8], to_apply=%add
+}
+
+%dear (p: f32[100]) -> f32[100] {
+  ROOT %r = f32[100]{0} all-reduce(%p), replica_groups=[2,4]<=[8], to_apply=%add
+}
+
+ENTRY %main (x: f32[100]) -> f32[100] {
+  ROOT %c = f32[100]{0} conditional(%i, %x, %x), branch_computations={ONE}
+}
+"""
 
 TPU = """HloModule jit_f, is_scheduled=true
 
@@ -75,7 +117,7 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 
 def test_the_text_of_a_tpu_program():
     """Loops without a written count; groups as a list, an iota and axes of a mesh in two orders, and of one device."""
-    assert collectives(TPU, AXES) == [
+    assert collectives(TPU, AXES, turns={}) == [
         Collective("all-reduce", 64 * 3584 * 2, 28, ("model",), 2, 4),
         Collective("all-gather", 32, 28, ("model",), 2, 4),
         Collective("all-to-all", 16, 1, ("pop",), 4, 2),
@@ -94,4 +136,4 @@ def test_what_a_device_sends(op, sent):
 
 def test_groups_in_an_unknown_form_are_refused():
     with pytest.raises(ValueError, match="cannot read the device groups"):
-        collectives(TPU.replace("replica_groups=[2,4]<=[8]", "replica_groups=all"), AXES)
+        collectives(TPU.replace("replica_groups=[2,4]<=[8]", "replica_groups=all"), AXES, turns={})

@@ -184,6 +184,12 @@ def test_results_of_half_finished_runs(tmp_path: Path) -> None:
     assert table.rows[1][2:] == ("0", "0.000 ± 0.000", "0.000 ± 0.000", "1.000 ± 0.000", "0.000 ± 0.000", "–", "–")
 
 
+def test_results_are_all_of_one_step(tmp_path: Path) -> None:
+    runs = [read_run(make_run(tmp_path / str(s), seed=s, done=20 - 10 * s)) for s in (0, 1)]
+    (row,) = results(group(runs), ["lab-add"]).rows
+    assert row[2] == "10" and row[7:] == (f"{2 * 10**0.5:.4g}", "1.000")  # the drift at step 10, not of each run's last
+
+
 def test_short_cuts(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "a")
     assert accuracies(folder, "lab-countdown")[1].tolist() == [0.0, 0.25, 0.5]
