@@ -67,6 +67,11 @@ class GaussianNoise:
         if self.generator not in rng.GENERATORS:
             raise ValueError(unknown("generator", self.generator, rng.GENERATORS))
 
+    @property
+    def rows_alone(self) -> bool:
+        """Whether a row of a leaf costs no more than itself, and has the same bits alone."""
+        return self.generator == "threefry13"
+
     def _sample(self, seed: Array, name: str, leaf: Array, row: Row | None = None) -> Float[Array, "..."]:
         """ε of one leaf for one member, in the dtype of the arithmetic."""
         return self._drawn(seed, name, leaf, row).astype(self._arithmetic(leaf))

@@ -167,7 +167,7 @@ class Evaluator:
             leaf = self.noise.apply(whole, member, sigma=self.sigma, dtype=self.dtype, row=row)[name]
             return jax.lax.with_sharding_constraint(leaf, cut)
 
-        if size == 1 or POP not in spec or not name.startswith("layers/"):
+        if size == 1 or POP not in spec or not name.startswith("layers/") or not self.noise.rows_alone:
             return made(part)
 
         def layer(i: jax.Array, stack: jax.Array) -> jax.Array:

@@ -189,7 +189,8 @@ def test_any_sharding_of_the_users_own():
 def test_a_row_alone_is_the_row_of_the_whole(noise, generator):
     noise, member = dataclasses.replace(noise, generator=generator), Population(2, seed=5).members(1)[1]
     for held in (noise, SharedSeedNoise(generator, stacked="layers/")):
-        whole = held.apply(PARAMS, member, sigma=0.1)["layers"]["a"]
+        whole = jax.jit(lambda p, held=held: held.apply(p, member, sigma=0.1))(PARAMS)["layers"]["a"]
         row = {"layers": {"a": PARAMS["layers"]["a"][2:]}}
         alone = jax.jit(lambda i, held=held, row=row: held.apply(row, member, sigma=0.1, row=(i, 3)))(2)
-        np.testing.assert_array_equal(alone["layers"]["a"][0], whole[2])
+        ulps = 0 if held.rows_alone else 4  # jax.random's numbers depend on the program they are made in
+        np.testing.assert_allclose(alone["layers"]["a"][0], whole[2], rtol=0, atol=ulps * 2.0**-23)
