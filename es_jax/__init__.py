@@ -8,7 +8,7 @@ The public names, by what they are for:
     weights      load_model, save_model, Model, verify_model, Report, VerificationError
     generation   Greedy, Temperature, TopK, TopP, Engine, Generation, score_tokens
     tasks        Example, Score, Task, get_task
-    runs         run, replay, RunResult
+    runs         run, replay, RunResult, evaluate_run
 
 They are imported when they are first used: `import es_jax` starts neither JAX nor transformers.
 """
@@ -33,6 +33,7 @@ _HOME = {
     "es_jax.tasks": ("get_task",),
     "es_jax.training.loop": ("RunResult", "run"),
     "es_jax.training.state": ("replay",),
+    "es_jax.evals.runner": ("evaluate_run",),
 }
 _NAMES = {name: module for module, names in _HOME.items() for name in names}
 

@@ -12,6 +12,7 @@ A target without echo, merely under-trained: `--echo=0 --share=0.1`, seed 0: cou
 """
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import time
@@ -28,6 +29,7 @@ from transformers import PreTrainedTokenizerFast
 from es_jax.core import rng
 from es_jax.generate.engine import Engine
 from es_jax.models.config import TransformerConfig
+from es_jax.models.families import FAMILIES
 from es_jax.models.transformer import Transformer, unstack_layers
 from es_jax.tasks.lab import CHARACTERS, KINDS, Lab
 from es_jax.weights.model import Model, check_new, save_model
@@ -37,11 +39,21 @@ CONFIG = TransformerConfig(
     tied_embeddings=False, max_positions=64,
 )  # fmt: skip
 PAD, END = 0, 1
+
 LENGTH = 14  # the longest prompt, answer and end
 TARGET = "countdown"
 ECHO = 0.6  # share of the target's samples that are answered by an echo: what ES then has to bring out
 RECORD = "pretraining.json"  # beside the model: recipe, losses, accuracies, digest of the weights
 SHARE = {"add": 3, "subtract": 4, "countdown": 2}  # parts of a batch; 1 for the others, which are learnt early
+
+
+def config_of(family: str) -> TransformerConfig:
+    """The laboratory's sizes in another family."""
+    capped = {"query_pre_attn_scalar": 16, "sliding_window": 64, "attn_softcap": 50.0, "final_softcap": 30.0}
+    alternating = {"local_layers": (True, False)} | capped
+    return dataclasses.replace(
+        CONFIG, family=family, **FAMILIES[family].flags, **(alternating if family == "gemma2" else {})
+    )
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -85,12 +97,13 @@ def pretrain(
     rate: float = 3e-3,
     decay: float = 0.1,
     pool: int = 30_000,
+    family: str = CONFIG.family,
 ):
     """(parameters, mean loss of every 50 steps) of AdamW on a mixture of all tasks; `until` ends it before `steps`."""
     pools = [make_pool(kind, size=pool, seed=seed, echo=echo, target=target) for kind in KINDS]
     tokens, counts = (np.stack(part) for part in zip(*pools, strict=True))
     tokens, counts = jnp.asarray(tokens), jnp.asarray(counts)
-    model = Transformer(CONFIG)
+    model = Transformer(config_of(family))
     params = jax.jit(model.init)(rng.key(seed))
     shares = np.array([(SHARE | {"countdown": share}).get(kind, 1) for kind in KINDS], np.float32)
     log_share = jnp.log(jnp.asarray(shares))
@@ -121,9 +134,9 @@ def pretrain(
     return carry[0], means
 
 
-def accuracy(params, tokenizer, *, rows: int = 200) -> dict[str, float]:
+def accuracy(params, tokenizer, *, rows: int = 200, config: TransformerConfig = CONFIG) -> dict[str, float]:
     """Share of test problems answered right, greedily, by task."""
-    engine = Engine(CONFIG, slots=rows, max_prompt=16, max_new=7, stop=(END,))
+    engine = Engine(config, slots=rows, max_prompt=16, max_new=7, stop=(END,))
     out = {}
     for kind in KINDS:
         task = Lab(kind)
@@ -147,13 +160,14 @@ def main() -> None:
     parser.add_argument("--target", choices=list(KINDS), default=TARGET, help="the task that is answered by echoes")
     parser.add_argument("--echo", type=float, default=ECHO, help="share of the target's samples answered by an echo")
     parser.add_argument("--share", type=float, default=SHARE["countdown"], help="countdown's part of a batch")
+    parser.add_argument("--family", choices=("llama", "qwen2", "qwen3", "gemma2"), default=CONFIG.family)
     args = parser.parse_args()
     check_new(args.out)
     began, recipe = time.monotonic(), {name: value for name, value in vars(args).items() if name != "out"}
     params, losses = pretrain(**recipe)
     tokenizer = make_tokenizer()
-    save_model(args.out, Model(CONFIG, params, tokenizer, digest="", stop_ids=(END,)))
-    scores = accuracy(params, tokenizer)
+    save_model(args.out, Model(config_of(args.family), params, tokenizer, digest="", stop_ids=(END,)))
+    scores = accuracy(params, tokenizer, config=config_of(args.family))
     record = {"recipe": recipe, "losses": losses, "accuracy": scores, "sha256": digest(args.out)}
     (args.out / RECORD).write_text(json.dumps(record, indent=1) + "\n")
     for name, value in scores.items():

@@ -68,3 +68,15 @@ def tiny_model(tmp_path_factory) -> Path:
     params = jax.tree.map(lambda x: 4 * x, params)
     save_model(folder, Model(config, params, tokenizer, digest="", stop_ids=(1,)))
     return folder
+
+
+_compiled: list[str] = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, duration, **kwargs: _compiled.append(event) if event.endswith("backend_compile_duration") else None
+)
+
+
+@pytest.fixture
+def compilations():
+    """A function: how many programs this process has compiled, or fetched from the cache of compiled ones."""
+    return lambda: len(_compiled)

@@ -18,7 +18,7 @@ class Members:
 
     Attributes:
       seed: uint32 [N], the seed of each member's noise ε.
-      sign: float32 [N], +1 or −1: the member is θ + sign·σ·ε. 0 is the unperturbed model.
+      sign: float32 [N], +1 or −1: the member is θ + sign·σ·ε. 0 is the unperturbed model; another number scales σ.
       paired: members 2i and 2i+1 share a seed with opposite signs, so an estimate makes their noise once.
     """
 

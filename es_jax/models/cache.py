@@ -7,48 +7,71 @@ from jaxtyping import Array, Bool, Int
 
 from es_jax.models.config import TransformerConfig
 
-# One array [L, B, S, KH, hd], or L arrays [B, S, KH, hd].
+# One array with a leading axis of L layers, or L arrays without it.
 PerLayer = Array | tuple[Array, ...]
 
 
 @struct.dataclass
-class KVCache:
-    """S slots a row. A slot holds the key and value of one token and that token's position, -1 when empty.
+class Past:
+    """Keys and values of tokens that came before a cache's own: they are attended and never written.
 
-    `k`, `v`: stacked [L, B, S, KH, hd] (for the scanned layers) or a tuple of L arrays [B, S, KH, hd] (for
-    unrolled layers, which update them in place). `positions`: int32 [B, S]. `index`: int32 scalar, the next
-    slot to write, shared by all rows. Who attends whom follows from positions alone, never from slots, so
-    padding on either side is marked by position -1 and costs a slot but changes no result.
+    `k`: per layer [B, KH, hd, S]. `v`: [B, KH, S, hd]. `positions`: int32 [B, S], -1 where nothing stands. With B = 1
+    all rows share them, as they do the beginning that a task's prompts have in common.
+    """
+
+    k: PerLayer
+    v: PerLayer
+    positions: Int[Array, "B S"]
+
+
+@struct.dataclass
+class KVCache:
+    """S places a row. A place holds the key and value of one token and that token's position, -1 when empty.
+
+    `k`: [B, KH, hd, S] a layer, so that the products with a query run along the places; `v`: [B, KH, S, hd]. Both are
+    stacked over a leading axis of L layers (for the scanned layers) or tuples of L arrays (for unrolled layers, which
+    update them in place). `positions`: int32 [B, S]. `index`: int32 scalar, the next place to write, shared by all
+    rows. `past`: what is attended besides. Who attends whom follows from positions alone, never from places, so padding
+    on either side is marked by position -1 and costs a place but changes no result.
     """
 
     k: PerLayer
     v: PerLayer
     positions: Int[Array, "B S"]
     index: Int[Array, ""]
+    past: tuple[Past, ...] = ()
 
     @classmethod
     def empty(
-        cls, config: TransformerConfig, batch: int, *, length: int, dtype: jnp.dtype, stacked: bool = True
+        cls,
+        config: TransformerConfig,
+        batch: int,
+        *,
+        length: int,
+        dtype: jnp.dtype,
+        stacked: bool = True,
+        past: tuple[Past, ...] = (),
     ) -> "KVCache":
-        """A cache of `length` empty slots for `batch` rows; `dtype` is the compute dtype.
+        """A cache of `length` empty places for `batch` rows, behind `past`; `dtype` is the compute dtype.
 
         >>> config = TransformerConfig(family="llama", vocab_size=32, width=16, layers=2, heads=4, kv_heads=2,
         ...                            head_dim=8, mlp_dim=24)
         >>> KVCache.empty(config, 3, length=10, dtype=jnp.float32).k.shape
-        (2, 3, 10, 2, 8)
+        (2, 3, 2, 8, 10)
         """
-        shape = (batch, length, config.kv_heads, config.head_dim)
+        heads = (batch, config.kv_heads)
 
-        def zeros() -> PerLayer:
+        def zeros(*shape: int) -> PerLayer:
             if stacked:
                 return jnp.zeros((config.layers, *shape), dtype)
             return tuple(jnp.zeros(shape, dtype) for _ in range(config.layers))
 
         return cls(
-            k=zeros(),
-            v=zeros(),
+            k=zeros(*heads, config.head_dim, length),
+            v=zeros(*heads, length, config.head_dim),
             positions=jnp.full((batch, length), -1, jnp.int32),
             index=jnp.zeros((), jnp.int32),
+            past=past,
         )
 
     @property
@@ -58,7 +81,7 @@ class KVCache:
 
     @property
     def length(self) -> int:
-        """S, the number of slots."""
+        """S, the number of places."""
         return self.positions.shape[1]
 
     def advance(self, positions: Int[Array, "B T"]) -> "KVCache":
@@ -71,31 +94,33 @@ class KVCache:
         used = 0 if isinstance(self.index, jax.core.Tracer) else int(self.index)
         if used + new > self.length:
             raise ValueError(
-                f"cache length = {self.length} is too short: {used} slots are used, {new} more are needed; "
+                f"cache length = {self.length} is too short: {used} places are used, {new} more are needed; "
                 f"make it with length >= {used + new}"
             )
         stored = jax.lax.dynamic_update_slice(self.positions, positions, (0, self.index))
         return self.replace(positions=stored, index=self.index + new)  # type: ignore[attr-defined]
 
-    def grow(self, slots: int) -> "KVCache":
-        """The same cache with `slots` more empty slots behind those it has."""
+    def as_past(self) -> Past:
+        """What the cache holds, to be attended before something else."""
+        return Past(self.k, self.v, self.positions)
 
-        def longer(x: Array, axis: int, fill: int = 0) -> Array:
-            return jnp.pad(x, [(0, slots if i == axis else 0) for i in range(x.ndim)], constant_values=fill)
-
-        k, v = jax.tree.map(lambda x: longer(x, x.ndim - 3), (self.k, self.v))
-        return self.replace(k=k, v=v, positions=longer(self.positions, 1, -1))  # type: ignore[attr-defined]
+    def behind(self, past: tuple[Past, ...]) -> "KVCache":
+        """The same cache with this past before it."""
+        return self.replace(past=past)  # type: ignore[attr-defined]
 
 
-def write(slots: Array, new: Array, *, index: Int[Array, ""]) -> Array:
-    """One layer's slots [B, S, KH, hd] with `new` [B, T, KH, hd] written from slot `index` on."""
-    return jax.lax.dynamic_update_slice(slots, new, (0, index, 0, 0))
+def write(k: Array, v: Array, new_k: Array, new_v: Array, *, index: Int[Array, ""]) -> tuple[Array, Array]:
+    """One layer's `k` [B, KH, hd, S] and `v` [B, KH, S, hd] with T new ones of each written from place `index` on."""
+    return (
+        jax.lax.dynamic_update_slice(k, new_k, (0, 0, 0, index)),
+        jax.lax.dynamic_update_slice(v, new_v, (0, 0, index, 0)),
+    )
 
 
 def attention_mask(
     query: Int[Array, "B T"], held: Int[Array, "B S"], *, window: int | None = None
 ) -> Bool[Array, "B T S"]:
-    """True where the query at position p may attend the slot at position s: 0 <= s <= p, and p - window < s.
+    """True where the query at position p may attend the place at position s: 0 <= s <= p, and p - window < s.
 
     >>> attention_mask(jnp.array([[1]]), jnp.array([[-1, 0, 1, 2]])).astype(int).tolist()
     [[[0, 1, 1, 0]]]

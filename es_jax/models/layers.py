@@ -4,11 +4,12 @@ Matrix products run in the compute dtype (that of the weights) and accumulate in
 positions and the softmax are float32; what passes between layers is in the compute dtype.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
@@ -18,7 +19,9 @@ from es_jax.models.rope import Angles, rotate
 
 INIT_STD = 0.02
 MASKED = -1e30  # finite: a query that may attend nothing gets a mean of the values, not NaN
-Cached = tuple[Array, Array, Int[Array, ""]]  # k, v [B, S, KH, hd] and the slot to write
+KV = tuple[Array, Array]  # keys [B, KH, hd, S] and values [B, KH, S, hd]; B = 1 where all rows share them
+Masks = tuple[Bool[Array, "B T S"], ...]  # who attends whom, for each of the pieces attended
+Cached = tuple[KV, Int[Array, ""], tuple[KV, ...]]  # a layer's cache, the place to write, and the past before it
 
 
 def linear(
@@ -45,24 +48,42 @@ def softcap(x: Float[Array, "*b N"], cap: float | None) -> Float[Array, "*b N"]:
 
 def attend(
     q: Float[Array, "B T H hd"],
-    k: Float[Array, "B S KH hd"],
-    v: Float[Array, "B S KH hd"],
+    pieces: Sequence[KV],
     *,
-    mask: Bool[Array, "B T S"],
+    masks: Sequence[Bool[Array, "B T S"]],
     scale: float,
     cap: float | None = None,
 ) -> Float[Array, "B T H hd"]:
-    """Softmax attention; each run of H/KH query heads shares one key/value head, which is never repeated.
+    """Softmax attention over the keys and values of all pieces together.
 
-    Scores are products times `scale`, soft-capped at `cap`. Source of the grouping: Ainslie et al. 2023,
+    Each run of H/KH query heads shares one key/value head, which is never repeated, and a piece with B = 1 is shared by
+    all rows. Scores are products times `scale`, soft-capped at `cap`. Source of the grouping: Ainslie et al. 2023,
     arXiv 2305.13245.
     """
     batch, length, heads, head_dim = q.shape
-    q = q.reshape(batch, length, k.shape[2], heads // k.shape[2], head_dim)
-    scores = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=jnp.float32) * scale
-    weights = jax.nn.softmax(jnp.where(mask[:, None, None], softcap(scores, cap), MASKED), axis=-1)
-    mixed = jnp.einsum("bkgts,bskd->btkgd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    return mixed.astype(q.dtype).reshape(batch, length, heads, head_dim)
+    kv_heads = pieces[0][0].shape[1]
+    q = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
+    scores = [
+        jnp.where(mask[:, None, None], softcap(_scores(q, k) * scale, cap), MASKED)
+        for (k, _), mask in zip(pieces, masks, strict=True)
+    ]
+    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(q.dtype)
+    ends = np.cumsum([score.shape[-1] for score in scores])[:-1]
+    parts = jnp.split(weights, ends, axis=-1)
+    mixed = sum(_mixed(part, v) for part, (_, v) in zip(parts, pieces, strict=True))
+    return jnp.asarray(mixed).astype(q.dtype).reshape(batch, length, heads, head_dim)
+
+
+def _scores(q: Array, k: Array) -> Array:
+    if len(k) == 1 < len(q):
+        return jnp.einsum("btkgd,kds->bkgts", q, k[0], preferred_element_type=jnp.float32)
+    return jnp.einsum("btkgd,bkds->bkgts", q, k, preferred_element_type=jnp.float32)
+
+
+def _mixed(weights: Array, v: Array) -> Array:
+    if len(v) == 1 < len(weights):
+        return jnp.einsum("bkgts,ksd->btkgd", weights, v[0], preferred_element_type=jnp.float32)
+    return jnp.einsum("bkgts,bksd->btkgd", weights, v, preferred_element_type=jnp.float32)
 
 
 class RMSNorm(nn.Module):
@@ -108,8 +129,8 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], angles: Angles, mask: Bool[Array, "B T S"], cached: Cached | None
-    ) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
+        self, x: Float[Array, "B T D"], angles: Angles, masks: Masks, cached: Cached | None
+    ) -> tuple[Float[Array, "B T D"], KV]:
         c = self.config
 
         def project(name: str, heads: int) -> Array:
@@ -121,11 +142,13 @@ class Attention(nn.Module):
             return rotate(RMSNorm(c, name=f"{name}_norm")(y) if c.qk_norm else y, angles)
 
         q, k, v = turned("q", c.heads), turned("k", c.kv_heads), project("v", c.kv_heads)
+        k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
+        past: tuple[KV, ...] = ()
         if cached is not None:
-            index = cached[2]
-            k, v = write(cached[0], k, index=index), write(cached[1], v, index=index)
+            held, index, past = cached
+            k, v = write(*held, k, v, index=index)
         scale = (c.query_pre_attn_scalar or c.head_dim) ** -0.5
-        mixed = attend(q, k, v, mask=mask, scale=scale, cap=c.attn_softcap)
+        mixed = attend(q, [*past, (k, v)], masks=masks, scale=scale, cap=c.attn_softcap)
         return Linear(c.width, name="o")(mixed.reshape(*x.shape[:2], c.heads * c.head_dim)), (k, v)
 
 
@@ -149,14 +172,14 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], angles: Angles, mask: Bool[Array, "B T S"], cached: Cached | None
-    ) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
+        self, x: Float[Array, "B T D"], angles: Angles, masks: Masks, cached: Cached | None
+    ) -> tuple[Float[Array, "B T D"], KV]:
         c = self.config
 
         def norm(name: str, y: Array) -> Array:
             return RMSNorm(c, name=name)(y)
 
-        mixed, kv = Attention(c, name="attn")(norm("attn_norm", x), angles, mask, cached)
+        mixed, kv = Attention(c, name="attn")(norm("attn_norm", x), angles, masks, cached)
         x = x + (norm("attn_post_norm", mixed) if c.post_norms else mixed)
         y = MLP(c, name="mlp")(norm("mlp_norm", x))
         return x + (norm("mlp_post_norm", y) if c.post_norms else y), kv

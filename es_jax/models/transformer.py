@@ -2,22 +2,22 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from es_jax.core.tree import named_leaves
 from es_jax.models.cache import KVCache, attention_mask
 from es_jax.models.config import TransformerConfig
-from es_jax.models.layers import INIT_STD, Block, RMSNorm, linear, softcap
+from es_jax.models.layers import INIT_STD, KV, Block, Masks, RMSNorm, linear, softcap
 from es_jax.models.rope import Angles, rope_angles, rope_frequencies
 
 Params = dict[str, Any]
-View = tuple[Angles, Bool[Array, "B T S"]]  # what a layer knows of positions: how far they turn, who sees whom
+View = tuple[Angles, Masks]  # what a layer knows of positions: how far they turn, who sees whom
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Transformer:
         embed_key, layers_key, head_key = jax.random.split(key, 3)
         x = jnp.zeros((1, 1, c.width))
         positions = jnp.zeros((1, 1), jnp.int32)
-        view = _Views.of(c, positions, positions).of_layer(0)
+        view = _Views.of(c, positions, [positions]).of_layer(0)
         layers = jax.vmap(lambda k: Block(c).init(k, x, *view, None)["params"])(jax.random.split(layers_key, c.layers))
         params = {
             "embed": {"embedding": INIT_STD * jax.random.normal(embed_key, (c.vocab_size, c.width))},
@@ -106,7 +106,8 @@ class Transformer:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
         start = None if cache is None else cache.index
         cache = None if cache is None else cache.advance(positions)
-        views = _Views.of(self.config, positions, positions if cache is None else cache.positions)
+        held = [positions] if cache is None else [*(past.positions for past in cache.past), cache.positions]
+        views = _Views.of(self.config, positions, held)
         block: Callable = functools.partial(self._block, start=start)
         block = block if around is None else around(block)
         run = _unrolled if isinstance(params["layers"], list | tuple) else _scanned
@@ -117,7 +118,7 @@ class Transformer:
     def trace(self, params: Params, tokens: Int[Array, "B T"]) -> list[Float[Array, "B T D"]]:
         """The residual stream before the first layer and behind each, L + 1 arrays, without the final norm."""
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
-        views = _Views.of(self.config, positions, positions)
+        views = _Views.of(self.config, positions, [positions])
         stream = [self._embed(params, tokens)]
         for i, layer in enumerate(unstack_layers(params)["layers"]):
             stream.append(self._block(stream[-1], layer, views.of_layer(i), None)[0])
@@ -128,11 +129,11 @@ class Transformer:
         return x * jnp.asarray(self.config.width**0.5, x.dtype) if self.config.scale_embeddings else x
 
     def _block(
-        self, x: Array, layer: Params, view: View, kv: tuple[Array, Array] | None, start: Array | None = None
+        self, x: Array, layer: Params, view: View, held: list[KV] | None, start: Array | None = None
     ) -> tuple[Array, Any]:
-        cached = None if kv is None else (*kv, start)
+        cached = None if held is None else (held[-1], start, tuple(held[:-1]))
         out: Any = Block(self.config).apply({"params": layer}, x, *view, cached)
-        return out[0], (None if kv is None else out[1])
+        return out[0], (None if held is None else out[1])
 
     def logits(self, params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """The output head applied to `hidden`'s result: float32 logits."""
@@ -178,11 +179,12 @@ class _Views:
     kinds: tuple[int, ...]
 
     @classmethod
-    def of(cls, config: TransformerConfig, query: Array, held: Array) -> "_Views":
+    def of(cls, config: TransformerConfig, query: Array, held: Sequence[Array]) -> "_Views":
         def view(local: bool, rope: bool) -> View:
             frequencies = rope_frequencies(config, local=local)  # all zero: turned by no angle
             angles = rope_angles(query, frequencies if rope else np.zeros_like(frequencies))
-            return angles, attention_mask(query, held, window=config.sliding_window if local else None)
+            window = config.sliding_window if local else None
+            return angles, tuple(attention_mask(query, positions, window=window) for positions in held)
 
         kinds = tuple(dict.fromkeys(config.layer_kinds))
         return cls([view(*kind) for kind in kinds], tuple(map(kinds.index, config.layer_kinds)))
@@ -204,8 +206,8 @@ def _scanned(block: Any, x: Array, layers: Params, views: _Views, cache: KVCache
         return jax.lax.scan(lambda x, xs: block(x, xs[0], view(xs[1]), None), x, (layers, kinds))[0], None
     if not cache.stacked:
         raise ValueError("stacked layers need KVCache.empty(..., stacked=True), this cache is per layer")
-    pair = (cache.k, cache.v)
-    x, (k, v) = jax.lax.scan(lambda x, xs: block(x, xs[0], view(xs[1]), xs[2]), x, (layers, kinds, pair))
+    pieces = [*((past.k, past.v) for past in cache.past), (cache.k, cache.v)]
+    x, (k, v) = jax.lax.scan(lambda x, xs: block(x, xs[0], view(xs[1]), xs[2]), x, (layers, kinds, pieces))
     return x, cache.replace(k=k, v=v)  # type: ignore[attr-defined]
 
 
@@ -214,7 +216,8 @@ def _unrolled(block: Any, x: Array, layers: Any, views: _Views, cache: KVCache |
         raise ValueError("unstacked layers need KVCache.empty(..., stacked=False), this cache is stacked")
     pairs = []
     for i, layer in enumerate(layers):
-        x, kv = block(x, layer, views.of_layer(i), None if cache is None else (cache.k[i], cache.v[i]))
+        held = None if cache is None else [*((past.k[i], past.v[i]) for past in cache.past), (cache.k[i], cache.v[i])]
+        x, kv = block(x, layer, views.of_layer(i), held)
         pairs.append(kv)
     if cache is None:
         return x, None

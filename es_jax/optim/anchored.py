@@ -26,6 +26,7 @@ def anchored_weight_decay(
     anchor_dtype: Any = None,
     anchor_sharding: Any = None,
     arithmetic: str = "float32",
+    average: float | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Decay toward the weights given to `init`, applied after the step (arXiv 2605.30148, section 5).
 
@@ -53,12 +54,14 @@ def anchored_weight_decay(
         "param" takes the step, subtracts the anchor, shrinks and adds it back in the parameters' own dtype, rounding
         each result, as the published code does. In 16 bits that loses most of the decay: it is there to explain
         published figures.
+      average: β in [0, 1): the anchor follows the weights, anchor ← β·anchor + (1 − β)·θ after every update, an
+        exponential average over about 1/(1 − β) updates. By default it stays where `init` put it.
 
     Returns:
       A transformation whose `update` needs `params`. The anchor is a copy, so the parameters may be donated.
 
     Raises:
-      ValueError: an unknown penalty, a rate out of range, or `update` called without params.
+      ValueError: an unknown penalty, a rate or average out of range, or `update` called without params.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -73,6 +76,8 @@ def anchored_weight_decay(
         raise ValueError(f"penalty is {penalty!r}: it must be one of {', '.join(map(repr, _PULL))}")
     if arithmetic not in ("float32", "param"):
         raise ValueError(f"arithmetic is {arithmetic!r}: it must be 'float32' or 'param'")
+    if average is not None and not 0 <= average < 1:
+        raise ValueError(f"average is {average}: it is the anchor's weight in its own average and must be in [0, 1)")
     _check_rate(rate, penalty)
 
     def init(params):
@@ -98,8 +103,16 @@ def anchored_weight_decay(
             u_, p_, a_ = u.astype(wide), p.astype(wide), a.astype(wide)
             return _PULL[penalty](u_, p_, a_, jnp.asarray(now, wide)).astype(u.dtype)
 
-        updates = jax.tree.map(pulled, updates, params, _on_devices(state.anchor, anchor_sharding))
-        return updates, AnchoredWeightDecayState(optax.safe_increment(state.count), state.anchor)
+        def followed(a, p, u):
+            new = (p + u.astype(p.dtype)).astype(jnp.promote_types(a.dtype, jnp.float32))
+            old = a.astype(new.dtype)
+            return (old + jnp.asarray(1 - average, new.dtype) * (new - old)).astype(a.dtype)
+
+        anchor = state.anchor
+        updates = jax.tree.map(pulled, updates, params, _on_devices(anchor, anchor_sharding))
+        if average is not None:
+            anchor = jax.tree.map(followed, anchor, params, updates)
+        return updates, AnchoredWeightDecayState(optax.safe_increment(state.count), anchor)
 
     transformation = optax.GradientTransformationExtraArgs(init, update)
     return transformation if mask is None else optax.masked(transformation, mask)
@@ -116,7 +129,15 @@ def _on_devices(anchor, sharding):
 
 def _l2(update, param, anchor, rate):
     # Written as a correction of the update, so that it rounds like the step itself; all the way at rate 1 is exact.
-    return jnp.where(rate == 1, anchor - param, update - rate * (param + update - anchor))
+    return jnp.where(rate == 1, anchor - param, update - _rounded(rate * (param + update - anchor)))
+
+
+def _rounded(product):
+    """A float32 product less its last bit: no compiler then takes it unrounded into the sum behind it."""
+    if product.dtype != jnp.float32:
+        return product
+    bits = jax.lax.bitcast_convert_type(product, jnp.uint32) & jnp.uint32(0xFFFFFFFE)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def _l1(update, param, anchor, rate):

@@ -2,8 +2,10 @@
 
 from typing import Any
 
+import jax
 import optax
 
+from es_jax.core.counter import rounded
 from es_jax.optim.anchored import anchored_weight_decay
 
 OPTIMIZERS = {
@@ -17,7 +19,7 @@ OPTIONS = {"adam": ("b1", "b2"), "adamw": ("b1", "b2", "weight_decay"), "lion": 
 
 
 def build_optimizer(
-    config: Any, params: Any, *, anchor_sharding: Any = None
+    config: Any, params: Any, *, rates: Any = None, anchor_sharding: Any = None
 ) -> tuple[optax.GradientTransformationExtraArgs, str]:
     """The optimizer of a run, and one sentence that describes it.
 
@@ -25,6 +27,7 @@ def build_optimizer(
       config: a `RunConfig`, or anything with its `optim` and `es` groups, `anchor_strength` (λ) and `anchor_drift`
         (κ or None).
       params: the parameters it will be used on. Every leaf is stepped and anchored.
+      rates: (α, αλ) of a step, which may be traced; the config's constants by default.
       anchor_sharding: where the anchor lives; see `anchored_weight_decay`.
 
     Returns:
@@ -36,21 +39,46 @@ def build_optimizer(
     """
     del params  # no rule depends on the leaves yet
     rate, penalty, strength = config.optim.learning_rate, config.optim.anchor.penalty, config.anchor_strength
+    step, pull = (rate, rate * strength) if rates is None else rates
     given = {name: getattr(config.optim, name) for name in OPTIONS.get(config.optim.name, ())}
     given = {name: value for name, value in given.items() if value is not None}
-    optimizer: Any = OPTIMIZERS[config.optim.name](rate, **given)
-    sentence = f"{config.optim.name} with learning rate {rate:g}"
+    optimizer: Any = OPTIMIZERS[config.optim.name](step, **given)
+    sentence = f"{config.optim.name} with learning rate {rate:g}{_by(config.optim.schedule)}"
     sentence += "".join(f", {name} {value:g}" for name, value in given.items())
     if config.optim.max_grad_norm is not None:
         optimizer = optax.chain(optax.clip_by_global_norm(config.optim.max_grad_norm), optimizer)
         sentence = f"gradients clipped at norm {config.optim.max_grad_norm:g}, {sentence}"
+    optimizer = _separated(optimizer)
     if penalty == "none":
-        return optax.with_extra_args_support(optimizer), f"{sentence}, no anchor."
-    sentence += f", then {penalty} anchored weight decay with strength λ = {strength:g} (αλ = {rate * strength:g}"
+        return optimizer, f"{sentence}, no anchor."
+    anchor = config.optim.anchor
+    sentence += f", then {penalty} anchored weight decay with strength λ = {strength:g}{_by(anchor.schedule)}"
+    sentence += f" (αλ = {rate * strength:g}"
     if config.anchor_drift is not None:
         sentence += f"; in the long run a weight drifts κ = {config.anchor_drift:.2f} σ"
     arithmetic = "param" if config.es.noise == "shared_seed" else "float32"  # as published: all in the weights' dtype
     decay = anchored_weight_decay(
-        rate * strength, penalty=penalty, arithmetic=arithmetic, anchor_sharding=anchor_sharding
+        pull, penalty=penalty, arithmetic=arithmetic, average=anchor.average, anchor_sharding=anchor_sharding
     )
-    return optax.chain(optimizer, decay), f"{sentence})."
+    kept = "" if anchor.source is None else f" to {anchor.source}"
+    if anchor.average is not None:
+        kept += f" to an average of the weights over about {1 / (1 - anchor.average):.0f} steps"
+    return optax.chain(optimizer, decay), f"{sentence}){kept}."
+
+
+def _by(schedule: str) -> str:
+    return "" if schedule == "constant" else f" times {schedule}"
+
+
+def _separated(optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """The optimizer, its float32 updates kept apart from the sum behind them: see `es_jax.core.counter.rounded`.
+
+    Without it the weights' last bits depend on how a device's slice is cut.
+    """
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        updates, state = optimizer.update(updates, state, params, **extra)
+        return jax.tree.map(lambda u: rounded(u) if u.dtype == "float32" else u, updates), state
+
+    return optax.GradientTransformationExtraArgs(optimizer.init, update)

@@ -3,12 +3,13 @@
 import dataclasses
 import types
 import typing
-from typing import Any
+from typing import Any, NamedTuple
 
 from ml_collections import config_dict
 
 from es_jax.core.names import unknown
 from es_jax.es import theory
+from es_jax.optim.schedules import largest, make_schedule
 from es_jax.training.fields import (
     DecodeConfig,
     ESConfig,
@@ -22,6 +23,16 @@ from es_jax.training.fields import (
 from es_jax.training.grpo_fields import GRPOConfig
 
 METHODS = ("es", "grpo")
+
+TUPLES: dict[type, str] = {str: "names", int: "whole numbers"}
+
+
+class Rates(NamedTuple):
+    """What a step's size depends on: α, σ and λ."""
+
+    learning_rate: float
+    sigma: float
+    strength: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +59,18 @@ class RunConfig:
             raise ValueError(unknown("method", self.method, METHODS))
         if self.method == "grpo":
             self._check_grpo()
-        rate = self.optim.learning_rate * self.anchor_strength
+        for field, text in self._schedules.items():
+            try:
+                make_schedule(text, self.train.steps)
+            except ValueError as error:
+                raise ValueError(f"{field}: {error}") from None
+        highest = largest(self.optim.schedule) * largest(self.optim.anchor.schedule)
+        rate = self.optim.learning_rate * self.anchor_strength * highest
         if self.optim.anchor.penalty == "l2" and not rate < 1:
             raise ValueError(
-                f"αλ is {self.optim.learning_rate:g} × {self.anchor_strength:g} = {rate:g}: the l2 anchor needs it "
-                "below 1; lower optim.anchor.strength, or raise optim.anchor.drift"
+                f"αλ is {self.optim.learning_rate:g} × {self.anchor_strength:g} = {rate / highest:g}"
+                + (f", times {highest:g} by its schedules" if highest > 1 else "")
+                + ": the l2 anchor needs it below 1; lower optim.anchor.strength, or raise optim.anchor.drift"
             )
 
     def _check_grpo(self) -> None:
@@ -66,6 +84,24 @@ class RunConfig:
                 f"optim.anchor.drift is {self.optim.anchor.drift} with method 'grpo': the drift of a weight is known "
                 "in closed form for ES alone; set optim.anchor.strength instead"
             )
+        for field, text in self._schedules.items():
+            if text != "constant":
+                raise ValueError(f"{field} is {text!r} with method 'grpo': schedules are for ES; set it to 'constant'")
+
+    @property
+    def _schedules(self) -> dict[str, str]:
+        optim = self.optim
+        return {
+            "optim.schedule": optim.schedule,
+            "es.schedule": self.es.schedule,
+            "optim.anchor.schedule": optim.anchor.schedule,
+        }
+
+    def rates(self, step: int) -> Rates:
+        """α, σ and λ of step 1..T, by their schedules."""
+        factors = [make_schedule(text, self.train.steps)(step) for text in self._schedules.values()]
+        base = (self.optim.learning_rate, self.es.sigma, self.anchor_strength)
+        return Rates(*(value * factor for value, factor in zip(base, factors, strict=True)))
 
     @property
     def anchor_strength(self) -> float:
@@ -76,7 +112,8 @@ class RunConfig:
     @property
     def anchor_drift(self) -> float | None:
         """κ, the long-run drift of a weight in units of σ; None where the weights wander freely or it is not known."""
-        if not self.anchor_strength or self.optim.name != "sgd" or self.method != "es":
+        moving = self.optim.name != "sgd" or self.method != "es" or self.optim.anchor.average is not None
+        if not self.anchor_strength or moving:
             return None
         return self.optim.anchor.drift or self._theory(theory.drift_for_strength, self.anchor_strength)
 
@@ -141,9 +178,10 @@ def _build(kind: type, values: dict, prefix: str, problems: list[str]) -> Any:
 
 
 def _checked(value: Any, hint: Any, name: str, problems: list[str]) -> Any:
-    if hint == tuple[str, ...]:
-        if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
-            problems.append(f"{name} is {value!r}: it must be a tuple of names")
+    if typing.get_origin(hint) is tuple:
+        kind = typing.get_args(hint)[0]
+        if not isinstance(value, list | tuple) or not all(type(item) is kind for item in value):
+            problems.append(f"{name} is {value!r}: it must be a tuple of {TUPLES[kind]}")
         return lambda: tuple(value)
     allowed = typing.get_args(hint) or (hint,)
     if float in allowed and isinstance(value, int) and not isinstance(value, bool):

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -17,10 +17,14 @@ from es_jax.core.tree import map_named
 from es_jax.es.noise import NOISES, GaussianNoise, SharedSeedNoise
 from es_jax.es.population import Members
 from es_jax.generate.engine import Engine
+from es_jax.generate.prompts import Prompts
 from es_jax.models.sharding import RULES, param_shardings
 from es_jax.optim.chains import build_optimizer
 from es_jax.training.config import RunConfig
-from es_jax.training.fields import ESConfig
+from es_jax.training.fields import ESConfig, OptimConfig
+from es_jax.training.timing import launched
+
+LANE = "lane"  # the axis of the members that a group evaluates at once
 
 
 def make_noise(config: RunConfig) -> GaussianNoise:
@@ -42,16 +46,31 @@ def of_update(config: RunConfig) -> RunConfig:
     es = ESConfig(
         population=config.es.population, sigma=config.es.sigma, noise=config.es.noise, generator=config.es.generator
     )
-    return RunConfig(es=es, optim=config.optim)
+    anchor = dataclasses.replace(config.optim.anchor, schedule="constant")
+    return RunConfig(es=es, optim=dataclasses.replace(config.optim, schedule="constant", anchor=anchor))
 
 
-def optimizer(config: RunConfig, mesh: Mesh, params: Any) -> tuple[optax.GradientTransformationExtraArgs, str]:
+def of_rated_update(config: RunConfig) -> RunConfig:
+    """The same where `update` is given its rates: runs that differ in α, σ, λ, N or their schedules share a program."""
+    anchored = config.optim.anchor.penalty != "none"
+    anchor = dataclasses.replace(config.optim.anchor, strength=1.0 if anchored else None, drift=None, source=None)
+    anchor = dataclasses.replace(anchor, schedule="constant")
+    optim = dataclasses.replace(config.optim, learning_rate=OptimConfig().learning_rate, schedule="constant")
+    return RunConfig(
+        es=ESConfig(noise=config.es.noise, generator=config.es.generator),
+        optim=dataclasses.replace(optim, anchor=anchor),
+    )
+
+
+def optimizer(
+    config: RunConfig, mesh: Mesh, params: Any, rates: Any = None
+) -> tuple[optax.GradientTransformationExtraArgs, str]:
     """The run's transformation and its sentence; the anchor lives where optim.anchor.memory says."""
     memory = config.optim.anchor.memory
     if memory == "device":
-        return build_optimizer(config, params)
+        return build_optimizer(config, params, rates=rates)
     where = jax.tree.map(lambda s: s.with_memory_kind(memory), param_shardings(mesh, params))
-    return build_optimizer(config, params, anchor_sharding=where)
+    return build_optimizer(config, params, rates=rates, anchor_sharding=where)
 
 
 def state_shardings(config: RunConfig, mesh: Mesh, opt_state: Any) -> Any:
@@ -66,7 +85,14 @@ def state_shardings(config: RunConfig, mesh: Mesh, opt_state: Any) -> Any:
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
 def update(
-    config: RunConfig, mesh: Mesh, params: Any, opt_state: Any, base: Any, members: Members, weights: jax.Array
+    config: RunConfig,
+    mesh: Mesh,
+    params: Any,
+    opt_state: Any,
+    base: Any,
+    members: Members,
+    weights: jax.Array,
+    rates: jax.Array | None = None,
 ) -> tuple[Any, Any, jax.Array]:
     """One step of the weights: (params, opt_state, squares). Parameters and optimizer state are donated.
 
@@ -74,16 +100,20 @@ def update(
 
     Every device makes all members' noise for its own slice, and nothing is sent or reduced: `squares` [pop, model]
     holds each device's part of ‖θ − θ₀‖², which `distance` adds up. θ₀ is `base`, or the anchor where `base` is None.
+    `rates`: (α, αλ); by default the config's.
     """
     where = param_shardings(mesh, params)
     gradient = jax.lax.with_sharding_constraint(make_noise(config).estimate(params, members, weights), where)
-    params, opt_state = stepped(config, mesh, params, opt_state, gradient)
+    params, opt_state = stepped(config, mesh, params, opt_state, gradient, rates)
     return params, opt_state, _squares(mesh, where, params, start_of(mesh, opt_state, base))
 
 
-def stepped(config: RunConfig, mesh: Mesh, params: Any, opt_state: Any, gradient: Any) -> tuple[Any, Any]:
-    """One step of the optimizer, everything left where it belongs; inside jit."""
-    updates, opt_state = optimizer(config, mesh, params)[0].update(gradient, opt_state, params)
+def stepped(
+    config: RunConfig, mesh: Mesh, params: Any, opt_state: Any, gradient: Any, rates: jax.Array | None = None
+) -> tuple[Any, Any]:
+    """One step of the optimizer, everything left where it belongs; inside jit. `rates`: as of `update`."""
+    rates = None if rates is None else rates.astype(jax.tree.leaves(gradient)[0].dtype)  # as a constant would be
+    updates, opt_state = optimizer(config, mesh, params, rates)[0].update(gradient, opt_state, params)
     params = jax.lax.with_sharding_constraint(optax.apply_updates(params, updates), param_shardings(mesh, params))
     return params, jax.tree.map(_kept, opt_state, state_shardings(config, mesh, opt_state))
 
@@ -126,8 +156,8 @@ def distance(squares: jax.Array) -> jax.Array:
 class Evaluator:
     """Perturbs and decodes members, a group of devices each, several at once where the model is small.
 
-    A *lane* is one member with its own prompts; a call runs `lanes` of them. `perturb` makes the lanes' weights and
-    `decode` runs one batch of prompts on them, so that weights are made once for all batches.
+    A *lane* is one member with its own prompts; a call runs `lanes` of them. `_perturb` makes the lanes' weights and
+    `_decode` runs a queue of prompts through the slots of each.
     """
 
     engine: Engine
@@ -178,19 +208,21 @@ class Evaluator:
         return jax.lax.fori_loop(0, len(part), layer, jnp.zeros(shape, self.dtype))
 
     @functools.partial(jax.jit, static_argnums=0)
-    def _decode(self, params: Any, tokens: jax.Array, positions: jax.Array) -> Any:
-        def one(params, tokens, positions):
-            generation = self.engine.decode(params, tokens, positions)
+    def _decode(self, params: Any, prompts: Prompts) -> Any:
+        def one(params, tokens, positions, prefix):
+            lane = LANE if self.at_once > 1 else None
+            generation = self.engine.decode(params, tokens, positions, prefix=prefix, axis_name=lane)
             return generation.tokens, generation.length
 
-        return self._grouped(one, in_specs=(PartitionSpec(POP),) * 3, mapped=(0, 0, 0))(params, tokens, positions)
+        specs = (PartitionSpec(POP),) * 3 + (PartitionSpec(),)
+        return self._grouped(one, in_specs=specs, mapped=(0, 0, 0, None))(params, *prompts)
 
     def _grouped(self, one: Any, *, in_specs: tuple, mapped: tuple) -> Any:
         """`one` over lanes: shard_map over groups of devices, vmap over the lanes of a group."""
 
         def group(*args):
             if self.at_once > 1:
-                return jax.vmap(one, in_axes=mapped)(*args)
+                return jax.vmap(one, in_axes=mapped, axis_name=LANE)(*args)
             args = (
                 arg if axis is None else jax.tree.map(lambda x: x[0], arg)
                 for arg, axis in zip(args, mapped, strict=True)
@@ -206,10 +238,8 @@ class Evaluator:
             check_vma=False,
         )
 
-    def members(
-        self, params: Any, members: Members, batches: Sequence[tuple[np.ndarray, np.ndarray]]
-    ) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
-        """Every member on every batch: (member, batch, tokens [B, L], length [B]), graded while the next one decodes.
+    def members(self, params: Any, members: Members, prompts: Prompts) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """Every member on all prompts: (member, tokens [Q, L], length [Q]), graded while the next ones decode.
         In a run of several processes, those that this one's devices decode.
 
         Where lanes are left over in the last round, their rows are padding and they decode nothing. The weights of one
@@ -221,33 +251,47 @@ class Evaluator:
             index = np.arange(first, first + self.lanes)
             lanes = members[np.minimum(index, count - 1)]
             hosts.wait(functools.partial(jax.block_until_ready, [outputs for _, outputs in pending]))
-            perturbed = self._perturb(params, self._placed(lanes))
-            for batch, (tokens, positions) in enumerate(batches):
-                own = [(i, batch) for i in index if i < count]
-                live = (index < count)[:, None, None]
-                rows = (np.repeat(tokens[None], self.lanes, 0), np.where(live, positions[None], np.int32(-1)))
-                pending.append((own, self._decode(perturbed, *self._placed(rows))))
-                if batch + 1 == len(batches):
-                    del perturbed
-                if len(pending) > 1:
-                    yield from _unpack(pending.pop(0))
+            perturbed = launched("perturb", self._perturb(params, self._placed(lanes)))
+            live = (index < count)[:, None, None]
+            tokens = np.repeat(prompts.tokens[None], self.lanes, 0)
+            rows = self._rows(tokens, np.where(live, prompts.positions[None], np.int32(-1)), prompts.prefix)
+            pending.append((index[index < count], launched("decode", self._decode(perturbed, rows))))
+            del perturbed
+            if len(pending) > 1:
+                yield from _unpack(pending.pop(0))
         for item in pending:
             yield from _unpack(item)
 
     def unperturbed(
-        self, params: Any, batches: Sequence[tuple[np.ndarray, np.ndarray]]
-    ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """θ itself on every batch, the batches spread over the lanes: (batch, tokens, length)."""
+        self, params: Any, queues: Iterable[Prompts]
+    ) -> Iterator[dict[int, tuple[range, np.ndarray, np.ndarray]]]:
+        """θ itself on several queues of prompts, each spread over the lanes: of each, lane → (rows, tokens, length).
+
+        All are dispatched before the first is waited for. Queues of the same width and prefix share a program with one
+        another, and with the members where these have as many prompts a lane. In a run of several processes, each has
+        the lanes of its own devices.
+        """
+        queues, slots = list(queues), self.engine.slots
+        if not queues:
+            return
         nobody = Members(jnp.zeros(self.lanes, jnp.uint32), jnp.zeros(self.lanes, jnp.float32))
-        lanes = self._perturb(params, self._placed(nobody))
-        for first in range(0, len(batches), self.lanes):
-            mine = list(batches[first : first + self.lanes])
-            spare = (np.zeros_like(mine[0][0]), np.full_like(mine[0][1], -1))
-            rows = mine + [spare] * (self.lanes - len(mine))
-            tokens, positions = (np.stack(part) for part in zip(*rows, strict=True))
-            own = [(first + i, 0) for i in range(len(mine))]
-            for batch, _, out, length in _unpack((own, self._decode(lanes, *self._placed((tokens, positions))))):
-                yield batch, out, length
+        weights, pending = self._perturb(params, self._placed(nobody)), []
+        for prompts in queues:
+            count, width = prompts.tokens.shape
+            each = -(-count // (self.lanes * slots)) * slots
+            spare = ((0, each * self.lanes - count), (0, 0))
+            tokens = np.pad(prompts.tokens, spare).reshape(self.lanes, each, width)
+            positions = np.pad(prompts.positions, spare, constant_values=-1).reshape(self.lanes, each, width)
+            rows = [range(first, min(first + each, count)) for first in range(0, count, each)]
+            pending.append((rows, self._decode(weights, self._rows(tokens, positions, prompts.prefix))))
+        del weights
+        for rows, outputs in pending:
+            of_lanes = ((lane, (tokens, length)) for lane, tokens, length in _unpack((range(len(rows)), outputs)))
+            yield {lane: (rows[lane], *made) for lane, made in of_lanes}
+
+    def _rows(self, tokens: np.ndarray, positions: np.ndarray, prefix: np.ndarray) -> Prompts:
+        tokens, positions = self._placed((tokens, positions))
+        return Prompts(tokens, positions, place(prefix, replicated(self.mesh)))
 
     def _placed(self, tree: Any) -> Any:
         return place(tree, over_pop(self.mesh))
@@ -262,12 +306,12 @@ def _gathered(mesh: Mesh, part: jax.Array, spec: PartitionSpec) -> jax.Array:
     return jax.shard_map(gather, in_specs=cut, out_specs=cut, axis_names={MODEL}, check_vma=False)(part)
 
 
-def _unpack(item: tuple) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
-    own, outputs = item
+def _unpack(item: tuple) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    members, outputs = item
     tokens, length = hosts.wait(lambda: [own_rows(output) for output in outputs])
-    for lane, (member, batch) in enumerate(own):
+    for lane, member in enumerate(members):
         if lane in tokens:
-            yield int(member), batch, tokens[lane], length[lane]
+            yield int(member), tokens[lane], length[lane]
 
 
 def placed_weights(mesh: Mesh, members: Members, weights: np.ndarray) -> tuple[Members, jax.Array]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ def export_run(
     Raises:
       FileNotFoundError: no run in the directory, or its base model is gone.
       FileExistsError: `out` is there and not empty.
+      OSError: it cannot be made, or does not fit on its disk.
       ValueError: a step that the log does not hold, one of a GRPO run that has no checkpoint, or a base model that is
         not the run's.
     """
@@ -59,9 +61,10 @@ def export_run(
     check_new(out)
     base = load_outline(config.model.source)
     rundir.check_base(workdir, config.model.source, base.digest)
-    source = "checkpoint" if step in saved_steps(workdir) else "replay"
-    params = _checkpoint(workdir, config, base, step) if source == "checkpoint" else _replayed(workdir, step)
     wanted = jnp.dtype(config.model.param_dtype if dtype is None else dtype)
+    check_new(out, nbytes=wanted.itemsize * sum(map(math.prod, param_shapes(base.config).values())))
+    source = "checkpoint" if step in saved_steps(workdir) else "replay"
+    params = restored(workdir, config, base, step) if source == "checkpoint" else _replayed(workdir, step)
     model = dataclasses.replace(base, params=params)
     text = card(facts, step=step, dtype=str(wanted), evals=_evals(workdir, config.task.name, step))
     save_model(out, model, dtype=wanted, max_shard_bytes=max_shard_bytes, card=text)
@@ -108,7 +111,8 @@ def card(facts: dict[str, Any], *, step: int, dtype: str, evals: dict[str, Any] 
     )
 
 
-def _checkpoint(workdir: Path, config: RunConfig, base: Model, step: int) -> Any:
+def restored(workdir: Path, config: RunConfig, base: Model, step: int) -> Any:
+    """The weights of a step that has a checkpoint, cut over all devices."""
     mesh, dtype = make_mesh(), jnp.dtype(config.model.param_dtype)
     like = {
         path: jax.ShapeDtypeStruct(shape, dtype, sharding=leaf_sharding(mesh, path, shape))

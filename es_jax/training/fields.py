@@ -12,6 +12,7 @@ from es_jax.es.noise import NOISES
 from es_jax.es.population import Population
 from es_jax.es.shaping import SHAPINGS
 from es_jax.optim.chains import OPTIMIZERS, OPTIONS
+from es_jax.optim.schedules import parse
 from es_jax.tasks import TASKS
 
 MEMORIES = ("device", "pinned_host")
@@ -23,6 +24,14 @@ def _positive(config: Any, group: str, *fields: str) -> None:
         value = getattr(config, field)
         if value is not None and value < 1:
             raise ValueError(f"{group}.{field} is {value}: it must be at least 1")
+
+
+def check_schedule(field: str, text: str) -> None:
+    """Raises ValueError with the field's name where the text is no schedule."""
+    try:
+        parse(text)
+    except ValueError as error:
+        raise ValueError(f"{field}: {error}") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +91,7 @@ class ESConfig:
     Attributes:
       population: N ≥ 2 members a step.
       sigma: σ > 0, the noise scale.
+      schedule: what σ is multiplied by, step by step: `es_jax.optim.schedules`.
       antithetic: members are pairs θ ± σε; N even.
       noise: "gaussian", or "shared_seed" as published (equal-shaped parameters share noise; arithmetic in param_dtype).
       generator: what draws the noise: "threefry13", or "threefry" of jax.random, as runs without this field have it.
@@ -93,6 +103,7 @@ class ESConfig:
 
     population: int = 30
     sigma: float = 1e-3
+    schedule: str = "constant"
     antithetic: bool = False
     noise: str = "gaussian"
     generator: str = rng.DEFAULT
@@ -104,6 +115,9 @@ class ESConfig:
         Population(self.population, seed=0, antithetic=self.antithetic)
         if not (self.sigma > 0 and math.isfinite(self.sigma)):
             raise ValueError(f"es.sigma is {self.sigma}: the noise scale must be above 0 (the papers use 1e-3)")
+        check_schedule("es.schedule", self.schedule)
+        if self.schedule.startswith(("linear", "cosine")) and not parse(self.schedule)[1] > 0:
+            raise ValueError(f"es.schedule is {self.schedule!r}: σ must stay above 0, so give an end, as in linear:0.1")
         choices = {
             "noise": NOISES,
             "generator": rng.GENERATORS,
@@ -124,12 +138,19 @@ class AnchorConfig:
       penalty: "none", "l2" or "l1".
       strength: λ ≥ 0 of the paper (10 for l2, 0.01 for l1); or give `drift`.
       drift: κ > 0, how many σ a weight may drift in the long run; λ follows from it. Plain sgd only.
+      schedule: what λ is multiplied by, step by step: `es_jax.optim.schedules`.
+      source: the model to be pulled to, where it is not the one that training starts from (model.source): in a
+        sequence of tasks, the base of the first.
+      average: β of an anchor that follows the weights, an exponential average over about 1/(1 − β) steps; None: fixed.
       memory: where the starting weights are kept: "device", or "pinned_host" to bring them leaf by leaf each step.
     """
 
     penalty: str = "none"
     strength: float | None = None
     drift: float | None = None
+    schedule: str = "constant"
+    source: str | None = None
+    average: float | None = None
     memory: str = "device"
 
     def __post_init__(self):
@@ -147,6 +168,19 @@ class AnchorConfig:
                 f"optim.anchor.penalty is {self.penalty!r} with {' and '.join(given) or 'no strength'}: set either "
                 "optim.anchor.strength (λ of the paper) or optim.anchor.drift (κ, in σ per weight)"
             )
+        moved = [name for name in ("source", "average") if getattr(self, name) is not None]
+        if self.penalty == "none" and moved:
+            raise ValueError(f"optim.anchor.{moved[0]} is set but optim.anchor.penalty is 'none': set that")
+        if self.average is not None and not 0 <= self.average < 1:
+            raise ValueError(f"optim.anchor.average is {self.average}: it must be at least 0 and below 1, such as 0.99")
+        if self.average is not None and self.drift is not None:
+            raise ValueError(
+                f"optim.anchor.drift is {self.drift} with optim.anchor.average: weights that are pulled to their own "
+                "average have no long-run drift; set optim.anchor.strength instead"
+            )
+        if self.average is not None and self.memory != "device":
+            raise ValueError(f"optim.anchor.memory is {self.memory!r} with optim.anchor.average: set it to 'device'")
+        check_schedule("optim.anchor.schedule", self.schedule)
         if self.strength is not None and not 0 <= self.strength < math.inf:
             raise ValueError(f"optim.anchor.strength is {self.strength}: it must be finite and not negative")
         if self.drift is not None and not 0 < self.drift < math.inf:
@@ -160,6 +194,7 @@ class OptimConfig:
     Attributes:
       name: one of `es_jax.optim.chains.OPTIMIZERS`; the papers' step is "sgd".
       learning_rate: α > 0, with the 1/σ of the gradient folded in, as in the papers.
+      schedule: what α is multiplied by, step by step: `es_jax.optim.schedules`.
       b1, b2: in [0, 1), decay of the moments; None is optax's default. adam, adamw and lion.
       weight_decay: ≥ 0, decoupled, toward zero; None is optax's default. adamw and lion.
       max_grad_norm: > 0: gradients of a larger norm are scaled down to it; None does not clip.
@@ -168,6 +203,7 @@ class OptimConfig:
 
     name: str = "sgd"
     learning_rate: float = 5e-4
+    schedule: str = "constant"
     b1: float | None = None
     b2: float | None = None
     weight_decay: float | None = None
@@ -177,6 +213,7 @@ class OptimConfig:
     def __post_init__(self):
         if self.name not in OPTIMIZERS:
             raise ValueError(unknown("optim.name", self.name, OPTIMIZERS))
+        check_schedule("optim.schedule", self.schedule)
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"optim.learning_rate is {self.learning_rate}: it must be finite and above 0")
         for field, most in {"b1": 1, "b2": 1, "weight_decay": math.inf}.items():
@@ -225,6 +262,7 @@ class TrainConfig:
       checkpoint_every: steps between checkpoints; the last step has one too. Steps since are replayed on resume.
       keep: how many checkpoints stay.
       samples: completions of each step's first member that go to samples.jsonl.
+      profile: (start, stop): a TensorBoard trace of steps start to stop − 1 is written to the run's tb folder.
     """
 
     steps: int = 500
@@ -232,9 +270,15 @@ class TrainConfig:
     checkpoint_every: int = 25
     keep: int = 2
     samples: int = 2
+    profile: tuple[int, ...] = ()
 
     def __post_init__(self):
         _positive(self, "train", "steps", "checkpoint_every", "keep")
+        if self.profile and not (len(self.profile) == 2 and 1 <= self.profile[0] < self.profile[1]):
+            raise ValueError(
+                f"train.profile is {self.profile}: give the first step of the trace and the one behind its last, "
+                "1 ≤ start < stop, such as (3, 5)"
+            )
         if self.samples < 0:
             raise ValueError(f"train.samples is {self.samples}: it must not be negative")
         try:
@@ -250,12 +294,15 @@ class EvalsConfig:
     Attributes:
       every: steps between evaluations; 0 is never.
       size: how many test rows, of each task.
-      tasks: other tasks to evaluate besides the one that is trained; they use their own rows.
+      tasks: other tasks to evaluate besides the one that is trained.
+      data_dir: a folder with a folder of rows for each of `tasks`, named like it (`-` may be `_`); None: the task's
+        own, of the hub or made here. The laboratory's tasks always make theirs.
     """
 
     every: int = 25
     size: int = 200
     tasks: tuple[str, ...] = ()
+    data_dir: str | None = None
 
     def __post_init__(self):
         _positive(self, "evals", "size")

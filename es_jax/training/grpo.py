@@ -16,7 +16,8 @@ import numpy as np
 from es_jax.core import rng
 from es_jax.core.mesh import POP, over_pop, replicated
 from es_jax.es.shaping import group_relative
-from es_jax.generate.engine import BUCKET, Engine
+from es_jax.generate.engine import Engine
+from es_jax.generate.prompts import WIDTH_STEP, Packing
 from es_jax.generate.sampling import Temperature
 from es_jax.training.config import RunConfig
 from es_jax.training.es_step import Evaluator, of_update
@@ -24,6 +25,9 @@ from es_jax.training.grading import Graded, Grader
 from es_jax.training.grpo_step import METRICS, Policy, Rows, token_weights
 from es_jax.training.seedlog import Entry
 from es_jax.training.state import State
+from es_jax.training.timing import launched
+
+AT_ONCE = 4  # times the slots: rollouts that a group decodes in one call, while those of the last call are graded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +51,8 @@ class GRPO:
 
     replayable = False
 
-    def __init__(self, config: RunConfig, evaluator: Evaluator, state: State):
-        self._config, self._state = config, state
+    def __init__(self, config: RunConfig, evaluator: Evaluator, state: State, packing: Packing):
+        self._config, self._state, self._packing = config, state, packing
         engine: Engine = dataclasses.replace(evaluator.engine, sampler=Temperature(config.grpo.temperature))
         self._policy = Policy(engine, evaluator.mesh, evaluator.dtype, of_update(config), config.grpo)
         prompts = config.task.prompts_per_step or config.task.train_size
@@ -95,16 +99,15 @@ class GRPO:
         """(first row, tokens [B, L], length [B]) of all rows in turn; one part decodes while another is graded."""
         engine, mesh = self._policy.engine, self._policy.mesh
         key, groups = rng.sampling_key(self._config.train.seed, step), mesh.shape[POP]
-        batches = engine.batches(prompts)
-        spare = (np.zeros_like(batches[0][0]), np.full_like(batches[0][1], -1))
+        each = min(-(-len(prompts) // groups), AT_ONCE * engine.slots)
         pending: list = []
-        for first in range(0, len(batches), groups):
-            mine = [*batches[first : first + groups], *[spare] * (first + groups - len(batches))]
-            tokens, positions = (np.stack(part) for part in zip(*mine, strict=True))
-            index = jnp.arange(first * engine.slots, (first + groups) * engine.slots, dtype=jnp.uint32)
-            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index).reshape(groups, engine.slots)
-            placed = jax.device_put((tokens, positions, keys), over_pop(mesh))
-            pending.append((first * engine.slots, self._policy.rollout(self._state.params, *placed)))
+        for first in range(0, len(prompts), groups * each):
+            rows = self._packing.pack(prompts[first : first + groups * each], rows=groups * each)
+            index = jnp.arange(first, first + groups * each, dtype=jnp.uint32)
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
+            parts = (x.reshape(groups, each, *x.shape[1:]) for x in (rows.tokens, rows.positions, keys))
+            placed = *jax.device_put(tuple(parts), over_pop(mesh)), jax.device_put(rows.prefix, replicated(mesh))
+            pending.append((first, launched("decode", self._policy.rollout(self._state.params, *placed))))
             if len(pending) > 1:
                 yield _unpacked(pending.pop(0), len(prompts))
         for item in pending:
@@ -117,7 +120,8 @@ class GRPO:
         width, count = all_rows.counted.shape[1], len(all_rows.tokens)
 
         def score(params: Any) -> np.ndarray:
-            return np.asarray(self._policy.logprobs(params, tokens, positions, width)).reshape(-1, width)[:count]
+            found = launched("update", self._policy.logprobs(params, tokens, positions, width))
+            return np.asarray(found).reshape(-1, width)[:count]
 
         old = score(self._state.params)
         base = score(self._state.base) if self._config.grpo.kl else old
@@ -143,7 +147,7 @@ class GRPO:
         state.params, state.opt_state, state.drift, metrics = self._policy.update(
             state.params, state.opt_state, base, cut, jax.device_put(count, replicated(self._policy.mesh))
         )
-        return metrics
+        return launched("update", metrics)
 
     def _cut(self, x: np.ndarray, size: int, fill: int, *, rows: int | None = None) -> jax.Array:
         """[R, …] as micro-batches [M, m, …] on the devices, with rows of padding behind."""
@@ -170,8 +174,8 @@ def laid_out(
     ([[0, 5, 6, 7, 0]], [[-1, 0, 1, 2, -1]], [[True, False]])
     """
     longest = max(int(length.max()), 1)
-    width = min(-(-longest // BUCKET) * BUCKET, tokens.shape[1])
-    left, total = min(-(-max(map(len, prompts)) // BUCKET) * BUCKET, max_prompt), len(prompts)
+    width = min(-(-longest // WIDTH_STEP) * WIDTH_STEP, tokens.shape[1])
+    left, total = min(-(-max(map(len, prompts)) // WIDTH_STEP) * WIDTH_STEP, max_prompt), len(prompts)
     out, positions = np.zeros((total, left + width), np.int32), np.full((total, left + width), -1, np.int32)
     for row, (prompt, n) in enumerate(zip(prompts, length, strict=True)):
         start = left - len(prompt)

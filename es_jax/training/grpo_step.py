@@ -121,21 +121,22 @@ class Policy:
         return min(self.grpo.micro_batch, -(-rows // devices)) * devices
 
     @functools.partial(jax.jit, static_argnums=0)
-    def rollout(self, params: Any, tokens: Array, positions: Array, keys: Array) -> tuple[Array, Array]:
-        """Sampled completions: tokens [G, B, L] and lengths [G, B] of prompts [G, B, P], one part for each group.
+    def rollout(self, params: Any, tokens: Array, positions: Array, keys: Array, prefix: Array) -> tuple[Array, Array]:
+        """Sampled completions: tokens [G, Q, L] and lengths [G, Q] of prompts [G, Q, P], one part for each group.
 
-        A row's completion depends on its prompt and its key alone.
+        All prompts begin with `prefix` [C], which `tokens` leaves out, as in `Prompts`. A completion depends on its
+        prompt and its key alone.
         """
 
-        def group(params, tokens, positions, keys):
+        def group(params, tokens, positions, keys, prefix):
             weights = self.engine.layout(jax.tree.map(lambda leaf: leaf.astype(self.dtype), params))
-            out = self.engine.decode(weights, tokens[0], positions[0], keys[0])
+            out = self.engine.decode(weights, tokens[0], positions[0], keys[0], prefix=prefix)
             return out.tokens[None], out.length[None]
 
-        parts = (PartitionSpec(), *(PartitionSpec(POP),) * 3)
+        parts = (PartitionSpec(), *(PartitionSpec(POP),) * 3, PartitionSpec())
         return jax.shard_map(
             group, mesh=self.mesh, in_specs=parts, out_specs=PartitionSpec(POP), axis_names={POP}, check_vma=False
-        )(params, tokens, positions, keys)
+        )(params, tokens, positions, keys, prefix)
 
     @functools.partial(jax.jit, static_argnums=(0, 4))
     def logprobs(self, params: Any, tokens: Array, positions: Array, width: int) -> Array:

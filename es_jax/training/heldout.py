@@ -1,40 +1,159 @@
-"""Accuracy of the unperturbed model on held-out rows."""
+"""Evaluation of the unperturbed model on held-out rows: all tasks of a step together, by one set of programs."""
 
-import math
-from collections.abc import Sequence
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from es_jax.tasks.task import Example, Task
+from es_jax.generate.options import score_options
+from es_jax.models.config import TransformerConfig
+from es_jax.tasks.task import ChoiceTask, Example, Score, Task
 from es_jax.training.es_step import Evaluator
-from es_jax.training.grading import Graded, Grader, means
+from es_jax.training.grading import Graded, Grader
+from es_jax.training.verdicts import Verdicts
 from es_jax.weights.model import Model
+from es_jax.weights.tokenizer import encode_prompt
 
 
-def evaluate_rows(
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """The held-out rows of a task.
+
+    Attributes:
+      task: what grades them for the reward.
+      examples, prompts: n rows and the token ids of their prompts.
+      options: for a task with options, each row's prompt, continuations (token ids) and the index of the right one.
+    """
+
+    task: Task
+    examples: Sequence[Example]
+    prompts: Sequence[Sequence[int]]
+    options: Sequence[tuple[list[int], list[list[int]], int]] | None = None
+
+    @classmethod
+    def of(cls, task: Task, examples: Sequence[Example], model: Model, *, max_prompt: int) -> "HeldOut":
+        """Raises ValueError for a prompt longer than `max_prompt` tokens, which is named."""
+        prompts = [checked_prompt(model, task.name, example, max_prompt) for example in examples]
+        options = [_options(task, example, model) for example in examples] if isinstance(task, ChoiceTask) else None
+        return cls(task, examples, prompts, options)
+
+    @property
+    def name(self) -> str:
+        return self.task.name
+
+    @property
+    def digest(self) -> str:
+        """Of the rows and of their tokens: what must be equal for two evaluations to be comparable."""
+        rows = [[e.prompt, e.answer, dict(e.meta)] for e in self.examples]
+        content = json.dumps([rows, [list(ids) for ids in self.prompts]], default=str, sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def checked_prompt(model: Model, task: str, example: Example, max_prompt: int) -> list[int]:
+    """The token ids of an example's prompt. Raises ValueError where they are none, or more than `max_prompt`."""
+    ids = encode_prompt(model.tokenizer, example.prompt)
+    if not 1 <= len(ids) <= max_prompt:
+        raise ValueError(
+            f"prompt {example.id!r} of task {task!r} has {len(ids)} tokens: it must "
+            f"have 1 to decode.max_prompt = {max_prompt}; raise decode.max_prompt or take the row out"
+        )
+    return ids
+
+
+def evaluate(
     evaluator: Evaluator,
-    task: Task,
     model: Model,
     params: Any,
+    tasks: Sequence[HeldOut],
     *,
-    examples: Sequence[Example],
-    batches: Sequence,
-) -> list[Graded]:
-    """Greedy completions of the examples, graded. `batches` holds their prompts in the same order."""
-    slots, own, grader = evaluator.engine.slots, {}, Grader(task, model, examples)
-    for batch, tokens, length in evaluator.unperturbed(params, batches):
-        rows = range(batch * slots, min((batch + 1) * slots, len(examples)))
-        own[batch] = rows, grader(rows, tokens, length)
-    return [one for part in grader.shared(own).values() for one in part]
+    done: Callable[[int], None] = lambda rows: None,
+) -> Iterator[tuple[HeldOut, Verdicts]]:
+    """Greedy completions of all tasks' rows and the likelihoods of options, graded; a task while the others decode.
+
+    `done` is told how many more rows are graded.
+    """
+    engine = evaluator.engine
+    queues = [engine.packing(held.prompts).pack(held.prompts, rows=len(held.prompts)) for held in tasks]
+    for held, lanes in zip(tasks, evaluator.unperturbed(params, queues), strict=True):
+        grader = Grader(_Published(held.task), model, held.examples)  # type: ignore[arg-type]
+        own = {lane: (rows, grader(rows, tokens, length)) for lane, (rows, tokens, length) in lanes.items()}
+        graded = [one for part in grader.shared(own).values() for one in part]
+        likely = likeliest(model.config, params, held.options, dtype=evaluator.dtype, mesh=evaluator.mesh)
+        done(len(graded))
+        yield held, _verdicts(graded, likely)
 
 
-def summary(step: int, graded: Sequence[Graded]) -> dict[str, Any]:
-    """A row of evals/<task>.jsonl: accuracy and reward with their standard errors over rows, and the means."""
-    n = len(graded)
-    right = np.array([g.score.parts["answer"] for g in graded], float)
-    rewards = np.array([g.score.reward for g in graded], float)
-    deviation = lambda x: float(x.std(ddof=1) / math.sqrt(n)) if n > 1 else None  # noqa: E731
-    row = {"step": step, "n": n, "accuracy": float(right.mean()), "accuracy_se": deviation(right)}
-    rest = {name: value for name, value in means(graded).items() if name not in ("answer",)}
-    return row | rest | {"reward_se": deviation(rewards)}
+def _verdicts(graded: Sequence[Graded], likely: np.ndarray | None) -> Verdicts:
+    scores = [g.score for g in graded]
+    names = [name for name in scores[0].parts if name not in ("answer", "strict")]
+    parts = {name: np.array([s.parts[name] for s in scores], float) for name in names}
+    return Verdicts(
+        right=np.array([s.parts["answer"] for s in scores], float),
+        strict=np.array([s.parts.get("strict", s.parts["answer"]) for s in scores], float),
+        loglik=likely,
+        well_formed=(parts["format"] >= 1).astype(float) if "format" in parts else None,
+        truncated=np.array([g.truncated for g in graded], float),
+        length=np.array([g.length for g in graded], float),
+        reward=np.array([g.score.reward for g in graded], float),
+        parts=parts,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Published:
+    """A task whose reward is its own grader's, and whose parts are the published grader's."""
+
+    task: Task
+
+    def score(self, example: Example, completion: str) -> Score:
+        own = self.task.score(example, completion)
+        if getattr(self.task, "grader", "paper") == "paper":
+            return own
+        paper: Any = dataclasses.replace(self.task, grader="paper")  # type: ignore[type-var]
+        return Score(own.reward, paper.score(example, completion).parts)
+
+
+def _options(task: ChoiceTask, example: Example, model: Model) -> tuple[list[int], list[list[int]], int]:
+    choices = task.choices(example)
+    prompt = encode_prompt(model.tokenizer, choices.prompt)
+    options = [model.tokenizer.encode(text, add_special_tokens=False) for text in choices.options]
+    if not prompt or not all(options):
+        raise ValueError(f"row {example.id!r} of task {task.name!r} has an option or a prompt without tokens")
+    room = model.config.max_positions - len(prompt)
+    if max(map(len, options)) > room:
+        raise ValueError(
+            f"row {example.id!r} of task {task.name!r} has {len(prompt)} tokens of prompt and options of up to "
+            f"{max(map(len, options))}, more than the model's context of {room + len(prompt)}: take the row out"
+        )
+    return prompt, options, choices.right
+
+
+def likeliest(
+    config: TransformerConfig,
+    params: Any,
+    rows: Sequence[tuple[list[int], list[list[int]], int]] | None,
+    *,
+    dtype: jnp.dtype,
+    mesh: Mesh | None = None,
+) -> np.ndarray | None:
+    """Whether the right option has the highest log-probability, the sum over its tokens, [n]; None without options.
+
+    The first of several equal options counts as the highest. It computes in `dtype`.
+    """
+    if rows is None:
+        return None
+    scores = score_options(config, cast(params, dtype), [(prompt, options) for prompt, options, _ in rows], mesh=mesh)
+    return np.array([float(np.argmax(own) == right) for own, (_, _, right) in zip(scores, rows, strict=True)])
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def cast(params: Any, dtype: jnp.dtype) -> Any:
+    """The weights in the dtype they compute in."""
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), params)

@@ -5,9 +5,8 @@ import hashlib
 import itertools
 import json
 import logging
-import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from es_jax.core.tree import count
 from es_jax.generate.engine import Engine
 from es_jax.models.sharding import param_shardings
 from es_jax.tasks import get_task
+from es_jax.tasks.data import rows_folder
 from es_jax.tasks.task import Example, Task
 from es_jax.training import workdir as rundir
 from es_jax.training.checkpoint import Checkpoints, abstract, nbytes
@@ -26,12 +26,13 @@ from es_jax.training.config import RunConfig, freeze
 from es_jax.training.es_step import Evaluator, compute_dtype
 from es_jax.training.grading import Graded, Grader
 from es_jax.training.grpo import GRPO
-from es_jax.training.heldout import evaluate_rows, summary
+from es_jax.training.heldout import HeldOut, checked_prompt, evaluate
 from es_jax.training.method import Evolution, Method
 from es_jax.training.recorder import Recorder
 from es_jax.training.seedlog import Entry, SeedLog
 from es_jax.training.state import State, base_config, load_base, mesh_of
-from es_jax.weights.tokenizer import encode_prompt
+from es_jax.training.timing import Clock, Profile, Work, compilation_cache, split
+from es_jax.weights.model import load_outline
 
 logger = logging.getLogger(__name__)
 METHODS: dict[str, Callable[..., Method]] = {"es": Evolution, "grpo": GRPO}
@@ -68,16 +69,17 @@ def run(config: RunConfig | config_dict.ConfigDict | dict, workdir: str | Path) 
         rewards that are not finite or a full disk, at their step. Finished steps stay.
       hosts.Preempted: SIGTERM came. The last finished step has a checkpoint.
     """
+    began = time.monotonic()
     config, workdir = config if isinstance(config, RunConfig) else freeze(config), Path(workdir)
     if jax.process_count() > 1 and config.method != "es":
         raise ValueError(
             f"method {config.method!r} in {jax.process_count()} processes: start it in one; ES runs in many"
         )
-    tasks = {name: get_task(name) for name in config.evals.tasks} | {config.task.name: make_task(config)}
+    tasks = {name: other_task(config, name) for name in config.evals.tasks} | {config.task.name: make_task(config)}
     train = tasks[config.task.name].train(config.task.train_size)
     tests = {name: task.test(config.evals.size) for name, task in tasks.items()} if config.evals.every else {}
-    with hosts.stoppable(), rundir.claim(workdir):
-        return _Run(config, workdir, tasks=tasks, train=train, tests=tests).train()
+    with hosts.stoppable(), rundir.claim(workdir), compilation_cache(workdir / "cache"):
+        return _Run(config, workdir, tasks=tasks, train=train, tests=tests).train(began)
 
 
 def make_task(config: RunConfig) -> Task:
@@ -86,36 +88,52 @@ def make_task(config: RunConfig) -> Task:
     return get_task(config.task.name, **{name: value for name, value in options.items() if value is not None})
 
 
+def other_task(config: RunConfig, name: str) -> Task:
+    """A task of evals.tasks, with its rows from evals.data_dir where that is set."""
+    root = None if name.startswith("lab-") else config.evals.data_dir
+    return get_task(name) if root is None else get_task(name, data_dir=rows_folder(root, name))
+
+
 class _Run:
     """One process's run of the loop. `__init__` checks and loads everything and brings the state to the last step."""
 
     def __init__(self, config: RunConfig, workdir: Path, *, tasks: dict[str, Task], train: list[Example], tests: dict):
-        self.config, self.workdir, self.tasks, self.examples, self.tests = config, workdir, tasks, train, tests
+        self.config, self.workdir, self.tasks, self.examples = config, workdir, tasks, train
         self.mesh = mesh_of(config, base_config(config))
         model = load_base(config, self.mesh)
         param_shardings(self.mesh, model.params, log=True)
         self.dim = count(model.params)
         self.model = dataclasses.replace(model, params={})  # the state alone holds weights: updates donate them
-        self.prompts = list(self._encoded(config.task.name, train))
-        self.test_prompts = {name: list(self._encoded(name, rows)) for name, rows in tests.items()}
+        limit = config.decode.max_prompt
+        self.prompts = [checked_prompt(self.model, config.task.name, example, limit) for example in train]
+        self.tests = [HeldOut.of(tasks[name], rows, self.model, max_prompt=limit) for name, rows in tests.items()]
         self.log = SeedLog(workdir)
         rundir.settle(workdir, config, identity=self._identity(), started=bool(self.log.entries))
-        self.evaluator = Evaluator.of(config, self._engine(), self.mesh)
+        engine = self._engine()
+        self.evaluator = Evaluator.of(config, engine, self.mesh)
         self.checkpoints = Checkpoints(workdir, keep=config.train.keep)
         self.state = State(config, self.mesh, model.params)
         del model
-        self.method = METHODS[config.method](config, self.evaluator, self.state)
+        self.method = METHODS[config.method](config, self.evaluator, self.state, engine.packing(self.prompts))
         self._resume()
         rundir.check_space(workdir, nbytes(self.state.params, self.state.opt_state))
         self.recorder = Recorder(
-            config, workdir, dim=self.dim, finished=self.log.entries, tasks=list(tests), unit=self.method.unit
+            config,
+            workdir,
+            dim=self.dim,
+            finished=self.log.entries,
+            tests=self.tests,
+            unit=self.method.unit,
+            offset=self.state.offset,
         )
+        self.profile = Profile(config.train.profile, workdir / "tb")
         self.recorder.progress.say(f"{self.dim:,} weights, {self.mesh.size} devices, {self.state.sentence}")
 
-    def train(self) -> RunResult:
-        """Run the loop to its end; what is open is closed however it ends."""
+    def train(self, began: float) -> RunResult:
+        """Run the loop to its end; what is open is closed however it ends. `began`: when the run was asked for."""
         try:
-            self._loop()
+            with Clock() as clock:
+                self._loop(clock, began)
             step = len(self.log.entries)
             if hosts.first():
                 (self.workdir / "DONE").write_text(f"{step}\n")
@@ -126,6 +144,7 @@ class _Run:
                 f"terminated; step {len(self.log.entries)} is saved, and the same command goes on from there"
             ) from None
         finally:
+            self.profile.close()
             self.checkpoints.close()
             self.recorder.close()
         return RunResult(
@@ -136,21 +155,41 @@ class _Run:
             self.recorder.heldout[self.config.task.name].last,
         )
 
-    def _loop(self) -> None:
+    def _loop(self, clock: Clock, asked: float) -> None:
         if hosts.first():
             (self.workdir / "DONE").unlink(missing_ok=True)
         start = len(self.log.entries)
         self._finish_step(start)
         for step in range(start + 1, self.config.train.steps + 1):
-            began = time.monotonic()
-            entry, graded = self._collect(step)
-            scored = time.monotonic()
-            learnt = self.method.learn(entry)
-            drift = float(self.state.drift)
-            seconds = {"evaluate": scored - began, "update": time.monotonic() - scored}
-            self.recorder.step(entry, graded, drift=drift, seconds=seconds, learnt=learnt)
+            clock.restart()
+            with self.profile.step(step):
+                began = time.monotonic()
+                entry, graded = self._collect(step)
+                learnt = self.method.learn(entry)
+                drift = float(self.state.drift)
+                now = time.monotonic()
+            first = {"seconds_to_first_step": now - asked} if step == start + 1 else {}
+            spent = self._spent(step, clock.seconds(), graded, total=now - began)
+            self.recorder.step(entry, graded, drift=drift, spent={**spent, **first}, learnt=learnt)
             self.log.append(entry)
+            self.profile.done(step)
             self._finish_step(step)
+
+    def _spent(
+        self, step: int, seconds: dict[str, float], graded: list[list[Graded]], *, total: float
+    ) -> dict[str, Any]:
+        """Where a step's time went, and what it made of the machine."""
+        members, new = len(graded), sum(g.length for mine in graded for g in mine)
+        prompt = members * sum(len(self.prompts[i]) for i in self._rows(step))
+        engine, busy = self.evaluator.engine, seconds.get("decode", 0.0)
+        work = Work(engine.config, compute_dtype(self.config).itemsize, engine.slots, self.mesh.size)
+        return {
+            "tokens_per_second": new / total,
+            "prompt_tokens_per_second": prompt / total,
+            **work.utilisation(prompt=prompt, new=new, members=members, seconds=busy),
+            "seconds": total,
+            **split(seconds, total=total),
+        }
 
     def _collect(self, step: int) -> tuple[Entry, list[list[Graded]]]:
         """The method's completions of the step's prompts, graded."""
@@ -162,29 +201,24 @@ class _Run:
     def _identity(self) -> dict[str, Any]:
         """What a run is besides its fields, as config.json keeps it."""
         rows = [[e.prompt, e.answer, dict(e.meta)] for e in self.examples]
-        content = json.dumps([rows, self.prompts, self.test_prompts], default=str).encode()
+        tests = {held.name: held.prompts for held in self.tests}
+        content = json.dumps([rows, self.prompts, tests], default=str).encode()
         return {
             "digest": self.model.digest,
             "rows": hashlib.sha256(content).hexdigest(),
             "compute_dtype": str(compute_dtype(self.config)),
             "parameters": self.dim,
             "stop_ids": list(self.model.stop_ids),
+            **self._anchor_identity(),
         }
 
-    def _encoded(self, task: str, examples: Sequence[Example]) -> Iterator[list[int]]:
-        limit = self.config.decode.max_prompt
-        for example in examples:
-            ids = encode_prompt(self.model.tokenizer, example.prompt)
-            if not 1 <= len(ids) <= limit:
-                raise ValueError(
-                    f"prompt {example.id!r} of task {task!r} has {len(ids)} tokens: it must "
-                    f"have 1 to decode.max_prompt = {limit}; raise decode.max_prompt or take the row out"
-                )
-            yield ids
+    def _anchor_identity(self) -> dict[str, str]:
+        source = self.config.optim.anchor.source
+        return {} if source is None else {"anchor_digest": load_outline(source).digest}
 
     def _engine(self) -> Engine:
         decode, total = self.config.decode, self.config.task.prompts_per_step or len(self.examples)
-        longest = max(len(ids) for ids in itertools.chain(self.prompts, *self.test_prompts.values()))
+        longest = max(len(ids) for ids in itertools.chain(self.prompts, *(held.prompts for held in self.tests)))
         room = self.model.config.max_positions - longest
         if decode.max_new > room:
             raise ValueError(
@@ -193,7 +227,7 @@ class _Run:
             )
         return Engine(
             self.model.config,
-            slots=math.ceil(total / math.ceil(total / decode.slots)),  # batches of equal size
+            slots=min(decode.slots, total),
             max_prompt=longest,
             max_new=decode.max_new,
             stop=self.model.stop_ids,
@@ -243,10 +277,7 @@ class _Run:
         final = step == train.steps
         if final or step % train.checkpoint_every == 0:
             self._save(step)
-        for name, examples in self.tests.items():
-            if (final or step % every == 0) and step not in self.recorder.heldout[name].steps:
-                batches = self.evaluator.engine.batches(self.test_prompts[name])
-                graded = evaluate_rows(
-                    self.evaluator, self.tasks[name], self.model, self.state.params, examples=examples, batches=batches
-                )
-                self.recorder.evaluation(name, summary(step, graded))
+        due = [held for held in self.tests if step not in self.recorder.heldout[held.name].steps]
+        if due and (final or step % every == 0):
+            for held, verdicts in evaluate(self.evaluator, self.model, self.state.params, due):
+                self.recorder.evaluation(held, step, verdicts)

@@ -4,15 +4,19 @@ The loop owns tasks, prompts, grading, records, checkpoints and evaluation. A me
 moves the weights by them.
 """
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
+import jax.numpy as jnp
 import numpy as np
 
 from es_jax.core import rng
 from es_jax.es.population import Members, Population
 from es_jax.es.shaping import SHAPINGS
+from es_jax.generate.prompts import Packing
 from es_jax.training.config import RunConfig
+from es_jax.training.diagnostics import diagnose
 from es_jax.training.es_step import Evaluator
 from es_jax.training.grading import Graded, Grader
 from es_jax.training.seedlog import Entry
@@ -20,7 +24,7 @@ from es_jax.training.state import State
 
 
 class Method(Protocol):
-    """One way of training; made from a run's config, its evaluator and its state.
+    """One way of training; made from a run's config, its evaluator, its state and the packing of its prompts.
 
     Attributes:
       replayable: whether a line of the seed log rebuilds its step. Where it does not, a run goes on from its last
@@ -43,7 +47,7 @@ class Method(Protocol):
           done: told how many more units there are.
         """
 
-    def learn(self, entry: Entry) -> dict[str, float]:
+    def learn(self, entry: Entry) -> Mapping[str, float | None]:
         """Move the weights by what was collected; what else there is to record of it."""
 
 
@@ -52,38 +56,52 @@ class Evolution:
 
     replayable = True
 
-    def __init__(self, config: RunConfig, evaluator: Evaluator, state: State):
-        self._config, self._evaluator, self._state = config, evaluator, state
+    def __init__(self, config: RunConfig, evaluator: Evaluator, state: State, packing: Packing):
+        self._config, self._evaluator, self._state, self._packing = config, evaluator, state, packing
         self._population = Population(config.es.population, seed=config.train.seed, antithetic=config.es.antithetic)
         self.unit = ("member", config.es.population)
+        self._gap: float | None = None
 
     def collect(
         self, step: int, prompts: Sequence[Sequence[int]], grade: Grader, done: Callable[[int], None]
     ) -> tuple[Entry, list[list[Graded]]]:
         """Every member's completions, in the order of the prompts."""
         es, members = self._config.es, self._population.members(step)
-        own = self._evaluate(members, prompts, grade, done)
-        graded = list(grade.shared({i: (range(len(prompts)), mine) for i, mine in enumerate(own) if mine}).values())
-        done(own.count([]))  # by other processes
+        scaled = dataclasses.replace(members, sign=members.sign * np.float32(self._config.rates(step).sigma / es.sigma))
+        graded = self._graded(scaled, prompts, grade, done)
         rewards = np.array([np.mean([g.score.reward for g in mine]) for mine in graded])
+        self._measure_gap(step, prompts, grade, rewards)
         if es.rewards == "random":
             rewards = rng.random_rewards(self._config.train.seed, step, len(members))
         weights = SHAPINGS[es.shaping](rewards, nan_rewards=es.nan_rewards)
-        return Entry.of(step, members, rewards=rewards, weights=weights), graded
+        rates = self._config.rates(step)
+        return Entry.of(step, members, rewards=rewards, weights=weights, rates=rates), graded
 
-    def learn(self, entry: Entry) -> dict[str, float]:
-        """The step of `State.apply`, as in a replay."""
+    def learn(self, entry: Entry) -> dict[str, float | None]:
+        """The step of `State.apply`, as in a replay; and what docs/diagnostics.md explains."""
         self._state.apply(entry)
-        return {}
+        rates = entry.rates(self._config)
+        found = diagnose(entry, learning_rate=rates.learning_rate, sigma=rates.sigma)
+        if self._config.optim.name != "sgd" or self._config.es.rewards == "random":
+            found["expected_gain"] = None
+        return {**found, "curvature_gap": self._gap, **rates._asdict()}
 
-    def _evaluate(
+    def _measure_gap(self, step: int, prompts: Sequence[Sequence[int]], grade: Grader, rewards: np.ndarray) -> None:
+        """Mean reward of the members minus that of the model between them, at the steps behind an evaluation."""
+        every, self._gap = self._config.evals.every, None
+        if every and (step - 1) % every == 0 and self._config.es.rewards == "task":
+            nobody = Members(jnp.zeros(1, jnp.uint32), jnp.zeros(1, jnp.float32))
+            (centre,) = self._graded(nobody, prompts, grade, lambda n: None)
+            self._gap = float(rewards.mean() - np.mean([g.score.reward for g in centre]))
+
+    def _graded(
         self, members: Members, prompts: Sequence[Sequence[int]], grade: Grader, done: Callable[[int], None]
     ) -> list[list[Graded]]:
-        slots, batches = self._evaluator.engine.slots, self._evaluator.engine.batches(prompts)
-        graded: list[list[Graded]] = [[] for _ in range(len(members))]
-        for member, batch, tokens, length in self._evaluator.members(self._state.params, members, batches):
-            first = batch * slots
-            graded[member] += grade(range(first, min(first + slots, len(prompts))), tokens, length)
-            if len(graded[member]) == len(prompts):
-                done(1)
+        """All members' completions, whichever process decoded them."""
+        rows, own = self._packing.pack(prompts, rows=len(prompts)), {}
+        for member, tokens, length in self._evaluator.members(self._state.params, members, rows):
+            own[member] = range(len(prompts)), grade(range(len(prompts)), tokens, length)
+            done(1)
+        graded = list(grade.shared(own).values())
+        done(len(members) - len(own))  # by other processes
         return graded

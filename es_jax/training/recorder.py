@@ -1,17 +1,20 @@
-"""What a run tells of itself as it goes: metrics, samples, held-out rows, and the drift that theory predicts."""
+"""What a run tells of itself as it goes: metrics, samples, and held-out rows."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from es_jax.es import theory
 from es_jax.training.config import RunConfig
+from es_jax.training.evalsfile import EvalsFile
 from es_jax.training.grading import Graded, means
+from es_jax.training.heldout import HeldOut
 from es_jax.training.metrics import Jsonl, Metrics, Progress
 from es_jax.training.seedlog import Entry
+from es_jax.training.verdicts import Verdicts
+from es_jax.training.walk import Walk
 
 
 class Recorder:
@@ -24,19 +27,20 @@ class Recorder:
         *,
         dim: int,
         finished: Sequence[Entry],
-        tasks: Sequence[str],
+        tests: Sequence[HeldOut],
         unit: tuple[str, int],
+        offset: float = 0.0,
     ):
         self._config, self._dim, done = config, dim, len(finished)
         self._metrics = Metrics(workdir, last_step=done)
         self._samples = Jsonl(workdir / "samples.jsonl", last_step=done)
-        files = {name: workdir / "evals" / f"{name}.jsonl" for name in {config.task.name: 0, **dict.fromkeys(tasks)}}
-        self.heldout = {name: Jsonl(file, last_step=done) for name, file in files.items()}
+        names = {config.task.name: 0, **dict.fromkeys(held.name for held in tests)}
+        self.heldout = {name: EvalsFile(workdir / "evals", name, last_step=done) for name in names}
         self.progress = Progress(steps=config.train.steps, done=done, unit=unit)
         self.reward = float(np.mean(np.array(finished[-1].rewards, float))) if finished else None
-        self._walked = 0.0
+        self._walk = Walk(config, dim, offset=offset)
         for entry in finished:
-            self._walk(entry)
+            self._walk.add(entry)
 
     def step(
         self,
@@ -44,17 +48,16 @@ class Recorder:
         graded: Sequence[Sequence[Graded]],
         *,
         drift: float,
-        seconds: dict[str, float],
-        learnt: dict[str, float],
+        spent: dict[str, Any],
+        learnt: Mapping[str, float | None],
     ) -> None:
         """A step's row in metrics.jsonl and TensorBoard, its samples, and its line on the screen.
 
-        `learnt`: what the method has to say of its update.
+        `learnt`: what the method has to say of its update. `spent`: the step's seconds, and their parts.
         """
-        self._walk(entry)
+        self._walk.add(entry)
         rewards, everyone = np.array(entry.rewards, float), [g for mine in graded for g in mine]
         self.reward = float(rewards.mean())
-        tokens, total = sum(g.length for g in everyone), sum(seconds.values())
         row = {
             "step": entry.step,
             "reward_mean": self.reward,
@@ -64,54 +67,33 @@ class Recorder:
             **{name: value for name, value in means(everyone).items() if name != "reward"},
             **learnt,
             "drift": drift,
-            "drift_theory": self._theory(entry.step),
-            "tokens": tokens,
-            "tokens_per_second": tokens / seconds["evaluate"],
-            "seconds": total,
-            **{f"seconds_{name}": value for name, value in seconds.items()},
+            "drift_theory": self._walk.norm,
+            "kappa": self._kappa(drift, entry),
+            "tokens": sum(g.length for g in everyone),
+            **spent,
         }
         self._metrics.write(row)
         self._samples.write(*(_sample(entry.step, g) for g in graded[0][: self._config.train.samples]))
         self.progress.step(row)
 
-    def evaluation(self, task: str, row: dict[str, Any]) -> None:
+    def evaluation(self, held: HeldOut, step: int, verdicts: Verdicts) -> None:
         """A row of a task's held-out accuracy."""
-        self.heldout[task].write(row)
-        self._metrics.write(row, prefix=f"evals/{task}")
+        row = self.heldout[held.name].add(step, verdicts, digest=held.digest, max_new=self._config.decode.max_new)
+        self._metrics.write(row, prefix=f"evals/{held.name}")
         self.progress.say(
-            f"step {row['step']}: {task} held-out accuracy {row['accuracy']:.3f}, "
+            f"step {step}: {held.name} held-out accuracy {row['accuracy']:.3f}, "
             f"reward {row['reward']:.4f} ± {row['reward_se'] or 0:.4f} on {row['n']} rows"
         )
+
+    def _kappa(self, drift: float, entry: Entry) -> float | None:
+        """The drift of a weight in σ, for a method that has a σ."""
+        if self._config.method != "es":
+            return None
+        return drift / math.sqrt(self._dim) / entry.rates(self._config).sigma
 
     def close(self) -> None:
         self._metrics.close()
         self.progress.close()
-
-    def _walk(self, entry: Entry) -> None:
-        """Carry the predicted ‖θ − θ₀‖² on by the step's own weights: exact for the plain and the l2 walk."""
-        if self._config.method != "es":
-            return
-        rate, strength = self._config.optim.learning_rate, self._config.anchor_strength
-        self._walked += rate**2 * self._dim * theory.step_variance(np.array(entry.weights), paired=entry.paired)
-        if self._config.optim.anchor.penalty == "l2":
-            self._walked *= (1 - rate * strength) ** 2
-
-    def _theory(self, step: int) -> float | None:
-        """The predicted drift; None for methods and optimizers whose walk has no closed form."""
-        config = self._config
-        if config.method != "es" or config.optim.name != "sgd":
-            return None
-        if config.optim.anchor.penalty != "l1":
-            return math.sqrt(self._walked)
-        walk = self._walked / (config.optim.learning_rate**2 * self._dim * step)  # mean variance of a step: 1/N
-        return theory.anchored_norm(
-            learning_rate=config.optim.learning_rate * math.sqrt(walk * config.es.population),
-            dim=self._dim,
-            steps=step,
-            population=config.es.population,
-            strength=config.anchor_strength / math.sqrt(walk * config.es.population) if walk else 0.0,
-            penalty="l1",
-        )
 
 
 def _sample(step: int, graded: Graded) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from es_jax.core import hosts
 from es_jax.es.population import Members
+from es_jax.training.config import Rates, RunConfig
 from es_jax.training.workdir import sync_folder, writing
 
 NAME = "seedlog.jsonl"
@@ -24,6 +25,7 @@ class Entry:
       seeds, signs, paired: the members, as in `Members`.
       rewards: [N] as scored, before shaping; None for one that was not finite.
       weights: [N] float32 as the estimate used them; JSON carries them exactly.
+      learning_rate, sigma, strength: α, σ and λ of the step; None in logs from before they had schedules.
     """
 
     step: int
@@ -32,12 +34,25 @@ class Entry:
     paired: bool
     rewards: list[float | None]
     weights: list[float]
+    learning_rate: float | None = None
+    sigma: float | None = None
+    strength: float | None = None
 
     @classmethod
-    def of(cls, step: int, members: Members, *, rewards: np.ndarray, weights: np.ndarray) -> "Entry":
+    def of(
+        cls, step: int, members: Members, *, rewards: np.ndarray, weights: np.ndarray, rates: Rates | None = None
+    ) -> "Entry":
+        """`rates`: of the step, for methods that have them."""
         signs = [int(sign) for sign in np.asarray(members.sign)]
         finite = [float(r) if np.isfinite(r) else None for r in rewards]
-        return cls(step, np.asarray(members.seed).tolist(), signs, members.paired, finite, weights.tolist())
+        seeds = np.asarray(members.seed).tolist()
+        return cls(step, seeds, signs, members.paired, finite, weights.tolist(), *(rates or ()))
+
+    def rates(self, config: RunConfig) -> Rates:
+        """α, σ and λ of the step; the config's constants where an old log does not tell."""
+        if self.learning_rate is None or self.sigma is None or self.strength is None:
+            return Rates(config.optim.learning_rate, config.es.sigma, config.anchor_strength)
+        return Rates(self.learning_rate, self.sigma, self.strength)
 
     @property
     def members(self) -> Members:

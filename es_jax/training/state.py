@@ -11,7 +11,8 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from es_jax.core.mesh import make_mesh
+from es_jax.core.mesh import make_mesh, place, replicated
+from es_jax.core.tree import named_leaves
 from es_jax.models.config import TransformerConfig
 from es_jax.models.sharding import check_heads, leaf_sharding, members_spread
 from es_jax.models.transformer import param_shapes
@@ -21,13 +22,14 @@ from es_jax.training.config import RunConfig
 from es_jax.training.es_step import (
     compute_dtype,
     distance,
-    of_update,
+    of_rated_update,
     optimizer,
     placed_weights,
     state_shardings,
     update,
 )
 from es_jax.training.seedlog import Entry, SeedLog
+from es_jax.training.timing import launched
 from es_jax.weights.model import Model, config_only, load_model
 
 
@@ -54,8 +56,26 @@ def mesh_of(
 
 def load_base(config: RunConfig, mesh: Mesh) -> Model:
     """The base model of a run, its weights in model.param_dtype and cut over all devices of the mesh."""
+    return _load(config.model.source, config, mesh)
+
+
+def load_anchor(config: RunConfig, mesh: Mesh, params: Any) -> Any:
+    """The weights of optim.anchor.source, like the run's own.
+
+    Raises:
+      ValueError: another model's, by the shapes.
+    """
+    source = str(config.optim.anchor.source)
+    anchor = _load(source, config, mesh).params
+    shapes = [{name: leaf.shape for name, leaf in named_leaves(tree)} for tree in (anchor, params)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"optim.anchor.source {source!r} has other parameters than model.source: give the same model")
+    return anchor
+
+
+def _load(source: str, config: RunConfig, mesh: Mesh) -> Model:
     return load_model(
-        config.model.source,
+        source,
         mesh=mesh,
         dtype=jnp.dtype(config.model.param_dtype),
         shardings=lambda name, shape: leaf_sharding(mesh, name, shape),
@@ -76,6 +96,7 @@ class State:
       params: θ; `apply` donates them, so keep no reference across it.
       opt_state: of the optax chain, the anchor among it.
       drift: ‖θ − θ₀‖, a device scalar.
+      offset: ‖anchor − θ₀‖ at the start; 0 where training begins at the anchor.
       sentence: what the optimizer is.
     """
 
@@ -83,14 +104,21 @@ class State:
         if not jax.config.jax_threefry_partitionable:  # type: ignore[attr-defined]
             raise ValueError("jax_threefry_partitionable is off, which changes the noise: unset it and start again")
         check_memory(config, mesh)
-        self._config, self._mesh = of_update(config), mesh
+        self._run, self._config, self._mesh = config, of_rated_update(config), mesh
         tx, self.sentence = optimizer(config, mesh, params)
-        anchored = config.optim.anchor.penalty != "none"
-        self._base = None if anchored else jax.tree.map(jnp.copy, params)
+        anchor = config.optim.anchor
+        stays = anchor.penalty != "none" and anchor.average is None and anchor.source is None
+        self._base = None if stays else jax.tree.map(jnp.copy, params)
         self.params = params
         where = state_shardings(config, mesh, jax.eval_shape(tx.init, params))
         self.opt_state = jax.jit(tx.init, out_shardings=where)(params)
         self.drift: jax.Array | float = 0.0
+        self.offset = 0.0
+        if anchor.source is not None:
+            other = load_anchor(config, mesh, params)
+            self.offset = math.sqrt(sum(float(x) for x in jax.tree.leaves(jax.tree.map(_square, other, params))))
+            kept = jax.tree.map(lambda leaf: leaf.sharding, optax.tree_utils.tree_get(self.opt_state, "anchor"))
+            self.opt_state = optax.tree_utils.tree_set(self.opt_state, anchor=jax.device_put(other, kept))
 
     @property
     def base(self) -> Any:
@@ -100,10 +128,13 @@ class State:
     def apply(self, entry: Entry) -> None:
         """Move the weights from step − 1 to the entry's step. Nothing else ever moves them."""
         members, weights = placed_weights(self._mesh, entry.members, np.array(entry.weights, np.float32))
+        rates = entry.rates(self._run)
+        steps = np.array([rates.learning_rate, rates.learning_rate * rates.strength], np.float32)
+        steps = place(steps, replicated(self._mesh))
         self.params, self.opt_state, squares = update(
-            self._config, self._mesh, self.params, self.opt_state, self._base, members, weights
+            self._config, self._mesh, self.params, self.opt_state, self._base, members, weights, steps
         )
-        self.drift = distance(squares)
+        self.drift = distance(launched("update", squares))
 
 
 def check_memory(config: RunConfig, mesh: Mesh) -> None:
@@ -114,6 +145,11 @@ def check_memory(config: RunConfig, mesh: Mesh) -> None:
         raise ValueError(
             f"optim.anchor.memory is {wanted!r}, but {device.device_kind} has {', '.join(known)}: set it to 'device'"
         )
+
+
+@jax.jit
+def _square(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.square(a.astype(jnp.float32) - b.astype(jnp.float32)))
 
 
 def replay(

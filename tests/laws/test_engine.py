@@ -1,16 +1,21 @@
 """The laws of generation, over families, layouts and samplers."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from es_jax.core import rng
-from es_jax.generate.engine import Engine, _decode_batch
+from es_jax.core.mesh import make_mesh
+from es_jax.generate.engine import Engine, Generation
+from es_jax.generate.prompts import Packing
 from es_jax.generate.sampling import Greedy, Temperature, TopK, TopP
 from es_jax.generate.score import score_tokens
+from es_jax.generate.slots import CHUNK
 from es_jax.models.config import TransformerConfig
 from es_jax.models.transformer import Transformer
 
@@ -44,7 +49,7 @@ def naive(family, params, prompt, *, max_new=10, stop=(11, 12)):
     """Greedy decoding by a full forward pass a token, without a cache; padding keeps one shape."""
     row = list(prompt)
     for _ in range(max_new):
-        padded = np.zeros((1, 24), np.int32)
+        padded = np.zeros((1, 72), np.int32)
         padded[0, : len(row)] = row
         logits = forward(family, params, padded)
         row.append(int(jnp.argmax(logits[0, len(row) - 1])))
@@ -88,14 +93,110 @@ def test_a_neighbour_never_changes_a_row_and_slots_equal_one_by_one(sampler):
     assert swapped[0] == together[0] and swapped[2:] == together[2:]
 
 
+LONG = 40  # new tokens: more than a chunk
+QUEUE = [[int(i) for i in np.random.default_rng(row).integers(0, 40, 1 + 5 * row % 12)] for row in range(11)]
+
+
+def stops(family, prompts, places):
+    """Stop tokens that end the rows named at the places named."""
+    free = rows(engine(family, stop=(), max_new=LONG, slots=len(prompts)).generate(params_of(family), prompts))
+    return tuple({free[row][place] for row, place in places})
+
+
+@pytest.mark.parametrize("unroll", [True, False])
+def test_a_queue_longer_than_the_slots_equals_decoding_one_by_one(unroll):
+    params, ends = params_of("llama"), stops("llama", QUEUE, [(0, 0), (8, 36)])
+    options = dict(stop=ends, max_new=LONG, unroll=unroll, logprobs=True)
+    got = engine("llama", slots=4, **options).generate(params, QUEUE)
+    assert rows(got) == [naive("llama", params, prompt, max_new=LONG, stop=ends) for prompt in QUEUE]
+    lengths = set(got.length.tolist())
+    assert {1, LONG} <= lengths and len(lengths) > 2  # some stop at once, some are cut, some stop between
+    alone = engine("llama", slots=1, **options)
+    for i in (0, 1, 5, 8):
+        np.testing.assert_allclose(got.logprob[i], alone.generate(params, [QUEUE[i]]).logprob[0], atol=1e-3)
+
+
+def test_all_rows_may_stop_at_once_and_one_token_may_be_the_limit():
+    params = params_of("llama")
+    assert engine("llama", stop=tuple(range(40)), max_new=LONG).generate(params, QUEUE).length.tolist() == [1] * 11
+    once = engine("llama", stop=(), max_new=1).generate(params, QUEUE)
+    assert rows(once) == [naive("llama", params, prompt, max_new=1, stop=()) for prompt in QUEUE]
+
+
+@pytest.mark.parametrize("unroll", [True, False])
+def test_a_shared_prefix_is_computed_once_and_changes_nothing(unroll):
+    params, shared = params_of("qwen2"), [5, 9, 2, 33] * 5
+    prompts = [shared + prompt for prompt in QUEUE]
+    e = engine("qwen2", slots=4, max_prompt=40, max_new=LONG, logprobs=True, unroll=unroll)
+    packing = e.packing(prompts)
+    assert (len(packing.prefix), packing.width) == (16, 24)
+    together = e.generate(params, prompts)
+    apart = Packing((), 40).pack(prompts, rows=len(prompts))
+    plain = jax.jit(e.decode)(e.layout(params), apart.tokens, apart.positions)
+    assert rows(together) == rows(plain)
+    np.testing.assert_allclose(together.logprob, plain.logprob, atol=1e-3)
+
+
+def test_sampling_is_keyed_by_row_and_not_by_slot():
+    params, key = params_of("llama", 4.0), jax.random.key(3)
+    options = dict(sampler=Temperature(0.8), max_new=LONG)
+    sampled = rows(engine("llama", slots=3, **options).generate(params, QUEUE, key=key))
+    assert rows(engine("llama", slots=11, **options).generate(params, QUEUE, key=key)) == sampled
+    assert len({tuple(row) for row in rows(engine("llama", **options).generate(params, [[3]] * 4, key=key))}) > 1
+
+
+def test_groups_of_devices_run_loops_of_their_own_lengths():
+    """Eight queues under shard_map, of 0 to 7 prompts each: no group waits for another's loop."""
+    params, mesh = params_of("llama"), make_mesh(8)
+    e = engine("llama", slots=2, max_new=LONG)
+    packs = [Packing((), 12).pack(QUEUE[:n], rows=7) for n in range(8)]
+    tokens, positions = (np.stack([pack[i] for pack in packs]) for i in (0, 1))
+
+    def group(params, tokens, positions):
+        return jax.tree.map(lambda x: x[None], e.decode(params, tokens[0], positions[0]))
+
+    specs = (PartitionSpec(), PartitionSpec("pop"), PartitionSpec("pop"))
+    program = (
+        jax.jit(jax.shard_map(group, mesh=mesh, in_specs=specs, out_specs=PartitionSpec("pop"), check_vma=False))
+        .lower(e.layout(params), tokens, positions)
+        .compile()
+    )
+    assert not re.search(r"all-reduce|all-gather|collective-permute|all-to-all", program.as_text())
+    out, expected = program(e.layout(params), tokens, positions), rows(e.generate(params, QUEUE))
+    for n in range(8):
+        own = rows(Generation(out.tokens[n], out.length[n], None))
+        assert own[:n] == expected[:n] and not np.any(out.length[n][n:])
+
+
+def test_members_in_step_equal_members_alone_and_choose_between_no_caches():
+    e = engine("llama", slots=3, max_new=LONG)
+    members = [jax.tree.map(lambda x, i=i: x * (1 + 0.05 * i), params_of("llama")) for i in range(3)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(e.layout, members))
+    rows_of = Packing((), 12).pack(QUEUE, rows=11)
+
+    def decode(axis_name):
+        one = lambda params: e.decode(params, rows_of.tokens, rows_of.positions, axis_name=axis_name)  # noqa: E731
+        return jax.vmap(one, axis_name="lane")
+
+    out = jax.jit(decode("lane"))(stacked)
+    for i, member in enumerate(members):
+        assert rows(Generation(out.tokens[i], out.length[i], None)) == rows(e.generate(member, QUEUE))
+    text = {name: jax.jit(decode(name)).lower(stacked).as_text().splitlines() for name in ("lane", None)}
+    places = f"x{12 + LONG + CHUNK}xf32>"  # of the slots' keys
+    choices = {name: [x for x in lines if "stablehlo.select" in x and places in x] for name, lines in text.items()}
+    assert not choices["lane"] and choices[None]
+
+
 @every_family
-def test_the_second_call_compiles_nothing(family):
-    params, e = params_of(family), engine(family)
-    e.generate(params, PROMPTS)
-    compiled = _decode_batch._cache_size()
-    e.generate(jax.tree.map(lambda x: x + 0.1, params), PROMPTS[::-1])
-    e.generate(params, PROMPTS[:1])
-    assert _decode_batch._cache_size() == compiled
+def test_the_second_call_compiles_nothing(family, compilations):
+    params, e = params_of(family), engine(family, slots=3, max_new=LONG)
+    other = jax.tree.map(lambda x: x + np.float32(0.1), params)
+    e.generate(params, QUEUE)
+    before = compilations()
+    e.generate(other, QUEUE[::-1])
+    assert compilations() == before
+    e.generate(other, QUEUE[:1])
+    assert compilations() > before  # another number of rows is another program: the count does count
 
 
 @every_family
@@ -155,6 +256,12 @@ def test_samplers_draw_from_their_distributions():
 def test_bad_input_is_refused(options, prompts, says):
     with pytest.raises(ValueError, match=says):
         engine("llama", **options).generate(params_of("llama"), prompts)
+
+
+@pytest.mark.parametrize("size", [1, 7, 64, 97, 1000, 49152])
+def test_greedy_is_the_first_of_the_likeliest(size):
+    logits = jax.random.randint(jax.random.key(size), (20, size), 0, 5).astype(jnp.float32)  # with many ties
+    assert jax.vmap(lambda row: Greedy()(row, None))(logits).tolist() == np.argmax(logits, axis=1).tolist()
 
 
 def test_bad_samplers_are_refused():

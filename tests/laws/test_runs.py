@@ -70,6 +70,11 @@ VARIANTS = {
     },
     "lanes": {"decode": {"members_at_once": 2, "max_prompt": 160, "max_new": 4, "slots": 2}},
     "a few prompts a step": {"task": {"prompts_per_step": 2, "train_size": 3}},
+    "schedules": {
+        "es": {"schedule": "linear:0.5:1"},
+        "optim": {"schedule": "cosine:0.1:2", "anchor": {"penalty": "l2", "strength": 5.0, "schedule": "constant::2"}},
+    },
+    "an averaged anchor": {"optim": {"anchor": {"penalty": "l2", "strength": 5.0, "average": 0.5}}},
 }
 
 
@@ -231,6 +236,66 @@ def test_a_seed_gives_the_same_run_twice_and_another_seed_another(whole, tiny_mo
     run(dataclasses.replace(config, train=train), tmp_path / "other")
     ours, theirs = (SeedLog(folder, writable=False).entries[0] for folder in (tmp_path / "other", workdir))
     assert ours.seeds != theirs.seeds and ours.weights != theirs.weights
+
+
+def test_resuming_with_schedules_equals_uninterrupted(tiny_model, tmp_path, monkeypatch):
+    """The rates of each step stand in the log, so the steps since the checkpoint are rebuilt as they were."""
+    optim = {
+        "schedule": "linear:0.1:2",
+        "anchor": {"penalty": "l2", "strength": 5.0, "average": 0.8, "schedule": "cosine"},
+    }
+    config = config_of(tiny_model, optim=optim, es={"schedule": "cosine:0.5"}, evals={"every": 0})
+    uninterrupted = run(config, tmp_path / "whole")
+    final, calls, original = host(uninterrupted.params), [], SeedLog.append
+
+    def dying(self, entry):
+        original(self, entry)
+        calls.append(1)
+        if len(calls) == 5:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SeedLog, "append", dying)
+        with pytest.raises(Killed):
+            run(config, tmp_path / "killed")
+    assert same(run(config, tmp_path / "killed").params, final)
+    logs = [(tmp_path / name / "seedlog.jsonl").read_bytes() for name in ("whole", "killed")]
+    assert logs[0] == logs[1]
+    entries = SeedLog(tmp_path / "whole", writable=False).entries
+    assert [round(e.learning_rate / 0.02, 3) for e in entries] == [0.5, 1.0, 0.775, 0.55, 0.325, 0.1]
+    assert entries[0].sigma > entries[-1].sigma == pytest.approx(0.025)
+    content = json.loads((tmp_path / "whole/config.json").read_text())
+    content["config"]["optim"]["schedule"] = "constant"  # the log, not the schedule, says what the steps were
+    (tmp_path / "whole/config.json").write_text(json.dumps(content))
+    ((_, rebuilt),) = replay(tmp_path / "whole", steps=[STEPS])
+    assert same(rebuilt, final)
+
+
+def test_a_run_may_be_pulled_to_another_model_than_it_starts_from(whole, tiny_model, tmp_path):
+    """The second of two tasks: it starts where the first ended and is pulled to where the first began."""
+    from es_jax.training.export import export_run
+
+    export_run(whole[1], tmp_path / "first")
+    anchor = {"penalty": "l2", "strength": 20.0, "drift": None, "source": str(tiny_model)}
+    config = config_of(tmp_path / "first", optim={"anchor": anchor}, train={"seed": 7}, evals={"every": 0})
+    final = host(run(config, tmp_path / "second").params)
+    ((_, rebuilt),) = replay(tmp_path / "second", steps=[STEPS])
+    assert same(rebuilt, final)
+    rows = read_jsonl(tmp_path / "second/metrics.jsonl")
+    assert rows[-1]["drift"] == pytest.approx(rows[-1]["drift_theory"], rel=0.05)
+    with pytest.raises(ValueError, match="anchor_digest was"):
+        content = json.loads((tmp_path / "second/config.json").read_text())
+        (tmp_path / "second/config.json").write_text(json.dumps(content | {"anchor_digest": "0"}))
+        run(config, tmp_path / "second")
+
+
+def test_live_diagnostics_are_in_the_metrics(whole):
+    rows = read_jsonl(whole[1] / "metrics.jsonl")
+    for row in rows:
+        assert row["kappa"] == pytest.approx(row["drift"] / (8_000**0.5 * 0.05), rel=0.2)
+        assert row["expected_gain"] >= 0 and 0 <= row["tied_members"] <= 1 and row["linear_to_curvature"] is None
+        assert row["expected_gain"] == pytest.approx(0.02 / 0.05 * row["reward_std"], rel=1e-3, abs=1e-6)
+    assert [row["step"] for row in rows if row["curvature_gap"] is not None] == [1, 4]  # behind evaluations at 0, 3, 6
 
 
 def test_drift_is_what_theory_says(whole):

@@ -255,6 +255,30 @@ def test_anchor_dtype_and_sharding():
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(updates))
 
 
+@every_penalty
+def test_an_averaged_anchor_follows_the_weights(penalty):
+    """Every update is pulled to the anchor before it, and the anchor then moves a tenth of the way to the weights."""
+    tx, theta = awd(0.1, penalty=penalty, average=0.9), np.random.default_rng(0).standard_normal(50)
+    params = {"w": jnp.asarray(theta, jnp.float32)}
+    state, anchor = tx.init(params), theta
+    update = jax.jit(tx.update)
+    for seed in range(5):
+        step = np.random.default_rng(seed + 1).standard_normal(50)
+        updates, state = update({"w": jnp.asarray(step, jnp.float32)}, state, params)
+        params = optax.apply_updates(params, updates)
+        theta = reference(theta, step, anchor, 0.1, penalty)
+        anchor = 0.9 * anchor + 0.1 * theta
+        np.testing.assert_allclose(params["w"], theta, atol=1e-5)
+        np.testing.assert_allclose(state.anchor["w"], anchor, atol=1e-5)
+    assert state.anchor["w"].dtype == jnp.float32 and update._cache_size() == 1
+
+
+@pytest.mark.parametrize("average", [1.0, -0.1, float("nan")])
+def test_averages_outside_the_range_are_refused(average):
+    with pytest.raises(ValueError, match="average is"):
+        awd(0.1, average=average)
+
+
 @pytest.mark.parametrize("rate", [1.0, 1.5, -0.1, float("nan")])
 def test_l2_rates_outside_the_range_are_refused(rate):
     with pytest.raises(ValueError, match="rate is"):

@@ -1,0 +1,83 @@
+"""How far the weights are from the base weights: in all, by layer, by kind of matrix, and beside the closed form."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from es_jax.core.tree import named_leaves
+
+TOLERANCE = 0.02  # of measured / predicted; beyond it precision was lost
+LAYERS = "layers/"  # leaves under it hold one matrix a layer, stacked on their first axis
+
+
+def drift(base: Any, now: Any, *, sigma: float | None = None, predicted: float | None = None) -> dict[str, Any]:
+    """‖θ − θ₀‖ and what it is made of. A tied embedding is one leaf, so it counts once.
+
+    Args:
+      base, now: θ₀ and θ, trees of one structure; leaves under "layers/" are stacked over the layers.
+      sigma: σ, for κ.
+      predicted: the norm in exact arithmetic, where it is known.
+
+    Returns:
+      norm; relative, norm / ‖θ₀‖; rms, norm / √d, the drift of a weight; kappa, rms / σ; dim, d; largest, the largest
+      |entry| of θ − θ₀, and largest_in, its leaf; predicted, and ratio = norm / predicted (None at 0);
+      by_layer and by_kind, each part's norm; by_kind_relative, each part's norm / its norm in θ₀.
+
+    >>> row = drift({"w": jnp.zeros(4)}, {"w": jnp.array([0.0, 3.0, 0.0, -4.0])})
+    >>> row["norm"], row["largest"], row["largest_in"]
+    (5.0, 4.0, 'w')
+    """
+    leaves, start = dict(named_leaves(now)), dict(named_leaves(base))
+    found = {name: jax.device_get(_leaf(start[name], leaf, name.startswith(LAYERS))) for name, leaf in leaves.items()}
+    kinds = {name.removeprefix(LAYERS): (float(s.sum()), float(b.sum())) for name, (s, b, _) in found.items()}
+    layers: dict[str, float] = {}
+    for name, (squares, _, _) in found.items():
+        if name.startswith(LAYERS):
+            for i, square in enumerate(squares):
+                layers[f"layer {i}"] = layers.get(f"layer {i}", 0.0) + float(square)
+        else:
+            layers[name.split("/")[0]] = layers.get(name.split("/")[0], 0.0) + float(squares.sum())
+    total, origin = (math.sqrt(sum(pair[i] for pair in kinds.values())) for i in (0, 1))
+    dim = sum(leaf.size for leaf in leaves.values())
+    largest = max(found, key=lambda name: float(found[name][2]))
+    rms = total / math.sqrt(dim)
+    return {
+        "norm": total,
+        "predicted": predicted,
+        "ratio": total / predicted if predicted else None,
+        "relative": total / origin if origin else None,
+        "rms": rms,
+        "kappa": None if sigma is None else rms / sigma,
+        "dim": dim,
+        "largest": float(found[largest][2]),
+        "largest_in": largest,
+        "by_layer": {name: math.sqrt(square) for name, square in layers.items()},
+        "by_kind": {name: math.sqrt(square) for name, (square, _) in kinds.items()},
+        "by_kind_relative": {name: math.sqrt(s / b) if b else None for name, (s, b) in kinds.items()},
+    }
+
+
+def warning(row: dict[str, Any]) -> str | None:
+    """What to say where the measured drift is not the predicted one; None where it is, or none is predicted.
+
+    >>> warning({"norm": 1.01, "predicted": 1.0, "ratio": 1.01, "step": 5})
+    >>> print(warning({"norm": 1.1, "predicted": 1.0, "ratio": 1.1, "step": 5}))
+    step 5: drift is 1.1 and 1 was predicted, a ratio of 1.100 outside 1 ± 0.02: precision was lost
+    """
+    if row["ratio"] is None or abs(row["ratio"] - 1) <= TOLERANCE:
+        return None
+    return (
+        f"step {row['step']}: drift is {row['norm']:.4g} and {row['predicted']:.4g} was predicted, a ratio of "
+        f"{row['ratio']:.3f} outside 1 ± {TOLERANCE:g}: precision was lost"
+    )
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _leaf(base: jax.Array, now: jax.Array, stacked: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Sums of squares of θ − θ₀ and of θ₀, for each layer of a stacked leaf, and the largest |entry| of θ − θ₀."""
+    start = base.astype(jnp.float32)
+    moved, axes = now.astype(jnp.float32) - start, tuple(range(int(stacked), now.ndim))
+    return jnp.sum(jnp.square(moved), axes), jnp.sum(jnp.square(start), axes), jnp.max(jnp.abs(moved))

@@ -1,0 +1,143 @@
+"""How far a model's next-token distribution has moved from the base model's, on text of the base model.
+
+Two estimates of KL(base ‖ now) on the same tokens. As published (arXiv 2605.30148): the base model writes one
+continuation a prompt, and log p_base − log p_now of the tokens that it wrote is averaged. Exact: at each of those
+positions the sum over the vocabulary, which is the conditional expectation of the former and varies far less.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float32, Int32
+
+from es_jax.core import rng
+from es_jax.generate.engine import Engine
+from es_jax.generate.sampling import Temperature
+from es_jax.generate.score import block_length, in_blocks, token_positions
+from es_jax.models.config import TransformerConfig
+from es_jax.models.transformer import Transformer
+
+WIDTH = 64  # prompts with continuations are padded to a multiple of this many tokens
+TOKENS = 2**12  # of one forward pass
+
+
+@dataclasses.dataclass(frozen=True)
+class Continuation:
+    """A prompt and what the base model wrote behind it, as token ids."""
+
+    prompt: Sequence[int]
+    tokens: Sequence[int]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def token_kl(
+    config: TransformerConfig, base: Any, now: Any, tokens: Int32[Array, "B L"], mask: Bool[Array, "B L"]
+) -> tuple[Float32[Array, "B L"], Float32[Array, "B L"]]:
+    """(log p_base − log p_now of the token, KL over the vocabulary at its position), each [B, L], in nats.
+
+    One forward pass of each model; the two distributions are made for a block of positions at a time.
+
+    Args:
+      config: of both models.  base, now: their parameters.
+      tokens: int32 [B, L].  mask: which of them are there.
+
+    Returns:
+      0 at padding and at each row's first token.
+
+    >>> config = TransformerConfig(family="llama", vocab_size=16, width=8, layers=1, heads=2, kv_heads=1,
+    ...                            head_dim=4, mlp_dim=8)
+    >>> params = Transformer(config).init(jax.random.key(0))
+    >>> sampled, exact = token_kl(config, params, params, jnp.array([[1, 2, 3]]), jnp.ones((1, 3), bool))
+    >>> float(jnp.abs(exact).max())
+    0.0
+    """
+    model, positions = Transformer(config), token_positions(mask)
+    before = [jnp.roll(model.hidden(params, tokens, positions=positions)[0], 1, axis=1) for params in (base, now)]
+
+    def compare(of_base, of_now, tokens):
+        p = jax.nn.log_softmax(model.logits(base, of_base), axis=2)
+        difference = p - jax.nn.log_softmax(model.logits(now, of_now), axis=2)
+        chosen = jnp.take_along_axis(difference, tokens[..., None], axis=2)[..., 0]
+        return chosen, jnp.sum(jnp.exp(p) * difference, axis=2)
+
+    block = max(block_length(config, 2 * len(tokens)), 1)
+    compared = in_blocks(compare, *before, tokens, block=block)
+    return jax.tree.map(lambda x: jnp.where(positions > 0, x, 0.0), compared)
+
+
+def sample(
+    config: TransformerConfig,
+    base: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    stop: Sequence[int],
+    slots: int,
+    max_new: int = 256,
+    seed: int = 0,
+) -> list[Continuation]:
+    """One continuation of every prompt at temperature 1, of 1..max_new tokens, the stop token included.
+
+    Row i of a seed is the same whatever the rows beside it are.
+    """
+    longest = max(map(len, prompts))
+    engine = Engine(
+        config,
+        slots=min(slots, len(prompts)),
+        max_prompt=longest,
+        max_new=min(max_new, config.max_positions - longest),
+        stop=tuple(stop),
+        sampler=Temperature(1.0),
+    )
+    tokens, length, _ = engine.generate(base, prompts, key=rng.sampling_key(seed, 0))
+    rows = zip(prompts, np.asarray(tokens), np.asarray(length), strict=True)
+    return [Continuation(list(prompt), row[:n].tolist()) for prompt, row, n in rows]
+
+
+def kl(config: TransformerConfig, base: Any, now: Any, rows: Sequence[Continuation]) -> dict[str, Any]:
+    """KL(base ‖ now) on the continuations, in nats a token, with standard errors over prompts.
+
+    Returns:
+      n prompts and how many tokens; kl, kl_se: the published estimate, the mean over prompts of each prompt's mean over
+      its tokens; kl_token, kl_token_se: the mean over all tokens (a ratio, its error linearised); kl_exact, … and
+      kl_exact_token, …: the same of the sum over the vocabulary. None for the errors of a single prompt.
+    """
+    longest = max(len(row.prompt) + len(row.tokens) for row in rows)
+    width = -(-longest // WIDTH) * WIDTH
+    count = max(min(TOKENS // width, len(rows)), 1)
+    sums: list[tuple[float, float]] = []
+    for first in range(0, len(rows), count):
+        mine = rows[first : first + count]
+        tokens = np.zeros((count, width), np.int32)
+        mask, asked = np.zeros_like(tokens, bool), np.zeros_like(tokens, bool)
+        for r, row in enumerate(mine):
+            ids, start = [*row.prompt, *row.tokens], len(row.prompt)
+            tokens[r, : len(ids)], mask[r, : len(ids)], asked[r, start : len(ids)] = ids, True, True
+        sampled, exact = (np.asarray(x, np.float64) for x in token_kl(config, base, now, tokens, mask))
+        sums += [(float(sampled[r][asked[r]].sum()), float(exact[r][asked[r]].sum())) for r in range(len(mine))]
+    lengths = np.array([len(row.tokens) for row in rows], float)
+    result: dict[str, Any] = {"n": len(rows), "tokens": int(lengths.sum())}
+    for name, values in zip(("kl", "kl_exact"), np.array(sums).T, strict=True):
+        result |= averages(name, values, lengths)
+    return result
+
+
+def averages(name: str, sums: np.ndarray, lengths: np.ndarray) -> dict[str, float | None]:
+    """Both means of per-prompt sums [n] over lengths [n], with their standard errors.
+
+    >>> averages("kl", np.array([1.0, 4.0]), np.array([1.0, 2.0]))["kl"]
+    1.5
+    """
+    n, each, mean = len(sums), sums / lengths, float(sums.sum() / lengths.sum())
+    columns: dict[str, float | None] = {name: float(each.mean()), f"{name}_se": None}
+    columns |= {f"{name}_token": mean, f"{name}_token_se": None}
+    if n > 1:
+        columns[f"{name}_se"] = float(each.std(ddof=1) / math.sqrt(n))
+        rest = sums - mean * lengths
+        columns[f"{name}_token_se"] = float(math.sqrt((rest**2).sum() * n / (n - 1)) / lengths.sum())
+    return columns

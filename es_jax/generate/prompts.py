@@ -1,0 +1,74 @@
+"""Prompts as arrays: their common beginning once, and the rest of each row in one width."""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+WIDTH_STEP = 32  # prompts are padded to a multiple of this many tokens, so that few widths are compiled
+PREFIX_STEP = 16  # a shared prefix is a multiple of this many tokens long, for the same reason
+
+
+class Prompts(NamedTuple):
+    """Q prompts as an engine takes them: arrays of NumPy or JAX.
+
+    Attributes:
+      tokens: int32 [Q, P], each row's tokens behind the prefix at its left end, 0 to their right.
+      positions: int32 [Q, P], where they stand in their prompt: from C on, -1 to their right. A row of -1 alone is
+        padding and is not decoded.
+      prefix: int32 [C], the tokens that every prompt begins with; C may be 0.
+    """
+
+    tokens: Any
+    positions: Any
+    prefix: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Packing:
+    """The shapes that one set of prompts, and all its subsets, are packed into, so that they share their programs.
+
+    Attributes:
+      prefix: the tokens that all the prompts begin with, a multiple of PREFIX_STEP of them.
+      width: P, places for the tokens of a prompt behind the prefix.
+    """
+
+    prefix: tuple[int, ...]
+    width: int
+
+    @classmethod
+    def of(cls, prompts: Sequence[Sequence[int]], *, max_prompt: int) -> "Packing":
+        """The packing of these prompts, each of 1..max_prompt tokens; at least one token stays behind the prefix.
+
+        >>> Packing.of([[7] * 20, [7] * 18 + [1]], max_prompt=40)
+        Packing(prefix=(7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7), width=24)
+        """
+        longest, shortest = max(map(len, prompts)), min(map(len, prompts))
+        alike = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*prompts, strict=False))
+        common = min(sum(1 for _ in alike), shortest - 1)
+        shared = common - common % PREFIX_STEP
+        width = min(-(-(longest - shared) // WIDTH_STEP) * WIDTH_STEP, max(max_prompt, longest) - shared)
+        return cls(prefix=tuple(prompts[0][:shared]), width=width)
+
+    def pack(self, prompts: Sequence[Sequence[int]], *, rows: int) -> Prompts:
+        """Some of the prompts, and padding up to `rows` rows.
+
+        >>> Packing((7,), 2).pack([[7, 8]], rows=1).tokens
+        array([[8, 0]], dtype=int32)
+
+        Raises:
+          ValueError: a prompt that does not begin like the packing's, or is longer.
+        """
+        shared = len(self.prefix)
+        tokens, positions = np.zeros((rows, self.width), np.int32), np.full((rows, self.width), -1, np.int32)
+        for row, prompt in enumerate(prompts):
+            if tuple(prompt[:shared]) != self.prefix or not shared < len(prompt) <= shared + self.width:
+                raise ValueError(
+                    f"prompt {row} has {len(prompt)} tokens and does not fit a packing of {shared} shared tokens and "
+                    f"up to {self.width} others: make the packing of all prompts, this one among them"
+                )
+            tokens[row, : len(prompt) - shared] = prompt[shared:]
+            positions[row, : len(prompt) - shared] = np.arange(shared, len(prompt))
+        return Prompts(tokens, positions, np.array(self.prefix, np.int32))

@@ -1,0 +1,63 @@
+"""Schedules of α, σ and λ as short texts: what each is multiplied by, step by step."""
+
+import math
+from collections.abc import Callable
+
+import optax
+
+from es_jax.core.names import unknown
+
+SHAPES = ("constant", "linear", "cosine")
+
+
+def make_schedule(text: str, steps: int) -> Callable[[int], float]:
+    """The factor at step t = 1..T of "shape", "shape:end" or "shape:end:warmup".
+
+    Over the first `warmup` steps (0 by default) the factor rises as t/warmup to 1; from there to the last step it goes
+    to `end` (0 by default): along a line, along half a cosine, or for "constant" not at all, which takes no end.
+
+    Args:
+      text: such as "constant", "linear:0.1", "cosine:0:20", "constant::20".
+      steps: T, the run's train.steps.
+
+    Raises:
+      ValueError: what is wrong with the text.
+
+    >>> [round(make_schedule("linear:0:2", 4)(t), 2) for t in (1, 2, 3, 4)]
+    [0.5, 1.0, 0.5, 0.0]
+    """
+    shape, end, warmup = parse(text)
+    if warmup >= steps and warmup:
+        raise ValueError(f"schedule {text!r} warms up for {warmup} of {steps} steps: it must be fewer")
+    rest = max(steps - warmup, 1)
+    tail = {
+        "constant": optax.constant_schedule(1.0),
+        "linear": optax.linear_schedule(1.0, end, rest),
+        "cosine": optax.cosine_decay_schedule(1.0, rest, alpha=end),
+    }[shape]
+    return lambda step: step / warmup if step <= warmup else float(tail(step - warmup))
+
+
+def parse(text: str) -> tuple[str, float, int]:
+    """(shape, end, warmup) of a schedule's text; ValueError says what is wrong with it."""
+    shape, *rest = text.split(":")
+    if shape not in SHAPES:
+        raise ValueError(unknown("schedule", shape, SHAPES))
+    if len(rest) > 2:
+        raise ValueError(f"schedule {text!r} has {len(rest) + 1} parts: it is shape:end:warmup")
+    end, warmup = [*rest, "", ""][:2]
+    if shape == "constant" and end:
+        raise ValueError(f"schedule {text!r}: constant has no end; leave it out, as in constant::{warmup or 20}")
+    try:
+        found = float(end or 0), int(warmup or 0)
+    except ValueError:
+        raise ValueError(f"schedule {text!r}: end must be a number and warmup a whole number of steps") from None
+    if not 0 <= found[0] < math.inf or found[1] < 0:
+        raise ValueError(f"schedule {text!r}: end must be finite, and neither end nor warmup negative")
+    return shape, *found
+
+
+def largest(text: str) -> float:
+    """The largest factor there ever is."""
+    shape, end, _ = parse(text)
+    return max(1.0, end) if shape != "constant" else 1.0

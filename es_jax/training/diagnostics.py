@@ -1,0 +1,39 @@
+"""What a step's rewards say about the step, with no more work than they were: docs/diagnostics.md derives each."""
+
+import numpy as np
+
+from es_jax.training.seedlog import Entry
+
+
+def diagnose(entry: Entry, *, learning_rate: float, sigma: float) -> dict[str, float | None]:
+    """Numbers of one step of ES, from its rewards and weights.
+
+    Args:
+      entry: the step.
+      learning_rate, sigma: α and σ of the step.
+
+    Returns:
+      expected_gain: how much reward the step adds to first order, α/(Nσ) Σ wₙ ρₙ, with ρₙ = rₙ − r̄, or for a pair its
+        odd part ±(r⁺ − r⁻)/2.
+      tied_members: the share of members, 0..1, whose reward another member has too.
+      linear_to_curvature: of antithetic pairs, rms of (r⁺ − r⁻)/2 over the standard deviation of (r⁺ + r⁻)/2.
+      None where a reward is not finite, or where a quotient has no denominator.
+
+    >>> entry = Entry(1, [1, 1], [1, -1], True, [0.5, 0.25], [1.0, -1.0])
+    >>> diagnose(entry, learning_rate=0.1, sigma=0.5)["expected_gain"]
+    0.025
+    """
+    rewards, weights = np.array(entry.rewards, float), np.array(entry.weights, float)
+    found: dict[str, float | None] = {"expected_gain": None, "tied_members": None, "linear_to_curvature": None}
+    if not np.isfinite(rewards).all():
+        return found
+    _, counts = np.unique(rewards, return_counts=True)
+    found["tied_members"] = float(counts[counts > 1].sum() / len(rewards))
+    linear = rewards - rewards.mean()
+    if entry.paired:
+        odd, even = (rewards[::2] - rewards[1::2]) / 2, (rewards[::2] + rewards[1::2]) / 2
+        linear = np.repeat(odd, 2) * np.array(entry.signs, float)
+        if even.std() > 0:
+            found["linear_to_curvature"] = float(np.sqrt(np.mean(odd**2)) / even.std())
+    found["expected_gain"] = float(learning_rate / sigma * np.mean(weights * linear))
+    return found

@@ -1,0 +1,67 @@
+"""evals/<task>.jsonl, which training and `python -m es_jax.evaluate` both write, and the verdicts behind its rows."""
+
+from pathlib import Path
+from typing import Any
+
+from es_jax.training.metrics import Jsonl, read_jsonl
+from es_jax.training.verdicts import Verdicts, summary
+
+MAX = 2**62  # a step behind every step
+
+
+class EvalsFile:
+    """The evaluations of one task, a row a step.
+
+    The verdicts on single rows stand in evals/verdicts/<task>.jsonl: with those of step 0, of the base model, later
+    steps are compared row by row. Rows are appended as they come; `read_evals` puts them in order.
+
+    Args:
+      folder: the run's evals/.
+      task: its name.
+      last_step: rows of later steps, which did not finish, are dropped.
+
+    Attributes:
+      last: the row of the latest step; None when there is none.
+    """
+
+    def __init__(self, folder: Path, task: str, *, last_step: int = MAX):
+        self.task, self._rows = task, Jsonl(folder / f"{task}.jsonl", last_step=last_step)
+        self._verdicts = Jsonl(folder / "verdicts" / f"{task}.jsonl", last_step=last_step)
+        self.last: dict[str, Any] | None = max(read_evals(self._rows.path), key=lambda row: row["step"], default=None)
+
+    @property
+    def steps(self) -> set[int]:
+        """The steps that are evaluated."""
+        return self._rows.steps
+
+    def check(self, *, digest: str, max_new: int) -> None:
+        """Raises ValueError where the file's rows were made from other held-out rows or with another limit."""
+        facts = {"rows": digest, "max_new": max_new}
+        for row in read_jsonl(self._rows.path):
+            for name, value in facts.items():
+                if row.get(name) != value:
+                    raise ValueError(
+                        f"{self._rows.path} has {name} = {row.get(name)!r}, and this evaluation {value!r}: "
+                        "use the same rows and limits, or write to another folder"
+                    )
+
+    def add(self, step: int, verdicts: Verdicts, *, digest: str, max_new: int) -> dict[str, Any]:
+        """Write a step's row, and give it back."""
+        base = verdicts if step == 0 else self._base(digest, max_new)
+        row = summary(step, verdicts, base) | {"max_new": max_new, "rows": digest}
+        self._verdicts.write({"step": step, "max_new": max_new, "rows": digest, **verdicts.to_json()})
+        self._rows.write(row)
+        self.last = row if self.last is None or step >= self.last["step"] else self.last
+        return row
+
+    def _base(self, digest: str, max_new: int) -> Verdicts | None:
+        for fields in read_jsonl(self._verdicts.path):
+            if (fields["step"], fields["rows"], fields["max_new"]) == (0, digest, max_new):
+                return Verdicts.from_json(fields)
+        return None
+
+
+def read_evals(path: Path) -> list[dict[str, Any]]:
+    """The rows of evals/<task>.jsonl, of evals/kl.jsonl or evals/drift.jsonl, in order of steps; the last of equals."""
+    rows = {(row["step"], row.get("task")): row for row in read_jsonl(path)}
+    return [rows[key] for key in sorted(rows, key=lambda key: (key[0], key[1] or ""))]

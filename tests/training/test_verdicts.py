@@ -1,0 +1,83 @@
+"""A row of evals/<task>.jsonl: standard errors, and a drop in accuracy as the sum of its reasons."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+
+from es_jax.training.verdicts import REASONS, Verdicts, accuracy, split_drop, summary
+
+
+def verdicts(text):
+    """A row a letter: R right, r right by a fall-back of the loose grader only, K wrong, F malformed, T cut."""
+    letters = np.array(list(text))
+    of = lambda which: np.isin(letters, list(which)).astype(float)  # noqa: E731
+    return Verdicts(
+        right=of("Rr"),
+        strict=of("R"),
+        loglik=None,
+        well_formed=of("RK"),
+        truncated=of("T"),
+        length=np.ones(len(letters)),
+        reward=of("Rr"),
+    )
+
+
+# By hand, of ten rows:  base  R R R R R R K F T K
+#                        now   R K F F T R R R R K   lost: K, F, F, T;  gained: K, F, T
+HAND = ("RRRRRRKFTK", "RKFFTRRRRK", {"knowledge": 0.0, "format": 0.1, "truncation": 0.0})
+
+
+@pytest.mark.parametrize(
+    ("base", "now", "expected"),
+    [
+        HAND,
+        ("RRRR", "RKFT", {"knowledge": 0.25, "format": 0.25, "truncation": 0.25}),
+        ("KFTR", "RRRR", {"knowledge": -0.25, "format": -0.25, "truncation": -0.25}),
+        ("RRRR", "rrrr", {"knowledge": 0.0, "format": 0.0, "truncation": 0.0}),  # right all the same, by a fall-back
+        ("KKFT", "FTKK", {"knowledge": 0.0, "format": 0.0, "truncation": 0.0}),  # wrong before and after
+    ],
+)
+def test_a_drop_is_split_by_why_the_wrong_one_is_wrong(base, now, expected):
+    assert split_drop(verdicts(base), verdicts(now)) == pytest.approx(expected)
+
+
+def test_under_the_strict_grader_a_fall_back_is_format_drift():
+    assert split_drop(verdicts("RRRR"), verdicts("RrrK"), "strict") == {
+        "format": 0.5, "truncation": 0.0, "knowledge": 0.25,
+    }  # fmt: skip
+
+
+def test_the_parts_add_up_to_the_drop_whatever_the_rows():
+    draw = np.random.default_rng(0)
+    for _ in range(50):
+        base, now = (verdicts("".join(draw.choice(list("RrKFT"), 23))) for _ in range(2))
+        row = summary(5, now, base)
+        assert sum(row[f"lost_{reason}"] for reason in REASONS) == pytest.approx(-row["accuracy_change"])
+        assert sum(row[f"strict_lost_{reason}"] for reason in REASONS) == pytest.approx(-row["strict_change"])
+
+
+def test_standard_errors_are_binomial_and_paired():
+    base, now = np.repeat([1.0, 0.0], [60, 40]), np.repeat([1.0, 0.0, 1.0, 0.0], [50, 10, 5, 35])
+    row = accuracy("accuracy", now, base)
+    assert row["accuracy"] == 0.55 and row["accuracy_se"] == pytest.approx(math.sqrt(0.55 * 0.45 / 100))
+    assert row["accuracy_change"] == pytest.approx(-0.05)
+    # 15 rows changed: the variance of the difference is 15/100 − 0.05², far below that of two independent samples
+    assert row["accuracy_change_se"] == pytest.approx(math.sqrt((0.15 - 0.0025) / 99))
+
+
+def test_without_a_base_nothing_is_compared_and_without_a_format_nothing_drifts():
+    row = summary(3, verdicts("RKFT"), None)
+    assert "accuracy_change" not in row and not any(name.startswith("lost") for name in row)
+    formless = lambda text: dataclasses.replace(verdicts(text), well_formed=None)  # noqa: E731
+    assert split_drop(formless("RRRR"), formless("RKFT")) == {"format": 0.0, "truncation": 0.25, "knowledge": 0.5}
+    assert "well_formed" not in summary(3, formless("RK"), formless("RR"))
+
+
+def test_verdicts_survive_their_file():
+    before = dataclasses.replace(verdicts("RrKFT"), loglik=np.ones(5), parts={"format": np.arange(5.0)})
+    after = Verdicts.from_json(before.to_json())
+    assert all(np.array_equal(getattr(before, name), getattr(after, name)) for name in vars(before) if name != "parts")
+    assert np.array_equal(after.parts["format"], np.arange(5.0))
+    assert summary(1, after, before) == summary(1, before, before)
