@@ -2,11 +2,11 @@
 
 Small models with random sizes and random weights (norms and biases too), the reference on PyTorch with eager attention:
 the largest absolute difference of the logits without a cache and with one (fed in pieces), without padding, with left
-and with right padding; and whether 64 greedy tokens are the same, in the engine and in transformers' generate.
+and with right padding; and whether 64 greedy tokens of each are the same, in the engine and in transformers' generate.
 
 Command:  python -m benchmarks.parity [--families=llama,…] [--cases=3] [--json]
 Needs:    pip install -e '.[verify]'
-Cost:     about a minute on 2 CPU cores.
+Cost:     three minutes on 2 CPU cores that others use too.
 Result:   docs/models.md
 """
 
@@ -70,11 +70,11 @@ def cases(family: str, count: int) -> Iterator[Case]:
             "intermediate_size": int(draw.choice([30, 52, 71])),
             "rms_norm_eps": float(draw.choice([1e-6, 1e-5, 1e-2])),
             "max_position_embeddings": 16384,
-            "tie_word_embeddings": bool((index + draw.randint(2)) % 2),
+            "tie_word_embeddings": index % 2 == 1,
             "pad_token_id": 0,
             "attn_implementation": "eager",
         }
-        if family != "smollm3" and not (family == "llama" and index == 1):  # those take width / heads
+        if index != 1 or family not in ("llama", "smollm3"):  # those take width / heads
             fields["head_dim"] = int(draw.choice([12, 14, 16]))
         theta = float(draw.choice([100.0, 1e4, 5e5]))
         fields["rope_parameters"] = {"rope_type": "default", "rope_theta": theta}
@@ -259,8 +259,7 @@ def main() -> None:
             reference = reference_model(case)
             model = our_model(reference)
             rows += differences(case, reference, model)
-            if case.index == 0:
-                same[family] = bool(np.array_equal(*greedy(reference, model)))
+            same[family] = same.get(family, True) and bool(np.array_equal(*greedy(reference, model)))
     print(json.dumps({"rows": rows, "greedy": same}) if given.json else markdown(rows, same))
 
 

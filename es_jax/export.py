@@ -5,6 +5,9 @@ model's tokenizer and chat template, a model card. The step comes from its check
 replayed from the seed log; the bits are the same. The folder appears when it is whole. With --json one line is printed:
 
     out, step, source ("checkpoint" or "replay"), parameters, dtype, files, bytes
+
+A model that one host's devices do not hold is exported as it is trained: the same command on all hosts, which share the
+two folders, with the flags --distributed, … of es_jax.train. The first one writes.
 """
 
 import json
@@ -15,15 +18,23 @@ from typing import Any
 
 from absl import app, flags
 
+from es_jax.core.flags import define_processes, parser, processes
+
 
 def main(argv: list[str]) -> None:
     """Flags → export_run()."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     logging.getLogger().setLevel(logging.WARNING)
-    from es_jax.training.export import export_run  # JAX starts only when the flags are good
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax says three times that it only reads
+    with processes("es_jax.export"):
+        _export(flags.FLAGS)
 
-    given = flags.FLAGS
+
+def _export(given: flags.FlagValues) -> None:
+    from es_jax.core import hosts  # JAX starts only when the flags are good
+    from es_jax.training.export import export_run
+
     try:
         result = export_run(
             given.workdir,
@@ -36,14 +47,16 @@ def main(argv: list[str]) -> None:
         if given.traceback:
             raise
         sys.exit(f"es_jax.export: {error}")
-    print(json.dumps(result) if given.json else _sentence(result))
+    if hosts.first():
+        print(json.dumps(result) if given.json else _sentence(result))
 
 
 def _sentence(result: dict[str, Any]) -> str:
     how = {"checkpoint": "from its checkpoint", "replay": "replayed from the seed log"}[result["source"]]
+    files = "1 weight file" if result["files"] == 1 else f"{result['files']} weight files"
     return (
         f"step {result['step']} ({how}), {result['parameters']:,} weights in {result['dtype']}: "
-        f"{result['files']} weight files, {result['bytes'] / 1e9:.3f} GB, in {Path(result['out'])}"
+        f"{files}, {result['bytes'] / 1e6:,.1f} MB, in {Path(result['out'])}"
     )
 
 
@@ -56,11 +69,12 @@ def _define_flags() -> None:
     flags.DEFINE_float("max_shard_gb", 5.0, "The most that a weight file holds, in 10⁹ bytes.", lower_bound=1e-9)
     flags.DEFINE_bool("json", False, "Print the result as one line of JSON.")
     flags.DEFINE_bool("traceback", False, "Show where an error came from.")
+    define_processes()
 
 
 def entry() -> None:
     _define_flags()
-    app.run(main)
+    app.run(main, flags_parser=parser("es_jax.export"))
 
 
 if __name__ == "__main__":

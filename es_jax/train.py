@@ -8,7 +8,6 @@ where the environment says who they are (Cloud TPU, GKE, SLURM, Open MPI), or --
 --num_processes and --process_id where it does not. See docs/launch.md.
 """
 
-import contextlib
 import dataclasses
 import json
 import logging
@@ -17,15 +16,11 @@ import sys
 from absl import app, flags
 from ml_collections import config_flags
 
-from es_jax.core.flags import parser
+from es_jax.core.flags import define_processes, parser, processes
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A config file, and after a colon its arguments.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory; a run that is there is resumed.")
-_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of several processes, which the environment describes.")
-_ADDRESS = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0; implies --distributed.")
-_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are; implies --distributed.")
-_PROCESS = flags.DEFINE_integer("process_id", None, "Which one this is, from 0; implies --distributed.")
-_HEARTBEAT = flags.DEFINE_integer("heartbeat_timeout", 60, "Seconds after which a silent process counts as dead.")
+define_processes()
 _JSON = flags.DEFINE_bool("json", False, "Print the result as one line of JSON.")
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where an error came from.")
 
@@ -38,22 +33,11 @@ def main(argv: list[str]) -> None:
     logging.getLogger("es_jax").setLevel(logging.INFO)
     from es_jax.core import hosts  # JAX starts only when the flags are good
 
-    with _processes():
+    with processes("es_jax.train"):
         try:
             _train()
         except hosts.Preempted as stop:
             hosts.leave(f"es_jax.train: {stop}")
-
-
-def _processes() -> contextlib.AbstractContextManager:
-    """The processes of the run come together: as the flags say, the rest as the environment does."""
-    from es_jax.core import hosts
-
-    given = {"coordinator_address": _ADDRESS.value, "num_processes": _PROCESSES.value, "process_id": _PROCESS.value}
-    given = {name: value for name, value in given.items() if value is not None}
-    if not (given or _DISTRIBUTED.value):
-        return contextlib.nullcontext()
-    return hosts.joined("es_jax.train", heartbeat_timeout_seconds=_HEARTBEAT.value, **given)
 
 
 def _train() -> None:

@@ -18,13 +18,14 @@ from es_jax.evals.kl import Continuation, kl, sample
 from es_jax.evals.subject import Subject, is_run, of_model, of_run
 from es_jax.generate.engine import Engine
 from es_jax.tasks import get_task
+from es_jax.tasks.data import rows_folder
 from es_jax.tasks.task import Task
 from es_jax.training.config import RunConfig
 from es_jax.training.es_step import Evaluator, compute_dtype
 from es_jax.training.evalsfile import EvalsFile, read_evals
 from es_jax.training.fields import MeshConfig, ModelConfig
 from es_jax.training.heldout import HeldOut, cast, evaluate
-from es_jax.training.loop import make_task
+from es_jax.training.loop import make_task, other_task
 from es_jax.training.metrics import Jsonl
 from es_jax.training.state import base_config, mesh_of
 from es_jax.training.workdir import read_config, writing
@@ -145,18 +146,10 @@ def make_tasks(config: RunConfig, names: Sequence[str], options: Options) -> dic
     made = {}
     for name in names:
         if options.data_dir is not None and not name.startswith("lab-"):
-            made[name] = get_task(name, data_dir=_rows_of(Path(options.data_dir), name))
+            made[name] = get_task(name, data_dir=rows_folder(options.data_dir, name))
         else:
-            made[name] = make_task(config) if name == config.task.name else get_task(name)
+            made[name] = make_task(config) if name == config.task.name else other_task(config, name)
     return made
-
-
-def _rows_of(root: Path, name: str) -> str:
-    folders = [root / name, root / name.replace("-", "_")]
-    for folder in folders:
-        if folder.is_dir():
-            return str(folder)
-    raise FileNotFoundError(f"data_dir {root} has no folder {' or '.join(f.name for f in folders)} for task {name!r}")
 
 
 class _Evaluation:

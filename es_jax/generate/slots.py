@@ -119,11 +119,12 @@ class Queue:
         """Rows of a prefill: not all, so that free slots need not wait for the last one."""
         return self.rows if self.single else -(-self.rows // 4)
 
-    def turns(self) -> dict[str, int]:
-        """How often the loops turn where no row stops: the outer one (""), and in each of its turns the inner ones."""
+    def turns(self) -> dict[str, float]:
+        """How often the loops turn where no row stops: the outer one (""), and in each of its turns, on average, the
+        inner ones."""
         chunks = -(-len(self.tokens) // self.rows) * -(-(self.engine.max_new - 1) // max(self.steps, 1))
         fills = -(-len(self.tokens) // self.fill_rows)
-        return {"": chunks, FILL: -(-fills // max(chunks, 1)), STEPS: self.steps}
+        return {"": chunks, FILL: fills / max(chunks, 1), STEPS: self.steps}
 
     @property
     def row_sizes(self) -> list[int]:

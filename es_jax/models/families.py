@@ -194,5 +194,6 @@ def find_family(name: str, *, by: str = "name") -> Family:
     """
     known = {getattr(family, by): family for family in reversed(FAMILIES.values())}
     if name not in known:
-        raise ValueError(unknown(f"model {by}", name, known))
+        kind = {"name": "model_type", "gguf_architecture": "general.architecture"}.get(by, by)
+        raise ValueError(unknown(kind, name, known))
     return known[name]

@@ -63,7 +63,8 @@ def from_hf(fields: Fields) -> TransformerConfig:
     implemented (other scalings of rotary positions, quantised weights, own code, …) and every field unknown here.
     """
     family = find_family(fields.get("model_type", "(missing)"))
-    architecture = (fields.get("architectures") or [family.architecture])[0]
+    named = fields.get("architectures") or [family.architecture]
+    architecture = named if isinstance(named, str) else named[0]
     if find_family(architecture, by="architecture") is not family:
         raise ValueError(f"config.json: architectures = {architecture} is not that of model_type = {family.name}")
     given = {**family.missing, **fields}
@@ -237,7 +238,11 @@ def _theta(key: str, fields: Fields, inner: Fields, family: Family, problems: li
     theta = inner.get("rope_theta", outer)
     if outer is not None and theta != outer:
         problems.append(f"{key} = {outer} contradicts rope_parameters.rope_theta = {theta}: remove one")
-    return float(family.missing.get(key, 1e4) if theta is None else theta)
+    theta = family.missing.get(key, 1e4) if theta is None else theta
+    if isinstance(theta, bool) or not isinstance(theta, int | float):
+        problems.append(f"{key} = {theta!r} is not a number")
+        return 1e4
+    return float(theta)
 
 
 def _scaling(place: str, group: Any, problems: list[str]) -> RopeScaling | None:

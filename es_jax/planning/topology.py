@@ -23,6 +23,7 @@ _QUIET = {
     "TPU_WORKER_ID": "0",
     "TPU_ACCELERATOR_TYPE": "v5litepod-16",
     "TPU_MIN_LOG_LEVEL": "4",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # of several processes, each would want the chips for itself
 }
 
 

@@ -80,6 +80,7 @@ def target_against_prior(series: Sequence[Series], prior: Sequence[str]) -> Plot
                 for a, b in both
             ]  # fmt: skip
         axes.set(xlabel=text(f"accuracy on the target, {target}", width=60))
+        axes.tick_params(labelbottom=True)
         axes.set_ylabel(f"mean accuracy on {len(prior)} prior tasks")
         if len(kinds) > 1:
             axes.set_title(text(model), fontsize=9)
@@ -89,7 +90,7 @@ def target_against_prior(series: Sequence[Series], prior: Sequence[str]) -> Plot
             loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=1 if len(mine) < 4 else 2,
         )  # fmt: skip
     assert points is not None
-    figure.colorbar(points, ax=panels, label="iteration")
+    figure.colorbar(points, ax=panels, label="iteration", shrink=1 / -(-len(panels) // 2), aspect=25)
     says = f"Up and right is better: the target learnt, the rest kept. Prior tasks: {', '.join(prior)}."
     return Plot("target_against_prior", "Target against prior accuracy", figure, data, says)
 

@@ -18,6 +18,7 @@ SYMBOLS = {
     "es.noise": "noise",
     "es.shaping": "shaping",
     "optim.name": "optimizer",
+    "optim.anchor.source": "anchor",
     "task.grader": "grader",
 }
 SKIPPED = ("method", "model.source", "task.name", "optim.anchor.penalty", "λ")  # said in words of their own
@@ -62,7 +63,7 @@ def _label(run: Run, everyone: Sequence[Run], marked: bool) -> str:
         words.insert(0, run.target)
     settings = [other.settings() for other in same]
     for name, value in run.settings().items():
-        if name not in SKIPPED and len({repr(other.get(name)) for other in settings}) > 1:
+        if value is not None and name not in SKIPPED and len({repr(other.get(name)) for other in settings}) > 1:
             words.append(f"{SYMBOLS.get(name, name)} = {_number(value)}")
     return ", ".join(words) + (" [not comparable]" if marked else "")
 

@@ -79,7 +79,7 @@ def left_label(axes: Axes, words: str) -> None:
 def text(words: str, *, width: int = 34) -> str:
     """Words from configs and files for a figure: wrapped, printable, and never read as mathematics."""
     clean = "".join(c if c.isprintable() else "?" for c in words).replace("$", r"\$")
-    return textwrap.fill(clean, width)
+    return textwrap.fill(clean.replace(" = ", "\u00a0=\u00a0"), width)  # λ = 2 stays on one line
 
 
 def legend(figure: Figure, axes: Axes, *, columns: int = 4, width: int = 40) -> None:

@@ -24,6 +24,20 @@ class FieldError(ValueError):
         super().__init__(f"field {name!r} is {reprlib.repr(found)}: it should be {wanted}")
 
 
+def rows_folder(root: str | Path, task: str) -> Path:
+    """The folder of a task's rows in a folder of folders: named like the task, or with `_` for its `-`.
+
+    Raises:
+      FileNotFoundError: there is neither.
+    """
+    names = dict.fromkeys((task, task.replace("-", "_")))
+    found = next((Path(root) / name for name in names if (Path(root) / name).is_dir()), None)
+    if found is None:
+        there = _listing(Path(root)) if Path(root).is_dir() else "nothing: it does not exist"
+        raise FileNotFoundError(f"{root} has no folder {' or '.join(names)} for task {task!r}; it holds {there}")
+    return found
+
+
 def find_split(data_dir: str | Path, split: str) -> Path:
     """The one file that holds a split: `data_dir/{split}` with the suffix .parquet, .json or .jsonl.
 

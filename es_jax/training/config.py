@@ -24,6 +24,8 @@ from es_jax.training.grpo_fields import GRPOConfig
 
 METHODS = ("es", "grpo")
 
+TUPLES: dict[type, str] = {str: "names", int: "whole numbers"}
+
 
 class Rates(NamedTuple):
     """What a step's size depends on: α, σ and λ."""
@@ -176,9 +178,10 @@ def _build(kind: type, values: dict, prefix: str, problems: list[str]) -> Any:
 
 
 def _checked(value: Any, hint: Any, name: str, problems: list[str]) -> Any:
-    if hint == tuple[str, ...]:
-        if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
-            problems.append(f"{name} is {value!r}: it must be a tuple of names")
+    if typing.get_origin(hint) is tuple:
+        kind = typing.get_args(hint)[0]
+        if not isinstance(value, list | tuple) or not all(type(item) is kind for item in value):
+            problems.append(f"{name} is {value!r}: it must be a tuple of {TUPLES[kind]}")
         return lambda: tuple(value)
     allowed = typing.get_args(hint) or (hint,)
     if float in allowed and isinstance(value, int) and not isinstance(value, bool):

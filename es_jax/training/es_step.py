@@ -22,6 +22,7 @@ from es_jax.models.sharding import RULES, param_shardings
 from es_jax.optim.chains import build_optimizer
 from es_jax.training.config import RunConfig
 from es_jax.training.fields import ESConfig, OptimConfig
+from es_jax.training.timing import launched
 
 LANE = "lane"  # the axis of the members that a group evaluates at once
 
@@ -180,17 +181,31 @@ class Evaluator:
     def _perturb(self, params: Any, members: Members) -> Any:
         specs = map_named(lambda name, leaf: leaf_spec(self.mesh, name, leaf.shape, RULES), params)
 
-        def perturbed(name: str, part: jax.Array, spec: PartitionSpec, member: Members) -> jax.Array:
-            whole = {name: _gathered(self.mesh, part, spec)}
-            made = self.noise.apply(whole, member, sigma=self.sigma, dtype=self.dtype)[name]
-            return jax.lax.with_sharding_constraint(made, only(spec, MODEL))
-
         def one(params: Any, member: Members) -> Any:
-            make = functools.partial(perturbed, member=member)
+            make = functools.partial(self._made, member=member)
             return self.engine.layout(map_named(make, params, specs))
 
         held = jax.tree.map(lambda spec: only(spec, POP), specs)
         return self._grouped(one, in_specs=(held, PartitionSpec(POP)), mapped=(None, 0))(params, members)
+
+    def _made(self, name: str, part: jax.Array, spec: PartitionSpec, member: Members) -> jax.Array:
+        """A member's leaf, from its parts over `pop`: of one that is cut no more than a layer is gathered at once."""
+        cut, size = only(spec, MODEL), self.mesh.shape[POP]
+
+        def made(part: jax.Array, row: tuple | None = None) -> jax.Array:
+            whole = {name: _gathered(self.mesh, part, spec)}
+            leaf = self.noise.apply(whole, member, sigma=self.sigma, dtype=self.dtype, row=row)[name]
+            return jax.lax.with_sharding_constraint(leaf, cut)
+
+        if size == 1 or POP not in spec or not name.startswith("layers/") or not self.noise.rows_alone:
+            return made(part)
+
+        def layer(i: jax.Array, stack: jax.Array) -> jax.Array:
+            new = made(jax.lax.dynamic_slice_in_dim(part, i, 1), (i, len(part)))
+            return jax.lax.with_sharding_constraint(jax.lax.dynamic_update_slice_in_dim(stack, new, i, 0), cut)
+
+        shape = [n * size if entry == POP else n for n, entry in zip(part.shape, spec, strict=True)]
+        return jax.lax.fori_loop(0, len(part), layer, jnp.zeros(shape, self.dtype))
 
     @functools.partial(jax.jit, static_argnums=0)
     def _decode(self, params: Any, prompts: Prompts) -> Any:
@@ -238,11 +253,11 @@ class Evaluator:
             lanes = members[np.minimum(index, count - 1)]
             if self.at_once == 1:  # a member's weights are large: those of the round before are to be gone
                 hosts.wait(functools.partial(jax.block_until_ready, [outputs for _, outputs in pending]))
-            perturbed = self._perturb(params, self._placed(lanes))
+            perturbed = launched("perturb", self._perturb(params, self._placed(lanes)))
             live = (index < count)[:, None, None]
             tokens = np.repeat(prompts.tokens[None], self.lanes, 0)
             rows = self._rows(tokens, np.where(live, prompts.positions[None], np.int32(-1)), prompts.prefix)
-            pending.append((index[index < count], self._decode(perturbed, rows)))
+            pending.append((index[index < count], launched("decode", self._decode(perturbed, rows))))
             del perturbed
             if len(pending) > 1:
                 yield from _unpack(pending.pop(0))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ def export_run(
     Raises:
       FileNotFoundError: no run in the directory, or its base model is gone.
       FileExistsError: `out` is there and not empty.
+      OSError: it cannot be made, or does not fit on its disk.
       ValueError: a step that the log does not hold, one of a GRPO run that has no checkpoint, or a base model that is
         not the run's.
     """
@@ -59,9 +61,10 @@ def export_run(
     check_new(out)
     base = load_outline(config.model.source)
     rundir.check_base(workdir, config.model.source, base.digest)
+    wanted = jnp.dtype(config.model.param_dtype if dtype is None else dtype)
+    check_new(out, nbytes=wanted.itemsize * sum(map(math.prod, param_shapes(base.config).values())))
     source = "checkpoint" if step in saved_steps(workdir) else "replay"
     params = restored(workdir, config, base, step) if source == "checkpoint" else _replayed(workdir, step)
-    wanted = jnp.dtype(config.model.param_dtype if dtype is None else dtype)
     model = dataclasses.replace(base, params=params)
     text = card(facts, step=step, dtype=str(wanted), evals=_evals(workdir, config.task.name, step))
     save_model(out, model, dtype=wanted, max_shard_bytes=max_shard_bytes, card=text)

@@ -262,6 +262,7 @@ class TrainConfig:
       checkpoint_every: steps between checkpoints; the last step has one too. Steps since are replayed on resume.
       keep: how many checkpoints stay.
       samples: completions of each step's first member that go to samples.jsonl.
+      profile: (start, stop): a TensorBoard trace of steps start to stop − 1 is written to the run's tb folder.
     """
 
     steps: int = 500
@@ -269,9 +270,15 @@ class TrainConfig:
     checkpoint_every: int = 25
     keep: int = 2
     samples: int = 2
+    profile: tuple[int, ...] = ()
 
     def __post_init__(self):
         _positive(self, "train", "steps", "checkpoint_every", "keep")
+        if self.profile and not (len(self.profile) == 2 and 1 <= self.profile[0] < self.profile[1]):
+            raise ValueError(
+                f"train.profile is {self.profile}: give the first step of the trace and the one behind its last, "
+                "1 ≤ start < stop, such as (3, 5)"
+            )
         if self.samples < 0:
             raise ValueError(f"train.samples is {self.samples}: it must not be negative")
         try:
@@ -287,12 +294,15 @@ class EvalsConfig:
     Attributes:
       every: steps between evaluations; 0 is never.
       size: how many test rows, of each task.
-      tasks: other tasks to evaluate besides the one that is trained; they use their own rows.
+      tasks: other tasks to evaluate besides the one that is trained.
+      data_dir: a folder with a folder of rows for each of `tasks`, named like it (`-` may be `_`); None: the task's
+        own, of the hub or made here. The laboratory's tasks always make theirs.
     """
 
     every: int = 25
     size: int = 200
     tasks: tuple[str, ...] = ()
+    data_dir: str | None = None
 
     def __post_init__(self):
         _positive(self, "evals", "size")

@@ -9,6 +9,7 @@ import numpy as np
 
 from es_jax.core import hosts
 from es_jax.tasks.task import Example, Score, Task
+from es_jax.training.timing import host
 from es_jax.weights.model import Model
 
 
@@ -49,7 +50,8 @@ class Grader:
 
     def __call__(self, indices: Sequence[int], tokens: np.ndarray, length: np.ndarray) -> list[Graded]:
         """Scores of completions of the examples with those indices: tokens [B, L], length [B]."""
-        return grade(self.task, self.model, [self.examples[i] for i in indices], tokens, length)
+        with host("grade"):
+            return grade(self.task, self.model, [self.examples[i] for i in indices], tokens, length)
 
     def shared(self, own: Mapping[int, tuple[Sequence[int], list[Graded]]]) -> dict[int, list[Graded]]:
         """What all processes graded, by number, in order; each gives its own, with the indices of its examples.

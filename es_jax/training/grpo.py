@@ -25,6 +25,7 @@ from es_jax.training.grading import Graded, Grader
 from es_jax.training.grpo_step import METRICS, Policy, Rows, token_weights
 from es_jax.training.seedlog import Entry
 from es_jax.training.state import State
+from es_jax.training.timing import launched
 
 AT_ONCE = 4  # times the slots: rollouts that a group decodes in one call, while those of the last call are graded
 
@@ -106,7 +107,7 @@ class GRPO:
             keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
             parts = (x.reshape(groups, each, *x.shape[1:]) for x in (rows.tokens, rows.positions, keys))
             placed = *jax.device_put(tuple(parts), over_pop(mesh)), jax.device_put(rows.prefix, replicated(mesh))
-            pending.append((first, self._policy.rollout(self._state.params, *placed)))
+            pending.append((first, launched("decode", self._policy.rollout(self._state.params, *placed))))
             if len(pending) > 1:
                 yield _unpacked(pending.pop(0), len(prompts))
         for item in pending:
@@ -119,7 +120,8 @@ class GRPO:
         width, count = all_rows.counted.shape[1], len(all_rows.tokens)
 
         def score(params: Any) -> np.ndarray:
-            return np.asarray(self._policy.logprobs(params, tokens, positions, width)).reshape(-1, width)[:count]
+            found = launched("update", self._policy.logprobs(params, tokens, positions, width))
+            return np.asarray(found).reshape(-1, width)[:count]
 
         old = score(self._state.params)
         base = score(self._state.base) if self._config.grpo.kl else old
@@ -145,7 +147,7 @@ class GRPO:
         state.params, state.opt_state, state.drift, metrics = self._policy.update(
             state.params, state.opt_state, base, cut, jax.device_put(count, replicated(self._policy.mesh))
         )
-        return metrics
+        return launched("update", metrics)
 
     def _cut(self, x: np.ndarray, size: int, fill: int, *, rows: int | None = None) -> jax.Array:
         """[R, …] as micro-batches [M, m, …] on the devices, with rows of padding behind."""

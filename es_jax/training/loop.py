@@ -18,6 +18,7 @@ from es_jax.core.tree import count
 from es_jax.generate.engine import Engine
 from es_jax.models.sharding import param_shardings
 from es_jax.tasks import get_task
+from es_jax.tasks.data import rows_folder
 from es_jax.tasks.task import Example, Task
 from es_jax.training import workdir as rundir
 from es_jax.training.checkpoint import Checkpoints, abstract, nbytes
@@ -30,6 +31,7 @@ from es_jax.training.method import Evolution, Method
 from es_jax.training.recorder import Recorder
 from es_jax.training.seedlog import Entry, SeedLog
 from es_jax.training.state import State, base_config, load_base, mesh_of
+from es_jax.training.timing import Clock, Profile, Work, compilation_cache, split
 from es_jax.weights.model import load_outline
 
 logger = logging.getLogger(__name__)
@@ -67,22 +69,29 @@ def run(config: RunConfig | config_dict.ConfigDict | dict, workdir: str | Path) 
         rewards that are not finite or a full disk, at their step. Finished steps stay.
       hosts.Preempted: SIGTERM came. The last finished step has a checkpoint.
     """
+    began = time.monotonic()
     config, workdir = config if isinstance(config, RunConfig) else freeze(config), Path(workdir)
     if jax.process_count() > 1 and config.method != "es":
         raise ValueError(
             f"method {config.method!r} in {jax.process_count()} processes: start it in one; ES runs in many"
         )
-    tasks = {name: get_task(name) for name in config.evals.tasks} | {config.task.name: make_task(config)}
+    tasks = {name: other_task(config, name) for name in config.evals.tasks} | {config.task.name: make_task(config)}
     train = tasks[config.task.name].train(config.task.train_size)
     tests = {name: task.test(config.evals.size) for name, task in tasks.items()} if config.evals.every else {}
-    with hosts.stoppable(), rundir.claim(workdir):
-        return _Run(config, workdir, tasks=tasks, train=train, tests=tests).train()
+    with hosts.stoppable(), rundir.claim(workdir), compilation_cache(workdir / "cache"):
+        return _Run(config, workdir, tasks=tasks, train=train, tests=tests).train(began)
 
 
 def make_task(config: RunConfig) -> Task:
     """The run's task, with the options that are set."""
     options = {"data_dir": config.task.data_dir, "grader": config.task.grader, "seed": config.task.seed}
     return get_task(config.task.name, **{name: value for name, value in options.items() if value is not None})
+
+
+def other_task(config: RunConfig, name: str) -> Task:
+    """A task of evals.tasks, with its rows from evals.data_dir where that is set."""
+    root = None if name.startswith("lab-") else config.evals.data_dir
+    return get_task(name) if root is None else get_task(name, data_dir=rows_folder(root, name))
 
 
 class _Run:
@@ -117,12 +126,14 @@ class _Run:
             unit=self.method.unit,
             offset=self.state.offset,
         )
+        self.profile = Profile(config.train.profile, workdir / "tb")
         self.recorder.progress.say(f"{self.dim:,} weights, {self.mesh.size} devices, {self.state.sentence}")
 
-    def train(self) -> RunResult:
-        """Run the loop to its end; what is open is closed however it ends."""
+    def train(self, began: float) -> RunResult:
+        """Run the loop to its end; what is open is closed however it ends. `began`: when the run was asked for."""
         try:
-            self._loop()
+            with Clock() as clock:
+                self._loop(clock, began)
             step = len(self.log.entries)
             if hosts.first():
                 (self.workdir / "DONE").write_text(f"{step}\n")
@@ -133,6 +144,7 @@ class _Run:
                 f"terminated; step {len(self.log.entries)} is saved, and the same command goes on from there"
             ) from None
         finally:
+            self.profile.close()
             self.checkpoints.close()
             self.recorder.close()
         return RunResult(
@@ -143,21 +155,41 @@ class _Run:
             self.recorder.heldout[self.config.task.name].last,
         )
 
-    def _loop(self) -> None:
+    def _loop(self, clock: Clock, asked: float) -> None:
         if hosts.first():
             (self.workdir / "DONE").unlink(missing_ok=True)
         start = len(self.log.entries)
         self._finish_step(start)
         for step in range(start + 1, self.config.train.steps + 1):
-            began = time.monotonic()
-            entry, graded = self._collect(step)
-            scored = time.monotonic()
-            learnt = self.method.learn(entry)
-            drift = float(self.state.drift)
-            seconds = {"evaluate": scored - began, "update": time.monotonic() - scored}
-            self.recorder.step(entry, graded, drift=drift, seconds=seconds, learnt=learnt)
+            clock.restart()
+            with self.profile.step(step):
+                began = time.monotonic()
+                entry, graded = self._collect(step)
+                learnt = self.method.learn(entry)
+                drift = float(self.state.drift)
+                now = time.monotonic()
+            first = {"seconds_to_first_step": now - asked} if step == start + 1 else {}
+            spent = self._spent(step, clock.seconds(), graded, total=now - began)
+            self.recorder.step(entry, graded, drift=drift, spent={**spent, **first}, learnt=learnt)
             self.log.append(entry)
+            self.profile.done(step)
             self._finish_step(step)
+
+    def _spent(
+        self, step: int, seconds: dict[str, float], graded: list[list[Graded]], *, total: float
+    ) -> dict[str, Any]:
+        """Where a step's time went, and what it made of the machine."""
+        members, new = len(graded), sum(g.length for mine in graded for g in mine)
+        prompt = members * sum(len(self.prompts[i]) for i in self._rows(step))
+        engine, busy = self.evaluator.engine, seconds.get("decode", 0.0)
+        work = Work(engine.config, compute_dtype(self.config).itemsize, engine.slots, self.mesh.size)
+        return {
+            "tokens_per_second": new / total,
+            "prompt_tokens_per_second": prompt / total,
+            **work.utilisation(prompt=prompt, new=new, members=members, seconds=busy),
+            "seconds": total,
+            **split(seconds, total=total),
+        }
 
     def _collect(self, step: int) -> tuple[Entry, list[list[Graded]]]:
         """The method's completions of the step's prompts, graded."""

@@ -48,17 +48,16 @@ class Recorder:
         graded: Sequence[Sequence[Graded]],
         *,
         drift: float,
-        seconds: dict[str, float],
+        spent: dict[str, Any],
         learnt: Mapping[str, float | None],
     ) -> None:
         """A step's row in metrics.jsonl and TensorBoard, its samples, and its line on the screen.
 
-        `learnt`: what the method has to say of its update.
+        `learnt`: what the method has to say of its update. `spent`: the step's seconds, and their parts.
         """
         self._walk.add(entry)
         rewards, everyone = np.array(entry.rewards, float), [g for mine in graded for g in mine]
         self.reward = float(rewards.mean())
-        tokens, total = sum(g.length for g in everyone), sum(seconds.values())
         row = {
             "step": entry.step,
             "reward_mean": self.reward,
@@ -70,10 +69,8 @@ class Recorder:
             "drift": drift,
             "drift_theory": self._walk.norm,
             "kappa": self._kappa(drift, entry),
-            "tokens": tokens,
-            "tokens_per_second": tokens / seconds["evaluate"],
-            "seconds": total,
-            **{f"seconds_{name}": value for name, value in seconds.items()},
+            "tokens": sum(g.length for g in everyone),
+            **spent,
         }
         self._metrics.write(row)
         self._samples.write(*(_sample(entry.step, g) for g in graded[0][: self._config.train.samples]))

@@ -29,6 +29,7 @@ from es_jax.training.es_step import (
     update,
 )
 from es_jax.training.seedlog import Entry, SeedLog
+from es_jax.training.timing import launched
 from es_jax.weights.model import Model, config_only, load_model
 
 
@@ -133,7 +134,7 @@ class State:
         self.params, self.opt_state, squares = update(
             self._config, self._mesh, self.params, self.opt_state, self._base, members, weights, steps
         )
-        self.drift = distance(squares)
+        self.drift = distance(launched("update", squares))
 
 
 def check_memory(config: RunConfig, mesh: Mesh) -> None:

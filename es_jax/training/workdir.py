@@ -21,7 +21,7 @@ from es_jax.training.config import RunConfig, freeze
 
 # What may change between the start and the resumption of a run: nothing that a step's bits depend on.
 CHANGEABLE = (
-    *("train.steps", "train.checkpoint_every", "train.keep", "train.samples", "evals.every"),
+    *("train.steps", "train.checkpoint_every", "train.keep", "train.samples", "train.profile", "evals.every"),
     *("mesh.pop", "mesh.model", "optim.anchor.memory"),
 )
 PACKAGES = (

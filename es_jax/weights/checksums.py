@@ -19,20 +19,20 @@ def digest(files: Iterable[Path]) -> str:
 
     Raises ValueError that lists every file whose own sum is not the one that is known of it.
     """
-    total, damaged = hashlib.sha256(), []
-    for path in sorted(files):
+    files, total, damaged = sorted(files), hashlib.sha256(), []
+    for path in files:
         known = known_sum(path)
-        own = hashlib.sha256() if known else None
+        own = total if len(files) == 1 else hashlib.sha256()
+        sums = [total, own] if known and own is not total else [total]
         with path.open("rb") as file:
             while chunk := file.read(_CHUNK):
-                total.update(chunk)
-                if own is not None:
-                    own.update(chunk)
-        if own is not None and known is not None and own.hexdigest() != known[0]:
+                for each in sums:
+                    each.update(chunk)
+        if known and own.hexdigest() != known[0]:
             damaged.append(f"{path} differs from its sha256 in {known[1]}")
     if damaged:
-        sums = "; ".join(damaged)
-        raise ValueError(f"{sums}: damaged, so fetch or export it again; if changed on purpose, delete the sum")
+        found = "; ".join(damaged)
+        raise ValueError(f"{found}: damaged, so fetch or export it again; if changed on purpose, delete the sum")
     return total.hexdigest()
 
 
@@ -43,8 +43,7 @@ def known_sum(path: Path) -> tuple[str, Path] | None:
         return blob.name, blob
     listed = path.parent / SUMS
     if listed.exists():
-        sums = dict(line.split(maxsplit=1)[::-1] for line in listed.read_text(encoding="utf-8").splitlines() if line)
-        found = sums.get(path.name, sums.get(f"*{path.name}"))
+        found = _listed(listed).get(path.name)
         return (found, listed) if found else None
     fetched = path.parent / ".cache/huggingface/download" / f"{path.name}.metadata"
     if fetched.exists():
@@ -52,6 +51,14 @@ def known_sum(path: Path) -> tuple[str, Path] | None:
         if len(lines) == 3 and _SUM.fullmatch(lines[1]) and path.stat().st_mtime - 1 <= float(lines[2]):
             return lines[1], fetched
     return None
+
+
+def _listed(path: Path) -> dict[str, str]:
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    found = [re.fullmatch(r"([0-9a-fA-F]{64}) [ *](.+)", line) for line in lines if line.strip()]
+    if None in found:
+        raise ValueError(f"{path} is damaged: fetch or export the model again, or delete it")
+    return {match[2]: match[1].lower() for match in found if match}
 
 
 def write_sums(folder: Path, sums: Mapping[str, str]) -> None:

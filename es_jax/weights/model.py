@@ -3,17 +3,19 @@
 import contextlib
 import dataclasses
 import json
+import math
 import os
+import platform
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.experimental import multihost_utils
 
+from es_jax.core import hosts
 from es_jax.models.config import TransformerConfig
 from es_jax.models.hf_config import from_hf, to_hf
 from es_jax.models.transformer import Params
@@ -92,22 +94,23 @@ def save_model(
     """Write a Hugging Face folder that `load_model` and transformers read: config, weights, tokenizer.
 
     Weights keep their dtype when `dtype` is None; they go into files of at most `max_shard_bytes`, and the host holds
-    one tensor at a time. `card` is the text of README.md. The folder appears when it is whole. Where JAX runs in many
-    processes all of them call this, the first one writes, and all return when the folder is there.
+    one tensor at a time. `card` is the text of README.md. The folder appears when it is whole. All processes of a
+    run call this, the first one writes, and all return when the folder is there.
 
-    Raises FileExistsError when the folder is there and not empty, ValueError for a limit below 1.
+    Raises FileExistsError when the folder is there and not empty, OSError when it cannot be made or does not fit on its
+    disk, ValueError for a limit below 1.
     """
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes is {max_shard_bytes}: it must be at least 1")
     words = model.tokenizer
     ids = {name: getattr(words, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     wanted = jnp.dtype(model.params["embed"]["embedding"].dtype if dtype is None else dtype)
-    check_new(Path(path).expanduser())
     shapes, tensor = convert.hf_tensors(model.params, config=model.config)
-    if jax.process_index():
+    check_new(path, nbytes=wanted.itemsize * sum(math.prod(shape) for shape in shapes.values()))
+    if not hosts.first():
         for key in shapes:
             tensor(key)  # every process has a part of it to give
-        return _wait_for_all(path)
+        return hosts.barrier()
     with new_folder(path) as folder:
         _write_json(folder / "config.json", {**to_hf(model.config), "torch_dtype": str(wanted), **ids})
         generation = {**model.generation, **ids, "eos_token_id": list(model.stop_ids)}
@@ -116,20 +119,26 @@ def save_model(
         if card is not None:
             (folder / "README.md").write_text(card, encoding="utf-8")
         safetensors.write_folder(folder, shapes, tensor, dtype=wanted, max_shard_bytes=max_shard_bytes)
-    _wait_for_all(path)
+    hosts.barrier()
 
 
 @contextlib.contextmanager
 def new_folder(path: str | Path) -> Iterator[Path]:
     """A folder to write into, which gets its name when the block ends well, and is gone when it does not.
 
-    Raises FileExistsError when `path` is a file or a folder that is not empty, OSError when it cannot be made.
+    What a killed process of this machine left of the same folder is deleted first.
+
+    Raises OSError when `path` is a file or a folder that is not empty, or cannot be made.
     """
     path = Path(path).expanduser().absolute()
-    _refuse(path, taken=_taken(path))
+    if problem := _obstacle(path, 0)[1]:
+        raise OSError(problem)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.parent / f".{path.name}.{os.getpid()}"
-    shutil.rmtree(partial, ignore_errors=True)
+    prefix = f".{path.name}.{platform.node()}."
+    for other in path.parent.iterdir():
+        if other.name.startswith(prefix) and not _running(other.name.removeprefix(prefix)):
+            shutil.rmtree(other, ignore_errors=True)
+    partial = path.parent / f"{prefix}{os.getpid()}"
     partial.mkdir()
     try:
         yield partial
@@ -138,26 +147,41 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def check_new(path: Path) -> None:
-    """Raises FileExistsError when `path` is a file or a folder that is not empty, in every process: the first looks."""
-    taken = _taken(path)
-    if jax.process_count() > 1:
-        taken = bool(multihost_utils.broadcast_one_to_all(np.array(taken)))
-    _refuse(path, taken=taken)
+def _running(pid: str) -> bool:
+    """Whether it is the number of a process, other than this one, that runs; true for what is no number."""
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except (ValueError, OverflowError, PermissionError):
+        return True
+    return int(pid) != os.getpid()
 
 
-def _taken(path: Path) -> bool:
-    return path.exists() and (not path.is_dir() or any(path.iterdir()))
+def check_new(path: str | Path, *, nbytes: int = 0) -> None:
+    """Raises FileExistsError when `path` is a file or a folder that is not empty, OSError when it cannot be made or its
+    disk has fewer than `nbytes` bytes left. All processes of a run call this; the first looks, and all raise.
+    """
+    kind, problem = hosts.exchange({0: _obstacle(Path(path), nbytes)} if hosts.first() else {})[0]
+    if problem:
+        raise FileExistsError(problem) if kind == "taken" else OSError(problem)
 
 
-def _refuse(path: Path, *, taken: bool) -> None:
-    if taken:
-        raise FileExistsError(f"{path} exists and is not an empty folder: choose another, or delete it")
-
-
-def _wait_for_all(path: str | Path) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"saved {path}")
+def _obstacle(path: Path, nbytes: int) -> tuple[str, str]:
+    """What is in the way of a new folder, and a sentence about it; both empty when nothing is."""
+    path = path.expanduser().absolute()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        return "taken", f"{path} exists and is not an empty folder: choose another, or delete it"
+    inside = next(parent for parent in path.parents if parent.exists())
+    try:
+        tempfile.TemporaryFile(dir=inside).close()
+    except OSError as error:
+        return "closed", f"{path} cannot be made ({inside}: {error.strerror}): choose another folder"
+    free = shutil.disk_usage(inside).free
+    if free < nbytes:
+        room = f"{nbytes / 1e9:.3f} GB are needed, {free / 1e9:.3f} GB are free"
+        return "full", f"{path} does not fit on its disk ({room}): free some space, or choose another folder"
+    return "", ""
 
 
 def _open(path: Path) -> tuple[Model, Reader]:
@@ -182,9 +206,12 @@ def _digest(path: Path) -> str:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        fields = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}): fetch the model again") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} holds {type(fields).__name__} instead of fields and values: fetch the model again")
+    return fields
 
 
 def _write_json(path: Path, fields: dict[str, Any]) -> None:

@@ -143,6 +143,8 @@ def _header(file: Path) -> tuple[dict[str, Any], int]:
             fields = json.loads(content.read(length))
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{file} is truncated or corrupt ({error}): fetch it again") from None
+    except OSError as error:
+        raise OSError(f"{file} cannot be read ({error}): see that it is a file and readable") from None
     fields.pop("__metadata__", None)
     return fields, 8 + length
 

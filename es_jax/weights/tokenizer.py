@@ -16,8 +16,9 @@ def from_folder(folder: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder}: no tokenizer could be read ({error}); add tokenizer.json to it") from error
+    except Exception as error:  # whatever the library meets in damaged files
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{folder}: no tokenizer could be read ({reason}); add its tokenizer.json") from error
 
 
 def stop_ids(tokenizer: Any, *eos: int | Iterable[int] | None) -> tuple[int, ...]:

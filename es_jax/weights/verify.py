@@ -115,7 +115,9 @@ def verify_model(model: Model, reference: str | Path, *, max_kl: float, text: st
         raise FileNotFoundError(f"reference = {str(reference)!r} has no config.json: give a Hugging Face model folder")
     ids = np.array([model.tokenizer.encode(text)], np.int32)
     if not 2 <= ids.shape[1] <= model.config.max_positions:
-        raise ValueError(f"text has {ids.shape[1]} tokens: it must have 2 to {model.config.max_positions}")
+        raise ValueError(
+            f"text has {ids.shape[1]} tokens: it must have 2 to {model.config.max_positions}; give another"
+        )
     theirs = _reference_stream(folder, ids)
     ours = _stream(model, ids)
     wrong = [name for name in ours if name not in theirs or theirs[name].shape != ours[name].shape]

@@ -123,6 +123,7 @@ def test_both_places_of_rope_scaling(place):
         {"vocab_size": None},
         {"hidden_size": "16"},
         {"architectures": ["Qwen2ForCausalLM"]},
+        {"rope_theta": "big"},
     ],
     ids=lambda field: next(iter(field)),
 )

@@ -22,10 +22,18 @@ def test_parity(case):
     assert max(row["difference"] for row in rows) < 1e-4
     assert min(row["largest_logit"] for row in rows) > 0.5
     _assert_read_back(case, reference, model[0])
-    if case.index == 0:
-        ours, theirs = parity.greedy(reference, model)
-        assert ours.shape == (parity.BATCH, parity.NEW)
-        np.testing.assert_array_equal(ours, theirs)
+    ours, theirs = parity.greedy(reference, model)
+    assert ours.shape == (parity.BATCH, parity.NEW)
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def test_every_family_is_tried_tied_and_untied_with_odd_heads_and_heads_of_their_own_size():
+    for family in FAMILIES:
+        fields = [case.fields for case in CASES if case.family == family]
+        assert {f["tie_word_embeddings"] for f in fields} == {True, False}
+        assert any(f["num_attention_heads"] % 2 for f in fields)
+        assert any(f["num_key_value_heads"] < f["num_attention_heads"] for f in fields)
+        assert any(f.get("head_dim", 0) * f["num_attention_heads"] not in (0, f["hidden_size"]) for f in fields)
 
 
 def _assert_read_back(case, reference, config):

@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from es_jax.tasks import get_task
-from es_jax.tasks.data import read_examples, read_rows
+from es_jax.tasks.data import read_examples, read_rows, rows_folder
 
 ROW = {
     "id": "r0",
@@ -203,3 +203,14 @@ def test_empty_parquet(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(table, tmp_path / "train.parquet")
     with pytest.raises(ValueError, match=r"train\.parquet has no rows"):
         get_task("countdown", data_dir=tmp_path).train()
+
+
+def test_the_folder_of_a_task(tmp_path: Path) -> None:
+    for name in ("gsm8k", "arc_challenge"):
+        (tmp_path / name).mkdir()
+    assert rows_folder(tmp_path, "gsm8k") == tmp_path / "gsm8k"
+    assert rows_folder(tmp_path, "arc-challenge") == tmp_path / "arc_challenge"
+    with pytest.raises(FileNotFoundError, match=r"has no folder mmlu-pro or mmlu_pro .* holds arc_challenge, gsm8k"):
+        rows_folder(tmp_path, "mmlu-pro")
+    with pytest.raises(FileNotFoundError, match="it does not exist"):
+        rows_folder(tmp_path / "no", "piqa")

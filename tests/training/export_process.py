@@ -40,7 +40,7 @@ def main(rank: int, port: str, model: str, workdir: str, out: Path) -> None:
     results = [export_run(workdir, out / f"step{step}", step=step) for step in (1, 3)]
     try:
         export_run(workdir, out / "saved")
-    except FileExistsError as error:
+    except OSError as error:
         refused = str(error)
     print(json.dumps({"held": held, "there": there, "results": results, "refused": refused}))
 

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -113,6 +114,13 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_left(workdir, tmp_pat
     with pytest.raises(FileExistsError, match="not an empty folder"):
         export_run(workdir, tmp_path / "full")
     assert os.listdir(tmp_path / "full") == ["mine.txt"]
+    with pytest.raises(OSError, match=r"mine\.txt/out cannot be made \(.*Not a directory\): choose another folder"):
+        export_run(workdir, tmp_path / "full/mine.txt/out")
+    with monkeypatch.context() as patched:
+        patched.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+        patched.setattr("es_jax.training.export.replay", lambda *a, **k: pytest.fail("long work began"))
+        with pytest.raises(OSError, match=r"does not fit on its disk \(0\.000 GB are needed, 0\.000 GB are free\)"):
+            export_run(workdir, tmp_path / "out", step=1)
     shutil.copytree(workdir, tmp_path / "other")
     facts = json.loads((workdir / "config.json").read_text())
     (tmp_path / "other/config.json").write_text(json.dumps(facts | {"digest": "0" * 64}))

@@ -2,7 +2,11 @@
 
 import dataclasses
 import json
+import os
+import platform
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -209,6 +213,43 @@ def test_generation_settings_are_carried_over_and_a_folder_in_use_is_refused(fol
         save_model(tmp_path / "again", model)
     with pytest.raises(ValueError, match="max_shard_bytes is 0"):
         save_model(tmp_path / "third", model, max_shard_bytes=0)
+
+
+def test_what_a_killed_export_left_is_deleted_by_the_next(tmp_path, model):
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        pass
+    names = {pid: f".out.{platform.node()}.{pid}" for pid in (ended.pid, os.getppid(), "notes")}
+    for name in names.values():
+        (tmp_path / name / "inside").mkdir(parents=True)
+    save_model(tmp_path / "out", model)
+    assert sorted(os.listdir(tmp_path)) == sorted([names[os.getppid()], names["notes"], "out"])
+
+
+DAMAGE = [
+    ("config.json", "[1]", r"config\.json holds list instead of fields"),
+    ("config.json", "null", r"config\.json holds NoneType instead of fields"),
+    ("config.json", "{", r"config\.json is not JSON"),
+    ("generation_config.json", "[]", r"generation_config\.json holds list"),
+    ("tokenizer.json", "{", r"no tokenizer could be read \(.*\); add its tokenizer\.json"),
+    ("tokenizer.json", "{}", r"no tokenizer could be read"),
+    ("SHA256SUMS", "nonsense\n", r"SHA256SUMS is damaged"),
+    ("model.safetensors", "", r"model\.safetensors is truncated or corrupt"),
+]
+
+
+@pytest.mark.parametrize("name, content, says", DAMAGE)
+def test_damaged_files_are_named_in_a_sentence(name, content, says, folder):
+    (folder / name).write_text(content)
+    with pytest.raises(ValueError, match=says) as error:
+        load_model(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_in_the_place_of_a_file_is_named(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").mkdir()
+    with pytest.raises(OSError, match=r"model\.safetensors cannot be read .*see that it is a file"):
+        load_model(folder)
 
 
 def test_the_outline_is_the_model_without_its_weights(folder):

@@ -1,0 +1,109 @@
+"""The same work as a user would write it today, with torch and transformers: the other side of the comparisons.
+
+Weights are perturbed in place from a seed, one tensor after the other, scored with `generate`, and restored by the same
+noise; the update draws all members' noise again. No tricks that only a library would take, none left out that everyone
+knows: `torch.inference_mode`, one generator, in-place `add_`, a batch of left-padded prompts.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def shapes_to_torch(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    """Parameters of those shapes."""
+    return [torch.zeros(shape, dtype=dtype) for shape in shapes]
+
+
+@torch.inference_mode()
+def perturb(params: Sequence[torch.Tensor], seed: int, scale: float) -> None:
+    """θ += scale · ε(seed), in place; with −scale it is the restoration."""
+    generator = torch.Generator().manual_seed(seed)
+    for param in params:
+        param.add_(torch.randn(param.shape, generator=generator, dtype=param.dtype), alpha=scale)
+
+
+@torch.inference_mode()
+def update(
+    params: Sequence[torch.Tensor],
+    anchor: Sequence[torch.Tensor],
+    seeds: Sequence[int],
+    weights: Sequence[float],
+    *,
+    rate: float,
+    decay: float,
+) -> None:
+    """θ += α/N Σ zₙ εₙ, then the l2 pull toward the anchor, in place."""
+    for seed, weight in zip(seeds, weights, strict=True):
+        perturb(params, seed, rate / len(seeds) * weight)
+    for param, start in zip(params, anchor, strict=True):
+        param.sub_(param - start, alpha=decay)
+
+
+@torch.inference_mode()
+def generate(model: Any, prompts: Sequence[Sequence[int]], lengths: Sequence[int], *, stop: int) -> np.ndarray:
+    """Greedy completions [B, L], each row stopped at its own length as if the model had ended it there.
+
+    A row that has its length is given the stop token by a logits processor, so that `generate` ends when the last has.
+    """
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), stop)
+    mask = torch.zeros((len(prompts), width), dtype=torch.long)
+    for i, prompt in enumerate(prompts):
+        ids[i, width - len(prompt) :], mask[i, width - len(prompt) :] = torch.tensor(prompt), 1
+    ends = torch.tensor(lengths)
+
+    def force(tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        done = tokens.shape[1] - width + 1 >= ends
+        scores[~done, stop] = -torch.inf
+        scores[done] = -torch.inf
+        scores[done, stop] = 0
+        return scores
+
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=max(lengths),
+        do_sample=False,
+        logits_processor=[force],
+        eos_token_id=stop,
+        pad_token_id=stop,
+    )
+    return out[:, width:].numpy()
+
+
+def iteration(
+    model: Any,
+    anchor: Sequence[torch.Tensor],
+    prompts: Sequence[Sequence[int]],
+    lengths: Sequence[Sequence[int]],
+    score: Callable[[np.ndarray], float],
+    *,
+    step: int,
+    sigma: float,
+    rate: float,
+    decay: float,
+    stop: int,
+) -> dict[str, float]:
+    """One ES iteration with a member for each row of lengths; seconds by part."""
+    params, seconds = list(model.parameters()), {"perturb": 0.0, "generate": 0.0, "grade": 0.0, "update": 0.0}
+    seeds, rewards = [1000 * step + i for i in range(len(lengths))], []
+
+    def timed(part: str, function: Callable, *args: Any, **kwargs: Any) -> Any:
+        began = time.perf_counter()
+        result = function(*args, **kwargs)
+        seconds[part] += time.perf_counter() - began
+        return result
+
+    for seed, wanted in zip(seeds, lengths, strict=True):
+        timed("perturb", perturb, params, seed, sigma)
+        tokens = timed("generate", generate, model, prompts, wanted, stop=stop)
+        rewards.append(timed("grade", score, tokens))
+        timed("perturb", perturb, params, seed, -sigma)
+    z = np.array(rewards)
+    z = (z - z.mean()) / (z.std() + 1e-8)
+    timed("update", update, params, anchor, seeds, z.tolist(), rate=rate, decay=decay)
+    return seconds

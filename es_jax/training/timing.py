@@ -1,0 +1,206 @@
+"""Where an iteration's time goes, told without holding anything up, and what share of the chips' peaks it used.
+
+Programs are launched and run behind the host's back. `launched` hands a program's outputs to a thread that blocks on
+them in launch order and notes when each came; the loop's own thread waits for nothing it would not wait for anyway.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+import math
+import os
+import queue
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from es_jax.core.chips import find_chip
+from es_jax.models.config import TransformerConfig
+from es_jax.models.transformer import param_shapes
+
+_active: contextvars.ContextVar["Clock | None"] = contextvars.ContextVar("clock", default=None)
+
+
+def launched(name: str, outputs: Any) -> Any:
+    """The outputs themselves, on their way: of a program that the clock in use is to time under that name."""
+    clock = _active.get()
+    if clock is not None:
+        clock.watch(name, min(jax.tree.leaves(outputs), key=lambda leaf: leaf.nbytes))  # all come at once
+    return outputs
+
+
+@contextlib.contextmanager
+def host(name: str) -> Iterator[None]:
+    """Time of the host's own, while programs run beside it."""
+    began = time.monotonic()
+    try:
+        yield
+    finally:
+        clock = _active.get()
+        if clock is not None:
+            clock.add(name, time.monotonic() - began)
+
+
+class Clock:
+    """Seconds by name since `restart`: of device programs, one behind the other, and of work on the host.
+
+    A program counts from its launch, or from the end of the one before it where that came later, until its outputs are
+    there. With several devices it ends with the last of them.
+
+    >>> import jax.numpy as jnp
+    >>> with Clock() as clock:
+    ...     _ = launched("square", jnp.square(jnp.ones(3)))
+    ...     sorted(clock.seconds())
+    ['square']
+    """
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[tuple[str, float, Any] | None] = queue.SimpleQueue()
+        self._idle = threading.Condition()
+        self._pending, self._ended = 0, 0.0
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._thread = threading.Thread(target=self._follow, name="es_jax clock", daemon=True)
+
+    def __enter__(self) -> "Clock":
+        self._token = _active.set(self)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        _active.reset(self._token)
+        self._queue.put(None)
+
+    def watch(self, name: str, output: jax.Array) -> None:
+        with self._idle:
+            self._pending += 1
+        self._queue.put((name, time.monotonic(), output))
+
+    def add(self, name: str, seconds: float) -> None:
+        with self._idle:
+            self._seconds[name] += seconds
+
+    def restart(self) -> None:
+        """Forget what was timed so far."""
+        self.seconds()
+        self._seconds.clear()
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds by name, once all that was launched has ended."""
+        with self._idle:
+            self._idle.wait_for(lambda: not self._pending)
+            return dict(self._seconds)
+
+    def _follow(self) -> None:
+        while (item := self._queue.get()) is not None:
+            name, began, output = item
+            with contextlib.suppress(Exception):  # a program that failed raises in the thread that uses its outputs
+                jax.block_until_ready(output)
+            del item, output
+            now = time.monotonic()
+            with self._idle:
+                self._seconds[name] += now - max(began, self._ended)
+                self._ended = now
+                self._pending -= 1
+                self._idle.notify_all()
+
+
+def split(seconds: dict[str, float], *, total: float) -> dict[str, float]:
+    """A step's columns: seconds and share of each part, and of `wait`, when no program ran.
+
+    `decode` holds prefill too and `update` the estimate, since each is one program. `grade` is the host's, beside the
+    programs, so it is no part of the sum of the others, which is the step.
+    """
+    parts = {name: seconds.get(name, 0.0) for name in ("perturb", "decode", "update")}
+    parts = {**parts, "wait": max(total - sum(parts.values()), 0.0), "grade": seconds.get("grade", 0.0)}
+    columns = {f"seconds_{name}": value for name, value in parts.items()}
+    return columns | {f"share_{name}": value / total for name, value in parts.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a step's completions need at least, against the published peaks of the chips (`es_jax.core.chips`).
+
+    Counted are the products of weights with tokens, 2 operations a weight and token; attention is left out. Memory is
+    read once for all weights a decode step, and the steps are as few as `slots` rows at once allow. Both are lower
+    bounds, so the utilisation is, too. `None` on a chip that is not in the table, such as a CPU.
+
+    Attributes:
+      model: whose weights.
+      itemsize: bytes of a weight of a member.
+      slots: rows that a member decodes at once.
+      devices: that work.
+    """
+
+    model: TransformerConfig
+    itemsize: int
+    slots: int
+    devices: int
+
+    @property
+    def weights(self) -> int:
+        """Weights that every token is multiplied with: all matrices but an embedding that is not the head as well."""
+        skipped = () if self.model.tied_embeddings else ("embed/embedding",)
+        shapes = {name: shape for name, shape in param_shapes(self.model).items() if name not in skipped}
+        return sum(math.prod(shape) for name, shape in shapes.items() if name.endswith(("kernel", "embedding")))
+
+    def utilisation(self, *, prompt: int, new: int, members: int, seconds: float) -> dict[str, float | None]:
+        """Shares of the peaks, from the tokens of a step's prompts and completions and the seconds of its decoding."""
+        chip = find_chip(jax.devices()[0].device_kind)
+        if chip is None or not seconds:
+            return {"flop_utilisation": None, "bandwidth_utilisation": None}
+        flops = 2 * self.weights * (prompt + new)
+        memory = self.weights * self.itemsize * max(new / self.slots, members)
+        return {
+            "flop_utilisation": flops / (seconds * self.devices * chip.flops),
+            "bandwidth_utilisation": memory / (seconds * self.devices * chip.bandwidth),
+        }
+
+
+class Profile:
+    """A TensorBoard trace of the steps from `start` up to, not including, `stop`."""
+
+    def __init__(self, steps: tuple[int, ...], folder: Path):
+        self._steps, self._folder, self._running = steps, folder, False
+
+    def step(self, step: int) -> contextlib.AbstractContextManager:
+        """To be entered around a step."""
+        if self._steps and not self._running and self._steps[0] <= step < self._steps[1]:
+            jax.profiler.start_trace(str(self._folder))
+            self._running = True
+        return jax.profiler.StepTraceAnnotation("step", step_num=step)
+
+    def done(self, step: int) -> None:
+        """A step has ended, or the run has."""
+        if self._running and step + 1 >= self._steps[1]:
+            self.close()
+
+    def close(self) -> None:
+        if self._running:
+            self._running = False
+            jax.profiler.stop_trace()
+
+
+@contextlib.contextmanager
+def compilation_cache(folder: Path) -> Iterator[None]:
+    """Compiled programs are kept in the folder and found there again, unless the user has a cache already.
+
+    What `JAX_COMPILATION_CACHE_DIR` or `jax_compilation_cache_dir` say is left as it is ("" is no cache at all). JAX
+    writes programs that took more than `jax_persistent_cache_min_compile_time_secs` to compile, from process 0 alone.
+    """
+    from jax.experimental.compilation_cache import compilation_cache as cache
+
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
+        yield
+        return
+    cache.reset_cache()  # JAX looks for a cache once, at the first compilation
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    try:
+        yield
+    finally:
+        jax.config.update("jax_compilation_cache_dir", None)
+        cache.reset_cache()

@@ -1,0 +1,117 @@
+"""Times of programs told by a thread beside the loop, traces, and where compiled programs are kept."""
+
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from es_jax.core.chips import Chip
+from es_jax.models.config import TransformerConfig
+from es_jax.training import timing
+from es_jax.training.fields import TrainConfig
+from es_jax.training.timing import Clock, Profile, Work, compilation_cache, host, launched, split
+
+
+class Running:
+    """The output of a program that ends when it is told to."""
+
+    nbytes = 1
+
+    def __init__(self):
+        self.ended = threading.Event()
+
+
+def test_programs_are_timed_in_launch_order_without_waiting_for_them(monkeypatch):
+    monkeypatch.setattr(jax, "block_until_ready", lambda output: output.ended.wait(20))
+    with Clock() as clock:
+        first, second = (launched(name, Running()) for name in ("first", "second"))  # the host goes on at once
+        with host("grade"):
+            time.sleep(0.05)
+        second.ended.set()  # what was launched later is behind what was launched before
+        time.sleep(0.25)
+        first.ended.set()
+        seconds = clock.seconds()
+        assert seconds["first"] >= 0.3 and seconds["second"] < 0.1 and seconds["grade"] >= 0.05
+        clock.restart()
+        assert clock.seconds() == {}
+
+
+def test_without_a_clock_nothing_is_watched():
+    threads = threading.active_count()
+    assert launched("x", {"a": jnp.ones(3)})["a"].shape == (3,)
+    assert threading.active_count() <= threads
+
+
+def test_a_program_that_fails_does_not_stop_the_clock(monkeypatch):
+    def fail(output):
+        if output.ended.is_set():
+            raise RuntimeError("on purpose")
+
+    monkeypatch.setattr(jax, "block_until_ready", fail)
+    with Clock() as clock:
+        bad = Running()
+        bad.ended.set()
+        launched("bad", bad)
+        launched("good", Running())
+        assert set(clock.seconds()) == {"bad", "good"}
+
+
+def test_the_parts_of_a_step_add_up():
+    columns = split({"perturb": 1.0, "decode": 6.0, "update": 2.0, "grade": 3.0}, total=10.0)
+    parts = ("perturb", "decode", "update", "wait")
+    assert sum(columns[f"seconds_{name}"] for name in parts) == 10.0
+    assert sum(columns[f"share_{name}"] for name in parts) == pytest.approx(1)
+    assert columns["seconds_wait"] == 1.0 and columns["share_grade"] == 0.3
+
+
+def test_utilisation_is_of_the_published_peak_and_unknown_on_a_cpu(monkeypatch):
+    model = TransformerConfig(
+        family="llama", vocab_size=10, width=4, layers=2, heads=1, kv_heads=1, head_dim=4, mlp_dim=8,
+        tied_embeddings=False,
+    )  # fmt: skip
+    work = Work(model, itemsize=2, slots=8, devices=4)
+    assert work.weights == 320 + 40
+    step = dict(prompt=1000, new=800, members=4, seconds=2.0)
+    assert work.utilisation(**step) == {"flop_utilisation": None, "bandwidth_utilisation": None}
+    chip = Chip("x", "x", flops=1e6, bandwidth=1e5, memory=1, interconnect=1.0)
+    monkeypatch.setattr(timing, "find_chip", lambda kind: chip)
+    found = work.utilisation(**step)
+    assert found["flop_utilisation"] == pytest.approx(2 * 360 * 1800 / (2 * 4 * 1e6))
+    assert found["bandwidth_utilisation"] == pytest.approx(360 * 2 * 100 / (2 * 4 * 1e5))
+
+
+@pytest.mark.parametrize("steps", [(3,), (3, 3), (0, 2), (5, 3)])
+def test_a_trace_needs_a_first_step_and_a_later_one(steps):
+    with pytest.raises(ValueError, match=r"train\.profile"):
+        TrainConfig(profile=steps)
+
+
+def test_a_trace_is_written_of_the_steps_asked_for(tmp_path):
+    profile = Profile((2, 4), tmp_path)
+    for step in range(1, 6):
+        with profile.step(step):
+            (jnp.ones(4) * step).block_until_ready()
+        profile.done(step)
+        assert bool(list(tmp_path.rglob("*.xplane.pb"))) == (step >= 3)
+    profile.close()
+
+
+def test_the_cache_is_the_runs_own_and_gone_after_it(tmp_path, monkeypatch):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    try:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        with compilation_cache(tmp_path / "cache"):
+            jax.jit(lambda x: x * 3 + 1)(jnp.ones(5)).block_until_ready()
+        assert list((tmp_path / "cache").iterdir())
+        assert jax.config.jax_compilation_cache_dir is None
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "users"))
+        with compilation_cache(tmp_path / "other"):
+            assert jax.config.jax_compilation_cache_dir is None
+        assert not (tmp_path / "other").exists()
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
