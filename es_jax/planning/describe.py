@@ -72,9 +72,11 @@ def _remedies(plan: Plan, worst: Outcome) -> Iterator[str]:
 
 
 def _heading(plan: Plan) -> str:
-    topology, model, es = plan.topology, plan.config.model, plan.config.es
+    topology, model, config = plan.topology, plan.config.model, plan.config
+    what = f"ES with N = {config.es.population}" if config.method == "es" else f"{config.method.upper()} with "
+    what += "" if config.method == "es" else f"{config.grpo.rollouts} rollouts a prompt"
     return (
-        f"{model.source}, {model.dtype} members of {model.param_dtype} weights, N = {es.population}, on "
+        f"{what} of {model.source}, computed in {model.dtype}, weights in {model.param_dtype}, on "
         f"{topology.name}: {len(topology.devices)} devices of {_gib(topology.chip.memory)} GiB, "
         f"pop {plan.mesh[POP]} × model {plan.mesh[MODEL]}, {plan.slots} slots"
     )

@@ -15,7 +15,8 @@ from es_jax.core.mesh import MODEL, POP
 from es_jax.models.config import TransformerConfig
 from es_jax.planning.costs import Work
 from es_jax.planning.hlo import Collective, collectives
-from es_jax.planning.programs import Program, Programs
+from es_jax.planning.methods import programs_of
+from es_jax.planning.programs import Program
 from es_jax.planning.topology import Topology
 from es_jax.training.config import RunConfig
 
@@ -93,11 +94,11 @@ def make_plan(
     Raises:
       ValueError: a mesh that the topology or the model does not allow.
     """
-    programs, done = Programs.of(config, model, topology), {} if compiled is None else compiled
+    programs, done = programs_of(config, model, topology), {} if compiled is None else compiled
     axes = {POP: programs.mesh.shape[POP], MODEL: programs.mesh.shape[MODEL]}
     outcomes = []
     for program in programs:
-        slots = programs.evaluator.engine.slots if program.name == "decode" else None
+        slots = programs.evaluator.engine.slots if program.name in ("decode", "rollout") else None
         key = (program.name, *axes.values(), slots)
         if key not in done:
             done[key] = compile_program(program, axes)

@@ -25,10 +25,8 @@ from es_jax.models.config import TransformerConfig
 from es_jax.models.sharding import param_shardings
 from es_jax.models.transformer import Transformer
 from es_jax.planning.costs import Work, cache_bytes, decode_flops, decode_memory, matrix_weights, prefill_flops
-from es_jax.planning.topology import Topology
 from es_jax.training.config import RunConfig
 from es_jax.training.es_step import Evaluator, of_update, optimizer, state_shardings, update
-from es_jax.training.state import mesh_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,20 +97,6 @@ class Programs:
         self.evaluator = Evaluator.of(config, self._engine(), mesh)
         self.copy = jax.eval_shape(self.evaluator._perturb, self.params, self._members(self.evaluator.lanes))
 
-    @classmethod
-    def of(cls, config: RunConfig, model: TransformerConfig, topology: Topology) -> "Programs":
-        """Of a config on the mesh that it asks for; model.dtype "auto" is bfloat16, as on any accelerator.
-
-        Raises:
-          ValueError: a mesh that the topology or the model does not allow, or a method that is not planned yet.
-        """
-        if config.method != "es":
-            raise ValueError(f"method is {config.method!r}: a plan is of 'es' runs alone")
-        if config.model.dtype == "auto":
-            config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bfloat16"))
-        devices, memory = list(topology.devices), topology.chip.memory
-        return cls(config, model, mesh_of(config, model, devices=devices, memory=memory))
-
     def __iter__(self) -> Iterator[Program]:
         yield self.load()
         yield self.perturb()
@@ -152,7 +136,7 @@ class Programs:
         slots, decode, lanes = self.evaluator.engine.slots, self.config.decode, self.evaluator.at_once
         shape = (self.evaluator.lanes, self.prompts, self.width)
         tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=over_pop(self.mesh))
-        rows = Prompts(tokens, tokens, _array((0,), jnp.int32, replicated(self.mesh)))  # no shared prefix: a bound
+        rows = Prompts(tokens, tokens, array((0,), jnp.int32, replicated(self.mesh)))  # no shared prefix: a bound
         queue = Queue(self.evaluator.engine, None, np.empty(shape[1:]), None, None, None, axis_name=None)
         width = self.mesh.shape[MODEL]
         size = jnp.dtype(self.config.model.dtype).itemsize
@@ -183,8 +167,8 @@ class Programs:
         """Estimate and step."""
         n = self.config.es.population
         everywhere = replicated(self.mesh)
-        members = Members(_array((n,), jnp.uint32, everywhere), _array((n,), jnp.float32, everywhere))
-        weights = _array((n,), jnp.float32, everywhere)
+        members = Members(array((n,), jnp.uint32, everywhere), array((n,), jnp.float32, everywhere))
+        weights = array((n,), jnp.float32, everywhere)
         held = self._held()
         total = sum(part.device + part.host for part in held.values())
         return Program(
@@ -221,7 +205,7 @@ class Programs:
 
     def _members(self, n: int) -> Members:
         where = over_pop(self.mesh)
-        return Members(_array((n,), jnp.uint32, where), _array((n,), jnp.float32, where))
+        return Members(array((n,), jnp.uint32, where), array((n,), jnp.float32, where))
 
     def _held(self) -> dict[str, Held]:
         """What a run has on its devices at any time."""
@@ -240,9 +224,10 @@ class Programs:
         return sum(matrix_weights(self.model)) * itemsize
 
 
-def _array(shape: tuple[int, ...], dtype: Any, sharding: Any) -> Any:
+def array(shape: tuple[int, ...], dtype: Any, sharding: Any) -> Any:
+    """A shape in the place of an array."""
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 
 def _placed(tree: Any, shardings: Any) -> Any:
-    return jax.tree.map(lambda leaf, where: _array(leaf.shape, leaf.dtype, where), tree, shardings)
+    return jax.tree.map(lambda leaf, where: array(leaf.shape, leaf.dtype, where), tree, shardings)

@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Callable, Iterator
 
 from es_jax.models.config import TransformerConfig
+from es_jax.planning.methods import programs_of
 from es_jax.planning.plan import Plan, make_plan
-from es_jax.planning.programs import Programs
 from es_jax.planning.topology import Topology
 from es_jax.training.config import RunConfig
 
@@ -75,7 +75,7 @@ def _variants(config: RunConfig, model: TransformerConfig, devices: int) -> Iter
 
 
 def _candidate(config: RunConfig, model: TransformerConfig, topology: Topology) -> Candidate:
-    programs = Programs.of(config, model, topology)
+    programs = programs_of(config, model, topology)
     parts = [[part.device for part in program.parts.values()] for program in programs]
     seconds = sum(program.times * program.work.seconds(topology.chip) for program in programs)
     return Candidate(config, seconds, max(map(sum, parts)))

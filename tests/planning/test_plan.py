@@ -14,8 +14,9 @@ import pytest
 from es_jax.core.chips import chip
 from es_jax.models.config import TransformerConfig
 from es_jax.planning.describe import fields, words
+from es_jax.planning.methods import programs_of
 from es_jax.planning.plan import compile_program, make_plan
-from es_jax.planning.programs import Held, Programs
+from es_jax.planning.programs import Held
 from es_jax.planning.search import candidates
 from es_jax.planning.shape import find_shape
 from es_jax.planning.topology import Topology, topology
@@ -27,7 +28,7 @@ SMALL = TransformerConfig(
 )
 CONFIG = {
     "model": {"source": "small"},
-    "task": {"train_size": 16},
+    "task": {"train_size": 8},  # as many as slots, so that decoding is one prefill and one chunk
     "es": {"population": 8},
     "decode": {"max_prompt": 32, "max_new": 8, "slots": 8},
     "optim": {"anchor": {"penalty": "l2", "strength": 10.0}},
@@ -75,11 +76,25 @@ def test_a_chip_that_is_too_small_is_told_with_what_would_help(plan):
 def test_a_pinned_anchor_is_the_hosts_and_not_the_devices(plan):
     """The compiler counts it in its peak; the plan does not."""
     pinned = CONFIG | {"optim": {"anchor": {"penalty": "l2", "strength": 10.0, "memory": "pinned_host"}}}
-    load = next(iter(Programs.of(freeze(pinned), SMALL, plan.topology)))
+    load = next(iter(programs_of(freeze(pinned), SMALL, plan.topology)))
     outcome = compile_program(load, plan.mesh)[0]
     on_device = plan.programs[0]
     assert outcome.host == on_device.parts["anchor"] and on_device.host == 0
     assert outcome.peak < on_device.peak - 0.9 * outcome.host
+
+
+@needs_libtpu
+def test_grpo_is_planned_too(plan):
+    """Its rollouts lower, its update compiles and holds the gradient and AdamW's moments beside the weights."""
+    grpo = CONFIG | {"method": "grpo", "grpo": {"rollouts": 2, "mini_batch": 8}, "optim": {"name": "adamw"}}
+    programs = {program.name: program for program in programs_of(freeze(grpo), SMALL, plan.topology)}
+    assert list(programs) == ["load", "rollout", "score", "update"]
+    assert (programs["rollout"].times, programs["update"].times) == (1, 1)
+    with jax.numpy_dtype_promotion("standard"):  # optax raises a float to a whole number
+        programs["rollout"].lower()
+        outcome = compile_program(programs["update"], plan.mesh)[0]
+    assert outcome.parts["moments"] >= 2 * outcome.parts["gradient"] == 2 * outcome.parts["parameters"]
+    assert outcome.work.flops > 3 * programs["score"].work.flops / 2 and outcome.collectives
 
 
 @needs_libtpu
@@ -92,19 +107,21 @@ def test_topologies_that_are_none_are_refused(name):
 def test_parts_of_what_a_device_holds():
     """Counted on the eight CPU devices: masters and anchor over all of them, a member's copy in each group."""
     cpu = Topology("cpu:8", chip("v5e"), tuple(jax.devices()))
-    programs = Programs.of(freeze(CONFIG), SMALL, cpu)
+    programs = programs_of(freeze(CONFIG), SMALL, cpu)
     held = programs.decode().parts
     weights = 2 * 128 * (2 * 128 + 2 * 2 * 32 + 3 * 256) + 512 * 128
     assert held["parameters"] == held["anchor"]
     assert 0 < held["parameters"].device / (4 * weights / 8) - 1 < 0.1  # small leaves are whole
     assert held["compute copy"].device >= 2 * weights
-    assert held["KV cache"] == Held(2 * 2 * 8 * (32 + 7) * 2 * 32 * 2)
+    assert held["KV cache"] == Held(
+        2 * 2 * 8 * (32 + 8 + 2 * 7) * 2 * 32 * 2
+    )  # what a row can need, and a chunk of 7 more
 
 
 def test_the_search_ranks_meshes_and_slots():
     cpu = Topology("cpu:8", chip("v5e"), tuple(jax.devices()[:1]))
     found = candidates(freeze(CONFIG), SMALL, cpu)
-    assert [one.config.decode.slots for one in found] == [16, 8, 4, 2, 1]
+    assert [one.config.decode.slots for one in found] == [8, 4, 2, 1]
     assert all(a.seconds <= b.seconds for a, b in itertools.pairwise(found))
 
 

@@ -1,0 +1,115 @@
+"""The programs of a GRPO run, for devices that are not here: `rollout`, `score` and `update` of its `Policy`."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from es_jax.core import rng
+from es_jax.core.mesh import MODEL, POP, over_pop, replicated
+from es_jax.generate.sampling import Temperature
+from es_jax.generate.slots import Queue
+from es_jax.planning.costs import Work, cache_bytes, decode_flops, decode_memory, matrix_weights, prefill_flops
+from es_jax.planning.programs import Held, Program, Programs, array
+from es_jax.training.es_step import of_update
+from es_jax.training.grpo import AT_ONCE
+from es_jax.training.grpo_step import Policy, Rows
+
+_PASSES = 4  # over a layer, of an update: forward, forward again for the gradient, and twice as much backward
+
+
+class PolicyPrograms(Programs):
+    """As `Programs`, of a run with method="grpo"."""
+
+    def __iter__(self) -> Iterator[Program]:
+        yield self.load()
+        yield self.rollout()
+        yield self.score()
+        yield self.update()
+
+    @property
+    def policy(self) -> Policy:
+        """What the run compiles; `GRPO` makes the same."""
+        evaluator, grpo = self.evaluator, self.config.grpo
+        engine = dataclasses.replace(evaluator.engine, sampler=Temperature(grpo.temperature))
+        return Policy(engine, self.mesh, evaluator.dtype, of_update(self.config), grpo)
+
+    @property
+    def rows(self) -> int:
+        """Rollouts of an iteration."""
+        return self.prompts * self.config.grpo.rollouts
+
+    def rollout(self) -> Program:
+        """The completions that the groups sample in one call."""
+        groups, policy, new = self.mesh.shape[POP], self.policy, self.config.decode.max_new
+        each = min(-(-self.rows // groups), AT_ONCE * policy.engine.slots)
+        queue = Queue(policy.engine, None, np.empty((each, self.width)), None, None, None, axis_name=None)
+        keys = jax.eval_shape(lambda: jax.vmap(rng.key)(jnp.zeros(groups * each, jnp.uint32)).reshape(groups, each))
+        where, share = over_pop(self.mesh), self.mesh.shape[MODEL]
+        tokens, keys = array((groups, each, self.width), jnp.int32, where), array(keys.shape, keys.dtype, where)
+        prefix = array((0,), jnp.int32, replicated(self.mesh))
+        size = jnp.dtype(self.config.model.dtype).itemsize
+        copy = sum(matrix_weights(self.model)) * size
+        steps = -(-each // queue.rows) * new
+        memory = decode_memory(self.model, each, self.width, new, steps=steps, copy=copy, itemsize=size)
+        flops = prefill_flops(self.model, each, self.width) + decode_flops(self.model, each, self.width, new)
+        cache = cache_bytes(self.model, queue.rows * queue.places, size) // share
+        return Program(
+            "rollout",
+            lambda: Policy.rollout.lower(policy, self.params, tokens, tokens, keys, prefix),
+            times=-(-self.rows // (groups * each)),
+            turns=queue.turns(),
+            parts=self._held() | {"compute copy": self._copy(), "KV cache": Held(cache)},
+            own=frozenset({"parameters", "compute copy", "KV cache"}),
+            work=Work(flops / share, memory / share),
+        )
+
+    def score(self) -> Program:
+        """Log-probabilities of all rollouts before the policy moves; again for the reference where there is one."""
+        policy = self.policy
+        tokens = array(self._micro(self.rows), jnp.int32, replicated(self.mesh))
+        return Program(
+            "score",
+            lambda: Policy.logprobs.lower(policy, self.params, tokens, tokens, self.config.decode.max_new),
+            times=2 if self.config.grpo.kl else 1,
+            turns={},
+            parts=self._held(),
+            own=frozenset({"parameters"}),
+            work=Work(self._forward(self.rows), Held.of(self.params).device * tokens.shape[0]),
+        )
+
+    def update(self) -> Program:
+        """One optimizer step on a mini-batch."""
+        policy, grpo, everywhere = self.policy, self.config.grpo, replicated(self.mesh)
+        many = min(grpo.mini_batch, self.prompts) * grpo.rollouts
+        shape = self._micro(many)
+        behind = (*shape[:2], self.config.decode.max_new)
+        arrays: list[Any] = [array(shape, jnp.int32, everywhere)] * 2
+        arrays += [array(behind, jnp.float32, everywhere), array(shape[:2], jnp.float32, everywhere)]
+        arrays += [array(behind, jnp.float32, everywhere)] * 2
+        count, held = array((), jnp.int32, everywhere), self._held()
+        gradient = Held(Held.of(self.params).device)
+        moved = sum(part.device + part.host for part in held.values())
+        return Program(
+            "update",
+            lambda: Policy.update.lower(policy, self.params, self.opt_state, self.base, Rows(*arrays), count),
+            times=-(-self.prompts // grpo.mini_batch),
+            turns={"": shape[0]},
+            parts=held | {"gradient": gradient},
+            own=frozenset({*held, "gradient"}),
+            work=Work(_PASSES * self._forward(many), 2.0 * moved + 3.0 * gradient.device * shape[0]),
+        )
+
+    def _micro(self, rows: int) -> tuple[int, int, int]:
+        """The shape of that many rows in micro-batches, [M, m, P + L]."""
+        size = self.policy.micro_batch
+        return -(-rows // size), size, self.width + self.config.decode.max_new
+
+    def _forward(self, rows: int) -> float:
+        """Operations of one device for one pass over rows of full length, logits of the completions among them."""
+        width, new = self.width + self.config.decode.max_new, self.config.decode.max_new
+        _, head = matrix_weights(self.model)
+        return (prefill_flops(self.model, rows, width) + 2.0 * head * rows * (new - 1)) / self.mesh.size
