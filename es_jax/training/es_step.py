@@ -242,15 +242,17 @@ class Evaluator:
         """Every member on all prompts: (member, tokens [Q, L], length [Q]), graded while the next ones decode.
         In a run of several processes, those that this one's devices decode.
 
+        A round is dispatched before the one before it is handed out, so the devices have work while the host grades.
         Where lanes are left over in the last round, their rows are padding and they decode nothing. The weights of one
-        round are gone before those of the next are made.
+        round are gone before those of the next are made, except where members are small and run several at once.
         """
         count = len(members)
         pending: list = []
         for first in range(0, count, self.lanes):
             index = np.arange(first, first + self.lanes)
             lanes = members[np.minimum(index, count - 1)]
-            hosts.wait(functools.partial(jax.block_until_ready, [outputs for _, outputs in pending]))
+            if self.at_once == 1:  # a member's weights are large: those of the round before are to be gone
+                hosts.wait(functools.partial(jax.block_until_ready, [outputs for _, outputs in pending]))
             perturbed = launched("perturb", self._perturb(params, self._placed(lanes)))
             live = (index < count)[:, None, None]
             tokens = np.repeat(prompts.tokens[None], self.lanes, 0)
