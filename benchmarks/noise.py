@@ -2,8 +2,8 @@
 
 Command:  python -m benchmarks.noise [--repeats=5] [--layers=30] [--json]
 Cost:     not yet run at full size
-Result:   --layers=2 --repeats=1 (35,392,320 weights), once, on 2 CPU cores with some 25 other processes at work, so that
-          all times are long and only their ratios say anything: ours fresh 2.17 s, torch there and back 10.31 s
+Result:   --layers=2 --repeats=1 (35,392,320 weights), once, on 2 CPU cores with some 25 other processes at work, so
+          that all times are long and only their ratios say anything: ours fresh 2.17 s, torch there and back 10.31 s
           (4.76 ×), ours reused 1.62 s (torch: 6.38 ×), ours with the threefry generator 10.83 s (5.00 ×).
           On an idle machine: not yet run.
 
