@@ -36,6 +36,7 @@ from es_jax.training.metrics import read_jsonl
 from es_jax.training.state import replay
 from es_jax.weights.model import load_model
 from es_jax.weights.tokenizer import encode_prompt
+from experiments.runs import mean_se
 
 ALL = ("lab-countdown", *PRIOR)
 TARGETS = ("lab-countdown", "lab-sort")
@@ -114,12 +115,6 @@ def measured(mine: Sequence[dict]) -> list[dict]:
 def near(mine: Sequence[dict], budget: str, amount: float) -> bool:
     """Whether a line stands close behind the amount: what is between lines far apart is not known."""
     return any(amount <= x[budget] <= 1.3 * amount for x in mine)
-
-
-def mean_se(values: Sequence[float], digits: int = 3) -> str:
-    """mean ± standard error, or the mean where there is one value."""
-    se = f" ± {np.std(values, ddof=1) / math.sqrt(len(values)):.{digits}f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.{digits}f}{se}"
 
 
 def runs_of(lines: Sequence[dict], target: str) -> dict[tuple[str, int], list[dict]]:
