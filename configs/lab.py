@@ -10,8 +10,8 @@ Needs:    69 s on 2 CPU cores with another job beside: 26 s evaluation of member
           and 13 evaluations of eight tasks.
 Reached:  seed 0, anchor=none: target .065 → .370, mean prior .996 → .327, drift 9.204 (theory 9.208);
           anchor=l2: target .525, prior .859, drift 3.741 (theory 3.726). More seeds: docs/study.md.
-GRPO:     lab.py:grpo, AdamW 1e-4, 64 prompts × 8 rollouts a step: seeds 0 to 2, 40 steps: target .040 → .710 ± .031, mean
-          prior .996 → .959 ± .005, drift 0.74; 11 CPU seconds, compilation and evaluations aside. docs/study.md.
+GRPO:     lab.py:grpo, AdamW 1e-4, 64 prompts × 8 rollouts a step: seeds 0 to 2, 40 steps: target .040 → .710 ± .031,
+          mean prior .996 → .959 ± .005, drift 0.74; about 12 CPU seconds, compilation aside. docs/study.md.
 """
 
 from configs.common import configure

@@ -8,7 +8,7 @@ Seconds are a method's median over all its steps, times the steps: runs may shar
 
 Command:  python -m experiments.pretrain_lab --seed=0 --target=sort --out=runs/lab-sort
           python -m experiments.es_vs_grpo --sort=runs/lab-sort --out=runs/es_vs_grpo --docs=docs/lab
-Cost:     a run of GRPO 27 CPU seconds for 100 steps, compilation aside; on an idle machine not yet timed.
+Cost:     about 30 CPU seconds for 100 steps of GRPO, compilation aside; on an idle machine not yet timed.
 Result:   docs/study.md
 """
 
