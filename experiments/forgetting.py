@@ -21,7 +21,7 @@ POPULATIONS = (30, 128, 256)
 ANCHORS = {"none": "", "l2": "anchor=l2"}
 TARGETS = {"countdown": countdown, "gsm8k": gsm8k, "proofwriter": proofwriter}
 PRIOR = ("hellaswag", "piqa", "arc-challenge", "mmlu-pro")
-SMALL = {"task.prompts_per_step": 16, "train.steps": 40, "train.checkpoint_every": 40, "evals.every": 20} | EVALS
+SMALL = {"task.prompts_per_step": 16, "train.steps": 30, "train.checkpoint_every": 30, "evals.every": 15} | EVALS
 
 
 def cases(size: str, seeds: Sequence[int]) -> Iterator[Case]:

@@ -10,7 +10,6 @@ Result:   docs/study.md
 
 import argparse
 import csv
-import math
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +21,7 @@ from es_jax.plotting.curves import accuracy_over_iterations, drift_against_theor
 from es_jax.tasks.lab import PRIOR
 from es_jax.training.loop import run
 from es_jax.training.metrics import read_jsonl
+from experiments.runs import mean_se
 
 ROWS = {
     "ES, N=8": "",
@@ -60,12 +60,6 @@ def evaluations(folder: Path, **labels: object) -> list[dict]:
         line |= {"drift": row["drift"], "theory": row["drift_theory"], "seconds": spent[step - 1] if step else 0.0}
         out.append(labels | line)
     return out
-
-
-def mean_se(values: list[float]) -> str:
-    """mean ± standard error, or the mean where there is one value."""
-    se = f" ± {np.std(values, ddof=1) / math.sqrt(len(values)):.3f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.3f}{se}"
 
 
 def table(lines: list[dict]) -> str:

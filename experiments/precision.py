@@ -89,7 +89,7 @@ class Weights:
         return float(np.linalg.norm(moved)) * math.sqrt(DIM / len(moved))
 
 
-def walk(population: int, size: int, seed: int) -> dict[tuple[str, str], float]:
+def walk(population: int, size: int, seed: int, engines: int = ENGINES) -> dict[tuple[str, str], float]:
     """(setting, dtype) → norm, for all settings of that population on the same noise."""
     draw = np.random.default_rng([seed, population])
     start = (STD * draw.standard_normal(size)).astype(np.float32)
@@ -99,7 +99,7 @@ def walk(population: int, size: int, seed: int) -> dict[tuple[str, str], float]:
         if n == population
         for dtype, rounded in DTYPES.items()
     }
-    own = math.ceil(population / ENGINES)
+    own = math.ceil(population / engines) if engines else 0
     for _ in range(STEPS):
         z = z_score(draw.standard_normal(population)).astype(np.float32)
         for n in range(population):
@@ -122,11 +122,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=20_000, help="weights; a norm scatters by 1/√(2·size)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--engines", type=int, default=ENGINES, help="each perturbs N/engines members in place; 0: none does"
+    )
     parser.add_argument("--json", action="store_true", help="one line: {setting: {dtype: norm, exact, published}}")
     args = parser.parse_args()
     found: dict[str, dict[str, float]] = {}
     for population in dict.fromkeys(n for n, *_ in SETTINGS.values()):
-        for (name, dtype), norm in walk(population, args.size, args.seed).items():
+        for (name, dtype), norm in walk(population, args.size, args.seed, args.engines).items():
             found.setdefault(name, {})[dtype] = norm
     for name, (n, penalty, strength, published) in SETTINGS.items():
         found[name] |= {"exact": exact(n, penalty, strength), "published": published}

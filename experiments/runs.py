@@ -93,13 +93,13 @@ def evaluations(case: Case, folder: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def mean_se(values: Iterable[float | None]) -> str:
+def mean_se(values: Iterable[float | None], digits: int = 3) -> str:
     """mean ± standard error, or the mean where there is one value; – where there is none."""
     given = [value for value in values if value is not None]
     if not given:
         return "–"
-    se = f" ± {np.std(given, ddof=1) / math.sqrt(len(given)):.3f}" if len(given) > 1 else ""
-    return f"{np.mean(given):.3f}{se}"
+    se = f" ± {np.std(given, ddof=1) / math.sqrt(len(given)):.{digits}f}" if len(given) > 1 else ""
+    return f"{np.mean(given):.{digits}f}{se}"
 
 
 def table(lines: Sequence[Mapping[str, Any]], labels: Sequence[str], columns: Sequence[str] = MEASURED) -> str:

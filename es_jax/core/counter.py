@@ -53,10 +53,11 @@ def threefry(key: tuple[Words, Words], counter: tuple[Words, Words], *, rounds: 
     return x, y
 
 
-def positions(shape: tuple[int, ...]) -> tuple[Words, Words]:
+def positions(shape: tuple[int, ...], row: Array | int | None = None) -> tuple[Words, Words]:
     """The counter of every element of an array: its place among the leading axes, and among the trailing ones.
 
     The trailing axes are as many as have at most 2**32 elements, so every element of a larger array has its own pair.
+    With `row`, those of that index of the first axis alone, [1, …].
 
     Raises:
       ValueError: more than 2**32 leading places, or an axis longer than that.
@@ -66,13 +67,15 @@ def positions(shape: tuple[int, ...]) -> tuple[Words, Words]:
         cut -= 1
     if math.prod(shape[:cut]) > 2**32 or max(shape, default=0) > 2**32:
         raise ValueError(f"an array of shape {shape} has more places than a counter of two 32-bit words: cut the leaf")
-    return _place(shape, range(cut)), _place(shape, range(cut, len(shape)))
+    return _place(shape, range(cut), row), _place(shape, range(cut, len(shape)), row)
 
 
-def _place(shape: tuple[int, ...], axes: range) -> Words:
-    place = jnp.uint32(0)
+def _place(shape: tuple[int, ...], axes: range, row: Array | int | None) -> Words:
+    place, held = jnp.uint32(0), shape if row is None else (1, *shape[1:])
     for axis in axes:
-        index = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+        index = jax.lax.broadcasted_iota(jnp.uint32, held, axis)
+        if axis == 0 and row is not None:
+            index = index + jnp.asarray(row, jnp.uint32)
         place = index + place * jnp.uint32(shape[axis]) if axis > axes.start else index
     return place
 

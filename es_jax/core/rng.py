@@ -40,7 +40,9 @@ def sampling_key(seed: int, step: int | Array) -> PRNGKeyArray:
     return jax.random.fold_in(jax.random.fold_in(key(check_seed(seed)), _SAMPLING), step)
 
 
-def normal(seed: UInt32[Array, ""], name: str, shape: tuple[int, ...], *, generator: str) -> Float32[Array, "..."]:
+def normal(
+    seed: UInt32[Array, ""], name: str, shape: tuple[int, ...], *, generator: str, row: Array | int | None = None
+) -> Float32[Array, "..."]:
     """N(0, 1) for one leaf of one member: a function of its seed, the leaf's name and the position in the leaf.
 
     Args:
@@ -48,16 +50,18 @@ def normal(seed: UInt32[Array, ""], name: str, shape: tuple[int, ...], *, genera
       name: the leaf's; a stable hash of it keys the draw together with the seed.
       shape: the leaf's.
       generator: a name of `GENERATORS`.
+      row: the index of the first axis that is wanted, [1, …]; all by default.
     """
-    return GENERATORS[generator](seed, np.uint32(zlib.crc32(name.encode())), shape)
+    return GENERATORS[generator](seed, np.uint32(zlib.crc32(name.encode())), shape, row)
 
 
-def _threefry13(seed: Array, leaf: np.uint32, shape: tuple[int, ...]) -> Array:
-    return counter.box_muller(*counter.threefry((seed, jnp.uint32(leaf)), counter.positions(shape)))
+def _threefry13(seed: Array, leaf: np.uint32, shape: tuple[int, ...], row: Array | int | None) -> Array:
+    return counter.box_muller(*counter.threefry((seed, jnp.uint32(leaf)), counter.positions(shape, row)))
 
 
-def _threefry(seed: Array, leaf: np.uint32, shape: tuple[int, ...]) -> Array:
-    return jax.random.normal(jax.random.fold_in(key(seed), leaf), shape, jnp.float32)
+def _threefry(seed: Array, leaf: np.uint32, shape: tuple[int, ...], row: Array | int | None) -> Array:
+    whole = jax.random.normal(jax.random.fold_in(key(seed), leaf), shape, jnp.float32)
+    return whole if row is None else jax.lax.dynamic_slice_in_dim(whole, row, 1)
 
 
 # How the noise of members is drawn. "threefry13" is fused into what uses it (see `counter`); "threefry" is

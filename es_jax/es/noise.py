@@ -18,6 +18,7 @@ from es_jax.core.tree import map_named
 from es_jax.es.population import Members
 
 PyTree = Any
+Row = tuple[Array | int, int]  # (i, n): a leaf [1, …] that is row i of one of [n, …]
 _TOGETHER = 6  # members that one pass over a leaf adds: more read and write the sum less often, and compile longer
 
 
@@ -66,14 +67,26 @@ class GaussianNoise:
         if self.generator not in rng.GENERATORS:
             raise ValueError(unknown("generator", self.generator, rng.GENERATORS))
 
-    def _sample(self, seed: Array, name: str, leaf: Array) -> Float[Array, "..."]:
+    @property
+    def rows_alone(self) -> bool:
+        """Whether a row of a leaf costs no more than itself, and has the same bits alone."""
+        return self.generator == "threefry13"
+
+    def _sample(self, seed: Array, name: str, leaf: Array, row: Row | None = None) -> Float[Array, "..."]:
         """ε of one leaf for one member, in the dtype of the arithmetic."""
-        return rng.normal(seed, name, leaf.shape, generator=self.generator).astype(self._arithmetic(leaf))
+        return self._drawn(seed, name, leaf, row).astype(self._arithmetic(leaf))
+
+    def _drawn(self, seed: Array, name: str, leaf: Array, row: Row | None) -> Float[Array, "..."]:
+        if row is None:
+            return rng.normal(seed, name, leaf.shape, generator=self.generator)
+        return rng.normal(seed, name, (row[1], *leaf.shape[1:]), generator=self.generator, row=row[0])
 
     def _arithmetic(self, leaf: Array) -> jnp.dtype:
         return jnp.dtype(jnp.float64) if leaf.dtype == jnp.float64 else jnp.dtype(jnp.float32)
 
-    def apply(self, params: PyTree, member: Members, *, sigma: float | Array, dtype: Any = None) -> PyTree:
+    def apply(
+        self, params: PyTree, member: Members, *, sigma: float | Array, dtype: Any = None, row: Row | None = None
+    ) -> PyTree:
         """The perturbed model: cast(θ + sign·σ·ε).
 
         Args:
@@ -81,6 +94,7 @@ class GaussianNoise:
           member: one member (`members[i]`, or a slot of a vmap).
           sigma: σ > 0.
           dtype: dtype of the result's leaves; each leaf's own by default.
+          row: (i, n) where every leaf [1, …] is row i of the leaf [n, …] that is perturbed, which need not be there.
 
         Raises:
           ValueError: σ ≤ 0.  TypeError: a leaf that is not floating point, which is named.
@@ -91,7 +105,7 @@ class GaussianNoise:
             _check_float(name, leaf)
             kind = self._arithmetic(leaf)
             scale = jnp.asarray(sigma, kind) * member.sign.astype(kind)
-            step = _rounded(scale * self._sample(member.seed, name, leaf))
+            step = _rounded(scale * self._sample(member.seed, name, leaf, row))
             return (leaf.astype(kind) + step).astype(dtype or leaf.dtype)
 
         return map_named(perturb, params)
@@ -168,8 +182,12 @@ class SharedSeedNoise(GaussianNoise):
     def _arithmetic(self, leaf: Array) -> jnp.dtype:
         return leaf.dtype
 
-    def _sample(self, seed: Array, name: str, leaf: Array) -> Float[Array, "..."]:
+    def _drawn(self, seed: Array, name: str, leaf: Array, row: Row | None) -> Float[Array, "..."]:
         shape = self._shape(name, leaf)
+        if row is not None and len(shape) == leaf.ndim:  # not stacked: the whole leaf is the parameter
+            shape = (row[1], *shape[1:])
+            eps = rng.normal(seed, "x".join(map(str, shape)), shape, generator=self.generator, row=row[0])
+            return eps.astype(leaf.dtype)
         eps = rng.normal(seed, "x".join(map(str, shape)), shape, generator=self.generator)
         return jnp.broadcast_to(eps.astype(leaf.dtype), leaf.shape)
 

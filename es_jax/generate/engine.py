@@ -39,7 +39,7 @@ class Engine:
     Raises:
       ValueError: a size below 1, or a stop id outside the vocabulary.
 
-    >>> import jax
+    >>> from es_jax.models.transformer import Transformer
     >>> config = TransformerConfig(family="llama", vocab_size=16, width=8, layers=1, heads=2, kv_heads=1,
     ...                            head_dim=4, mlp_dim=8)
     >>> engine = Engine(config, slots=2, max_prompt=8, max_new=3, stop=(0,))

@@ -129,7 +129,15 @@ def _on_devices(anchor, sharding):
 
 def _l2(update, param, anchor, rate):
     # Written as a correction of the update, so that it rounds like the step itself; all the way at rate 1 is exact.
-    return jnp.where(rate == 1, anchor - param, update - rate * (param + update - anchor))
+    return jnp.where(rate == 1, anchor - param, update - _rounded(rate * (param + update - anchor)))
+
+
+def _rounded(product):
+    """A float32 product less its last bit: no compiler then takes it unrounded into the sum behind it."""
+    if product.dtype != jnp.float32:
+        return product
+    bits = jax.lax.bitcast_convert_type(product, jnp.uint32) & jnp.uint32(0xFFFFFFFE)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def _l1(update, param, anchor, rate):

@@ -2,8 +2,10 @@
 
 from typing import Any
 
+import jax
 import optax
 
+from es_jax.core.counter import rounded
 from es_jax.optim.anchored import anchored_weight_decay
 
 OPTIMIZERS = {
@@ -46,8 +48,9 @@ def build_optimizer(
     if config.optim.max_grad_norm is not None:
         optimizer = optax.chain(optax.clip_by_global_norm(config.optim.max_grad_norm), optimizer)
         sentence = f"gradients clipped at norm {config.optim.max_grad_norm:g}, {sentence}"
+    optimizer = _separated(optimizer)
     if penalty == "none":
-        return optax.with_extra_args_support(optimizer), f"{sentence}, no anchor."
+        return optimizer, f"{sentence}, no anchor."
     anchor = config.optim.anchor
     sentence += f", then {penalty} anchored weight decay with strength λ = {strength:g}{_by(anchor.schedule)}"
     sentence += f" (αλ = {rate * strength:g}"
@@ -65,3 +68,17 @@ def build_optimizer(
 
 def _by(schedule: str) -> str:
     return "" if schedule == "constant" else f" times {schedule}"
+
+
+def _separated(optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """The optimizer, its float32 updates kept apart from the sum behind them: see `es_jax.core.counter.rounded`.
+
+    Without it the weights' last bits depend on how a device's slice is cut.
+    """
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        updates, state = optimizer.update(updates, state, params, **extra)
+        return jax.tree.map(lambda u: rounded(u) if u.dtype == "float32" else u, updates), state
+
+    return optax.GradientTransformationExtraArgs(optimizer.init, update)

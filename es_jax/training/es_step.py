@@ -181,17 +181,31 @@ class Evaluator:
     def _perturb(self, params: Any, members: Members) -> Any:
         specs = map_named(lambda name, leaf: leaf_spec(self.mesh, name, leaf.shape, RULES), params)
 
-        def perturbed(name: str, part: jax.Array, spec: PartitionSpec, member: Members) -> jax.Array:
-            whole = {name: _gathered(self.mesh, part, spec)}
-            made = self.noise.apply(whole, member, sigma=self.sigma, dtype=self.dtype)[name]
-            return jax.lax.with_sharding_constraint(made, only(spec, MODEL))
-
         def one(params: Any, member: Members) -> Any:
-            make = functools.partial(perturbed, member=member)
+            make = functools.partial(self._made, member=member)
             return self.engine.layout(map_named(make, params, specs))
 
         held = jax.tree.map(lambda spec: only(spec, POP), specs)
         return self._grouped(one, in_specs=(held, PartitionSpec(POP)), mapped=(None, 0))(params, members)
+
+    def _made(self, name: str, part: jax.Array, spec: PartitionSpec, member: Members) -> jax.Array:
+        """A member's leaf, from its parts over `pop`: of one that is cut no more than a layer is gathered at once."""
+        cut, size = only(spec, MODEL), self.mesh.shape[POP]
+
+        def made(part: jax.Array, row: tuple | None = None) -> jax.Array:
+            whole = {name: _gathered(self.mesh, part, spec)}
+            leaf = self.noise.apply(whole, member, sigma=self.sigma, dtype=self.dtype, row=row)[name]
+            return jax.lax.with_sharding_constraint(leaf, cut)
+
+        if size == 1 or POP not in spec or not name.startswith("layers/") or not self.noise.rows_alone:
+            return made(part)
+
+        def layer(i: jax.Array, stack: jax.Array) -> jax.Array:
+            new = made(jax.lax.dynamic_slice_in_dim(part, i, 1), (i, len(part)))
+            return jax.lax.with_sharding_constraint(jax.lax.dynamic_update_slice_in_dim(stack, new, i, 0), cut)
+
+        shape = [n * size if entry == POP else n for n, entry in zip(part.shape, spec, strict=True)]
+        return jax.lax.fori_loop(0, len(part), layer, jnp.zeros(shape, self.dtype))
 
     @functools.partial(jax.jit, static_argnums=0)
     def _decode(self, params: Any, prompts: Prompts) -> Any:
@@ -228,15 +242,17 @@ class Evaluator:
         """Every member on all prompts: (member, tokens [Q, L], length [Q]), graded while the next ones decode.
         In a run of several processes, those that this one's devices decode.
 
+        A round is dispatched before the one before it is handed out, so the devices have work while the host grades.
         Where lanes are left over in the last round, their rows are padding and they decode nothing. The weights of one
-        round are gone before those of the next are made.
+        round are gone before those of the next are made, except where members are small and run several at once.
         """
         count = len(members)
         pending: list = []
         for first in range(0, count, self.lanes):
             index = np.arange(first, first + self.lanes)
             lanes = members[np.minimum(index, count - 1)]
-            hosts.wait(functools.partial(jax.block_until_ready, [outputs for _, outputs in pending]))
+            if self.at_once == 1:  # a member's weights are large: those of the round before are to be gone
+                hosts.wait(functools.partial(jax.block_until_ready, [outputs for _, outputs in pending]))
             perturbed = launched("perturb", self._perturb(params, self._placed(lanes)))
             live = (index < count)[:, None, None]
             tokens = np.repeat(prompts.tokens[None], self.lanes, 0)

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec
 
 from es_jax.core import rng
 from es_jax.core.mesh import make_mesh
+from es_jax.es.population import Population
 from es_jax.generate.engine import Engine, Generation
 from es_jax.generate.prompts import Packing
 from es_jax.generate.sampling import Greedy, Temperature, TopK, TopP
@@ -18,6 +19,8 @@ from es_jax.generate.score import score_tokens
 from es_jax.generate.slots import CHUNK
 from es_jax.models.config import TransformerConfig
 from es_jax.models.transformer import Transformer
+from es_jax.training.config import freeze
+from es_jax.training.es_step import Evaluator
 
 COMMON = dict(vocab_size=40, width=32, layers=2, heads=4, head_dim=8, mlp_dim=48)
 CONFIGS = {
@@ -268,3 +271,22 @@ def test_bad_samplers_are_refused():
     for make in (lambda: Temperature(0.0), lambda: TopK(0), lambda: TopP(1.5), lambda: TopP(0.5, t=-1)):
         with pytest.raises(ValueError, match="it must be"):
             make()
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_the_next_round_is_dispatched_before_one_is_graded(at_once, monkeypatch):
+    """So that the devices decode while the host grades."""
+    events, decode = [], Evaluator._decode
+    monkeypatch.setattr(Evaluator, "_decode", lambda *args: events.append("dispatched") or decode(*args))
+    mesh, e = make_mesh(1), engine("llama", slots=2)
+    config = freeze({"es": {"sigma": 0.01}, "decode": {"members_at_once": at_once}})
+    evaluator = Evaluator.of(config, e, mesh)
+    members = Population(6, seed=0).members(1)
+    for member, tokens, _ in evaluator.members(params_of("llama"), members, e.packing(PROMPTS).pack(PROMPTS, rows=5)):
+        assert tokens.shape == (5, 10)
+        events.append(member)
+    graded = [event for event in events if event != "dispatched"]
+    assert graded == list(range(6))
+    for member in graded[:-at_once]:
+        before = events[: events.index(member)].count("dispatched")
+        assert before == member // at_once + 2

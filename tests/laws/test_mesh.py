@@ -172,6 +172,16 @@ def traffic(compiled):
     return found
 
 
+def test_members_are_gathered_a_layer_at_a_time(params):
+    mesh = make_mesh(4, 2)
+    members = Population(4, seed=0).members(0)
+    sent = traffic(Evaluator._perturb.lower(evaluator_of(mesh), placed(params, mesh), members).compile())
+    assert {kind for kind, *_ in sent} == {"all-gather"}
+    assert {dtype for _, dtype, *_ in sent} == {"f32"}
+    vocabulary, layer = 264 * 32 // 2, 32 * 64 // 2  # a group's half of the embedding, and of one layer's MLP
+    assert sorted({math.prod(shape) for _, _, shape, _ in sent})[-2:] == [layer, vocabulary]
+
+
 def test_decoding_sends_nothing_between_groups_and_keeps_the_cache_cut(params):
     mesh = make_mesh(4, 2)
     evaluator = evaluator_of(mesh)

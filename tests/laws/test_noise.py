@@ -1,11 +1,14 @@
 """The laws that every kind of noise obeys."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from es_jax.core import rng
 from es_jax.core.mesh import MODEL, POP, make_mesh, shardings
 from es_jax.es.noise import NOISES, GaussianNoise, SharedSeedNoise
 from es_jax.es.population import Population
@@ -179,3 +182,15 @@ def test_any_sharding_of_the_users_own():
     for spec in (PartitionSpec("x"), PartitionSpec(None, "x"), PartitionSpec(None, None, "x")):
         cut = jax.jit(GaussianNoise().estimate, out_shardings=NamedSharding(mesh, spec))(params, members, weights)
         assert equal(whole, cut)
+
+
+@every_noise
+@pytest.mark.parametrize("generator", rng.GENERATORS)
+def test_a_row_alone_is_the_row_of_the_whole(noise, generator):
+    noise, member = dataclasses.replace(noise, generator=generator), Population(2, seed=5).members(1)[1]
+    for held in (noise, SharedSeedNoise(generator, stacked="layers/")):
+        whole = jax.jit(lambda p, held=held: held.apply(p, member, sigma=0.1))(PARAMS)["layers"]["a"]
+        row = {"layers": {"a": PARAMS["layers"]["a"][2:]}}
+        alone = jax.jit(lambda i, held=held, row=row: held.apply(row, member, sigma=0.1, row=(i, 3)))(2)
+        ulps = 0 if held.rows_alone else 4  # jax.random's numbers depend on the program they are made in
+        np.testing.assert_allclose(alone["layers"]["a"][0], whole[2], rtol=0, atol=ulps * 2.0**-23)
