@@ -1,8 +1,9 @@
 """Does a generator of noise draw N(0, 1)? A battery of tests whose every result is a standard normal score.
 
 Command:  python -m benchmarks.battery [--generator=threefry13] [--numbers=1073741824] [--json]
-Cost:     not yet run at full size
-Result:   not yet run at full size
+Cost:     some 5 minutes for --numbers=67108864 on 2 CPU cores shared with much other work
+Result:   threefry13 at --numbers=67108864: passed, 76 scores, the largest −2.49 (lag 2, squares), −2.33 (lag 128,
+          squares) and −1.77 (lag 64). The full size, where some numbers beyond 5.5 σ are expected, is not yet run.
 
 What is tested, on numbers drawn in chunks of 2²² for as many (member, leaf) pairs:
 

@@ -4,9 +4,11 @@ Both use the same base model, training rows, prompts, held-out rows and seeds; e
 completions of 64 prompts (ES: 8 members, greedy; GRPO: 8 samples a prompt). Two targets: lab-countdown on the shipped
 model, and lab-sort on a model that answers it mostly by an echo.
 
+Seconds are a method's median over all its steps, times the steps: runs may share their machine.
+
 Command:  python -m experiments.pretrain_lab --seed=0 --target=sort --out=runs/lab-sort
           python -m experiments.es_vs_grpo --sort=runs/lab-sort --out=runs/es_vs_grpo --docs=docs/lab
-Cost:     not yet run whole.
+Cost:     a run of GRPO 27 CPU seconds for 100 steps, compilation aside; on an idle machine not yet timed.
 Result:   docs/study.md
 """
 
@@ -23,12 +25,20 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from configs.lab import get_config
+from es_jax.evals.kl import kl, sample
 from es_jax.plotting import accuracies
+from es_jax.tasks import get_task
 from es_jax.tasks.lab import PRIOR
+from es_jax.training import workdir as rundir
+from es_jax.training.checkpoint import saved_steps
 from es_jax.training.loop import run
 from es_jax.training.metrics import read_jsonl
+from es_jax.training.state import replay
+from es_jax.weights.model import load_model
+from es_jax.weights.tokenizer import encode_prompt
 from experiments.runs import mean_se
 
+ALL = ("lab-countdown", *PRIOR)
 TARGETS = ("lab-countdown", "lab-sort")
 ROWS = {  # AWD takes away 1 % of the drift a step, or 10 %; α of GRPO is 1e-4
     "ES": "",
@@ -38,37 +48,73 @@ ROWS = {  # AWD takes away 1 % of the drift a step, or 10 %; α of GRPO is 1e-4
     "GRPO + AWD ×10": "grpo,anchor=l2,strength=250",
     "GRPO, α = 3e-5": "grpo,lr=3e-5",
 }
-BUDGETS = {"rollouts": "rollouts", "tokens": "generated tokens", "seconds": "wall time, s"}
+BUDGETS = {"rollouts": "rollouts", "tokens": "generated tokens", "seconds": "seconds of steps"}
 COLUMNS = ("target_task", "row", "seed", "step", *BUDGETS, "target", "prior", "drift", "kl")
 
 
 def priors_of(target: str) -> tuple[str, ...]:
     """The tasks that pretraining taught and that are not trained."""
-    return tuple(task for task in ("lab-countdown", *PRIOR) if task != target)
+    return tuple(task for task in ALL if task != target)
 
 
-def evaluations(folder: Path, target: str, **labels: object) -> list[dict]:
+def step_seconds(folders: Sequence[Path]) -> dict[str, float]:
+    """Median seconds of a step of each method over its runs."""
+    seen: dict[str, list[float]] = {"es": [], "grpo": []}
+    for folder in folders:
+        method = json.loads((folder / "config.json").read_text())["config"]["method"]
+        seen[method] += [line["seconds"] for line in read_jsonl(folder / "metrics.jsonl")]
+    return {method: float(np.median(values)) for method, values in seen.items() if values}
+
+
+def evaluations(folder: Path, target: str, *, each_step: dict[str, float], **labels: object) -> list[dict]:
     """A line for each evaluation of a run: what it had cost by then, and what it knew."""
     config = json.loads((folder / "config.json").read_text())["config"]
     members = config["grpo"]["rollouts"] if config["method"] == "grpo" else config["es"]["population"]
     each = members * config["task"]["prompts_per_step"]
     rows = read_jsonl(folder / "metrics.jsonl")
-    tokens, seconds = (np.cumsum([0.0] + [row[name] for row in rows]) for name in ("tokens", "seconds"))
+    tokens = np.cumsum([0] + [row["tokens"] for row in rows])
+    seconds = each_step[config["method"]]
     drift = [0.0] + [row["drift"] for row in rows]
     steps, accuracy = accuracies(folder, target)
     prior = np.mean([accuracies(folder, task)[1] for task in priors_of(target)], axis=0)
     return [
         labels
         | {"target_task": target, "step": int(step), "rollouts": int(step) * each, "tokens": int(tokens[step])}
-        | {"seconds": round(float(seconds[step]), 1), "target": float(accuracy[i]), "prior": round(float(prior[i]), 4)}
+        | {"seconds": round(seconds * int(step), 1), "target": float(accuracy[i]), "prior": round(float(prior[i]), 4)}
         | {"drift": round(drift[step], 4)}
         for i, step in enumerate(steps.tolist())
     ]
 
 
+def add_kl(folder: Path, lines: list[dict], *, until: int, rows: int = 25) -> None:
+    """KL(base ‖ now) a token into the lines whose weights there are: GRPO's checkpoints, ES's steps up to `until`.
+
+    It is exact at each position of continuations that the base model sampled, of test rows of all eight tasks.
+    """
+    config = rundir.read_config(folder)
+    known = saved_steps(folder) if config.method == "grpo" else range(until + 1)
+    wanted = {line["step"]: line for line in lines if line["step"] in known and line["step"]}
+    model = load_model(config.model.source)
+    prompts = [encode_prompt(model.tokenizer, e.prompt) for task in ALL for e in get_task(task).test(rows)]
+    written = sample(model.config, model.params, prompts, stop=model.stop_ids, slots=len(prompts), max_new=8)
+    lines[0]["kl"] = 0.0
+    for step, now in replay(folder, steps=sorted(wanted)):
+        wanted[step]["kl"] = round(kl(model.config, model.params, now, written)["kl_exact_token"], 5)
+
+
 def at(lines: Sequence[dict], budget: str, amount: float, column: str) -> float:
     """A column of one run when it had spent the amount, linear between evaluations."""
     return float(np.interp(amount, [x[budget] for x in lines], [x[column] for x in lines]))
+
+
+def measured(mine: Sequence[dict]) -> list[dict]:
+    """The lines with a KL."""
+    return [x for x in mine if "kl" in x]
+
+
+def near(mine: Sequence[dict], budget: str, amount: float) -> bool:
+    """Whether a line stands close behind the amount: what is between lines far apart is not known."""
+    return any(amount <= x[budget] <= 1.3 * amount for x in mine)
 
 
 def runs_of(lines: Sequence[dict], target: str) -> dict[tuple[str, int], list[dict]]:
@@ -80,13 +126,13 @@ def runs_of(lines: Sequence[dict], target: str) -> dict[tuple[str, int], list[di
     return out
 
 
-def table(lines: Sequence[dict], target: str) -> str:
+def table(lines: Sequence[dict], target: str, budgets: Sequence[str] = tuple(BUDGETS)) -> str:
     """Markdown: all rows at the largest amount of each budget that every run of the target reached."""
     runs = runs_of(lines, target)
     text = [f"| {target}, equal | of each | run | runs | target | prior | prior lost | drift | KL |", "|---" * 9 + "|"]
     base = next(iter(runs.values()))[0]
     text.append(f"| base | | | | {base['target']:.3f} | {base['prior']:.3f} | 0 | 0 | 0 |")
-    for budget, label in BUDGETS.items():
+    for budget, label in ((budget, BUDGETS[budget]) for budget in budgets):
         amount = min(mine[-1][budget] for mine in runs.values())
         for row in ROWS:
             own = [mine for key, mine in runs.items() if key[0] == row]
@@ -94,9 +140,9 @@ def table(lines: Sequence[dict], target: str) -> str:
                 continue
             got = {c: [at(mine, budget, amount, c) for mine in own] for c in ("target", "prior", "drift")}
             lost = [mine[0]["prior"] - p for mine, p in zip(own, got["prior"], strict=True)]
-            kl = [mine[-1]["kl"] for mine in own if "kl" in mine[-1]] if budget == "rollouts" else []
+            kls = [at(m, budget, amount, "kl") for m in map(measured, own) if near(m, budget, amount)]
             cells = [label, f"{amount:,.0f}", row, str(len(own)), mean_se(got["target"]), mean_se(got["prior"])]
-            cells += [mean_se(lost), mean_se(got["drift"], 2), mean_se(kl) if kl else ""]
+            cells += [mean_se(lost), mean_se(got["drift"], 2), mean_se(kls) if kls else ""]
             text.append("| " + " | ".join(cells) + " |")
     return "\n".join(text)
 
@@ -110,7 +156,7 @@ def forgetting_at(lines: Sequence[dict], target: str, level: float) -> str:
     """Markdown: the prior accuracy lost, and the drift, when a run's target first reached the level."""
     text = [f"| {target} at {level:.2f} | reached by | prior lost | drift | rollouts |", "|---" * 5 + "|"]
     runs = runs_of(lines, target)
-    for row in ROWS:
+    for row in dict.fromkeys(key[0] for key in runs):
         own = [mine for key, mine in runs.items() if key[0] == row]
         found = [crossing(mine, level) for mine in own]
         done = [x for x in found if x is not None]
@@ -166,27 +212,38 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--every", type=int, default=20, help="steps between evaluations")
     parser.add_argument("--out", type=Path, default=Path("runs/es_vs_grpo"))
     parser.add_argument("--docs", type=Path, default=Path("docs/lab"))
+    parser.add_argument("--seconds", action="store_true", help="match by time too: for runs of one idle machine")
+    parser.add_argument("--kl", action="store_true", help="also measure KL from the base model")
     parser.add_argument("--only-report", action="store_true", help="run nothing; report what is finished")
     args = parser.parse_args()
-    lines = []
-    for seed, target, row in itertools.product(args.seeds, args.targets, args.rows):
+    args.docs.mkdir(parents=True, exist_ok=True)
+    done, lines = [], []
+    for row, seed, target in itertools.product(args.rows, args.seeds, args.targets):
         folder = args.out / target / re.sub(r"[^\w.-]+", "-", row) / str(seed)
         if not args.only_report and not (folder / "DONE").exists():
             source = "lab" if target == TARGETS[0] else args.sort
             train(target, row, seed, source, folder, steps=args.steps, every=args.every)
         if (folder / "DONE").exists():
-            lines += evaluations(folder, target, row=row, seed=seed)
-    args.docs.mkdir(parents=True, exist_ok=True)
+            done.append((folder, target, row, seed))
+    each_step = step_seconds([folder for folder, *_ in done])
+    for folder, target, row, seed in done:
+        mine = evaluations(folder, target, each_step=each_step, row=row, seed=seed)
+        if args.kl:
+            add_kl(folder, mine, until=2 * args.steps)
+        lines += mine
     with open(args.docs / "es_vs_grpo.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        hidden = () if args.seconds else ("seconds",)
+        columns = [column for column in COLUMNS if column not in hidden]
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(lines)
+    budgets = [budget for budget in BUDGETS if budget not in hidden]
     text = "\n\n".join(
-        f"{table(lines, target)}\n\n{forgetting_at(lines, target, common_level(lines, target))}"
+        f"{table(lines, target, budgets)}\n\n{forgetting_at(lines, target, common_level(lines, target))}"
         for target in args.targets
         if runs_of(lines, target)
     )

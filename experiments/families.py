@@ -4,8 +4,8 @@ Models × targets × AWD. At laboratory size the models are of three families wi
 
 Command:  python -m experiments.families [--size=full] [--index=$I] [--docs=docs/lab]
           laboratory: first python -m experiments.pretrain_lab --family=qwen3 --out=runs/lab-qwen3, and gemma2
-Cost:     laboratory: not yet timed. Full: 4 models × 3 targets × 2 × seeds of 500 steps, not yet run.
-Result:   laboratory: docs/study.md. Full: not yet run.
+Cost:     laboratory: not yet run. Full: 4 models × 3 targets × 2 × seeds of 500 steps, not yet run.
+Result:   not yet run, at either size.
 """
 
 from collections.abc import Iterator, Sequence

@@ -4,8 +4,8 @@ Targets × N in {30, 128, 256} × AWD off and on, independent seeds: of the nois
 laboratory size, of the target's training rows.
 
 Command:  python -m experiments.forgetting [--size=full] [--index=$I] [--docs=docs/lab]
-Cost:     laboratory: not yet timed. Full: 3 targets × 3 N × 2 × seeds of 500 steps, not yet run.
-Result:   laboratory: docs/study.md. Full: not yet run.
+Cost:     laboratory: not yet run. Full: 3 targets × 3 N × 2 × seeds of 500 steps, not yet run.
+Result:   not yet run, at either size.
 """
 
 from collections.abc import Iterator, Sequence

@@ -5,8 +5,8 @@ one that is far: the laboratory's countdown by a base model that echoes 60 % of 
 
 Command:  python -m experiments.strength_sweep [--size=full] [--index=$I] [--docs=docs/lab]
           laboratory: first python -m experiments.pretrain_lab --echo=0.9 --out=runs/lab-far
-Cost:     laboratory: not yet timed. Full: 2 targets × 11 × seeds of 500 steps, not yet run.
-Result:   laboratory: docs/study.md. Full: not yet run.
+Cost:     laboratory: 80 s a run on 2 busy CPU cores, 14 runs a seed. Full: not yet run.
+Result:   laboratory: five runs, docs/study.md; the rest not yet run. Full: not yet run.
 """
 
 from collections.abc import Iterator, Sequence

@@ -34,7 +34,7 @@ def _variants(series: Sequence[Series]) -> dict[str, str]:
     kinds = {one.label: (one.first.method, one.first.penalty, one.first.settings()["λ"]) for one in series}
     few = len(set(kinds.values())) <= 5
     return {
-        label: method if penalty == "none" else f"{method} + AWD {penalty}" + (f", λ = {strength:g}" if few else "")
+        label: method if penalty == "none" else f"{method} + AWD {penalty}" + (f", λ = {strength:.4g}" if few else "")
         for label, (method, penalty, strength) in kinds.items()
     }
 
@@ -105,7 +105,7 @@ def kl_map(series: Sequence[Series]) -> Plot | None:
     values = np.full((len(names), len(tasks)), np.nan)
     for row in data:
         values[names.index(row["series"]), tasks.index(row["task"])] = row["kl"]
-    figure = canvas(max(3.2 + 1.0 * len(tasks), 6.0), 1.8 + 0.55 * len(names))
+    figure = canvas(max(3.2 + 1.0 * len(tasks), 6.0), max(1.8 + 0.55 * len(names), 3.2))
     axes, top = figure.subplots(), float(np.nanmax(values))
     image = axes.imshow(
         values, cmap=colormaps["Greys"].with_extremes(bad="white"), aspect="auto", vmin=0, vmax=top or 1
@@ -116,7 +116,7 @@ def kl_map(series: Sequence[Series]) -> Plot | None:
     axes.set_xticks(range(len(tasks)), [text(task, width=14) for task in tasks], rotation=30, ha="right", fontsize=8)
     axes.set_yticks(range(len(names)), [text(name, width=38) for name in names], fontsize=8)
     axes.set(xlabel="prompts of", ylabel="run")
-    figure.colorbar(image, label="KL(base ‖ now), nats a token")
+    figure.colorbar(image, label="KL(base ‖ now)\nnats a token")
     says = (
         "Exact KL over the vocabulary on continuations that the base model wrote, mean over prompts, at the last step "
         "that was measured. " + ERRORS + " They are in the CSV."
@@ -145,7 +145,8 @@ def strength_sweep(series: Sequence[Series], prior: Sequence[str]) -> Plot | Non
         data += _sweep(axes, penalty, mine, prior)
     legend(figure, spots[0], columns=3)
     says = (
-        "Dashed: the same runs without a penalty, λ = 0. Dotted: the base model. " + ERRORS
+        "Dashed: the same runs without a penalty, λ = 0. Dotted: the base model. Hollow: runs that are not as far as "
+        "the others yet. " + ERRORS
         + f" Prior tasks: {', '.join(prior) or 'none'}."
     )  # fmt: skip
     return Plot("strength", "Target and prior accuracy against λ", figure, data, says)
@@ -163,6 +164,10 @@ def _sweep(axes: Axes, penalty: str, mine: Sequence[Series], prior: Sequence[str
         x, y = [strength for strength, _ in ends], [point.mean for _, point in ends]
         errors = [np.nan if point.error is None else point.error for _, point in ends]
         axes.errorbar(x, y, errors, label=name, capsize=3, **(style | {"linestyle": "-"}))
+        far = max((point.step for _, point in ends), default=0)
+        early = [(strength, point.mean) for strength, point in ends if point.step < far]
+        hollow = style | {"linestyle": "none", "markerfacecolor": "white", "zorder": 3}
+        axes.plot([strength for strength, _ in early], [mean for _, mean in early], **hollow)
         data += [_end(first, penalty, name, strength, point) for strength, point in ends]
         if free is not None and (point := free.last(tasks)):
             axes.axhline(point.mean, color=style["color"], linestyle="--", linewidth=1.2, label=f"{name}, λ = 0")

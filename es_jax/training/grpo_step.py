@@ -140,7 +140,11 @@ class Policy:
 
     @functools.partial(jax.jit, static_argnums=(0, 4))
     def logprobs(self, params: Any, tokens: Array, positions: Array, width: int) -> Array:
-        """Log-probabilities [M, m, N] of the last `width` tokens of M micro-batches of rows [M, m, P + N]."""
+        """Log-probabilities [M, m, N] of the last `width` tokens of M micro-batches of rows [M, m, P + N].
+
+        `params` may be an anchor that is kept in host memory.
+        """
+        params = jax.tree.map(jax.device_put, params, param_shardings(self.mesh, params))
 
         def one(rows: tuple[Array, Array]) -> Array:
             tokens, positions = self._shared(rows)

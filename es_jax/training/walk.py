@@ -8,6 +8,8 @@ from es_jax.es import theory
 from es_jax.training.config import RunConfig
 from es_jax.training.seedlog import Entry
 
+STRONG = 0.1  # l1 pull over the step of a weight, above which the continuous form is more than 2 % off
+
 
 class Walk:
     """‖θ_t − θ₀‖ of this very run in exact arithmetic, carried on by the entries of its seed log.
@@ -48,7 +50,7 @@ class Walk:
     @property
     def norm(self) -> float | None:
         """The prediction; None where there is no closed form: for other methods and optimizers, and for an l1 anchor
-        that is elsewhere, or moves, or has a schedule."""
+        that is elsewhere, or moves, or has a schedule, or pulls hard beside the step."""
         config = self._config
         if config.method != "es" or config.optim.name != "sgd":
             return None
@@ -61,6 +63,8 @@ class Walk:
         mean = self._walked / (config.optim.learning_rate**2 * self._dim * max(self._steps, 1))  # of a step: 1/N
         if not mean:
             return 0.0
+        if config.anchor_strength > STRONG * math.sqrt(mean):
+            return None
         return theory.anchored_norm(
             learning_rate=config.optim.learning_rate * math.sqrt(mean * config.es.population),
             dim=self._dim,

@@ -20,13 +20,20 @@ def test_runs_are_compared_at_the_most_that_both_spent():
     text = table(FAST + SLOW, "lab-sort")
     assert "| rollouts | 150 | GRPO | 1 | 0.600 | 0.850 | 0.150 |" in text
     assert "| rollouts | 150 | ES | 1 | 0.200 | 0.500 | 0.500 |" in text
-    assert "| generated tokens | 750 |" in text and "| wall time, s | 15 |" in text
+    assert "| generated tokens | 750 |" in text and "| seconds of steps | 15 |" in text
     both = table([*FAST, *lines_of("GRPO", 1, (0.0, 1.0), (1.0, 1.0), (0, 200))], "lab-sort")
     assert "| 0.900 ± 0.100 |" in both  # of .8 and 1
 
 
 def test_columns_are_linear_between_evaluations():
     assert at(FAST, "rollouts", 50, "target") == pytest.approx(0.2)
+
+
+def test_a_divergence_is_shown_only_where_it_was_measured_nearby():
+    last = [*FAST[:-1], FAST[-1] | {"kl": 0.5}]
+    first = [FAST[0] | {"kl": 0.0}, *FAST[1:-1], last[-1]]
+    assert table(first, "lab-sort").count("| 0.500 |") == 3  # at the end, by each budget
+    assert "0.375" not in table(first + SLOW, "lab-sort")  # of 150, where ES ends
 
 
 def test_what_is_lost_at_a_level_of_the_target():

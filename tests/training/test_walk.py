@@ -56,6 +56,12 @@ def test_nothing_is_predicted_where_there_is_no_closed_form():
     ):
         assert Walk(freeze({"optim": optim}), 10).norm is None
     assert Walk(freeze({"optim": {"anchor": l1}}), 10).norm == 0
+    members, weights = Population(8, seed=0).members(1), np.asarray(z_score(np.arange(8.0)))
+    for strength, known in ((0.02, True), (0.15, False)):  # beside a step of 1/√8 = 0.35
+        config = freeze({"es": {"population": 8}, "optim": {"anchor": l1 | {"strength": strength}}})
+        walk = Walk(config, 10)
+        walk.add(Entry.of(1, members, rewards=weights, weights=weights, rates=config.rates(1)))
+        assert (walk.norm is not None) == known
 
 
 def test_an_old_log_has_the_constants_of_its_config():
