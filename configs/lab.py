@@ -6,8 +6,8 @@ forget as much as real ones. N = 8, σ = 0.01, α = 0.005, 64 fresh prompts a st
 Command:  python -m es_jax.train --config=configs/lab.py:anchor=l2 --workdir=runs/lab
 Arguments: configs/common.py: pop, anchor=none|l2|l1, strength, drift, target, rewards=random, antithetic, seed, steps.
           Other pretraining seeds: experiments/pretrain_lab.py, then --config.model.source=DIR.
-Needs:    26 to 30 s on one of 2 shared CPU cores. In a run that compiled everything: 11.7 s until the first step is done
-          (imports, loading, compilation), 12 s for the other 299, the rest 13 evaluations of eight tasks. Over all steps
+Needs:    26 to 30 s on one of 2 shared CPU cores. When all is compiled anew: 11.7 s until the first step is done
+          (imports, loading, compilation), 12 s for the other 299, the rest 13 evaluations of eight tasks. In all steps
           decoding takes 6.8 s, perturbing 3.0, updates 0.4; for 7.4 no program runs (Python, compilation), grading 1.2.
 Reached:  seed 0, anchor=none: target .040 → .505, mean prior .996 → .329, drift 9.209 (theory 9.208);
           anchor=l2: target .555, prior .835, drift 3.727 (theory 3.726). More seeds: docs/study.md.
