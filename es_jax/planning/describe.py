@@ -68,7 +68,7 @@ def _remedies(plan: Plan, worst: Outcome) -> Iterator[str]:
         freed = (copy + parts.get("KV cache", 0)) / 2
         yield f"mesh.model={2 * model} with mesh.pop={pop // 2} frees about {_gib(freed)}"
     if plan.config.optim.anchor.penalty != "none" and (anchor := parts.get("anchor", 0)):
-        yield f"optim.anchor.memory=pinned_host frees {_gib(anchor)}"
+        yield f"optim.anchor.memory=pinned_host frees {_gib(anchor)} while members are evaluated"
 
 
 def _heading(plan: Plan) -> str:

@@ -279,5 +279,4 @@ class _Run:
             self._save(step)
         due = [held for held in self.tests if step not in self.recorder.heldout[held.name].steps]
         if due and (final or step % every == 0):
-            for held, verdicts in evaluate(self.evaluator, self.model, self.state.params, due):
-                self.recorder.evaluation(held, step, verdicts)
+            self.recorder.evaluations(step, evaluate(self.evaluator, self.model, self.state.params, due))

@@ -1,7 +1,7 @@
 """What a run tells of itself as it goes: metrics, samples, and held-out rows."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,14 +76,17 @@ class Recorder:
         self._samples.write(*(_sample(entry.step, g) for g in graded[0][: self._config.train.samples]))
         self.progress.step(row)
 
-    def evaluation(self, held: HeldOut, step: int, verdicts: Verdicts) -> None:
-        """A row of a task's held-out accuracy."""
-        row = self.heldout[held.name].add(step, verdicts, digest=held.digest, max_new=self._config.decode.max_new)
-        self._metrics.write(row, prefix=f"evals/{held.name}")
-        self.progress.say(
-            f"step {step}: {held.name} held-out accuracy {row['accuracy']:.3f}, "
-            f"reward {row['reward']:.4f} ± {row['reward_se'] or 0:.4f} on {row['n']} rows"
-        )
+    def evaluations(self, step: int, done: Iterable[tuple[HeldOut, Verdicts]]) -> None:
+        """A row of held-out accuracy for each task, on disk as soon as it is there, and one line on the screen."""
+        rows, max_new = {}, self._config.decode.max_new
+        for held, verdicts in done:
+            row = self.heldout[held.name].add(step, verdicts, digest=held.digest, max_new=max_new)
+            self._metrics.write(row, prefix=f"evals/{held.name}")
+            rows[held.name] = row
+        said = [f"{name} {row['accuracy']:.3f}" for name, row in rows.items()]
+        if len(rows) == 1:
+            said += [f"reward {row['reward']:.4f} ± {row['reward_se'] or 0:.4f} on {row['n']} rows"]
+        self.progress.say(f"step {step}: held-out accuracy {', '.join(said)}")
 
     def _kappa(self, drift: float, entry: Entry) -> float | None:
         """The drift of a weight in σ, for a method that has a σ."""
