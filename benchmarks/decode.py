@@ -71,13 +71,16 @@ def bare_products(config: TransformerConfig, params: Any, *, turns: int, rows: i
         y = mixed @ w["attn"]["o"]["kernel"] + jnp.mean(new)
         return (y @ w["mlp"]["gate"]["kernel"] + y @ w["mlp"]["up"]["kernel"]) @ w["mlp"]["down"]["kernel"]
 
-    def turn(_: Any, x: Any) -> Any:
-        for i, w in enumerate(params["layers"]):
-            x = 1e-3 * layer(x, w, k[i], v[i])
-        return x + jnp.max(x @ params["embed"]["embedding"].T, axis=1, keepdims=True)
+    def run(x: Any, k: Any, v: Any, params: Any) -> Any:
+        def turn(_: Any, x: Any) -> Any:
+            for i, w in enumerate(params["layers"]):
+                x = 1e-3 * layer(x, w, k[i], v[i])
+            return x + jnp.max(x @ params["embed"]["embedding"].T, axis=1, keepdims=True)
+
+        return jax.lax.fori_loop(0, turns, turn, x)
 
     x = jnp.ones((rows, config.width))
-    program = jax.jit(lambda x, k, v, params: jax.lax.fori_loop(0, turns, turn, x)).lower(x, k, v, params).compile()
+    program = jax.jit(run).lower(x, k, v, params).compile()
     return lambda: program(x, k, v, params)
 
 
