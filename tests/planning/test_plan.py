@@ -113,9 +113,7 @@ def test_parts_of_what_a_device_holds():
     assert held["parameters"] == held["anchor"]
     assert 0 < held["parameters"].device / (4 * weights / 8) - 1 < 0.1  # small leaves are whole
     assert held["compute copy"].device >= 2 * weights
-    assert held["KV cache"] == Held(
-        2 * 2 * 8 * (32 + 8 + 2 * 7) * 2 * 32 * 2
-    )  # what a row can need, and a chunk of 7 more
+    assert held["KV cache"] == Held(2 * 2 * 8 * (32 + 7) * 2 * 32 * 2)  # one prefill of 32 and one chunk of 7 steps
 
 
 def test_the_search_ranks_meshes_and_slots():
