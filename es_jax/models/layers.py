@@ -20,7 +20,7 @@ from es_jax.models.rope import Angles, rotate
 INIT_STD = 0.02
 MASKED = -1e30  # finite: a query that may attend nothing gets a mean of the values, not NaN
 KV = tuple[Array, Array]  # keys [B, KH, hd, S] and values [B, KH, S, hd]; B = 1 where all rows share them
-Masks = tuple[Bool[Array, "B T S"], ...]  # who attends whom, for each of the pieces attended
+Masks = tuple[Bool[Array, "B T _"], ...]  # who attends whom, for each of the pieces attended
 Cached = tuple[KV, Int[Array, ""], tuple[KV, ...]]  # a layer's cache, the place to write, and the past before it
 
 
@@ -50,7 +50,7 @@ def attend(
     q: Float[Array, "B T H hd"],
     pieces: Sequence[KV],
     *,
-    masks: Sequence[Bool[Array, "B T S"]],
+    masks: Sequence[Bool[Array, "B T _"]],
     scale: float,
     cap: float | None = None,
 ) -> Float[Array, "B T H hd"]:

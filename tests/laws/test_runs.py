@@ -18,6 +18,7 @@ from es_jax.core.hosts import Preempted
 from es_jax.core.mesh import make_mesh
 from es_jax.training.checkpoint import Checkpoints, saved_steps
 from es_jax.training.config import freeze
+from es_jax.training.evalsfile import EvalsFile
 from es_jax.training.loop import run
 from es_jax.training.metrics import read_jsonl
 from es_jax.training.recorder import Recorder
@@ -133,8 +134,8 @@ POINTS = {
     "after the seed log": (SeedLog, "append", "after"),
     "before a checkpoint": (Checkpoints, "save", "before"),
     "after a checkpoint": (Checkpoints, "save", "after"),
-    "before an evaluation is written": (Recorder, "evaluation", "before"),
-    "after an evaluation is written": (Recorder, "evaluation", "after"),
+    "before an evaluation is written": (EvalsFile, "add", "before"),
+    "after an evaluation is written": (EvalsFile, "add", "after"),
 }
 
 
