@@ -179,7 +179,7 @@ def joined(name: str, **options: Any) -> Iterator[None]:
         text = str(error.code) if isinstance(error, SystemExit) else f"{type(error).__name__}: {error}"
         with contextlib.suppress(Exception):
             _store().key_value_set(f"es_jax/failed/{jax.process_index()}", text[:2000], allow_overwrite=True)
-        time.sleep(4 * _POLL)  # for the others to read it, before the store goes with process 0
+        _linger()
         _end(text if isinstance(error, SystemExit) else f"{name}: process {jax.process_index()} failed", 1)
     ended.set()
     watch.join()
@@ -203,7 +203,14 @@ def _watch(name: str, ended: threading.Event) -> None:
             return  # shut down, or process 0 is gone: JAX itself ends the process then, and says so
         for other, text in failed:
             if other != str(mine):
+                _linger()
                 _end(f"{name}: process {other} failed, so this one stops: {text}", 1)
+
+
+def _linger() -> None:
+    """Process 0 holds the store and ends last: without the store JAX ends a process with a message of its own."""
+    if first():
+        time.sleep(8 * _POLL)
 
 
 def _end(text: str, status: int) -> NoReturn:
