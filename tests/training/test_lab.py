@@ -18,9 +18,9 @@ from es_jax.weights.model import load_model
 from experiments.lab_demo import sentence
 from experiments.pretrain_lab import CONFIG, RECORD, accuracy, digest, make_tokenizer, pretrain
 
-TARGET, STEPS, EVERY, DIM = "lab-countdown", 120, 40, 90_432
-RUNS = {"none": "", "l2": "anchor=l2", "random": "rewards=random", "antithetic": "antithetic=true,steps=40",
-        "large": "pop=32,steps=40"}  # fmt: skip
+TARGET, STEPS, EVERY, DIM = "lab-countdown", 100, 25, 90_432
+RUNS = {"none": "", "l2": "anchor=l2", "random": "rewards=random,steps=50", "antithetic": "antithetic=true,steps=25",
+        "large": "pop=32,steps=25"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +30,9 @@ def runs(tmp_path_factory):
 
     def get(name):
         if not (root / name / "DONE").exists():
-            config = get_config(f"steps={STEPS},{RUNS[name]}")
+            config = get_config(f"steps={STEPS},{RUNS[name]}".removesuffix(","))
             config.evals.every = EVERY
+            config.mesh.pop = 1  # the bits are the same on eight fake devices, which two cores run half as fast
             run(config, root / name)
         return root / name
 
@@ -74,8 +75,8 @@ def test_awd_keeps_what_es_forgets_and_costs_little_of_the_target(runs):
 
 def test_random_rewards_forget_like_real_ones_and_teach_nothing(runs):
     none, random = runs("none"), runs("random")
-    assert prior_at(random, STEPS) <= prior_at(none, 0) - 0.5 * (prior_at(none, 0) - prior_at(none, STEPS))
-    assert accuracies(random, TARGET)[1][-1] <= accuracies(none, TARGET)[1][-1] - 0.2
+    assert prior_at(random, 50) <= prior_at(none, 0) - 0.5 * (prior_at(none, 0) - prior_at(none, 50))
+    assert accuracies(random, TARGET)[1][2] <= accuracies(none, TARGET)[1][2] - 0.2  # at step 50
 
 
 def test_a_larger_population_forgets_less(runs):
@@ -101,7 +102,7 @@ def test_the_same_seed_is_the_same_run(tmp_path):
     logs = []
     for name in ("a", "b"):
         config = get_config("steps=5")
-        config.evals.every = 0
+        config.evals.every, config.mesh.pop = 0, 1
         run(config, tmp_path / name)
         logs.append((tmp_path / name / "seedlog.jsonl").read_text())
     assert logs[0] == logs[1]
