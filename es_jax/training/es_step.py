@@ -269,8 +269,8 @@ class Evaluator:
     ) -> Iterator[dict[int, tuple[range, np.ndarray, np.ndarray]]]:
         """θ itself on several queues of prompts, each spread over the lanes: of each, lane → (rows, tokens, length).
 
-        A queue is dispatched before the one before it is handed out, so the devices have work while the host grades, and
-        no more than two hold caches: a CPU would run all that there are side by side. Queues of the same width and
+        A queue is dispatched before the one before it is handed out, so the devices have work while the host grades; no
+        more than two hold caches, since a CPU would run all that there are side by side. Queues of the same width and
         prefix share a program with one another, and with the members where these have as many prompts a lane. In a run
         of several processes, each has the lanes of its own devices.
         """
