@@ -70,4 +70,4 @@ def figure(lines: list[dict[str, Any]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(__doc__, "forgetting", cases, labels=("target", "N", "AWD"), figure=figure)
+    main(__doc__, "forgetting_grid", cases, labels=("target", "N", "AWD"), figure=figure)
