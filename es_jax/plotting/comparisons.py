@@ -224,7 +224,7 @@ def drop_parts(series: Sequence[Series], prior: Sequence[str]) -> Plot | None:
     axes.set_yticks(range(len(names)), [text(name, width=38) for name in names], fontsize=8)
     axes.invert_yaxis()
     axes.axvline(0, color="black", linewidth=0.8)
-    axes.set(xlabel=f"accuracy lost since step 0, mean of {len(prior)} prior tasks")
+    axes.set(xlabel=f"accuracy lost since step 0, mean of {len(prior)} prior task{'s' * (len(prior) != 1)}")
     axes.grid(alpha=0.3, axis="x")
     legend(figure, axes, columns=3)
     says = (
