@@ -1,6 +1,6 @@
-"""What generating costs: prefill, a decode step, the bound of a decode step, and how all of it grows.
+"""What generating costs: prefill, a decode step, the bound of a decode step, and what a shared prefix spares.
 
-Command:  python -m benchmarks.decode [--parts=step,prefix,prompts,new,size] [--repeats=5] [--json]
+Command:  python -m benchmarks.decode [--parts=step,prefix] [--repeats=5] [--json]
 Cost:     not yet run as a whole
 Result:   not yet run as a whole
 
@@ -10,12 +10,9 @@ Random weights; no row stops. The parts:
   runs of 33 tokens and of 1, over 32. The bound is the same products alone (all kernels of all layers, scores and
   mixtures over as many places, the output head), in a loop of as many turns, timed in turn with the engine. Medians.
 - prefix: a prefill of 32 prompts of 128 tokens, of which 96 are shared, against the same prompts without sharing.
-- prompts, new, size: seconds of a whole call against the number of prompts (32 slots), new tokens and weights, with the
-  exponent of a power law through them: 1 is proportional.
 """
 
 import argparse
-import dataclasses
 import json
 import time
 from collections.abc import Callable
@@ -25,7 +22,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from es_jax.core.tree import count
 from es_jax.generate.engine import Engine
 from es_jax.generate.prompts import Packing
 from es_jax.models.config import TransformerConfig
@@ -34,7 +30,6 @@ from es_jax.models.transformer import Transformer
 SMOLLM2 = TransformerConfig(
     family="llama", vocab_size=49152, width=576, layers=30, heads=9, kv_heads=3, head_dim=64, mlp_dim=1536
 )
-SMALL = dataclasses.replace(SMOLLM2, layers=2, vocab_size=4096)
 SLOTS, PROMPT, NEW, SHARED = 32, 128, 33, 96
 
 
@@ -117,29 +112,7 @@ def prefix(repeats: int) -> dict[str, float]:
     return {f"{name}_seconds": s for name, s in found.items()} | {"gain": found["apart"] / found["shared"]}
 
 
-def growth(calls: dict[int, Callable], repeats: int) -> dict[str, Any]:
-    """Seconds by size, and the exponent of the power law that fits them best."""
-    found = {int(size): s for size, s in timed(calls, repeats).items()}  # type: ignore[arg-type]
-    exponent = np.polyfit(np.log(list(found)), np.log(list(found.values())), 1)[0]
-    return {"seconds": found, "exponent": float(exponent)}
-
-
-def prompts(repeats: int) -> dict[str, Any]:
-    params = weights(SMALL)
-    return growth({n: call(SMALL, params, prompts=n, new=64) for n in (32, 64, 128, 256)}, repeats)
-
-
-def new(repeats: int) -> dict[str, Any]:
-    params = weights(SMALL)
-    return growth({n: call(SMALL, params, new=n) for n in (32, 64, 128, 256)}, repeats)
-
-
-def size(repeats: int) -> dict[str, Any]:
-    configs = [dataclasses.replace(SMOLLM2, layers=layers) for layers in (5, 15, 30)]
-    return growth({count(p): call(c, p) for c in configs for p in (weights(c),)}, repeats)
-
-
-PARTS = {"step": step, "prefix": prefix, "prompts": prompts, "new": new, "size": size}
+PARTS = {"step": step, "prefix": prefix}
 
 
 def main() -> None:
