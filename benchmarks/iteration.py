@@ -1,6 +1,6 @@
 """A whole ES iteration on SmolLM2-135M and Countdown: ours against the same with torch and transformers, in turn.
 
-Command:  python -m benchmarks.iteration [--members=8] [--repeats=2] [--dtypes=float32,bfloat16] [--json]
+Command:  python -m benchmarks.iteration [--members=8] [--repeats=2] [--lengths=even] [--json]
           python -m benchmarks.iteration --record     (makes countdown_lengths.json anew)
 Needs:    `make smollm2`, EXTRAS=verify for torch.
 Cost:     not yet run
@@ -9,7 +9,7 @@ Result:   not yet run
 Both perturb each member's weights, decode 32 prompts greedily, grade the texts, and update with the l2 anchor. Rows end
 at given lengths on both sides, whatever the models say, so that both do the same work: those that the model itself was
 recorded with, or, with `--lengths=even`, 8, 16, … 256, which nobody recorded, to show what a row that ends early is
-worth. Ours is float32, the peer each of the dtypes. A first iteration of each, of two members, does not count; the
+worth. Both in float32 and in bfloat16; our master weights and update stay float32. A first iteration of each, of two members, does not count; the
 peer's has rows of two tokens.
 """
 
@@ -87,8 +87,8 @@ class Bench:
         sizes = {"slots": PROMPTS, "max_prompt": longest, "max_new": MAX_NEW}
         return kind(self.model.config, stop=self.model.stop_ids, **sizes, **more)
 
-    def ours(self) -> Callable[[int, int], dict[str, float]]:
-        """An iteration of so many members at a step: seconds by part."""
+    def ours(self, dtype: str) -> Callable[[int, int], dict[str, float]]:
+        """An iteration of so many members at a step, members' weights in the dtype: seconds by part."""
         mesh, engine = make_mesh(1, 1), self.engine(lengths=tuple(self.lengths))
         params = jax.tree.map(jnp.copy, self.model.params)
         grader, states = Grader(self.task, self.model, self.examples), {}
@@ -96,7 +96,8 @@ class Bench:
         def config(members: int) -> Any:
             anchor = {"penalty": "l2", "strength": STRENGTH}
             es = {"population": members, "sigma": SIGMA}
-            return freeze({"es": es, "evals": {"every": 0}, "optim": {"learning_rate": RATE, "anchor": anchor}})
+            optim = {"learning_rate": RATE, "anchor": anchor}
+            return freeze({"model": {"dtype": dtype}, "es": es, "evals": {"every": 0}, "optim": optim})
 
         def call(members: int, step: int) -> dict[str, float]:
             if not states:
@@ -162,6 +163,7 @@ def main() -> None:
     parser.add_argument("--members", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--lengths", choices=["recorded", "even"], default="recorded")
+    parser.add_argument("--ours", default="float32,bfloat16", help="dtypes of our members' weights")
     parser.add_argument("--dtypes", default="float32,bfloat16", help="of the peer")
     parser.add_argument("--record", action="store_true", help="record the lengths, instead of timing")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -172,7 +174,7 @@ def main() -> None:
     bench = Bench.of(args.model, drawn(args.lengths))
     with tempfile.TemporaryDirectory() as folder:
         save_model(folder, bench.model)
-        sides = {"ours": bench.ours()}
+        sides = {f"ours {dtype}": bench.ours(dtype) for dtype in args.ours.split(",")}
         sides |= {f"torch {dtype}": bench.peer(Path(folder), dtype) for dtype in args.dtypes.split(",") if dtype}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     parts: dict[str, dict[str, float]] = {}
@@ -189,9 +191,10 @@ def show(args: argparse.Namespace, bench: Bench, seconds: dict[str, list[float]]
     mean = float(np.mean(bench.lengths))
     lengths = f"completions of {mean:.0f} tokens on average, {max(bench.lengths)} at most"
     title = f"iteration, N = {args.members}, {PROMPTS} prompts, {lengths}"
-    outside = 1 - parts["ours"]["share_decode"]
+    first = next(iter(parts))
+    outside = {name: 1 - of["share_decode"] for name, of in parts.items() if "share_decode" in of}
     more = {"parts": parts, "share outside prefill and decode": outside, "lengths": list(bench.lengths)}
-    report(title, seconds, ours="ours", as_json=args.json, **more)
+    report(title, seconds, ours=first, as_json=args.json, **more)
 
 
 if __name__ == "__main__":

@@ -63,7 +63,11 @@ def attend(
     batch, length, heads, head_dim = q.shape
     kv_heads = pieces[0][0].shape[1]
     grouped = (batch, kv_heads, heads // kv_heads, length)
-    q = q.reshape(batch, length, *grouped[1:3], head_dim).transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, head_dim)
+    q = (
+        q.reshape(batch, length, *grouped[1:3], head_dim)
+        .transpose(0, 2, 3, 1, 4)
+        .reshape(batch, kv_heads, -1, head_dim)
+    )
     scores = [
         jnp.where(mask[:, None, None], softcap(_product(q, k).reshape(*grouped, -1) * scale, cap), MASKED)
         for (k, _), mask in zip(pieces, masks, strict=True)
