@@ -1,8 +1,8 @@
 """What generating costs: prefill, a decode step, the bound of a decode step, and what a shared prefix spares.
 
-Command:  python -m benchmarks.decode [--parts=step,prefix] [--repeats=5] [--json]
-Cost:     not yet run as a whole
-Result:   not yet run as a whole
+Command:  python -m benchmarks.decode [--parts=step,prefix] [--repeats=5] [--json[=FILE]]
+Cost:     --repeats=3: 1.5 minutes on 2 CPU cores.
+Result:   step 0.107 s, its bare products 0.122 s; a prefill of which 96 of 128 tokens are shared is 3.9 times as fast.
 
 Random weights; no row stops. The parts:
 
@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.compare import add_json, write_json
 from es_jax.generate.engine import Engine
 from es_jax.generate.prompts import Packing
 from es_jax.models.config import TransformerConfig
@@ -61,8 +62,8 @@ def bare_products(config: TransformerConfig, params: Any, *, turns: int, rows: i
 
     def layer(x: Any, w: Any, k: Any, v: Any) -> Any:
         q, new = x @ w["attn"]["q"]["kernel"], x @ w["attn"]["k"]["kernel"] + x @ w["attn"]["v"]["kernel"]
-        scores = jnp.einsum("bkgd,bkds->bkgs", q.reshape(rows, config.kv_heads, groups, config.head_dim), k)
-        mixed = jnp.einsum("bkgs,bksd->bkgd", scores, v).reshape(rows, -1)
+        scores = q.reshape(rows, config.kv_heads, groups, config.head_dim) @ k
+        mixed = (scores @ v).reshape(rows, -1)
         y = mixed @ w["attn"]["o"]["kernel"] + jnp.mean(new)
         return (y @ w["mlp"]["gate"]["kernel"] + y @ w["mlp"]["up"]["kernel"]) @ w["mlp"]["down"]["kernel"]
 
@@ -119,15 +120,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default=",".join(PARTS), help="names, with commas between")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", action="store_true", help="print one JSON object: part → what it measured")
+    add_json(parser)
     args = parser.parse_args()
     result = {}
     for part in args.parts.split(","):
         result[part] = PARTS[part](args.repeats)
-        if not args.json:
+        if args.json != "-":
             print(part, json.dumps(result[part]), flush=True)
-    if args.json:
-        print(json.dumps(result))
+    write_json(result, args.json)
 
 
 if __name__ == "__main__":

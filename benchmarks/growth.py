@@ -1,8 +1,8 @@
 """How an iteration's cost grows: with members, prompts, new tokens, weights and devices; a table, a plot, exponents.
 
-Command:  python -m benchmarks.growth [--repeats=3] [--plot=docs/growth.png] [--json]
-Cost:     not yet run
-Result:   not yet run
+Command:  python -m benchmarks.growth [--repeats=3] [--plot=docs/growth.png] [--json[=FILE]]
+Cost:     --repeats=2: 4.4 minutes on 2 CPU cores.
+Result:   docs/speed.md: exponents of members .99, prompts 1.01, tokens .92, weights 1.18, devices −.12.
 
 A whole iteration but grading: perturb, decode, estimate, update with the l2 anchor. Random weights in float32, and no
 row stops. Each size is varied alone, the others as in BASE. The exponent is that of the power law that fits best: 1 is
@@ -12,7 +12,6 @@ be nothing), not what more chips gain.
 
 import argparse
 import dataclasses
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +23,7 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.compare import in_turn
+from benchmarks.compare import add_json, in_turn, write_json
 from es_jax.core.mesh import make_mesh
 from es_jax.core.tree import count
 from es_jax.es.population import Population
@@ -126,10 +125,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--axes", default=",".join(AXES), help="names, with commas between")
     parser.add_argument("--plot", type=Path, help="where a picture goes")
-    parser.add_argument("--json", action="store_true", help="print one JSON object: axis → what was measured")
+    add_json(parser)
     args = parser.parse_args()
     found = {axis: grown(axis, args.repeats) for axis in args.axes.split(",")}
-    print(json.dumps(found) if args.json else table(found))
+    if not write_json(found, args.json):
+        print(table(found))
     if args.plot is not None:
         plot(found, args.plot)
 

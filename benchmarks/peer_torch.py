@@ -5,6 +5,7 @@ noise; the update draws all members' noise again. No tricks that only a library 
 knows: `torch.inference_mode`, one generator, in-place `add_`, a batch of left-padded prompts.
 """
 
+import inspect
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -80,14 +81,16 @@ def by_hand(model: Any, prompts: Sequence[Sequence[int]], max_new: int, *, stop:
     ids, mask = _padded(prompts, stop)
     positions, cache, made = (mask.cumsum(1) - 1).clamp(min=0), None, []
     done = torch.zeros(len(ids), dtype=torch.bool)
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     for _ in range(max_new):
-        out = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+        given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, name: cache}
+        out = model(**given, use_cache=True)
         token = out.logits[:, -1].argmax(-1).masked_fill(done, stop)
         made.append(token)
         done |= token == stop
         if done.all():
             break
-        ids, cache, positions = token[:, None], out.past_key_values, positions[:, -1:] + 1
+        ids, cache, positions = token[:, None], out[name], positions[:, -1:] + 1
         mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
     return torch.stack(made, dim=1).numpy()
 
