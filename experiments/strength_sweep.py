@@ -5,8 +5,9 @@ one that is far: the laboratory's countdown by a base model that echoes 60 % of 
 
 Command:  python -m experiments.strength_sweep [--size=full] [--index=$I] [--docs=docs/lab]
           laboratory: first python -m experiments.pretrain_lab --echo=0.9 --out=runs/lab-far
-Cost:     laboratory: 80 s a run on 2 busy CPU cores, 14 runs a seed. Full: not yet run.
-Result:   laboratory: five runs, docs/study.md; the rest not yet run. Full: not yet run.
+Cost:     laboratory: 4 to 10 s a run on 2 idle CPU cores, 14 runs a seed. Full: not yet run.
+Result:   laboratory, near target, seeds 0 and 1: at κ = 1 l2 and l1 keep .93 and .92 of the prior tasks (.60 without)
+          and gain the target as much; at 0.3 nothing is learnt. Far target and full: not yet run. docs/study.md
 """
 
 from collections.abc import Iterator, Sequence
@@ -63,6 +64,8 @@ def figure(lines: list[dict[str, Any]], path: Path) -> None:
             base = [x[column] for x in mine if x["step"] == 0]
             axes.axhline(np.mean(base), color=color, ls=":", lw=1, label=f"{NAMES[column]}, base")
         axes.set(xscale="log", xlabel="κ, the drift allowed, in σ a weight", title=f"target {target}", ylim=(0, 1.03))
+        axes.set_xticks(DRIFTS, [f"{drift:g}" for drift in DRIFTS])
+        axes.minorticks_off()
         axes.grid(alpha=0.3)
     axes.get_figure().axes[0].set_ylabel("held-out accuracy")
     drawing.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize=7)
