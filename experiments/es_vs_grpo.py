@@ -4,11 +4,12 @@ Both use the same base model, training rows, prompts, held-out rows and seeds; e
 completions of 64 prompts (ES: 8 members, greedy; GRPO: 8 samples a prompt). Two targets: lab-countdown on the shipped
 model, and lab-sort on a model that answers it mostly by an echo.
 
-Seconds are a method's median over all its steps, times the steps: runs may share their machine.
+Seconds are a method's median over all its steps, times the steps: a step's own may have shared the machine. `--seconds`
+compares by them, `--kl` measures KL from the base model at every evaluation.
 
 Command:  python -m experiments.pretrain_lab --seed=0 --target=sort --out=runs/lab-sort
-          python -m experiments.es_vs_grpo --sort=runs/lab-sort --out=runs/es_vs_grpo --docs=docs/lab
-Cost:     about 30 CPU seconds for 100 steps of GRPO, compilation aside; on an idle machine not yet timed.
+          python -m experiments.es_vs_grpo --sort=runs/lab-sort --out=runs/es_vs_grpo --docs=docs/lab --seconds --kl
+Cost:     all 36 runs and their KL: 8 minutes on 2 CPU cores.
 Result:   docs/study.md
 """
 
@@ -86,13 +87,13 @@ def evaluations(folder: Path, target: str, *, each_step: dict[str, float], **lab
     ]
 
 
-def add_kl(folder: Path, lines: list[dict], *, until: int, rows: int = 25) -> None:
-    """KL(base ‖ now) a token into the lines whose weights there are: GRPO's checkpoints, ES's steps up to `until`.
+def add_kl(folder: Path, lines: list[dict], *, rows: int = 25) -> None:
+    """KL(base ‖ now) a token into the lines whose weights there are: GRPO's checkpoints, all steps of ES.
 
     It is exact at each position of continuations that the base model sampled, of test rows of all eight tasks.
     """
     config = rundir.read_config(folder)
-    known = saved_steps(folder) if config.method == "grpo" else range(until + 1)
+    known = saved_steps(folder) if config.method == "grpo" else [line["step"] for line in lines]
     wanted = {line["step"]: line for line in lines if line["step"] in known and line["step"]}
     model = load_model(config.model.source)
     prompts = [encode_prompt(model.tokenizer, e.prompt) for task in ALL for e in get_task(task).test(rows)]
@@ -182,15 +183,16 @@ def figure(lines: Sequence[dict], path: Path) -> None:
     targets = [t for t in TARGETS if runs_of(lines, t)]
     picture = Figure(figsize=(9, 3.6 * len(targets)), layout="constrained", dpi=150)
     colors = dict(zip(ROWS, ("tab:orange", "tab:green", "tab:blue", "tab:purple", "tab:red", "tab:cyan"), strict=True))
+    markers = dict(zip(ROWS, "os^vDX", strict=True))
     grid = picture.subplots(len(targets), 2, squeeze=False)
     for (left, right), target in zip(grid, targets, strict=True):
         for (row, seed), mine in runs_of(lines, target).items():
-            style = {"color": colors[row], "alpha": 0.75, "linewidth": 1.2, "marker": "o", "markersize": 3}
+            style = {"color": colors[row], "alpha": 0.75, "linewidth": 1.2, "marker": markers[row], "markersize": 4}
             label = row if seed == min(s for r, s in runs_of(lines, target) if r == row) else None
             left.plot([x["target"] for x in mine], [x["prior"] for x in mine], label=label, **style)
-            right.plot([x["rollouts"] for x in mine], [x["drift"] for x in mine], **style)
+            right.plot([x["rollouts"] / 1000 for x in mine], [x["drift"] for x in mine], **style)
         left.set(xlabel=f"held-out accuracy on {target}", ylabel="mean accuracy on prior tasks", ylim=(0, 1.03))
-        right.set(xlabel="rollouts", ylabel="‖θ − θ₀‖", yscale="symlog", title=target)
+        right.set(xlabel="rollouts (thousands)", ylabel="‖θ − θ₀‖", yscale="symlog", title=target)
         right.set_yscale("symlog", linthresh=0.1)
         for axes in (left, right):
             axes.grid(alpha=0.3)
@@ -202,7 +204,7 @@ def train(target: str, row: str, seed: int, source: str, folder: Path, *, steps:
     """One run, or the rest of it."""
     config = get_config(f"{ROWS[row]},seed={seed},target={target},steps={steps}".removeprefix(","))
     config.model.source = source
-    config.evals.tasks, config.evals.every = priors_of(target), every
+    config.evals.tasks, config.evals.every, config.train.checkpoint_every = priors_of(target), every, every
     run(config, folder)
 
 
@@ -212,8 +214,8 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--every", type=int, default=20, help="steps between evaluations")
+    parser.add_argument("--steps", type=int, default=40, help="of GRPO, evaluated every 5")
+    parser.add_argument("--es-steps", type=int, default=300, help="of ES, which are shorter, evaluated every 20")
     parser.add_argument("--out", type=Path, default=Path("runs/es_vs_grpo"))
     parser.add_argument("--docs", type=Path, default=Path("docs/lab"))
     parser.add_argument("--seconds", action="store_true", help="match by time too: for runs of one idle machine")
@@ -226,14 +228,15 @@ def main() -> None:
         folder = args.out / target / re.sub(r"[^\w.-]+", "-", row) / str(seed)
         if not args.only_report and not (folder / "DONE").exists():
             source = "lab" if target == TARGETS[0] else args.sort
-            train(target, row, seed, source, folder, steps=args.steps, every=args.every)
+            steps, every = (args.steps, 5) if "GRPO" in row else (args.es_steps, 20)
+            train(target, row, seed, source, folder, steps=steps, every=every)
         if (folder / "DONE").exists():
             done.append((folder, target, row, seed))
     each_step = step_seconds([folder for folder, *_ in done])
     for folder, target, row, seed in done:
         mine = evaluations(folder, target, each_step=each_step, row=row, seed=seed)
         if args.kl:
-            add_kl(folder, mine, until=2 * args.steps)
+            add_kl(folder, mine)
         lines += mine
     with open(args.docs / "es_vs_grpo.csv", "w", newline="") as file:
         hidden = () if args.seconds else ("seconds",)

@@ -4,13 +4,21 @@ Models × targets × AWD. At laboratory size the models are of three families wi
 
 Command:  python -m experiments.families [--size=full] [--index=$I] [--docs=docs/lab]
           laboratory: first python -m experiments.pretrain_lab --family=qwen3 --out=runs/lab-qwen3, and gemma2
-Cost:     laboratory: not yet run. Full: 4 models × 3 targets × 2 × seeds of 500 steps, not yet run.
+Cost:     laboratory: not yet run. Full: 4 models × 3 targets × 2 × seeds of 500 steps, not yet run. By plans of N = 32
+          with an anchor (docs/scale.md: bounds, every completion at its full 1024 tokens) 500 steps take at least
+          1.8 hours for 1.5B on eight H100, and 13 hours for 7B on 16 v5e.
 Result:   not yet run, at either size.
 """
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
 
 from configs import lab
+from es_jax.plotting.style import bar
 from experiments.forgetting import ANCHORS, PRIOR, TARGETS
 from experiments.runs import EVALS, Case, main
 
@@ -36,5 +44,31 @@ def cases(size: str, seeds: Sequence[int]) -> Iterator[Case]:
                     yield Case.of(config, model=model, target=target, AWD=anchor, seed=seed)
 
 
+def figure(lines: list[dict[str, Any]], path: Path) -> None:
+    """Target and mean prior accuracy by model: of the base, and where ES and ES + AWD end; errors over runs."""
+    last = max(line["step"] for line in lines)
+    models = list(dict.fromkeys(line["model"] for line in lines))
+    drawing = Figure(figsize=(8.0, 3.6), layout="constrained", dpi=150)
+    kinds = {"base model": (0, None), "ES": (last, "none"), "ES + AWD l2": (last, "l2")}
+    for axes, column in zip(drawing.subplots(1, 2, sharey=True), ("accuracy", "prior"), strict=True):
+        for i, (label, (step, anchor)) in enumerate(kinds.items()):
+            found = [
+                [x[column] for x in lines if (x["model"], x["step"]) == (m, step) and anchor in (None, x["AWD"])]
+                for m in models
+            ]
+            means = [np.mean(values) if values else np.nan for values in found]
+            errors = [np.std(v, ddof=1) / len(v) ** 0.5 if len(v) > 1 else np.nan for v in found]
+            axes.bar(
+                np.arange(len(models)) + (i - 1) * 0.27, means, 0.25, yerr=errors, capsize=2, label=label, **bar(i)
+            )
+        axes.set_xticks(range(len(models)), models)
+        title = "target" if column == "accuracy" else "mean of the prior tasks"
+        axes.set(xlabel="family of the model", title=title, ylim=(0, 1.03))
+        axes.grid(alpha=0.3, axis="y")
+    drawing.axes[0].set_ylabel("held-out accuracy")
+    drawing.legend(*drawing.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+    drawing.savefig(path)
+
+
 if __name__ == "__main__":
-    main(__doc__, "families", cases, labels=("model", "target", "AWD"))
+    main(__doc__, "families", cases, labels=("model", "target", "AWD"), figure=figure)

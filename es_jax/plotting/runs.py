@@ -101,6 +101,18 @@ class Run:
             found[step] = (float(np.mean([rows[step]["accuracy"] for rows in by])), known)
         return found
 
+    def change(self, tasks: Sequence[str], step: int) -> tuple[float, float | None]:
+        """Change in mean accuracy over tasks from step 0, and its standard error: over the same rows, paired.
+
+        Rows of evaluations that did not pair them have the error of two independent means, which is larger.
+        """
+        found = self.accuracy(tasks)
+        (end, end_error), (start, start_error) = found[step], found[0]
+        pairs = [row.get("accuracy_change_se") for task in tasks for row in self.evals[task] if row["step"] == step]
+        if None not in pairs:
+            return end - start, math.hypot(*pairs) / len(pairs)  # type: ignore[arg-type]
+        return end - start, None if end_error is None or start_error is None else math.hypot(end_error, start_error)
+
     def settings(self) -> dict[str, Any]:
         """What the run is, by dotted name, without its seed; λ for the anchor's strength or drift."""
         other = "grpo." if self.config.method == "es" else "es."
@@ -132,10 +144,10 @@ class Series:
 
     def change(self, tasks: Sequence[str]) -> Point | None:
         """Change in mean accuracy from step 0 to the last step that all runs have, with the error of a difference."""
-        end, by = self.last(tasks), [run.accuracy(tasks) for run in self.runs]
-        if end is None or not all(0 in mine for mine in by):
+        end = self.last(tasks)
+        if end is None or not all(0 in run.accuracy(tasks) for run in self.runs):
             return None
-        return average(end.step, [_difference(mine[end.step], mine[0]) for mine in by])
+        return average(end.step, [run.change(tasks, end.step) for run in self.runs])
 
 
 def average(step: int, values: Sequence[tuple[float, float | None]]) -> Point:
@@ -147,11 +159,6 @@ def average(step: int, values: Sequence[tuple[float, float | None]]) -> Point:
     numbers = [value for value, _ in values]
     own = values[0][1] if len(values) == 1 else float(np.std(numbers, ddof=1) / math.sqrt(len(numbers)))
     return Point(step, float(np.mean(numbers)), None if own is None else round(own, 12), len(values))
-
-
-def _difference(end: tuple[float, float | None], start: tuple[float, float | None]) -> tuple[float, float | None]:
-    error = None if end[1] is None or start[1] is None else math.hypot(end[1], start[1])
-    return end[0] - start[0], error
 
 
 def read_run(folder: str | Path) -> Run:

@@ -273,9 +273,10 @@ class Evaluator:
     ) -> Iterator[dict[int, tuple[range, np.ndarray, np.ndarray]]]:
         """θ itself on several queues of prompts, each spread over the lanes: of each, lane → (rows, tokens, length).
 
-        All are dispatched before the first is waited for. Queues of the same width and prefix share a program with one
-        another, and with the members where these have as many prompts a lane. In a run of several processes, each has
-        the lanes of its own devices.
+        A queue is dispatched before the one before it is handed out, so the devices have work while the host grades; no
+        more than two hold caches, since a CPU would run all that there are side by side. Queues of the same width and
+        prefix share a program with one another, and with the members where these have as many prompts a lane. In a run
+        of several processes, each has the lanes of its own devices.
         """
         queues, slots = list(queues), self.engine.slots
         if not queues:
@@ -290,10 +291,11 @@ class Evaluator:
             positions = np.pad(prompts.positions, spare, constant_values=-1).reshape(self.lanes, each, width)
             rows = [range(first, min(first + each, count)) for first in range(0, count, each)]
             pending.append((rows, self._decode(weights, self._rows(tokens, positions, prompts.prefix))))
+            if len(pending) > 1:
+                yield _of_lanes(*pending.pop(0))
         del weights
-        for rows, outputs in pending:
-            of_lanes = ((lane, (tokens, length)) for lane, tokens, length in _unpack((range(len(rows)), outputs)))
-            yield {lane: (rows[lane], *made) for lane, made in of_lanes}
+        for item in pending:
+            yield _of_lanes(*item)
 
     def _rows(self, tokens: np.ndarray, positions: np.ndarray, prefix: np.ndarray) -> Prompts:
         tokens, positions = self._placed((tokens, positions))
@@ -318,6 +320,11 @@ def _unpack(item: tuple) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     for lane, member in enumerate(members):
         if lane in tokens:
             yield int(member), tokens[lane], length[lane]
+
+
+def _of_lanes(rows: list[range], outputs: Any) -> dict[int, tuple[range, np.ndarray, np.ndarray]]:
+    """Lane → (rows, tokens, length) of a queue that is spread over the lanes."""
+    return {lane: (rows[lane], tokens, length) for lane, tokens, length in _unpack((range(len(rows)), outputs))}
 
 
 def placed_weights(mesh: Mesh, members: Members, weights: np.ndarray) -> tuple[Members, jax.Array]:

@@ -290,3 +290,16 @@ def test_the_next_round_is_dispatched_before_one_is_graded(at_once, monkeypatch)
     for member in graded[:-at_once]:
         before = events[: events.index(member)].count("dispatched")
         assert before == member // at_once + 2
+
+
+def test_one_task_is_dispatched_ahead_of_the_one_that_is_graded_and_no_more(monkeypatch):
+    """A CPU would run all of them side by side, with all their caches in memory."""
+    events, decode = [], Evaluator._decode
+    monkeypatch.setattr(Evaluator, "_decode", lambda *args: events.append("dispatched") or decode(*args))
+    e = engine("llama", slots=2)
+    evaluator = Evaluator.of(freeze({"es": {"sigma": 0.01}}), e, make_mesh(1))
+    queues = [e.packing(PROMPTS).pack(PROMPTS, rows=5)] * 3
+    for task, lanes in enumerate(evaluator.unperturbed(params_of("llama"), queues)):
+        assert lanes[0][1].shape == (6, 10) and lanes[0][0] == range(5)
+        events.append(task)
+    assert events == ["dispatched", "dispatched", 0, "dispatched", 1, 2]

@@ -10,6 +10,7 @@ from es_jax.plotting import accuracies, prior_accuracy, target_against_prior
 from es_jax.plotting.labels import caption, group
 from es_jax.plotting.runs import incomparable, prior_tasks, read_run
 from es_jax.plotting.tables import Table, results
+from es_jax.training.metrics import read_jsonl
 
 
 def test_a_run_as_it_stands(tmp_path: Path) -> None:
@@ -108,6 +109,23 @@ def test_the_caption_says_everything(tmp_path: Path) -> None:
         "no penalty (λ = 0); penalty l2 with λ = 0.5, 2; seeds 0, 1; 20 iterations, not finished: b is at 10 of 20; "
         "evaluated on 50 rows a task, grader paper, max_new 6."
     )
+
+
+def test_the_caption_has_the_limit_of_the_evaluation(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a", max_new=6)
+    for path in (run / "evals").glob("*.jsonl"):
+        write(path, [row | {"max_new": 128} for row in read_jsonl(path)])
+    assert caption([read_run(run)]).endswith("grader paper, max_new 128.")
+
+
+def test_a_change_has_the_error_of_paired_rows_where_they_are_paired(tmp_path: Path) -> None:
+    run, tasks = make_run(tmp_path / "a"), ["lab-add", "lab-sort"]
+    apart = group([read_run(run)])[0].change(tasks)
+    for path in (run / "evals").glob("*.jsonl"):
+        write(path, [row | {"accuracy_change_se": 0.03} for row in read_jsonl(path)])
+    paired = group([read_run(run)])[0].change(tasks)
+    assert apart is not None and paired is not None and apart.mean == paired.mean == -0.5
+    assert paired.error == pytest.approx(0.03 / 2**0.5) and apart.error == pytest.approx(0.05)
 
 
 def test_es_and_grpo_side_by_side(tmp_path: Path) -> None:
