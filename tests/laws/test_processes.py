@@ -96,8 +96,9 @@ class Pair:
             process.kill()
         out = []
         for file in self.out:
-            file.seek(0)
-            out.append(file.read())
+            with file:
+                file.seek(0)
+                out.append(file.read())
         return [process.wait() for process in self.started], out
 
 
