@@ -150,7 +150,7 @@ class Policy:
             tokens, positions = self._shared(rows)
             return self._score(params, tokens, positions, width)[0]
 
-        return jax.lax.with_sharding_constraint(jax.lax.map(one, (tokens, positions)), replicated(self.mesh))
+        return jax.lax.map(one, (tokens, positions))
 
     @functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
     def update(
