@@ -20,9 +20,11 @@ check: $(STAMP)  ## linter, formatter, types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(STAMP)  ## ours against torch, in turn: perturb and update of 135M weights (needs EXTRAS=verify for torch)
-	$(BIN)/python -m benchmarks.noise
-	$(BIN)/python -m benchmarks.estimate
+bench: $(STAMP) $(SMOLLM2)  ## ours against torch, in turn (needs EXTRAS=verify); JSON in runs/bench; about an hour
+	for name in noise estimate decode lab growth; do \
+	  $(BIN)/python -m benchmarks.$$name --json=runs/bench/$$name.json || exit 1; done
+	for lengths in recorded even; do \
+	  $(BIN)/python -m benchmarks.iteration --lengths=$$lengths --json=runs/bench/$$lengths.json || exit 1; done
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -5,6 +5,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 
@@ -20,14 +21,13 @@ def in_turn(sides: Mapping[str, Callable[[], Any]], *, repeats: int) -> dict[str
     return seconds
 
 
-def report(title: str, seconds: Mapping[str, list[float]], *, ours: str, as_json: bool, **more: Any) -> dict[str, Any]:
-    """Print medians, and how many times longer each other side takes than ours."""
+def report(title: str, seconds: Mapping[str, list[float]], *, ours: str, json_to: str | None, **more: Any) -> None:
+    """Print medians, and how many times longer each other side takes than ours; JSON as `add_json` says."""
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     ratios = {name: medians[name] / medians[ours] for name in medians if name != ours}
     result = {"what": title, "seconds": dict(seconds), "medians": medians, "ratios": ratios, **more}
-    if as_json:
-        print(json.dumps(result))
-        return result
+    if write_json(result, json_to):
+        return
     print(title)
     for name, median in medians.items():
         spread = f"{min(seconds[name]):.3f} to {max(seconds[name]):.3f}"
@@ -35,7 +35,21 @@ def report(title: str, seconds: Mapping[str, list[float]], *, ours: str, as_json
         print(f"  {name:24} {median:8.3f} s  ({spread}){ratio}")
     for name, value in more.items():
         print(f"  {name}: {value}")
-    return result
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """The option --json: of what was measured, on a line instead of the text, or beside it in a file."""
+    parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="print JSON, or write it to the file")
+
+
+def write_json(result: Any, where: str | None) -> bool:
+    """Whether JSON was printed and nothing else is to be."""
+    if where == "-":
+        print(json.dumps(result))
+    elif where is not None:
+        Path(where).parent.mkdir(parents=True, exist_ok=True)
+        Path(where).write_text(json.dumps(result) + "\n")
+    return where == "-"
 
 
 def arguments(doc: str | None, **defaults: Any) -> argparse.Namespace:
@@ -43,5 +57,5 @@ def arguments(doc: str | None, **defaults: Any) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in defaults.items():
         parser.add_argument(f"--{name}", type=type(value), default=value)
-    parser.add_argument("--json", action="store_true", help="what, seconds, medians, ratios, and the sizes, on a line")
+    add_json(parser)
     return parser.parse_args()

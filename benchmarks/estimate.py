@@ -1,8 +1,8 @@
 """The update of a model of SmolLM2-135M's shape, with the l2 anchor: ours against torch's.
 
-Command:  python -m benchmarks.estimate [--population=30] [--layers=30] [--repeats=3] [--json]
-Cost:     not yet run
-Result:   not yet run
+Command:  python -m benchmarks.estimate [--population=30] [--layers=30] [--repeats=3] [--json[=FILE]]
+Cost:     2 minutes on 2 CPU cores.
+Result:   ours 3.38 s, torch 14.65 s (4.34 ×), ours without anchor 3.57 s.
 
 Both draw all members' noise again, add it up weighted, take the step and pull toward the anchor; float32, all cores.
 "ours, no anchor" is the same program without the pull: the difference is the pull's own cost.
@@ -54,7 +54,7 @@ def main() -> None:
     seconds = in_turn(sides, repeats=args.repeats)
     size = sum(math.prod(shape) for shape in shapes.values())
     title = f"update of {size:,} weights, N = {population}, l2 anchor"
-    report(title, seconds, ours="ours", as_json=args.json, weights=size, population=population)
+    report(title, seconds, ours="ours", json_to=args.json, weights=size, population=population)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ noise; the update draws all members' noise again. No tricks that only a library 
 knows: `torch.inference_mode`, one generator, in-place `add_`, a batch of left-padded prompts.
 """
 
+import inspect
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -44,17 +45,16 @@ def update(
 
 
 @torch.inference_mode()
-def generate(model: Any, prompts: Sequence[Sequence[int]], lengths: Sequence[int], *, stop: int) -> np.ndarray:
-    """Greedy completions [B, L], each row stopped at its own length as if the model had ended it there.
+def generate(
+    model: Any, prompts: Sequence[Sequence[int]], max_new: int, *, stop: int, lengths: Sequence[int] | None = None
+) -> np.ndarray:
+    """Greedy completions [B, L].
 
-    A row that has its length is given the stop token by a logits processor, so that `generate` ends when the last has.
+    With `lengths` each row is stopped at its own, as if the model had ended it there: a row that has its length is
+    given the stop token by a logits processor, so that `generate` ends when the last has.
     """
-    width = max(map(len, prompts))
-    ids = torch.full((len(prompts), width), stop)
-    mask = torch.zeros((len(prompts), width), dtype=torch.long)
-    for i, prompt in enumerate(prompts):
-        ids[i, width - len(prompt) :], mask[i, width - len(prompt) :] = torch.tensor(prompt), 1
-    ends = torch.tensor(lengths)
+    ids, mask = _padded(prompts, stop)
+    width, ends = ids.shape[1], torch.tensor(lengths or 0)
 
     def force(tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         done = tokens.shape[1] - width + 1 >= ends
@@ -66,13 +66,43 @@ def generate(model: Any, prompts: Sequence[Sequence[int]], lengths: Sequence[int
     out = model.generate(
         input_ids=ids,
         attention_mask=mask,
-        max_new_tokens=max(lengths),
+        max_new_tokens=max_new,
         do_sample=False,
-        logits_processor=[force],
+        logits_processor=[] if lengths is None else [force],
         eos_token_id=stop,
         pad_token_id=stop,
     )
     return out[:, width:].numpy()
+
+
+@torch.inference_mode()
+def by_hand(model: Any, prompts: Sequence[Sequence[int]], max_new: int, *, stop: int) -> np.ndarray:
+    """The same in a loop of its own: one forward pass a token, until all rows have stopped."""
+    ids, mask = _padded(prompts, stop)
+    positions, cache, made = (mask.cumsum(1) - 1).clamp(min=0), None, []
+    done = torch.zeros(len(ids), dtype=torch.bool)
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    for _ in range(max_new):
+        given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, name: cache}
+        out = model(**given, use_cache=True)
+        token = out.logits[:, -1].argmax(-1).masked_fill(done, stop)
+        made.append(token)
+        done |= token == stop
+        if done.all():
+            break
+        ids, cache, positions = token[:, None], out[name], positions[:, -1:] + 1
+        mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
+    return torch.stack(made, dim=1).numpy()
+
+
+def _padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and mask [B, P], padded on the left."""
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), pad)
+    mask = torch.zeros((len(prompts), width), dtype=torch.long)
+    for i, prompt in enumerate(prompts):
+        ids[i, width - len(prompt) :], mask[i, width - len(prompt) :] = torch.tensor(prompt), 1
+    return ids, mask
 
 
 def iteration(
@@ -100,7 +130,7 @@ def iteration(
 
     for seed, wanted in zip(seeds, lengths, strict=True):
         timed("perturb", perturb, params, seed, sigma)
-        tokens = timed("generate", generate, model, prompts, wanted, stop=stop)
+        tokens = timed("generate", generate, model, prompts, max(wanted), stop=stop, lengths=wanted)
         rewards.append(timed("grade", score, tokens))
         timed("perturb", perturb, params, seed, -sigma)
     z = np.array(rewards)

@@ -26,6 +26,7 @@ from experiments.forgetting import PRIOR
 from experiments.runs import EVALS, SIZES, Case, execute, report
 
 ANCHORS = ("none", "base", "re-anchored")
+LABELS = {"none": "no AWD", "base": "AWD to the first base", "re-anchored": "AWD re-anchored"}
 STAGES = {"lab": ("lab-countdown", "lab-add", "lab-sort"), "full": ("countdown", "gsm8k", "proofwriter")}
 FULL = {"countdown": countdown, "gsm8k": gsm8k, "proofwriter": proofwriter}
 SMALL = {"task.prompts_per_step": 32, "train.steps": 80, "train.checkpoint_every": 80, "evals.every": 40} | EVALS
@@ -85,8 +86,9 @@ def figure(lines: list[dict[str, Any]], path: Path) -> None:
             mine = [x for x in lines if x["anchor"] == anchor]
             steps = sorted({x["step"] for x in mine})
             means = [np.mean([x[column] for x in mine if x["step"] == step]) for step in steps]
-            axes.plot(steps, means, style, label=f"AWD to {anchor}" if anchor == "base" else anchor)
-        axes.set(title=column, xlabel="iteration", ylim=(0, 1.03))
+            axes.plot(steps, means, style, label=LABELS[anchor])
+        title = column if column == "never trained" else f"{column.partition(': ')[2]}, trained first"
+        axes.set(title=title, xlabel="iteration", ylim=(0, 1.03))
         axes.grid(alpha=0.3)
     drawing.axes[0].set_ylabel("held-out accuracy")
     drawing.axes[1].legend(fontsize=8)

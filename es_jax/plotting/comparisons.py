@@ -192,11 +192,18 @@ def _end(run: Run, penalty: str, name: str, strength: float, point: Point) -> di
             "step": point.step, "accuracy": point.mean, "accuracy_se": point.error, "runs": point.runs}  # fmt: skip
 
 
+def _last_rows(run: Run, tasks: Sequence[str]) -> list[dict[str, Any]]:
+    """The tasks' rows at the last step that all of them have."""
+    by = [{row["step"]: row for row in run.evals[task]} for task in tasks if task in run.evals]
+    common = set.intersection(*map(set, by)) if by else set()
+    return [rows[max(common)] for rows in by] if common else []
+
+
 def drop_parts(series: Sequence[Series], prior: Sequence[str]) -> Plot | None:
     """What the drop in prior accuracy is made of: lost format, truncation, lost knowledge; None if it was not split."""
     data: list[dict[str, Any]] = []
     for one in series:
-        ends = [[run.evals[task][-1] for task in prior if task in run.evals] for run in one.runs]
+        ends = [_last_rows(run, prior) for run in one.runs]
         ends = [rows for rows in ends if rows and all(f"lost_{r}" in row for row in rows for r in REASONS)]
         if ends:
             for reason in REASONS:
@@ -217,7 +224,7 @@ def drop_parts(series: Sequence[Series], prior: Sequence[str]) -> Plot | None:
     axes.set_yticks(range(len(names)), [text(name, width=38) for name in names], fontsize=8)
     axes.invert_yaxis()
     axes.axvline(0, color="black", linewidth=0.8)
-    axes.set(xlabel=f"accuracy lost since step 0, mean of {len(prior)} prior tasks")
+    axes.set(xlabel=f"accuracy lost since step 0, mean of {len(prior)} prior task{'s' * (len(prior) != 1)}")
     axes.grid(alpha=0.3, axis="x")
     legend(figure, axes, columns=3)
     says = (

@@ -81,7 +81,7 @@ def target_against_prior(series: Sequence[Series], prior: Sequence[str]) -> Plot
             ]  # fmt: skip
         axes.set(xlabel=text(f"accuracy on the target, {target}", width=60))
         axes.tick_params(labelbottom=True)
-        axes.set_ylabel(f"mean accuracy on {len(prior)} prior tasks")
+        axes.set_ylabel(f"mean accuracy on {len(prior)} prior task{'s' * (len(prior) != 1)}")
         if len(kinds) > 1:
             axes.set_title(text(model), fontsize=9)
         axes.grid(alpha=0.3)

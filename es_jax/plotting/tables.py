@@ -84,13 +84,18 @@ def results(series: Sequence[Series], prior: Sequence[str]) -> Table:
                 str(end.step) if end else "–",
                 with_error(end),
                 with_error(one.change(target)),
-                with_error(one.last(prior)) if prior else "–",
-                with_error(one.change(prior)) if prior else "–",
+                _at(end, one.last(prior)) if prior else "–",
+                _at(end, one.change(prior)) if prior else "–",
                 *_drift(one, end),
             )
         )
     head = ("series", "runs", "step", "target", "Δ target", "prior", "Δ prior", "‖θ − θ₀‖", "measured / theory")
     return Table("results", "Results", head, tuple(rows))
+
+
+def _at(end: Point | None, point: Point | None) -> str:
+    """The point with its error, and its step where that is not the row's: evaluations may be half done."""
+    return with_error(point) + (f" (step {point.step})" if point and end and point.step != end.step else "")
 
 
 def _drift(one: Series, end: Point | None) -> tuple[str, str]:
@@ -117,7 +122,9 @@ def accuracies(series: Sequence[Series], tasks: Sequence[str]) -> Table:
             (f"{model}, step 0", *(with_error(_rows_only(one, task, p)) for task, p in zip(tasks, starts, strict=True)))
         )
     for one in series:
-        rows.append((one.label, *(with_error(one.last([task])) for task in tasks)))
+        ends = [one.last([task]) for task in tasks]
+        furthest = max((end for end in ends if end), key=lambda end: end.step, default=None)
+        rows.append((one.label, *(_at(furthest, end) for end in ends)))
     return Table("accuracies", "Accuracy of each task", ("series", *tasks), tuple(rows))
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from fake_runs import make_run, write
 
-from es_jax.plotting import accuracies, prior_accuracy, target_against_prior
+from es_jax.plotting import accuracies, prior_accuracy, tables, target_against_prior
+from es_jax.plotting.comparisons import drop_parts
 from es_jax.plotting.labels import caption, group
 from es_jax.plotting.runs import incomparable, prior_tasks, read_run
 from es_jax.plotting.tables import Table, results
@@ -216,3 +217,17 @@ def test_short_cuts(tmp_path: Path) -> None:
         accuracies(folder, "lab-max")
     with pytest.raises(ValueError, match="nothing can be drawn"):
         target_against_prior({"a": folder}, tmp_path / "a.png", prior=["lab-max"])
+
+
+def test_evaluations_that_are_half_done_say_their_steps_and_are_not_mixed(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "a", split=True)
+    rows = read_jsonl(folder / "evals/lab-sort.jsonl")
+    write(folder / "evals/lab-sort.jsonl", rows[:2])  # of steps 0, 10 and 20
+    series = group([read_run(folder)])
+    assert results(series, ["lab-add", "lab-sort"]).rows[0][5:7] == (
+        "0.750 ± 0.043 (step 10)", "−0.250 ± 0.043 (step 10)",
+    )  # fmt: skip
+    assert tables.accuracies(series, ["lab-countdown", "lab-sort"]).rows[1][2].endswith("(step 10)")
+    parts = drop_parts(series, ["lab-add", "lab-sort"])
+    assert parts is not None and {row["step"] for row in parts.data} == {10}
+    assert sum(row["lost"] for row in parts.data) == pytest.approx(0.25)
