@@ -47,7 +47,8 @@ def plan(topology: str, model: str, **options: object) -> dict:
     cpu = _cpu_seconds() - before
     found = json.loads(done.stdout.splitlines()[-1]) if done.stdout.strip() else {"error": done.stderr.strip()[-300:]}
     population = POPULATION.get(topology, 32)
-    return {"model": model, "topology": topology, "population": population, "command": arguments, "cpu_seconds": cpu} | found
+    what = {"model": model, "topology": topology, "population": population, "command": arguments}
+    return what | {"cpu_seconds": cpu} | found
 
 
 def _cpu_seconds() -> float:
@@ -59,7 +60,7 @@ def _cpu_seconds() -> float:
 def table(cells: list[dict]) -> str:
     """Markdown: a row a cell."""
     lines = [
-        "| topology | model | N | mesh | slots | evaluation, GiB | update, GiB | sent, GB | bound, s | CPU, s | fits |",  # noqa: E501
+        "| topology | model | N | mesh | slots | evaluation, GiB | update, GiB | sent, GB | bound, s | CPU, s | fits |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for cell in sorted(cells, key=lambda cell: (TOPOLOGIES.index(cell["topology"]), MODELS.index(cell["model"]))):
