@@ -1,7 +1,7 @@
 """Which models fit which chips: `python -m es_jax.plan` over topologies and models, the table of docs/scale.md.
 
 Command:  python -m benchmarks.scale [--topologies=v5e:4x4,…] [--models=Qwen/Qwen2.5-7B,…] [--slots=100] [--search]
-Cost:     the column "compile" of the table, on a CPU; TPUs need libtpu, H100s the CUDA plugin (docs/scale.md).
+Cost:     the column "CPU" of the table; TPUs need libtpu, H100s the CUDA plugin (docs/scale.md).
 Result:   docs/scale.md.
 
 Every cell is a process of its own. A cell that docs/scale.jsonl has already is not compiled again; delete its line, or
@@ -10,6 +10,7 @@ the file, to do so. The table in docs/scale.md is written anew from the file eac
 
 import argparse
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -41,16 +42,25 @@ def command(topology: str, model: str, *, slots: int, memory: str = "device", se
 def plan(topology: str, model: str, **options: object) -> dict:
     """The fields that the command prints; an error in their place where it prints none."""
     arguments = command(topology, model, **options)  # type: ignore[arg-type]
+    before = _cpu_seconds()
     done = subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True)
+    cpu = _cpu_seconds() - before
     found = json.loads(done.stdout.splitlines()[-1]) if done.stdout.strip() else {"error": done.stderr.strip()[-300:]}
     population = POPULATION.get(topology, 32)
-    return {"model": model, "topology": topology, "population": population, "command": arguments} | found
+    what = {"model": model, "topology": topology, "population": population, "command": arguments}
+    return what | {"cpu_seconds": cpu} | found
+
+
+def _cpu_seconds() -> float:
+    """Of the processes that this one started and that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def table(cells: list[dict]) -> str:
     """Markdown: a row a cell."""
     lines = [
-        "| topology | model | N | mesh | slots | evaluation, GiB | update, GiB | sent, GB | bound, s | compile, s | fits |",  # noqa: E501
+        "| topology | model | N | mesh | slots | evaluation, GiB | update, GiB | sent, GB | bound, s | CPU, s | fits |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for cell in sorted(cells, key=lambda cell: (TOPOLOGIES.index(cell["topology"]), MODELS.index(cell["model"]))):
@@ -80,7 +90,7 @@ def _row(cell: dict) -> list[str]:
         f"{peak['update']:.2f}" if "update" in peak else "",
         f"{sent:.1f}",
         f"{cell['bound_seconds']:.0f}",
-        f"{cell['compile_seconds']:.0f}",
+        f"{cell['cpu_seconds']:.0f}",
         f"yes, of {memory / 2**30:.2f}" if cell["fits"] else cell["verdict"],
     ]
 

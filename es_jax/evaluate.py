@@ -4,7 +4,8 @@ Evaluates steps of a run (or a model: --workdir=FOLDER --base=MODEL) on held-out
 by the strict one and, for multiple choice, by likelihood, with standard errors, and what a drop is made of; KL from the
 base model; drift of the weights. A step needs no checkpoint. What is finished is not done again, so the same command
 goes on after an interruption. Writes evals/<task>.jsonl, evals/kl.jsonl and evals/drift.jsonl (docs/evaluate.md).
-With --json one line is printed:
+On several hosts the same command runs on all, with one --workdir on a file system that they share, as for training:
+--distributed, or --coordinator_address=HOST:PORT, --num_processes and --process_id. With --json one line is printed:
 
     out, warnings, tasks ({task: rows}), kl (rows), drift (rows)
 """
@@ -16,6 +17,8 @@ from typing import Any
 
 from absl import app, flags
 
+from es_jax.core.flags import define_processes, processes
+
 
 def main(argv: list[str]) -> None:
     """Flags → evaluate_run()."""
@@ -23,7 +26,13 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax, on opening checkpoints to read them
-    from es_jax.evals.runner import Options, evaluate_run  # JAX starts only when the flags are good
+    with processes("es_jax.evaluate"):
+        _evaluate()
+
+
+def _evaluate() -> None:
+    from es_jax.core import hosts
+    from es_jax.evals.runner import Options, evaluate_run
 
     given = flags.FLAGS
     options: dict[str, Any] = {name: given[name].value for name in _OPTIONS}
@@ -45,7 +54,8 @@ def main(argv: list[str]) -> None:
         sys.exit(f"es_jax.evaluate: {error}")
     except KeyboardInterrupt:
         sys.exit("es_jax.evaluate: interrupted; the same command goes on behind what is finished")
-    print(json.dumps(result) if given.json else report(result))
+    if hosts.first():
+        print(json.dumps(result) if given.json else report(result))
 
 
 def report(result: dict[str, Any]) -> str:
@@ -117,6 +127,7 @@ def _define_flags() -> None:
     flags.DEFINE_integer("kl_size", None, "Rows of each task to measure KL on; all by default.")
     flags.DEFINE_integer("kl_tokens", 256, "The longest continuation for KL, in tokens.")
     flags.DEFINE_integer("kl_seed", 0, "Of the continuations for KL.")
+    define_processes()
     flags.DEFINE_bool("json", False, "Print the result as one line of JSON.")
     flags.DEFINE_bool("traceback", False, "Show where an error came from.")
 

@@ -21,6 +21,7 @@ an iteration), flops, memory_traffic_bytes, sent_bytes, bound_seconds (of one ru
 """
 
 import json
+import logging
 import os
 import sys
 
@@ -34,6 +35,8 @@ def main(argv: list[str]) -> None:
     """Flags → plan."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}: fields are set with --config.group.field=value")
+    logging.getLogger().setLevel(logging.WARNING)
+    logging.getLogger("absl").setLevel(logging.WARNING)
     from es_jax.planning.describe import fields, words
     from es_jax.planning.plan import make_plan
     from es_jax.planning.search import search

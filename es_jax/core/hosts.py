@@ -6,6 +6,7 @@ process nothing is sent.
 """
 
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -20,6 +21,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn, TypeVar
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, PartitionSpec
 
 T = TypeVar("T")
 GRACE = 20.0  # seconds from SIGTERM to the end of a process that could not come to a checkpoint
@@ -62,6 +66,36 @@ def exchange(own: Mapping[int, Any]) -> dict[int, Any]:
 def barrier() -> None:
     """Wait for all processes."""
     exchange({})
+
+
+def connect(mesh: Mesh) -> None:
+    """Let the devices of all processes meet, along each axis of the mesh and all together, before there is work.
+
+    The first exchange of a set of devices opens its connections, for which gloo, between CPUs, waits no longer than
+    30 s. Processes that load and compile come to it at different times; here they come at once.
+    """
+    if jax.process_count() == 1:
+        return
+    for axes in (*((axis,) for axis in mesh.axis_names), mesh.axis_names):
+        add = functools.partial(jax.lax.psum, axis_name=axes)
+        met = jax.shard_map(add, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False)
+        program = jax.jit(met).lower(np.float32(1)).compile()
+        barrier()
+        jax.block_until_ready(program(np.float32(1)))
+
+
+def fetch(tree: Any) -> Any:
+    """The whole arrays on the host, also where other processes hold parts of them; all processes call it then.
+
+    >>> fetch({"x": jax.numpy.arange(3)})["x"].tolist()
+    [0, 1, 2]
+    """
+
+    def whole(x: jax.Array) -> np.ndarray:
+        here = x.is_fully_addressable or x.is_fully_replicated
+        return np.asarray(x) if here else multihost_utils.process_allgather(x, tiled=True)
+
+    return jax.tree.map(whole, tree)
 
 
 def check() -> None:
@@ -176,6 +210,8 @@ def joined(name: str, **options: Any) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, SystemExit):
             traceback.print_exception(error)
+        if told := _failed():  # before: what this one met, such as a closed connection, is likely its consequence
+            _end_with(name, *told)
         text = str(error.code) if isinstance(error, SystemExit) else f"{type(error).__name__}: {error}"
         with contextlib.suppress(Exception):
             _store().key_value_set(f"es_jax/failed/{jax.process_index()}", text[:2000], allow_overwrite=True)
@@ -195,16 +231,25 @@ def leave(text: str) -> NoReturn:
 
 def _watch(name: str, ended: threading.Event) -> None:
     """End this process when another has failed, even when it hangs in a collective that the other never joins."""
-    mine, store = jax.process_index(), _store()
     while not ended.wait(_POLL):
-        try:
-            failed = [(key.split("/")[-1], text) for key, text in store.key_value_dir_get("es_jax/failed/")]
-        except Exception:
-            return  # shut down, or process 0 is gone: JAX itself ends the process then, and says so
-        for other, text in failed:
-            if other != str(mine):
-                _linger()
-                _end(f"{name}: process {other} failed, so this one stops: {text}", 1)
+        if told := _failed():
+            _end_with(name, *told)
+
+
+def _failed() -> tuple[str, str] | None:
+    """Another process that failed, by number, and what it told; None also where the store does not answer: process 0
+    is gone then, or all is over, and JAX itself ends the process and says so."""
+    try:
+        told = _store().key_value_dir_get("es_jax/failed/")
+    except Exception:
+        return None
+    others = [(key.split("/")[-1], text) for key, text in told]
+    return next(((other, text) for other, text in others if other != str(jax.process_index())), None)
+
+
+def _end_with(name: str, other: str, text: str) -> NoReturn:
+    _linger()
+    _end(f"{name}: process {other} failed, so this one stops: {text}", 1)
 
 
 def _linger() -> None:

@@ -51,7 +51,8 @@ def make_mesh(pop: int | None = None, model: int = 1, *, devices: list | None = 
         shape, across = (pop // slices, model), (slices, 1)
         grid = mesh_utils.create_hybrid_device_mesh(shape, across, used, allow_split_physical_axes=True)
         return Mesh(grid, (POP, MODEL), axis_types=(AxisType.Auto,) * 2)
-    return jax.make_mesh((pop, model), (POP, MODEL), devices=used, axis_types=(AxisType.Auto,) * 2)
+    grid = mesh_utils.create_device_mesh((pop, model), used, allow_split_physical_axes=True)
+    return Mesh(grid, (POP, MODEL), axis_types=(AxisType.Auto,) * 2)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

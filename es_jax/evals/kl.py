@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32
 
-from es_jax.core import rng
+from es_jax.core import hosts, rng
 from es_jax.generate.engine import Engine
 from es_jax.generate.sampling import Temperature
 from es_jax.generate.score import block_length, in_blocks, token_positions
@@ -118,7 +118,8 @@ def kl(config: TransformerConfig, base: Any, now: Any, rows: Sequence[Continuati
         for r, row in enumerate(mine):
             ids, start = [*row.prompt, *row.tokens], len(row.prompt)
             tokens[r, : len(ids)], mask[r, : len(ids)], asked[r, start : len(ids)] = ids, True, True
-        sampled, exact = (np.asarray(x, np.float64) for x in token_kl(config, base, now, tokens, mask))
+        found = hosts.fetch(token_kl(config, base, now, tokens, mask))
+        sampled, exact = (x.astype(np.float64) for x in found)
         sums += [(float(sampled[r][asked[r]].sum()), float(exact[r][asked[r]].sum())) for r in range(len(mine))]
     lengths = np.array([len(row.tokens) for row in rows], float)
     result: dict[str, Any] = {"n": len(rows), "tokens": int(lengths.sum())}

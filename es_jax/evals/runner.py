@@ -13,6 +13,7 @@ import jax
 from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
+from es_jax.core import hosts
 from es_jax.evals import drift as drifts
 from es_jax.evals.kl import Continuation, kl, sample
 from es_jax.evals.subject import Subject, is_run, of_model, of_run
@@ -100,8 +101,6 @@ def evaluate_run(
     Raises:
       ValueError, OSError: what is asked for does not exist or does not fit, before anything is computed.
     """
-    if jax.process_count() > 1:
-        raise ValueError(f"{jax.process_count()} processes: evaluation is one process; start it on one host")
     run = is_run(Path(workdir))
     if not run and base is None and (kl or drift):
         raise ValueError(f"{workdir} is a model, not a run: kl and drift need base, the model it was trained from")
@@ -109,6 +108,7 @@ def evaluate_run(
         raise ValueError(f"base is {base!r}, but {workdir} is a run, which knows its base model: leave base out")
     if mesh is None:
         mesh = _mesh(read_config(Path(workdir)) if run else RunConfig(model=ModelConfig(source=str(workdir))))
+    hosts.connect(mesh)
     subject = of_run(Path(workdir), mesh) if run else of_model(str(workdir), base, mesh)
     folder = Path(out) if out is not None else Path(workdir) / "evals"
     wanted = chosen_steps(subject, every=every, steps=steps)
@@ -184,6 +184,7 @@ class _Evaluation:
         self.kl_done = {(row["step"], row["task"]): row for row in read_evals(self.kl.path)}
         for row in self.kl_done.values():
             self._check_kl(row)
+        self.done = self._agreed()
 
     def run(self) -> dict[str, Any]:
         """Do what is not done, and give back the rows asked for."""
@@ -193,11 +194,11 @@ class _Evaluation:
             total = sum(len(h.examples) for s in todo for h in self._accuracy(s)) + sum(
                 self._kl_size(h) for s in todo for h in self._kl(s)
             )
-            with tqdm(total=total, unit="row", dynamic_ncols=True) as self.bar:
+            with tqdm(total=total, unit="row", dynamic_ncols=True, disable=not hosts.first()) as self.bar:
                 self._steps(todo)
         drift = [row for row in read_evals(self.drift.path) if row["step"] in self.steps]
         warnings = [text for row in drift if (text := drifts.warning(row))] if self.ask_drift else []
-        for text in warnings:
+        for text in warnings if hosts.first() else ():
             logger.warning(text)
         return {
             "out": str(self.folder),
@@ -209,17 +210,39 @@ class _Evaluation:
             "drift": drift if self.ask_drift else [],
         }
 
+    def _agreed(self) -> dict[str, Any]:
+        """What is done already, as process 0 sees it, which writes it.
+
+        Raises:
+          ValueError: in all processes, where one was given something else to evaluate.
+        """
+        subject, tests = self.subject, {held.name: held.digest for held in self.tests}
+        asked = [subject.model.digest, subject.last, repr(subject.config), self.steps, tests, repr(self.options)]
+        done = {
+            "rows": {name: sorted(file.steps) for name, file in self.files.items()},
+            "kl": [list(key) for key in self.kl_done],
+            "drift": sorted(self.drift.steps),
+        }
+        told = hosts.exchange({jax.process_index(): [asked, done]})
+        differing = [process for process, (of_other, _) in told.items() if of_other != told[0][0]]
+        if differing:
+            raise ValueError(
+                f"process {differing[0]} evaluates something else than process 0: all need the same command, run, "
+                "model files and rows"
+            )
+        return told[0][1]
+
     def _rows(self, name: str) -> list[dict[str, Any]]:
         return [row for row in read_evals(self.folder / f"{name}.jsonl") if row["step"] in self.steps]
 
     def _accuracy(self, step: int) -> list[HeldOut]:
-        return [held for held in self.tests if step not in self.files[held.name].steps]
+        return [held for held in self.tests if step not in self.done["rows"][held.name]]
 
     def _kl(self, step: int) -> list[HeldOut]:
-        return [held for held in self.tests if self.ask_kl and step and (step, held.name) not in self.kl_done]
+        return [held for held in self.tests if self.ask_kl and step and [step, held.name] not in self.done["kl"]]
 
     def _drift(self, step: int) -> bool:
-        return bool(self.ask_drift and step and step not in self.drift.steps)
+        return bool(self.ask_drift and step and step not in self.done["drift"])
 
     def _steps(self, todo: Sequence[int]) -> None:
         config, dtype = self.subject.config, compute_dtype(self.subject.config)
@@ -282,16 +305,18 @@ class _Evaluation:
         """What the base model wrote: sampled once, and kept in evals/continuations/<task>.json."""
         path, facts = self.folder / "continuations" / f"{held.name}.json", self._kl_facts(held)
         prompts = held.prompts[: self._kl_size(held)]
-        if path.exists():
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if content["facts"] == facts:
-                return [Continuation(p, t) for p, t in zip(prompts, content["tokens"], strict=True)]
+        content = json.loads(path.read_text(encoding="utf-8")) if hosts.first() and path.exists() else {}
+        (content,) = hosts.exchange({0: content} if hosts.first() else {}).values()
+        if content.get("facts") == facts:
+            return [Continuation(p, t) for p, t in zip(prompts, content["tokens"], strict=True)]
         self.bar.set_description(f"continuations of {held.name}")
         model, options = self.subject.model, self.options
         rows = sample(
             model.config, base, prompts, stop=model.stop_ids, slots=self.engine.slots,
             max_new=options.kl_tokens, seed=options.kl_seed,
         )  # fmt: skip
+        if not hosts.first():
+            return rows
         path.parent.mkdir(parents=True, exist_ok=True)
         with writing(path):
             partial = path.with_suffix(".tmp")

@@ -77,7 +77,7 @@ def of_run(workdir: Path, mesh: Mesh) -> Subject:
             )
         rebuilt = replay(workdir, steps=missing, mesh=mesh) if replayable else iter([(0, base())])
         for step in steps:
-            yield step, restored(workdir, config, model, step) if step in saved else next(rebuilt)[1]
+            yield step, restored(workdir, config, model, step, mesh=mesh) if step in saved else next(rebuilt)[1]
 
     def predicted(last: int, start: Any) -> dict[int, float | None]:
         offset = drift(start, load_anchor(config, mesh, start))["norm"] if config.optim.anchor.source else 0.0

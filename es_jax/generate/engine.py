@@ -7,9 +7,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Int32, Key, PRNGKeyArray
 
+from es_jax.core import hosts
 from es_jax.generate.prompts import Packing
 from es_jax.generate.sampling import Greedy, Sampler
 from es_jax.generate.slots import Generation, Queue
@@ -131,7 +131,7 @@ class Engine:
         packed = self.packing(prompts).pack(prompts, rows=rows)
         keys = None if key is None else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
         out = _decode(self, _layout(self, params), packed, keys)
-        return jax.tree.map(lambda part: np.asarray(part)[: len(prompts)], out)
+        return jax.tree.map(lambda part: part[: len(prompts)], hosts.fetch(out))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -101,7 +101,9 @@ def _sent(outcome: Outcome) -> str:
     shown = [_kind(kind) for kind in outcome.collectives[:_LINKS_SHOWN]]
     rest = outcome.collectives[_LINKS_SHOWN:]
     if rest:
-        shown.append(f"{len(rest)} smaller kinds, {sum(kind.sent for kind in rest) / 1e6:.3g} MB")
+        shown.append(
+            f"{len(rest)} smaller kind{'s' if len(rest) > 1 else ''}, {sum(kind.sent for kind in rest) / 1e6:.3g} MB"
+        )
     total = sum(kind.sent for kind in outcome.collectives)
     return f"{total / 1e9:.4g} GB a device. " + "; ".join(shown)
 

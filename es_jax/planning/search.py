@@ -46,7 +46,8 @@ def search(
         if candidate.least > topology.chip.memory:
             say(f"{name}: needs more than {candidate.least / 2**30:.2f} GiB, not compiled")
             continue
-        plan = make_plan(candidate.config, model, topology, compiled=compiled)
+        told = lambda line, name=name: say(f"{name}: {line}")  # noqa: E731
+        plan = make_plan(candidate.config, model, topology, say=told, compiled=compiled)
         say(f"{name}: {'fits' if plan.fits else 'does not fit'}, at least {plan.seconds:.4g} s an iteration")
         tried.append(plan)
         if plan.fits and (best is None or plan.seconds < best.seconds):

@@ -94,7 +94,8 @@ def _over_the_store() -> ocp.options.MultiprocessingOptions:
 
 
 def _reading(folder: Path) -> ocp.CheckpointManager:
-    return ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True))
+    options = ocp.CheckpointManagerOptions(read_only=True, multiprocessing_options=_over_the_store())
+    return ocp.CheckpointManager(folder, options=options)
 
 
 def abstract(tree: Any) -> Any:

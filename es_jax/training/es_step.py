@@ -169,9 +169,13 @@ class Evaluator:
 
     @classmethod
     def of(cls, config: RunConfig, engine: Engine, mesh: Mesh) -> "Evaluator":
-        """A run's. It holds no more of the config than its programs need, so that runs of one process share them."""
+        """A run's. It holds no more of the config than its programs need, so that runs of one process share them.
+
+        A group takes no more members at once than its share of the population, so that all groups have some.
+        """
         noise, dtype = make_noise(config), compute_dtype(config)
-        return cls(engine, mesh, noise=noise, sigma=config.es.sigma, dtype=dtype, at_once=config.decode.members_at_once)
+        at_once = min(config.decode.members_at_once, -(-config.es.population // mesh.shape[POP]))
+        return cls(engine, mesh, noise=noise, sigma=config.es.sigma, dtype=dtype, at_once=at_once)
 
     @property
     def lanes(self) -> int:

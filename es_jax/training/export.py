@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
+from jax.sharding import Mesh
 
 from es_jax.core.mesh import make_mesh
 from es_jax.core.tree import count
@@ -111,9 +112,9 @@ def card(facts: dict[str, Any], *, step: int, dtype: str, evals: dict[str, Any] 
     )
 
 
-def restored(workdir: Path, config: RunConfig, base: Model, step: int) -> Any:
-    """The weights of a step that has a checkpoint, cut over all devices."""
-    mesh, dtype = make_mesh(), jnp.dtype(config.model.param_dtype)
+def restored(workdir: Path, config: RunConfig, base: Model, step: int, *, mesh: Mesh | None = None) -> Any:
+    """The weights of a step that has a checkpoint, cut over the devices of the mesh, by default over all there are."""
+    mesh, dtype = make_mesh() if mesh is None else mesh, jnp.dtype(config.model.param_dtype)
     like = {
         path: jax.ShapeDtypeStruct(shape, dtype, sharding=leaf_sharding(mesh, path, shape))
         for path, shape in param_shapes(base.config).items()

@@ -1,7 +1,7 @@
 """From tokens to scores, on the host."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -53,14 +53,17 @@ class Grader:
         with host("grade"):
             return grade(self.task, self.model, [self.examples[i] for i in indices], tokens, length)
 
-    def shared(self, own: Mapping[int, tuple[Sequence[int], list[Graded]]]) -> dict[int, list[Graded]]:
+    def shared(
+        self, own: Mapping[int, tuple[Sequence[int], list[Graded]]], *, texts: Container[int] = (0,)
+    ) -> dict[int, list[Graded]]:
         """What all processes graded, by number, in order; each gives its own, with the indices of its examples.
 
-        All processes call it. Only the texts of number 0 travel; others are empty where they were not graded.
+        All processes call it. Only the texts of the numbers `texts` travel; others are empty where they were not
+        graded.
         """
         if jax.process_count() == 1:
             return {number: own[number][1] for number in sorted(own)}
-        packed = {n: [list(at), [_packed(g, text=not n) for g in graded]] for n, (at, graded) in own.items()}
+        packed = {n: [list(at), [_packed(g, text=n in texts) for g in graded]] for n, (at, graded) in own.items()}
         return {
             n: own[n][1] if n in own else [_unpacked(self.examples[i], row) for i, row in zip(at, rows, strict=True)]
             for n, (at, rows) in hosts.exchange(packed).items()

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from es_jax.core import rng
-from es_jax.core.mesh import POP, over_pop, replicated
+from es_jax.core import hosts, rng
+from es_jax.core.mesh import POP, over_pop, own_rows, place, replicated
 from es_jax.es.shaping import group_relative
 from es_jax.generate.engine import Engine
 from es_jax.generate.prompts import WIDTH_STEP, Packing
@@ -64,14 +64,19 @@ class GRPO:
     ) -> tuple[Entry, list[list[Graded]]]:
         """n sampled completions of every prompt. The entry holds all rewards, those of one prompt together."""
         g, owner = self._config.grpo, [i for i in range(len(prompts)) for _ in range(self._config.grpo.rollouts)]
-        parts, graded = [], []
-        for first, tokens, length in self._rollouts(step, [prompts[i] for i in owner]):
-            graded += grade(owner[first : first + len(tokens)], tokens, length)
-            parts.append((tokens, length))
-            done(len(tokens))
+        calls: list[Any] = []
+        own: dict[int, tuple[list[int], list[Graded]]] = {}
+        for outputs, rows, tokens, length in self._rollouts(step, [prompts[i] for i in owner]):
+            calls.append(outputs)
+            at = [owner[row] for row in rows]
+            own |= {row: ([i], [one]) for row, i, one in zip(rows, at, grade(at, tokens, length), strict=True)}
+            done(len(rows))
+        firsts = range(0, len(owner), g.rollouts)  # of which the samples are
+        graded = [one for (one,) in grade.shared(own, texts=firsts).values()]
+        done(len(owner) - len(own))  # by other processes
         rewards = np.array([one.score.reward for one in graded])
         advantage = group_relative(rewards, np.array(owner), scale=g.scale_by_std, eps=g.std_eps)
-        tokens, length = (np.concatenate(part) for part in zip(*parts, strict=True))
+        tokens, length = _everyones(calls, len(owner))
         limit = self._policy.engine.max_prompt
         self._collected = laid_out([prompts[i] for i in owner], tokens, length, advantage, max_prompt=limit)
         entry = Entry(step, seeds=[], signs=[], paired=False, rewards=rewards.tolist(), weights=[])
@@ -86,7 +91,7 @@ class GRPO:
         for first in range(0, len(rows.tokens), each):
             piece = jax.tree.map(lambda leaf, first=first: leaf[first : first + each], rows)
             found.append(self._update(piece, each))
-        values = jax.device_get(found)
+        values = hosts.fetch(found)
         tokens = max(sum(v["tokens"] for v in values), 1)
         means = {name: float(sum(v[name] for v in values) / tokens) for name in METRICS[2:]}
         if not self._config.grpo.kl:
@@ -95,23 +100,30 @@ class GRPO:
         loss = float(np.mean([v["loss"] for v in values]))
         return {"loss": loss, **means, "gradient_norm": float(np.mean(norms)), "gradient_norm_max": max(norms)}
 
-    def _rollouts(self, step: int, prompts: list) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """(first row, tokens [B, L], length [B]) of all rows in turn; one part decodes while another is graded."""
+    def _rollouts(self, step: int, prompts: list) -> Iterator[tuple[Any, list[int], np.ndarray, np.ndarray]]:
+        """(outputs of a call, rows, tokens [B, L], length [B]), one call decoding while another is graded. In a run of
+        several processes, the rows that this one's devices decode."""
         engine, mesh = self._policy.engine, self._policy.mesh
         key, groups = rng.sampling_key(self._config.train.seed, step), mesh.shape[POP]
         each = min(-(-len(prompts) // groups), AT_ONCE * engine.slots)
-        pending: list = []
+        pending: list[tuple[int, Any]] = []
         for first in range(0, len(prompts), groups * each):
             rows = self._packing.pack(prompts[first : first + groups * each], rows=groups * each)
             index = jnp.arange(first, first + groups * each, dtype=jnp.uint32)
             keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
-            parts = (x.reshape(groups, each, *x.shape[1:]) for x in (rows.tokens, rows.positions, keys))
-            placed = *jax.device_put(tuple(parts), over_pop(mesh)), jax.device_put(rows.prefix, replicated(mesh))
+            parts = (rows.tokens, rows.positions, np.asarray(jax.random.key_data(keys)))
+            tokens, positions, data = place(tuple(x.reshape(groups, each, *x.shape[1:]) for x in parts), over_pop(mesh))
+            placed = (
+                tokens,
+                positions,
+                jax.random.wrap_key_data(data, impl=jax.random.key_impl(keys)),
+                place(rows.prefix, replicated(mesh)),
+            )
             pending.append((first, launched("decode", self._policy.rollout(self._state.params, *placed))))
             if len(pending) > 1:
-                yield _unpacked(pending.pop(0), len(prompts))
+                yield _unpacked(*pending.pop(0), len(prompts))
         for item in pending:
-            yield _unpacked(item, len(prompts))
+            yield _unpacked(*item, len(prompts))
 
     def _scored(self, all_rows: Collected) -> Rows:
         """The rows with what the policy, before it moves, and the reference make of them, on the host."""
@@ -121,7 +133,7 @@ class GRPO:
 
         def score(params: Any) -> np.ndarray:
             found = launched("update", self._policy.logprobs(params, tokens, positions, width))
-            return np.asarray(found).reshape(-1, width)[:count]
+            return hosts.fetch(found).reshape(-1, width)[:count]
 
         old = score(self._state.params)
         base = score(self._state.base) if self._config.grpo.kl else old
@@ -140,12 +152,12 @@ class GRPO:
     def _update(self, rows: Rows, each: int) -> dict[str, jax.Array]:
         """One optimizer step; every mini-batch has the same shape, the rest of a smaller one is not computed."""
         size, state = self._policy.micro_batch, self._state
-        count = jnp.int32(-(-len(rows.tokens) // size))
+        count = np.int32(-(-len(rows.tokens) // size))
         fills = Rows(0, -1, 0, 0, 0, 0)
         cut = Rows(*(self._cut(x, size, fill, rows=each) for x, fill in zip(rows, fills, strict=True)))
         base = state.base if self._config.optim.anchor.penalty == "none" else None
         state.params, state.opt_state, state.drift, metrics = self._policy.update(
-            state.params, state.opt_state, base, cut, jax.device_put(count, replicated(self._policy.mesh))
+            state.params, state.opt_state, base, cut, place(count, replicated(self._policy.mesh))
         )
         return launched("update", metrics)
 
@@ -153,13 +165,23 @@ class GRPO:
         """[R, …] as micro-batches [M, m, …] on the devices, with rows of padding behind."""
         total = -(-max(rows or 0, len(x)) // size) * size
         padded = np.concatenate([x, np.full((total - len(x), *x.shape[1:]), fill, x.dtype)])
-        return jax.device_put(padded.reshape(-1, size, *x.shape[1:]), replicated(self._policy.mesh))
+        return place(padded.reshape(-1, size, *x.shape[1:]), replicated(self._policy.mesh))
 
 
-def _unpacked(item: tuple[int, Any], total: int) -> tuple[int, np.ndarray, np.ndarray]:
-    first, (tokens, length) = item[0], jax.device_get(item[1])
-    rows = min(length.size, total - first)
-    return first, tokens.reshape(-1, tokens.shape[-1])[:rows], length.reshape(-1)[:rows]
+def _unpacked(first: int, outputs: Any, total: int) -> tuple[Any, list[int], np.ndarray, np.ndarray]:
+    """A call's outputs, [G, Q, L] and [G, Q], and of them the rows of this process; row `first` is the call's first."""
+    tokens, length = hosts.wait(lambda: [own_rows(x) for x in outputs])
+    each = outputs[1].shape[1]
+    kept = {group: range(first + group * each, min(first + (group + 1) * each, total)) for group in tokens}
+    made = (np.concatenate([x[group][: len(rows)] for group, rows in kept.items()]) for x in (tokens, length))
+    return outputs, [row for rows in kept.values() for row in rows], *made
+
+
+def _everyones(calls: Sequence[Any], total: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens [R, L] and lengths [R] of all rows, whichever process decoded them."""
+    found = hosts.wait(lambda: hosts.fetch(list(calls)))
+    tokens = np.concatenate([tokens.reshape(-1, tokens.shape[-1]) for tokens, _ in found])
+    return tokens[:total], np.concatenate([length.reshape(-1) for _, length in found])[:total]
 
 
 def laid_out(

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from ml_collections import config_dict
 
 from es_jax.core import hosts, rng
@@ -71,10 +70,6 @@ def run(config: RunConfig | config_dict.ConfigDict | dict, workdir: str | Path) 
     """
     began = time.monotonic()
     config, workdir = config if isinstance(config, RunConfig) else freeze(config), Path(workdir)
-    if jax.process_count() > 1 and config.method != "es":
-        raise ValueError(
-            f"method {config.method!r} in {jax.process_count()} processes: start it in one; ES runs in many"
-        )
     tasks = {name: other_task(config, name) for name in config.evals.tasks} | {config.task.name: make_task(config)}
     train = tasks[config.task.name].train(config.task.train_size)
     tests = {name: task.test(config.evals.size) for name, task in tasks.items()} if config.evals.every else {}
@@ -100,6 +95,7 @@ class _Run:
     def __init__(self, config: RunConfig, workdir: Path, *, tasks: dict[str, Task], train: list[Example], tests: dict):
         self.config, self.workdir, self.tasks, self.examples = config, workdir, tasks, train
         self.mesh = mesh_of(config, base_config(config))
+        hosts.connect(self.mesh)
         model = load_base(config, self.mesh)
         param_shardings(self.mesh, model.params, log=True)
         self.dim = count(model.params)
@@ -139,9 +135,10 @@ class _Run:
                 (self.workdir / "DONE").write_text(f"{step}\n")
         except hosts.Preempted:
             hosts.saving()
-            self._save(len(self.log.entries))
+            self._save(step := len(self.log.entries))
+            what = f"step {step} is saved, and the same command goes on from there"
             raise hosts.Preempted(
-                f"terminated; step {len(self.log.entries)} is saved, and the same command goes on from there"
+                f"terminated; {what if step else 'no step is finished, and the same command starts anew'}"
             ) from None
         finally:
             self.profile.close()

@@ -141,7 +141,7 @@ def test_logits_on_several_devices_are_near_those_on_one(params, model):
     )
     alone, together = apply(params), apply(jax.device_put(params, cut))
     scale = float(jnp.abs(alone).max())
-    assert float(jnp.abs(alone - together).max()) <= 16 * 2.0**-23 * scale  # measured: 3 and 4 ulp of the largest logit
+    assert float(jnp.abs(alone - together).max()) <= 16 * 2.0**-23 * scale  # measured: 5 to 8, three seeds
 
 
 def evaluator_of(mesh, **fields):
@@ -156,7 +156,8 @@ def test_members_are_made_the_same_on_every_mesh(params):
     everyone = Population(16, seed=0).members(0)
     for pop, model, at_once in ((1, 1, 1), (1, 1, 2), (8, 1, 2), (4, 2, 1), (2, 4, 2)):
         mesh = make_mesh(pop, model)
-        evaluator = evaluator_of(mesh, decode={"members_at_once": at_once})
+        evaluator = evaluator_of(mesh, decode={"members_at_once": at_once}, es={"population": 16})
+        assert evaluator.at_once == at_once
         perturbed = evaluator._perturb(placed(params, mesh), everyone[np.arange(evaluator.lanes)])
         made.append({name: np.asarray(leaf[0]) for name, leaf in named_leaves(perturbed)})
     assert all(same(made[0], other) for other in made[1:])

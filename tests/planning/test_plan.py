@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from es_jax.core.chips import chip
+from es_jax.core.mesh import make_mesh
 from es_jax.models.config import TransformerConfig
 from es_jax.planning.describe import fields, words
 from es_jax.planning.methods import programs_of
@@ -95,6 +97,17 @@ def test_grpo_is_planned_too(plan):
         outcome = compile_program(programs["update"], plan.mesh)[0]
     assert outcome.parts["moments"] >= 2 * outcome.parts["gradient"] == 2 * outcome.parts["parameters"]
     assert outcome.work.flops > 3 * programs["score"].work.flops / 2 and outcome.collectives
+
+
+@needs_libtpu
+@pytest.mark.parametrize("model", [1, 2, 4])
+def test_groups_are_neighbours_also_where_an_axis_of_the_slice_is_cut(model):
+    """A group of 2 on a slice of 4 × 4 takes half a row of it."""
+    groups = make_mesh(None, model, devices=list(topology("v6e:4x4").devices)).devices
+    assert groups.shape == (16 // model, model)
+    for group in groups:
+        places = np.array([device.coords for device in group])
+        assert np.ptp(places, axis=0).sum() == model - 1
 
 
 @needs_libtpu
