@@ -6,7 +6,7 @@ Command:  python -m experiments.families [--size=full] [--index=$I] [--docs=docs
           laboratory: first python -m experiments.pretrain_lab --family=qwen3 --out=runs/lab-qwen3, and gemma2
 Cost:     laboratory: not yet run. Full: 4 models × 3 targets × 2 × seeds of 500 steps, not yet run. By plans of N = 32
           with an anchor (docs/scale.md: bounds, every completion at its full 1024 tokens) 500 steps take at least
-          1.8 hours for 1.5B on eight H100, and 13 hours for 7B on 16 v5e.
+          3.8 hours for 1.5B and 13 for 7B on 16 v5e, and 6.4 for 7B on eight H100; 0.5B and 3B are not planned yet.
 Result:   not yet run, at either size.
 """
 
