@@ -4,7 +4,7 @@ Models × targets × AWD. At laboratory size the models are of three families wi
 
 Command:  python -m experiments.families [--size=full] [--index=$I] [--docs=docs/lab]
           laboratory: first python -m experiments.pretrain_lab --family=qwen3 --out=runs/lab-qwen3, and gemma2
-Cost:     laboratory: 12 runs in 2 minutes on 2 CPU cores, the models before that 4 minutes each, beside other work. Full:
+Cost:     laboratory: 12 runs in 2 minutes on 2 CPU cores, the models 4 minutes each, beside other work. Full:
           4 models × 3 targets × 2 × seeds of 500 steps, not yet run. By plans of N = 32 with an anchor (docs/scale.md:
           bounds, every completion at its full 1024 tokens) 500 steps take at least 3.8 hours for 1.5B and 13 for 7B on
           16 v5e, and 6.4 for 7B on eight H100; 0.5B and 3B are not planned yet.
