@@ -82,7 +82,7 @@ def _tpus(found: Chip, name: str, shape: str, slices: int) -> list[Any]:
 
 
 def _gpus(found: Chip, name: str, shape: str, slices: int) -> list[Any]:
-    if importlib.util.find_spec("jax_plugins.xla_cuda12") is None:
+    if not (importlib.util.find_spec("jax_plugins") and importlib.util.find_spec("jax_plugins.xla_cuda12")):
         raise ValueError(
             f"topology is {name!r}, and the CUDA compiler is not installed: "
             f"pip install --no-deps jax-cuda12-plugin=={jax.__version__} jax-cuda12-pjrt=={jax.__version__}"
