@@ -14,7 +14,6 @@ Random weights; no row stops. The parts:
 
 import argparse
 import json
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.compare import add_json, write_json
+from benchmarks.compare import add_json, in_turn, write_json
 from es_jax.generate.engine import Engine
 from es_jax.generate.prompts import Packing
 from es_jax.models.config import TransformerConfig
@@ -39,16 +38,16 @@ def weights(config: TransformerConfig) -> Any:
     return jax.jit(lambda key: _engine(config, 1).layout(Transformer(config).init(key)))(jax.random.key(0))
 
 
-def _engine(config: TransformerConfig, new: int, slots: int = SLOTS) -> Engine:
-    return Engine(config, slots=slots, max_prompt=PROMPT, max_new=new, stop=())
+def _engine(config: TransformerConfig, new: int) -> Engine:
+    return Engine(config, slots=SLOTS, max_prompt=PROMPT, max_new=new, stop=())
 
 
-def call(config: TransformerConfig, params: Any, *, prompts: int = SLOTS, new: int = NEW, shared: int = 0) -> Callable:
-    """A compiled call of the engine on so many prompts of PROMPT tokens, the first `shared` alike."""
+def call(config: TransformerConfig, params: Any, *, new: int = NEW, shared: int = 0) -> Callable:
+    """A compiled call of the engine on SLOTS prompts of PROMPT tokens, the first `shared` alike."""
     draw = np.random.default_rng(0)
-    tokens = draw.integers(0, config.vocab_size, (prompts, PROMPT))
+    tokens = draw.integers(0, config.vocab_size, (SLOTS, PROMPT))
     tokens[:, :shared] = tokens[:1, :shared]
-    rows = Packing(tuple(tokens[0, :shared].tolist()), PROMPT - shared).pack(tokens.tolist(), rows=prompts)
+    rows = Packing(tuple(tokens[0, :shared].tolist()), PROMPT - shared).pack(tokens.tolist(), rows=SLOTS)
     decode = jax.jit(lambda params, rows: _engine(config, new).decode(params, *rows[:2], prefix=rows[2]))
     program = decode.lower(params, rows).compile()
     return lambda: program(params, rows)
@@ -82,13 +81,8 @@ def bare_products(config: TransformerConfig, params: Any, *, turns: int, rows: i
 
 def timed(functions: dict[str, Callable], repeats: int) -> dict[str, float]:
     """Median seconds of each, run in turn; a first round does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(repeats + 1):
-        for name, function in functions.items():
-            began = time.perf_counter()
-            jax.block_until_ready(function())
-            seconds[name].append(time.perf_counter() - began)
-    return {name: float(np.median(times[1:])) for name, times in seconds.items()}
+    waited = {name: lambda f=function: jax.block_until_ready(f()) for name, function in functions.items()}
+    return {name: float(np.median(times)) for name, times in in_turn(waited, repeats=repeats).items()}
 
 
 def step(repeats: int) -> dict[str, float]:
