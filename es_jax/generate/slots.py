@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 CHUNK = 32  # decode steps between merges
 SHORTEST = 128  # places that a chunk attends at least, where there are as many
-FILL, STEPS = "fill", "steps"  # what the two inner loops are called in traces and in the compiled program
+FILL, STEPS = "fill", "steps"  # what prefill and the decode steps are called in traces and in the compiled program
 FEWEST = 8  # rows that a chunk decodes at least, where there are as many slots
 
 
@@ -86,7 +86,8 @@ class Queue:
         state = self._start()
         if not self.single:
             return lax.while_loop(lambda state: state.more, self._turn, state).out
-        state = self._fill(state)
+        with jax.named_scope(FILL):
+            state = self._fill(state)
         return self._chunk(state, rows=self.rows, places=self.width).out if self.steps else state.out
 
     @property
@@ -164,7 +165,8 @@ class Queue:
             return ()
         positions = jnp.arange(len(self.prefix), dtype=jnp.int32)[None]
         cache = self._cache(1, len(self.prefix))
-        filled = self._model.hidden(self.params, self.prefix[None], positions=positions, cache=cache)[1]
+        with jax.named_scope(FILL):
+            filled = self._model.hidden(self.params, self.prefix[None], positions=positions, cache=cache)[1]
         assert filled is not None
         return (filled.as_past(),)
 

@@ -122,7 +122,7 @@ class _Run:
             unit=self.method.unit,
             offset=self.state.offset,
         )
-        self.profile = Profile(config.train.profile, workdir / "tb")
+        self.profile = Profile(config.train.profile, workdir)
         self.recorder.progress.say(f"{self.dim:,} weights, {self.mesh.size} devices, {self.state.sentence}")
 
     def train(self, began: float) -> RunResult:
@@ -169,7 +169,8 @@ class _Run:
             spent = self._spent(step, clock.seconds(), graded, total=now - began)
             self.recorder.step(entry, graded, drift=drift, spent={**spent, **first}, learnt=learnt)
             self.log.append(entry)
-            self.profile.done(step)
+            if told := self.profile.done(step, spent):
+                self.recorder.progress.say(told)
             self._finish_step(step)
 
     def _spent(
@@ -181,6 +182,8 @@ class _Run:
         engine, busy = self.evaluator.engine, seconds.get("decode", 0.0)
         work = Work(engine.config, compute_dtype(self.config).itemsize, engine.slots, self.mesh.size)
         return {
+            "tokens": new,
+            "prompt_tokens": prompt,
             "tokens_per_second": new / total,
             "prompt_tokens_per_second": prompt / total,
             **work.utilisation(prompt=prompt, new=new, members=members, seconds=busy),

@@ -53,7 +53,7 @@ class Recorder:
     ) -> None:
         """A step's row in metrics.jsonl and TensorBoard, its samples, and its line on the screen.
 
-        `learnt`: what the method has to say of its update. `spent`: the step's seconds, and their parts.
+        `learnt`: what the method has to say of its update. `spent`: the step's tokens and seconds, and their parts.
         """
         self._walk.add(entry)
         rewards, everyone = np.array(entry.rewards, float), [g for mine in graded for g in mine]
@@ -69,7 +69,6 @@ class Recorder:
             "drift": drift,
             "drift_theory": self._walk.norm,
             "kappa": self._kappa(drift, entry),
-            "tokens": sum(g.length for g in everyone),
             **spent,
         }
         self._metrics.write(row)

@@ -7,13 +7,14 @@ them in launch order and notes when each came; the loop's own thread waits for n
 import contextlib
 import contextvars
 import dataclasses
+import json
 import math
 import os
 import queue
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import jax
 from es_jax.core.chips import find_chip
 from es_jax.models.config import TransformerConfig
 from es_jax.models.transformer import param_shapes
+from es_jax.training import trace
 
 _active: contextvars.ContextVar["Clock | None"] = contextvars.ContextVar("clock", default=None)
 
@@ -112,7 +114,8 @@ class Clock:
 def split(seconds: dict[str, float], *, total: float) -> dict[str, float]:
     """A step's columns: seconds and share of each part, and of `wait`, when no program ran.
 
-    `decode` holds prefill too and `update` the estimate, since each is one program. `grade` is the host's, beside the
+    `decode` holds prefill too and `update` the estimate, since each is one program; a trace (`Profile`) tells prefill
+    apart. `grade` is the host's, beside the
     programs, so it is no part of the sum of the others, which is the step.
     """
     parts = {name: seconds.get(name, 0.0) for name in ("perturb", "decode", "update")}
@@ -162,22 +165,50 @@ class Work:
 
 
 class Profile:
-    """A TensorBoard trace of the steps from `start` up to, not including, `stop`."""
+    """A TensorBoard trace of the steps from `start` up to, not including, `stop`, and what it tells: profile.json."""
 
-    def __init__(self, steps: tuple[int, ...], folder: Path):
-        self._steps, self._folder, self._running = steps, folder, False
+    def __init__(self, steps: tuple[int, ...], workdir: Path):
+        self._steps, self._workdir, self._running = steps, workdir, False
+        self._done: list[tuple[float, int, int]] = []  # of each traced step: seconds, tokens of prompts, tokens made
 
     def step(self, step: int) -> contextlib.AbstractContextManager:
         """To be entered around a step."""
         if self._steps and not self._running and self._steps[0] <= step < self._steps[1]:
-            jax.profiler.start_trace(str(self._folder))
+            jax.profiler.start_trace(str(self._workdir / "tb"))
             self._running = True
         return jax.profiler.StepTraceAnnotation("step", step_num=step)
 
-    def done(self, step: int) -> None:
-        """A step has ended, or the run has."""
-        if self._running and step + 1 >= self._steps[1]:
-            self.close()
+    def done(self, step: int, spent: Mapping[str, Any]) -> str | None:
+        """A step has ended; `spent` has its seconds and tokens. Behind the last one of the trace: what it tells."""
+        if not self._running:
+            return None
+        self._done.append((spent["seconds"], spent["prompt_tokens"], spent["tokens"]))
+        if step + 1 < self._steps[1]:
+            return None
+        self.close()
+        return self._told(step) if jax.process_index() == 0 else None
+
+    def _told(self, step: int) -> str:
+        """Writes profile.json: means of the traced steps, of the devices that this process sees."""
+        count = len(self._done)
+        total, prompt, new = (sum(column) / count for column in zip(*self._done, strict=True))
+        try:
+            parts = trace.part_seconds(trace.newest(self._workdir / "tb"))
+        except Exception as error:  # a format that is not known yet: no reason to end a run
+            return f"the trace of steps {step - count + 1} to {step} could not be read: {error!r}"
+        if not parts:
+            return f"the trace of steps {step - count + 1} to {step} names none of the run's programs"
+        parts = {part: value / count for part, value in parts.items()}
+        parts["wait"] = max(total - sum(parts.values()), 0.0)
+        row: dict[str, Any] = {"first": step - count + 1, "last": step, "seconds": total}
+        row |= {f"seconds_{part}": value for part, value in parts.items()}
+        row |= {f"share_{part}": value / total for part, value in parts.items()}
+        row |= {"prompt_tokens": prompt, "tokens": new}
+        for part, tokens in (("prefill", prompt), ("decode", new)):
+            row[f"{part}_tokens_per_second"] = tokens / parts[part] if parts[part] else None
+        (self._workdir / "profile.json").write_text(json.dumps(row, indent=2) + "\n")
+        shares = ", ".join(f"{part} {value / total:.1%}" for part, value in parts.items())
+        return f"steps {row['first']} to {step} traced, {total:.2f} s each: {shares}; profile.json"
 
     def close(self) -> None:
         if self._running:

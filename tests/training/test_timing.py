@@ -1,16 +1,21 @@
 """Times of programs told by a thread beside the loop, traces, and where compiled programs are kept."""
 
+import json
 import threading
 import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from configs.lab import get_config
 from es_jax.core.chips import Chip
 from es_jax.models.config import TransformerConfig
 from es_jax.training import timing
 from es_jax.training.fields import TrainConfig
+from es_jax.training.loop import run
+from es_jax.training.metrics import read_jsonl
 from es_jax.training.timing import Clock, Profile, Work, compilation_cache, host, launched, split
 
 
@@ -93,9 +98,29 @@ def test_a_trace_is_written_of_the_steps_asked_for(tmp_path):
     for step in range(1, 6):
         with profile.step(step):
             (jnp.ones(4) * step).block_until_ready()
-        profile.done(step)
+        told = profile.done(step, {"seconds": 1.0, "prompt_tokens": 5, "tokens": 2})
         assert bool(list(tmp_path.rglob("*.xplane.pb"))) == (step >= 3)
+        assert told == ("the trace of steps 2 to 3 names none of the run's programs" if step == 3 else None)
     profile.close()
+
+
+@pytest.mark.parametrize("max_new", [1, 6])
+def test_a_trace_tells_prefill_apart_from_decode(tmp_path, max_new):
+    config = get_config("steps=3,pop=2")
+    config.evals.every, config.train.profile, config.mesh.pop = 0, (2, 4), 1
+    config.decode.max_new, config.decode.slots = max_new, 16 if max_new > 1 else 64
+    config.task.prompts_per_step = 60
+    run(config, tmp_path)
+    found, rows = json.loads((tmp_path / "profile.json").read_text()), read_jsonl(tmp_path / "metrics.jsonl")[1:]
+    assert (found["first"], found["last"]) == (2, 3)
+    for name in ("seconds", "tokens", "prompt_tokens"):
+        assert found[name] == pytest.approx(np.mean([row[name] for row in rows]))
+    parts = {part: found[f"seconds_{part}"] for part in ("perturb", "prefill", "decode", "update", "wait")}
+    assert sum(parts.values()) == pytest.approx(found["seconds"])
+    assert min(parts[part] for part in ("perturb", "prefill", "update")) > 0
+    assert found["prefill_tokens_per_second"] == pytest.approx(found["prompt_tokens"] / parts["prefill"])
+    share = parts["prefill"] / (parts["prefill"] + parts["decode"])
+    assert share > 0.8 if max_new == 1 else 0.05 < share < 0.95  # where one token is made, there is no decode step
 
 
 def test_the_cache_is_the_runs_own_and_gone_after_it(tmp_path, monkeypatch):

@@ -1,0 +1,106 @@
+"""What the trace of a step tells that the host's clock cannot: prefill apart from decode, which are one program.
+
+The operations of prefill carry the scope `fill` of `es_jax.generate.slots`. Read from traces of CPUs (jax 0.10); not
+yet run on a trace of a TPU or GPU. Estimate and optimizer cannot be told apart so: XLA fuses the two (dev/LOG.md).
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jax.profiler import ProfileData
+
+from es_jax.generate.slots import FILL
+
+PROGRAMS = {"_perturb": "perturb", "_decode": "decode", "rollout": "decode", "update": "update"}  # names of jit → part
+
+
+def newest(folder: Path) -> Path:
+    """The last trace that `jax.profiler` wrote below a folder."""
+    return max(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
+
+
+def part_seconds(path: Path) -> dict[str, float]:
+    """Seconds of the devices in perturb, prefill, decode and update, of all steps in a trace together; devices' mean.
+
+    Only what began within a step (`jax.profiler.StepTraceAnnotation` of the name "step") counts. What runs side by side
+    counts once. {} where the trace names no program that is known.
+    """
+    data = path.read_bytes()
+    scopes = {at: scope for plane in _fields(data, 1) for at, scope in _scopes(plane)}
+    planes = list(ProfileData.from_serialized_xspace(data).planes)
+    steps = [_span(e) for plane in planes for line in plane.lines for e in line.events if e.name == "step"]
+    found = []
+    for plane in planes:
+        spans: dict[str, list[tuple[float, float]]] = defaultdict(list)
+        for event in (event for line in plane.lines for event in line.events):
+            if event.name.startswith("$") or not any(a <= event.start_ns <= b for a, b in steps):
+                continue  # a call of Python, or of an evaluation
+            stats = dict(event.stats)
+            module = str(stats.get("hlo_module", ""))
+            name = str(stats.get("tf_op") or scopes.get((module, str(stats.get("hlo_op"))), ""))
+            program = re.match(r"jit_(\w+)", module) or re.match(r"jit\((\w+)\)", name)
+            part = PROGRAMS.get(program[1]) if program else None
+            if part is not None:
+                spans[part].append(_span(event))
+                if part == "decode" and re.search(rf"\b{FILL}\b", name):
+                    spans["prefill"].append(_span(event))
+        if spans:
+            seconds = {part: _covered(spans[part]) for part in ("perturb", "prefill", "decode", "update")}
+            found.append({**seconds, "decode": seconds["decode"] - seconds["prefill"]})
+    return {part: sum(each[part] for each in found) / len(found) for part in found[0]} if found else {}
+
+
+def _span(event: Any) -> tuple[float, float]:
+    return event.start_ns, event.start_ns + event.duration_ns
+
+
+def _covered(spans: list[tuple[float, float]]) -> float:
+    """Seconds that lie in at least one of the spans, in ns."""
+    total, end = 0.0, float("-inf")
+    for a, b in sorted(spans):
+        total, end = total + max(b - max(a, end), 0.0), max(end, b)
+    return total / 1e9
+
+
+def _scopes(plane: bytes) -> Iterator[tuple[tuple[str, str], str]]:
+    """(module, operation) → its scopes, from the programs that a plane of the trace (an XPlane) holds.
+
+    ProfileData does not hand them out. The numbers are of fields of xplane.proto and hlo.proto: plane.event_metadata →
+    its value.stats.bytes_value → HloProto.hlo_module.computations.instructions, each with a name and metadata.op_name.
+    """
+    stats = (stat for entry in _fields(plane, 4) for value in _fields(entry, 2) for stat in _fields(value, 5))
+    for module in (module for stat in stats for program in _fields(stat, 6) for module in _fields(program, 1)):
+        name = _text(module)
+        for instruction in (i for computation in _fields(module, 3) for i in _fields(computation, 2)):
+            for metadata in _fields(instruction, 7):
+                yield (name, _text(instruction)), _text(metadata, 2)
+
+
+def _text(message: bytes, field: int = 1) -> str:
+    return next((value.decode(errors="replace") for value in _fields(message, field)), "")
+
+
+def _fields(message: bytes, wanted: int) -> Iterator[bytes]:
+    """The values of one length-delimited field of a serialised protocol buffer."""
+
+    def varint(at: int) -> tuple[int, int]:
+        value = shift = 0
+        while True:
+            byte, at = message[at], at + 1
+            value, shift = value | (byte & 127) << shift, shift + 7
+            if byte < 128:
+                return value, at
+
+    at = 0
+    while at < len(message):
+        tag, at = varint(at)
+        kind = tag & 7
+        size, at = varint(at) if kind in (0, 2) else ({1: 8, 5: 4}[kind], at)
+        if kind == 0:
+            continue
+        if kind == 2 and tag >> 3 == wanted:
+            yield message[at : at + size]
+        at += size
