@@ -1,13 +1,14 @@
 """From tokens to scores, on the host."""
 
 import dataclasses
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from es_jax.core import hosts
+from es_jax.tasks.pool import Submit
 from es_jax.tasks.task import Example, Score, Task
 from es_jax.training.timing import host
 from es_jax.weights.model import Model
@@ -24,43 +25,54 @@ class Graded:
     truncated: bool
 
 
-def grade(
-    task: Task, model: Model, examples: Sequence[Example], tokens: np.ndarray, length: np.ndarray
-) -> list[Graded]:
-    """Scores of the first len(examples) rows of a Generation's tokens [B, L] and length [B]."""
-    kept, stopped = [], []
-    for i in range(len(examples)):
-        row = tokens[i, : length[i]].tolist()
-        stopped.append(bool(row) and row[-1] in model.stop_ids)
-        kept.append(row[:-1] if stopped[-1] else row)
-    texts = model.tokenizer.batch_decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return [
-        Graded(example, text, task.score(example, text), int(n), not stop)
-        for example, text, n, stop in zip(examples, texts, length, stopped, strict=False)
-    ]
+Pending = Callable[[], Graded]  # waits for the score
 
 
 @dataclasses.dataclass(frozen=True)
 class Grader:
-    """Grades completions of a list of examples, and shares what it graded with the other processes of the run."""
+    """Grades completions of a list of examples, and shares what it graded with the other processes of the run.
+
+    `submit`: of `es_jax.tasks.pool.workers_of`; None scores in this thread.
+    """
 
     task: Task
     model: Model
     examples: Sequence[Example]
+    submit: Submit | None = None
 
-    def __call__(self, indices: Sequence[int], tokens: np.ndarray, length: np.ndarray) -> list[Graded]:
-        """Scores of completions of the examples with those indices: tokens [B, L], length [B]."""
+    def __call__(self, indices: Sequence[int], tokens: np.ndarray, length: np.ndarray) -> list[Pending]:
+        """Completions of the examples with those indices: tokens [B, L], length [B]. Scored, or on their way to be."""
         with host("grade"):
-            return grade(self.task, self.model, [self.examples[i] for i in indices], tokens, length)
+            kept, stopped = [], []
+            for i in range(len(indices)):
+                row = tokens[i, : length[i]].tolist()
+                stopped.append(bool(row) and row[-1] in self.model.stop_ids)
+                kept.append(row[:-1] if stopped[-1] else row)
+            texts = self.model.tokenizer.batch_decode(
+                kept, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+            return [
+                self._scored(self.examples[i], text, int(n), truncated=not stop)
+                for i, text, n, stop in zip(indices, texts, length, stopped, strict=False)
+            ]
+
+    def _scored(self, example: Example, text: str, length: int, *, truncated: bool) -> Pending:
+        if self.submit is None:
+            graded = Graded(example, text, self.task.score(example, text), length, truncated)
+            return lambda: graded
+        score = self.submit(example, text)
+        return lambda: Graded(example, text, score(), length, truncated)
 
     def shared(
-        self, own: Mapping[int, tuple[Sequence[int], list[Graded]]], *, texts: Container[int] = (0,)
+        self, pending: Mapping[int, tuple[Sequence[int], list[Pending]]], *, texts: Container[int] = (0,)
     ) -> dict[int, list[Graded]]:
         """What all processes graded, by number, in order; each gives its own, with the indices of its examples.
 
         All processes call it. Only the texts of the numbers `texts` travel; others are empty where they were not
-        graded.
+        graded. Scores that are on their way are waited for.
         """
+        with host("grade"):
+            own = hosts.wait(lambda: {n: (at, [one() for one in ones]) for n, (at, ones) in pending.items()})
         if jax.process_count() == 1:
             return {number: own[number][1] for number in sorted(own)}
         packed = {n: [list(at), [_packed(g, text=n in texts) for g in graded]] for n, (at, graded) in own.items()}

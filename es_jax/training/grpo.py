@@ -21,7 +21,7 @@ from es_jax.generate.prompts import WIDTH_STEP, Packing
 from es_jax.generate.sampling import Temperature
 from es_jax.training.config import RunConfig
 from es_jax.training.es_step import Evaluator, of_update
-from es_jax.training.grading import Graded, Grader
+from es_jax.training.grading import Graded, Grader, Pending
 from es_jax.training.grpo_step import METRICS, Policy, Rows, token_weights
 from es_jax.training.seedlog import Entry
 from es_jax.training.state import State
@@ -65,7 +65,7 @@ class GRPO:
         """n sampled completions of every prompt. The entry holds all rewards, those of one prompt together."""
         g, owner = self._config.grpo, [i for i in range(len(prompts)) for _ in range(self._config.grpo.rollouts)]
         calls: list[Any] = []
-        own: dict[int, tuple[list[int], list[Graded]]] = {}
+        own: dict[int, tuple[list[int], list[Pending]]] = {}
         for outputs, rows, tokens, length in self._rollouts(step, [prompts[i] for i in owner]):
             calls.append(outputs)
             at = [owner[row] for row in rows]

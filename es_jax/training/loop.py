@@ -18,6 +18,7 @@ from es_jax.generate.engine import Engine
 from es_jax.models.sharding import param_shardings
 from es_jax.tasks import get_task
 from es_jax.tasks.data import rows_folder
+from es_jax.tasks.pool import Submit, workers_of
 from es_jax.tasks.task import Example, Task
 from es_jax.training import workdir as rundir
 from es_jax.training.checkpoint import Checkpoints, abstract, nbytes
@@ -73,8 +74,9 @@ def run(config: RunConfig | config_dict.ConfigDict | dict, workdir: str | Path) 
     tasks = {name: other_task(config, name) for name in config.evals.tasks} | {config.task.name: make_task(config)}
     train = tasks[config.task.name].train(config.task.train_size)
     tests = {name: task.test(config.evals.size) for name, task in tasks.items()} if config.evals.every else {}
-    with hosts.stoppable(), rundir.claim(workdir), compilation_cache(workdir / "cache"):
-        return _Run(config, workdir, tasks=tasks, train=train, tests=tests).train(began)
+    workers = workers_of(tasks[config.task.name])
+    with hosts.stoppable(), rundir.claim(workdir), compilation_cache(workdir / "cache"), workers as submit:
+        return _Run(config, workdir, tasks=tasks, train=train, tests=tests, submit=submit).train(began)
 
 
 def make_task(config: RunConfig) -> Task:
@@ -92,8 +94,17 @@ def other_task(config: RunConfig, name: str) -> Task:
 class _Run:
     """One process's run of the loop. `__init__` checks and loads everything and brings the state to the last step."""
 
-    def __init__(self, config: RunConfig, workdir: Path, *, tasks: dict[str, Task], train: list[Example], tests: dict):
-        self.config, self.workdir, self.tasks, self.examples = config, workdir, tasks, train
+    def __init__(
+        self,
+        config: RunConfig,
+        workdir: Path,
+        *,
+        tasks: dict[str, Task],
+        train: list[Example],
+        tests: dict,
+        submit: Submit | None,
+    ):
+        self.config, self.workdir, self.tasks, self.examples, self.submit = config, workdir, tasks, train, submit
         self.mesh = mesh_of(config, base_config(config))
         hosts.connect(self.mesh)
         model = load_base(config, self.mesh)
@@ -195,7 +206,7 @@ class _Run:
         """The method's completions of the step's prompts, graded."""
         rows, task = self._rows(step), self.tasks[self.config.task.name]
 
-        grader = Grader(task, self.model, [self.examples[i] for i in rows])
+        grader = Grader(task, self.model, [self.examples[i] for i in rows], self.submit)
         return self.method.collect(step, [self.prompts[i] for i in rows], grader, self.recorder.progress.advance)
 
     def _identity(self) -> dict[str, Any]:

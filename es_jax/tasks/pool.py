@@ -1,0 +1,71 @@
+"""Scores from worker processes, for a task whose grader is slow. Workers import the task's modules, and no JAX."""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+
+from es_jax.tasks.task import Example, Score, Task
+
+Submit = Callable[[Example, str], Callable[[], Score]]
+
+
+@contextlib.contextmanager
+def workers_of(task: Task) -> Iterator[Submit | None]:
+    """As many processes as the task's `workers` says, until the context ends; None where it has none, or 0.
+
+    What it gives takes an example and a completion, does not wait, and returns the function that waits for the score.
+
+    Raises:
+      ValueError: `workers` is no whole number ≥ 0.
+      RuntimeError: of the function that waits: the score raised, or its process died; the example is named.
+    """
+    count = getattr(task, "workers", 0)
+    if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+        raise ValueError(f"task {task.name!r} has workers {count!r}: set it to a whole number, 0 for no processes")
+    if not count:
+        yield None
+        return
+    context = multiprocessing.get_context("spawn")  # a fork would copy JAX's locks as they are
+    pool = ProcessPoolExecutor(count, mp_context=context, initializer=_begin, initargs=(task,))
+
+    def submit(example: Example, completion: str) -> Callable[[], Score]:
+        future = pool.submit(_score, example, completion)
+        return lambda: _result(task, example, future)
+
+    try:
+        yield submit
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _result(task: Task, example: Example, future: Future[Score]) -> Score:
+    try:
+        return future.result()
+    except Exception as error:
+        raise RuntimeError(f"task {task.name!r} could not score example {example.id!r}: {error!r}") from error
+
+
+_task: Task | None = None  # a worker's
+
+
+def _begin(task: Task) -> None:
+    global _task
+    _task = task
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the run's own process ends the pool
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _score(example: Example, completion: str) -> Score:
+    assert _task is not None
+    return _task.score(example, completion)
