@@ -3,13 +3,12 @@
 import re
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 from typing import ClassVar
 
 from es_jax.tasks.data import FieldError
 from es_jax.tasks.numbers import DIGITS, MAX_LENGTH, NUMBER, number
-from es_jax.tasks.rows import Hub, Row, load_examples, text_field
-from es_jax.tasks.task import Example, Score, check_grader, response_text, two_views
+from es_jax.tasks.rows import Hub, Published, Row, text_field
+from es_jax.tasks.task import Example, Score, response_text, two_views
 
 HUB = Hub("openai/gsm8k", "main")
 ASK = (
@@ -23,8 +22,22 @@ FIRST = re.compile(rf"(?<![0-9A-Za-z]){NUMBER}|{DIGITS}")  # a sign counts unles
 FORM = re.compile(rf"#### ([-+]?{DIGITS}(?:/{DIGITS})?)")
 
 
+def _checked(example: Example) -> Example:
+    if number(example.answer or "") is None:
+        raise FieldError("reward_model.ground_truth", example.answer, "a number such as '72' or '1,250.5'")
+    return example
+
+
+def _native(row: Row) -> Example:
+    question, solution = text_field(row, "question"), text_field(row, "answer")
+    answer = solution.rpartition("####")[2].strip()
+    if number(answer) is None:
+        raise FieldError("answer", solution, "a solution that ends in #### and a number")
+    return Example("", ({"role": "user", "content": ASK.format(question=question)},), answer, {"solution": solution})
+
+
 @dataclass(frozen=True)
-class GSM8K:
+class GSM8K(Published):
     """The GSM8K task: reward = answer + 0.1 · format.
 
     Args:
@@ -39,21 +52,8 @@ class GSM8K:
     Score(reward=1.1, parts={'answer': 1.0, 'format': 1.0, 'strict': 1.0})
     """
 
-    data_dir: str | Path | None = None
-    grader: str = "paper"
-
     name: ClassVar[str] = "gsm8k"
-
-    def __post_init__(self) -> None:
-        check_grader(self.grader)
-
-    def train(self, n: int | None = None) -> list[Example]:
-        """The first `n` training examples; raises ValueError or OSError as `rows.load_examples`."""
-        return load_examples(HUB, "train", n, data_dir=self.data_dir, native=_native, verl=_checked)
-
-    def test(self, n: int | None = None) -> list[Example]:
-        """The first `n` test examples; raises like `train`."""
-        return load_examples(HUB, "test", n, data_dir=self.data_dir, native=_native, verl=_checked)
+    source = (HUB, _native, _checked)
 
     def score(self, example: Example, completion: str) -> Score:
         """Paper: `final_number` within 1e-6. Format: the last line is #### and a number. Strict: that number alone.
@@ -95,17 +95,3 @@ def _wanted(example: Example) -> Fraction:
     if value is None:
         raise ValueError(f"example {example.id!r} has the answer {example.answer!r}: gsm8k needs a number")
     return value
-
-
-def _checked(example: Example) -> Example:
-    if number(example.answer or "") is None:
-        raise FieldError("reward_model.ground_truth", example.answer, "a number such as '72' or '1,250.5'")
-    return example
-
-
-def _native(row: Row) -> Example:
-    question, solution = text_field(row, "question"), text_field(row, "answer")
-    answer = solution.rpartition("####")[2].strip()
-    if number(answer) is None:
-        raise FieldError("answer", solution, "a solution that ends in #### and a number")
-    return Example("", ({"role": "user", "content": ASK.format(question=question)},), answer, {"solution": solution})

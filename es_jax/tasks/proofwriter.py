@@ -2,12 +2,11 @@
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 from es_jax.tasks.data import FieldError
-from es_jax.tasks.rows import Hub, Row, load_examples, text_field
-from es_jax.tasks.task import Example, Message, Score, check_grader, response_text, two_views
+from es_jax.tasks.rows import Hub, Published, Row, text_field
+from es_jax.tasks.task import Example, Message, Score, response_text, two_views
 
 HUB = Hub("tasksource/proofwriter", shuffle=True)  # rows of one theory stand together there
 LABELS = ("True", "False", "Unknown")
@@ -22,8 +21,25 @@ LINE = re.compile(r"answer\s*:\s*(true|false|unknown)")
 WORD = re.compile(r"\b(?:true|false|unknown)\b")
 
 
+def _checked(example: Example) -> Example:
+    answer = str(example.answer).capitalize()
+    if answer not in LABELS:
+        raise FieldError("reward_model.ground_truth", example.answer, f"one of {', '.join(LABELS)}")
+    return Example(example.id, example.prompt, answer, example.meta)
+
+
+def _native(row: Row) -> Example:
+    theory, question, answer = (text_field(row, name) for name in ("theory", "question", "answer"))
+    if answer.capitalize() not in LABELS:
+        raise FieldError("answer", answer, f"one of {', '.join(LABELS)}")
+    content = ASK.format(theory=theory, question=question)
+    prompt: tuple[Message, ...] = ({"role": "user", "content": content}, {"role": "assistant", "content": OPENING})
+    meta = {name: row[name] for name in ("id", "QDep", "config") if row.get(name) is not None}
+    return Example("", prompt, answer.capitalize(), meta)
+
+
 @dataclass(frozen=True)
-class ProofWriter:
+class ProofWriter(Published):
     """The ProofWriter task in an open world: reward = answer + 0.1 · format.
 
     Args:
@@ -38,21 +54,8 @@ class ProofWriter:
     Score(reward=1.1, parts={'answer': 1.0, 'format': 1.0, 'strict': 1.0})
     """
 
-    data_dir: str | Path | None = None
-    grader: str = "paper"
-
     name: ClassVar[str] = "proofwriter"
-
-    def __post_init__(self) -> None:
-        check_grader(self.grader)
-
-    def train(self, n: int | None = None) -> list[Example]:
-        """The first `n` training examples; raises ValueError or OSError as `rows.load_examples`."""
-        return load_examples(HUB, "train", n, data_dir=self.data_dir, native=_native, verl=_checked)
-
-    def test(self, n: int | None = None) -> list[Example]:
-        """The first `n` test examples; raises like `train`."""
-        return load_examples(HUB, "test", n, data_dir=self.data_dir, native=_native, verl=_checked)
+    source = (HUB, _native, _checked)
 
     def score(self, example: Example, completion: str) -> Score:
         """Paper: `final_label`. Format: the last line that is not empty is the answer line. Strict: that line alone.
@@ -86,20 +89,3 @@ def final_label(response: str) -> str | None:
         if found := LINE.fullmatch(line.strip()):
             return found[1]
     return next(reversed(WORD.findall(text)), None)
-
-
-def _checked(example: Example) -> Example:
-    answer = str(example.answer).capitalize()
-    if answer not in LABELS:
-        raise FieldError("reward_model.ground_truth", example.answer, f"one of {', '.join(LABELS)}")
-    return Example(example.id, example.prompt, answer, example.meta)
-
-
-def _native(row: Row) -> Example:
-    theory, question, answer = (text_field(row, name) for name in ("theory", "question", "answer"))
-    if answer.capitalize() not in LABELS:
-        raise FieldError("answer", answer, f"one of {', '.join(LABELS)}")
-    content = ASK.format(theory=theory, question=question)
-    prompt: tuple[Message, ...] = ({"role": "user", "content": content}, {"role": "assistant", "content": OPENING})
-    meta = {name: row[name] for name in ("id", "QDep", "config") if row.get(name) is not None}
-    return Example("", prompt, answer.capitalize(), meta)

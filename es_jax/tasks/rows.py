@@ -8,10 +8,10 @@ import itertools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from es_jax.tasks.data import SUFFIXES, FieldError, find_split, read_rows, verl_example
-from es_jax.tasks.task import Example, check_count, take
+from es_jax.tasks.task import Example, check_count, check_grader, take
 
 Row = Mapping[str, Any]
 
@@ -148,3 +148,28 @@ def texts_field(row: Row, name: str, found: object, *, least: int, most: int) ->
     if not isinstance(found, list) or not good or not all(isinstance(x, str) and x.strip() for x in found):
         raise FieldError(name, found, f"a list of {least} to {most} texts")
     return tuple(text.strip() for text in found)
+
+
+@dataclass(frozen=True)
+class Published:
+    """The fields and rows of a task with a published data set. `source`: hub, native, verl of `load_examples`."""
+
+    data_dir: str | Path | None = None
+    grader: str = "paper"
+
+    source: ClassVar[tuple[Hub, Callable[[Row], Example], Callable[[Example], Example]]]
+
+    def __post_init__(self) -> None:
+        check_grader(self.grader)
+
+    def train(self, n: int | None = None) -> list[Example]:
+        """The first `n` training examples; raises ValueError or OSError as `load_examples`."""
+        return self._examples("train", n)
+
+    def test(self, n: int | None = None) -> list[Example]:
+        """The first `n` test examples; raises like `train`."""
+        return self._examples("test", n)
+
+    def _examples(self, split: str, n: int | None) -> list[Example]:
+        hub, native, verl = self.source
+        return load_examples(hub, split, n, data_dir=self.data_dir, native=native, verl=verl)
