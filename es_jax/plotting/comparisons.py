@@ -172,10 +172,11 @@ def _sweep(axes: Axes, penalty: str, mine: Sequence[Series], prior: Sequence[str
         if free is not None and (point := free.last(tasks)):
             axes.axhline(point.mean, color=style["color"], linestyle="--", linewidth=1.2, label=f"{name}, λ = 0")
             data.append(_end(first, "none", name, 0.0, point))
-        starts = [run.accuracy(tasks)[0] for one in mine for run in one.runs if 0 in run.accuracy(tasks)]
+        starts = {r.model: r.accuracy(tasks)[0] for one in mine for r in one.runs if 0 in r.accuracy(tasks)}
         if starts:
-            axes.axhline(starts[0][0], color=style["color"], linestyle=":", linewidth=1.2, label=f"{name}, base")
-            data.append(_end(first, "base", name, 0.0, Point(0, *starts[0], 1)))
+            base = average(0, list(starts.values()))
+            axes.axhline(base.mean, color=style["color"], linestyle=":", linewidth=1.2, label=f"{name}, base")
+            data.append(_end(first, "base", name, 0.0, base))
     many = "" if len({one.first.model for one in mine}) < 2 else f"{first.model}, "
     axes.set_title(text(f"{many}{first.target}, penalty {penalty}", width=60), fontsize=9)
     axes.set(xscale="log", xlabel="strength λ of the penalty", ylim=(-0.03, 1.03))
