@@ -14,6 +14,7 @@ Random weights; no row stops. The parts:
 
 import argparse
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +26,8 @@ from benchmarks.compare import add_json, in_turn, write_json
 from es_jax.generate.engine import Engine
 from es_jax.generate.prompts import Packing
 from es_jax.models.config import TransformerConfig
-from es_jax.models.transformer import Transformer
+from es_jax.models.layers import Transposed, linear
+from es_jax.models.transformer import Transformer, param_shapes
 
 SMOLLM2 = TransformerConfig(
     family="llama", vocab_size=49152, width=576, layers=30, heads=9, kv_heads=3, head_dim=64, mlp_dim=1536
@@ -33,9 +35,14 @@ SMOLLM2 = TransformerConfig(
 SLOTS, PROMPT, NEW, SHARED = 32, 128, 33, 96
 
 
-def weights(config: TransformerConfig) -> Any:
+def weights(config: TransformerConfig, dtype: Any = jnp.float32) -> Any:
     """Random ones, laid out for an engine."""
-    return jax.jit(lambda key: _engine(config, 1).layout(Transformer(config).init(key)))(jax.random.key(0))
+
+    def made(key: Any) -> Any:
+        params = jax.tree.map(lambda leaf: leaf.astype(dtype), Transformer(config).init(key))
+        return _engine(config, 1).layout(params)
+
+    return jax.jit(made)(jax.random.key(0))
 
 
 def _engine(config: TransformerConfig, new: int) -> Engine:
@@ -55,28 +62,40 @@ def call(config: TransformerConfig, params: Any, *, new: int = NEW, shared: int 
 
 def bare_products(config: TransformerConfig, params: Any, *, turns: int, rows: int = SLOTS) -> Callable:
     """The matrix products of `turns` decode steps, with next to nothing between them."""
-    places, groups = PROMPT + NEW, config.heads // config.kv_heads
-    k = jnp.ones((config.layers, rows, config.kv_heads, config.head_dim, places))
-    v = jnp.ones((config.layers, rows, config.kv_heads, places, config.head_dim))
+    places, groups, dtype = PROMPT + NEW, config.heads // config.kv_heads, params["embed"]["embedding"].dtype
+    k = jnp.ones((config.layers, rows, config.kv_heads, config.head_dim, places), dtype)
+    v = jnp.ones((config.layers, rows, config.kv_heads, places, config.head_dim), dtype)
+
+    def times(x: Any, y: Any) -> Any:
+        return jnp.matmul(x, y, preferred_element_type=jnp.float32).astype(dtype)
 
     def layer(x: Any, w: Any, k: Any, v: Any) -> Any:
-        q, new = x @ w["attn"]["q"]["kernel"], x @ w["attn"]["k"]["kernel"] + x @ w["attn"]["v"]["kernel"]
-        scores = q.reshape(rows, config.kv_heads, groups, config.head_dim) @ k
-        mixed = (scores @ v).reshape(rows, -1)
-        y = mixed @ w["attn"]["o"]["kernel"] + jnp.mean(new)
-        return (y @ w["mlp"]["gate"]["kernel"] + y @ w["mlp"]["up"]["kernel"]) @ w["mlp"]["down"]["kernel"]
+        q, new = (linear(x, w["attn"][name]["kernel"]) for name in "qk")
+        new = new + linear(x, w["attn"]["v"]["kernel"])
+        scores = times(q.reshape(rows, config.kv_heads, groups, config.head_dim), k)
+        y = linear(times(scores, v).reshape(rows, -1), w["attn"]["o"]["kernel"]) + jnp.mean(new)
+        gate, up = (linear(y, w["mlp"][name]["kernel"]) for name in ("gate", "up"))
+        return linear(gate + up, w["mlp"]["down"]["kernel"])
 
     def run(x: Any, k: Any, v: Any, params: Any) -> Any:
         def turn(_: Any, x: Any) -> Any:
             for i, w in enumerate(params["layers"]):
-                x = 1e-3 * layer(x, w, k[i], v[i])
-            return x + jnp.max(x @ params["embed"]["embedding"].T, axis=1, keepdims=True)
+                x = layer(x, w, k[i], v[i]) * dtype.type(1e-3)
+            logits = linear(x, Transposed(params["embed"]["embedding"]))
+            return x + jnp.max(logits, axis=1, keepdims=True)
 
         return jax.lax.fori_loop(0, turns, turn, x)
 
-    x = jnp.ones((rows, config.width))
+    x = jnp.ones((rows, config.width), dtype)
     program = jax.jit(run).lower(x, k, v, params).compile()
     return lambda: program(x, k, v, params)
+
+
+def large_products(dtype: Any, *, size: int = 4096) -> Callable:
+    """A product of two square matrices, in which shape a CPU multiplies fastest."""
+    x = jnp.ones((size, size), dtype)
+    program = jax.jit(lambda x: jnp.matmul(x, x, preferred_element_type=jnp.float32)).lower(x).compile()
+    return lambda: program(x)
 
 
 def timed(functions: dict[str, Callable], repeats: int) -> dict[str, float]:
@@ -85,16 +104,28 @@ def timed(functions: dict[str, Callable], repeats: int) -> dict[str, float]:
     return {name: float(np.median(times)) for name, times in in_turn(waited, repeats=repeats).items()}
 
 
-def step(repeats: int) -> dict[str, float]:
-    params = weights(SMOLLM2)
+def step(repeats: int, dtype: Any = jnp.float32) -> dict[str, float]:
+    params, size = weights(SMOLLM2, dtype), 4096
     functions = {
         "whole": call(SMOLLM2, params),
         "prefill": call(SMOLLM2, params, new=1),
-        "bound": bare_products(SMOLLM2, params, turns=NEW - 1),
+        "bare": bare_products(SMOLLM2, params, turns=NEW - 1),
+        "large": large_products(dtype, size=size),
     }
     found = timed(functions, repeats)
-    one, bound = (found["whole"] - found["prefill"]) / (NEW - 1), found["bound"] / (NEW - 1)
-    return {"prefill_seconds": found["prefill"], "step_seconds": one, "bound_seconds": bound, "over_bound": one / bound}
+    one, bare = (found["whole"] - found["prefill"]) / (NEW - 1), found["bare"] / (NEW - 1)
+    shapes = param_shapes(SMOLLM2).items()
+    matrices = sum(math.prod(shape) for name, shape in shapes if name.endswith(("kernel", "embedding")))
+    attended = 2 * SMOLLM2.layers * SMOLLM2.heads * SMOLLM2.head_dim * (PROMPT + NEW)
+    peak = SLOTS * (matrices + attended) / size**3 * found["large"]
+    return {
+        "prefill_seconds": found["prefill"], "step_seconds": one, "bare_seconds": bare, "over_bare": one / bare,
+        "peak_seconds": peak, "over_peak": one / peak,
+    }  # fmt: skip
+
+
+def step16(repeats: int) -> dict[str, float]:
+    return step(repeats, jnp.bfloat16)
 
 
 def prefix(repeats: int) -> dict[str, float]:
@@ -107,7 +138,7 @@ def prefix(repeats: int) -> dict[str, float]:
     return {f"{name}_seconds": s for name, s in found.items()} | {"gain": found["apart"] / found["shared"]}
 
 
-PARTS = {"step": step, "prefix": prefix}
+PARTS = {"step": step, "step16": step16, "prefix": prefix}
 
 
 def main() -> None:

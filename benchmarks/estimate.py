@@ -8,7 +8,7 @@ Both draw all members' noise again, add it up weighted, take the step and pull t
 "ours, no anchor" is the same program without the pull: the difference is the pull's own cost.
 """
 
-import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -18,41 +18,42 @@ from benchmarks import peer_torch
 from benchmarks.compare import arguments, in_turn, report
 from benchmarks.noise import smollm2, unstacked
 from es_jax.core.mesh import make_mesh
+from es_jax.core.tree import count
 from es_jax.es.population import Population
 from es_jax.es.shaping import z_score
+from es_jax.models.sharding import param_shardings
 from es_jax.training.config import freeze
-from es_jax.training.es_step import of_update, optimizer, update
+from es_jax.training.seedlog import Entry
+from es_jax.training.state import State
 
 
 def main() -> None:
     args = arguments(__doc__, population=30, layers=30, repeats=3)
-    shapes, mesh, population = smollm2(args.layers), make_mesh(1, 1), args.population
+    zeros, mesh, population = smollm2(args.layers)[1], make_mesh(1, 1), args.population
     members = Population(population, seed=0).members(1)
-    weights = jnp.asarray(z_score(np.random.default_rng(0).standard_normal(population)), jnp.float32)
+    rewards = np.random.default_rng(0).standard_normal(population)
+    entry = Entry.of(1, members, rewards=rewards, weights=z_score(rewards).astype(np.float32))
 
-    def ours(penalty: str):
+    def ours(penalty: str) -> Callable[[], None]:
         anchor = {"penalty": penalty} | ({"strength": 10.0} if penalty != "none" else {})
-        config = of_update(freeze({"es": {"population": population}, "optim": {"anchor": anchor}}))
-        params = {name: jnp.zeros(shape) for name, shape in shapes.items()}
-        state = {"params": params, "opt": optimizer(config, mesh, params)[0].init(params)}
-        base = None if penalty != "none" else jax.tree.map(jnp.copy, params)
+        config = freeze({"es": {"population": population}, "optim": {"anchor": anchor}})
+        params = jax.device_put(jax.tree.map(jnp.copy, zeros), param_shardings(mesh, zeros))
+        state = State(config, mesh, params)
 
         def call() -> None:
-            state["params"], state["opt"], squares = update(
-                config, mesh, state["params"], state["opt"], base, members, weights
-            )
-            squares.block_until_ready()
+            state.apply(entry)
+            jax.block_until_ready(state.drift)
 
         return call
 
-    torch_params, anchor = (peer_torch.shapes_to_torch(unstacked(shapes)) for _ in range(2))
+    torch_params, anchor = (peer_torch.shapes_to_torch(unstacked(zeros)) for _ in range(2))
 
     def torch_update() -> None:
-        peer_torch.update(torch_params, anchor, range(population), weights.tolist(), rate=5e-4, decay=5e-3)
+        peer_torch.update(torch_params, anchor, range(population), entry.weights, rate=5e-4, decay=5e-3)
 
     sides = {"ours": ours("l2"), "torch": torch_update, "ours, no anchor": ours("none")}
     seconds = in_turn(sides, repeats=args.repeats)
-    size = sum(math.prod(shape) for shape in shapes.values())
+    size = count(zeros)
     title = f"update of {size:,} weights, N = {population}, l2 anchor"
     report(title, seconds, ours="ours", json_to=args.json, weights=size, population=population)
 

@@ -5,82 +5,70 @@ Cost:     half a minute on 2 CPU cores.
 Result:   135M weights: ours fresh 0.278 s, torch there and back 1.000 s (3.59 ×), ours reused 0.152 s (torch: 6.6 ×),
           ours with the threefry generator 1.376 s.
 
-Ours makes a member's weights beside the master weights, so there is nothing to restore; torch adds noise in place and
-takes it away again, which is what a member costs it. Both are float32 on all cores. "reused" writes into the buffers of
-the member before (the engine's own layout is not made here); "fresh" pays for new pages of memory.
+Ours is the loop's own call: a member's weights beside the master weights, in the engine's layout, in memory that the
+member before gave back. There is nothing to restore; torch adds noise in place and takes it away again, which is what a
+member costs it. Both are float32 on all cores.
 """
 
-import functools
-import math
+import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from benchmarks import peer_torch
 from benchmarks.compare import arguments, in_turn, report
-from es_jax.core import rng
-from es_jax.es.noise import GaussianNoise
+from benchmarks.decode import SMOLLM2
+from es_jax.core.mesh import make_mesh
+from es_jax.core.tree import count, named_leaves
 from es_jax.es.population import Population
+from es_jax.generate.engine import Engine
 from es_jax.models.config import TransformerConfig
-from es_jax.models.transformer import param_shapes
+from es_jax.models.transformer import Transformer
+from es_jax.training.config import freeze
+from es_jax.training.es_step import Evaluator
 
 
-def smollm2(layers: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of SmolLM2-135M's leaves, with that many layers."""
-    return param_shapes(
-        TransformerConfig(
-            family="llama", vocab_size=49152, width=576, layers=layers, heads=9, kv_heads=3, head_dim=64, mlp_dim=1536,
-            tied_embeddings=True,
-        )
-    )  # fmt: skip
+def smollm2(layers: int) -> tuple[TransformerConfig, Any]:
+    """SmolLM2-135M with that many layers: its config, and weights that are all zero."""
+    config = dataclasses.replace(SMOLLM2, layers=layers)
+    shapes = jax.eval_shape(Transformer(config).init, jax.random.key(0))
+    return config, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes)
 
 
-def unstacked(shapes: dict[str, tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """As torch holds them: a tensor a layer."""
-    return [s for name, shape in shapes.items() for s in ([shape[1:]] * shape[0] if "layers/" in name else [shape])]
+def unstacked(params: Any) -> list[tuple[int, ...]]:
+    """Shapes as torch holds them: a tensor a layer."""
+    shapes = ((name, leaf.shape) for name, leaf in named_leaves(params))
+    return [s for name, shape in shapes for s in ([shape[1:]] * shape[0] if "layers/" in name else [shape])]
 
 
 def main() -> None:
     args = arguments(__doc__, repeats=5, layers=30)
-    shapes = smollm2(args.layers)
-    params = {name: jnp.zeros(shape) for name, shape in shapes.items()}
-    member = Population(2, seed=0).members(1)[0]
-    held = {}
+    config, params = smollm2(args.layers)
+    engine, mesh = Engine(config, slots=1, max_prompt=1, max_new=1, stop=()), make_mesh(1, 1)
+    members = Population(2, seed=0).members(1)[np.arange(1)]
 
-    def ours(generator: str) -> None:
-        apply = perturb(generator)
-        held[generator] = jax.block_until_ready(apply(params, member))
+    def ours(generator: str) -> Callable[[], None]:
+        run = freeze({"model": {"dtype": "float32"}, "es": {"population": 2, "generator": generator}})
+        evaluator = Evaluator.of(run, engine, mesh)
 
-    @functools.cache
-    def perturb(generator: str):
-        noise = GaussianNoise(generator)
-        return jax.jit(lambda params, member: noise.apply(params, member, sigma=1e-3))
+        def call() -> None:  # and the weights are gone
+            jax.block_until_ready(evaluator.perturb(params, members))
 
-    @functools.cache
-    def into(generator: str):
-        noise = GaussianNoise(generator)
-        call = lambda old, params, member: noise.apply(params, member, sigma=1e-3)  # noqa: E731
-        return jax.jit(call, donate_argnums=0, keep_unused=True)
+        return call
 
-    def reused() -> None:
-        old = held.pop("reused", None) or jax.tree.map(jnp.zeros_like, params)
-        held["reused"] = jax.block_until_ready(into(rng.DEFAULT)(old, params, member))
-
-    torch_params = peer_torch.shapes_to_torch(unstacked(shapes))
+    torch_params = peer_torch.shapes_to_torch(unstacked(params))
 
     def torch_there_and_back() -> None:
         peer_torch.perturb(torch_params, 1, 1e-3)
         peer_torch.perturb(torch_params, 1, -1e-3)
 
-    sides = {
-        "ours, fresh": lambda: ours("threefry13"),
-        "torch": torch_there_and_back,
-        "ours, reused": reused,
-        "ours, threefry": lambda: ours("threefry"),
-    }
+    sides = {"ours": ours("threefry13"), "torch": torch_there_and_back, "ours, threefry": ours("threefry")}
     seconds = in_turn(sides, repeats=args.repeats)
-    size = sum(math.prod(shape) for shape in shapes.values())
-    report(f"perturb {size:,} weights", seconds, ours="ours, fresh", json_to=args.json, weights=size)
+    size = count(params)
+    report(f"perturb {size:,} weights", seconds, ours="ours", json_to=args.json, weights=size)
 
 
 if __name__ == "__main__":

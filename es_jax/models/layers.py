@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from es_jax.models.cache import write
@@ -24,18 +25,27 @@ Masks = tuple[Bool[Array, "B T _"], ...]  # who attends whom, for each of the pi
 Cached = tuple[KV, Int[Array, ""], tuple[KV, ...]]  # a layer's cache, the place to write, and the past before it
 
 
+@struct.dataclass
+class Transposed:
+    """A kernel [D, F] that is held as [F, D], as CPUs multiply few rows fastest (docs/speed.md)."""
+
+    held: Float[Array, "F D"]
+
+
 def linear(
     x: Float[Array, "*b D"], kernel: Any, bias: Float[Array, " F"] | None = None, *, accumulated: bool = False
 ) -> Float[Array, "*b F"]:
     """x @ kernel (+ bias): the only place where activations meet a kernel [D, F]. Accumulates in float32.
 
-    The result has x's dtype, or with `accumulated` the accumulator's, float32.
+    The result has x's dtype, or with `accumulated` the accumulator's, float32. A kernel may be `Transposed`.
 
     >>> linear(jnp.ones((2, 3)), jnp.ones((3, 4)), jnp.ones(4)).tolist()[0]
     [4.0, 4.0, 4.0, 4.0]
     """
-    contract = (((x.ndim - 1,), (0,)), ((), ()))
-    y = jax.lax.dot_general(x, kernel, contract, preferred_element_type=jnp.float32)
+    axis = 0
+    if isinstance(kernel, Transposed):  # tied to x, since XLA would turn it round once ahead of a loop
+        (x, kernel), axis = jax.lax.optimization_barrier((x, kernel.held)), 1
+    y = jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (axis,)), ((), ())), preferred_element_type=jnp.float32)
     if bias is not None:
         y = y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape)
     return y if accumulated else y.astype(x.dtype)

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from es_jax.core.tree import named_leaves
+from es_jax.core.tree import map_named, named_leaves
 from es_jax.models.cache import KVCache, attention_mask
 from es_jax.models.config import TransformerConfig
-from es_jax.models.layers import INIT_STD, KV, Block, Masks, RMSNorm, linear, softcap
+from es_jax.models.layers import INIT_STD, KV, Block, Masks, RMSNorm, Transposed, linear, softcap
 from es_jax.models.rope import Angles, rope_angles, rope_frequencies
 
 Params = dict[str, Any]
@@ -138,9 +138,12 @@ class Transformer:
     def logits(self, params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """The output head applied to `hidden`'s result: float32 logits."""
         if self.config.tied_embeddings:
-            contract = (((2,), (1,)), ((), ()))
             embedding = params["embed"]["embedding"]
-            logits = jax.lax.dot_general(hidden, embedding, contract, preferred_element_type=jnp.float32)
+            if isinstance(params["layers"], list | tuple):
+                logits = linear(hidden, Transposed(embedding), accumulated=True)
+            else:
+                contract = (((2,), (1,)), ((), ()))
+                logits = jax.lax.dot_general(hidden, embedding, contract, preferred_element_type=jnp.float32)
         else:
             logits = linear(hidden, params["head"]["kernel"], accumulated=True)
         return softcap(logits, self.config.final_softcap)
@@ -158,6 +161,20 @@ def unstack_layers(params: Params) -> Params:
         return params
     count = jax.tree.leaves(stacked)[0].shape[0]
     return {**params, "layers": tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(count))}
+
+
+def transpose_kernels(params: Params, *, itemsize: int) -> Params:
+    """The same tree, of whatever layers, with every kernel of numbers of so many bytes `Transposed`.
+
+    >>> transpose_kernels({"head": {"kernel": jnp.ones((2, 4))}}, itemsize=4)["head"]["kernel"].held.shape
+    (4, 2)
+    """
+
+    def held(name: str, leaf: Array) -> Any:
+        turn = name.endswith("kernel") and leaf.dtype.itemsize == itemsize
+        return Transposed(leaf.swapaxes(-1, -2)) if turn else leaf
+
+    return map_named(held, params)
 
 
 def param_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:

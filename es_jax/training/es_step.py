@@ -181,18 +181,38 @@ class Evaluator:
     def lanes(self) -> int:
         return self.mesh.shape[POP] * self.at_once
 
+    def perturb(self, params: Any, members: Members) -> Any:
+        """The weights of a round of members, in the engine's layout.
+
+        Where the engine wants its layers apart, they are made apart, by one small program that all of them share: to
+        make the stacked leaves and cut them up would write all weights twice.
+        """
+        if not self.engine.unrolled or self.at_once > 1 or not self.noise.rows_alone:
+            return self._perturb(params, members)
+        layers = {"layers": params["layers"]}
+        made = self._perturb({name: leaf for name, leaf in params.items() if name != "layers"}, members)
+        count = len(jax.tree.leaves(layers)[0])
+        return {**made, "layers": tuple(self._perturb(layers, members, np.int32(i))["layers"] for i in range(count))}
+
     @functools.partial(jax.jit, static_argnums=0)
-    def _perturb(self, params: Any, members: Members) -> Any:
+    def _perturb(self, params: Any, members: Members, layer: jax.Array | None = None) -> Any:
+        """All of it in one program; with `layer`, that layer alone, of params that are nothing but layers."""
         specs = map_named(lambda name, leaf: leaf_spec(self.mesh, name, leaf.shape, RULES), params)
-
-        def one(params: Any, member: Members) -> Any:
-            make = functools.partial(self._made, member=member)
-            return self.engine.layout(map_named(make, params, specs))
-
         held = jax.tree.map(lambda spec: only(spec, POP), specs)
-        return self._grouped(one, in_specs=(held, PartitionSpec(POP)), mapped=(None, 0))(params, members)
 
-    def _made(self, name: str, part: jax.Array, spec: PartitionSpec, member: Members) -> jax.Array:
+        def one(params: Any, member: Members, layer: jax.Array | None = None) -> Any:
+            make = functools.partial(self._made, member=member, layer=layer)
+            made = map_named(make, params, specs)
+            whole = layer is None and "layers" in params
+            return self.engine.layout(made) if whole else self.engine.turned(made)
+
+        given = () if layer is None else (layer,)
+        specs_in = (held, PartitionSpec(POP)) + (PartitionSpec(),) * len(given)
+        return self._grouped(one, in_specs=specs_in, mapped=(None, 0, None)[: 2 + len(given)])(params, members, *given)
+
+    def _made(
+        self, name: str, part: jax.Array, spec: PartitionSpec, member: Members, layer: jax.Array | None
+    ) -> jax.Array:
         """A member's leaf, from its parts over `pop`: of one that is cut no more than a layer is gathered at once."""
         cut, size = only(spec, MODEL), self.mesh.shape[POP]
 
@@ -201,15 +221,20 @@ class Evaluator:
             leaf = self.noise.apply(whole, member, sigma=self.sigma, dtype=self.dtype, row=row)[name]
             return jax.lax.with_sharding_constraint(leaf, cut)
 
+        def alone(i: jax.Array) -> jax.Array:
+            return made(jax.lax.dynamic_slice_in_dim(part, i, 1), (i, len(part)))
+
+        if layer is not None:
+            return alone(layer)[0]
         if size == 1 or POP not in spec or not name.startswith("layers/") or not self.noise.rows_alone:
             return made(part)
 
-        def layer(i: jax.Array, stack: jax.Array) -> jax.Array:
-            new = made(jax.lax.dynamic_slice_in_dim(part, i, 1), (i, len(part)))
-            return jax.lax.with_sharding_constraint(jax.lax.dynamic_update_slice_in_dim(stack, new, i, 0), cut)
+        def stacked(i: jax.Array, stack: jax.Array) -> jax.Array:
+            stack = jax.lax.dynamic_update_slice_in_dim(stack, alone(i), i, 0)
+            return jax.lax.with_sharding_constraint(stack, cut)
 
         shape = [n * size if entry == POP else n for n, entry in zip(part.shape, spec, strict=True)]
-        return jax.lax.fori_loop(0, len(part), layer, jnp.zeros(shape, self.dtype))
+        return jax.lax.fori_loop(0, len(part), stacked, jnp.zeros(shape, self.dtype))
 
     @functools.partial(jax.jit, static_argnums=0)
     def _decode(self, params: Any, prompts: Prompts) -> Any:
@@ -257,7 +282,7 @@ class Evaluator:
             lanes = members[np.minimum(index, count - 1)]
             if self.at_once == 1:  # a member's weights are large: those of the round before are to be gone
                 hosts.wait(functools.partial(jax.block_until_ready, [outputs for _, outputs in pending]))
-            perturbed = launched("perturb", self._perturb(params, self._placed(lanes)))
+            perturbed = launched("perturb", self.perturb(params, self._placed(lanes)))
             live = (index < count)[:, None, None]
             tokens = np.repeat(prompts.tokens[None], self.lanes, 0)
             rows = self._rows(tokens, np.where(live, prompts.positions[None], np.int32(-1)), prompts.prefix)

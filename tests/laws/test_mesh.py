@@ -17,6 +17,7 @@ from es_jax.es.population import Population
 from es_jax.generate.engine import Engine
 from es_jax.generate.prompts import Prompts
 from es_jax.models.config import TransformerConfig
+from es_jax.models.layers import Transposed
 from es_jax.models.sharding import RULES, check_heads, members_spread, param_shardings
 from es_jax.models.transformer import Transformer, param_shapes
 from es_jax.training.config import freeze
@@ -144,8 +145,8 @@ def test_logits_on_several_devices_are_near_those_on_one(params, model):
     assert float(jnp.abs(alone - together).max()) <= 16 * 2.0**-23 * scale  # measured: 5 to 8, three seeds
 
 
-def evaluator_of(mesh, **fields):
-    engine = Engine(SMALL, slots=3, max_prompt=8, max_new=4, stop=(1,), unroll=False)
+def evaluator_of(mesh, *, unroll=False, **fields):
+    engine = Engine(SMALL, slots=3, max_prompt=8, max_new=4, stop=(1,), unroll=unroll)
     config = config_of("", **fields)
     return Evaluator.of(config, engine, mesh)
 
@@ -161,6 +162,24 @@ def test_members_are_made_the_same_on_every_mesh(params):
         perturbed = evaluator._perturb(placed(params, mesh), everyone[np.arange(evaluator.lanes)])
         made.append({name: np.asarray(leaf[0]) for name, leaf in named_leaves(perturbed)})
     assert all(same(made[0], other) for other in made[1:])
+
+
+@pytest.mark.parametrize("wide", [1, 1000])
+def test_layers_made_apart_are_those_made_together(params, monkeypatch, wide):
+    monkeypatch.setattr("es_jax.generate.engine.WIDE", wide)  # kernels transposed, or as they are
+    together = None
+    for pop, model in ((1, 1), (4, 2)):
+        mesh = make_mesh(pop, model)
+        members = Population(16, seed=0).members(0)[np.arange(pop)]
+        es = {"population": 16, "sigma": 0.01 + wide / 1e6}  # so that it is compiled anew
+        evaluator = evaluator_of(mesh, unroll=True, es=es, model={"dtype": "bfloat16"})
+        made = evaluator.perturb(placed(params, mesh), members)
+        assert len(made["layers"]) == SMALL.layers
+        assert isinstance(made["layers"][0]["mlp"]["up"]["kernel"], Transposed) == (wide == 1)
+        together = evaluator._perturb(placed(params, mesh), members) if together is None else together
+        first = jax.tree.map(lambda leaf: np.asarray(leaf[0]), (made, together))
+        assert jax.tree.structure(first[0]) == jax.tree.structure(first[1])
+        assert same(*(dict(named_leaves(tree)) for tree in first))
 
 
 def traffic(compiled):

@@ -11,7 +11,7 @@ import pytest
 from es_jax.models.cache import KVCache
 from es_jax.models.config import RopeScaling, TransformerConfig
 from es_jax.models.layers import RMSNorm
-from es_jax.models.transformer import Transformer, param_shapes, unstack_layers
+from es_jax.models.transformer import Transformer, param_shapes, transpose_kernels, unstack_layers
 
 LLAMA = TransformerConfig(
     family="llama", vocab_size=61, width=24, layers=3, heads=4, kv_heads=2, head_dim=10, mlp_dim=40
@@ -65,9 +65,12 @@ def test_cache_equals_no_cache(config, stacked):
 
 
 @CONFIGS
-def test_unrolled_equals_scanned(config):
+def test_unrolled_equals_scanned_with_kernels_either_way_round(config):
     model, params, tokens = _setup(config)
-    _close(_apply(model.config)(unstack_layers(params), tokens)[0], _apply(model.config)(params, tokens)[0])
+    expected = _apply(model.config)(params, tokens)[0]
+    apart = unstack_layers(params)
+    for given in (apart, transpose_kernels(apart, itemsize=4)):
+        _close(_apply(model.config)(given, tokens)[0], expected)
 
 
 @CONFIGS
