@@ -139,7 +139,7 @@ class Transformer:
         """The output head applied to `hidden`'s result: float32 logits."""
         if self.config.tied_embeddings:
             embedding = params["embed"]["embedding"]
-            if isinstance(params["layers"], list | tuple):
+            if isinstance(params.get("layers"), list | tuple):  # unrolled, as on CPU
                 logits = linear(hidden, Transposed(embedding), accumulated=True)
             else:
                 contract = (((2,), (1,)), ((), ()))

@@ -156,7 +156,7 @@ def distance(squares: jax.Array) -> jax.Array:
 class Evaluator:
     """Perturbs and decodes members, a group of devices each, several at once where the model is small.
 
-    A *lane* is one member with its own prompts; a call runs `lanes` of them. `_perturb` makes the lanes' weights and
+    A *lane* is one member with its own prompts; a call runs `lanes` of them. `perturb` makes the lanes' weights and
     `_decode` runs a queue of prompts through the slots of each.
     """
 
@@ -307,7 +307,7 @@ class Evaluator:
         if not queues:
             return
         nobody = Members(jnp.zeros(self.lanes, jnp.uint32), jnp.zeros(self.lanes, jnp.float32))
-        weights, pending = hosts.launch(self._perturb, params, self._placed(nobody)), []
+        weights, pending = hosts.launch(self.perturb, params, self._placed(nobody)), []
         for prompts in queues:
             count, width = prompts.tokens.shape
             each = -(-count // (self.lanes * slots)) * slots
