@@ -181,21 +181,28 @@ class Evaluator:
     def lanes(self) -> int:
         return self.mesh.shape[POP] * self.at_once
 
-    def perturb(self, params: Any, members: Members) -> Any:
-        """The weights of a round of members, in the engine's layout.
+    @property
+    def apart(self) -> bool:
+        """Whether a member's layers are made one by one, as the engine wants them, all by one small program.
 
-        Where the engine wants its layers apart, they are made apart, by one small program that all of them share: to
-        make the stacked leaves and cut them up would write all weights twice.
+        To make the stacked leaves and cut them up would write all weights twice.
         """
-        if not self.engine.unrolled or self.at_once > 1 or not self.noise.rows_alone:
-            return self._perturb(params, members)
-        layers = {"layers": params["layers"]}
-        made = self._perturb({name: leaf for name, leaf in params.items() if name != "layers"}, members)
-        count = len(jax.tree.leaves(layers)[0])
-        return {**made, "layers": tuple(self._perturb(layers, members, np.int32(i))["layers"] for i in range(count))}
+        return self.engine.unrolled and self.at_once == 1 and self.noise.rows_alone
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def _perturb(self, params: Any, members: Members, layer: jax.Array | None = None) -> Any:
+    def perturb(self, params: Any, members: Members, old: Any = None) -> Any:
+        """The weights of a round of members, in the engine's layout; where layers are made apart, in the memory of an
+        `old` round's, which are gone then. Fresh memory costs a CPU as much as the noise."""
+        if not self.apart:
+            return self._perturb(params, members)
+        rest, layers = {name: leaf for name, leaf in params.items() if name != "layers"}, {"layers": params["layers"]}
+        count = len(jax.tree.leaves(layers)[0])
+        spare = [None] * count if old is None else [{"layers": layer} for layer in old["layers"]]
+        made = self._perturb(rest, members, None, None if old is None else {name: old[name] for name in rest})
+        each = (self._perturb(layers, members, np.int32(i), spare[i])["layers"] for i in range(count))
+        return {**made, "layers": tuple(each)}
+
+    @functools.partial(jax.jit, static_argnums=0, donate_argnums=4, keep_unused=True)
+    def _perturb(self, params: Any, members: Members, layer: jax.Array | None = None, old: Any = None) -> Any:
         """All of it in one program; with `layer`, that layer alone, of params that are nothing but layers."""
         specs = map_named(lambda name, leaf: leaf_spec(self.mesh, name, leaf.shape, RULES), params)
         held = jax.tree.map(lambda spec: only(spec, POP), specs)
@@ -273,23 +280,25 @@ class Evaluator:
 
         A round is dispatched before the one before it is handed out, so the devices have work while the host grades.
         Where lanes are left over in the last round, their rows are padding and they decode nothing. The weights of one
-        round are gone before those of the next are made, except where members are small and run several at once.
+        round are gone before those of the next are made, or give them their memory, except where members are small and
+        run several at once.
         """
-        count = len(members)
+        count, perturbed = len(members), None
         pending: list = []
         for first in range(0, count, self.lanes):
             index = np.arange(first, first + self.lanes)
             lanes = members[np.minimum(index, count - 1)]
             if self.at_once == 1:  # a member's weights are large: those of the round before are to be gone
                 hosts.wait(functools.partial(jax.block_until_ready, [outputs for _, outputs in pending]))
-            perturbed = launched("perturb", hosts.launch(self.perturb, params, self._placed(lanes)))
+            perturbed = launched("perturb", hosts.launch(self.perturb, params, self._placed(lanes), perturbed))
             live = (index < count)[:, None, None]
             tokens = np.repeat(prompts.tokens[None], self.lanes, 0)
             rows = self._rows(tokens, np.where(live, prompts.positions[None], np.int32(-1)), prompts.prefix)
             pending.append((index[index < count], launched("decode", hosts.launch(self._decode, perturbed, rows))))
-            del perturbed
+            perturbed = perturbed if self.apart else None
             if len(pending) > 1:
                 yield from _unpack(pending.pop(0))
+        del perturbed
         for item in pending:
             yield from _unpack(item)
 
