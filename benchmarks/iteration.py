@@ -34,7 +34,7 @@ from es_jax.generate.slots import Queue
 from es_jax.tasks import get_task
 from es_jax.training.config import freeze
 from es_jax.training.es_step import Evaluator
-from es_jax.training.grading import Grader, grade
+from es_jax.training.grading import Grader
 from es_jax.training.method import Evolution
 from es_jax.training.state import State
 from es_jax.training.timing import Clock, split
@@ -122,10 +122,11 @@ class Bench:
 
         net = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
         anchor = [param.detach().clone() for param in net.parameters()]
+        grader = Grader(self.task, self.model, self.examples)
 
         def score(tokens: np.ndarray) -> float:
-            graded = grade(self.task, self.model, self.examples, tokens, np.array(self.lengths))
-            return float(np.mean([g.score.reward for g in graded]))
+            graded = grader(range(PROMPTS), tokens, np.array(self.lengths))
+            return float(np.mean([one().score.reward for one in graded]))
 
         def call(members: int, step: int) -> dict[str, float]:
             lengths = self.lengths if step > 1 else [2] * PROMPTS  # nothing is compiled: a short one warms it up

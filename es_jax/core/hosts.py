@@ -141,6 +141,15 @@ def wait(function: Callable[[], T]) -> T:
             return value
 
 
+def launch(function: Callable[..., T], *args: Any) -> T:
+    """The function's result: of a program, whose outputs are on their way.
+
+    Where there are several processes it is called as `wait` does. A CPU's program that needs the other processes holds
+    the launch of the next one up, and it may wait for one that another process stopped before it launched.
+    """
+    return function(*args) if jax.process_count() == 1 else wait(functools.partial(function, *args))
+
+
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
     """Inside, SIGTERM asks for the end of the run: `check`, `wait` and `exchange` raise Preempted.

@@ -257,11 +257,11 @@ class Evaluator:
             lanes = members[np.minimum(index, count - 1)]
             if self.at_once == 1:  # a member's weights are large: those of the round before are to be gone
                 hosts.wait(functools.partial(jax.block_until_ready, [outputs for _, outputs in pending]))
-            perturbed = launched("perturb", self._perturb(params, self._placed(lanes)))
+            perturbed = launched("perturb", hosts.launch(self._perturb, params, self._placed(lanes)))
             live = (index < count)[:, None, None]
             tokens = np.repeat(prompts.tokens[None], self.lanes, 0)
             rows = self._rows(tokens, np.where(live, prompts.positions[None], np.int32(-1)), prompts.prefix)
-            pending.append((index[index < count], launched("decode", self._decode(perturbed, rows))))
+            pending.append((index[index < count], launched("decode", hosts.launch(self._decode, perturbed, rows))))
             del perturbed
             if len(pending) > 1:
                 yield from _unpack(pending.pop(0))
@@ -282,7 +282,7 @@ class Evaluator:
         if not queues:
             return
         nobody = Members(jnp.zeros(self.lanes, jnp.uint32), jnp.zeros(self.lanes, jnp.float32))
-        weights, pending = self._perturb(params, self._placed(nobody)), []
+        weights, pending = hosts.launch(self._perturb, params, self._placed(nobody)), []
         for prompts in queues:
             count, width = prompts.tokens.shape
             each = -(-count // (self.lanes * slots)) * slots
@@ -290,7 +290,8 @@ class Evaluator:
             tokens = np.pad(prompts.tokens, spare).reshape(self.lanes, each, width)
             positions = np.pad(prompts.positions, spare, constant_values=-1).reshape(self.lanes, each, width)
             rows = [range(first, min(first + each, count)) for first in range(0, count, each)]
-            pending.append((rows, self._decode(weights, self._rows(tokens, positions, prompts.prefix))))
+            made = hosts.launch(self._decode, weights, self._rows(tokens, positions, prompts.prefix))
+            pending.append((rows, made))
             if len(pending) > 1:
                 yield _of_lanes(*pending.pop(0))
         del weights

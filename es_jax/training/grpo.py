@@ -119,7 +119,8 @@ class GRPO:
                 jax.random.wrap_key_data(data, impl=jax.random.key_impl(keys)),
                 place(rows.prefix, replicated(mesh)),
             )
-            pending.append((first, launched("decode", self._policy.rollout(self._state.params, *placed))))
+            rolled = hosts.launch(self._policy.rollout, self._state.params, *placed)
+            pending.append((first, launched("decode", rolled)))
             if len(pending) > 1:
                 yield _unpacked(*pending.pop(0), len(prompts))
         for item in pending:

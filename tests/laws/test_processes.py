@@ -190,10 +190,6 @@ def test_two_processes_of_grpo_do_what_one_does(cache, tmp_path):
     assert max(moved) < 1e-5  # measured: 3.4e-7
 
 
-@pytest.mark.skipif(
-    not os.environ.get("ES_JAX_PROCESSES"),
-    reason="rests on how fast processes start and die, so it may fail on a busy machine: ES_JAX_PROCESSES=1",
-)
 @pytest.mark.slow
 def test_terminated_resumed_and_killed(trained, cache):
     pair = Pair.training(trained, cache, steps=100000)
