@@ -5,7 +5,8 @@ model, and re-anchored at the start of each task. At laboratory size the model d
 and knows the others, so the question is what becomes of the skill that was learnt first.
 
 Command:  python -m experiments.sequence [--size=full] [--seeds 0 1] [--docs=docs/lab]
-Cost:     laboratory: under a minute a seed on 2 idle CPU cores. Full: 9 runs of 500 steps a seed, not yet run.
+Cost:     laboratory: under a minute a seed on 2 idle CPU cores. Full: 9 runs of 500 steps a seed, not yet
+          run; by the plan of Qwen2.5-3B on eight H100 (docs/scale.md, a bound) at least 27 hours a seed.
 Result:   laboratory, seeds 0 and 1: re-anchored keeps .41 of the first task and .69 of what was never trained; to the
           first base keeps .21 and .90; no anchor .31 and .49. Full: not yet run.
 """

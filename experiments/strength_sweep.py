@@ -5,7 +5,8 @@ one that is far: the laboratory's countdown by a base model that echoes 60 % of 
 
 Command:  python -m experiments.strength_sweep [--size=full] [--index=$I] [--docs=docs/lab]
           laboratory: first python -m experiments.pretrain_lab --echo=0.9 --out=runs/lab-far
-Cost:     laboratory: 4 to 10 s a run on 2 idle CPU cores, 14 runs a seed. Full: not yet run.
+Cost:     laboratory: 4 to 10 s a run on 2 idle CPU cores, 14 runs a seed. Full: not yet run; by
+          the plan of Qwen2.5-3B on eight H100 (docs/scale.md, a bound) at least 43 hours a seed.
 Result:   laboratory, seeds 0 and 1: at κ = 1 l2 and l1 keep .92 to .94 of the prior tasks on both targets (.60 and .53
           without); the near target is gained as well as without, of the far one half; at 0.3 nothing is learnt.
           docs/study.md. Full: not yet run.

@@ -62,7 +62,8 @@ def topology(name: str, *, slices: int = 1) -> Topology:
     found = chip(kind)
     make = _gpus if found.kind.startswith("NVIDIA") else _tpus
     try:
-        return Topology(name, found, tuple(make(found, name, shape, slices)))
+        whole = name if slices == 1 else f"{slices} slices of {name}"
+        return Topology(whole, found, tuple(make(found, name, shape, slices)))
     except (jax.errors.JaxRuntimeError, NotImplementedError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"topology is {name!r}, which the compiler does not take: {reason}") from error
