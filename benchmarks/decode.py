@@ -1,14 +1,17 @@
 """What generating costs: prefill, a decode step, the bound of a decode step, and what a shared prefix spares.
 
-Command:  python -m benchmarks.decode [--parts=step,prefix] [--repeats=5] [--json[=FILE]]
-Cost:     --repeats=3: 1.5 minutes on 2 CPU cores.
-Result:   step 0.107 s, its bare products 0.122 s; a prefill of which 96 of 128 tokens are shared is 3.9 times as fast.
+Command:  python -m benchmarks.decode [--parts=step,step16,prefix] [--repeats=5] [--json[=FILE]]
+Cost:     --repeats=3: 2.5 minutes on 2 CPU cores.
+Result:   step 0.105 s, its bare products 0.118 s, at the rate of a large product 0.030 s; in bfloat16 0.061, 0.048 and
+          0.0079 s. A prefill of which 96 of 128 tokens are shared is 3.9 times as fast.
 
 Random weights; no row stops. The parts:
 
 - step: SmolLM2-135M's shape in float32, 32 prompts of 128 tokens, 33 new tokens. A step's time is the difference of
-  runs of 33 tokens and of 1, over 32. The bound is the same products alone (all kernels of all layers, scores and
-  mixtures over as many places, the output head), in a loop of as many turns, timed in turn with the engine. Medians.
+  runs of 33 tokens and of 1, over 32. Two bounds: the same products alone (all kernels of all layers, scores and mixtures
+  over as many places, the output head), in a loop of as many turns; and their operations at the rate of a product of two
+  4096 × 4096 matrices. All timed in turn; medians.
+- step16: the same in bfloat16.
 - prefix: a prefill of 32 prompts of 128 tokens, of which 96 are shared, against the same prompts without sharing.
 """
 

@@ -2,7 +2,7 @@
 
 Command:  python -m benchmarks.estimate [--population=30] [--layers=30] [--repeats=3] [--json[=FILE]]
 Cost:     2 minutes on 2 CPU cores.
-Result:   ours 3.38 s, torch 14.65 s (4.34 ×), ours without anchor 3.57 s.
+Result:   ours 3.03 s, torch 13.91 s (4.59 ×), ours without anchor 3.31 s.
 
 Both draw all members' noise again, add it up weighted, take the step and pull toward the anchor; float32, all cores.
 "ours, no anchor" is the same program without the pull: the difference is the pull's own cost.
