@@ -8,9 +8,9 @@ Result:   step 0.105 s, its bare products 0.118 s, at the rate of a large produc
 Random weights; no row stops. The parts:
 
 - step: SmolLM2-135M's shape in float32, 32 prompts of 128 tokens, 33 new tokens. A step's time is the difference of
-  runs of 33 tokens and of 1, over 32. Two bounds: the same products alone (all kernels of all layers, scores and mixtures
-  over as many places, the output head), in a loop of as many turns; and their operations at the rate of a product of two
-  4096 × 4096 matrices. All timed in turn; medians.
+  runs of 33 tokens and of 1, over 32. Two bounds: the same products alone (all kernels of all layers, scores and
+  mixtures over as many places, the output head), in a loop of as many turns; and their operations at the rate of a
+  product of two 4096 × 4096 matrices. All timed in turn; medians.
 - step16: the same in bfloat16.
 - prefix: a prefill of 32 prompts of 128 tokens, of which 96 are shared, against the same prompts without sharing.
 """
