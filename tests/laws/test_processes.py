@@ -220,6 +220,17 @@ def test_a_process_that_fails_tells_the_other(tmp_path, cache):
     assert len(SeedLog(tmp_path, writable=False).entries) == 1
 
 
+def test_one_terminated_before_its_first_step_starts_anew(tmp_path):
+    command = [sys.executable, "-m", "es_jax.train", f"--config={ROOT}/configs/lab.py:steps=5", f"--workdir={tmp_path}"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert any("90,432 weights" in line for line in process.stderr)
+    process.send_signal(signal.SIGTERM)  # the first step is compiling
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "terminated; no step is finished, and the same command starts anew" in err
+    assert not (tmp_path / "DONE").exists() and not saved_steps(tmp_path)
+
+
 def test_a_process_that_cannot_listen_ends_all_the_same():
     code = """
 import time
