@@ -3,7 +3,7 @@
 Command:  python -m benchmarks.lab [--repeats=5] [--members=8] [--json[=FILE]]
 Needs:    EXTRAS=verify for torch.
 Cost:     10 s on 2 CPU cores.
-Result:   ours 170 members a second, torch 79 with generate (2.15 ×) and 91 by hand (1.87 ×). docs/speed.md
+Result:   ours 157 members a second, torch 77 with generate (2.05 ×) and 91 by hand (1.72 ×). docs/speed.md
 
 A member is perturbed, decodes 64 lab-countdown prompts greedily, at most 6 new tokens, and is graded. The peer's member
 is perturbed and restored in place; "torch, by hand" decodes with a loop of a few lines over the same network and its
@@ -46,7 +46,7 @@ def main() -> None:
 
     def ours() -> None:
         for _, tokens, length in evaluator.members(model.params, members, rows):
-            made.append(np.mean([g.score.reward for g in grader(everyone, tokens, length)]))
+            made.append(np.mean([one().score.reward for one in grader(everyone, tokens, length)]))
 
     with tempfile.TemporaryDirectory() as folder:
         save_model(folder, model)
@@ -58,7 +58,7 @@ def main() -> None:
                 peer_torch.perturb(list(net.parameters()), seed, SIGMA)
                 tokens = generate(net, prompts)
                 length = np.array([_length(row, model.stop_ids) for row in tokens.tolist()])
-                made.append(np.mean([g.score.reward for g in grader(everyone, tokens, length)]))
+                made.append(np.mean([one().score.reward for one in grader(everyone, tokens, length)]))
                 peer_torch.perturb(list(net.parameters()), seed, -SIGMA)
 
         return call

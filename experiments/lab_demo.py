@@ -3,7 +3,7 @@
 Three runs of the laboratory model, a table, a figure, and a sentence.
 
 Command:  make demo, or python -m experiments.lab_demo --out=runs/demo
-Cost:     88 s on one of 2 shared CPU cores, once the packages are in.
+Cost:     66 s on 2 CPU cores, 88 s on one of 2 shared ones, once the packages are in.
 Result:   seed 0, after 300 steps: base model target .040, prior .996; ES .505, .329; ES + AWD .555, .835; random
           rewards .040, .361. More seeds: docs/study.md.
 """

@@ -4,7 +4,7 @@ Runs (or resumes) every row for every pretraining seed and ES seed, then writes 
 and the table and figures of what is finished.
 
 Command:  python -m experiments.lab_study --models lab runs/lab-1 --seeds 0 1 2 --out=runs/lab_study --docs=docs/lab
-Cost:     about an hour of one of 2 shared CPU cores, 78 runs; the steps of one take 20 s, at N = 32 85, at 128 200 s.
+Cost:     40 minutes of one of 2 shared CPU cores, 78 runs; the steps of one take 20 s, at N = 32 85, at 128 200 s.
 Result:   docs/study.md
 """
 
