@@ -1,11 +1,16 @@
 """What the benchmarks compare does the same work on both sides."""
 
 import dataclasses
+import importlib
+import json
+import sys
 import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import benchmarks
 from benchmarks.iteration import EndedEngine, drawn
 from es_jax.generate.engine import Engine
 from es_jax.tasks import get_task
@@ -46,6 +51,23 @@ def test_the_peer_generates_the_same_tokens_with_generate_and_by_hand(lab):
             assert ours[:length].tolist() == theirs[:length].tolist()
     ended = peer_torch.generate(net, prompts, 6, stop=model.stop_ids[0], lengths=[1, 3, 6, 2, 6, 5, 1, 4])
     assert (ended == model.stop_ids[0]).sum(1).tolist() == [6, 4, 1, 5, 1, 2, 6, 3]
+
+
+def test_the_laboratorys_benchmark_runs(tmp_path, monkeypatch):
+    pytest.importorskip("torch")
+    from benchmarks import lab
+
+    monkeypatch.setattr(sys, "argv", ["lab", "--repeats=1", "--members=2", f"--json={tmp_path / 'found.json'}"])
+    lab.main()
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert 0 <= found["mean_reward"] < 0.5 and min(found["members_a_second"].values()) > 0
+
+
+@pytest.mark.parametrize("path", sorted(Path(benchmarks.__file__).parent.glob("*.py")), ids=lambda path: path.stem)
+def test_benchmarks_import(path):
+    if path.stem in ("lab", "peer_torch", "noise", "estimate"):
+        pytest.importorskip("torch")
+    importlib.import_module(f"benchmarks.{path.stem}")
 
 
 def test_even_lengths_are_as_many_as_prompts():
