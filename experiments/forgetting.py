@@ -6,13 +6,13 @@ end where a weight has drifted by 1.9, 0.97 and 0.48 σ (the published 500 steps
 
 Command:  python -m experiments.forgetting [--size=full] [--index=$I] [--docs=docs/lab]
           laboratory: first python -m experiments.pretrain_lab --target=sort --out=runs/lab-sort
-Cost:     laboratory: 12 runs a seed; on 2 shared CPU cores the steps of one at N = 128 took 85 to 109 s.
+Cost:     laboratory: 12 runs a seed, 4 minutes of one CPU core.
           Full: 3 targets × 3 N × 2 × seeds of 500 steps, not yet run. By the plan of Qwen2.5-3B on eight H100
           (docs/scale.md: a bound, every completion at its full 1024 tokens) a step takes at least 22, 88 and 177 s at
           N = 30, 128 and 256, so a seed of them at least 239 hours.
-Result:   laboratory, seed 0: what is forgotten follows the drift, whether N or AWD held it back: of .99 prior accuracy
-          .53 (lab-countdown) and .67 (lab-sort) are left at κ = 1.9, .87 to .93 at 1 to 1.2, .97 to .98 at 0.5
-          (docs/study.md). Full: not yet run.
+Result:   laboratory, seeds 0 to 2: what is forgotten follows the drift, whether N or AWD held it back: of .99
+          (lab-countdown) and .97 (lab-sort) prior accuracy .58 are left at κ = 1.9, .82 to .91 at 1 to 1.2, .94 to .97
+          at 0.5 (docs/study.md). Full: not yet run.
 """
 
 from collections.abc import Iterator, Sequence
