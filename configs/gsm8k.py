@@ -4,7 +4,8 @@ Command:  python -m es_jax.train --config=configs/gsm8k.py:qwen2.5-3b,anchor=l2 
 Arguments: configs/common.py. Rows: openai/gsm8k from the hub, or data=DIR with train.parquet and test.parquet.
           The word small sets a size for a CPU: gsm8k.py:smollm2,small (`make smollm2` fetches the model).
 Needs:    the published setting, memory and time: not yet run.
-Reached:  not yet run, at either size.
+Reached:  the published setting: not yet run. Small (smollm2,small,data=DIR), 3 steps of 22 s on 2 CPU cores: rewards 0,
+          so nothing moves; held-out accuracy .125 of 8 rows before and after.
 """
 
 from configs.common import configure
