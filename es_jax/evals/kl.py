@@ -17,9 +17,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32
 
 from es_jax.core import hosts, rng
+from es_jax.core.blocks import block_length, in_blocks
 from es_jax.generate.engine import Engine
 from es_jax.generate.sampling import Temperature
-from es_jax.generate.score import block_length, in_blocks, token_positions
+from es_jax.generate.score import token_positions
 from es_jax.models.config import TransformerConfig
 from es_jax.models.transformer import Transformer
 
@@ -66,8 +67,7 @@ def token_kl(
         chosen = jnp.take_along_axis(difference, tokens[..., None], axis=2)[..., 0]
         return chosen, jnp.sum(jnp.exp(p) * difference, axis=2)
 
-    block = max(block_length(config, 2 * len(tokens)), 1)
-    compared = in_blocks(compare, *before, tokens, block=block)
+    compared = in_blocks(compare, *before, tokens, block=block_length(2 * len(tokens) * config.vocab_size))
     return jax.tree.map(lambda x: jnp.where(positions > 0, x, 0.0), compared)
 
 

@@ -10,8 +10,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float32, Int32
 
+from es_jax.core.blocks import block_length, in_blocks
 from es_jax.core.mesh import replicated
-from es_jax.generate.score import block_length, in_blocks
 from es_jax.models.cache import KVCache
 from es_jax.models.config import TransformerConfig
 from es_jax.models.transformer import Transformer
@@ -84,7 +84,7 @@ def _score(
         at = jnp.where(there, lengths[:, None] + place, -1)
         hidden, _ = model.hidden(params, tokens, positions=at, cache=empty(length=tokens.shape[1], past=past))
         before = jnp.concatenate([last, hidden[:, :-1]], axis=1)
-        logprob = in_blocks(chosen, before, tokens, block=block_length(config, rows))
+        logprob = in_blocks(chosen, before, tokens, block=block_length(rows * config.vocab_size))
         return jnp.sum(jnp.where(there, logprob, 0.0), axis=1)
 
     def chosen(before: Array, tokens: Array) -> Array:

@@ -1,17 +1,15 @@
 """Log-probabilities of given tokens, in one forward pass."""
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32, Int32
 
+from es_jax.core.blocks import block_length, in_blocks
 from es_jax.models.config import TransformerConfig
 from es_jax.models.transformer import Transformer
-
-_HELD = 2**25  # logits held at once, in numbers: 128 MiB of float32
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -43,7 +41,7 @@ def score_tokens(
         logits = model.logits(params, hidden)
         return jnp.take_along_axis(logits, tokens[..., None], axis=2)[..., 0] - jax.nn.logsumexp(logits, axis=2)
 
-    logprob = in_blocks(score, jnp.roll(hidden, 1, axis=1), tokens, block=block_length(config, len(tokens)))
+    logprob = in_blocks(score, jnp.roll(hidden, 1, axis=1), tokens, block=block_length(len(tokens) * config.vocab_size))
     return jnp.where(positions > 0, logprob, 0.0)
 
 
@@ -55,33 +53,3 @@ def token_positions(mask: Bool[Array, "B L"]) -> Int32[Array, "B L"]:
     """
     mask = mask.astype(bool)
     return jnp.where(mask, jnp.cumsum(mask.astype(jnp.int32), axis=1) - 1, -1)
-
-
-def block_length(config: TransformerConfig, rows: int) -> int:
-    """How many positions of `rows` rows are in a block whose logits take about 128 MiB; at least 1."""
-    return max(_HELD // (rows * config.vocab_size), 1)
-
-
-def in_blocks(function: Callable, *arrays: Array, block: int) -> Any:
-    """`function` of arrays [B, L, …], called on blocks of positions [B, block, …] one after another.
-
-    What it makes inside is held for one block, forwards and backwards. It returns a tree of arrays [B, block, …].
-
-    >>> in_blocks(lambda x: 2 * x, jnp.arange(5)[None], block=2).tolist()
-    [[0, 2, 4, 6, 8]]
-    """
-    length = arrays[0].shape[1]
-    count = -(-length // block)
-    if count == 1:
-        return function(*arrays)
-
-    def cut(x: Array) -> Array:
-        x = jnp.pad(x, [(0, count * block - length if axis == 1 else 0) for axis in range(x.ndim)])
-        return jnp.moveaxis(x.reshape(x.shape[0], count, block, *x.shape[2:]), 1, 0)
-
-    def join(x: Array) -> Array:
-        x = jnp.moveaxis(x, 0, 1)
-        return x.reshape(x.shape[0], count * block, *x.shape[3:])[:, :length]
-
-    out = jax.lax.map(lambda xs: jax.checkpoint(function)(*xs), tuple(map(cut, arrays)))
-    return jax.tree.map(join, out)

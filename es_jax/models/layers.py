@@ -4,6 +4,7 @@ Matrix products run in the compute dtype (that of the weights) and accumulate in
 positions and the softmax are float32; what passes between layers is in the compute dtype.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,11 +15,13 @@ from flax import linen as nn
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from es_jax.core.blocks import block_length, in_blocks
 from es_jax.models.cache import write
 from es_jax.models.config import TransformerConfig
 from es_jax.models.rope import Angles, rotate
 
 INIT_STD = 0.02
+QUERIES = 64  # of a block of attention, at least
 MASKED = -1e30  # finite: a query that may attend nothing gets a mean of the values, not NaN
 KV = tuple[Array, Array]  # keys [B, KH, hd, S] and values [B, KH, S, hd]; B = 1 where all rows share them
 Masks = tuple[Bool[Array, "B T _"], ...]  # who attends whom, for each of the pieces attended
@@ -67,9 +70,16 @@ def attend(
     """Softmax attention over the keys and values of all pieces together.
 
     Each run of H/KH query heads shares one key/value head, which is never repeated, and a piece with B = 1 is shared by
-    all rows. Scores are products times `scale`, soft-capped at `cap`. Source of the grouping: Ainslie et al. 2023,
-    arXiv 2305.13245.
+    all rows. Scores are products times `scale`, soft-capped at `cap`, and made for a block of queries at a time, so
+    that [B, H, T, S] of a long prompt is never held. Source of the grouping: Ainslie et al. 2023, arXiv 2305.13245.
     """
+    scores = len(q) * q.shape[2] * sum(mask.shape[2] for mask in masks)
+    block = block_length(4 * scores, multiple=QUERIES)  # four: about as many arrays of that size are made of them
+    return in_blocks(functools.partial(_attended, pieces=pieces, scale=scale, cap=cap), q, *masks, block=block)
+
+
+def _attended(q: Array, *masks: Array, pieces: Sequence[KV], scale: float, cap: float | None) -> Array:
+    """`attend`, of so many queries at once."""
     batch, length, heads, head_dim = q.shape
     kv_heads = pieces[0][0].shape[1]
     grouped = (batch, kv_heads, heads // kv_heads, length)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from es_jax.core import blocks
 from es_jax.evals import kl as module
 from es_jax.evals.kl import Continuation, averages, kl, sample, token_kl
 from es_jax.generate import score
@@ -30,7 +31,7 @@ def naive(params, ids):
 
 @pytest.mark.parametrize("held", [2**25, 200])  # all positions in one block, or three of them at a time
 def test_it_is_the_naive_sum(models, held, monkeypatch):
-    monkeypatch.setattr(score, "_HELD", held)
+    monkeypatch.setattr(blocks, "HELD", held)
     rows = [Continuation([1, 2], [3, 4, 5, 6, 7]), Continuation([8, 9, 10], [11])]
     jax.clear_caches()
     got = kl(CONFIG, *models, rows)
@@ -67,7 +68,7 @@ def test_continuations_are_the_same_again_and_other_with_another_seed(models):
 @pytest.mark.parametrize("function", ["token_kl", "score_tokens", "its gradient"])
 def test_the_logits_of_all_positions_are_never_held(models, function, monkeypatch):
     """No array of the program has the B · L · V numbers of the logits."""
-    monkeypatch.setattr(score, "_HELD", 2 * 4 * 31)
+    monkeypatch.setattr(blocks, "HELD", 2 * 4 * 31)
     jax.clear_caches()
     tokens, mask = jnp.ones((2, 64), jnp.int32), jnp.ones((2, 64), bool)
     program = {
