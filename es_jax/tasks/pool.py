@@ -8,13 +8,13 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 
-from es_jax.tasks.task import Example, Score, Task
+from es_jax.tasks.task import Example, Score, Scorer
 
 Submit = Callable[[Example, str], Callable[[], Score]]
 
 
 @contextlib.contextmanager
-def workers_of(task: Task) -> Iterator[Submit | None]:
+def workers_of(task: Scorer) -> Iterator[Submit | None]:
     """As many processes as the task's `workers` says, until the context ends; None where it has none, or 0.
 
     What it gives takes an example and a completion, does not wait, and returns the function that waits for the score.
@@ -33,7 +33,8 @@ def workers_of(task: Task) -> Iterator[Submit | None]:
     pool = ProcessPoolExecutor(count, mp_context=context, initializer=_begin, initargs=(task,))
 
     def submit(example: Example, completion: str) -> Callable[[], Score]:
-        future = pool.submit(_score, example, completion)
+        with _named(task, example):  # here, once another of the pool's processes has died
+            future = pool.submit(_score, example, completion)
         return lambda: _result(task, example, future)
 
     try:
@@ -42,17 +43,23 @@ def workers_of(task: Task) -> Iterator[Submit | None]:
         pool.shutdown(cancel_futures=True)
 
 
-def _result(task: Task, example: Example, future: Future[Score]) -> Score:
-    try:
+def _result(task: Scorer, example: Example, future: Future[Score]) -> Score:
+    with _named(task, example):
         return future.result()
+
+
+@contextlib.contextmanager
+def _named(task: Scorer, example: Example) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:
         raise RuntimeError(f"task {task.name!r} could not score example {example.id!r}: {error!r}") from error
 
 
-_task: Task | None = None  # a worker's
+_task: Scorer | None = None  # a worker's
 
 
-def _begin(task: Task) -> None:
+def _begin(task: Scorer) -> None:
     global _task
     _task = task
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the run's own process ends the pool

@@ -5,7 +5,7 @@ and the evaluations all see the same three methods.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypedDict, runtime_checkable
 
 from es_jax.core.names import unknown
@@ -61,13 +61,20 @@ class Choices:
     right: int
 
 
-@runtime_checkable
-class Task(Protocol):
-    """What every entry of `es_jax.tasks.TASKS` offers."""
+class Scorer(Protocol):
+    """What grades completions: a task, or a view of one."""
 
     @property
     def name(self) -> str:
         """The task's key in `TASKS`."""
+
+    def score(self, example: Example, completion: str) -> Score:
+        """Grades the text a model wrote after the prompt. Never raises for a strange completion."""
+
+
+@runtime_checkable
+class Task(Scorer, Protocol):
+    """What every entry of `es_jax.tasks.TASKS` offers."""
 
     def train(self, n: int | None = None) -> list[Example]:
         """The first `n` training examples (all of them, or the documented default, for None).
@@ -79,9 +86,6 @@ class Task(Protocol):
     def test(self, n: int | None = None) -> list[Example]:
         """The first `n` test examples; otherwise like `train`."""
 
-    def score(self, example: Example, completion: str) -> Score:
-        """Grades the text a model wrote after the prompt. Never raises for a strange completion."""
-
 
 @runtime_checkable
 class ChoiceTask(Task, Protocol):
@@ -89,6 +93,36 @@ class ChoiceTask(Task, Protocol):
 
     def choices(self, example: Example) -> Choices:
         """The options of one of this task's examples, as continuations to score."""
+
+
+@dataclass(frozen=True)
+class PaperParts:
+    """A task that grades as another one does, but with the published grader's parts, so that evaluations compare.
+
+    >>> from es_jax.tasks import get_task
+    >>> opened = Example("0", "2 + 2?", "4")
+    >>> PaperParts(get_task("gsm8k", grader="strict")).score(opened, "It is 4")
+    Score(reward=0.0, parts={'answer': 1.0, 'format': 0.0, 'strict': 0.0})
+    """
+
+    task: Any
+
+    @property
+    def name(self) -> str:
+        """The other's."""
+        return self.task.name
+
+    @property
+    def workers(self) -> Any:
+        """The other's, see `es_jax.tasks.pool`."""
+        return getattr(self.task, "workers", 0)
+
+    def score(self, example: Example, completion: str) -> Score:
+        """Reward: of the task's own grader. Parts: of the published one."""
+        own = self.task.score(example, completion)
+        if getattr(self.task, "grader", "paper") == "paper":
+            return own
+        return Score(own.reward, replace(self.task, grader="paper").score(example, completion).parts)
 
 
 def check_grader(grader: str) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from es_jax.core import hosts
 from es_jax.tasks.pool import Submit
-from es_jax.tasks.task import Example, Score, Task
+from es_jax.tasks.task import Example, Score, Scorer
 from es_jax.training.timing import host
 from es_jax.weights.model import Model
 
@@ -35,7 +35,7 @@ class Grader:
     `submit`: of `es_jax.tasks.pool.workers_of`; None scores in this thread.
     """
 
-    task: Task
+    task: Scorer
     model: Model
     examples: Sequence[Example]
     submit: Submit | None = None

@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 
 from es_jax.generate.options import score_options
 from es_jax.models.config import TransformerConfig
-from es_jax.tasks.task import ChoiceTask, Example, Score, Task
+from es_jax.tasks.pool import workers_of
+from es_jax.tasks.task import ChoiceTask, Example, PaperParts, Task
 from es_jax.training.es_step import Evaluator
 from es_jax.training.grading import Graded, Grader
 from es_jax.training.verdicts import Verdicts
@@ -82,9 +83,11 @@ def evaluate(
     engine = evaluator.engine
     queues = [engine.packing(held.prompts).pack(held.prompts, rows=len(held.prompts)) for held in tasks]
     for held, lanes in zip(tasks, evaluator.unperturbed(params, queues), strict=True):
-        grader = Grader(_Published(held.task), model, held.examples)  # type: ignore[arg-type]
-        own = {lane: (rows, grader(rows, tokens, length)) for lane, (rows, tokens, length) in lanes.items()}
-        graded = [one for part in grader.shared(own).values() for one in part]
+        task = PaperParts(held.task)
+        with workers_of(task) as submit:
+            grader = Grader(task, model, held.examples, submit)
+            own = {lane: (rows, grader(rows, tokens, length)) for lane, (rows, tokens, length) in lanes.items()}
+            graded = [one for part in grader.shared(own).values() for one in part]
         likely = likeliest(model.config, params, held.options, dtype=evaluator.dtype, mesh=evaluator.mesh)
         done(len(graded))
         yield held, _verdicts(graded, likely)
@@ -104,20 +107,6 @@ def _verdicts(graded: Sequence[Graded], likely: np.ndarray | None) -> Verdicts:
         reward=np.array([g.score.reward for g in graded], float),
         parts=parts,
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Published:
-    """A task whose reward is its own grader's, and whose parts are the published grader's."""
-
-    task: Task
-
-    def score(self, example: Example, completion: str) -> Score:
-        own = self.task.score(example, completion)
-        if getattr(self.task, "grader", "paper") == "paper":
-            return own
-        paper: Any = dataclasses.replace(self.task, grader="paper")  # type: ignore[type-var]
-        return Score(own.reward, paper.score(example, completion).parts)
 
 
 def _options(task: ChoiceTask, example: Example, model: Model) -> tuple[list[int], list[list[int]], int]:

@@ -1,20 +1,31 @@
 """One process of a run of several, for tests: `python -m es_jax.train`, whose grading fails at $FAIL_AT if that is set.
 
-$FAIL_AT is "RANK STEP": process RANK cannot grade its completions of that step.
+$FAIL_AT is "RANK STEP": process RANK cannot grade its completions of that step. With $WORKERS the trained
+task, one of the laboratory's, has so many processes that score.
 """
 
+import dataclasses
 import os
 
 import jax
 
 from es_jax import train
+from es_jax.tasks.lab import Lab
+from es_jax.training import loop
 from es_jax.training.grading import Grader
 from es_jax.training.loop import _Run
+
+
+@dataclasses.dataclass(frozen=True)
+class LabWithWorkers(Lab):
+    workers: int = 0
 
 
 def main() -> None:
     """The command, with a fault where one is asked for."""
     rank, step = map(int, os.environ.get("FAIL_AT", "-1 -1").split())
+    if workers := int(os.environ.get("WORKERS", 0)):
+        loop.make_task = lambda config: LabWithWorkers(config.task.name.removeprefix("lab-"), workers=workers)
     now, collect, grade = [0], _Run._collect, Grader.__call__
 
     def collecting(self, step):

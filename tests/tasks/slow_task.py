@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import signal
 import sys
 import time
 
@@ -10,7 +11,8 @@ from es_jax.tasks import Score
 
 @dataclasses.dataclass(frozen=True)
 class Slow:
-    """Scores take as long as the completion says; a part tells the process, another whether it has JAX."""
+    """Scores take as long as the completion says, unless that is "bad" or "die"; parts tell the process, and whether it
+    has JAX."""
 
     name: str = "slow"
     workers: int = 2
@@ -18,5 +20,7 @@ class Slow:
     def score(self, example, completion):
         if completion == "bad":
             raise KeyError("no such thing")
+        if completion == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(float(completion))
         return Score(float(example.id), {"pid": os.getpid(), "jax": "jax" in sys.modules})

@@ -22,6 +22,14 @@ def test_workers_score_in_order_without_jax_and_end_with_the_context():
     assert not [pid for pid in pids if os.path.exists(f"/proc/{pid}")]
 
 
+def test_the_death_of_a_worker_is_told_with_the_example_by_all_that_wait():
+    with workers_of(Slow()) as submit:
+        last = submit(Example("1", "", None), "die")
+        for wait in (last, lambda: submit(Example("1", "", None), "0")):
+            with pytest.raises(RuntimeError, match=r"'slow' could not score example '1'.*BrokenProcessPool"):
+                wait()
+
+
 @pytest.mark.parametrize("workers", [-1, 2.0, True])
 def test_a_wrong_number_of_workers_is_refused(workers):
     with pytest.raises(ValueError, match="workers"), workers_of(Slow(workers=workers)):
