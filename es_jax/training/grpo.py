@@ -82,6 +82,10 @@ class GRPO:
         entry = Entry(step, seeds=[], signs=[], paired=False, rewards=rewards.tolist(), weights=[])
         return entry, [graded[j :: g.rollouts] for j in range(g.rollouts)]
 
+    def inside(self, entry: Entry) -> dict[str, float]:
+        """Nothing."""
+        return {}
+
     def learn(self, entry: Entry) -> dict[str, float]:
         """One optimizer step for each mini-batch of what was collected; means over the step's tokens and updates."""
         assert self._collected is not None

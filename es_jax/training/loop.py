@@ -1,6 +1,7 @@
 """The training loop: members → rewards → weights → estimate and update → seed log."""
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -180,7 +181,7 @@ class _Run:
             spent = self._spent(step, clock.seconds(), graded, total=now - began)
             self.recorder.step(entry, graded, drift=drift, spent={**spent, **first}, learnt=learnt)
             self.log.append(entry)
-            if told := self.profile.done(step, spent):
+            if told := self.profile.done(step, spent, functools.partial(self.method.inside, entry)):
                 self.recorder.progress.say(told)
             self._finish_step(step)
 

@@ -50,6 +50,9 @@ class Method(Protocol):
     def learn(self, entry: Entry) -> Mapping[str, float | None]:
         """Move the weights by what was collected; what else there is to record of it."""
 
+    def inside(self, entry: Entry) -> Mapping[str, float]:
+        """Seconds, measured alone, of what is part of a program that a trace shows as one; all processes call it."""
+
 
 class Evolution:
     """Members → rewards → weights → estimate and update (arXiv 2509.24372)."""
@@ -85,6 +88,10 @@ class Evolution:
         if self._config.optim.name != "sgd" or self._config.es.rewards == "random":
             found["expected_gain"] = None
         return {**found, "curvature_gap": self._gap, **rates._asdict()}
+
+    def inside(self, entry: Entry) -> dict[str, float]:
+        """The estimate, which XLA fuses with the optimizer."""
+        return {"estimate": self._state.estimate_seconds(entry)}
 
     def _measure_gap(self, step: int, prompts: Sequence[Sequence[int]], grade: Grader, rewards: np.ndarray) -> None:
         """Mean reward of the members minus that of the model between them, at the steps behind an evaluation."""

@@ -14,7 +14,7 @@ import queue
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -115,9 +115,8 @@ class Clock:
 def split(seconds: dict[str, float], *, total: float) -> dict[str, float]:
     """A step's columns: seconds and share of each part, and of `wait`, when no program ran.
 
-    `decode` holds prefill too and `update` the estimate, since each is one program; a trace (`Profile`) tells prefill
-    apart. `grade` is the host's, beside the
-    programs, so it is no part of the sum of the others, which is the step.
+    `decode` holds prefill too and `update` the estimate, since each is one program; `Profile` tells both apart. `grade`
+    is the host's, beside the programs, so it is no part of the sum of the others, which is the step.
     """
     parts = {name: seconds.get(name, 0.0) for name in ("perturb", "decode", "update")}
     parts = {**parts, "wait": max(total - sum(parts.values()), 0.0), "grade": seconds.get("grade", 0.0)}
@@ -165,12 +164,15 @@ class Work:
         }
 
 
+_COLUMNS = ("seconds", "prompt_tokens", "tokens", "seconds_grade")
+
+
 class Profile:
     """A TensorBoard trace of the steps from `start` up to, not including, `stop`, and what it tells: profile.json."""
 
     def __init__(self, steps: tuple[int, ...], workdir: Path):
         self._steps, self._workdir, self._running = steps, workdir, False
-        self._done: list[tuple[float, int, int]] = []  # of each traced step: seconds, tokens of prompts, tokens made
+        self._done: list[tuple[float, ...]] = []  # of each traced step: what _COLUMNS names
 
     def step(self, step: int) -> contextlib.AbstractContextManager:
         """To be entered around a step."""
@@ -179,20 +181,24 @@ class Profile:
             self._running = True
         return jax.profiler.StepTraceAnnotation("step", step_num=step)
 
-    def done(self, step: int, spent: Mapping[str, Any]) -> str | None:
-        """A step has ended; `spent` has its seconds and tokens. Behind the last one of the trace: what it tells."""
+    def done(self, step: int, spent: Mapping[str, Any], inside: Callable[[], Mapping[str, float]]) -> str | None:
+        """A step has ended; `spent` has its seconds and tokens. Behind the last one of the trace: what it tells.
+
+        `inside`: seconds of what is part of another program, so that no trace tells it; called by all processes.
+        """
         if not self._running:
             return None
-        self._done.append((spent["seconds"], spent["prompt_tokens"], spent["tokens"]))
+        self._done.append(tuple(spent[name] for name in _COLUMNS))
         if step + 1 < self._steps[1]:
             return None
         self.close()
-        return self._told(step) if jax.process_index() == 0 else None
+        within = inside()
+        return self._told(step, within) if jax.process_index() == 0 else None
 
-    def _told(self, step: int) -> str:
+    def _told(self, step: int, within: Mapping[str, float]) -> str:
         """Writes profile.json: means of the traced steps, of the devices that this process sees."""
         count = len(self._done)
-        total, prompt, new = (sum(column) / count for column in zip(*self._done, strict=True))
+        total, prompt, new, grade = (sum(column) / count for column in zip(*self._done, strict=True))
         try:
             parts = trace.part_seconds(trace.newest(self._workdir / "tb"))
         except Exception as error:  # a format that is not known yet: no reason to end a run
@@ -201,6 +207,7 @@ class Profile:
             return f"the trace of steps {step - count + 1} to {step} names none of the run's programs"
         parts = {part: value / count for part, value in parts.items()}
         parts["wait"] = max(total - sum(parts.values()), 0.0)
+        parts |= {"grade": grade, **within}  # beside the devices' work, or inside of it: no parts of the sum
         row: dict[str, Any] = {"first": step - count + 1, "last": step, "seconds": total}
         row |= {f"seconds_{part}": value for part, value in parts.items()}
         row |= {f"share_{part}": value / total for part, value in parts.items()}

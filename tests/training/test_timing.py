@@ -98,7 +98,7 @@ def test_a_trace_is_written_of_the_steps_asked_for(tmp_path):
     for step in range(1, 6):
         with profile.step(step):
             (jnp.ones(4) * step).block_until_ready()
-        told = profile.done(step, {"seconds": 1.0, "prompt_tokens": 5, "tokens": 2})
+        told = profile.done(step, {"seconds": 1.0, "prompt_tokens": 5, "tokens": 2, "seconds_grade": 0.1}, dict)
         assert bool(list(tmp_path.rglob("*.xplane.pb"))) == (step >= 3)
         assert told == ("the trace of steps 2 to 3 names none of the run's programs" if step == 3 else None)
     profile.close()
@@ -113,11 +113,12 @@ def test_a_trace_tells_prefill_apart_from_decode(tmp_path):
         run(config, workdir)
         found, rows = json.loads((workdir / "profile.json").read_text()), read_jsonl(workdir / "metrics.jsonl")[1:]
         assert (found["first"], found["last"]) == (2, 3)
-        for name in ("seconds", "tokens", "prompt_tokens"):
+        for name in ("seconds", "tokens", "prompt_tokens", "seconds_grade"):
             assert found[name] == pytest.approx(np.mean([row[name] for row in rows]))
         parts = {part: found[f"seconds_{part}"] for part in ("perturb", "prefill", "decode", "update", "wait")}
         assert sum(parts.values()) == pytest.approx(found["seconds"])
         assert min(parts[part] for part in ("perturb", "prefill", "update")) > 0
+        assert found["seconds_estimate"] > 0
         assert found["prefill_tokens_per_second"] == pytest.approx(found["prompt_tokens"] / parts["prefill"])
         shares.append(parts["prefill"] / (parts["prefill"] + parts["decode"]))
     assert shares[0] > shares[1]  # where one token is made, there is no decode step
