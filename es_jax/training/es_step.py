@@ -218,15 +218,13 @@ class Evaluator:
         specs = map_named(lambda name, leaf: leaf_spec(self.mesh, name, leaf.shape, RULES), params)
         held = jax.tree.map(lambda spec: only(spec, POP), specs)
 
-        def one(params: Any, member: Members, layer: jax.Array | None = None) -> Any:
-            make = functools.partial(self._made, member=member, layer=layer)
-            made = map_named(make, params, specs)
+        def one(params: Any, member: Members, layer: jax.Array | None) -> Any:
+            made = map_named(functools.partial(self._made, member=member, layer=layer), params, specs)
             whole = layer is None and "layers" in params
             return self.engine.layout(made) if whole else self.engine.turned(made)
 
-        given = () if layer is None else (layer,)
-        specs_in = (held, PartitionSpec(POP)) + (PartitionSpec(),) * len(given)
-        return self._grouped(one, in_specs=specs_in, mapped=(None, 0, None)[: 2 + len(given)])(params, members, *given)
+        in_specs = (held, PartitionSpec(POP), PartitionSpec())
+        return self._grouped(one, in_specs=in_specs, mapped=(None, 0, None))(params, members, layer)
 
     def _made(
         self, name: str, part: jax.Array, spec: PartitionSpec, member: Members, layer: jax.Array | None
