@@ -17,7 +17,7 @@ from es_jax.models.config import TransformerConfig
 from es_jax.models.transformer import Transformer
 
 TOKENS = 2**12  # of prompts read in one call
-WIDTH_STEP = 32  # prompts are padded to this many tokens times a power of two, so that few widths are compiled
+WIDTH_STEP = 32  # prompts are padded to this many tokens times 1, 2, 3, 4, 6, 8, 12, …, so that few widths are compiled
 
 
 def score_options(
@@ -99,8 +99,14 @@ def _together(lengths: Sequence[int]) -> Iterator[tuple[list[int], int]]:
     """Rows of about one length, and the width that they are padded to."""
     groups: dict[int, list[int]] = {}
     for i, length in enumerate(lengths):
-        groups.setdefault(WIDTH_STEP * _power(-(-length // WIDTH_STEP)), []).append(i)
+        groups.setdefault(WIDTH_STEP * _rounded(-(-length // WIDTH_STEP)), []).append(i)
     yield from ((group, width) for width, group in groups.items())
+
+
+def _rounded(n: int) -> int:
+    """The smallest number that is at least n and a power of two, or three times one."""
+    power = _power(n)
+    return 3 * power // 4 if power >= 4 and n <= 3 * power // 4 else power
 
 
 def _power(n: int) -> int:
