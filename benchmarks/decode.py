@@ -1,6 +1,6 @@
 """What generating costs: prefill, a decode step, the bound of a decode step, and what a shared prefix spares.
 
-Command:  python -m benchmarks.decode [--parts=step,step16,prefix] [--repeats=5] [--json[=FILE]]
+Command:  python -m benchmarks.decode [--parts=step,step16,prefix,long] [--repeats=5] [--json[=FILE]]
 Cost:     --repeats=3: 2.5 minutes on 2 CPU cores.
 Result:   step 0.105 s, its bare products 0.118 s, at the rate of a large product 0.030 s; in bfloat16 0.061, 0.048 and
           0.0079 s. A prefill of which 96 of 128 tokens are shared is 3.9 times as fast.
@@ -13,6 +13,7 @@ Random weights; no row stops. The parts:
   product of two 4096 × 4096 matrices. All timed in turn; medians.
 - step16: the same in bfloat16.
 - prefix: a prefill of 32 prompts of 128 tokens, of which 96 are shared, against the same prompts without sharing.
+- long: a prefill of 8 prompts of 1024 tokens, with attention in blocks of queries, against all queries at once.
 """
 
 import argparse
@@ -26,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.compare import add_json, in_turn, write_json
+from es_jax.core import blocks
 from es_jax.generate.engine import Engine
 from es_jax.generate.prompts import Packing
 from es_jax.models.config import TransformerConfig
@@ -36,6 +38,7 @@ SMOLLM2 = TransformerConfig(
     family="llama", vocab_size=49152, width=576, layers=30, heads=9, kv_heads=3, head_dim=64, mlp_dim=1536
 )
 SLOTS, PROMPT, NEW, SHARED = 32, 128, 33, 96
+LONG = (8, 1024)  # prompts, and tokens of each
 
 
 def weights(config: TransformerConfig, dtype: Any = jnp.float32) -> Any:
@@ -43,22 +46,23 @@ def weights(config: TransformerConfig, dtype: Any = jnp.float32) -> Any:
 
     def made(key: Any) -> Any:
         params = jax.tree.map(lambda leaf: leaf.astype(dtype), Transformer(config).init(key))
-        return _engine(config, 1).layout(params)
+        return _engine(config, (SLOTS, PROMPT), 1).layout(params)
 
     return jax.jit(made)(jax.random.key(0))
 
 
-def _engine(config: TransformerConfig, new: int) -> Engine:
-    return Engine(config, slots=SLOTS, max_prompt=PROMPT, max_new=new, stop=())
+def _engine(config: TransformerConfig, shape: tuple[int, int], new: int) -> Engine:
+    return Engine(config, slots=shape[0], max_prompt=shape[1], max_new=new, stop=())
 
 
-def call(config: TransformerConfig, params: Any, *, new: int = NEW, shared: int = 0) -> Callable:
-    """A compiled call of the engine on SLOTS prompts of PROMPT tokens, the first `shared` alike."""
-    draw = np.random.default_rng(0)
-    tokens = draw.integers(0, config.vocab_size, (SLOTS, PROMPT))
+def call(
+    config: TransformerConfig, params: Any, *, shape: tuple[int, int] = (SLOTS, PROMPT), new: int = NEW, shared: int = 0
+) -> Callable:
+    """A compiled call of the engine on prompts [number, tokens], the first `shared` alike."""
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, shape)
     tokens[:, :shared] = tokens[:1, :shared]
-    rows = Packing(tuple(tokens[0, :shared].tolist()), PROMPT - shared).pack(tokens.tolist(), rows=SLOTS)
-    decode = jax.jit(lambda params, rows: _engine(config, new).decode(params, *rows[:2], prefix=rows[2]))
+    rows = Packing(tuple(tokens[0, :shared].tolist()), shape[1] - shared).pack(tokens.tolist(), rows=shape[0])
+    decode = jax.jit(lambda params, rows: _engine(config, shape, new).decode(params, *rows[:2], prefix=rows[2]))
     program = decode.lower(params, rows).compile()
     return lambda: program(params, rows)
 
@@ -141,7 +145,19 @@ def prefix(repeats: int) -> dict[str, float]:
     return {f"{name}_seconds": s for name, s in found.items()} | {"gain": found["apart"] / found["shared"]}
 
 
-PARTS = {"step": step, "step16": step16, "prefix": prefix}
+def long(repeats: int) -> dict[str, float]:
+    params = weights(SMOLLM2)
+    functions = {"blocks": call(SMOLLM2, params, shape=LONG, new=1)}
+    held, blocks.HELD = blocks.HELD, 2**40
+    try:
+        functions["whole"] = call(SMOLLM2, params, shape=LONG, new=1)
+    finally:
+        blocks.HELD = held
+    found = timed(functions, repeats)
+    return {f"{name}_seconds": s for name, s in found.items()} | {"gain": found["whole"] / found["blocks"]}
+
+
+PARTS = {"step": step, "step16": step16, "prefix": prefix, "long": long}
 
 
 def main() -> None:

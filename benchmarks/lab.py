@@ -7,9 +7,11 @@ Result:   ours 157 members a second, torch 77 with generate (2.05 ×) and 91 by 
 
 A member is perturbed, decodes 64 lab-countdown prompts greedily, at most 6 new tokens, and is graded. The peer's member
 is perturbed and restored in place; "torch, by hand" decodes with a loop of a few lines over the same network and its
-cache, which does without what `generate` does around it. Ours evaluates 4 members in a call.
+cache, which does without what `generate` does around it. Ours evaluates 4 members in a call, on one device that has all
+cores, and once more with a device a core, which share the members (`JAX_NUM_CPU_DEVICES`).
 """
 
+import os
 import tempfile
 
 import jax
@@ -19,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks import peer_torch
 from benchmarks.compare import arguments, in_turn, report
-from es_jax.core.mesh import make_mesh
+from es_jax.core.mesh import make_mesh, replicated
 from es_jax.es.population import Population
 from es_jax.generate.engine import Engine
 from es_jax.tasks import get_task
@@ -34,6 +36,7 @@ PROMPTS, MAX_NEW, SIGMA = 64, 6, 0.01
 
 def main() -> None:
     args = arguments(__doc__, repeats=5, members=8)
+    jax.config.update("jax_num_cpu_devices", os.cpu_count())
     model, task = load_model("lab"), get_task("lab-countdown")
     examples = task.train(PROMPTS)
     prompts = [encode_prompt(model.tokenizer, e.prompt) for e in examples]
@@ -41,12 +44,18 @@ def main() -> None:
     engine = Engine(model.config, slots=PROMPTS, max_prompt=16, max_new=MAX_NEW, stop=model.stop_ids)
     es = {"population": args.members, "sigma": SIGMA}
     config = freeze({"es": es, "decode": {"members_at_once": min(4, args.members)}})
-    evaluator, rows = Evaluator.of(config, engine, make_mesh(1, 1)), engine.packing(prompts).pack(prompts, rows=PROMPTS)
+    rows = engine.packing(prompts).pack(prompts, rows=PROMPTS)
     members, made = Population(args.members, seed=0).members(1), []
 
-    def ours() -> None:
-        for _, tokens, length in evaluator.members(model.params, members, rows):
-            made.append(np.mean([one().score.reward for one in grader(everyone, tokens, length)]))
+    def ours(devices: int):
+        mesh = make_mesh(devices, 1)
+        evaluator, params = Evaluator.of(config, engine, mesh), jax.device_put(model.params, replicated(mesh))
+
+        def call() -> None:
+            for _, tokens, length in evaluator.members(params, members, rows):
+                made.append(np.mean([one().score.reward for one in grader(everyone, tokens, length)]))
+
+        return call
 
     with tempfile.TemporaryDirectory() as folder:
         save_model(folder, model)
@@ -65,7 +74,8 @@ def main() -> None:
 
     stop = model.stop_ids[0]
     sides = {
-        "ours": ours,
+        "ours": ours(1),
+        "ours, a device a core": ours(len(jax.devices())),
         "torch, generate": peer(lambda net, prompts: peer_torch.generate(net, prompts, MAX_NEW, stop=stop)),
         "torch, by hand": peer(lambda net, prompts: peer_torch.by_hand(net, prompts, MAX_NEW, stop=stop)),
     }
