@@ -36,7 +36,6 @@ PROMPTS, MAX_NEW, SIGMA = 64, 6, 0.01
 
 def main() -> None:
     args = arguments(__doc__, repeats=5, members=8)
-    jax.config.update("jax_num_cpu_devices", os.cpu_count())
     model, task = load_model("lab"), get_task("lab-countdown")
     examples = task.train(PROMPTS)
     prompts = [encode_prompt(model.tokenizer, e.prompt) for e in examples]
@@ -92,4 +91,5 @@ def _length(row: list[int], stops: tuple[int, ...]) -> int:
 
 
 if __name__ == "__main__":
+    jax.config.update("jax_num_cpu_devices", os.cpu_count())  # before JAX starts its backend
     main()
