@@ -12,6 +12,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from es_jax.core import hosts
 from es_jax.core.mesh import make_mesh, place, replicated
 from es_jax.core.tree import named_leaves
 from es_jax.models.config import TransformerConfig
@@ -139,12 +140,16 @@ class State:
         self.drift = distance(launched("update", squares))
 
     def estimate_seconds(self, entry: Entry) -> float:
-        """How long the estimate of a step takes alone, at best of three times behind the one that compiles it."""
+        """How long the estimate of a step takes alone, at best of three times behind the one that compiles it.
+
+        Raises:
+          Preempted: the run is to stop.
+        """
         given = placed_weights(self._mesh, entry.members, np.array(entry.weights, np.float32))
         seconds = []
         for _ in range(4):
             began = time.monotonic()
-            jax.block_until_ready(estimate_square(self._config, self._mesh, self.params, *given))
+            hosts.wait(lambda: jax.block_until_ready(estimate_square(self._config, self._mesh, self.params, *given)))
             seconds.append(time.monotonic() - began)
         return min(seconds[1:])
 
