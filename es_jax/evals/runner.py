@@ -29,6 +29,7 @@ from es_jax.training.heldout import HeldOut, cast, evaluate
 from es_jax.training.loop import make_task, other_task
 from es_jax.training.metrics import Jsonl
 from es_jax.training.state import base_config, mesh_of
+from es_jax.training.timing import compilation_cache
 from es_jax.training.workdir import read_config, writing
 
 logger = logging.getLogger(__name__)
@@ -91,7 +92,8 @@ def evaluate_run(
       kl: also measure KL(base ‖ now) on the prompts of each task.
       drift: also measure ‖θ − θ₀‖.
       base: of a model, what it was trained from; it becomes step 0, and the model step 1.
-      out: the folder of the files; workdir/evals by default.
+      out: the folder of the files; workdir/evals by default. Compiled programs are kept in its cache folder, or in the
+        run's own.
       options: sizes and limits.
       mesh: devices; all by default.
 
@@ -109,11 +111,12 @@ def evaluate_run(
     if mesh is None:
         mesh = _mesh(read_config(Path(workdir)) if run else RunConfig(model=ModelConfig(source=str(workdir))))
     hosts.connect(mesh)
-    subject = of_run(Path(workdir), mesh) if run else of_model(str(workdir), base, mesh)
     folder = Path(out) if out is not None else Path(workdir) / "evals"
-    wanted = chosen_steps(subject, every=every, steps=steps)
-    names = list(tasks) if tasks is not None else _own_tasks(subject.config, run)
-    return _Evaluation(subject, folder, names, wanted, options=options, mesh=mesh, kl=kl, drift=drift).run()
+    with compilation_cache((Path(workdir) if run and out is None else folder) / "cache"):
+        subject = of_run(Path(workdir), mesh) if run else of_model(str(workdir), base, mesh)
+        wanted = chosen_steps(subject, every=every, steps=steps)
+        names = list(tasks) if tasks is not None else _own_tasks(subject.config, run)
+        return _Evaluation(subject, folder, names, wanted, options=options, mesh=mesh, kl=kl, drift=drift).run()
 
 
 def _mesh(config: RunConfig) -> Mesh:

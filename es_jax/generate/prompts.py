@@ -52,6 +52,14 @@ class Packing:
         width = min(-(-(longest - shared) // WIDTH_STEP) * WIDTH_STEP, max(max_prompt, longest) - shared)
         return cls(prefix=tuple(prompts[0][:shared]), width=width)
 
+    def prefilled(self, prompts: Sequence[Sequence[int]], *, times: int, models: int) -> int:
+        """Tokens that prefill computes of these prompts, each `times` over: the prefix once for each of the models.
+
+        >>> Packing((7, 7), 2).prefilled([[7, 7, 8], [7, 7, 1, 2]], times=4, models=4)
+        20
+        """
+        return models * len(self.prefix) + times * sum(len(prompt) - len(self.prefix) for prompt in prompts)
+
     def pack(self, prompts: Sequence[Sequence[int]], *, rows: int) -> Prompts:
         """Some of the prompts, and padding up to `rows` rows.
 

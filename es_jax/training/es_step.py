@@ -314,7 +314,7 @@ class Evaluator:
     def unperturbed(
         self, params: Any, queues: Iterable[Prompts]
     ) -> Iterator[dict[int, tuple[range, np.ndarray, np.ndarray]]]:
-        """θ itself on several queues of prompts, each spread over the lanes: of each, lane → (rows, tokens, length).
+        """θ itself on several queues of prompts, each dealt out to the lanes: of each, lane → (rows, tokens, length).
 
         A queue is dispatched before the one before it is handed out, so the devices have work while the host grades; no
         more than two hold caches, since a CPU would run all that there are side by side. Queues of the same width and
@@ -329,10 +329,11 @@ class Evaluator:
         for prompts in queues:
             count, width = prompts.tokens.shape
             each = -(-count // (self.lanes * slots)) * slots
-            spare = ((0, each * self.lanes - count), (0, 0))
-            tokens = np.pad(prompts.tokens, spare).reshape(self.lanes, each, width)
-            positions = np.pad(prompts.positions, spare, constant_values=-1).reshape(self.lanes, each, width)
-            rows = [range(first, min(first + each, count)) for first in range(0, count, each)]
+            tokens = np.zeros((self.lanes, each, width), np.int32)
+            positions = np.full_like(tokens, -1)
+            rows = [range(lane, count, self.lanes) for lane in range(min(self.lanes, count))]
+            for lane, own in enumerate(rows):
+                tokens[lane, : len(own)], positions[lane, : len(own)] = prompts.tokens[own], prompts.positions[own]
             made = hosts.launch(self._decode, weights, self._rows(tokens, positions, prompts.prefix))
             pending.append((rows, made))
             if len(pending) > 1:
@@ -367,7 +368,7 @@ def _unpack(item: tuple) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
 
 
 def _of_lanes(rows: list[range], outputs: Any) -> dict[int, tuple[range, np.ndarray, np.ndarray]]:
-    """Lane → (rows, tokens, length) of a queue that is spread over the lanes."""
+    """Lane → (rows, tokens, length) of a queue that was dealt out to the lanes."""
     return {lane: (rows[lane], tokens, length) for lane, tokens, length in _unpack((range(len(rows)), outputs))}
 
 

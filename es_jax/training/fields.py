@@ -263,6 +263,7 @@ class TrainConfig:
       keep: how many checkpoints stay.
       samples: completions of each step's first member that go to samples.jsonl.
       profile: (start, stop): a TensorBoard trace of steps start to stop − 1 is written to the run's tb folder.
+        It ends with the last step of the run at the latest.
     """
 
     steps: int = 500
@@ -278,6 +279,11 @@ class TrainConfig:
             raise ValueError(
                 f"train.profile is {self.profile}: give the first step of the trace and the one behind its last, "
                 "1 ≤ start < stop, such as (3, 5)"
+            )
+        if self.profile and self.profile[0] > self.steps:
+            raise ValueError(
+                f"train.profile is {self.profile}, but the last step is train.steps = {self.steps}: nothing would be "
+                "traced; start earlier"
             )
         if self.samples < 0:
             raise ValueError(f"train.samples is {self.samples}: it must not be negative")

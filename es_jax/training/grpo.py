@@ -49,7 +49,7 @@ class Collected:
 class GRPO:
     """Group-relative policy optimisation (arXiv 2402.03300); the objective is in `grpo_step`."""
 
-    replayable = False
+    replayable, models = False, 1
 
     def __init__(self, config: RunConfig, evaluator: Evaluator, state: State, packing: Packing):
         self._config, self._state, self._packing = config, state, packing

@@ -86,8 +86,9 @@ def evaluate(
         task = PaperParts(held.task)
         with workers_of(task) as submit:
             grader = Grader(task, model, held.examples, submit)
-            own = {lane: (rows, grader(rows, tokens, length)) for lane, (rows, tokens, length) in lanes.items()}
-            graded = [one for part in grader.shared(own).values() for one in part]
+            dealt = [zip(rows, grader(rows, tokens, length), strict=True) for rows, tokens, length in lanes.values()]
+            own = {row: ([row], [one]) for lane in dealt for row, one in lane}
+            graded = [one for (one,) in grader.shared(own).values()]
         likely = likeliest(model.config, params, held.options, dtype=evaluator.dtype, mesh=evaluator.mesh)
         done(len(graded))
         yield held, _verdicts(graded, likely)

@@ -122,7 +122,8 @@ class _Run:
         self.checkpoints = Checkpoints(workdir, keep=config.train.keep)
         self.state = State(config, self.mesh, model.params)
         del model
-        self.method = METHODS[config.method](config, self.evaluator, self.state, engine.packing(self.prompts))
+        self.packing = engine.packing(self.prompts)
+        self.method = METHODS[config.method](config, self.evaluator, self.state, self.packing)
         self._resume()
         rundir.check_space(workdir, nbytes(self.state.params, self.state.opt_state))
         self.recorder = Recorder(
@@ -134,7 +135,7 @@ class _Run:
             unit=self.method.unit,
             offset=self.state.offset,
         )
-        self.profile = Profile(config.train.profile, workdir)
+        self.profile = Profile(config.train.profile, workdir, last=config.train.steps)
         self.recorder.progress.say(f"{self.dim:,} weights, {self.mesh.size} devices, {self.state.sentence}")
 
     def train(self, began: float) -> RunResult:
@@ -189,16 +190,19 @@ class _Run:
         self, step: int, seconds: dict[str, float], graded: list[list[Graded]], *, total: float
     ) -> dict[str, Any]:
         """Where a step's time went, and what it made of the machine."""
-        members, new = len(graded), sum(g.length for mine in graded for g in mine)
-        prompt = members * sum(len(self.prompts[i]) for i in self._rows(step))
+        prompts, new = [self.prompts[i] for i in self._rows(step)], sum(g.length for mine in graded for g in mine)
+        times, models = len(graded), self.method.models
+        prefill = self.packing.prefilled(prompts, times=times, models=models)
+        prompt = times * sum(map(len, prompts))
         engine, busy = self.evaluator.engine, seconds.get("decode", 0.0)
         work = Work(engine.config, compute_dtype(self.config).itemsize, engine.slots, self.mesh.size)
+        used = {"prefill": prefill, "new": new, "completions": times * len(prompts), "models": models}
         return {
             "tokens": new,
             "prompt_tokens": prompt,
             "tokens_per_second": new / total,
             "prompt_tokens_per_second": prompt / total,
-            **work.utilisation(prompt=prompt, new=new, members=members, seconds=busy),
+            **work.utilisation(**used, seconds=busy),
             "seconds": total,
             **split(seconds, total=total),
         }

@@ -30,10 +30,12 @@ class Method(Protocol):
       replayable: whether a line of the seed log rebuilds its step. Where it does not, a run goes on from its last
         checkpoint and makes the steps behind it again.
       unit: what a step is counted in on the screen, and how many a step has.
+      models: how many different weights decode in a step.
     """
 
     replayable: bool
     unit: tuple[str, int]
+    models: int
 
     def collect(
         self, step: int, prompts: Sequence[Sequence[int]], grade: Grader, done: Callable[[int], None]
@@ -62,7 +64,7 @@ class Evolution:
     def __init__(self, config: RunConfig, evaluator: Evaluator, state: State, packing: Packing):
         self._config, self._evaluator, self._state, self._packing = config, evaluator, state, packing
         self._population = Population(config.es.population, seed=config.train.seed, antithetic=config.es.antithetic)
-        self.unit = ("member", config.es.population)
+        self.unit, self.models = ("member", config.es.population), config.es.population
         self._gap: float | None = None
 
     def collect(

@@ -139,9 +139,8 @@ class Progress:
     def step(self, row: dict[str, Any]) -> None:
         now, step = time.monotonic(), row["step"]
         if "seconds_to_first_step" in row:
-            self.say(
-                f"first step done {row['seconds_to_first_step']:.1f} s after the start, loading and compiling included"
-            )
+            first = f"first step done {row['seconds_to_first_step']:.1f} s after the start"
+            self.say(f"{first}, with loading, compiling and any evaluation before it")
         if now - self._last < self._every and step < self._steps:
             return
         self._last = now

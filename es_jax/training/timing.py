@@ -52,8 +52,9 @@ def host(name: str) -> Iterator[None]:
 class Clock:
     """Seconds by name since `restart`: of device programs, one behind the other, and of work on the host.
 
-    A program counts from its launch, or from the end of the one before it where that came later, until its outputs are
-    there. With several devices it ends with the last of them.
+    A program counts from the return of its launch, or from the end of the one before it where that came later, until
+    its outputs are there; so neither compiling nor what a CPU runs within the launch, as it does small programs, is its
+    time. With several devices it ends with the last of them.
 
     >>> import jax.numpy as jnp
     >>> with Clock() as clock:
@@ -128,9 +129,10 @@ def split(seconds: dict[str, float], *, total: float) -> dict[str, float]:
 class Work:
     """What a step's completions need at least, against the published peaks of the chips (`es_jax.core.chips`).
 
-    Counted are the products of weights with tokens, 2 operations a weight and token; attention is left out. Memory is
-    read once for all weights a decode step, and the steps are as few as `slots` rows at once allow. Both are lower
-    bounds, so the utilisation is, too. `None` on a chip that is not in the table, such as a CPU.
+    Counted are the products of weights with tokens, 2 operations a weight and token: a shared prefix once for each
+    model, the head once for each new token; attention is left out. Memory is read once for all weights at each model's
+    prefill and at each decode step, and the steps are as few as `slots` rows at once allow. Both are lower bounds, so
+    the utilisation is, too. `None` on a chip that is not in the table, such as a CPU.
 
     Attributes:
       model: whose weights.
@@ -145,19 +147,27 @@ class Work:
     devices: int
 
     @property
-    def weights(self) -> int:
-        """Weights that every token is multiplied with: all matrices but an embedding that is not the head as well."""
-        skipped = () if self.model.tied_embeddings else ("embed/embedding",)
-        shapes = {name: shape for name, shape in param_shapes(self.model).items() if name not in skipped}
-        return sum(math.prod(shape) for name, shape in shapes.items() if name.endswith(("kernel", "embedding")))
+    def head(self) -> int:
+        """Weights that make logits of a token."""
+        return self.model.vocab_size * self.model.width
 
-    def utilisation(self, *, prompt: int, new: int, members: int, seconds: float) -> dict[str, float | None]:
-        """Shares of the peaks, from the tokens of a step's prompts and completions and the seconds of its decoding."""
+    @property
+    def body(self) -> int:
+        """Weights that every token is multiplied with: all matrices but embedding and head."""
+        kernels = (shape for name, shape in param_shapes(self.model).items() if name.endswith("kernel"))
+        return sum(map(math.prod, kernels)) - (0 if self.model.tied_embeddings else self.head)
+
+    def utilisation(
+        self, *, prefill: int, new: int, completions: int, models: int, seconds: float
+    ) -> dict[str, float | None]:
+        """Shares of the peaks: `prefill` and `new` tokens of all completions of a step, by so many different models,
+        in the seconds of decoding. A completion's last token is not read on, so its body is not computed."""
         chip = find_chip(jax.devices()[0].device_kind)
         if chip is None or not seconds:
             return {"flop_utilisation": None, "bandwidth_utilisation": None}
-        flops = 2 * self.weights * (prompt + new)
-        memory = self.weights * self.itemsize * max(new / self.slots, members)
+        flops = 2 * (self.body * (prefill + new - completions) + self.head * new)
+        steps = models + max(new - completions, 0) / self.slots
+        memory = (self.body + self.head) * self.itemsize * steps
         return {
             "flop_utilisation": flops / (seconds * self.devices * chip.flops),
             "bandwidth_utilisation": memory / (seconds * self.devices * chip.bandwidth),
@@ -168,10 +178,13 @@ _COLUMNS = ("seconds", "prompt_tokens", "tokens", "seconds_grade")
 
 
 class Profile:
-    """A TensorBoard trace of the steps from `start` up to, not including, `stop`, and what it tells: profile.json."""
+    """A TensorBoard trace of the steps from `start` up to, not including, `stop`, and what it tells: profile.json.
 
-    def __init__(self, steps: tuple[int, ...], workdir: Path):
-        self._steps, self._workdir, self._running = steps, workdir, False
+    `last`: the run's last step, with which the trace ends at the latest.
+    """
+
+    def __init__(self, steps: tuple[int, ...], workdir: Path, *, last: int):
+        self._steps, self._workdir, self._running, self._last = steps, workdir, False, last
         self._done: list[tuple[float, ...]] = []  # of each traced step: what _COLUMNS names
 
     def step(self, step: int) -> contextlib.AbstractContextManager:
@@ -189,7 +202,7 @@ class Profile:
         if not self._running:
             return None
         self._done.append(tuple(spent[name] for name in _COLUMNS))
-        if step + 1 < self._steps[1]:
+        if step < min(self._steps[1] - 1, self._last):
             return None
         self.close()
         within = inside()
@@ -226,7 +239,8 @@ class Profile:
 
 @contextlib.contextmanager
 def compilation_cache(folder: Path) -> Iterator[None]:
-    """Compiled programs are kept in the folder and found there again, unless the user has a cache already.
+    """Compiled programs are kept in the folder and found there again, also where it was moved or copied to, unless the
+    user has a cache already.
 
     What `JAX_COMPILATION_CACHE_DIR` or `jax_compilation_cache_dir` say is left as it is ("" is no cache at all). JAX
     writes programs that took more than `jax_persistent_cache_min_compile_time_secs` to compile, from process 0 alone.
@@ -237,9 +251,12 @@ def compilation_cache(folder: Path) -> Iterator[None]:
         yield
         return
     cache.reset_cache()  # JAX looks for a cache once, at the first compilation
+    inner = jax.config.jax_persistent_cache_enable_xla_caches  # type: ignore[attr-defined]
     jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # their paths would be part of programs' keys
     try:
         yield
     finally:
         jax.config.update("jax_compilation_cache_dir", None)
+        jax.config.update("jax_persistent_cache_enable_xla_caches", inner)
         cache.reset_cache()

@@ -303,3 +303,18 @@ def test_one_task_is_dispatched_ahead_of_the_one_that_is_graded_and_no_more(monk
         assert lanes[0][1].shape == (6, 10) and lanes[0][0] == range(5)
         events.append(task)
     assert events == ["dispatched", "dispatched", 0, "dispatched", 1, 2]
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+@pytest.mark.parametrize("count", [3, 20])
+def test_held_out_prompts_are_dealt_to_all_devices(at_once, count):
+    e, prompts = engine("llama", slots=4), [[1 + i, 3] for i in range(count)]
+    evaluator = Evaluator.of(freeze({"es": {"sigma": 0.01}, "decode": {"members_at_once": at_once}}), e, make_mesh(8))
+    queue = e.packing(prompts).pack(prompts, rows=count)
+    (lanes,) = evaluator.unperturbed(params_of("llama"), [queue])
+    share = count / evaluator.lanes
+    assert all(int(share) <= len(rows) <= share + 1 for rows, _, _ in lanes.values())
+    assert len(lanes) == min(count, evaluator.lanes)
+    found = {row: list(t[i, : n[i]]) for rows, t, n in lanes.values() for i, row in enumerate(rows)}
+    alone = e.generate(params_of("llama"), prompts)
+    assert [found[i] for i in range(count)] == [list(t[:n]) for t, n in zip(alone.tokens, alone.length, strict=True)]

@@ -1,5 +1,6 @@
 """Times of programs told by a thread beside the loop, traces, and where compiled programs are kept."""
 
+import dataclasses
 import json
 import threading
 import time
@@ -77,14 +78,15 @@ def test_utilisation_is_of_the_published_peak_and_unknown_on_a_cpu(monkeypatch):
         tied_embeddings=False,
     )  # fmt: skip
     work = Work(model, itemsize=2, slots=8, devices=4)
-    assert work.weights == 320 + 40
-    step = dict(prompt=1000, new=800, members=4, seconds=2.0)
+    assert (work.body, work.head) == (320, 40)
+    assert dataclasses.replace(work, model=dataclasses.replace(model, tied_embeddings=True)).body == 320
+    step = dict(prefill=1000, new=900, completions=100, models=4, seconds=2.0)
     assert work.utilisation(**step) == {"flop_utilisation": None, "bandwidth_utilisation": None}
     chip = Chip("x", "x", flops=1e6, bandwidth=1e5, memory=1, interconnect=1.0)
     monkeypatch.setattr(timing, "find_chip", lambda kind: chip)
     found = work.utilisation(**step)
-    assert found["flop_utilisation"] == pytest.approx(2 * 360 * 1800 / (2 * 4 * 1e6))
-    assert found["bandwidth_utilisation"] == pytest.approx(360 * 2 * 100 / (2 * 4 * 1e5))
+    assert found["flop_utilisation"] == pytest.approx(2 * (320 * 1800 + 40 * 900) / (2 * 4 * 1e6))
+    assert found["bandwidth_utilisation"] == pytest.approx(360 * 2 * (4 + 100) / (2 * 4 * 1e5))
 
 
 @pytest.mark.parametrize("steps", [(3,), (3, 3), (0, 2), (5, 3)])
@@ -93,9 +95,15 @@ def test_a_trace_needs_a_first_step_and_a_later_one(steps):
         TrainConfig(profile=steps)
 
 
-def test_a_trace_is_written_of_the_steps_asked_for(tmp_path):
-    profile = Profile((2, 4), tmp_path)
-    for step in range(1, 6):
+def test_a_trace_begins_before_the_last_step():
+    with pytest.raises(ValueError, match=r"train\.profile .* train\.steps = 3"):
+        TrainConfig(steps=3, profile=(4, 5))
+
+
+@pytest.mark.parametrize(("stop", "last"), [(4, 5), (9, 3)])
+def test_a_trace_is_written_of_the_steps_asked_for(stop, last, tmp_path):
+    profile = Profile((2, stop), tmp_path, last=last)
+    for step in range(1, last + 1):
         with profile.step(step):
             (jnp.ones(4) * step).block_until_ready()
         told = profile.done(step, {"seconds": 1.0, "prompt_tokens": 5, "tokens": 2, "seconds_grade": 0.1}, dict)
@@ -132,7 +140,12 @@ def test_the_cache_is_the_runs_own_and_gone_after_it(tmp_path, monkeypatch):
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         with compilation_cache(tmp_path / "cache"):
             jax.jit(lambda x: x * 3 + 1)(jnp.ones(5)).block_until_ready()
-        assert list((tmp_path / "cache").iterdir())
+        kept = {path.name for path in (tmp_path / "cache").iterdir()}
+        assert kept
+        (tmp_path / "cache").rename(tmp_path / "moved")
+        with compilation_cache(tmp_path / "moved"):
+            jax.jit(lambda x: x * 3 + 1)(jnp.ones(5)).block_until_ready()
+        assert {path.name for path in (tmp_path / "moved").iterdir() if not path.name.endswith("-atime")} <= kept
         assert jax.config.jax_compilation_cache_dir is None
         monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "users"))
         with compilation_cache(tmp_path / "other"):
