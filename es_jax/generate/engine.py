@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int32, Key, PRNGKeyArray
 
 from es_jax.core import hosts
@@ -39,7 +40,7 @@ class Engine:
       unroll: run the layers one after another rather than in a scan; by default on CPU, where it decodes faster.
 
     Raises:
-      ValueError: a size below 1, or a stop id outside the vocabulary.
+      ValueError: a size that is no whole number above 0, or a stop id outside the vocabulary.
 
     >>> from es_jax.models.transformer import Transformer
     >>> config = TransformerConfig(family="llama", vocab_size=16, width=8, layers=1, heads=2, kv_heads=1,
@@ -62,8 +63,9 @@ class Engine:
     def __post_init__(self):
         object.__setattr__(self, "stop", tuple(int(i) for i in self.stop))
         for field in ("slots", "max_prompt", "max_new"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} is {getattr(self, field)}: it must be at least 1")
+            value = getattr(self, field)
+            if not isinstance(value, (int, np.integer)) or value < 1:
+                raise ValueError(f"{field} is {value}: it must be a whole number, at least 1")
         for token in self.stop:
             if not 0 <= token < self.config.vocab_size:
                 raise ValueError(f"stop token {token} is outside the vocabulary of {self.config.vocab_size}")
@@ -90,11 +92,15 @@ class Engine:
         """How these prompts, and all parts of them, become arrays.
 
         Raises:
-          ValueError: no prompts, an empty one, one longer than `max_prompt`, or a token outside the vocabulary.
+          ValueError: no prompts, an empty one, one longer than `max_prompt` or than the model's context leaves beside
+            `max_new`, or what is no token of the vocabulary.
         """
         if not len(prompts):
             raise ValueError("there are no prompts: give at least one")
         for i, prompt in enumerate(prompts):
+            ids = np.asarray(prompt)
+            if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+                raise ValueError(f"prompt {i} is {prompt!r:.60}: it must be a sequence of token ids, which are whole")
             if not 1 <= len(prompt) <= self.max_prompt:
                 raise ValueError(
                     f"prompt {i} has {len(prompt)} tokens: it must have 1 to decode.max_prompt = {self.max_prompt}; "
@@ -105,6 +111,11 @@ class Engine:
                     f"prompt {i} has token ids {min(prompt)}..{max(prompt)}: the model's vocabulary is "
                     f"0..{self.config.vocab_size - 1}; is this the model's own tokenizer?"
                 )
+        if (longest := max(map(len, prompts))) + self.max_new > self.config.max_positions:
+            raise ValueError(
+                f"max_new is {self.max_new} and the longest prompt has {longest} tokens, more than the model's context "
+                f"of {self.config.max_positions}: set max_new to at most {self.config.max_positions - longest}"
+            )
         return Packing.of(prompts, max_prompt=self.max_prompt)
 
     def decode(

@@ -1,5 +1,6 @@
 """From the config's fields to an optax chain: an optimizer, then the pull toward the anchor."""
 
+import math
 from typing import Any
 
 import jax
@@ -54,8 +55,10 @@ def build_optimizer(
     anchor = config.optim.anchor
     sentence += f", then {penalty} anchored weight decay with strength λ = {strength:g}{_by(anchor.schedule)}"
     sentence += f" (αλ = {rate * strength:g}"
-    if config.anchor_drift is not None:
-        sentence += f"; in the long run a weight drifts κ = {config.anchor_drift:.2f} σ"
+    if (drift := config.anchor_drift) is not None:
+        if penalty == "l2":  # λ follows from κ as if αλ were small; this is where the walk ends
+            drift *= (1 - rate * strength) / math.sqrt(1 - rate * strength / 2)
+        sentence += f"; in the long run a weight drifts κ = {drift:.2f} σ"
     arithmetic = "param" if config.es.noise == "shared_seed" else "float32"  # as published: all in the weights' dtype
     decay = anchored_weight_decay(
         pull, penalty=penalty, arithmetic=arithmetic, average=anchor.average, anchor_sharding=anchor_sharding

@@ -248,7 +248,12 @@ def test_samplers_draw_from_their_distributions():
     ("options", "prompts", "says"),
     [
         ({"slots": 0}, PROMPTS, "slots is 0"),
+        ({"slots": 2.5}, PROMPTS, "slots is 2.5: it must be a whole number"),
         ({"stop": (40,)}, PROMPTS, "stop token 40"),
+        ({}, ["abc"], "prompt 0 is 'abc'"),
+        ({}, [[1], [1.5]], "prompt 1 is"),
+        ({}, [1, 2], "prompt 0 is 1"),
+        ({"max_new": 10**9}, PROMPTS, "set max_new to at most"),
         ({}, [], "no prompts"),
         ({}, [[1], []], "prompt 1 has 0 tokens"),
         ({}, [[1] * 13], "max_prompt = 12"),

@@ -5,6 +5,7 @@ import pytest
 from ml_collections import config_dict
 
 from configs import conciseness, countdown, gsm8k, lab, proofwriter
+from es_jax.es.theory import anchored_norm
 from es_jax.optim.chains import OPTIMIZERS, build_optimizer
 from es_jax.training import workdir
 from es_jax.training.config import RunConfig, default_config, freeze
@@ -103,6 +104,14 @@ def test_the_sentence_says_what_the_chain_is(name):
     _, sentence = build_optimizer(freeze({"optim": {"name": name, "anchor": anchor}}), None)
     assert sentence.startswith(f"{name} with learning rate 0.0005, then l2 anchored weight decay with strength λ = 10")
     assert ("κ = 0.91 σ" in sentence) == (name == "sgd")
+
+
+def test_the_sentence_says_where_a_strong_anchor_ends_the_walk():
+    config = freeze({"es": {"population": 2}, "optim": {"anchor": {"penalty": "l2", "drift": 0.5}}})
+    rate, strength = config.optim.learning_rate, config.anchor_strength
+    assert rate * strength == pytest.approx(0.25)  # not small
+    norm = anchored_norm(dim=1, steps=1000, population=2, learning_rate=rate, strength=strength)
+    assert f"κ = {norm / config.es.sigma:.2f} σ" in build_optimizer(config, None)[1]
 
 
 def test_runs_from_before_the_generator_was_a_field_keep_theirs(tmp_path):
