@@ -20,7 +20,7 @@ check: $(STAMP)  ## linter, formatter, types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(STAMP) $(SMOLLM2)  ## ours against torch, in turn (needs EXTRAS=verify); JSON in runs/bench; about an hour
+bench: $(STAMP) $(SMOLLM2)  ## ours against torch, in turn (needs EXTRAS=verify); JSON in runs/bench; about two hours
 	for name in noise estimate decode lab growth; do \
 	  $(BIN)/python -m benchmarks.$$name --json=runs/bench/$$name.json || exit 1; done
 	for lengths in recorded even; do \
