@@ -2,23 +2,26 @@
 
 The layout is the one verl trains from. A row has `prompt` (a list of {role, content}; a last message of role
 "assistant" is an open turn), `reward_model.ground_truth`, and where present `extra_info` (a mapping),
-`data_source` (text) and `id` (without one, the row number is the id).
+`data_source` (text) and `id` (without one, the row number is the id; a repeated one gets it added).
 """
 
 import json
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from es_jax.tasks.task import Example, Message
 
+T = TypeVar("T")
 SUFFIXES = (".parquet", ".json", ".jsonl")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 class FieldError(ValueError):
-    """A field of a row is not what it should be. `read_examples` adds the file and the row number."""
+    """A field of a row is not what it should be. `checked` adds the file and the row number."""
 
     def __init__(self, name: str, found: object, wanted: str) -> None:
         super().__init__(f"field {name!r} is {reprlib.repr(found)}: it should be {wanted}")
@@ -130,7 +133,7 @@ def read_examples(
     extra: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
     needs_answer: bool = True,
 ) -> list[Example]:
-    """Every row of a split in the verl layout, as examples, in the file's order.
+    """Every row of a split in the verl layout, as examples, in the file's order; for their ids see `own_ids`.
 
     Args:
       data_dir: folder with one file for the split.
@@ -153,13 +156,36 @@ def read_examples(
     [Example(id='0', prompt=({'role': 'user', 'content': '2 + 2?'},), answer='4', meta={})]
     """
     path = find_split(data_dir, split)
-    examples = []
-    for number, row in enumerate(read_rows(path)):
+    read = partial(verl_example, extra=extra, needs_answer=needs_answer)
+    return own_ids(checked(read_rows(path), str(path), read))
+
+
+def checked(rows: Iterable[Mapping[str, Any]], source: str, read: Callable[[Mapping[str, Any], int], T]) -> Iterator[T]:
+    """What `read` makes of every row and its number, counting from 0.
+
+    Raises:
+      ValueError: `read` raised `FieldError`; names the source and the row too.
+    """
+    for number, row in enumerate(rows):
         try:
-            examples.append(verl_example(row, number, extra=extra, needs_answer=needs_answer))
+            found = read(row, number)
         except FieldError as error:
-            raise ValueError(f"{path}, row {number}: {error}") from error
-    return examples
+            raise ValueError(f"{source}, row {number}: {error}") from error
+        yield found
+
+
+def own_ids(examples: Iterable[Example]) -> list[Example]:
+    """The examples of a split's rows; an id that is empty or was there before gets "#" and the row's number.
+
+    >>> [example.id for example in own_ids([Example("a", "?", None), Example("a", "?", None)])]
+    ['a', 'a#1']
+    """
+    found: dict[str, Example] = {}
+    for number, example in enumerate(examples):
+        while not example.id or example.id in found:
+            example = replace(example, id=f"{example.id}#{number}")
+        found[example.id] = example
+    return list(found.values())
 
 
 def verl_example(row: Mapping[str, Any], number: int, *, extra: Callable = dict, needs_answer: bool = True) -> Example:

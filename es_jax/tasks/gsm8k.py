@@ -17,7 +17,7 @@ ASK = (
 )
 TAIL = MAX_LENGTH  # characters that the paper's grader looks at
 TOLERANCE = Fraction(1, 1_000_000)
-START = re.compile(rf"[\s\\{{]*({NUMBER})")  # what stands behind a marker
+START = re.compile(rf"[\s\\{{$%*]*({NUMBER})")  # what stands behind a marker
 FIRST = re.compile(rf"(?<![0-9A-Za-z]){NUMBER}|{DIGITS}")  # a sign counts unless it hangs on a word, as in covid-19
 FORM = re.compile(rf"#### ([-+]?{DIGITS}(?:/{DIGITS})?)")
 
@@ -32,7 +32,7 @@ def _native(row: Row) -> Example:
     question, solution = text_field(row, "question"), text_field(row, "answer")
     answer = solution.rpartition("####")[2].strip()
     if number(answer) is None:
-        raise FieldError("answer", solution, "a solution that ends in #### and a number")
+        raise FieldError("answer", solution, "a solution that ends in #### and a number, or the number alone")
     return Example("", ({"role": "user", "content": ASK.format(question=question)},), answer, {"solution": solution})
 
 
@@ -42,7 +42,7 @@ class GSM8K(Published):
 
     Args:
       data_dir: folder with train and test rows, in the verl layout (`reward_model.ground_truth` a number) or with the
-        fields `question` and `answer` ("… #### 72"). None: openai/gsm8k from the hub.
+        fields `question` and `answer` ("… #### 72", or "72"). None: openai/gsm8k from the hub.
       grader: "paper" or "strict"; docs/tasks.md has the rules of both, with examples.
 
     Raises:
@@ -70,9 +70,9 @@ class GSM8K(Published):
 def final_number(response: str) -> Fraction | None:
     """The number that the paper's grader reads out of a response, or None.
 
-    Only the last 4096 characters count, and only what follows the last </think>. In that text: the last `#### x`; else
-    the last `\\boxed{x}`; else the last `<answer>x</answer>`; else the first number. A marker that no number follows
-    is not one.
+    Only the last 4096 characters count, and only what follows the last </think>. In that text: the last `#### x`, be it
+    of four number signs or more; else the last `\\boxed{x}`; else the last `<answer>x</answer>`; else the first number.
+    A marker that no number follows is not one.
 
     >>> final_number("#### 1,000 and then \\\\boxed{3}")
     Fraction(1000, 1)
@@ -82,7 +82,7 @@ def final_number(response: str) -> Fraction | None:
     tail = response.rpartition("</think>")[2][-TAIL:]
     boxes = [piece.partition("}") for piece in tail.split("\\boxed{")[1:]]
     answers = [piece.rpartition("<answer>") for piece in tail.split("</answer>")[:-1]]
-    marked = (tail.split("####")[1:], [x for x, end, _ in boxes if end], [x for _, tag, x in answers if tag])
+    marked = (re.split("#{4,}", tail)[1:], [x for x, end, _ in boxes if end], [x for _, tag, x in answers if tag])
     for texts in marked:
         for text in reversed(texts):
             if (found := START.match(text)) and (value := number(found[1])) is not None:

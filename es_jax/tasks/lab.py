@@ -25,6 +25,8 @@ class Kind:
 
     draw: Callable[[random.Random], tuple[str, str, str]]
     form: str  # what a well-formed answer looks like, a regular expression
+    train: int  # how many different training problems there are
+    test: int
 
 
 def _add(draw: random.Random) -> tuple[str, str, str]:
@@ -80,14 +82,14 @@ def _countdown(draw: random.Random) -> tuple[str, str, str]:
 DIGITS = r"[0-9]+"
 KINDS = MappingProxyType(
     {
-        "countdown": Kind(_countdown, r"[0-9][+-][0-9][+-][0-9]"),
-        "add": Kind(_add, DIGITS),
-        "subtract": Kind(_subtract, DIGITS),
-        "reverse": Kind(_reverse, r"[0-9]{5}"),
-        "sort": Kind(_sort, r"[0-9]{5}"),
-        "maximum": Kind(_maximum, r"[0-9]"),
-        "compare": Kind(_compare, r"[yn]"),
-        "count": Kind(_count, r"[0-9]"),
+        "countdown": Kind(_countdown, r"[0-9][+-][0-9][+-][0-9]", train=533, test=292),
+        "add": Kind(_add, DIGITS, train=1628, test=768),
+        "subtract": Kind(_subtract, DIGITS, train=819, test=392),
+        "reverse": Kind(_reverse, r"[0-9]{5}", train=19971, test=9930),
+        "sort": Kind(_sort, r"[0-9]{5}", train=19984, test=10081),
+        "maximum": Kind(_maximum, r"[0-9]", train=20118, test=9900),
+        "compare": Kind(_compare, r"[yn]", train=1679, test=821),
+        "count": Kind(_count, r"[0-9]", train=199527, test=100378),
     }
 )
 PRIOR = tuple(f"lab-{kind}" for kind in KINDS if kind != "countdown")
@@ -123,12 +125,12 @@ class Lab:
         return f"lab-{self.kind}"
 
     def train(self, n: int | None = None) -> list[Example]:
-        """`n` distinct problems to train on, 500 by default."""
-        return self._distinct("train", 500 if n is None else n)
+        """`n` distinct problems to train on, 500 by default; raises ValueError for `n` < 1 or more than there are."""
+        return self._distinct("train", 500 if n is None else n, KINDS[self.kind].train)
 
     def test(self, n: int | None = None) -> list[Example]:
-        """`n` distinct problems to test on, 200 by default; none of them is a training or pretraining problem."""
-        return self._distinct("test", 200 if n is None else n)
+        """`n` distinct problems, 200 by default, none of them a training or pretraining one; raises like `train`."""
+        return self._distinct("test", 200 if n is None else n, KINDS[self.kind].test)
 
     def pretrain(self) -> Iterator[Example]:
         """Problems to pretrain on, without end; they repeat."""
@@ -156,16 +158,15 @@ class Lab:
             if split_of(self.kind, key) == split:
                 yield Example(prompt, prompt, answer)
 
-    def _distinct(self, split: str, n: int) -> list[Example]:
+    def _distinct(self, split: str, n: int, most: int) -> list[Example]:
+        if check_count(n) > most:  # the draws would never end
+            raise ValueError(f"n is {n}, but {self.name} has {most} {split} problems: ask for at most {most}")
         found: dict[str, Example] = {}
-        check_count(n)
-        for tries, example in enumerate(self._draw(split)):
+        draws = self._draw(split)
+        while len(found) < n:
+            example = next(draws)
             found.setdefault(example.id, example)
-            if len(found) == n:
-                return list(found.values())
-            if tries > 200 * n:
-                raise ValueError(f"n is {n}: {self.name} has only about {len(found)} {split} problems; ask for fewer")
-        raise AssertionError("the draws never end")
+        return list(found.values())
 
 
 def split_of(kind: str, key: str) -> str:

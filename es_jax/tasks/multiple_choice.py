@@ -1,11 +1,12 @@
 """Multiple choice: HellaSwag, PIQA, ARC-Challenge and MMLU-Pro are records of one renderer and one grader."""
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from es_jax.core.names import unknown
-from es_jax.tasks.data import FieldError, find_split, read_rows
+from es_jax.tasks.data import FieldError, checked, find_split, read_rows
 from es_jax.tasks.questions import SETS, Question, Set
 from es_jax.tasks.rows import Row, hub_rows, load_examples
 from es_jax.tasks.task import Choices, Example, Score, check_grader, response_text, two_views
@@ -73,11 +74,11 @@ class MultipleChoice:
         return example
 
     def score(self, example: Example, completion: str) -> Score:
-        """Paper: `Set.paper_label`. Format: the asked form, see `Set.form`. Strict: the asked form's label."""
-        text, wanted = response_text(example, completion), example.answer
-        asked = self._set.form.search(text.strip())
-        strict = asked is not None and asked[1] == wanted
-        paper = self._set.paper_label(text) == wanted
+        """Paper: `Set.paper_label`. Format: the asked form, see `Set.asked_label`. Strict: its label."""
+        opening, wanted = response_text(example, "") if self._set.letters else "", example.answer
+        asked = self._set.asked_label(opening, completion)
+        strict = asked is not None and asked == wanted
+        paper = self._set.paper_label(opening, completion) == wanted
         return two_views(self.grader, paper=paper, strict=strict, form=float(asked is not None), bonus=0.0)
 
     def choices(self, example: Example) -> Choices:
@@ -105,26 +106,38 @@ class _Worked:
     questions: list[Question] = field(default_factory=list)
 
     def of(self, question: Question) -> Sequence[Question]:
-        """The first ones of the question's group, without the question itself."""
-        if not self.source.shots:
+        """The first ones of the question's group; one that is asked itself is left out, even if few are left."""
+        shots = self.source.shots
+        if not shots:
             return ()
         if not self.questions:
-            self.questions = [self.source.read(row) for row in self._rows()]
-        same = [x for x in self.questions if x.group == question.group and x.text != question.text]
-        if not same:
-            groups = ", ".join(sorted({x.group for x in self.questions}))
-            raise FieldError("category", question.group, f"a category that has worked examples: {groups}")
-        return same[: self.source.shots]
+            self.questions = self._read()
+        counts = Counter(x.group for x in self.questions)
+        if counts[question.group] < shots:
+            enough = ", ".join(sorted(group for group in counts if counts[group] >= shots)) or "none"
+            wanted = f"a category with {shots} worked examples or more in the validation rows"
+            found = f"this one has {counts[question.group]}, and those with enough are: {enough}"
+            raise FieldError("category", question.group, f"{wanted} ({found})")
+        return [x for x in self.questions if x.group == question.group and x.text != question.text][:shots]
 
-    def _rows(self) -> Iterable[Row]:
+    def _read(self) -> list[Question]:
+        """Every validation row; raises ValueError for a bad one, which names its own file or split, row and field."""
         if self.data_dir is None:
-            return hub_rows(self.source.hub, "validation")
-        return read_rows(find_split(self.data_dir, "validation"))
+            hub = self.source.hub
+            return list(checked(hub_rows(hub, "validation"), f"{hub.path}, split validation", self._worked))
+        path = find_split(self.data_dir, "validation")
+        return list(checked(read_rows(path), str(path), self._worked))
+
+    def _worked(self, row: Row, number: int) -> Question:
+        question = self.source.read(row)
+        if not question.worked:
+            raise FieldError("cot_content", row.get("cot_content"), "the worked answer, text that is not empty")
+        return question
 
 
 def _example(source: Set, row: Row, worked: _Worked) -> Example:
     question = source.read(row)
-    blocks = [f"{_posed(source, x)}\n{x.worked}" for x in worked.of(question)]
+    blocks = [f"{_posed(source, x)}\nAnswer: {x.worked}" for x in worked.of(question)]
     content = "\n\n".join([*blocks, _posed(source, question), source.ask])
     meta = {"options": question.options, "stem": source.stem.format(question.text)}
     if question.group:

@@ -4,8 +4,9 @@ import re
 from fractions import Fraction
 
 MAX_LENGTH = 4096  # characters of a number; below Python's limit for converting digits
-DIGITS = r"(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)"
-NUMBER = rf"(?:[-+]?\$?|\$[-+]){DIGITS}(?:\\?%)?(?: ?/ ?{DIGITS})?"  # a pattern of what `number` understands
+DIGITS = r"(?:[0-9][0-9,]*(?:\.[0-9]+)?|(?<![.\w])\.[0-9]+)"  # the last dot of "so...72" and of "No.5" is no point
+# A pattern of what `number` understands:
+NUMBER = rf"(?:[-+]?(?:\\?\$ ?)?|\$[-+]){DIGITS}(?:\\?%)?(?: ?/ ?(?:\\?\$)?{DIGITS})?"
 PLAIN = r"(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
 BARE = re.compile(rf"[-+]?{PLAIN}(?:/{PLAIN})?")
 

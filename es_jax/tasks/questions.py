@@ -35,9 +35,10 @@ class Set:
       stem: the question when the options' words are scored as its continuations.
       ask: the last words of a prompt.
       asked: the asked form, with {} for the label.
-      form: finds the asked form in a stripped output: all of it for digits, its end for letters.
+      form: finds the asked form in an output without white space at its end: all of it for digits, its end for letters.
       paper: what the paper's grader looks for, in this order, first match of the first that is found.
-      upper: look in the upper-cased text.
+      letters: the labels are letters: the paper's grader looks in the upper-cased text, and the prompt's opening may
+        begin the asked form, "The answer is (". Digits are asked for alone, so there the opening is not looked at.
       shots: worked examples before the question.
     """
 
@@ -50,13 +51,28 @@ class Set:
     asked: str
     form: re.Pattern[str]
     paper: tuple[re.Pattern[str], ...]
-    upper: bool = False
+    letters: bool = False
     shots: int = 0
 
-    def paper_label(self, text: str) -> str | None:
-        """The label that the paper's grader reads out of a text, or None."""
-        text = text.upper() if self.upper else text
-        return next((found[1] for pattern in self.paper if (found := pattern.search(text))), None)
+    def paper_label(self, opening: str, completion: str) -> str | None:
+        """The label that the paper's grader reads out of a completion, or None.
+
+        The opening of the assistant's turn, which the completion goes on from, may begin what is found, not hold it.
+        """
+        if self.letters:
+            opening, completion = opening.upper(), completion.upper()
+        labels = (_written(pattern, opening, completion) for pattern in self.paper)
+        return next((label for label in labels if label), None)
+
+    def asked_label(self, opening: str, completion: str) -> str | None:
+        """The label of the asked form, or None; the opening as in `paper_label`."""
+        return _written(self.form, opening, completion.rstrip())
+
+
+def _written(pattern: re.Pattern[str], opening: str, completion: str) -> str | None:
+    """The first label of a pattern that stands in the completion: one in the opening is not the model's choice."""
+    found = pattern.finditer(opening + completion)
+    return next((match[1] for match in found if match.start(1) >= len(opening)), None)
 
 
 def _letters(labels: str) -> dict:
@@ -69,7 +85,7 @@ def _letters(labels: str) -> dict:
         paper=tuple(
             re.compile(pattern) for pattern in (rf"ANSWER IS \(({span})\)", rf"ANSWER IS ({span})\b", rf"\b({span})\b")
         ),
-        upper=True,
+        letters=True,
     )
 
 
@@ -108,11 +124,11 @@ def _arc(row: Row) -> Question:
 def _mmlu_pro(row: Row) -> Question:
     options = texts_field(row, "options", row.get("options"), least=2, most=len(LETTERS))
     right = _index(row, "answer", {label: i for i, label in enumerate(LETTERS[: len(options)])})
-    worked = str(row.get("cot_content") or "").removeprefix("A:").strip()
-    name = row.get("question_id")
+    name, worked = row.get("question_id"), row.get("cot_content")
+    worked = worked.removeprefix("A:").strip() if isinstance(worked, str) else ""  # only of validation rows
     return Question(
         "" if name is None else str(name),
-        text_field(row, "question"), options, right, text_field(row, "category"), f"Answer: {worked}"
+        text_field(row, "question"), options, right, text_field(row, "category"), worked
     )  # fmt: skip
 
 
@@ -133,7 +149,7 @@ SETS: Mapping[str, Set] = MappingProxyType(
             stem="{}",
             ask="Reply with the ending's number, 0, 1, 2 or 3, and nothing else.",
             asked="{}",
-            form=re.compile(r"\A([0-3])\Z"),
+            form=re.compile(r"\A\s*([0-3])\Z"),
             paper=(re.compile(r"([0-3])"),),
         ),
         "piqa": Set(
@@ -144,7 +160,7 @@ SETS: Mapping[str, Set] = MappingProxyType(
             stem="Goal: {}\nWay:",
             ask="Reply with the number of the better way, 1 or 2, and nothing else.",
             asked="{}",
-            form=re.compile(r"\A([12])\Z"),
+            form=re.compile(r"\A\s*([12])\Z"),
             paper=(re.compile(r"\b([12])\b"),),
         ),
         "arc-challenge": Set(

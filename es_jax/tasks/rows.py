@@ -6,11 +6,11 @@ data set's own fields and the task writes the prompt.
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from es_jax.tasks.data import SUFFIXES, FieldError, find_split, read_rows, verl_example
+from es_jax.tasks.data import SUFFIXES, FieldError, checked, find_split, own_ids, read_rows, verl_example
 from es_jax.tasks.task import Example, check_count, check_grader, take
 
 Row = Mapping[str, Any]
@@ -72,16 +72,10 @@ def load_examples(
 
 
 def _examples(rows: Iterable[Row], source: str, native: Callable, verl: Callable) -> list[Example]:
-    examples: dict[str, Example] = {}
-    for number, row in enumerate(rows):
-        try:
-            example = verl(verl_example(row, number)) if "prompt" in row else native(row)
-        except FieldError as error:
-            raise ValueError(f"{source}, row {number}: {error}") from error
-        if not example.id or example.id in examples:  # ids are unique; ProofWriter's are those of theories
-            example = replace(example, id=f"{example.id}#{number}")
-        examples[example.id] = example
-    return list(examples.values())
+    def read(row: Row, number: int) -> Example:
+        return verl(verl_example(row, number)) if "prompt" in row else native(row)
+
+    return own_ids(checked(rows, source, read))  # ProofWriter's ids are those of theories, so many rows share one
 
 
 def split_file(data_dir: str | Path, split: str, hub: Hub) -> Path:

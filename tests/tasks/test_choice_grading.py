@@ -156,6 +156,45 @@ def test_there_are_enough_cases() -> None:
     assert set(CASES) == set(SETS) and all(len(cases) >= 25 for cases in CASES.values())
 
 
+OPENED = [  # (task, the prompt's opening of the turn, completion, the right label, paper, format and strict if right)
+    ("hellaswag", "Of endings 0 to 3 I choose ", "2", "2", 1, 1),
+    ("hellaswag", "Of endings 0 to 3 I choose ", "2", "0", 0, 1),
+    ("hellaswag", "Of endings 0 to 3 I choose", " 2\n", "2", 1, 1),
+    ("hellaswag", "Of endings 0 to 3 I choose ", "ending 2", "2", 1, 0),
+    ("hellaswag", "0", "", "0", 0, 0),
+    ("hellaswag", "<think>", "2", "2", 1, 1),
+    ("piqa", "Of ways 1 and 2 the better is ", "2", "2", 1, 1),
+    ("piqa", "Of ways 1 and 2 the better is ", "2.", "1", 0, 0),
+    ("piqa", "Way 1", "2", "2", 1, 1),
+    ("piqa", "Way ", "12", "2", 0, 0),
+    ("arc-challenge", "Answer: The answer is (", "B)", "B", 1, 1),
+    ("arc-challenge", "Answer: The answer is (", "B).", "B", 1, 1),
+    ("arc-challenge", "Answer: The answer is (", "B", "B", 1, 0),
+    ("arc-challenge", "The answer is", " (B).", "B", 1, 1),
+    ("arc-challenge", "The answer is (", "B), not C", "B", 1, 0),
+    ("arc-challenge", "THE ANSWER IS (", "b)", "B", 1, 0),
+    ("arc-challenge", "A careful choice: ", "B", "B", 1, 0),
+    ("arc-challenge", "A careful choice: ", "B", "A", 0, 0),
+    ("arc-challenge", "Not ", "the answer is (B).", "B", 1, 0),
+    ("arc-challenge", "The answer is (A)? ", "No. The answer is (B).", "B", 1, 1),
+    ("arc-challenge", "The answer is (A).", "", "A", 0, 0),
+    ("arc-challenge", "The answer is (A).", "\n", "A", 0, 0),
+    ("arc-challenge", "ß A ", "B", "B", 1, 0),  # its upper case is longer
+    ("mmlu-pro", "I think step by step. ", "So x = 2. The answer is (J).", "J", 1, 1),
+    ("mmlu-pro", "I think ", "it is J", "J", 1, 0),
+    ("mmlu-pro", "I think ", "it is J", "I", 0, 0),
+]
+
+
+@pytest.mark.parametrize(("task", "opening", "completion", "answer", "paper", "form"), OPENED)
+def test_a_label_in_the_prompts_opening_is_not_the_models(
+    task: str, opening: str, completion: str, answer: str, paper: int, form: int
+) -> None:
+    prompt = ({"role": "user", "content": "?"}, {"role": "assistant", "content": opening})
+    score = get_task(task).score(Example("0", prompt, answer), completion)
+    assert score.parts == {"answer": paper, "format": form, "strict": paper * form}
+
+
 @pytest.mark.parametrize("task", SETS)
 @pytest.mark.parametrize("unit", ["The answer is (", "answer is ", " ", "\n", "9", "-", "The answer is (Z)", "\0", "é"])
 def test_monster(task: str, unit: str) -> None:

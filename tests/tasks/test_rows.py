@@ -26,6 +26,7 @@ BAD = [  # (task, field, what it holds, the field that is named, what is said of
     ("gsm8k", "answer", None, "answer", "None"),
     ("gsm8k", "answer", "it is 7", "answer", "'it is 7'"),
     ("gsm8k", "answer", "#### many", "answer", "'#### many'"),
+    ("gsm8k", "answer", 72, "answer", "72"),
     ("proofwriter", "theory", None, "theory", "None"),
     ("proofwriter", "question", " ", "question", "' '"),
     ("proofwriter", "answer", "Maybe", "answer", "'Maybe'"),
@@ -88,6 +89,8 @@ def test_a_verl_row_brings_its_prompt(tmp_path: Path) -> None:
         ("piqa", {"goal": "?", "sol1": "p", "sol2": "q", "label": "1"}, "1"),
         ("hellaswag", ROWS["hellaswag"](0) | {"label": 3}, "3"),
         ("gsm8k", {"question": "?", "answer": "so\n#### 1,200"}, "1,200"),
+        ("gsm8k", {"question": "?", "answer": "so\n##### 72"}, "72"),
+        ("gsm8k", {"question": "?", "answer": " 72 "}, "72"),
         ("proofwriter", ROWS["proofwriter"](1) | {"answer": "false"}, "False"),
     ],
 )  # fmt: skip
@@ -111,6 +114,48 @@ def test_worked_examples_are_of_the_category_and_never_the_question(tmp_path: Pa
         assert all(x.rstrip().endswith("The answer is (A).") and "A: One" not in x for x in worked)
         same = {r["question"] for r in rows if r["category"] == row["category"]} - {row["question"]}
         assert {x.partition("\n")[0] for x in worked} == same
+
+
+BAD_WORKED = [  # (field of a validation row, what it holds, what is said of it)
+    ("answer", "Z", "'Z'"),
+    ("question", "", "''"),
+    ("category", None, "None"),
+    ("cot_content", None, "None"),
+    ("cot_content", "", "''"),
+    ("cot_content", "A: ", "'A: '"),
+    ("cot_content", ["One"], r"\['One'\]"),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "found"), BAD_WORKED)
+def test_a_bad_worked_example_is_named_by_its_own_file(tmp_path: Path, field: str, value: object, found: str) -> None:
+    rows = [ROWS["mmlu-pro"](i) for i in range(10)]
+    rows[1] |= {field: value}
+    write(tmp_path, "test", [ROWS["mmlu-pro"](20)])
+    write(tmp_path, "validation", rows)
+    with pytest.raises(ValueError, match=rf"validation\.jsonl, row 1: field '{field}' is {found}: it should be ") as e:
+        get_task("mmlu-pro", data_dir=tmp_path).test()
+    assert "test.jsonl" not in str(e.value)
+
+
+def test_a_question_needs_five_worked_examples_and_no_worked_answer_of_its_own(tmp_path: Path) -> None:
+    write(tmp_path, "test", [ROWS["mmlu-pro"](i) | {"cot_content": ""} for i in (20, 21)])
+    write(tmp_path, "validation", [ROWS["mmlu-pro"](i) for i in range(10)])
+    for example in get_task("mmlu-pro", data_dir=tmp_path).test():
+        assert example.prompt[0]["content"].count("\nAnswer: One more than") == 5
+    write(tmp_path, "validation", [ROWS["mmlu-pro"](i) for i in range(9)])
+    said = r"test\.jsonl, row 1: field 'category' is 'math': .* 5 worked .* \(this one has 4, .* enough are: law\)"
+    with pytest.raises(ValueError, match=said):
+        get_task("mmlu-pro", data_dir=tmp_path).test()
+    write(tmp_path, "validation", [ROWS["mmlu-pro"](i) for i in range(8)])
+    with pytest.raises(ValueError, match=r"row 0: field 'category' is 'law': .* enough are: none\)"):
+        get_task("mmlu-pro", data_dir=tmp_path).test()
+
+
+def test_validation_rows_that_are_asked_have_four_worked_examples(tmp_path: Path) -> None:
+    write(tmp_path, "validation", [ROWS["mmlu-pro"](i) for i in range(10)])
+    examples = get_task("mmlu-pro", data_dir=tmp_path).test()
+    assert [example.prompt[0]["content"].count("Answer: ") for example in examples] == [4] * 10
 
 
 def test_train_and_test_never_share_a_file(tmp_path: Path) -> None:
@@ -150,15 +195,18 @@ def test_rows_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def load_dataset(*args: Any, **options: Any) -> list[dict]:
         asked.append((*args, *options.values()))
-        rows = [ROWS["mmlu-pro"](i) for i in range(6)]
+        rows = [ROWS["mmlu-pro"](i) for i in range(10)]
         return rows if options["split"] == "validation" else [*rows, {"question": "?"}]
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     made = get_task("mmlu-pro")
-    assert len(made.test(6)) == 6
+    assert len(made.test(10)) == 10
     assert set(asked) == {("TIGER-Lab/MMLU-Pro", None, split, None) for split in ("test", "validation")}
-    with pytest.raises(ValueError, match="TIGER-Lab/MMLU-Pro, split test, row 6: field 'options' is None"):
+    with pytest.raises(ValueError, match="TIGER-Lab/MMLU-Pro, split test, row 10: field 'options' is None"):
         made.test()
+    monkeypatch.setattr(sys.modules["datasets"], "load_dataset", lambda *_, **__: [ROWS["mmlu-pro"](0), {}])
+    with pytest.raises(ValueError, match="TIGER-Lab/MMLU-Pro, split validation, row 1: field 'options' is None"):
+        made.test(1)
 
 
 REAL = [  # (task, folder, split, rows)

@@ -65,6 +65,15 @@ def test_without_id_the_row_number_is_the_id(tmp_path: Path) -> None:
     assert [example.id for example in read_examples(tmp_path, "train")] == ["0", "12"]
 
 
+@pytest.mark.parametrize("task", ["countdown", "conciseness", "gsm8k"])
+def test_ids_are_unique(tmp_path: Path, task: str) -> None:
+    names = ["a", "a", "a", "a#5", "1", "a", None]
+    rows = [changed("id", name) | {"reward_model": {"ground_truth": "3"}} for name in names]
+    write(tmp_path, rows)
+    ids = [example.id for example in get_task(task, data_dir=tmp_path).train()]
+    assert ids == ["a", "a#1", "a#2", "a#5", "1", "a#5#5", "6"]
+
+
 @pytest.mark.parametrize(("target", "kept"), [("27.4", "27.4"), (-11, "-11"), (2.5, "2.5"), ("007", "007")])
 def test_targets(tmp_path: Path, target: object, kept: str) -> None:
     write(tmp_path, [changed("extra_info.target", target)])
