@@ -1,10 +1,10 @@
 """python -m es_jax.report RUN [RUN …] --out=DIR [--mark] [--json]
 
 One page, report.html, that opens from disk and needs nothing beside it, and its figures and tables as files:
-figures/<name>.png, .pdf and .csv (what was drawn), tables/<name>.md and .tex. Runs that differ in their seed alone are
-averaged. Runs that are not finished are shown as far as they are. Runs that cannot be compared, because they have other
-data, another grader or another max_new, are refused; with --mark they are shown and marked. With --json one line is
-printed:
+figures/<name>.png, .pdf and .csv (what was drawn), tables/<name>.md and .tex. Runs that differ in their seed, and in
+nothing else that a step depends on, are averaged. Runs that are not finished are shown as far as they are. Runs that
+cannot be compared, because they have other data, another grader or another max_new, are refused; with --mark they are
+shown and marked. With --json one line is printed:
 
     page, figures ({name: {png, pdf, csv}}), tables ({name: {md, tex}}), absent (titles), series ({label: folders}),
     marked ({folder: reason}), results (a row a series, as in the table)
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from es_jax.plotting import comparisons, curves, tables
-from es_jax.plotting.labels import caption, group
+from es_jax.plotting.labels import caption, group, seed_of
 from es_jax.plotting.runs import Run, Series, incomparable, prior_tasks, read_run
 from es_jax.plotting.style import Plot, save
 from es_jax.plotting.tables import Table
@@ -137,7 +137,7 @@ def _page(runs: Sequence[Run], series: Sequence[Series], marks: Mapping[Path, st
 def _line(run: Run, label: str) -> dict[str, Any]:
     versions = run.facts.get("versions") or {}
     return {
-        "folder": run.folder, "series": label, "seed": run.config.train.seed, "step": run.step,
+        "folder": run.folder, "series": label, "seed": seed_of(run), "step": run.step,
         "steps": run.config.train.steps, "model": run.config.model.source, "digest": str(run.facts["digest"])[:12],
         "weights": f"{run.size:,}" if run.size else "unknown", "git": str(versions.get("git"))[:10],
         "es_jax": versions.get("es_jax"), "jax": versions.get("jax"),

@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 
 from configs.lab import get_config
 from es_jax.evals.kl import kl, sample
-from es_jax.plotting import accuracies
+from es_jax.plotting import read_run
 from es_jax.tasks import get_task
 from es_jax.tasks.lab import PRIOR
 from es_jax.training import workdir as rundir
@@ -37,7 +37,7 @@ from es_jax.training.metrics import read_jsonl
 from es_jax.training.state import replay
 from es_jax.weights.model import load_model
 from es_jax.weights.tokenizer import encode_prompt
-from experiments.runs import mean_se
+from experiments.runs import PRETRAINED, check_models, done, mean_se, plain_errors
 
 ALL = ("lab-countdown", *PRIOR)
 TARGETS = ("lab-countdown", "lab-sort")
@@ -69,21 +69,18 @@ def step_seconds(folders: Sequence[Path]) -> dict[str, float]:
 
 def evaluations(folder: Path, target: str, *, each_step: dict[str, float], **labels: object) -> list[dict]:
     """A line for each evaluation of a run: what it had cost by then, and what it knew."""
-    config = json.loads((folder / "config.json").read_text())["config"]
-    members = config["grpo"]["rollouts"] if config["method"] == "grpo" else config["es"]["population"]
-    each = members * config["task"]["prompts_per_step"]
-    rows = read_jsonl(folder / "metrics.jsonl")
-    tokens = np.cumsum([0] + [row["tokens"] for row in rows])
-    seconds = each_step[config["method"]]
-    drift = [0.0] + [row["drift"] for row in rows]
-    steps, accuracy = accuracies(folder, target)
-    prior = np.mean([accuracies(folder, task)[1] for task in priors_of(target)], axis=0)
+    found = read_run(folder)
+    config = found.config
+    members = config.grpo.rollouts if config.method == "grpo" else config.es.population
+    each, seconds = members * (config.task.prompts_per_step or config.task.train_size), each_step[config.method]
+    tokens = np.cumsum([0] + [row["tokens"] for row in found.metrics])
+    drift = [0.0] + [row["drift"] for row in found.metrics]
     return [
         labels
-        | {"target_task": target, "step": int(step), "rollouts": int(step) * each, "tokens": int(tokens[step])}
-        | {"seconds": round(seconds * int(step), 1), "target": float(accuracy[i]), "prior": round(float(prior[i]), 4)}
-        | {"drift": round(drift[step], 4)}
-        for i, step in enumerate(steps.tolist())
+        | {"target_task": target, "step": step, "rollouts": step * each, "tokens": int(tokens[step])}
+        | {"seconds": round(seconds * step, 1), "target": row["accuracy"]}
+        | {"prior": round(float(np.mean([other["accuracy"] for other in prior])), 4), "drift": round(drift[step], 4)}
+        for step, (row, *prior) in found.rows([target, *priors_of(target)]).items()
     ]
 
 
@@ -221,19 +218,32 @@ def main() -> None:
     parser.add_argument("--seconds", action="store_true", help="match by time too: for runs of one idle machine")
     parser.add_argument("--kl", action="store_true", help="also measure KL from the base model")
     parser.add_argument("--only-report", action="store_true", help="run nothing; report what is finished")
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     args = parser.parse_args()
+    with plain_errors(traceback=args.traceback):
+        compare(args)
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Run what is left, and report what is finished."""
+    cases = [
+        (args.out / target / re.sub(r"[^\w.-]+", "-", row) / str(seed), target, row, seed)
+        for row, seed, target in itertools.product(args.rows, args.seeds, args.targets)
+    ]
+    left = [] if args.only_report else [case for case in cases if not done(case[0])]
+    if any(target == "lab-sort" for _, target, *_ in left):
+        check_models({args.sort: PRETRAINED["runs/lab-sort"]})
+    for folder, target, row, seed in left:
+        source = "lab" if target == TARGETS[0] else args.sort
+        steps, every = (args.steps, 5) if "GRPO" in row else (args.es_steps, 20)
+        train(target, row, seed, source, folder, steps=steps, every=every)
+    finished, lines = [case for case in cases if done(case[0])], []
+    if not finished:
+        print("no run is finished")
+        return
     args.docs.mkdir(parents=True, exist_ok=True)
-    done, lines = [], []
-    for row, seed, target in itertools.product(args.rows, args.seeds, args.targets):
-        folder = args.out / target / re.sub(r"[^\w.-]+", "-", row) / str(seed)
-        if not args.only_report and not (folder / "DONE").exists():
-            source = "lab" if target == TARGETS[0] else args.sort
-            steps, every = (args.steps, 5) if "GRPO" in row else (args.es_steps, 20)
-            train(target, row, seed, source, folder, steps=steps, every=every)
-        if (folder / "DONE").exists():
-            done.append((folder, target, row, seed))
-    each_step = step_seconds([folder for folder, *_ in done])
-    for folder, target, row, seed in done:
+    each_step = step_seconds([folder for folder, *_ in finished])
+    for folder, target, row, seed in finished:
         mine = evaluations(folder, target, each_step=each_step, row=row, seed=seed)
         if args.kl:
             add_kl(folder, mine)

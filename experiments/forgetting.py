@@ -59,7 +59,7 @@ def figure(lines: list[dict[str, Any]], path: Path) -> None:
         for marker, population in zip("os^", populations, strict=False):
             for anchor, face in (("none", "none"), ("l2", "0.3")):
                 mine = [x for x in lines if (x["target"], x["N"], x["AWD"]) == (target, population, anchor)]
-                later = [line for line in mine if line["step"]]
+                later = [line for line in mine if line["step"] and line["kappa"] is not None]
                 label = f"N = {population}" + (", AWD" if anchor == "l2" else "")
                 axes.scatter(
                     [line["kappa"] for line in later], [line["prior"] for line in later],

@@ -15,13 +15,12 @@ from pathlib import Path
 import numpy as np
 
 from configs.lab import get_config
-from es_jax.plotting import Series, accuracies, read_run
+from es_jax.plotting import Series, read_run
 from es_jax.plotting.comparisons import strength_sweep
 from es_jax.plotting.curves import accuracy_over_iterations, drift_against_theory
 from es_jax.tasks.lab import PRIOR
 from es_jax.training.loop import run
-from es_jax.training.metrics import read_jsonl
-from experiments.runs import mean_se
+from experiments.runs import check_models, done, mean_se, plain_errors
 
 ROWS = {
     "ES, N=8": "",
@@ -48,16 +47,15 @@ def folder_of(out: Path, row: str, model: str, seed: int) -> Path:
 
 def evaluations(folder: Path, **labels: object) -> list[dict]:
     """A line for each evaluation of a run."""
-    steps, target = accuracies(folder, TARGET)
-    parts = {task: accuracies(folder, task)[1] for task in PRIOR}
-    prior = np.mean(list(parts.values()), axis=0)
-    metrics = {row["step"]: row for row in read_jsonl(folder / "metrics.jsonl")}
-    spent = np.cumsum([row["seconds"] for row in metrics.values()])
+    found = read_run(folder)
+    metrics = {row["step"]: row for row in found.metrics}
+    spent = np.cumsum([row["seconds"] for row in found.metrics])
     out = []
-    for i, step in enumerate(steps.tolist()):
-        row = metrics.get(step, {"drift": 0.0, "drift_theory": 0.0})
-        line = {"step": step, TARGET: target[i], "prior": round(prior[i], 5), **{t: a[i] for t, a in parts.items()}}
-        line |= {"drift": row["drift"], "theory": row["drift_theory"], "seconds": spent[step - 1] if step else 0.0}
+    for step, rows in found.rows([TARGET, *PRIOR]).items():
+        target, *prior = [row["accuracy"] for row in rows]
+        now = metrics.get(step, {"drift": 0.0, "drift_theory": 0.0})
+        line = {"step": step, TARGET: target, "prior": round(np.mean(prior), 5), **dict(zip(PRIOR, prior, strict=True))}
+        line |= {"drift": now["drift"], "theory": now["drift_theory"], "seconds": spent[step - 1] if step else 0.0}
         out.append(labels | line)
     return out
 
@@ -109,18 +107,30 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/lab_study"))
     parser.add_argument("--docs", type=Path, default=Path("docs/lab"))
     parser.add_argument("--only-report", action="store_true", help="run nothing; report what is finished")
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     args = parser.parse_args()
+    with plain_errors(traceback=args.traceback):
+        study(args)
+
+
+def study(args: argparse.Namespace) -> None:
+    """Run what is left, and report what is finished."""
     work = [(row, model, seed) for row in args.rows for seed in args.seeds for model in args.models]
     lines, finished = [], {}
+    if not args.only_report:
+        check_models({model: "--seed=SEED" for model in args.models if model != "lab"})
     for row, model, seed in work:
         folder = folder_of(args.out, row, model, seed)
-        if not args.only_report and not (folder / "DONE").exists():
+        if not args.only_report and not done(folder):
             config = get_config(f"{ROWS[row]},seed={seed}")
             config.model.source = model
             run(config, folder)
-        if (folder / "DONE").exists():
+        if done(folder):
             lines += evaluations(folder, row=row, model=Path(model).name, seed=seed)
             finished.setdefault(row, []).append(folder)
+    if not finished:
+        print("no run is finished")
+        return
     args.docs.mkdir(parents=True, exist_ok=True)
     with open(args.docs / "runs.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)

@@ -33,6 +33,7 @@ from es_jax.models.families import FAMILIES
 from es_jax.models.transformer import Transformer, unstack_layers
 from es_jax.tasks.lab import CHARACTERS, KINDS, Lab
 from es_jax.weights.model import Model, check_new, save_model
+from experiments.runs import plain_errors
 
 CONFIG = TransformerConfig(
     family="llama", vocab_size=64, width=64, layers=2, heads=4, kv_heads=4, head_dim=16, mlp_dim=128,
@@ -162,7 +163,8 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=SHARE["countdown"], help="countdown's part of a batch")
     parser.add_argument("--family", choices=("llama", "qwen2", "qwen3", "gemma2"), default=CONFIG.family)
     args = parser.parse_args()
-    check_new(args.out)
+    with plain_errors(traceback=False):
+        check_new(args.out)
     began, recipe = time.monotonic(), {name: value for name, value in vars(args).items() if name != "out"}
     params, losses = pretrain(**recipe)
     tokenizer = make_tokenizer()

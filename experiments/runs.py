@@ -1,27 +1,37 @@
 """What the experiments share: a list of cases → runs, resumed where they stopped → rows of evaluations → a table.
 
 A case is a run: labels that tell it from the others, and its config. Runs go one after another, or one of them with
---index=$I, as in a job array; whatever is finished is reported, and a started run goes on.
+--index=$I, as in a job array; whatever is finished is reported, and a started run goes on. Beside the table there is
+the page of `python -m es_jax.report`, where the runs can be compared.
 """
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from ml_collections import config_dict
 
+from es_jax.plotting import read_run
+from es_jax.report import write_report
 from es_jax.training.config import RunConfig, freeze
-from es_jax.training.evalsfile import read_evals
 from es_jax.training.loop import run
-from es_jax.training.metrics import read_jsonl
 
+Item = TypeVar("Item")
 SIZES = ("lab", "full")
 EVALS = {"evals.size": 100, "train.samples": 1}  # of a run at laboratory size
+PRETRAINED = {  # model.source → the arguments of experiments.pretrain_lab that make it
+    "runs/lab-sort": "--target=sort",
+    "runs/lab-far": "--echo=0.9",
+    "runs/lab-qwen3": "--family=qwen3",
+    "runs/lab-gemma2": "--family=gemma2",
+}
 MEASURED = ("accuracy", "prior", "prior_change", "of_format", "of_knowledge", "drift", "ratio", "kappa")
 
 
@@ -48,34 +58,62 @@ class Case:
         )
 
 
+def chosen(items: Sequence[Item], index: int | None) -> Sequence[Item]:
+    """All items, or number `index`.
+
+    Raises:
+      ValueError: there is no such item.
+    """
+    if index is None:
+        return items
+    if not 0 <= index < len(items):
+        raise ValueError(f"index is {index}: there are {len(items)} cases, 0 to {len(items) - 1}, which --list prints")
+    return [items[index]]
+
+
+def check_models(pretrained: Mapping[str, str]) -> None:
+    """Raises FileNotFoundError where one of {folder: arguments that made it} is missing; the command is named."""
+    missing = {folder: given for folder, given in pretrained.items() if not Path(folder).exists()}
+    if missing:
+        commands = [f"python -m experiments.pretrain_lab {given} --out={folder}" for folder, given in missing.items()]
+        raise FileNotFoundError(f"the model {', '.join(missing)} does not exist: run {' and '.join(commands)}")
+
+
 def execute(cases: Sequence[Case], out: Path, *, index: int | None = None) -> None:
     """Run, or go on with, all cases or number `index`. A finished one is left as it is.
 
     Raises:
       ValueError: two cases have the same labels, or there is no such case.
+      FileNotFoundError: a pretrained model is missing.
     """
     if len({case.folder(out) for case in cases}) < len(cases):
         raise ValueError("two cases have the same labels: give each its own")
-    if index is not None and not 0 <= index < len(cases):
-        raise ValueError(f"index is {index}: there are {len(cases)} cases, 0 to {len(cases) - 1}")
-    for case in cases if index is None else [cases[index]]:
-        if not (case.folder(out) / "DONE").exists():
-            run(case.config, case.folder(out))
+    left = [case for case in chosen(cases, index) if not done(case.folder(out))]
+    sources = dict.fromkeys(case.config.model.source for case in left)
+    check_models({source: PRETRAINED[source] for source in sources if source in PRETRAINED})
+    for case in left:
+        run(case.config, case.folder(out))
+
+
+def done(folder: Path) -> bool:
+    """Whether the run in the folder is finished."""
+    return (folder / "DONE").exists()
 
 
 def evaluations(case: Case, folder: Path) -> list[dict[str, Any]]:
-    """A line for each evaluation of a run: its labels, step, accuracy on the target and mean over the prior tasks.
+    """A line for each step at which all of a run's tasks were evaluated.
 
-    of_format and of_knowledge are the parts of the prior tasks' drop; ratio is drift over the closed form.
+    Its labels, step, accuracy on the target and mean over the prior tasks. of_format and of_knowledge are the parts of
+    the prior tasks' drop; ratio is drift over the closed form.
     """
-    config = case.config
-    target = {row["step"]: row for row in read_evals(folder / "evals" / f"{config.task.name}.jsonl")}
-    others = [read_evals(folder / "evals" / f"{name}.jsonl") for name in config.evals.tasks if name != config.task.name]
-    metrics = {row["step"]: row for row in read_jsonl(folder / "metrics.jsonl")}
+    config, found = case.config, read_run(folder)
+    metrics = {row["step"]: row for row in found.metrics}
+    others = [name for name in config.evals.tasks if name != config.task.name]
     lines = []
-    for i, (step, row) in enumerate(target.items()):
-        prior = [rows[i] for rows in others]
-        mean = lambda name, prior=prior: float(np.mean([p[name] for p in prior])) if prior else None  # noqa: E731
+    for step, (row, *prior) in found.rows([config.task.name, *others]).items():
+        mean = lambda name, prior=prior: (  # noqa: E731
+            float(np.mean([p[name] for p in prior])) if prior and all(name in p for p in prior) else None
+        )
         now = metrics.get(step, {})
         theory = now.get("drift_theory")
         lines.append({
@@ -135,6 +173,22 @@ def main(
       labels: what the table's rows are told apart by.
       figure: draws the lines into a file.
     """
+    args = arguments(doc, name).parse_args()
+    with plain_errors(traceback=args.traceback):
+        made = list(cases(args.size, args.seeds))
+        if args.list:
+            print("\n".join(f"{i} {case.folder(args.out)}" for i, case in enumerate(made)))
+            return
+        if not args.only_report:
+            execute(made, args.out, index=args.index)
+        finished = {case.folder(args.out): case for case in made if done(case.folder(args.out))}
+        lines = [line for folder, case in finished.items() for line in evaluations(case, folder)]
+        report(lines, args.docs or args.out, name, labels=labels, figure=figure)
+        page(list(finished), args.out / "report")
+
+
+def arguments(doc: str | None, name: str) -> argparse.ArgumentParser:
+    """The parser of an experiment with that docstring, whose folder of runs has that name."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="lab")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
@@ -143,20 +197,28 @@ def main(
     parser.add_argument("--index", type=int, help="run only this case, as in a job array")
     parser.add_argument("--list", action="store_true", help="print the cases and run nothing")
     parser.add_argument("--only-report", action="store_true", help="run nothing; report what is finished")
-    args = parser.parse_args()
-    made = list(cases(args.size, args.seeds))
-    if args.list:
-        print("\n".join(f"{i} {case.folder(args.out)}" for i, case in enumerate(made)))
-        return
-    if not args.only_report:
-        execute(made, args.out, index=args.index)
-    lines = [
-        line
-        for case in made
-        if (case.folder(args.out) / "DONE").exists()
-        for line in evaluations(case, case.folder(args.out))
-    ]
-    report(lines, args.docs or args.out, name, labels=labels, figure=figure)
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    return parser
+
+
+@contextlib.contextmanager
+def plain_errors(*, traceback: bool) -> Iterator[None]:
+    """A mistake in the input ends the program with its message, and with a traceback only where that is wanted."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if traceback:
+            raise
+        sys.exit(str(error))
+
+
+def page(folders: Sequence[Path], out: Path) -> None:
+    """The page of `python -m es_jax.report` of these runs, or why there is none: the experiment does not need it."""
+    if folders:
+        try:
+            print(write_report(folders, out)["page"])
+        except (ValueError, OSError) as error:
+            print(f"no page of es_jax.report: {error}")
 
 
 def report(

@@ -4,15 +4,15 @@ Three tasks one after another, each from the weights of the one before: without 
 model, and re-anchored at the start of each task. At laboratory size the model does not know the first task (it echoes)
 and knows the others, so the question is what becomes of the skill that was learnt first.
 
-Command:  python -m experiments.sequence [--size=full] [--seeds 0 1] [--docs=docs/lab]
+Command:  python -m experiments.sequence [--size=full] [--index=$I] [--seeds 0 1] [--docs=docs/lab]
+          --index counts whole sequences: a stage needs the one before.
 Cost:     laboratory: under a minute a seed on 2 idle CPU cores. Full: 9 runs of 500 steps a seed, not yet
           run; by the plan of Qwen2.5-3B on eight H100 (docs/scale.md, a bound) at least 27 hours a seed.
 Result:   laboratory, seeds 0 and 1: re-anchored keeps .41 of the first task and .69 of what was never trained; to the
           first base keeps .21 and .90; no anchor .31 and .49. Full: not yet run.
 """
 
-import argparse
-from collections.abc import Iterator, Sequence
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from configs import countdown, gsm8k, lab, proofwriter
+from es_jax.plotting import read_run
 from es_jax.tasks.lab import PRIOR as LAB_PRIOR
-from es_jax.training.evalsfile import read_evals
 from es_jax.training.export import export_run
 from experiments.forgetting import PRIOR
-from experiments.runs import EVALS, SIZES, Case, execute, report
+from experiments.runs import EVALS, Case, arguments, chosen, done, execute, plain_errors, report
 
 ANCHORS = ("none", "base", "re-anchored")
 LABELS = {"none": "no AWD", "base": "AWD to the first base", "re-anchored": "AWD re-anchored"}
@@ -48,34 +48,45 @@ def case(size: str, stage: int, anchor: str, seed: int, *, start: str) -> Case:
     return Case.of(config, anchor=anchor, stage=stage, task=task, seed=seed)
 
 
-def sequence(size: str, anchor: str, seed: int, out: Path) -> Iterator[tuple[Case, Path]]:
-    """Run, or go on with, one sequence; every stage and its directory as it is done."""
-    start = ""
+def sequence(size: str, anchor: str, seed: int, out: Path) -> list[Case]:
+    """The stages of a sequence, each from the weights of the one before."""
+    stages: list[Case] = []
     for stage in range(len(STAGES[size])):
-        now = case(size, stage, anchor, seed, start=start)
+        stages.append(case(size, stage, anchor, seed, start=str(weights(stages[-1], out)) if stages else ""))
+    return stages
+
+
+def weights(now: Case, out: Path) -> Path:
+    """Where the model goes that a stage ends with."""
+    return out / "weights" / now.folder(out).name
+
+
+def run_sequence(stages: list[Case], out: Path) -> None:
+    """Run, or go on with, a sequence."""
+    for now in stages:
         execute([now], out)
-        yield now, now.folder(out)
-        folder = out / "weights" / now.folder(out).name
-        if not folder.exists():
-            export_run(now.folder(out), folder)
-        start = str(folder)
+        if not weights(now, out).exists():
+            export_run(now.folder(out), weights(now, out))
 
 
-def lines_of(size: str, now: Case, folder: Path, *, steps: int) -> list[dict[str, Any]]:
+def lines_of(size: str, now: Case, folder: Path) -> list[dict[str, Any]]:
     """A line for each evaluation of a stage: every stage's task, and the mean over the tasks never trained."""
-    stages = STAGES[size]
-    names = (now.config.task.name, *now.config.evals.tasks)
-    rows = {name: read_evals(folder / "evals" / f"{name}.jsonl") for name in names}
-    rest = [name for name in rows if name not in stages]
-    return [
-        {
+    stages, names = STAGES[size], (now.config.task.name, *now.config.evals.tasks)
+    lines = []
+    for step, rows in read_run(folder).rows(names).items():
+        accuracy = {name: row["accuracy"] for name, row in zip(names, rows, strict=True)}
+        lines.append({
             **now.labels,
-            "step": now.labels["stage"] * steps + rows[now.config.task.name][i]["step"],
-            **{f"stage {s}: {name}": rows[name][i]["accuracy"] for s, name in enumerate(stages)},
-            "never trained": float(np.mean([rows[name][i]["accuracy"] for name in rest])),
-        }
-        for i in range(len(rows[now.config.task.name]))
-    ]
+            "step": now.labels["stage"] * now.config.train.steps + step,
+            **{column: accuracy[name] for column, name in zip(columns(size), stages, strict=True)},
+            "never trained": float(np.mean([value for name, value in accuracy.items() if name not in stages])),
+        })  # fmt: skip
+    return lines
+
+
+def columns(size: str) -> list[str]:
+    """Of the table: the accuracy on each stage's task."""
+    return [f"stage {s}: {name}" for s, name in enumerate(STAGES[size])]
 
 
 def figure(lines: list[dict[str, Any]], path: Path) -> None:
@@ -96,32 +107,21 @@ def figure(lines: list[dict[str, Any]], path: Path) -> None:
     drawing.savefig(path)
 
 
-def run_all(size: str, seeds: Sequence[int], anchors: Sequence[str], out: Path) -> list[dict[str, Any]]:
-    """Every sequence's lines."""
-    lines = []
-    for seed in seeds:
-        for anchor in anchors:
-            for now, folder in sequence(size, anchor, seed, out):
-                lines += lines_of(size, now, folder, steps=now.config.train.steps)
-    return lines
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="lab")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--out", type=Path, default=Path("runs/sequence"))
-    parser.add_argument("--docs", type=Path, help="where the report goes; the out folder by default")
-    parser.add_argument("--index", type=int, help="run only this sequence of seeds × anchors, as in a job array")
-    args = parser.parse_args()
-    pairs = [(seed, anchor) for seed in args.seeds for anchor in ANCHORS]
-    if args.index is not None:
-        seed, anchor = pairs[args.index]
-        run_all(args.size, [seed], [anchor], args.out)
-        return
-    lines = run_all(args.size, args.seeds, ANCHORS, args.out)
-    columns = [name for name in lines[0] if name.startswith("stage ")] + ["never trained"]
-    report(lines, args.docs or args.out, "sequence", labels=("stage", "task", "anchor"), columns=columns, figure=figure)
+    args = arguments(__doc__, "sequence").parse_args()
+    with plain_errors(traceback=args.traceback):
+        pairs = itertools.product(args.seeds, ANCHORS)
+        made = [sequence(args.size, anchor, seed, args.out) for seed, anchor in pairs]
+        if args.list:
+            print("\n".join(f"{i} {' '.join(str(s.folder(args.out)) for s in x)}" for i, x in enumerate(made)))
+            return
+        for stages in () if args.only_report else chosen(made, args.index):
+            run_sequence(stages, args.out)
+        finished = [now for stages in made for now in stages if done(now.folder(args.out))]
+        lines = [line for now in finished for line in lines_of(args.size, now, now.folder(args.out))]
+        shown = [*columns(args.size), "never trained"]
+        labels = ("stage", "task", "anchor")
+        report(lines, args.docs or args.out, "sequence", labels=labels, columns=shown, figure=figure)
 
 
 if __name__ == "__main__":

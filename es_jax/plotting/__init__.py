@@ -11,22 +11,24 @@ from es_jax.plotting.runs import Run, Series, read_run
 __all__ = ["Run", "Series", "accuracies", "prior_accuracy", "read_run", "target_against_prior"]
 
 
-def accuracies(workdir: str | Path, task: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps [n] and held-out accuracies [n] of a task, from a run's evals/<task>.jsonl.
+def accuracies(workdir: str | Path, *tasks: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps [n] and mean held-out accuracies [n] of tasks, at the steps at which all of them were evaluated.
 
     Raises:
-      FileNotFoundError: the run has no evaluation of the task.
+      FileNotFoundError: there is no such step.
     """
-    found = read_run(workdir).accuracy([task])
+    found = read_run(workdir).accuracy(tasks)
     if not found:
-        path = Path(workdir) / "evals" / f"{task}.jsonl"
-        raise FileNotFoundError(f"{path} has no rows: run with evals.every above 0 and {task!r} in evals.tasks")
+        raise FileNotFoundError(
+            f"{workdir}/evals has no step at which {', '.join(tasks)} were evaluated: run with evals.every above 0 and "
+            "these in evals.tasks"
+        )
     return np.array(list(found)), np.array([value for value, _ in found.values()])
 
 
 def prior_accuracy(workdir: str | Path, prior: Sequence[str]) -> np.ndarray:
-    """Mean held-out accuracy of the prior tasks at every evaluated step, [n]."""
-    return np.mean([accuracies(workdir, task)[1] for task in prior], axis=0)
+    """Mean held-out accuracy of the prior tasks, [n], at the steps that `accuracies(workdir, *prior)` has."""
+    return accuracies(workdir, *prior)[1]
 
 
 def target_against_prior(runs: Mapping[str, str | Path], path: str | Path, *, prior: Sequence[str]) -> Path:

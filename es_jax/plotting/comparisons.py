@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
 from es_jax.plotting.curves import ERRORS
-from es_jax.plotting.runs import Point, Run, Series, average
+from es_jax.plotting.runs import Point, Run, Series, average, together
 from es_jax.plotting.style import Plot, bar, canvas, grid, left_label, legend, line, text
 
 DIMENSIONS: Mapping[str, Callable[[Run], str]] = {
@@ -90,27 +90,27 @@ def _boxes(axes: Axes, data: Sequence[Mapping[str, Any]], name: str, variants: S
 
 
 def kl_map(series: Sequence[Series]) -> Plot | None:
-    """Exact KL(base ‖ now) in nats a token, series by tasks, at the last step that was measured; None without KL."""
+    """Exact KL(base ‖ now) in nats a token, series by tasks, at the last step that all have; None without KL."""
     data: list[dict[str, Any]] = []
     for one in series:
         for task in dict.fromkeys(row["task"] for run in one.runs for row in run.kl):
-            rows = [[row for row in run.kl if row["task"] == task] for run in one.runs]
-            ends = [mine[-1] for mine in rows if mine]
-            point = average(ends[-1]["step"], [(row["kl_exact"], row.get("kl_exact_se")) for row in ends])
-            data.append({"series": one.label, "task": task, "step": max(row["step"] for row in ends), "kl": point.mean,
-                         "kl_se": point.error, "runs": point.runs})  # fmt: skip
+            by = [{row["step"]: row for row in run.kl if row["task"] == task} for run in one.runs]
+            ends = together([mine for mine in by if mine])
+            if ends:
+                values = [(row["kl_exact"], row.get("kl_exact_se")) for row in ends[max(ends)]]
+                point = average(max(ends), values)
+                data.append({"series": one.label, "task": task, "step": point.step, "kl": point.mean,
+                             "kl_se": point.error, "runs": point.runs})  # fmt: skip
     if not data:
         return None
     names, tasks = (list(dict.fromkeys(row[key] for row in data)) for key in ("series", "task"))
-    values = np.full((len(names), len(tasks)), np.nan)
+    table = np.full((len(names), len(tasks)), np.nan)
     for row in data:
-        values[names.index(row["series"]), tasks.index(row["task"])] = row["kl"]
+        table[names.index(row["series"]), tasks.index(row["task"])] = row["kl"]
     figure = canvas(max(3.2 + 1.0 * len(tasks), 6.0), max(1.8 + 0.55 * len(names), 3.2))
-    axes, top = figure.subplots(), float(np.nanmax(values))
-    image = axes.imshow(
-        values, cmap=colormaps["Greys"].with_extremes(bad="white"), aspect="auto", vmin=0, vmax=top or 1
-    )
-    for (i, j), value in np.ndenumerate(values):
+    axes, top = figure.subplots(), float(np.nanmax(table))
+    image = axes.imshow(table, cmap=colormaps["Greys"].with_extremes(bad="white"), aspect="auto", vmin=0, vmax=top or 1)
+    for (i, j), value in np.ndenumerate(table):
         shown = "–" if np.isnan(value) else f"{value:.3g}"
         axes.text(j, i, shown, ha="center", va="center", fontsize=8, color="white" if value > 0.5 * top else "black")
     axes.set_xticks(range(len(tasks)), [text(task, width=14) for task in tasks], rotation=30, ha="right", fontsize=8)
@@ -119,7 +119,9 @@ def kl_map(series: Sequence[Series]) -> Plot | None:
     figure.colorbar(image, label="KL(base ‖ now)\nnats a token")
     says = (
         "Exact KL over the vocabulary on continuations that the base model wrote, mean over prompts, at the last step "
-        "that was measured. " + ERRORS + " They are in the CSV."
+        "at which all runs of a series were measured, not counting runs that never were. "
+        + ERRORS
+        + " They, the steps and how many runs there are stand in the CSV."
     )
     return Plot("kl", "KL from the base model", figure, data, says)
 
@@ -145,8 +147,8 @@ def strength_sweep(series: Sequence[Series], prior: Sequence[str]) -> Plot | Non
         data += _sweep(axes, penalty, mine, prior)
     legend(figure, spots[0], columns=3)
     says = (
-        "Dashed: the same runs without a penalty, λ = 0. Dotted: the base model. Hollow: runs that are not as far as "
-        "the others yet. " + ERRORS
+        "Dashed: the same runs without a penalty, λ = 0, at the last step of the others, or at the step that it names. "
+        "Dotted: the base model. Hollow: at an earlier step than the others. " + ERRORS
         + f" Prior tasks: {', '.join(prior) or 'none'}."
     )  # fmt: skip
     return Plot("strength", "Target and prior accuracy against λ", figure, data, says)
@@ -169,8 +171,11 @@ def _sweep(axes: Axes, penalty: str, mine: Sequence[Series], prior: Sequence[str
         hollow = style | {"linestyle": "none", "markerfacecolor": "white", "zorder": 3}
         axes.plot([strength for strength, _ in early], [mean for _, mean in early], **hollow)
         data += [_end(first, penalty, name, strength, point) for strength, point in ends]
-        if free is not None and (point := free.last(tasks)):
+        if free is not None and (point := free.last(tasks, step=far)):
             axes.axhline(point.mean, color=style["color"], linestyle="--", linewidth=1.2, label=f"{name}, λ = 0")
+            if point.step != far:  # beside the line: the legend is of all panels
+                where = axes.get_yaxis_transform()
+                axes.text(0.01, point.mean, f"step {point.step}", fontsize=7, va="bottom", transform=where)
             data.append(_end(first, "none", name, 0.0, point))
         starts = {r.model: r.accuracy(tasks)[0] for one in mine for r in one.runs if 0 in r.accuracy(tasks)}
         if starts:
@@ -193,25 +198,26 @@ def _end(run: Run, penalty: str, name: str, strength: float, point: Point) -> di
             "step": point.step, "accuracy": point.mean, "accuracy_se": point.error, "runs": point.runs}  # fmt: skip
 
 
-def _last_rows(run: Run, tasks: Sequence[str]) -> list[dict[str, Any]]:
-    """The tasks' rows at the last step that all of them have."""
-    by = [{row["step"]: row for row in run.evals[task]} for task in tasks if task in run.evals]
-    common = set.intersection(*map(set, by)) if by else set()
-    return [rows[max(common)] for rows in by] if common else []
+def _split(run: Run, tasks: Sequence[str]) -> dict[int, list[dict[str, Any]]]:
+    """Step → the tasks' evaluations, where the drop of all of them was split."""
+    lost = [f"lost_{reason}" for reason in REASONS]
+    return {
+        step: rows
+        for step, rows in run.rows(tasks).items()
+        if step and all(name in row for row in rows for name in lost)
+    }
 
 
 def drop_parts(series: Sequence[Series], prior: Sequence[str]) -> Plot | None:
     """What the drop in prior accuracy is made of: lost format, truncation, lost knowledge; None if it was not split."""
     data: list[dict[str, Any]] = []
     for one in series:
-        ends = [_last_rows(run, prior) for run in one.runs]
-        ends = [rows for rows in ends if rows and all(f"lost_{r}" in row for row in rows for r in REASONS)]
-        if ends:
-            for reason in REASONS:
-                values = [(float(np.mean([row[f"lost_{reason}"] for row in rows])), None) for rows in ends]
-                point = average(max(rows[0]["step"] for rows in ends), values)
-                data.append({"series": one.label, "reason": reason, "step": point.step, "lost": point.mean,
-                             "lost_se": point.error, "runs": point.runs})  # fmt: skip
+        ends = together([split for run in one.runs if (split := _split(run, prior))])
+        for reason in REASONS if ends else ():
+            values = [(float(np.mean([row[f"lost_{reason}"] for row in rows])), None) for rows in ends[max(ends)]]
+            point = average(max(ends), values)
+            data.append({"series": one.label, "reason": reason, "step": point.step, "lost": point.mean,
+                         "lost_se": point.error, "runs": point.runs})  # fmt: skip
     if not data:
         return None
     names = list(dict.fromkeys(row["series"] for row in data))
@@ -230,7 +236,8 @@ def drop_parts(series: Sequence[Series], prior: Sequence[str]) -> Plot | None:
     legend(figure, axes, columns=3)
     says = (
         "A row that was lost is booked under what is wrong with its completion: cut at max_new, else not in the asked "
-        "form, else wrong in good form. Rows that were gained count against it. Errors are over seeds, where there are "
+        "form, else wrong in good form. Rows that were gained count against it. At the last step at which the drop of "
+        "all runs of a series was split, not counting runs where it never was. Errors are over seeds, where there are "
         "several."
     )
     return Plot("drop", "What the drop in prior accuracy is made of", figure, data, says)

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from es_jax.plotting.runs import Point, Run, Series
+from es_jax.plotting.runs import Point, Run, Series, together
 from es_jax.plotting.style import DASHES, MARKERS, Plot, band, canvas, grid, left_label, legend, line, text
 
 ERRORS = "Errors are one standard error: over seeds, or over rows where a series is a single run."
@@ -153,10 +153,10 @@ def _band_of_ratio(axes: Axes) -> None:
 def _drift(runs: Sequence[Run]) -> tuple[list[int], list[float], list[float | None]]:
     """Steps that all runs of a series have, and the means of measured and predicted drift there."""
     by = [{row["step"]: row for row in run.metrics if row.get("drift") is not None} for run in runs if run.metrics]
-    steps = sorted(set.intersection(*map(set, by)))
-    measured = [float(np.mean([rows[step]["drift"] for rows in by])) for step in steps]
+    found = together(by)
+    measured = [float(np.mean([row["drift"] for row in rows])) for rows in found.values()]
     theory: list[float | None] = []
-    for step in steps:
-        known = [t for rows in by if (t := rows[step].get("drift_theory")) is not None]
-        theory.append(float(np.mean(known)) if len(known) == len(by) else None)
-    return steps, measured, theory
+    for rows in found.values():
+        known = [t for row in rows if (t := row.get("drift_theory")) is not None]
+        theory.append(float(np.mean(known)) if len(known) == len(rows) else None)
+    return list(found), measured, theory

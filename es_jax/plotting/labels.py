@@ -20,6 +20,7 @@ SYMBOLS = {
     "optim.name": "optimizer",
     "optim.anchor.source": "anchor",
     "task.grader": "grader",
+    "train.steps": "iterations",
 }
 SKIPPED = ("method", "model.source", "task.name", "optim.anchor.penalty", "λ")  # said in words of their own
 
@@ -32,7 +33,7 @@ def group(runs: Sequence[Run], marks: Mapping[Path, str] | None = None) -> list[
       marks: folder → why the run cannot be compared; such a run is a series of its own, and its label says so.
 
     Raises:
-      ValueError: two directories hold the same run: everything is equal, the seed included.
+      ValueError: two directories hold the same run: everything that a step depends on is equal, the seed included.
     """
     found: dict[tuple, list[Run]] = {}
     marks = marks or {}
@@ -41,14 +42,31 @@ def group(runs: Sequence[Run], marks: Mapping[Path, str] | None = None) -> list[
         found.setdefault(key, []).append(run)
     for mine in found.values():
         for one, other in itertools.combinations(mine, 2):
-            if one.config.train.seed == other.config.train.seed:
-                raise ValueError(
-                    f"{one.folder} and {other.folder} are the same run (seed {one.config.train.seed}): leave one out; "
-                    "standard errors need runs with different seeds"
-                )
+            if one.seed == other.seed:
+                raise ValueError(f"{one.folder} and {other.folder} {_same(one, other)}: leave one out; standard errors "
+                                 "need runs with different seeds")  # fmt: skip
     everyone = [mine[0] for mine in found.values()]
     label = {id(run): _label(run, everyone, run.folder in marks) for run in everyone}
     return [Series(label[id(mine[0])], tuple(mine)) for mine in found.values()]
+
+
+def _same(one: Run, other: Run) -> str:
+    """How two runs are one run."""
+    steps = [run.config.train.steps for run in (one, other)]
+    if steps[0] == steps[1]:
+        return f"are the same run (seed {seed_of(one)})"
+    return f"differ in train.steps alone ({steps[0]} and {steps[1]}, both with seed {seed_of(one)})"
+
+
+def seed_of(run: Run) -> str:
+    """The seed, and that of the task's rows where it is another.
+
+    >>> from es_jax.training.config import freeze
+    >>> seed_of(Run(Path("a"), freeze({"train": {"seed": 1}, "task": {"seed": 2}}), {}))
+    '1 (task.seed = 2)'
+    """
+    own, rows = run.seed
+    return str(own) if rows in (None, own) else f"{own} (task.seed = {rows})"
 
 
 def _label(run: Run, everyone: Sequence[Run], marked: bool) -> str:
@@ -63,7 +81,8 @@ def _label(run: Run, everyone: Sequence[Run], marked: bool) -> str:
         words.insert(0, run.target)
     settings = [other.settings() for other in same]
     for name, value in run.settings().items():
-        if value is not None and name not in SKIPPED and len({repr(other.get(name)) for other in settings}) > 1:
+        values = {repr(other[name]) for other in settings if name in other}
+        if value is not None and name not in SKIPPED and len(values) > 1:
             words.append(f"{SYMBOLS.get(name, name)} = {_number(value)}")
     return ", ".join(words) + (" [not comparable]" if marked else "")
 
@@ -77,7 +96,7 @@ def caption(runs: Sequence[Run]) -> str:
     ]
     strengths = {run.penalty: {other.settings()["λ"] for other in runs if other.penalty == run.penalty} for run in runs}
     parts += ["; ".join(_strength(penalty, values) for penalty, values in strengths.items())]
-    parts += [f"seeds {_list(run.config.train.seed for run in runs)}", _iterations(runs)]
+    parts += [f"seeds {_list(map(seed_of, sorted(runs, key=lambda run: run.config.train.seed)))}", _iterations(runs)]
     ends = [(run.config.decode.max_new, found[-1]) for run in runs for found in run.evals.values()]
     rows, limits = (f"{row['n']} rows a task" for _, row in ends), (row.get("max_new", own) for own, row in ends)
     graders = _list(run.config.task.grader or "paper" for run in runs)

@@ -1,6 +1,7 @@
 """The directories of runs, read for figures and tables: half-finished ones too, and those that cannot be compared told.
 
-Runs that differ in nothing but their seed are a `Series`; a figure shows series, with standard errors over seeds.
+Runs that differ in their seed, and in nothing else that a step depends on, are a `Series`; a figure shows series, with
+standard errors over seeds.
 """
 
 import dataclasses
@@ -17,12 +18,14 @@ from es_jax.training import workdir as rundir
 from es_jax.training.config import RunConfig
 from es_jax.training.metrics import read_jsonl
 
-# What may differ within a series: the seed, and what no result depends on.
+# What may differ within a series: the seed, and what no step depends on.
 ALIKE = (
     *("train.", "evals.", "mesh.", "decode.slots", "decode.members_at_once", "decode.max_prompt", "grpo.micro_batch"),
     *("optim.anchor.strength", "optim.anchor.drift"),  # λ stands for both
 )
-SPECIAL = {"kl", "drift"}  # files of evals/ that are not a task's
+SCHEDULES = ("es.schedule", "optim.schedule", "optim.anchor.schedule")
+NEEDED = {"metrics": ("step",), "drift": ("step",), "kl": ("step", "task", "kl_exact")}  # in every line, by file
+EVALUATION = ("step", "accuracy", "n")  # in every line of a task's file
 
 
 @dataclass(frozen=True)
@@ -90,15 +93,22 @@ class Run:
     def penalty(self) -> str:
         return self.config.optim.anchor.penalty
 
+    @property
+    def seed(self) -> tuple[int, int | None]:
+        """train.seed, and task.seed where the task makes its own rows: what differs between the runs of a series."""
+        return self.config.train.seed, self.config.task.seed if self.config.task.data_dir is None else None
+
+    def rows(self, tasks: Sequence[str]) -> dict[int, list[dict[str, Any]]]:
+        """Step → the evaluations of the tasks, in their order, where all of them were evaluated."""
+        return together([{row["step"]: row for row in self.evals.get(task, [])} for task in tasks])
+
     def accuracy(self, tasks: Sequence[str]) -> dict[int, tuple[float, float | None]]:
         """Step → mean accuracy over tasks and its standard error over rows, where all of them were evaluated."""
-        by = [{row["step"]: row for row in self.evals.get(task, [])} for task in tasks]
-        steps = sorted(set.intersection(*map(set, by))) if by else []
         found = {}
-        for step in steps:
-            errors = [error for rows in by if (error := rows[step].get("accuracy_se")) is not None]
-            known = math.sqrt(sum(error**2 for error in errors)) / len(by) if len(errors) == len(by) else None
-            found[step] = (float(np.mean([rows[step]["accuracy"] for rows in by])), known)
+        for step, rows in self.rows(tasks).items():
+            errors = [error for row in rows if (error := row.get("accuracy_se")) is not None]
+            known = math.sqrt(sum(error**2 for error in errors)) / len(rows) if len(errors) == len(rows) else None
+            found[step] = (float(np.mean([row["accuracy"] for row in rows])), known)
         return found
 
     def change(self, tasks: Sequence[str], step: int) -> tuple[float, float | None]:
@@ -108,16 +118,22 @@ class Run:
         """
         found = self.accuracy(tasks)
         (end, end_error), (start, start_error) = found[step], found[0]
-        pairs = [row.get("accuracy_change_se") for task in tasks for row in self.evals[task] if row["step"] == step]
+        pairs = [row.get("accuracy_change_se") for row in self.rows(tasks)[step]]
         if None not in pairs:
             return end - start, math.hypot(*pairs) / len(pairs)  # type: ignore[arg-type]
         return end - start, None if end_error is None or start_error is None else math.hypot(end_error, start_error)
 
     def settings(self) -> dict[str, Any]:
-        """What the run is, by dotted name, without its seed; λ for the anchor's strength or drift."""
-        other = "grpo." if self.config.method == "es" else "es."
+        """What the run is, by dotted name, without its seed; λ for the anchor's strength or drift.
+
+        train.steps is among it where a schedule makes every step depend on how many there are.
+        """
+        made = ("task.seed",) if self.config.task.data_dir is None else ()
+        skipped = (*ALIKE, *made, "grpo." if self.config.method == "es" else "es.")
         fields = rundir.flat(dataclasses.asdict(self.config))
-        flat = {name: value for name, value in fields.items() if not name.startswith((*ALIKE, other))}
+        flat = {name: value for name, value in fields.items() if not name.startswith(skipped)}
+        if any(not fields[name].startswith("constant") for name in SCHEDULES):
+            flat["train.steps"] = self.config.train.steps
         return flat | {"λ": self.config.anchor_strength}
 
 
@@ -137,10 +153,10 @@ class Series:
         by = [run.accuracy(tasks) for run in self.runs]
         return [average(step, [mine[step] for mine in by if step in mine]) for step in sorted(set().union(*by))]
 
-    def last(self, tasks: Sequence[str]) -> Point | None:
-        """The last step of the curve that all runs have."""
-        whole = [point for point in self.curve(tasks) if point.runs == len(self.runs)]
-        return whole[-1] if whole else None
+    def last(self, tasks: Sequence[str], *, step: int | None = None) -> Point | None:
+        """The last step of the curve that all runs have; or `step`, where all runs have it."""
+        whole = {point.step: point for point in self.curve(tasks) if point.runs == len(self.runs)}
+        return whole[step] if step in whole else whole[max(whole)] if whole else None
 
     def change(self, tasks: Sequence[str]) -> Point | None:
         """Change in mean accuracy from step 0 to the last step that all runs have, with the error of a difference."""
@@ -148,6 +164,16 @@ class Series:
         if end is None or not all(0 in run.accuracy(tasks) for run in self.runs):
             return None
         return average(end.step, [run.change(tasks, end.step) for run in self.runs])
+
+
+def together(by: Sequence[Mapping[int, Any]]) -> dict[int, list[Any]]:
+    """Step → what each has there, at the steps that all have, in order.
+
+    >>> together([{0: "a", 5: "b"}, {5: "c", 9: "d"}])
+    {5: ['b', 'c']}
+    """
+    steps = sorted(set.intersection(*map(set, by))) if by else []
+    return {step: [mine[step] for mine in by] for step in steps}
 
 
 def average(step: int, values: Sequence[tuple[float, float | None]]) -> Point:
@@ -170,20 +196,27 @@ def read_run(folder: str | Path) -> Run:
     """
     folder = Path(folder)
     facts = rundir.read(folder)
-    files = {path.stem: _ordered(read_jsonl(path)) for path in sorted((folder / "evals").glob("*.jsonl"))}
+    files = {path.stem: _rows(path) for path in sorted((folder / "evals").glob("*.jsonl"))}
     return Run(
         folder,
         rundir.read_config(folder),
         facts,
-        metrics=_ordered(read_jsonl(folder / "metrics.jsonl")),
-        evals={name: rows for name, rows in files.items() if name not in SPECIAL and rows},
+        metrics=_rows(folder / "metrics.jsonl"),
+        evals={name: rows for name, rows in files.items() if name not in NEEDED and rows},
         kl=files.get("kl", []),
     )
 
 
-def _ordered(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """By step and task; of rows that were written twice the later one."""
-    found = {(row["step"], str(row.get("task", ""))): row for row in rows}
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """A file's rows by step and task; of rows that were written twice the later one."""
+    found = {}
+    for number, row in enumerate(read_jsonl(path), 1):
+        for name in NEEDED.get(path.stem, EVALUATION):
+            if not isinstance(row, dict) or row.get(name) is None:
+                raise ValueError(
+                    f"{path} line {number} has no {name!r}: restore the file, or move it elsewhere if no run wrote it"
+                )
+        found[row["step"], str(row.get("task", ""))] = row
     return [found[key] for key in sorted(found)]
 
 
@@ -216,12 +249,16 @@ def _facts(run: Run) -> Iterable[tuple[str, tuple, Any]]:
     yield "decode.max_new", (), config.decode.max_new
     yield "task.grader", (), config.task.grader or "paper"
     task = config.task
-    yield "the training data (data_dir, seed, train_size)", (task.name,), (task.data_dir, task.seed, task.train_size)
-    yield "digest of the rows", (digest, task.name, config.evals.size, config.evals.tasks), run.facts.get("rows")
+    made = {} if task.data_dir else {task.name: task.seed}  # rows that the task makes differ as the seed does
+    data = (task.data_dir, task.seed if task.data_dir else None, task.train_size)
+    yield "the training data (data_dir, seed, train_size)", (task.name,), data
+    kind = (digest, task.name, made.get(task.name), config.evals.size, config.evals.tasks)
+    yield "digest of the rows", kind, run.facts.get("rows")
     for name, rows in run.evals.items():
         yield f"number of test rows of {name}", (), rows[-1]["n"]
         yield f"max_new of {name}", (), rows[-1].get("max_new", config.decode.max_new)
-        yield f"digest of the test rows of {name}", (digest, "rows" in rows[-1]), rows[-1].get("rows")
+        yield f"digest of the test rows of {name}", (digest, made.get(name), "rows" in rows[-1]), rows[-1].get("rows")
     for row in run.kl:
         sampled = (row.get("rows"), row.get("max_new"), row.get("seed"))
-        yield f"what KL was measured on (rows, max_new, seed) of {row['task']}", (digest,), sampled
+        measured = f"what KL was measured on (rows, max_new, seed) of {row['task']}"
+        yield measured, (digest, made.get(row["task"])), sampled

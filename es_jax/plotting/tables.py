@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from es_jax.plotting.runs import Point, Series
+from es_jax.plotting.runs import Point, Series, together
 
 LATEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "$": r"\$",
@@ -100,12 +100,10 @@ def _at(end: Point | None, point: Point | None) -> str:
 
 def _drift(one: Series, end: Point | None) -> tuple[str, str]:
     """Mean drift at the step of the row, or without evaluations at the last step that all runs have."""
-    by = [{row["step"]: row for row in run.metrics if row.get("drift") is not None} for run in one.runs]
-    common = set.intersection(*map(set, by))
-    step = end.step if end else max(common, default=0)
-    if step not in common:
+    by = together([{row["step"]: row for row in run.metrics if row.get("drift") is not None} for run in one.runs])
+    rows = by.get(end.step if end else max(by, default=0))
+    if rows is None:
         return "–", "–"
-    rows = [rows_of[step] for rows_of in by]
     ratios = [row["drift"] / row["drift_theory"] for row in rows if row.get("drift_theory")]
     return f"{np.mean([row['drift'] for row in rows]):.4g}", f"{np.mean(ratios):.3f}" if ratios else "–"
 
@@ -147,12 +145,10 @@ def views(series: Sequence[Series]) -> Table | None:
     rows = []
     for one in series:
         for task in dict.fromkeys(task for run in one.runs for task in run.evals):
-            by = [{row["step"]: row for row in run.evals.get(task, [])} for run in one.runs]
-            steps = sorted(set.intersection(*map(set, by)))
-            for step in dict.fromkeys((*steps[:1], *steps[-1:])):
-                found = [rows_of[step] for rows_of in by]
-                if all("strict" in row for row in found):
-                    rows.append((one.label, task, str(step), *(_mean(found, name) for name in VIEWS)))
+            by = together([{row["step"]: row for row in run.evals.get(task, [])} for run in one.runs])
+            for step in dict.fromkeys((*list(by)[:1], *list(by)[-1:])):
+                if all("strict" in row for row in by[step]):
+                    rows.append((one.label, task, str(step), *(_mean(by[step], name) for name in VIEWS)))
     head = ("series", "task", "step", *VIEWS.values())
     return Table("views", "Each task by every view", head, tuple(rows)) if rows else None
 

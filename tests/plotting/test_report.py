@@ -9,7 +9,7 @@ from pathlib import Path
 
 import matplotlib.image
 import pytest
-from fake_runs import make_run
+from fake_runs import make_run, write
 
 from es_jax import report
 from es_jax.plotting import comparisons, curves, style
@@ -151,6 +151,16 @@ def test_methods_without_a_closed_form(tmp_path: Path) -> None:
     assert plot is not None and [row["ratio"] for row in plot.data] == [None] * 3
     assert len(plot.figure.axes) == 1
     assert comparisons.kl_map(group([read_run(folder)])) is None
+
+
+def test_a_drift_without_sigma_is_no_obstacle(tmp_path: Path) -> None:
+    grpo = {"method": "grpo", "optim__learning_rate": 1e-4, "grpo__rollouts": 4}
+    folder = make_run(tmp_path / "a", **grpo)
+    rows = [{"step": s, "drift": 1.0 * s, "drift_theory": None, "kappa": None} for s in range(1, 21)]
+    write(folder / "metrics.jsonl", rows)
+    write(folder / "evals/drift.jsonl", [{"step": 20, "norm": 20.0, "predicted": None, "ratio": None, "kappa": None}])
+    (row,) = report.write_report([folder], tmp_path / "out")["results"]
+    assert row["‖θ − θ₀‖"] == "20" and row["measured / theory"] == "–"
 
 
 def test_figures_can_be_told_apart_in_grey() -> None:

@@ -7,7 +7,7 @@ import pytest
 from fake_runs import make_run, write
 
 from es_jax.plotting import accuracies, prior_accuracy, tables, target_against_prior
-from es_jax.plotting.comparisons import drop_parts
+from es_jax.plotting.comparisons import drop_parts, kl_map, strength_sweep
 from es_jax.plotting.labels import caption, group
 from es_jax.plotting.runs import incomparable, prior_tasks, read_run
 from es_jax.plotting.tables import Table, results
@@ -213,10 +213,91 @@ def test_short_cuts(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "a")
     assert accuracies(folder, "lab-countdown")[1].tolist() == [0.0, 0.25, 0.5]
     assert prior_accuracy(folder, ["lab-add", "lab-sort"]).tolist() == [1.0, 0.75, 0.5]
-    with pytest.raises(FileNotFoundError, match=r"lab-max\.jsonl has no rows"):
+    with pytest.raises(FileNotFoundError, match="no step at which lab-max were evaluated"):
         accuracies(folder, "lab-max")
     with pytest.raises(ValueError, match="nothing can be drawn"):
         target_against_prior({"a": folder}, tmp_path / "a.png", prior=["lab-max"])
+
+
+def test_tasks_are_paired_by_their_steps(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "a")
+    path = folder / "evals/lab-add.jsonl"
+    write(path, [*read_jsonl(path)[:2], {"step": 3, "n": 50, "accuracy": 0.9}])
+    assert prior_accuracy(folder, ["lab-add", "lab-sort"]).tolist() == [1.0, 0.75]
+    assert [values.tolist() for values in accuracies(folder, "lab-add", "lab-sort")] == [[0, 10], [1.0, 0.75]]
+    assert {step: len(rows) for step, rows in read_run(folder).rows(["lab-sort", "lab-add"]).items()} == {0: 2, 10: 2}
+
+
+def test_kl_and_drop_are_averaged_at_a_step_that_all_seeds_have(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / str(s), seed=s, done=20 - 10 * s, kl=True, split=True) for s in (0, 1)]
+    runs.append(make_run(tmp_path / "never", seed=2))
+    series, prior = group([read_run(run) for run in runs]), ["lab-add", "lab-sort"]
+    kl, drop = kl_map(series), drop_parts(series, prior)
+    assert kl is not None and {(row["step"], row["kl"], row["runs"]) for row in kl.data} == {(10, 0.1, 2)}
+    assert drop is not None and {(row["step"], row["runs"]) for row in drop.data} == {(10, 2)}
+    assert sum(row["lost"] for row in drop.data) == pytest.approx(0.25)
+
+
+def test_the_number_of_steps_counts_where_a_schedule_depends_on_it(tmp_path: Path) -> None:
+    made = [
+        make_run(tmp_path / f"{name}-{steps}", steps=steps, seed=seed, es__schedule=schedule, accuracy=0.2)
+        for name, schedule, steps, seed in (
+            ("linear", "linear:0.1", 20, 0), ("linear", "linear:0.1", 40, 1),
+            ("warm", "constant::5", 20, 0), ("warm", "constant::5", 40, 1), ("warm", "constant::5", 60, 0),
+        )
+    ]  # fmt: skip
+    runs = [read_run(folder) for folder in made]
+    assert [(one.label, len(one.runs)) for one in group(runs[:4])] == [
+        ("ES, es.schedule = linear:0.1, iterations = 20", 1),
+        ("ES, es.schedule = linear:0.1, iterations = 40", 1),
+        ("ES, es.schedule = constant::5", 2),
+    ]
+    with pytest.raises(
+        ValueError, match=r"warm-20 and .*warm-60 differ in train\.steps alone \(20 and 60, both with se"
+    ):
+        group(runs)
+
+
+def test_a_sweep_is_beside_the_same_step_without_a_penalty(tmp_path: Path) -> None:
+    swept = [make_run(tmp_path / str(x), penalty="l2", strength=x) for x in (0.2, 2.0)]
+    for name, steps, wanted in (("long", 40, 20), ("short", 10, 10)):
+        free = make_run(tmp_path / name, steps=steps)
+        plot = strength_sweep(group([read_run(run) for run in (*swept, free)]), ["lab-add"])
+        assert plot is not None and {row["step"] for row in plot.data if row["penalty"] == "none"} == {wanted}
+        assert ["step 10" in (t.get_text() for t in plot.figure.axes[0].texts)] == [name == "short"]
+
+
+def test_rows_of_other_seeds_are_of_the_seed(tmp_path: Path) -> None:
+    """A task that makes its own rows makes others for each task.seed, and a series may be over both seeds."""
+    runs = []
+    for seed in (0, 1, 2):
+        made = make_run(tmp_path / str(seed), seed=min(seed, 1), task__seed=seed, rows=f"r{seed}")
+        path = made / "evals/lab-countdown.jsonl"
+        write(path, [row | {"rows": f"t{seed}"} for row in read_jsonl(path)])
+        write(made / "evals/kl.jsonl", [{"step": 10, "task": "lab-countdown", "kl_exact": 0.1, "rows": f"t{seed}"}])
+        runs.append(read_run(made))
+    assert not incomparable(runs) and [len(one.runs) for one in group(runs)] == [3]
+    assert "; seeds 0, 1, 1 (task.seed = 2); " in caption(runs)
+    given = [
+        read_run(make_run(tmp_path / f"d{s}", seed=s, task__seed=s, task__data_dir="rows", rows="r")) for s in (0, 1)
+    ]
+    assert "training data" in incomparable(given)[tmp_path / "d1"] and len(group(given)) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "lacks"),
+    [
+        ("notes", {"text": "mine"}, "step"),
+        ("lab-add", {"step": 3, "n": 50}, "accuracy"),
+        ("kl", {"step": 3, "task": "lab-add"}, "kl_exact"),
+    ],
+)
+def test_a_file_that_is_not_of_the_run_is_named(tmp_path: Path, name: str, row: dict, lacks: str) -> None:
+    path = make_run(tmp_path / "a", kl=True) / f"evals/{name}.jsonl"
+    lines = read_jsonl(path)
+    write(path, [*lines, row])
+    with pytest.raises(ValueError, match=rf"evals/{name}\.jsonl line {len(lines) + 1} has no '{lacks}': restore"):
+        read_run(tmp_path / "a")
 
 
 def test_evaluations_that_are_half_done_say_their_steps_and_are_not_mixed(tmp_path: Path) -> None:
