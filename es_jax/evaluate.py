@@ -41,7 +41,7 @@ def _evaluate() -> None:
             given.workdir,
             tasks=given.tasks or None,
             every=given.every,
-            steps=[int(step) for step in given.steps] if given.steps else None,
+            steps=whole_numbers(given.steps),
             kl=given.kl,
             drift=given.drift,
             base=given.base,
@@ -56,6 +56,15 @@ def _evaluate() -> None:
         sys.exit("es_jax.evaluate: interrupted; the same command goes on behind what is finished")
     if hosts.first():
         print(json.dumps(result) if given.json else report(result))
+
+
+def whole_numbers(steps: list[str] | None) -> list[int] | None:
+    """The steps of --steps."""
+    try:
+        return [int(step) for step in steps] if steps else None
+    except ValueError:
+        given = ",".join(steps or ())
+        raise ValueError(f"--steps is {given!r}: give whole numbers with commas, as in --steps=0,50,100") from None
 
 
 def report(result: dict[str, Any]) -> str:
@@ -118,7 +127,7 @@ def _define_flags() -> None:
     flags.DEFINE_bool("kl", False, "Measure KL(base ‖ now) on continuations of each task's prompts.")
     flags.DEFINE_bool("drift", False, "Measure ‖θ − θ₀‖ beside the closed form.")
     flags.DEFINE_string("base", None, "Of a model: what it was trained from. It becomes step 0, the model step 1.")
-    flags.DEFINE_string("out", None, "The folder to write; workdir/evals by default.")
+    flags.DEFINE_string("out", None, "The folder to write; workdir/evals by default, where workdir is a folder.")
     flags.DEFINE_integer("size", None, "Test rows of each task; the run's evals.size by default.")
     flags.DEFINE_integer("max_prompt", None, "The longest prompt allowed, in tokens; the run's by default.")
     flags.DEFINE_integer("max_new", None, "Tokens after which a completion is cut; the run's by default.")

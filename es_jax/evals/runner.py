@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from tqdm.auto import tqdm
 
 from es_jax.core import hosts
 from es_jax.evals import drift as drifts
+from es_jax.evals import owner
 from es_jax.evals.kl import Continuation, kl, sample
 from es_jax.evals.subject import Subject, is_run, of_model, of_run
 from es_jax.generate.engine import Engine
@@ -30,7 +30,8 @@ from es_jax.training.loop import make_task, other_task
 from es_jax.training.metrics import Jsonl
 from es_jax.training.state import base_config, mesh_of
 from es_jax.training.timing import compilation_cache
-from es_jax.training.workdir import read_config, writing
+from es_jax.training.workdir import read_config
+from es_jax.weights.model import config_only
 
 logger = logging.getLogger(__name__)
 LAST = 2**62
@@ -92,8 +93,8 @@ def evaluate_run(
       kl: also measure KL(base ‖ now) on the prompts of each task.
       drift: also measure ‖θ − θ₀‖.
       base: of a model, what it was trained from; it becomes step 0, and the model step 1.
-      out: the folder of the files; workdir/evals by default. Compiled programs are kept in its cache folder, or in the
-        run's own.
+      out: the folder of the files; workdir/evals by default, where workdir is a folder. Compiled programs are kept in
+        its cache folder, or in the run's own.
       options: sizes and limits.
       mesh: devices; all by default.
 
@@ -108,6 +109,8 @@ def evaluate_run(
         raise ValueError(f"{workdir} is a model, not a run: kl and drift need base, the model it was trained from")
     if run and base is not None:
         raise ValueError(f"base is {base!r}, but {workdir} is a run, which knows its base model: leave base out")
+    if not run:
+        _check_models(str(workdir), base, out)
     if mesh is None:
         mesh = _mesh(read_config(Path(workdir)) if run else RunConfig(model=ModelConfig(source=str(workdir))))
     hosts.connect(mesh)
@@ -117,6 +120,22 @@ def evaluate_run(
         wanted = chosen_steps(subject, every=every, steps=steps)
         names = list(tasks) if tasks is not None else _own_tasks(subject.config, run)
         return _Evaluation(subject, folder, names, wanted, options=options, mesh=mesh, kl=kl, drift=drift).run()
+
+
+def _check_models(workdir: str, base: str | None, out: str | Path | None) -> None:
+    """Raises ValueError or OSError where rows have no folder, or one of the two is no model."""
+    if out is None and not Path(workdir).is_dir():
+        raise ValueError(
+            f"--workdir is {workdir!r}, which is no folder, so there is none to write to: if it is a model ('lab', a "
+            ".gguf file or a hub name) set --out; if it should be a run's directory or a model folder check the path"
+        )
+    for source, meaning in ((workdir, "--workdir is {!r}, no run's directory and no model"), (base, "--base is {!r}")):
+        try:
+            if source is not None:
+                config_only(source)
+        except (ValueError, OSError) as error:
+            kind = ValueError if isinstance(error, ValueError) else OSError
+            raise kind(f"{meaning.format(source)}: {error}") from None
 
 
 def _mesh(config: RunConfig) -> Mesh:
@@ -130,7 +149,7 @@ def chosen_steps(subject: Subject, *, every: int | None, steps: Sequence[int] | 
     if steps is not None:
         for step in steps:
             if not 0 <= step <= subject.last:
-                raise ValueError(f"step is {step}, but there are steps 0 to {subject.last}")
+                raise ValueError(f"--steps has {step}, but there are steps 0 to {subject.last}: choose of them")
         return sorted({0, *steps})
     spacing = every or subject.config.evals.every or subject.last or 1
     if spacing < 1:
@@ -179,9 +198,11 @@ class _Evaluation:
         self.max_new = options.max_new or config.decode.max_new
         self.engine = self._engine(options.slots or config.decode.slots)
         self.evaluator = Evaluator.of(config, self.engine, mesh)
+        if hosts.first():
+            owner.check(folder, subject)
         self.files = {held.name: EvalsFile(folder, held.name) for held in self.tests}
         for held in self.tests:
-            self.files[held.name].check(digest=held.digest, max_new=self.max_new)
+            self.files[held.name].check(digest=held.digest, max_new=self.max_new, n=len(held.examples))
         self.kl, self.drift = Jsonl(folder / "kl.jsonl", last_step=LAST), Jsonl(folder / "drift.jsonl", last_step=LAST)
         self.ask_kl, self.ask_drift = kl, drift
         self.kl_done = {(row["step"], row["task"]): row for row in read_evals(self.kl.path)}
@@ -193,6 +214,8 @@ class _Evaluation:
         """Do what is not done, and give back the rows asked for."""
         todo = [step for step in self.steps if self._accuracy(step) or self._kl(step) or self._drift(step)]
         warnings: list[str] = []
+        if hosts.first():
+            owner.claim(self.folder, self.subject)
         if todo:
             total = sum(len(h.examples) for s in todo for h in self._accuracy(s)) + sum(
                 self._kl_size(h) for s in todo for h in self._kl(s)
@@ -248,7 +271,7 @@ class _Evaluation:
         return bool(self.ask_drift and step and step not in self.done["drift"])
 
     def _steps(self, todo: Sequence[int]) -> None:
-        config, dtype = self.subject.config, compute_dtype(self.subject.config)
+        dtype = compute_dtype(self.subject.config)
         needs_kl, needs_drift = any(map(self._kl, todo)), any(map(self._drift, todo))
         base = self.subject.base() if needs_kl or needs_drift else None
         small = cast(base, dtype) if needs_kl else None
@@ -261,7 +284,8 @@ class _Evaluation:
             ):
                 self.files[held.name].add(step, verdicts, digest=held.digest, max_new=self.max_new)
             if self._drift(step):
-                row = drifts.drift(base, params, sigma=config.es.sigma, predicted=predicted.get(step))
+                sigma = self.subject.sigma(step)
+                row = drifts.drift(base, params, sigma=sigma, predicted=predicted.get(step))
                 self.drift.write({"step": step, **row})
             for held in self._kl(step):
                 row = kl(self.engine.config, small, cast(params, dtype), written[held.name])
@@ -302,7 +326,10 @@ class _Evaluation:
             return
         differing = [f"{k} = {row[k]!r}, not {v!r}" for k, v in self._kl_facts(held).items() if row[k] != v]
         if differing:
-            raise ValueError(f"{self.kl.path} measured {held.name} with {'; '.join(differing)}: use another out folder")
+            raise ValueError(
+                f"{self.kl.path} measured {held.name} with {'; '.join(differing)}: use the same --size, --data_dir, "
+                "--kl_size, --kl_tokens and --kl_seed, or another --out"
+            )
 
     def _continuations(self, held: HeldOut, base: Any) -> list[Continuation]:
         """What the base model wrote: sampled once, and kept in evals/continuations/<task>.json."""
@@ -318,11 +345,6 @@ class _Evaluation:
             model.config, base, prompts, stop=model.stop_ids, slots=self.engine.slots,
             max_new=options.kl_tokens, seed=options.kl_seed,
         )  # fmt: skip
-        if not hosts.first():
-            return rows
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with writing(path):
-            partial = path.with_suffix(".tmp")
-            partial.write_text(json.dumps({"facts": facts, "tokens": [list(row.tokens) for row in rows]}))
-            os.replace(partial, path)
+        if hosts.first():
+            owner.replace(path, {"facts": facts, "tokens": [list(row.tokens) for row in rows]})
         return rows

@@ -1,6 +1,7 @@
 """What is evaluated: a run's steps, rebuilt from checkpoints or the seed log, or a model beside its base model."""
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,12 +16,15 @@ from es_jax.training.checkpoint import saved_steps
 from es_jax.training.config import RunConfig
 from es_jax.training.export import restored
 from es_jax.training.fields import ModelConfig
-from es_jax.training.seedlog import SeedLog
+from es_jax.training.seedlog import NAME, SeedLog
 from es_jax.training.state import load_anchor, load_base, replay
 from es_jax.training.walk import Walk
 from es_jax.weights.model import Model, load_outline
 
 METHODS_WITHOUT_REPLAY = ("grpo",)
+SHORT = 16  # characters of a digest
+# What may differ between two runs with the same weights at each step. Digests stand for the paths.
+WITHOUT_MARK = (*rundir.CHANGEABLE, "model.source", "task.data_dir", "optim.anchor.source", "evals.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +32,9 @@ class Subject:
     """Weights by step, step 0 the base model.
 
     Attributes:
+      name: for messages.
+      marks: what tells its weights of the first so many steps from those of other subjects, by name, as JSON has it;
+        "base" is a digest of step 0.
       config: of the run; of a model, the defaults with its source.
       model: the base model without weights.
       last: the last step there is.
@@ -35,8 +42,11 @@ class Subject:
       base: makes the base model's weights.
       weights: the weights of given steps, in their order; copy what is kept, the next step reuses their memory.
       predicted: ‖θ_t − θ₀‖ in exact arithmetic by step, up to a last step and from given θ₀, where theory knows it.
+      sigma: σ of a step ≥ 1; None where weights were not perturbed, or it is not known.
     """
 
+    name: str
+    marks: Callable[[int], dict[str, Any]]
     config: RunConfig
     model: Model
     last: int
@@ -44,6 +54,7 @@ class Subject:
     base: Callable[[], Any]
     weights: Callable[[Sequence[int]], Iterator[tuple[int, Any]]]
     predicted: Callable[[int, Any], dict[int, float | None]]
+    sigma: Callable[[int], float | None]
 
 
 def is_run(path: Path) -> bool:
@@ -87,7 +98,36 @@ def of_run(workdir: Path, mesh: Mesh) -> Subject:
             found[entry.step] = walk.norm
         return found
 
-    return Subject(config, model, len(log.entries), tuple(saved), base, weights, predicted)
+    return Subject(
+        name=f"the run {workdir}",
+        marks=lambda steps: _marks_of_run(workdir, config, model.digest, min(steps, len(log.entries))),
+        config=config,
+        model=model,
+        last=len(log.entries),
+        saved=tuple(saved),
+        base=base,
+        weights=weights,
+        predicted=predicted,
+        sigma=lambda step: log.entries[step - 1].rates(config).sigma if config.method == "es" else None,
+    )
+
+
+def _fields(config: RunConfig) -> dict[str, Any]:
+    fields = rundir.flat(json.loads(json.dumps(dataclasses.asdict(config))))
+    return {name: value for name, value in fields.items() if not name.startswith(WITHOUT_MARK)}
+
+
+DEFAULTS = _fields(RunConfig())  # of what a mark from before a field was there lacks
+
+
+def _marks_of_run(workdir: Path, config: RunConfig, base: str, steps: int) -> dict[str, Any]:
+    """A longer run keeps its marks of the first steps; the seed log tells what the fields do not, such as rates that
+    followed a schedule over another number of steps."""
+    lines = (workdir / NAME).read_bytes().splitlines()[:steps] if steps else []
+    facts = rundir.read(workdir)
+    named = {name: facts[name][:SHORT] for name in ("rows", "compute_dtype", "anchor_digest") if name in facts}
+    log = hashlib.sha256(b"\n".join(lines)).hexdigest()[:SHORT]
+    return {"base": base[:SHORT]} | _fields(config) | named | {"steps": steps, "seedlog": log}
 
 
 def of_model(source: str, base: str | None, mesh: Mesh) -> Subject:
@@ -113,4 +153,16 @@ def of_model(source: str, base: str | None, mesh: Mesh) -> Subject:
     def made() -> Any:
         return load_base(first, mesh).params
 
-    return Subject(second, model, int(base is not None), (), made, weights, lambda last, start: {})
+    marks = {"base": model.digest[:SHORT]} | ({} if base is None else {"model": other.digest[:SHORT]})
+    return Subject(
+        name=f"the model {source}" + ("" if base is None else f" beside its base model {base}"),
+        marks=lambda steps: marks,
+        config=second,
+        model=model,
+        last=int(base is not None),
+        saved=(),
+        base=made,
+        weights=weights,
+        predicted=lambda last, start: {},
+        sigma=lambda step: None,
+    )

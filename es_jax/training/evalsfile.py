@@ -34,16 +34,19 @@ class EvalsFile:
         """The steps that are evaluated."""
         return self._rows.steps
 
-    def check(self, *, digest: str, max_new: int) -> None:
-        """Raises ValueError where the file's rows were made from other held-out rows or with another limit."""
-        facts = {"rows": digest, "max_new": max_new}
+    def check(self, *, digest: str, max_new: int, n: int) -> None:
+        """Raises ValueError where the file's rows were made from other held-out rows, now n, or with another limit."""
         for row in read_jsonl(self._rows.path):
-            for name, value in facts.items():
-                if row.get(name) != value:
-                    raise ValueError(
-                        f"{self._rows.path} has {name} = {row.get(name)!r}, and this evaluation {value!r}: "
-                        "use the same rows and limits, or write to another folder"
-                    )
+            if row.get("rows") != digest:
+                raise ValueError(
+                    f"{self._rows.path} was made from {row.get('n')} rows with digest {row.get('rows')!r}, and this "
+                    f"evaluation has {n} with {digest!r}: use the same --size and --data_dir, or another --out"
+                )
+            if row.get("max_new") != max_new:
+                raise ValueError(
+                    f"{self._rows.path} was made with max_new = {row.get('max_new')}, and this evaluation has "
+                    f"{max_new}: use the same --max_new, or another --out"
+                )
 
     def add(self, step: int, verdicts: Verdicts, *, digest: str, max_new: int) -> dict[str, Any]:
         """Write a step's row, and give it back."""

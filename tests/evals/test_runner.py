@@ -10,6 +10,7 @@ import pytest
 from configs.lab import get_config
 from es_jax.evals import runner
 from es_jax.evals.runner import Options, evaluate_run
+from es_jax.evaluate import report, whole_numbers
 from es_jax.tasks.lab import Lab
 from es_jax.tasks.task import Choices
 from es_jax.training.evalsfile import read_evals
@@ -26,6 +27,7 @@ def whole(tmp_path_factory):
     """A run of 4 steps that evaluated at 0, 2 and 4 and has checkpoints of 2 and 4."""
     workdir = tmp_path_factory.mktemp("run")
     config = get_config("anchor=l2,steps=4")
+    config.es.schedule = "linear:0.5"
     config.task.prompts_per_step, config.train.checkpoint_every = 16, 2
     config.evals.every, config.evals.size, config.evals.tasks = 2, 24, ("lab-add",)
     run(config, workdir)
@@ -49,6 +51,8 @@ def test_replay_gives_the_rows_that_training_wrote(whole, tmp_path):
     metrics = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert result["drift"][1]["norm"] == pytest.approx(metrics[3]["drift"], rel=1e-5)
     assert result["drift"][1]["predicted"] == pytest.approx(metrics[3]["drift_theory"])
+    for row in result["drift"]:
+        assert row["kappa"] == pytest.approx(metrics[row["step"] - 1]["kappa"], rel=1e-5)
 
 
 def test_a_finished_task_and_step_is_not_done_again(whole, tmp_path, monkeypatch):
@@ -98,9 +102,47 @@ def test_an_exported_step_is_evaluated_beside_its_base(whole, tmp_path):
     for task in TASKS:
         base, now = result["tasks"][task]
         assert now | {"step": 4} == of_run[task][-1] and base == of_run[task][0]
-    assert result["drift"][0]["norm"] > 0 and result["drift"][0]["predicted"] is None
+    assert result["drift"][0]["norm"] > 0
+    assert result["drift"][0]["predicted"] is None and result["drift"][0]["kappa"] is None
+    assert "–" in report(result)
     alone = evaluate_run(tmp_path / "out", tasks=["lab-add"], out=tmp_path / "alone", options=options)
     assert alone["tasks"]["lab-add"][0]["accuracy"] == of_run["lab-add"][-1]["accuracy"]
+    with pytest.raises(ValueError, match=r"rows of the model \S+ and .* base model lab, .*use another --out"):
+        evaluate_run(tmp_path / "out", base="lab", tasks=["lab-add"], out=tmp_path / "alone", options=options)
+
+
+def test_rows_of_two_runs_are_not_mixed(whole, tmp_path):
+    """Neither of other fields nor of another log; rows of step 0 are the base model's, and go with any run of it."""
+    ask = dict(tasks=["lab-add"], options=Options(size=8))
+    one, two = bare(whole, tmp_path / "one"), bare(whole, tmp_path / "two")
+    config = json.loads((two / "config.json").read_text())
+    config["config"]["train"]["seed"] = 5
+    (two / "config.json").write_text(json.dumps(config))
+    evaluate_run(one, steps=[0], **ask)
+    shutil.copytree(one / "evals", two / "evals")
+    evaluate_run(two, steps=[0], **ask)
+    (two / "evals" / "subject.json").unlink()  # as training leaves it
+    evaluate_run(two, steps=[1], **ask)
+    before = {path: path.read_bytes() for path in (two / "evals").rglob("*.json*")}
+    with pytest.raises(ValueError, match=r"run \S+two and .* run \S+one, .*train.seed 5 there and 0 here"):
+        evaluate_run(one, steps=[1], out=two / "evals", **ask)
+    lines = (two / "seedlog.jsonl").read_bytes().splitlines(keepends=True)
+    (two / "seedlog.jsonl").write_bytes(lines[0] + lines[1].replace(b'"sigma": 0.', b'"sigma": 0.1') + lines[2])
+    with pytest.raises(ValueError, match="steps 4 there and 3 here; seedlog"):
+        evaluate_run(two, steps=[1], **ask)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_run_that_went_on_keeps_its_rows(whole, tmp_path):
+    ask, workdir = dict(tasks=["lab-add"], options=Options(size=8)), bare(whole, tmp_path / "bare")
+    lines = (whole / "seedlog.jsonl").read_bytes().splitlines(keepends=True)
+    config = json.loads((workdir / "config.json").read_text())
+    config["config"]["train"]["steps"] = 2
+    (workdir / "config.json").write_text(json.dumps(config))
+    (workdir / "seedlog.jsonl").write_bytes(b"".join(lines[:2]))
+    first = evaluate_run(workdir, steps=[2], **ask)["tasks"]["lab-add"]
+    bare(whole, workdir)
+    assert evaluate_run(workdir, steps=[2, 4], **ask)["tasks"]["lab-add"][:2] == first
 
 
 @pytest.mark.slow
@@ -114,7 +156,8 @@ def test_a_grpo_run_is_evaluated_at_its_checkpoints_alone(tmp_path):
         run(config, tmp_path)
     result = evaluate_run(tmp_path, tasks=["lab-add"], steps=[2], drift=True)
     assert [row["step"] for row in result["tasks"]["lab-add"]] == [0, 2]
-    assert result["drift"][0]["norm"] > 0 and result["drift"][0]["predicted"] is None
+    assert result["drift"][0]["norm"] > 0
+    assert result["drift"][0]["predicted"] is None and result["drift"][0]["kappa"] is None
     with pytest.raises(ValueError, match=r"steps \[1\] of .* have no checkpoint"):
         evaluate_run(tmp_path, tasks=["lab-add"], steps=[1])
 
@@ -122,9 +165,9 @@ def test_a_grpo_run_is_evaluated_at_its_checkpoints_alone(tmp_path):
 @pytest.mark.parametrize(
     ("ask", "message"),
     [
-        ({"steps": [5]}, "step is 5, but there are steps 0 to 4"),
-        ({"options": Options(size=8)}, r"rows = '\w+', and this evaluation '\w+'"),
-        ({"options": Options(max_new=5)}, "max_new = 6, and this evaluation 5"),
+        ({"steps": [5]}, "--steps has 5, but there are steps 0 to 4"),
+        ({"options": Options(size=8)}, r"from 24 rows .* has 8 .*--size and --data_dir, or another --out"),
+        ({"options": Options(max_new=5)}, "max_new = 6, and this evaluation has 5"),
         ({"tasks": ["lab-ad"]}, "did you mean 'lab-add'"),
         ({"base": "lab"}, "leave base out"),
         ({"options": Options(max_new=2000)}, "set max_new to at most"),
@@ -144,6 +187,28 @@ def test_a_model_alone_has_no_kl_and_no_tasks_of_its_own(tmp_path):
         evaluate_run("lab", out=tmp_path)
     with pytest.raises(ValueError, match="size is 0"):
         Options(size=0)
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        ({"workdir": "owner/name"}, "--workdir is 'owner/name', which is no folder.*set --out"),
+        ({"workdir": "lab"}, "--workdir is 'lab', which is no folder.*set --out"),
+        ({"workdir": "nofolder", "out": "o"}, "--workdir is 'nofolder', no run's directory and no model"),
+        ({"workdir": "lab", "out": "o", "base": "nofolder"}, "--base is 'nofolder': .*no folder"),
+    ],
+)
+def test_what_is_no_model_and_what_has_no_folder_is_named(ask, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((ValueError, OSError), match=message):
+        evaluate_run(tasks=["lab-add"], **ask)
+    assert not list(tmp_path.iterdir())
+
+
+def test_steps_must_be_numbers():
+    assert whole_numbers(["0", "50"]) == [0, 50] and whole_numbers(None) is None
+    with pytest.raises(ValueError, match="--steps is '0,a': give whole numbers"):
+        whole_numbers(["0", "a"])
 
 
 def test_the_likeliest_option_is_found():

@@ -1,0 +1,62 @@
+"""evals/subject.json: whose weights the rows of a folder are of, so that rows of two subjects are not mixed."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from es_jax.evals.subject import DEFAULTS, Subject
+from es_jax.training.metrics import read_jsonl
+from es_jax.training.workdir import writing
+
+NAME = "subject.json"
+SHOWN = 5  # differences in a message
+
+
+def check(folder: Path, subject: Subject) -> None:
+    """Raises ValueError where the folder's rows are of other weights than the subject's.
+
+    A folder without subject.json, of training or of an earlier version, is taken as it is. Rows of step 0 are of the
+    base model: while there are no others, any subject with the same base may go on with them.
+    """
+    there = _read(folder)
+    if there is None:
+        return
+    then, now = DEFAULTS | there["marks"], DEFAULTS | subject.marks(there["marks"].get("steps", 0))
+    differing = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+    beyond = any(row["step"] for path in sorted(folder.glob("*.jsonl")) for row in read_jsonl(path))
+    if "base" in differing or (differing and beyond):
+        pairs = [f"{name} {then.get(name)!r} there and {now.get(name)!r} here" for name in differing]
+        raise ValueError(
+            f"{folder} has rows of {there['name']} and this evaluation is of {subject.name}, with other weights "
+            f"({'; '.join(pairs[:SHOWN])}): use another --out"
+        )
+
+
+def claim(folder: Path, subject: Subject) -> None:
+    """Write subject.json, unless it tells of the same weights; to call after `check`."""
+    there, marks = _read(folder), subject.marks(subject.last)
+    if there is None or there["marks"] != marks:
+        replace(folder / NAME, {"name": subject.name, "marks": marks})
+
+
+def replace(path: Path, content: Any) -> None:
+    """Write JSON; the file is the old one or the new one, whatever happens."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path):
+        partial = path.with_suffix(".tmp")
+        partial.write_text(json.dumps(content), encoding="utf-8")
+        os.replace(partial, path)
+
+
+def _read(folder: Path) -> dict[str, Any] | None:
+    path = folder / NAME
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {"name": content["name"], "marks": dict(content["marks"])}
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error!r}): use another --out, or delete it where you know whose rows they are"
+        ) from None
