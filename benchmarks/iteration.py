@@ -17,6 +17,7 @@ update stay float32. A first iteration of each, of two members, does not count; 
 import argparse
 import dataclasses
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -184,8 +185,10 @@ def main() -> None:
         for name, call in sides.items():
             began = time.perf_counter()
             parts[name] = call(args.members if turn else 2, turn + 1)
+            took = time.perf_counter() - began
+            print(f"{name}, {f'turn {turn}' if turn else 'warm-up'}: {took:.1f} s", file=sys.stderr, flush=True)
             if turn:
-                seconds[name].append(time.perf_counter() - began)
+                seconds[name].append(took)
     show(args, bench, seconds, parts)
 
 

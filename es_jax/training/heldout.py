@@ -82,11 +82,12 @@ def evaluate(
     """
     engine = evaluator.engine
     queues = [engine.packing(held.prompts).pack(held.prompts, rows=len(held.prompts)) for held in tasks]
-    for held, lanes in zip(tasks, evaluator.unperturbed(params, queues), strict=True):
+    decoded = evaluator.unperturbed(params, queues)
+    for held in tasks:
         task = PaperParts(held.task)
-        with workers_of(task) as submit:
-            grader = Grader(task, model, held.examples, submit)
-            dealt = [zip(rows, grader(rows, tokens, length), strict=True) for rows, tokens, length in lanes.values()]
+        with workers_of(task) as submit:  # which start while the devices decode
+            grader, lanes = Grader(task, model, held.examples, submit), next(decoded).values()
+            dealt = [zip(rows, grader(rows, tokens, length), strict=True) for rows, tokens, length in lanes]
             own = {row: ([row], [one]) for lane in dealt for row, one in lane}
             graded = [one for (one,) in grader.shared(own).values()]
         likely = likeliest(model.config, params, held.options, dtype=evaluator.dtype, mesh=evaluator.mesh)

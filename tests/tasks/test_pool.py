@@ -1,5 +1,6 @@
 """Worker processes that score completions."""
 
+import multiprocessing
 import os
 
 import pytest
@@ -20,6 +21,12 @@ def test_workers_score_in_order_without_jax_and_end_with_the_context():
         with pytest.raises(RuntimeError, match=r"'slow' could not score example '7'.*no such thing"):
             submit(Example("7", "", None), "bad")()
     assert not [pid for pid in pids if os.path.exists(f"/proc/{pid}")]
+
+
+def test_workers_start_with_the_context():
+    before = len(multiprocessing.active_children())
+    with workers_of(Slow(workers=2)):
+        assert len(multiprocessing.active_children()) == before + 2
 
 
 def test_the_death_of_a_worker_is_told_with_the_example_by_all_that_wait():
