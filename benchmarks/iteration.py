@@ -3,9 +3,11 @@
 Command:  python -m benchmarks.iteration [--members=8] [--repeats=2] [--lengths=even] [--json[=FILE]]
           python -m benchmarks.iteration --record     (makes countdown_lengths.json anew)
 Needs:    `make smollm2`, EXTRAS=verify for torch.
-Cost:     --members=2 --repeats=1: 11 minutes on 2 CPU cores; the defaults not yet run.
+Cost:     --members=2 --repeats=1: 11 minutes on 2 CPU cores; with eight members and float32 alone (--ours=float32
+          --dtypes=float32) 20 minutes on 2 slower ones; the defaults not yet run.
 Result:   that: ours 88.9 s in float32 and 52.2 s in bfloat16, torch 88.8 s and 51.2 s; of --lengths=even 69.7 s and
-          40.8 s, torch 87.5 s and 50.8 s. docs/speed.md says why.
+          40.8 s, torch 87.5 s and 50.8 s. Eight members in float32, on the slower cores: ours 452.3 s, torch 514.4 s.
+          docs/speed.md says why.
 
 Both perturb each member's weights, decode 32 prompts greedily, grade the texts, and update with the l2 anchor. Rows end
 at given lengths on both sides, whatever the models say, so that both do the same work: those that the model itself was
