@@ -18,7 +18,7 @@ from es_jax.plotting import accuracies, prior_accuracy, target_against_prior
 from es_jax.tasks.lab import PRIOR
 from es_jax.training.loop import run
 from es_jax.training.metrics import read_jsonl
-from experiments.runs import plain_errors
+from experiments.runs import done, plain_errors
 
 RUNS = {"ES": "", "ES + AWD": "anchor=l2", "ES, random rewards": "rewards=random"}
 TARGET = "lab-countdown"
@@ -54,7 +54,7 @@ def main() -> None:
     with plain_errors(traceback=False):
         for label, argument in RUNS.items():
             print(f"\n{label}", file=sys.stderr)
-            if (folders[label] / "DONE").exists():  # a demo is to be seen: a finished one starts anew
+            if done(folders[label]):  # a demo is to be seen: a finished one starts anew
                 shutil.rmtree(folders[label])
             run(get_config(f"{argument},steps={args.steps},seed={args.seed}"), folders[label])
     target = {label: float(accuracies(folder, TARGET)[1][-1]) for label, folder in folders.items()}

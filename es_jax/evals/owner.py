@@ -1,13 +1,12 @@
 """evals/subject.json: whose weights the rows of a folder are of, so that rows of two subjects are not mixed."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from es_jax.evals.subject import DEFAULTS, Subject
 from es_jax.training.metrics import read_jsonl
-from es_jax.training.workdir import writing
+from es_jax.training.workdir import write_json
 
 NAME = "subject.json"
 SHOWN = 5  # differences in a message
@@ -37,16 +36,7 @@ def claim(folder: Path, subject: Subject) -> None:
     """Write subject.json, unless it tells of the same weights; to call after `check`."""
     there, marks = _read(folder), subject.marks(subject.last)
     if there is None or there["marks"] != marks:
-        replace(folder / NAME, {"name": subject.name, "marks": marks})
-
-
-def replace(path: Path, content: Any) -> None:
-    """Write JSON; the file is the old one or the new one, whatever happens."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with writing(path):
-        partial = path.with_suffix(".tmp")
-        partial.write_text(json.dumps(content), encoding="utf-8")
-        os.replace(partial, path)
+        write_json(folder / NAME, {"name": subject.name, "marks": marks})
 
 
 def _read(folder: Path) -> dict[str, Any] | None:

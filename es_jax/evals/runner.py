@@ -17,7 +17,7 @@ from es_jax.evals import drift as drifts
 from es_jax.evals import owner
 from es_jax.evals.kl import Continuation, kl, sample
 from es_jax.evals.subject import Subject, is_run, of_model, of_run
-from es_jax.generate.engine import Engine
+from es_jax.generate.engine import Engine, check_context
 from es_jax.tasks import get_task
 from es_jax.tasks.data import rows_folder
 from es_jax.tasks.task import Task
@@ -30,7 +30,7 @@ from es_jax.training.loop import make_task, other_task
 from es_jax.training.metrics import Jsonl
 from es_jax.training.state import base_config, mesh_of
 from es_jax.training.timing import compilation_cache
-from es_jax.training.workdir import read_config
+from es_jax.training.workdir import read_config, write_json
 from es_jax.weights.model import config_only
 
 logger = logging.getLogger(__name__)
@@ -295,11 +295,7 @@ class _Evaluation:
     def _engine(self, slots: int) -> Engine:
         prompts = [ids for held in self.tests for ids in held.prompts]
         longest, config = max(map(len, prompts)), self.subject.model.config
-        if longest + self.max_new > config.max_positions:
-            raise ValueError(
-                f"max_new is {self.max_new} and the longest prompt has {longest} tokens, more than the model's context "
-                f"of {config.max_positions}: set max_new to at most {config.max_positions - longest}"
-            )
+        check_context(config, longest, self.max_new)
         return Engine(
             config,
             slots=min(slots, len(prompts)),
@@ -346,5 +342,5 @@ class _Evaluation:
             max_new=options.kl_tokens, seed=options.kl_seed,
         )  # fmt: skip
         if hosts.first():
-            owner.replace(path, {"facts": facts, "tokens": [list(row.tokens) for row in rows]})
+            write_json(path, {"facts": facts, "tokens": [list(row.tokens) for row in rows]})
         return rows

@@ -22,6 +22,16 @@ __all__ = ["Engine", "Generation"]
 WIDE = 512  # model width from which kernels are transposed on CPU
 
 
+def check_context(config: TransformerConfig, longest: int, max_new: int, *, field: str = "max_new") -> None:
+    """Raises ValueError where the model's context has no room for a prompt of `longest` tokens and `max_new` more."""
+    room = config.max_positions - longest
+    if max_new > room:
+        raise ValueError(
+            f"{field} is {max_new} and the longest prompt has {longest} tokens, more than the model's context of "
+            f"{config.max_positions}: set {field} to at most {room}"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class Engine:
     """Generates for any number of prompts: a row that stops makes room for the next one, on the device (see `slots`).
@@ -111,11 +121,7 @@ class Engine:
                     f"prompt {i} has token ids {min(prompt)}..{max(prompt)}: the model's vocabulary is "
                     f"0..{self.config.vocab_size - 1}; is this the model's own tokenizer?"
                 )
-        if (longest := max(map(len, prompts))) + self.max_new > self.config.max_positions:
-            raise ValueError(
-                f"max_new is {self.max_new} and the longest prompt has {longest} tokens, more than the model's context "
-                f"of {self.config.max_positions}: set max_new to at most {self.config.max_positions - longest}"
-            )
+        check_context(self.config, max(map(len, prompts)), self.max_new)
         return Packing.of(prompts, max_prompt=self.max_prompt)
 
     def decode(

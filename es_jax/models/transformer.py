@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -180,6 +181,18 @@ def transpose_kernels(params: Params, *, itemsize: int) -> Params:
 def param_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
     """Path → shape of every parameter, like {"layers/attn/q/kernel": (L, D, H*hd), ...}."""
     return dict(_shapes(config))
+
+
+def matrix_weights(config: TransformerConfig) -> tuple[int, int]:
+    """Weights that multiply every token's activations: in the layers, and in the output head.
+
+    >>> matrix_weights(TransformerConfig(family="llama", vocab_size=10, width=4, layers=2, heads=1, kv_heads=1,
+    ...                                  head_dim=4, mlp_dim=8))
+    (320, 40)
+    """
+    shapes = param_shapes(config).items()
+    layers = sum(math.prod(shape) for name, shape in shapes if name.startswith("layers/") and name.endswith("kernel"))
+    return layers, config.width * config.vocab_size
 
 
 @functools.lru_cache(maxsize=64)

@@ -6,11 +6,10 @@ out; a run takes longer than the bound.
 """
 
 import dataclasses
-import math
 
 from es_jax.core.chips import Chip
 from es_jax.models.config import TransformerConfig
-from es_jax.models.transformer import param_shapes
+from es_jax.models.transformer import matrix_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,18 +34,6 @@ class Work:
         2.0
         """
         return max(self.flops / chip.flops, self.memory / chip.bandwidth, self.sent / chip.interconnect)
-
-
-def matrix_weights(config: TransformerConfig) -> tuple[int, int]:
-    """Weights that multiply every token's activations: in the layers, and in the output head.
-
-    >>> matrix_weights(TransformerConfig(family="llama", vocab_size=10, width=4, layers=2, heads=1, kv_heads=1,
-    ...                                  head_dim=4, mlp_dim=8))
-    (320, 40)
-    """
-    shapes = param_shapes(config).items()
-    layers = sum(math.prod(shape) for name, shape in shapes if name.startswith("layers/") and name.endswith("kernel"))
-    return layers, config.width * config.vocab_size
 
 
 def cache_bytes(config: TransformerConfig, tokens: int, itemsize: int) -> int:

@@ -12,7 +12,8 @@ from es_jax.core import rng
 from es_jax.core.mesh import MODEL, POP, over_pop, replicated
 from es_jax.generate.sampling import Temperature
 from es_jax.generate.slots import Queue
-from es_jax.planning.costs import Work, cache_bytes, decode_flops, decode_memory, matrix_weights, prefill_flops
+from es_jax.models.transformer import matrix_weights
+from es_jax.planning.costs import Work, cache_bytes, decode_flops, decode_memory, prefill_flops
 from es_jax.planning.programs import Held, Program, Programs, array
 from es_jax.training.es_step import of_update
 from es_jax.training.grpo import AT_ONCE

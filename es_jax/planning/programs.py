@@ -23,8 +23,8 @@ from es_jax.generate.prompts import WIDTH_STEP, Prompts
 from es_jax.generate.slots import Queue
 from es_jax.models.config import TransformerConfig
 from es_jax.models.sharding import param_shardings
-from es_jax.models.transformer import Transformer
-from es_jax.planning.costs import Work, cache_bytes, decode_flops, decode_memory, matrix_weights, prefill_flops
+from es_jax.models.transformer import Transformer, matrix_weights
+from es_jax.planning.costs import Work, cache_bytes, decode_flops, decode_memory, prefill_flops
 from es_jax.training.config import RunConfig
 from es_jax.training.es_step import Evaluator, of_update, optimizer, state_shardings, update
 

@@ -15,7 +15,7 @@ from ml_collections import config_dict
 
 from es_jax.core import hosts, rng
 from es_jax.core.tree import count
-from es_jax.generate.engine import Engine
+from es_jax.generate.engine import Engine, check_context
 from es_jax.models.sharding import param_shardings
 from es_jax.tasks import get_task
 from es_jax.tasks.data import rows_folder
@@ -235,12 +235,7 @@ class _Run:
     def _engine(self) -> Engine:
         decode, total = self.config.decode, self.config.task.prompts_per_step or len(self.examples)
         longest = max(len(ids) for ids in itertools.chain(self.prompts, *(held.prompts for held in self.tests)))
-        room = self.model.config.max_positions - longest
-        if decode.max_new > room:
-            raise ValueError(
-                f"decode.max_new is {decode.max_new} and the longest prompt has {longest} tokens, more than the "
-                f"model's context of {room + longest}: set decode.max_new to at most {room}"
-            )
+        check_context(self.model.config, longest, decode.max_new, field="decode.max_new")
         return Engine(
             self.model.config,
             slots=min(decode.slots, total),

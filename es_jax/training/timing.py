@@ -8,7 +8,6 @@ import contextlib
 import contextvars
 import dataclasses
 import json
-import math
 import os
 import queue
 import threading
@@ -22,7 +21,7 @@ import jax
 
 from es_jax.core.chips import find_chip
 from es_jax.models.config import TransformerConfig
-from es_jax.models.transformer import param_shapes
+from es_jax.models.transformer import matrix_weights
 from es_jax.training import trace
 
 _active: contextvars.ContextVar["Clock | None"] = contextvars.ContextVar("clock", default=None)
@@ -146,28 +145,18 @@ class Work:
     slots: int
     devices: int
 
-    @property
-    def head(self) -> int:
-        """Weights that make logits of a token."""
-        return self.model.vocab_size * self.model.width
-
-    @property
-    def body(self) -> int:
-        """Weights that every token is multiplied with: all matrices but embedding and head."""
-        kernels = (shape for name, shape in param_shapes(self.model).items() if name.endswith("kernel"))
-        return sum(map(math.prod, kernels)) - (0 if self.model.tied_embeddings else self.head)
-
     def utilisation(
         self, *, prefill: int, new: int, completions: int, models: int, seconds: float
     ) -> dict[str, float | None]:
         """Shares of the peaks: `prefill` and `new` tokens of all completions of a step, by so many different models,
-        in the seconds of decoding. A completion's last token is not read on, so its body is not computed."""
+        in the seconds of decoding. A completion's last token is not read on, so its layers are not computed."""
         chip = find_chip(jax.devices()[0].device_kind)
         if chip is None or not seconds:
             return {"flop_utilisation": None, "bandwidth_utilisation": None}
-        flops = 2 * (self.body * (prefill + new - completions) + self.head * new)
+        layers, head = matrix_weights(self.model)
+        flops = 2 * (layers * (prefill + new - completions) + head * new)
         steps = models + max(new - completions, 0) / self.slots
-        memory = (self.body + self.head) * self.itemsize * steps
+        memory = (layers + head) * self.itemsize * steps
         return {
             "flop_utilisation": flops / (seconds * self.devices * chip.flops),
             "bandwidth_utilisation": memory / (seconds * self.devices * chip.bandwidth),

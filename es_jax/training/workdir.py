@@ -110,7 +110,7 @@ def _settle(workdir: Path, config: RunConfig, *, identity: dict[str, Any], start
     fields = json.loads(json.dumps(dataclasses.asdict(config)))  # as they are read back: lists for tuples
     versions, path = _versions(), workdir / "config.json"
     if not (path.exists() or started):
-        return _write(path, {"config": fields, **identity, "versions": versions})
+        return write_json(path, {"config": fields, **identity, "versions": versions}, indent=2)
     then = read(workdir)
     old, new = flat(then["config"]), flat(fields)
     changed = [name for name in new if name not in CHANGEABLE and old.get(name) != new[name]]
@@ -123,8 +123,8 @@ def _settle(workdir: Path, config: RunConfig, *, identity: dict[str, Any], start
         )
     if differing:
         shutil.rmtree(workdir / "evals", ignore_errors=True)  # of the weights before the first step, for that config
-        return _write(path, {"config": fields, **identity, "versions": versions})
-    _write(path, {**then, "config": fields, "resumed": [*then.get("resumed", []), versions]})
+        return write_json(path, {"config": fields, **identity, "versions": versions}, indent=2)
+    write_json(path, {**then, "config": fields, "resumed": [*then.get("resumed", []), versions]}, indent=2)
 
 
 def read(workdir: Path) -> dict[str, Any]:
@@ -180,11 +180,13 @@ def check_space(workdir: Path, needed: int) -> None:
         )
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any], *, indent: int | None = None) -> None:
+    """The file is the old one or the new one, whatever happens; its folder is made if need be."""
     partial = path.with_suffix(".tmp")
     with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "w", encoding="utf-8") as file:
-            file.write(json.dumps(content, indent=2) + "\n")
+            file.write(json.dumps(content, indent=indent) + "\n")
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)

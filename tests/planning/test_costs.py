@@ -7,8 +7,8 @@ import pytest
 from es_jax.core.chips import CHIPS, GIB, chip, find_chip
 from es_jax.models.config import TransformerConfig
 from es_jax.models.published import PUBLISHED, published
-from es_jax.models.transformer import Transformer, param_shapes
-from es_jax.planning.costs import cache_bytes, decode_flops, decode_memory, matrix_weights, prefill_flops
+from es_jax.models.transformer import Transformer, matrix_weights, param_shapes
+from es_jax.planning.costs import cache_bytes, decode_flops, decode_memory, prefill_flops
 
 CONFIG = TransformerConfig(
     family="llama", vocab_size=64, width=32, layers=3, heads=4, kv_heads=2, head_dim=8, mlp_dim=48,

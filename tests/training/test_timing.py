@@ -13,6 +13,7 @@ import pytest
 from configs.lab import get_config
 from es_jax.core.chips import Chip
 from es_jax.models.config import TransformerConfig
+from es_jax.models.transformer import matrix_weights
 from es_jax.training import timing
 from es_jax.training.fields import TrainConfig
 from es_jax.training.loop import run
@@ -78,8 +79,8 @@ def test_utilisation_is_of_the_published_peak_and_unknown_on_a_cpu(monkeypatch):
         tied_embeddings=False,
     )  # fmt: skip
     work = Work(model, itemsize=2, slots=8, devices=4)
-    assert (work.body, work.head) == (320, 40)
-    assert dataclasses.replace(work, model=dataclasses.replace(model, tied_embeddings=True)).body == 320
+    assert matrix_weights(work.model) == (320, 40)
+    assert matrix_weights(dataclasses.replace(model, tied_embeddings=True))[0] == 320
     step = dict(prefill=1000, new=900, completions=100, models=4, seconds=2.0)
     assert work.utilisation(**step) == {"flop_utilisation": None, "bandwidth_utilisation": None}
     chip = Chip("x", "x", flops=1e6, bandwidth=1e5, memory=1, interconnect=1.0)
