@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.compare import add_json, in_turn, write_json
-from es_jax.core import blocks
+from es_jax.core import chunked_map
 from es_jax.generate.engine import Engine
 from es_jax.generate.prompts import Packing
 from es_jax.models.config import TransformerConfig
@@ -53,7 +53,7 @@ def weights(config: TransformerConfig, dtype: Any = jnp.float32) -> Any:
 
 
 def _engine(config: TransformerConfig, shape: tuple[int, int], new: int) -> Engine:
-    return Engine(config, slots=shape[0], max_prompt=shape[1], max_new=new, stop=())
+    return Engine(config, slots=shape[0], max_prompt_tokens=shape[1], max_new_tokens=new, stop_token_ids=())
 
 
 def call(
@@ -149,11 +149,11 @@ def prefix(repeats: int) -> dict[str, float]:
 def long(repeats: int) -> dict[str, float]:
     params = weights(SMOLLM2)
     functions = {"blocks": call(SMOLLM2, params, shape=LONG, new=1)}
-    held, blocks.HELD = blocks.HELD, 2**40
+    held, chunked_map.HELD = chunked_map.HELD, 2**40
     try:
         functions["whole"] = call(SMOLLM2, params, shape=LONG, new=1)
     finally:
-        blocks.HELD = held
+        chunked_map.HELD = held
     found = timed(functions, repeats)
     return {f"{name}_seconds": s for name, s in found.items()} | {"gain": found["whole"] / found["blocks"]}
 

@@ -22,8 +22,8 @@ from es_jax.core.tree import count
 from es_jax.es.population import Population
 from es_jax.es.shaping import z_score
 from es_jax.models.sharding import param_shardings
+from es_jax.rundir.seed_log import Entry
 from es_jax.training.config import freeze
-from es_jax.training.seedlog import Entry
 from es_jax.training.state import State
 
 

@@ -31,9 +31,9 @@ from es_jax.generate.engine import Engine
 from es_jax.models.config import TransformerConfig
 from es_jax.models.sharding import param_shardings
 from es_jax.models.transformer import Transformer
+from es_jax.rundir.seed_log import Entry
 from es_jax.training.config import freeze
 from es_jax.training.es_step import Evaluator
-from es_jax.training.seedlog import Entry
 from es_jax.training.state import State
 
 MODEL = TransformerConfig(
@@ -70,7 +70,7 @@ def iteration(sizes: Sizes) -> tuple[Callable[[], None], int]:
     mesh, draw = make_mesh(sizes.devices, 1), np.random.default_rng(0)
     params = jax.jit(Transformer(model).init)(jax.random.key(0))
     state = State(config, mesh, jax.device_put(params, param_shardings(mesh, params)))
-    engine = Engine(model, slots=32, max_prompt=PROMPT, max_new=sizes.tokens, stop=())
+    engine = Engine(model, slots=32, max_prompt_tokens=PROMPT, max_new_tokens=sizes.tokens, stop_token_ids=())
     prompts = draw.integers(0, model.vocab_size, (sizes.prompts, PROMPT)).tolist()
     rows = engine.packing(prompts).pack(prompts, rows=sizes.prompts)
     evaluator, members = Evaluator.of(config, engine, mesh), Population(sizes.members, seed=0).members(1)

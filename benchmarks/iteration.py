@@ -35,13 +35,13 @@ from es_jax.core.mesh import make_mesh
 from es_jax.es.population import Population
 from es_jax.generate.engine import Engine, Generation
 from es_jax.generate.slots import Queue
+from es_jax.profiling.clock import Clock, split
+from es_jax.scoring.grading import Grader
 from es_jax.tasks import get_task
 from es_jax.training.config import freeze
 from es_jax.training.es_step import Evaluator
-from es_jax.training.grading import Grader
 from es_jax.training.method import Evolution
 from es_jax.training.state import State
-from es_jax.training.timing import Clock, split
 from es_jax.weights.model import Model, load_model, save_model
 from es_jax.weights.tokenizer import encode_prompt
 
@@ -88,8 +88,8 @@ class Bench:
 
     def engine(self, kind: type[Engine] = EndedEngine, **more: Any) -> Engine:
         longest = max(map(len, self.prompts))
-        sizes = {"slots": PROMPTS, "max_prompt": longest, "max_new": MAX_NEW}
-        return kind(self.model.config, stop=self.model.stop_ids, **sizes, **more)
+        sizes = {"slots": PROMPTS, "max_prompt_tokens": longest, "max_new_tokens": MAX_NEW}
+        return kind(self.model.config, stop_token_ids=self.model.stop_token_ids, **sizes, **more)
 
     def ours(self, dtype: str) -> Callable[[int, int], dict[str, float]]:
         """An iteration of so many members at a step, members' weights in the dtype: seconds by part."""
@@ -136,7 +136,7 @@ class Bench:
             lengths = self.lengths if step > 1 else [2] * PROMPTS  # nothing is compiled: a short one warms it up
             return peer_torch.iteration(
                 net, anchor, self.prompts, [lengths] * members, score,
-                step=step, sigma=SIGMA, rate=RATE, decay=RATE * STRENGTH, stop=self.model.stop_ids[0],
+                step=step, sigma=SIGMA, rate=RATE, decay=RATE * STRENGTH, stop=self.model.stop_token_ids[0],
             )  # fmt: skip
 
         return call
@@ -158,7 +158,7 @@ def record(source: str, members: int) -> dict[str, Any]:
     rows = engine.packing(bench.prompts).pack(bench.prompts, rows=PROMPTS)
     evaluator, who = Evaluator.of(config, engine, mesh), Population(members, seed=0).members(1)
     lengths = [n for _, _, length in evaluator.members(bench.model.params, who, rows) for n in length.tolist()]
-    what = f"SmolLM2-135M-Instruct, {members} members at sigma {SIGMA}, {PROMPTS} Countdown prompts, max_new {MAX_NEW}"
+    what = f"SmolLM2-135M-Instruct, {members} members at sigma {SIGMA}, {PROMPTS} Countdown prompts, max_new_tokens {MAX_NEW}"
     return {"what": what, "command": "python -m benchmarks.iteration --record", "lengths": lengths}
 
 

@@ -24,10 +24,10 @@ from benchmarks.compare import arguments, in_turn, report
 from es_jax.core.mesh import make_mesh, replicated
 from es_jax.es.population import Population
 from es_jax.generate.engine import Engine
+from es_jax.scoring.grading import Grader
 from es_jax.tasks import get_task
 from es_jax.training.config import freeze
 from es_jax.training.es_step import Evaluator
-from es_jax.training.grading import Grader
 from es_jax.weights.model import load_model, save_model
 from es_jax.weights.tokenizer import encode_prompt
 
@@ -40,7 +40,9 @@ def main() -> None:
     examples = task.train(PROMPTS)
     prompts = [encode_prompt(model.tokenizer, e.prompt) for e in examples]
     grader, everyone = Grader(task, model, examples), range(PROMPTS)
-    engine = Engine(model.config, slots=PROMPTS, max_prompt=16, max_new=MAX_NEW, stop=model.stop_ids)
+    engine = Engine(
+        model.config, slots=PROMPTS, max_prompt_tokens=16, max_new_tokens=MAX_NEW, stop_token_ids=model.stop_token_ids
+    )
     es = {"population": args.members, "sigma": SIGMA}
     config = freeze({"es": es, "decode": {"members_at_once": min(4, args.members)}})
     rows = engine.packing(prompts).pack(prompts, rows=PROMPTS)
@@ -65,13 +67,13 @@ def main() -> None:
             for seed in range(args.members):
                 peer_torch.perturb(list(net.parameters()), seed, SIGMA)
                 tokens = generate(net, prompts)
-                length = np.array([_length(row, model.stop_ids) for row in tokens.tolist()])
+                length = np.array([_length(row, model.stop_token_ids) for row in tokens.tolist()])
                 made.append(np.mean([one().score.reward for one in grader(everyone, tokens, length)]))
                 peer_torch.perturb(list(net.parameters()), seed, -SIGMA)
 
         return call
 
-    stop = model.stop_ids[0]
+    stop = model.stop_token_ids[0]
     sides = {
         "ours": ours(1),
         "ours, a device a core": ours(len(jax.devices())),

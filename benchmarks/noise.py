@@ -47,7 +47,7 @@ def unstacked(params: Any) -> list[tuple[int, ...]]:
 def main() -> None:
     args = arguments(__doc__, repeats=5, layers=30)
     config, params = smollm2(args.layers)
-    engine, mesh = Engine(config, slots=1, max_prompt=1, max_new=1, stop=()), make_mesh(1, 1)
+    engine, mesh = Engine(config, slots=1, max_prompt_tokens=1, max_new_tokens=1, stop_token_ids=()), make_mesh(1, 1)
     members = Population(2, seed=0).members(1)[np.arange(1)]
 
     def ours(generator: str) -> Callable[[], None]:

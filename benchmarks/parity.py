@@ -223,7 +223,7 @@ def greedy(reference: Any, model: tuple[TransformerConfig, Any]) -> tuple[np.nda
     config, params = model
     tokens, positions = batch("left")
     prompts = [row[where >= 0].tolist() for row, where in zip(tokens, positions, strict=True)]
-    engine = Engine(config, slots=BATCH, max_prompt=LENGTH, max_new=NEW, stop=())
+    engine = Engine(config, slots=BATCH, max_prompt_tokens=LENGTH, max_new_tokens=NEW, stop_token_ids=())
     ours = np.asarray(engine.generate(params, prompts).tokens)
     given = {"attention_mask": torch.tensor(positions >= 0).long(), "max_new_tokens": NEW, "min_new_tokens": NEW}
     given |= {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}

@@ -46,7 +46,12 @@ def update(
 
 @torch.inference_mode()
 def generate(
-    model: Any, prompts: Sequence[Sequence[int]], max_new: int, *, stop: int, lengths: Sequence[int] | None = None
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    stop: int,
+    lengths: Sequence[int] | None = None,
 ) -> np.ndarray:
     """Greedy completions [B, L].
 
@@ -66,7 +71,7 @@ def generate(
     out = model.generate(
         input_ids=ids,
         attention_mask=mask,
-        max_new_tokens=max_new,
+        max_new_tokens=max_new_tokens,
         do_sample=False,
         logits_processor=[] if lengths is None else [force],
         eos_token_id=stop,
@@ -76,13 +81,13 @@ def generate(
 
 
 @torch.inference_mode()
-def by_hand(model: Any, prompts: Sequence[Sequence[int]], max_new: int, *, stop: int) -> np.ndarray:
+def by_hand(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, stop: int) -> np.ndarray:
     """The same in a loop of its own: one forward pass a token, until all rows have stopped."""
     ids, mask = _padded(prompts, stop)
     positions, cache, made = (mask.cumsum(1) - 1).clamp(min=0), None, []
     done = torch.zeros(len(ids), dtype=torch.bool)
     name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-    for _ in range(max_new):
+    for _ in range(max_new_tokens):
         given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, name: cache}
         out = model(**given, use_cache=True)
         token = out.logits[:, -1].argmax(-1).masked_fill(done, stop)

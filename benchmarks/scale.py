@@ -28,9 +28,9 @@ def command(topology: str, model: str, *, slots: int, memory: str = "device", se
     population = POPULATION.get(topology, 32)
     return [
         "es_jax.plan",
-        f"--config=configs/countdown.py:anchor=l2,pop={population}",
+        f"--config=configs/countdown.py:anchor=l2,population={population}",
         f"--config.model.source={model}",
-        "--config.decode.max_prompt=256",
+        "--config.decode.max_prompt_tokens=256",
         f"--config.decode.slots={slots}",
         f"--config.optim.anchor.memory={memory}",
         f"--topology={topology}",
@@ -84,7 +84,7 @@ def _row(cell: dict) -> list[str]:
     sent = sum(program["runs"] * program["sent_bytes"] for program in programs.values()) / 1e9
     return [
         *head,
-        f"{cell['mesh']['pop']} × {cell['mesh']['model']}",
+        f"{cell['mesh']['groups']} × {cell['mesh']['model']}",
         str(cell["slots"]),
         f"{max(peak['perturb'], peak.get('decode', 0)):.2f}",
         f"{peak['update']:.2f}" if "update" in peak else "",

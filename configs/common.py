@@ -1,6 +1,6 @@
 """What the config files share: the models by short name, and the arguments behind the colon of --config.
 
-`--config=configs/countdown.py:qwen2.5-3b,pop=128,anchor=l2` is a model and some short names of fields; every field can
+`--config=configs/countdown.py:qwen2.5-3b,population=128,anchor=l2` is a model and some short names of fields; every field can
 also be set by its full name, `--config.es.sigma=2e-3`. `grpo` (or method=grpo) trains any task with GRPO instead.
 """
 
@@ -24,14 +24,14 @@ MODELS = {
 FIELDS = {
     "method": "method",
     "target": "task.name",
-    "pop": "es.population",
+    "population": "es.population",
     "sigma": "es.sigma",
     "antithetic": "es.antithetic",
     "rewards": "es.rewards",
     "n": "grpo.rollouts",
     "lr": "optim.learning_rate",
     "anchor": "optim.anchor.penalty",
-    "drift": "optim.anchor.drift",
+    "kappa": "optim.anchor.kappa",
     "strength": "optim.anchor.strength",
     "steps": "train.steps",
     "seed": "train.seed",
@@ -70,7 +70,7 @@ def configure(
       model: the model where the argument has none.
       small: what the word small sets: the file's setting for a CPU.
       grpo: what the file sets for GRPO beyond what is published.
-      strengths: λ by penalty, where the argument has neither strength nor drift.
+      strengths: λ by penalty, where the argument has neither strength nor kappa.
       grpo_strengths: the same with GRPO, for which none is published: without an entry the argument must have one.
       **defaults: values by dotted field name with "__" for the dot: `es__population=30`.
     """
@@ -98,7 +98,7 @@ def configure(
         else:
             config.update_from_flattened_dict({FIELDS[name]: _parse(FIELDS[name], text, config)})
     anchor = config.optim.anchor
-    if anchor.penalty in strengths and anchor.drift is None and anchor.strength is None:
+    if anchor.penalty in strengths and anchor.kappa is None and anchor.strength is None:
         anchor.strength = strengths[anchor.penalty]
     return config
 

@@ -16,10 +16,10 @@ def get_config(argument: str = ""):
         task__name="conciseness",
         task__train_size=8,
         es__population=8,
-        decode__max_prompt=64,
-        decode__max_new=32,
+        decode__max_prompt_tokens=64,
+        decode__max_new_tokens=32,
         train__steps=25,
         train__checkpoint_every=5,
         evals__every=5,
-        evals__size=16,
+        evals__rows=16,
     )

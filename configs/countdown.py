@@ -20,12 +20,12 @@ SMALL = dict(
     es__population=4,
     grpo__rollouts=4,
     grpo__micro_batch=4,
-    decode__max_prompt=256,
-    decode__max_new=64,
+    decode__max_prompt_tokens=256,
+    decode__max_new_tokens=64,
     train__steps=10,
     train__checkpoint_every=4,
     evals__every=10,
-    evals__size=8,
+    evals__rows=8,
 )
 
 

@@ -13,12 +13,12 @@ from configs.common import configure
 SMALL = dict(
     task__train_size=4,
     es__population=4,
-    decode__max_prompt=256,
-    decode__max_new=96,
+    decode__max_prompt_tokens=256,
+    decode__max_new_tokens=96,
     train__steps=3,
     train__checkpoint_every=3,
     evals__every=3,
-    evals__size=8,
+    evals__rows=8,
 )
 
 

@@ -5,7 +5,7 @@ The public names, by what they are for:
     es           Population, Members, GaussianNoise, SharedSeedNoise, z_score, centered_rank, group_relative, theory
     optim        anchored_weight_decay, build_optimizer
     models       TransformerConfig, RopeScaling, Transformer
-    weights      load_model, save_model, Model, verify_model, Report, VerificationError
+    weights      load_model, save_model, Model, verify_model, VerificationReport, VerificationError
     generation   Greedy, Temperature, TopK, TopP, Engine, Generation, score_tokens
     tasks        Example, Score, Task, get_task
     runs         run, replay, RunResult, evaluate_run
@@ -25,7 +25,7 @@ _HOME = {
     "es_jax.models.config": ("RopeScaling", "TransformerConfig"),
     "es_jax.models.transformer": ("Transformer",),
     "es_jax.weights.model": ("Model", "load_model", "save_model"),
-    "es_jax.weights.verify": ("Report", "VerificationError", "verify_model"),
+    "es_jax.weights.verify": ("VerificationReport", "VerificationError", "verify_model"),
     "es_jax.generate.sampling": ("Greedy", "Temperature", "TopK", "TopP"),
     "es_jax.generate.engine": ("Engine", "Generation"),
     "es_jax.generate.score": ("score_tokens",),

@@ -17,7 +17,7 @@ from typing import Any
 
 from absl import app, flags
 
-from es_jax.core.flags import define_processes, processes
+from es_jax.core.flags import define_processes, joined_processes
 
 
 def main(argv: list[str]) -> None:
@@ -26,12 +26,12 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax, on opening checkpoints to read them
-    with processes("es_jax.evaluate"):
+    with joined_processes("es_jax.evaluate"):
         _evaluate()
 
 
 def _evaluate() -> None:
-    from es_jax.core import hosts
+    from es_jax.core import processes
     from es_jax.evals.runner import Options, evaluate_run
 
     given = flags.FLAGS
@@ -54,7 +54,7 @@ def _evaluate() -> None:
         sys.exit(f"es_jax.evaluate: {error}")
     except KeyboardInterrupt:
         sys.exit("es_jax.evaluate: interrupted; the same command goes on behind what is finished")
-    if hosts.first():
+    if processes.first():
         print(json.dumps(result) if given.json else report(result))
 
 
@@ -116,7 +116,7 @@ def _table(rows: list[dict[str, Any]], columns: dict[str, Any]) -> str:
     return "\n".join("  " + "  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in cells)
 
 
-_OPTIONS = ("size", "max_prompt", "max_new", "slots", "data_dir", "kl_size", "kl_tokens", "kl_seed")
+_OPTIONS = ("size", "max_prompt_tokens", "max_new_tokens", "slots", "data_dir", "kl_size", "kl_tokens", "kl_seed")
 
 
 def _define_flags() -> None:
@@ -128,9 +128,9 @@ def _define_flags() -> None:
     flags.DEFINE_bool("drift", False, "Measure ‖θ − θ₀‖ beside the closed form.")
     flags.DEFINE_string("base", None, "Of a model: what it was trained from. It becomes step 0, the model step 1.")
     flags.DEFINE_string("out", None, "The folder to write; workdir/evals by default, where workdir is a folder.")
-    flags.DEFINE_integer("size", None, "Test rows of each task; the run's evals.size by default.")
-    flags.DEFINE_integer("max_prompt", None, "The longest prompt allowed, in tokens; the run's by default.")
-    flags.DEFINE_integer("max_new", None, "Tokens after which a completion is cut; the run's by default.")
+    flags.DEFINE_integer("size", None, "Test rows of each task; the run's evals.rows by default.")
+    flags.DEFINE_integer("max_prompt_tokens", None, "The longest prompt allowed, in tokens; the run's by default.")
+    flags.DEFINE_integer("max_new_tokens", None, "Tokens after which a completion is cut; the run's by default.")
     flags.DEFINE_integer("slots", None, "Prompts decoded at once; the run's by default.")
     flags.DEFINE_string("data_dir", None, "A folder of folders of rows, named like their tasks.")
     flags.DEFINE_integer("kl_size", None, "Rows of each task to measure KL on; all by default.")

@@ -18,7 +18,7 @@ from typing import Any
 
 from absl import app, flags
 
-from es_jax.core.flags import define_processes, parser, processes
+from es_jax.core.flags import define_processes, joined_processes, parser
 
 
 def main(argv: list[str]) -> None:
@@ -27,13 +27,13 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax says three times that it only reads
-    with processes("es_jax.export"):
+    with joined_processes("es_jax.export"):
         _export(flags.FLAGS)
 
 
 def _export(given: flags.FlagValues) -> None:
-    from es_jax.core import hosts  # JAX starts only when the flags are good
-    from es_jax.training.export import export_run
+    from es_jax.core import processes  # JAX starts only when the flags are good
+    from es_jax.evals.export_step import export_run
 
     try:
         result = export_run(
@@ -47,7 +47,7 @@ def _export(given: flags.FlagValues) -> None:
         if given.traceback:
             raise
         sys.exit(f"es_jax.export: {error}")
-    if hosts.first():
+    if processes.first():
         print(json.dumps(result) if given.json else _sentence(result))
 
 

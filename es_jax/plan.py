@@ -3,7 +3,7 @@
 Compiles the programs of a run for devices that are not here, and says whether it fits them: memory of a device and what
 it is made of, what devices send each other, and a bound on the time of an iteration. Nothing is run, no chip and no
 weights are needed; the shape of a model comes from its files, the hub, or a table of published shapes. The prompts are
-taken to be as long as decode.max_prompt allows.
+taken to be as long as decode.max_prompt_tokens allows.
 
   --topology  v5e:4x4, v5p:4x4x4, v6e:8x8, tpu7x:2x2x1, v4:2x2x1; GPUs as slices × hosts × GPUs: h100:1x1x8, a100:1x2x8
   --slices    TPU slices of that shape, joined by the data-centre network
@@ -13,7 +13,7 @@ taken to be as long as decode.max_prompt allows.
 TPUs need libtpu (pip install 'es_jax[plan]'). For GPUs: pip install --no-deps jax-cuda12-plugin jax-cuda12-pjrt, in the
 version of jax. The exit code is 0 when it fits, 1 when not, and 2 when the question has a mistake.
 
-With --json: fits, verdict, topology, devices, memory_bytes (of a device), mesh {pop, model}, slots, bound_seconds (of
+With --json: fits, verdict, topology, devices, memory_bytes (of a device), mesh {groups, model}, slots, bound_seconds (of
 an iteration), compile_seconds (of all), shape ("files" or "published"), and programs {name: {peak_bytes (of a device,
 with what the run holds beside the program), own_bytes (of these the program's), host_bytes (pinned, for one device),
 parts {name: bytes of a device}, collectives [{op, bytes, times, axes, groups, group_size}], compile_seconds, runs (in

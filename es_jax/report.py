@@ -3,7 +3,7 @@
 One page, report.html, that opens from disk and needs nothing beside it, and its figures and tables as files:
 figures/<name>.png, .pdf and .csv (what was drawn), tables/<name>.md and .tex. Runs that differ in their seed, and in
 nothing else that a step depends on, are averaged. Runs that are not finished are shown as far as they are. Runs that
-cannot be compared, because they have other data, another grader or another max_new, are refused; with --mark they are
+cannot be compared, because they have other data, another grader or another max_new_tokens, are refused; with --mark they are
 shown and marked. With --json one line is printed:
 
     page, figures ({name: {png, pdf, csv}}), tables ({name: {md, tex}}), absent (titles), series ({label: folders}),

@@ -16,7 +16,7 @@ import sys
 from absl import app, flags
 from ml_collections import config_flags
 
-from es_jax.core.flags import define_processes, parser, processes
+from es_jax.core.flags import define_processes, joined_processes, parser
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A config file, and after a colon its arguments.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory; a run that is there is resumed.")
@@ -31,19 +31,19 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments {argv[1:]}: fields are set with --config.group.field=value")
     logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger("es_jax").setLevel(logging.INFO)
-    from es_jax.core import hosts  # JAX starts only when the flags are good
+    from es_jax.core import processes  # JAX starts only when the flags are good
 
-    with processes("es_jax.train"):
+    with joined_processes("es_jax.train"):
         try:
             _train()
-        except hosts.Preempted as stop:
-            hosts.leave(f"es_jax.train: {stop}")
+        except processes.Preempted as stop:
+            processes.leave(f"es_jax.train: {stop}")
 
 
 def _train() -> None:
     from jax.errors import JaxRuntimeError
 
-    from es_jax.core import hosts
+    from es_jax.core import processes
     from es_jax.training.loop import run
 
     try:
@@ -56,12 +56,12 @@ def _train() -> None:
         if _TRACEBACK.value or "RESOURCE_EXHAUSTED" not in str(error):
             raise
         sys.exit(
-            f"es_jax.train: out of memory ({str(error).splitlines()[0]}): lower decode.slots, decode.max_new or "
+            f"es_jax.train: out of memory ({str(error).splitlines()[0]}): lower decode.slots, decode.max_new_tokens or "
             "decode.members_at_once, or use more devices; finished steps stay"
         )
     except KeyboardInterrupt:
         sys.exit(f"es_jax.train: interrupted; the same command goes on from the last finished step of {_WORKDIR.value}")
-    if not hosts.first():
+    if not processes.first():
         return
     if _JSON.value:
         fields = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}

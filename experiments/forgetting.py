@@ -39,7 +39,7 @@ def cases(size: str, seeds: Sequence[int]) -> Iterator[Case]:
         for target in LAB_TARGETS if size == "lab" else TARGETS:
             for population in POPULATIONS[size]:
                 for anchor, argument in ANCHORS.items():
-                    text = f"pop={population},seed={seed},{argument}".rstrip(",")
+                    text = f"population={population},seed={seed},{argument}".rstrip(",")
                     if size == "lab":
                         config = lab.get_config(f"{text},target={target}")
                         config.update_from_flattened_dict(SMALL)

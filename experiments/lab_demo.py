@@ -15,9 +15,9 @@ from pathlib import Path
 
 from configs.lab import get_config
 from es_jax.plotting import accuracies, prior_accuracy, target_against_prior
+from es_jax.rundir.metrics import read_jsonl
 from es_jax.tasks.lab import PRIOR
 from es_jax.training.loop import run
-from es_jax.training.metrics import read_jsonl
 from experiments.runs import done, plain_errors
 
 RUNS = {"ES": "", "ES + AWD": "anchor=l2", "ES, random rewards": "rewards=random"}

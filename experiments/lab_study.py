@@ -30,12 +30,12 @@ ROWS = {
     "ES, N=8, AWD l1 1e-4": "anchor=l1,strength=0.02",
     "ES, N=8, AWD l2 0.001": "anchor=l2,strength=0.2",
     "ES, N=8, AWD l2 0.1": "anchor=l2,strength=20",
-    "ES, N=32": "pop=32",
+    "ES, N=32": "population=32",
     "ES, N=8, AWD l2 0.003": "anchor=l2,strength=0.6",
     "ES, N=8, AWD l2 0.03": "anchor=l2,strength=6",
     "ES, N=8, AWD l2 0.3": "anchor=l2,strength=60",
     "ES, N=8, AWD l1 3e-4": "anchor=l1,strength=0.06",
-    "ES, N=128": "pop=128",
+    "ES, N=128": "population=128",
 }
 TARGET, REFERENCE = "lab-countdown", "ES, N=8"
 COLUMNS = ("row", "model", "seed", "step", TARGET, "prior", *PRIOR, "drift", "theory", "seconds")

@@ -137,7 +137,7 @@ def pretrain(
 
 def accuracy(params, tokenizer, *, rows: int = 200, config: TransformerConfig = CONFIG) -> dict[str, float]:
     """Share of test problems answered right, greedily, by task."""
-    engine = Engine(config, slots=rows, max_prompt=16, max_new=7, stop=(END,))
+    engine = Engine(config, slots=rows, max_prompt_tokens=16, max_new_tokens=7, stop_token_ids=(END,))
     out = {}
     for kind in KINDS:
         task = Lab(kind)
@@ -168,7 +168,7 @@ def main() -> None:
     began, recipe = time.monotonic(), {name: value for name, value in vars(args).items() if name != "out"}
     params, losses = pretrain(**recipe)
     tokenizer = make_tokenizer()
-    save_model(args.out, Model(config_of(args.family), params, tokenizer, digest="", stop_ids=(END,)))
+    save_model(args.out, Model(config_of(args.family), params, tokenizer, digest="", stop_token_ids=(END,)))
     scores = accuracy(params, tokenizer, config=config_of(args.family))
     record = {"recipe": recipe, "losses": losses, "accuracy": scores, "sha256": digest(args.out)}
     (args.out / RECORD).write_text(json.dumps(record, indent=1) + "\n")

@@ -25,7 +25,7 @@ from es_jax.training.loop import run
 
 Item = TypeVar("Item")
 SIZES = ("lab", "full")
-EVALS = {"evals.size": 100, "train.samples": 1}  # of a run at laboratory size
+EVALS = {"evals.rows": 100, "train.samples": 1}  # of a run at laboratory size
 PRETRAINED = {  # model.source → the arguments of experiments.pretrain_lab that make it
     "runs/lab-sort": "--target=sort",
     "runs/lab-far": "--echo=0.9",

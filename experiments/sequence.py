@@ -20,9 +20,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from configs import countdown, gsm8k, lab, proofwriter
+from es_jax.evals.export_step import export_run
 from es_jax.plotting import read_run
 from es_jax.tasks.lab import PRIOR as LAB_PRIOR
-from es_jax.training.export import export_run
 from experiments.forgetting import PRIOR
 from experiments.runs import EVALS, Case, arguments, chosen, done, execute, plain_errors, report
 

@@ -66,7 +66,7 @@ def tiny_model(tmp_path_factory) -> Path:
     params = jax.jit(Transformer(config).init)(jax.random.key(0))
     folder = tmp_path_factory.mktemp("tiny")
     params = jax.tree.map(lambda x: 4 * x, params)
-    save_model(folder, Model(config, params, tokenizer, digest="", stop_ids=(1,)))
+    save_model(folder, Model(config, params, tokenizer, digest="", stop_token_ids=(1,)))
     return folder
 
 

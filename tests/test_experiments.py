@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from configs import lab
+from es_jax.rundir.metrics import read_jsonl
 from es_jax.training.config import freeze
-from es_jax.training.metrics import read_jsonl
 from experiments import es_vs_grpo, families, forgetting, lab_study, precision, sequence, strength_sweep
 from experiments.runs import SIZES, Case, evaluations, execute, main, mean_se, page, report, table
 
@@ -35,7 +35,7 @@ def test_a_sequence_is_pulled_where_it_says():
 
 def test_a_case_runs_once_and_is_reported(tmp_path, monkeypatch, capsys):
     config = lab.get_config("steps=1")
-    config.update_from_flattened_dict({"task.prompts_per_step": 4, "evals.size": 8, "evals.tasks": ("lab-add",)})
+    config.update_from_flattened_dict({"task.prompts_per_step": 4, "evals.rows": 8, "evals.tasks": ("lab-add",)})
     cases = [Case.of(config, target="lab-countdown", N=8, AWD="none", seed=0)]
     execute(cases, tmp_path, index=0)
     monkeypatch.setattr("experiments.runs.run", None)
@@ -133,7 +133,7 @@ def test_runs_of_independent_seeds_have_a_page_and_a_page_that_cannot_be_is_expl
     assert (tmp_path / "x.md").read_text().splitlines()[2].endswith("| – |")  # no κ is known
     results = (tmp_path / "report/tables/results.md").read_text().splitlines()[2:]
     assert [line.split(" | ")[1:3] for line in results] == [["2", "80"]] * 2  # two targets over two seeds
-    other = Case(cases[0].labels | {"seed": 2}, freeze({"decode": {"max_new": 9}}))
+    other = Case(cases[0].labels | {"seed": 2}, freeze({"decode": {"max_new_tokens": 9}}))
     finished(other, tmp_path, accuracy=0.5)
     page([case.folder(tmp_path) for case in (*cases, other)], tmp_path / "report")
     assert "no page of es_jax.report: these runs cannot be compared" in capsys.readouterr().out

@@ -43,11 +43,11 @@ def define_processes() -> None:
     flags.DEFINE_integer("heartbeat_timeout", 60, "Seconds after which a silent process counts as dead.")
 
 
-def processes(name: str) -> contextlib.AbstractContextManager:
+def joined_processes(name: str) -> contextlib.AbstractContextManager:
     """Inside, the processes of the command `name` are together: as the flags say, the rest as the environment does."""
-    from es_jax.core import hosts  # JAX starts only when the flags are good
+    from es_jax.core import processes  # JAX starts only when the flags are good
 
     given = {flag: flags.FLAGS[flag].value for flag in _NAMES if flags.FLAGS[flag].value is not None}
     if not (given or flags.FLAGS["distributed"].value):
         return contextlib.nullcontext()
-    return hosts.joined(name, heartbeat_timeout_seconds=flags.FLAGS["heartbeat_timeout"].value, **given)
+    return processes.joined(name, heartbeat_timeout_seconds=flags.FLAGS["heartbeat_timeout"].value, **given)

@@ -13,46 +13,46 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from es_jax.core.tree import map_named
 
-POP, MODEL = "pop", "model"
+GROUPS, MODEL = "groups", "model"
 Rules = Sequence[tuple[str, PartitionSpec]]  # a pattern searched for in the leaf's name, and how the leaf is cut
 
-_MIN_SLICE = 128  # numbers; a leaf that `pop` would cut finer is not cut over it, and its own program stays the same
+_MIN_SLICE = 128  # numbers; a leaf that `groups` would cut finer is not cut over it, and its own program stays the same
 logger = logging.getLogger(__name__)
 
 
-def make_mesh(pop: int | None = None, model: int = 1, *, devices: list | None = None) -> Mesh:
-    """A `pop` × `model` mesh over the devices (all there are, by default). `pop=None` takes what `model` leaves.
+def make_mesh(groups: int | None = None, model: int = 1, *, devices: list | None = None) -> Mesh:
+    """A `groups` × `model` mesh over the devices (all there are, by default). `groups=None` takes what `model` leaves.
 
     A group, the `model` devices that share one member, are neighbours: on one host, and on one slice, where they fit.
-    With a smaller `pop` the first devices are used, but only when all of them belong to one process.
+    With a smaller `groups` the first devices are used, but only when all of them belong to one process.
 
     Raises ValueError when there are too few devices, or when devices of a run of many processes would be left out.
 
     >>> make_mesh(1, 1, devices=jax.devices()[:1]).axis_names
-    ('pop', 'model')
+    ('groups', 'model')
     """
     devices = list(jax.devices() if devices is None else devices)
-    if model < 1 or (pop is not None and pop < 1):
-        raise ValueError(f"mesh is pop={pop} × model={model}: both must be at least 1")
-    pop = max(len(devices) // model, 1) if pop is None else pop
-    if pop * model > len(devices):
+    if model < 1 or (groups is not None and groups < 1):
+        raise ValueError(f"mesh is groups={groups} × model={model}: both must be at least 1")
+    groups = max(len(devices) // model, 1) if groups is None else groups
+    if groups * model > len(devices):
         raise ValueError(
-            f"mesh is pop={pop} × model={model}, but there are {len(devices)} devices: "
-            f"set mesh.pop and mesh.model so that their product is at most {len(devices)}"
+            f"mesh is groups={groups} × model={model}, but there are {len(devices)} devices: "
+            f"set mesh.groups and mesh.model so that their product is at most {len(devices)}"
         )
-    if pop * model < len(devices) and len({d.process_index for d in devices}) > 1:
+    if groups * model < len(devices) and len({d.process_index for d in devices}) > 1:
         raise ValueError(
-            f"mesh is pop={pop} × model={model} of {len(devices)} devices of several hosts: every host must have its "
-            f"part; set mesh.pop and mesh.model so that their product is {len(devices)}"
+            f"mesh is groups={groups} × model={model} of {len(devices)} devices of several hosts: every host must have its "
+            f"part; set mesh.groups and mesh.model so that their product is {len(devices)}"
         )
-    used = devices[: pop * model]
+    used = devices[: groups * model]
     slices = len({getattr(d, "slice_index", 0) for d in used})
-    if slices > 1 and pop % slices == 0:  # slow links join slices: only `pop` goes over them
-        shape, across = (pop // slices, model), (slices, 1)
+    if slices > 1 and groups % slices == 0:  # slow links join slices: only `groups` goes over them
+        shape, across = (groups // slices, model), (slices, 1)
         grid = mesh_utils.create_hybrid_device_mesh(shape, across, used, allow_split_physical_axes=True)
-        return Mesh(grid, (POP, MODEL), axis_types=(AxisType.Auto,) * 2)
-    grid = mesh_utils.create_device_mesh((pop, model), used, allow_split_physical_axes=True)
-    return Mesh(grid, (POP, MODEL), axis_types=(AxisType.Auto,) * 2)
+        return Mesh(grid, (GROUPS, MODEL), axis_types=(AxisType.Auto,) * 2)
+    grid = mesh_utils.create_device_mesh((groups, model), used, allow_split_physical_axes=True)
+    return Mesh(grid, (GROUPS, MODEL), axis_types=(AxisType.Auto,) * 2)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -61,7 +61,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def over_pop(mesh: Mesh) -> NamedSharding:
     """The leading axis is the group of devices that evaluates a member."""
-    return NamedSharding(mesh, PartitionSpec(POP))
+    return NamedSharding(mesh, PartitionSpec(GROUPS))
 
 
 def place(tree: Any, sharding: NamedSharding) -> Any:
@@ -90,14 +90,14 @@ def own_rows(leaf: jax.Array) -> dict[int, np.ndarray]:
 def leaf_spec(mesh: Mesh, name: str, shape: tuple[int, ...], rules: Rules) -> PartitionSpec:
     """How a leaf is cut: by the first rule whose pattern is found in its name.
 
-    A leaf of fewer than 128 numbers a device is not cut over `pop`.
+    A leaf of fewer than 128 numbers a device is not cut over `groups`.
 
     Raises:
       ValueError: no rule, a rule for another number of axes, or an axis that does not divide; the leaf is named.
 
     >>> mesh = make_mesh(1, 1, devices=jax.devices()[:1])
-    >>> tuple(leaf_spec(mesh, "mlp/up/kernel", (64, 256), [("up/kernel$", PartitionSpec("pop", "model"))]))
-    ('pop', 'model')
+    >>> tuple(leaf_spec(mesh, "mlp/up/kernel", (64, 256), [("up/kernel$", PartitionSpec("groups", "model"))]))
+    ('groups', 'model')
     """
     spec = next((spec for pattern, spec in rules if re.search(pattern, name)), None)
     if spec is None:
@@ -119,7 +119,7 @@ def leaf_spec(mesh: Mesh, name: str, shape: tuple[int, ...], rules: Rules) -> Pa
 def only(spec: PartitionSpec, axis: str) -> PartitionSpec:
     """The same cut along one axis of the mesh alone.
 
-    >>> tuple(only(PartitionSpec(None, "pop", "model"), "model"))
+    >>> tuple(only(PartitionSpec(None, "groups", "model"), "model"))
     (None, None, 'model')
     """
     return PartitionSpec(*(entry if entry == axis else None for entry in spec))

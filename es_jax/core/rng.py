@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, PRNGKeyArray, UInt32
 
-from es_jax.core import counter
+from es_jax.core import threefry_normal
 
 _MEMBERS, _SAMPLING = 1, 2  # what a key is for: streams that never meet
 MAX_SEED = 2**32 - 1
@@ -56,7 +56,9 @@ def normal(
 
 
 def _threefry13(seed: Array, leaf: np.uint32, shape: tuple[int, ...], row: Array | int | None = None) -> Array:
-    return counter.box_muller(*counter.threefry((seed, jnp.uint32(leaf)), counter.positions(shape, row)))
+    return threefry_normal.box_muller(
+        *threefry_normal.threefry((seed, jnp.uint32(leaf)), threefry_normal.positions(shape, row))
+    )
 
 
 def _threefry(seed: Array, leaf: np.uint32, shape: tuple[int, ...], row: Array | int | None = None) -> Array:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from es_jax.core import counter, rng
+from es_jax.core import rng, threefry_normal
 from es_jax.core.names import unknown
 from es_jax.core.tree import map_named
 from es_jax.es.population import Members
@@ -36,7 +36,7 @@ def _check_sigma(sigma: float | Array) -> None:
 
 
 def _rounded(product: Array) -> Array:
-    return counter.rounded(product) if product.dtype == jnp.float32 else product
+    return threefry_normal.rounded(product) if product.dtype == jnp.float32 else product
 
 
 @dataclasses.dataclass(frozen=True)

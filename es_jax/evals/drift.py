@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from es_jax.core import hosts
+from es_jax.core import processes
 from es_jax.core.tree import named_leaves
 
 TOLERANCE = 0.02  # of measured / predicted; beyond it precision was lost
@@ -32,7 +32,7 @@ def drift(base: Any, now: Any, *, sigma: float | None = None, predicted: float |
     (5.0, 4.0, 'w')
     """
     leaves, start = dict(named_leaves(now)), dict(named_leaves(base))
-    found = {name: hosts.fetch(_leaf(start[name], leaf, name.startswith(LAYERS))) for name, leaf in leaves.items()}
+    found = {name: processes.fetch(_leaf(start[name], leaf, name.startswith(LAYERS))) for name, leaf in leaves.items()}
     kinds = {name.removeprefix(LAYERS): (float(s.sum()), float(b.sum())) for name, (s, b, _) in found.items()}
     layers: dict[str, float] = {}
     for name, (squares, _, _) in found.items():

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32
 
-from es_jax.core import hosts, rng
-from es_jax.core.blocks import block_length, in_blocks
+from es_jax.core import processes, rng
+from es_jax.core.chunked_map import block_length, in_blocks
 from es_jax.generate.engine import Engine
 from es_jax.generate.sampling import Temperature
 from es_jax.generate.score import token_positions
@@ -78,10 +78,10 @@ def sample(
     *,
     stop: Sequence[int],
     slots: int,
-    max_new: int = 256,
+    max_new_tokens: int = 256,
     seed: int = 0,
 ) -> list[Continuation]:
-    """One continuation of every prompt at temperature 1, of 1..max_new tokens, the stop token included.
+    """One continuation of every prompt at temperature 1, of 1..max_new_tokens tokens, the stop token included.
 
     Row i of a seed is the same whatever the rows beside it are.
     """
@@ -89,9 +89,9 @@ def sample(
     engine = Engine(
         config,
         slots=min(slots, len(prompts)),
-        max_prompt=longest,
-        max_new=min(max_new, config.max_positions - longest),
-        stop=tuple(stop),
+        max_prompt_tokens=longest,
+        max_new_tokens=min(max_new_tokens, config.max_positions - longest),
+        stop_token_ids=tuple(stop),
         sampler=Temperature(1.0),
     )
     tokens, length, _ = engine.generate(base, prompts, key=rng.sampling_key(seed, 0))
@@ -118,7 +118,7 @@ def kl(config: TransformerConfig, base: Any, now: Any, rows: Sequence[Continuati
         for r, row in enumerate(mine):
             ids, start = [*row.prompt, *row.tokens], len(row.prompt)
             tokens[r, : len(ids)], mask[r, : len(ids)], asked[r, start : len(ids)] = ids, True, True
-        found = hosts.fetch(token_kl(config, base, now, tokens, mask))
+        found = processes.fetch(token_kl(config, base, now, tokens, mask))
         sampled, exact = (x.astype(np.float64) for x in found)
         sums += [(float(sampled[r][asked[r]].sum()), float(exact[r][asked[r]].sum())) for r in range(len(mine))]
     lengths = np.array([len(row.tokens) for row in rows], float)

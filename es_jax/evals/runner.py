@@ -12,25 +12,25 @@ import jax
 from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
-from es_jax.core import hosts
+from es_jax.core import processes
 from es_jax.evals import drift as drifts
-from es_jax.evals import owner
+from es_jax.evals import provenance
 from es_jax.evals.kl import Continuation, kl, sample
-from es_jax.evals.subject import Subject, is_run, of_model, of_run
+from es_jax.evals.weight_source import Subject, is_run, of_model, of_run
 from es_jax.generate.engine import Engine, check_context
+from es_jax.profiling.clock import compilation_cache
+from es_jax.rundir.directory import read_config, write_json
+from es_jax.rundir.metrics import Jsonl
+from es_jax.scoring.evals_file import EvalsFile, read_evals
+from es_jax.scoring.heldout import HeldOut, cast, evaluate
 from es_jax.tasks import get_task
 from es_jax.tasks.data import rows_folder
 from es_jax.tasks.task import Task
 from es_jax.training.config import RunConfig
 from es_jax.training.es_step import Evaluator, compute_dtype
-from es_jax.training.evalsfile import EvalsFile, read_evals
 from es_jax.training.fields import MeshConfig, ModelConfig
-from es_jax.training.heldout import HeldOut, cast, evaluate
 from es_jax.training.loop import make_task, other_task
-from es_jax.training.metrics import Jsonl
 from es_jax.training.state import base_config, mesh_of
-from es_jax.training.timing import compilation_cache
-from es_jax.training.workdir import read_config, write_json
 from es_jax.weights.model import config_only
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class Options:
 
     Attributes:
       size: test rows of each task.
-      max_prompt, max_new, slots: of decoding.
+      max_prompt_tokens, max_new_tokens, slots: of decoding.
       data_dir: a folder of folders of rows, named like their tasks (`-` may be `_`); None: each task's own rows, and
         for the task that was trained those of the run.
       kl_size: how many of the rows KL is measured on.
@@ -52,8 +52,8 @@ class Options:
     """
 
     size: int | None = None
-    max_prompt: int | None = None
-    max_new: int | None = None
+    max_prompt_tokens: int | None = None
+    max_new_tokens: int | None = None
     slots: int | None = None
     data_dir: str | None = None
     kl_size: int | None = None
@@ -61,7 +61,7 @@ class Options:
     kl_seed: int = 0
 
     def __post_init__(self):
-        for field in ("size", "max_prompt", "max_new", "slots", "kl_size", "kl_tokens"):
+        for field in ("size", "max_prompt_tokens", "max_new_tokens", "slots", "kl_size", "kl_tokens"):
             value = getattr(self, field)
             if value is not None and value < 1:
                 raise ValueError(f"{field} is {value}: it must be at least 1")
@@ -113,7 +113,7 @@ def evaluate_run(
         _check_models(str(workdir), base, out)
     if mesh is None:
         mesh = _mesh(read_config(Path(workdir)) if run else RunConfig(model=ModelConfig(source=str(workdir))))
-    hosts.connect(mesh)
+    processes.connect(mesh)
     folder = Path(out) if out is not None else Path(workdir) / "evals"
     with compilation_cache((Path(workdir) if run and out is None else folder) / "cache"):
         subject = of_run(Path(workdir), mesh) if run else of_model(str(workdir), base, mesh)
@@ -191,18 +191,20 @@ class _Evaluation:
     ):
         self.subject, self.folder, self.steps, self.options = subject, folder, steps, options
         config = subject.config
-        limit = options.max_prompt or config.decode.max_prompt
-        size = options.size or config.evals.size
+        limit = options.max_prompt_tokens or config.decode.max_prompt_tokens
+        size = options.size or config.evals.rows
         made = make_tasks(config, names, options)
-        self.tests = [HeldOut.of(task, task.test(size), subject.model, max_prompt=limit) for task in made.values()]
-        self.max_new = options.max_new or config.decode.max_new
+        self.tests = [
+            HeldOut.of(task, task.test(size), subject.model, max_prompt_tokens=limit) for task in made.values()
+        ]
+        self.max_new_tokens = options.max_new_tokens or config.decode.max_new_tokens
         self.engine = self._engine(options.slots or config.decode.slots)
         self.evaluator = Evaluator.of(config, self.engine, mesh)
-        if hosts.first():
-            owner.check(folder, subject)
+        if processes.first():
+            provenance.check(folder, subject)
         self.files = {held.name: EvalsFile(folder, held.name) for held in self.tests}
         for held in self.tests:
-            self.files[held.name].check(digest=held.digest, max_new=self.max_new, n=len(held.examples))
+            self.files[held.name].check(digest=held.digest, max_new_tokens=self.max_new_tokens, n=len(held.examples))
         self.kl, self.drift = Jsonl(folder / "kl.jsonl", last_step=LAST), Jsonl(folder / "drift.jsonl", last_step=LAST)
         self.ask_kl, self.ask_drift = kl, drift
         self.kl_done = {(row["step"], row["task"]): row for row in read_evals(self.kl.path)}
@@ -214,17 +216,17 @@ class _Evaluation:
         """Do what is not done, and give back the rows asked for."""
         todo = [step for step in self.steps if self._accuracy(step) or self._kl(step) or self._drift(step)]
         warnings: list[str] = []
-        if hosts.first():
-            owner.claim(self.folder, self.subject)
+        if processes.first():
+            provenance.claim(self.folder, self.subject)
         if todo:
             total = sum(len(h.examples) for s in todo for h in self._accuracy(s)) + sum(
                 self._kl_size(h) for s in todo for h in self._kl(s)
             )
-            with tqdm(total=total, unit="row", dynamic_ncols=True, disable=not hosts.first()) as self.bar:
+            with tqdm(total=total, unit="row", dynamic_ncols=True, disable=not processes.first()) as self.bar:
                 self._steps(todo)
         drift = [row for row in read_evals(self.drift.path) if row["step"] in self.steps]
         warnings = [text for row in drift if (text := drifts.warning(row))] if self.ask_drift else []
-        for text in warnings if hosts.first() else ():
+        for text in warnings if processes.first() else ():
             logger.warning(text)
         return {
             "out": str(self.folder),
@@ -249,7 +251,7 @@ class _Evaluation:
             "kl": [list(key) for key in self.kl_done],
             "drift": sorted(self.drift.steps),
         }
-        told = hosts.exchange({jax.process_index(): [asked, done]})
+        told = processes.exchange({jax.process_index(): [asked, done]})
         differing = [process for process, (of_other, _) in told.items() if of_other != told[0][0]]
         if differing:
             raise ValueError(
@@ -282,7 +284,7 @@ class _Evaluation:
             for held, verdicts in evaluate(
                 self.evaluator, self.subject.model, params, self._accuracy(step), done=self.bar.update
             ):
-                self.files[held.name].add(step, verdicts, digest=held.digest, max_new=self.max_new)
+                self.files[held.name].add(step, verdicts, digest=held.digest, max_new_tokens=self.max_new_tokens)
             if self._drift(step):
                 sigma = self.subject.sigma(step)
                 row = drifts.drift(base, params, sigma=sigma, predicted=predicted.get(step))
@@ -295,13 +297,13 @@ class _Evaluation:
     def _engine(self, slots: int) -> Engine:
         prompts = [ids for held in self.tests for ids in held.prompts]
         longest, config = max(map(len, prompts)), self.subject.model.config
-        check_context(config, longest, self.max_new)
+        check_context(config, longest, self.max_new_tokens)
         return Engine(
             config,
             slots=min(slots, len(prompts)),
-            max_prompt=longest,
-            max_new=self.max_new,
-            stop=self.subject.model.stop_ids,
+            max_prompt_tokens=longest,
+            max_new_tokens=self.max_new_tokens,
+            stop_token_ids=self.subject.model.stop_token_ids,
         )
 
     def _kl_size(self, held: HeldOut) -> int:
@@ -331,16 +333,16 @@ class _Evaluation:
         """What the base model wrote: sampled once, and kept in evals/continuations/<task>.json."""
         path, facts = self.folder / "continuations" / f"{held.name}.json", self._kl_facts(held)
         prompts = held.prompts[: self._kl_size(held)]
-        content = json.loads(path.read_text(encoding="utf-8")) if hosts.first() and path.exists() else {}
-        (content,) = hosts.exchange({0: content} if hosts.first() else {}).values()
+        content = json.loads(path.read_text(encoding="utf-8")) if processes.first() and path.exists() else {}
+        (content,) = processes.exchange({0: content} if processes.first() else {}).values()
         if content.get("facts") == facts:
             return [Continuation(p, t) for p, t in zip(prompts, content["tokens"], strict=True)]
         self.bar.set_description(f"continuations of {held.name}")
         model, options = self.subject.model, self.options
         rows = sample(
-            model.config, base, prompts, stop=model.stop_ids, slots=self.engine.slots,
-            max_new=options.kl_tokens, seed=options.kl_seed,
+            model.config, base, prompts, stop=model.stop_token_ids, slots=self.engine.slots,
+            max_new_tokens=options.kl_tokens, seed=options.kl_seed,
         )  # fmt: skip
-        if hosts.first():
+        if processes.first():
             write_json(path, {"facts": facts, "tokens": [list(row.tokens) for row in rows]})
         return rows

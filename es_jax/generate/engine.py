@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int32, Key, PRNGKeyArray
 
-from es_jax.core import hosts
+from es_jax.core import processes
 from es_jax.generate.prompts import Packing
 from es_jax.generate.sampling import Greedy, Sampler
 from es_jax.generate.slots import Generation, Queue
@@ -22,12 +22,14 @@ __all__ = ["Engine", "Generation"]
 WIDE = 512  # model width from which kernels are transposed on CPU
 
 
-def check_context(config: TransformerConfig, longest: int, max_new: int, *, field: str = "max_new") -> None:
-    """Raises ValueError where the model's context has no room for a prompt of `longest` tokens and `max_new` more."""
+def check_context(
+    config: TransformerConfig, longest: int, max_new_tokens: int, *, field: str = "max_new_tokens"
+) -> None:
+    """Raises ValueError where the model's context has no room for a prompt of `longest` tokens and `max_new_tokens` more."""
     room = config.max_positions - longest
-    if max_new > room:
+    if max_new_tokens > room:
         raise ValueError(
-            f"{field} is {max_new} and the longest prompt has {longest} tokens, more than the model's context of "
+            f"{field} is {max_new_tokens} and the longest prompt has {longest} tokens, more than the model's context of "
             f"{config.max_positions}: set {field} to at most {room}"
         )
 
@@ -42,9 +44,9 @@ class Engine:
     Args:
       config: of the model.
       slots: prompts decoded at once.
-      max_prompt: longest prompt allowed, in tokens.
-      max_new: tokens after which a completion is cut.
-      stop: token ids that end a row.
+      max_prompt_tokens: longest prompt allowed, in tokens.
+      max_new_tokens: tokens after which a completion is cut.
+      stop_token_ids: token ids that end a row.
       sampler: how a token is chosen.
       logprobs: also return log-probabilities.
       unroll: run the layers one after another rather than in a scan; by default on CPU, where it decodes faster.
@@ -55,7 +57,7 @@ class Engine:
     >>> from es_jax.models.transformer import Transformer
     >>> config = TransformerConfig(family="llama", vocab_size=16, width=8, layers=1, heads=2, kv_heads=1,
     ...                            head_dim=4, mlp_dim=8)
-    >>> engine = Engine(config, slots=2, max_prompt=8, max_new=3, stop=(0,))
+    >>> engine = Engine(config, slots=2, max_prompt_tokens=8, max_new_tokens=3, stop_token_ids=(0,))
     >>> engine.generate(Transformer(config).init(jax.random.key(0)), [[1, 2], [3], [4, 5, 6]]).tokens.shape
     (3, 3)
     """
@@ -63,20 +65,20 @@ class Engine:
     config: TransformerConfig
     _: dataclasses.KW_ONLY
     slots: int
-    max_prompt: int
-    max_new: int
-    stop: tuple[int, ...]
+    max_prompt_tokens: int
+    max_new_tokens: int
+    stop_token_ids: tuple[int, ...]
     sampler: Sampler = Greedy()
     logprobs: bool = False
     unroll: bool | None = None
 
     def __post_init__(self):
-        object.__setattr__(self, "stop", tuple(int(i) for i in self.stop))
-        for field in ("slots", "max_prompt", "max_new"):
+        object.__setattr__(self, "stop_token_ids", tuple(int(i) for i in self.stop_token_ids))
+        for field in ("slots", "max_prompt_tokens", "max_new_tokens"):
             value = getattr(self, field)
             if not isinstance(value, (int, np.integer)) or value < 1:
                 raise ValueError(f"{field} is {value}: it must be a whole number, at least 1")
-        for token in self.stop:
+        for token in self.stop_token_ids:
             if not 0 <= token < self.config.vocab_size:
                 raise ValueError(f"stop token {token} is outside the vocabulary of {self.config.vocab_size}")
 
@@ -102,8 +104,8 @@ class Engine:
         """How these prompts, and all parts of them, become arrays.
 
         Raises:
-          ValueError: no prompts, an empty one, one longer than `max_prompt` or than the model's context leaves beside
-            `max_new`, or what is no token of the vocabulary.
+          ValueError: no prompts, an empty one, one longer than `max_prompt_tokens` or than the model's context leaves beside
+            `max_new_tokens`, or what is no token of the vocabulary.
         """
         if not len(prompts):
             raise ValueError("there are no prompts: give at least one")
@@ -111,18 +113,18 @@ class Engine:
             ids = np.asarray(prompt)
             if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
                 raise ValueError(f"prompt {i} is {prompt!r:.60}: it must be a sequence of token ids, which are whole")
-            if not 1 <= len(prompt) <= self.max_prompt:
+            if not 1 <= len(prompt) <= self.max_prompt_tokens:
                 raise ValueError(
-                    f"prompt {i} has {len(prompt)} tokens: it must have 1 to decode.max_prompt = {self.max_prompt}; "
-                    "raise decode.max_prompt or leave the prompt out"
+                    f"prompt {i} has {len(prompt)} tokens: it must have 1 to decode.max_prompt_tokens = {self.max_prompt_tokens}; "
+                    "raise decode.max_prompt_tokens or leave the prompt out"
                 )
             if not 0 <= min(prompt) <= max(prompt) < self.config.vocab_size:
                 raise ValueError(
                     f"prompt {i} has token ids {min(prompt)}..{max(prompt)}: the model's vocabulary is "
                     f"0..{self.config.vocab_size - 1}; is this the model's own tokenizer?"
                 )
-        check_context(self.config, max(map(len, prompts)), self.max_new)
-        return Packing.of(prompts, max_prompt=self.max_prompt)
+        check_context(self.config, max(map(len, prompts)), self.max_new_tokens)
+        return Packing.of(prompts, max_prompt_tokens=self.max_prompt_tokens)
 
     def decode(
         self,
@@ -154,7 +156,7 @@ class Engine:
 
         Args:
           params: the model's parameters; they are used in the dtype they come in.
-          prompts: lists of token ids, 1..max_prompt each.
+          prompts: lists of token ids, 1..max_prompt_tokens each.
           key: needed when the sampler draws; row i uses `fold_in(key, i)`.
         """
         if key is None and not isinstance(self.sampler, Greedy):
@@ -163,7 +165,7 @@ class Engine:
         packed = self.packing(prompts).pack(prompts, rows=rows)
         keys = None if key is None else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
         out = _decode(self, _layout(self, params), packed, keys)
-        return jax.tree.map(lambda part: part[: len(prompts)], hosts.fetch(out))
+        return jax.tree.map(lambda part: part[: len(prompts)], processes.fetch(out))
 
 
 @functools.partial(jax.jit, static_argnums=0)

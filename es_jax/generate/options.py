@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float32, Int32
 
-from es_jax.core.blocks import block_length, in_blocks
+from es_jax.core.chunked_map import block_length, in_blocks
 from es_jax.core.mesh import replicated
 from es_jax.models.cache import KVCache
 from es_jax.models.config import TransformerConfig

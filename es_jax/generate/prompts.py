@@ -39,17 +39,17 @@ class Packing:
     width: int
 
     @classmethod
-    def of(cls, prompts: Sequence[Sequence[int]], *, max_prompt: int) -> "Packing":
-        """The packing of these prompts, each of 1..max_prompt tokens; at least one token stays behind the prefix.
+    def of(cls, prompts: Sequence[Sequence[int]], *, max_prompt_tokens: int) -> "Packing":
+        """The packing of these prompts, each of 1..max_prompt_tokens tokens; at least one token stays behind the prefix.
 
-        >>> Packing.of([[7] * 20, [7] * 18 + [1]], max_prompt=40)
+        >>> Packing.of([[7] * 20, [7] * 18 + [1]], max_prompt_tokens=40)
         Packing(prefix=(7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7), width=24)
         """
         longest, shortest = max(map(len, prompts)), min(map(len, prompts))
         alike = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*prompts, strict=False))
         common = min(sum(1 for _ in alike), shortest - 1)
         shared = common - common % PREFIX_STEP
-        width = min(-(-(longest - shared) // WIDTH_STEP) * WIDTH_STEP, max(max_prompt, longest) - shared)
+        width = min(-(-(longest - shared) // WIDTH_STEP) * WIDTH_STEP, max(max_prompt_tokens, longest) - shared)
         return cls(prefix=tuple(prompts[0][:shared]), width=width)
 
     def prefilled(self, prompts: Sequence[Sequence[int]], *, times: int, models: int) -> int:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32, Int32
 
-from es_jax.core.blocks import block_length, in_blocks
+from es_jax.core.chunked_map import block_length, in_blocks
 from es_jax.models.config import TransformerConfig
 from es_jax.models.transformer import Transformer
 

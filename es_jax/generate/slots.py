@@ -34,7 +34,7 @@ class Generation(NamedTuple):
     Attributes:
       tokens: int32 [Q, L], the completion, its stop token included; 0 behind it.
       length: int32 [Q], how many tokens of the row count, 0..L. Below L, or with a stop token last, the row stopped
-        by itself; otherwise it was cut at L = max_new.
+        by itself; otherwise it was cut at L = max_new_tokens.
       logprob: float32 [Q, L], each token's log-probability under the model at temperature 1; None if not asked for.
     """
 
@@ -103,17 +103,17 @@ class Queue:
     @property
     def steps(self) -> int:
         """K, decode steps of a chunk. A row's first token is its prefill's."""
-        return min(CHUNK, self.engine.max_new - 1)
+        return min(CHUNK, self.engine.max_new_tokens - 1)
 
     @property
     def places(self) -> int:
         """Of a slot's keys and values, those of a chunk among them: all that a row can need, and a chunk more."""
-        return self.width + self.steps if self.single else self.width + self.engine.max_new + 2 * self.steps
+        return self.width + self.steps if self.single else self.width + self.engine.max_new_tokens + 2 * self.steps
 
     @property
     def single(self) -> bool:
         """Whether one prefill and one chunk are all there is."""
-        return len(self.tokens) <= self.engine.slots and self.engine.max_new - 1 <= CHUNK
+        return len(self.tokens) <= self.engine.slots and self.engine.max_new_tokens - 1 <= CHUNK
 
     @property
     def fill_rows(self) -> int:
@@ -123,7 +123,7 @@ class Queue:
     def turns(self) -> dict[str, float]:
         """How often the loops turn where no row stops: the outer one (""), and in each of its turns, on average, the
         inner ones."""
-        chunks = -(-len(self.tokens) // self.rows) * -(-(self.engine.max_new - 1) // max(self.steps, 1))
+        chunks = -(-len(self.tokens) // self.rows) * -(-(self.engine.max_new_tokens - 1) // max(self.steps, 1))
         fills = -(-len(self.tokens) // self.fill_rows)
         return {"": chunks, FILL: fills / max(chunks, 1), STEPS: self.steps}
 
@@ -135,7 +135,7 @@ class Queue:
     @property
     def place_sizes(self) -> list[int]:
         """Places of the slots' caches that a chunk may attend: SHORTEST, doubled up to all that a row can need."""
-        most = self.width + self.engine.max_new - 1
+        most = self.width + self.engine.max_new_tokens - 1
         return [SHORTEST * 2**i for i in range(32) if SHORTEST * 2**i <= 0.75 * most] + [most]
 
     @property
@@ -188,7 +188,7 @@ class Queue:
         return lax.pmax(x.astype(jnp.int32), self.axis_name).astype(x.dtype)
 
     def _start(self) -> _State:
-        total, most = len(self.tokens), self.engine.max_new
+        total, most = len(self.tokens), self.engine.max_new_tokens
         logprob = jnp.zeros((total, most), jnp.float32) if self.engine.logprobs else None
         out = Generation(jnp.zeros((total, most), jnp.int32), jnp.zeros(total, jnp.int32), logprob)
         cache = self._cache(self.rows, 0 if self.single else self.places - self.steps)
@@ -310,8 +310,8 @@ class Queue:
             chosen = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0] - jax.nn.logsumexp(logits, axis=1)
             logprob = jnp.where(slots.live, chosen, 0.0)
         made = slots.made + slots.live.astype(jnp.int32)
-        stopped = jnp.any(token[:, None] == np.array(self.engine.stop, np.int32)[None, :], axis=1)
-        live = slots.live & ~stopped & (made < self.engine.max_new)
+        stopped = jnp.any(token[:, None] == np.array(self.engine.stop_token_ids, np.int32)[None, :], axis=1)
+        live = slots.live & ~stopped & (made < self.engine.max_new_tokens)
         return slots._replace(token=token, made=made, live=live), (token, logprob)
 
     def _drawn(self, logits: Array, slots: Slots) -> Array:

@@ -15,7 +15,7 @@ from flax import linen as nn
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from es_jax.core.blocks import block_length, in_blocks
+from es_jax.core.chunked_map import block_length, in_blocks
 from es_jax.models.cache import write
 from es_jax.models.config import TransformerConfig
 from es_jax.models.rope import Angles, rotate

@@ -1,7 +1,7 @@
 """Where the transformer's parameters live on a mesh: one table for the master weights and the members' copies.
 
 An entry cuts a parameter along both axes of the mesh. The master weights, the anchor and the optimizer's moments are
-cut as it says, over all devices. A member's copy is gathered over `pop` and stays cut over `model`: attention by
+cut as it says, over all devices. A member's copy is gathered over `groups` and stays cut over `model`: attention by
 heads, the MLP by its hidden dimension, the vocabulary by rows (Shoeybi et al. 2019, arXiv 1909.08053, section 3).
 So the gather needs no traffic along `model`. Vectors are small and whole, or cut along with the heads.
 """
@@ -10,18 +10,18 @@ from typing import Any
 
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from es_jax.core.mesh import MODEL, POP, leaf_spec
+from es_jax.core.mesh import GROUPS, MODEL, leaf_spec
 from es_jax.core.mesh import shardings as by_rules
 from es_jax.models.config import TransformerConfig
 
 RULES = (
-    (r"(^|/)embed/embedding$", PartitionSpec(MODEL, POP)),
-    (r"(^|/)head/kernel$", PartitionSpec(POP, MODEL)),
-    (r"(^|/)attn/[qkv]/kernel$", PartitionSpec(None, POP, MODEL)),
+    (r"(^|/)embed/embedding$", PartitionSpec(MODEL, GROUPS)),
+    (r"(^|/)head/kernel$", PartitionSpec(GROUPS, MODEL)),
+    (r"(^|/)attn/[qkv]/kernel$", PartitionSpec(None, GROUPS, MODEL)),
     (r"(^|/)attn/[qkv]/bias$", PartitionSpec(None, MODEL)),
-    (r"(^|/)attn/o/kernel$", PartitionSpec(None, MODEL, POP)),
-    (r"(^|/)mlp/(gate|up)/kernel$", PartitionSpec(None, POP, MODEL)),
-    (r"(^|/)mlp/down/kernel$", PartitionSpec(None, MODEL, POP)),
+    (r"(^|/)attn/o/kernel$", PartitionSpec(None, MODEL, GROUPS)),
+    (r"(^|/)mlp/(gate|up)/kernel$", PartitionSpec(None, GROUPS, MODEL)),
+    (r"(^|/)mlp/down/kernel$", PartitionSpec(None, MODEL, GROUPS)),
     (r"(^|/)\w*norm/scale$", PartitionSpec()),
     (r"(^|/)count$", PartitionSpec()),  # of an optimizer's state
 )

@@ -26,7 +26,7 @@ def anchored_weight_decay(
     anchor_dtype: Any = None,
     anchor_sharding: Any = None,
     arithmetic: str = "float32",
-    average: float | None = None,
+    ema_decay: float | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Decay toward the weights given to `init`, applied after the step (arXiv 2605.30148, section 5).
 
@@ -54,14 +54,14 @@ def anchored_weight_decay(
         "param" takes the step, subtracts the anchor, shrinks and adds it back in the parameters' own dtype, rounding
         each result, as the published code does. In 16 bits that loses most of the decay: it is there to explain
         published figures.
-      average: β in [0, 1): the anchor follows the weights, anchor ← β·anchor + (1 − β)·θ after every update, an
+      ema_decay: β in [0, 1): the anchor follows the weights, anchor ← β·anchor + (1 − β)·θ after every update, an
         exponential average over about 1/(1 − β) updates. By default it stays where `init` put it.
 
     Returns:
       A transformation whose `update` needs `params`. The anchor is a copy, so the parameters may be donated.
 
     Raises:
-      ValueError: an unknown penalty, a rate or average out of range, or `update` called without params.
+      ValueError: an unknown penalty, a rate or ema_decay out of range, or `update` called without params.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -76,8 +76,10 @@ def anchored_weight_decay(
         raise ValueError(f"penalty is {penalty!r}: it must be one of {', '.join(map(repr, _PULL))}")
     if arithmetic not in ("float32", "param"):
         raise ValueError(f"arithmetic is {arithmetic!r}: it must be 'float32' or 'param'")
-    if average is not None and not 0 <= average < 1:
-        raise ValueError(f"average is {average}: it is the anchor's weight in its own average and must be in [0, 1)")
+    if ema_decay is not None and not 0 <= ema_decay < 1:
+        raise ValueError(
+            f"ema_decay is {ema_decay}: it is the anchor's weight in its own average and must be in [0, 1)"
+        )
     _check_rate(rate, penalty)
 
     def init(params):
@@ -106,11 +108,11 @@ def anchored_weight_decay(
         def followed(a, p, u):
             new = (p + u.astype(p.dtype)).astype(jnp.promote_types(a.dtype, jnp.float32))
             old = a.astype(new.dtype)
-            return (old + jnp.asarray(1 - average, new.dtype) * (new - old)).astype(a.dtype)
+            return (old + jnp.asarray(1 - ema_decay, new.dtype) * (new - old)).astype(a.dtype)
 
         anchor = state.anchor
         updates = jax.tree.map(pulled, updates, params, _on_devices(anchor, anchor_sharding))
-        if average is not None:
+        if ema_decay is not None:
             anchor = jax.tree.map(followed, anchor, params, updates)
         return updates, AnchoredWeightDecayState(optax.safe_increment(state.count), anchor)
 

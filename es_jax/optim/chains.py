@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import optax
 
-from es_jax.core.counter import rounded
+from es_jax.core.threefry_normal import rounded
 from es_jax.optim.anchored import anchored_weight_decay
 
 OPTIMIZERS = {
@@ -25,7 +25,7 @@ def build_optimizer(
     """The optimizer of a run, and one sentence that describes it.
 
     Args:
-      config: a `RunConfig`, or anything with its `optim` and `es` groups, `anchor_strength` (λ) and `anchor_drift`
+      config: a `RunConfig`, or anything with its `optim` and `es` groups, `anchor_strength` (λ) and `anchor_kappa`
         (κ or None).
       params: the parameters it will be used on. Every leaf is stepped and anchored.
       rates: (α, αλ) of a step, which may be traced; the config's constants by default.
@@ -55,17 +55,17 @@ def build_optimizer(
     anchor = config.optim.anchor
     sentence += f", then {penalty} anchored weight decay with strength λ = {strength:g}{_by(anchor.schedule)}"
     sentence += f" (αλ = {rate * strength:g}"
-    if (drift := config.anchor_drift) is not None:
+    if (drift := config.anchor_kappa) is not None:
         if penalty == "l2":  # λ follows from κ as if αλ were small; this is where the walk ends
             drift *= (1 - rate * strength) / math.sqrt(1 - rate * strength / 2)
         sentence += f"; in the long run a weight drifts κ = {drift:.2f} σ"
     arithmetic = "param" if config.es.noise == "shared_seed" else "float32"  # as published: all in the weights' dtype
     decay = anchored_weight_decay(
-        pull, penalty=penalty, arithmetic=arithmetic, average=anchor.average, anchor_sharding=anchor_sharding
+        pull, penalty=penalty, arithmetic=arithmetic, ema_decay=anchor.ema_decay, anchor_sharding=anchor_sharding
     )
     kept = "" if anchor.source is None else f" to {anchor.source}"
-    if anchor.average is not None:
-        kept += f" to an average of the weights over about {1 / (1 - anchor.average):.0f} steps"
+    if anchor.ema_decay is not None:
+        kept += f" to an average of the weights over about {1 / (1 - anchor.ema_decay):.0f} steps"
     return optax.chain(optimizer, decay), f"{sentence}){kept}."
 
 
@@ -74,7 +74,7 @@ def _by(schedule: str) -> str:
 
 
 def _separated(optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """The optimizer, its float32 updates kept apart from the sum behind them: see `es_jax.core.counter.rounded`.
+    """The optimizer, its float32 updates kept apart from the sum behind them: see `es_jax.core.threefry_normal.rounded`.
 
     Without it the weights' last bits depend on how a device's slice is cut.
     """

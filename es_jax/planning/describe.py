@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from es_jax.core.chips import GIB
-from es_jax.core.mesh import MODEL, POP
+from es_jax.core.mesh import GROUPS, MODEL
 from es_jax.planning.hlo import Collective
 from es_jax.planning.plan import Outcome, Plan
 
@@ -59,14 +59,14 @@ def verdict(plan: Plan) -> str:
 
 def _remedies(plan: Plan, worst: Outcome) -> Iterator[str]:
     """What would make room, with how much, by arithmetic alone: another plan must show it."""
-    parts, pop, model = worst.parts, plan.mesh[POP], plan.mesh[MODEL]
+    parts, groups, model = worst.parts, plan.mesh[GROUPS], plan.mesh[MODEL]
     if cache := parts.get("KV cache"):
         slots = plan.slots - math.ceil(plan.short * plan.slots / cache)
         if slots > 0:
             yield f"decode.slots={slots} frees {_gib(cache * (plan.slots - slots) / plan.slots)}"
-    if (copy := parts.get("compute copy", 0)) and pop % 2 == 0:
+    if (copy := parts.get("compute copy", 0)) and groups % 2 == 0:
         freed = (copy + parts.get("KV cache", 0)) / 2
-        yield f"mesh.model={2 * model} with mesh.pop={pop // 2} frees about {_gib(freed)}"
+        yield f"mesh.model={2 * model} with mesh.groups={groups // 2} frees about {_gib(freed)}"
     if plan.config.optim.anchor.penalty != "none" and (anchor := parts.get("anchor", 0)):
         yield f"optim.anchor.memory=pinned_host frees {_gib(anchor)} while members are evaluated"
 
@@ -78,7 +78,7 @@ def _heading(plan: Plan) -> str:
     return (
         f"{what} of {model.source}, computed in {model.dtype}, weights in {model.param_dtype}, on "
         f"{topology.name}: {len(topology.devices)} devices of {_gib(topology.chip.memory)} GiB, "
-        f"pop {plan.mesh[POP]} × model {plan.mesh[MODEL]}, {plan.slots} slots"
+        f"groups {plan.mesh[GROUPS]} × model {plan.mesh[MODEL]}, {plan.slots} slots"
     )
 
 

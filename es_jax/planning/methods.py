@@ -3,7 +3,7 @@
 import dataclasses
 
 from es_jax.models.config import TransformerConfig
-from es_jax.planning.policy import PolicyPrograms
+from es_jax.planning.grpo_programs import PolicyPrograms
 from es_jax.planning.programs import Programs
 from es_jax.planning.topology import Topology
 from es_jax.training.config import RunConfig

@@ -11,7 +11,7 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from es_jax.core.chips import GIB
-from es_jax.core.mesh import MODEL, POP
+from es_jax.core.mesh import GROUPS, MODEL
 from es_jax.models.config import TransformerConfig
 from es_jax.planning.costs import Work
 from es_jax.planning.hlo import Collective, collectives
@@ -95,7 +95,7 @@ def make_plan(
       ValueError: a mesh that the topology or the model does not allow.
     """
     programs, done = programs_of(config, model, topology), {} if compiled is None else compiled
-    axes = {POP: programs.mesh.shape[POP], MODEL: programs.mesh.shape[MODEL]}
+    axes = {GROUPS: programs.mesh.shape[GROUPS], MODEL: programs.mesh.shape[MODEL]}
     outcomes = []
     for program in programs:
         slots = programs.evaluator.engine.slots if program.name in ("decode", "rollout") else None

@@ -90,10 +90,12 @@ class Programs:
         state = jax.eval_shape(self.tx.init, self.params)
         self.opt_state = _placed(state, state_shardings(config, mesh, state))
         anchored = config.optim.anchor.penalty != "none"
-        moves = config.optim.anchor.average is not None or config.optim.anchor.source is not None
+        moves = config.optim.anchor.ema_decay is not None or config.optim.anchor.source is not None
         self.base = None if anchored and not moves else self.params
         self.prompts = config.task.prompts_per_step or config.task.train_size
-        self.width = min(-(-config.decode.max_prompt // WIDTH_STEP) * WIDTH_STEP, config.decode.max_prompt)
+        self.width = min(
+            -(-config.decode.max_prompt_tokens // WIDTH_STEP) * WIDTH_STEP, config.decode.max_prompt_tokens
+        )
         self.evaluator = Evaluator.of(config, self._engine(), mesh)
         self.copy = jax.eval_shape(self.evaluator._perturb, self.params, self._members(self.evaluator.lanes))
 
@@ -142,14 +144,14 @@ class Programs:
         size = jnp.dtype(self.config.model.dtype).itemsize
         cache = lanes * cache_bytes(self.model, slots * queue.places, size) // width
         flops = prefill_flops(self.model, self.prompts, self.width) + decode_flops(
-            self.model, self.prompts, self.width, decode.max_new
+            self.model, self.prompts, self.width, decode.max_new_tokens
         )
         memory = decode_memory(
             self.model,
             self.prompts,
             self.width,
-            decode.max_new,
-            steps=-(-self.prompts // slots) * decode.max_new,
+            decode.max_new_tokens,
+            steps=-(-self.prompts // slots) * decode.max_new_tokens,
             copy=self._matrices(size),
             itemsize=size,
         )
@@ -197,9 +199,9 @@ class Programs:
         return Engine(
             self.model,
             slots=min(decode.slots, total),
-            max_prompt=decode.max_prompt,
-            max_new=decode.max_new,
-            stop=(0,),
+            max_prompt_tokens=decode.max_prompt_tokens,
+            max_new_tokens=decode.max_new_tokens,
+            stop_token_ids=(0,),
             unroll=False,
         )
 

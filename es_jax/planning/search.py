@@ -40,7 +40,7 @@ def search(
     best: Plan | None = None
     for candidate in candidates(config, model, topology):
         mesh, decode = candidate.config.mesh, candidate.config.decode
-        name = f"pop {mesh.pop} × model {mesh.model}, {decode.slots} slots"
+        name = f"groups {mesh.groups} × model {mesh.model}, {decode.slots} slots"
         if best is not None and candidate.seconds >= best.seconds:
             break
         if candidate.least > topology.chip.memory:
@@ -69,7 +69,7 @@ def _variants(config: RunConfig, model: TransformerConfig, devices: int) -> Iter
     for width in (2**i for i in range(devices.bit_length())):
         if any(size % width for size in shares):
             continue
-        mesh = dataclasses.replace(config.mesh, pop=devices // width, model=width)
+        mesh = dataclasses.replace(config.mesh, groups=devices // width, model=width)
         for batches in (2**i for i in range(prompts.bit_length())):
             decode = dataclasses.replace(config.decode, slots=-(-prompts // batches))
             yield dataclasses.replace(config, mesh=mesh, decode=decode)

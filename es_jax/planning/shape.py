@@ -1,13 +1,13 @@
 """The shape of a model, without its weights."""
 
 from es_jax.models.config import TransformerConfig
-from es_jax.models.published import PUBLISHED, published
+from es_jax.models.known_configs import PUBLISHED, published
 from es_jax.weights.model import config_only
 
 
 def find_shape(source: str) -> tuple[TransformerConfig, str]:
     """The config of a model, and where it was found: "files" (a folder with a config.json, a .gguf, the hub or its
-    cache), or "published" (`es_jax.models.published`) where a hub name cannot be had.
+    cache), or "published" (`es_jax.models.known_configs`) where a hub name cannot be had.
 
     Raises:
       ValueError: an empty source, or a config that asks for what is not implemented.

@@ -235,7 +235,7 @@ def drop_parts(series: Sequence[Series], prior: Sequence[str]) -> Plot | None:
     axes.grid(alpha=0.3, axis="x")
     legend(figure, axes, columns=3)
     says = (
-        "A row that was lost is booked under what is wrong with its completion: cut at max_new, else not in the asked "
+        "A row that was lost is booked under what is wrong with its completion: cut at max_new_tokens, else not in the asked "
         "form, else wrong in good form. Rows that were gained count against it. At the last step at which the drop of "
         "all runs of a series was split, not counting runs where it never was. Errors are over seeds, where there are "
         "several."

@@ -97,10 +97,10 @@ def caption(runs: Sequence[Run]) -> str:
     strengths = {run.penalty: {other.settings()["λ"] for other in runs if other.penalty == run.penalty} for run in runs}
     parts += ["; ".join(_strength(penalty, values) for penalty, values in strengths.items())]
     parts += [f"seeds {_list(map(seed_of, sorted(runs, key=lambda run: run.config.train.seed)))}", _iterations(runs)]
-    ends = [(run.config.decode.max_new, found[-1]) for run in runs for found in run.evals.values()]
+    ends = [(run.config.decode.max_new_tokens, found[-1]) for run in runs for found in run.evals.values()]
     rows, limits = (f"{row['n']} rows a task" for _, row in ends), (row.get("max_new", own) for own, row in ends)
     graders = _list(run.config.task.grader or "paper" for run in runs)
-    parts += [f"evaluated on {_list(rows)}, grader {graders}, max_new {_list(limits)}"] if ends else []
+    parts += [f"evaluated on {_list(rows)}, grader {graders}, max_new_tokens {_list(limits)}"] if ends else []
     return "; ".join(parts) + "."
 
 

@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from es_jax.training import workdir as rundir
+from es_jax.rundir import directory
+from es_jax.rundir.metrics import read_jsonl
 from es_jax.training.config import RunConfig
-from es_jax.training.metrics import read_jsonl
 
 # What may differ within a series: the seed, and what no step depends on.
 ALIKE = (
     *("train.", "evals.", "mesh.", "decode.slots", "decode.members_at_once", "decode.max_prompt", "grpo.micro_batch"),
-    *("optim.anchor.strength", "optim.anchor.drift"),  # λ stands for both
+    *("optim.anchor.strength", "optim.anchor.kappa"),  # λ stands for both
 )
 SCHEDULES = ("es.schedule", "optim.schedule", "optim.anchor.schedule")
 NEEDED = {"metrics": ("step",), "drift": ("step",), "kl": ("step", "task", "kl_exact")}  # in every line, by file
@@ -130,7 +130,7 @@ class Run:
         """
         made = ("task.seed",) if self.config.task.data_dir is None else ()
         skipped = (*ALIKE, *made, "grpo." if self.config.method == "es" else "es.")
-        fields = rundir.flat(dataclasses.asdict(self.config))
+        fields = directory.flat(dataclasses.asdict(self.config))
         flat = {name: value for name, value in fields.items() if not name.startswith(skipped)}
         if any(not fields[name].startswith("constant") for name in SCHEDULES):
             flat["train.steps"] = self.config.train.steps
@@ -195,11 +195,11 @@ def read_run(folder: str | Path) -> Run:
       ValueError: a file is damaged; it is named.
     """
     folder = Path(folder)
-    facts = rundir.read(folder)
+    facts = directory.read(folder)
     files = {path.stem: _rows(path) for path in sorted((folder / "evals").glob("*.jsonl"))}
     return Run(
         folder,
-        rundir.read_config(folder),
+        directory.read_config(folder),
         facts,
         metrics=_rows(folder / "metrics.jsonl"),
         evals={name: rows for name, rows in files.items() if name not in NEEDED and rows},
@@ -228,7 +228,7 @@ def prior_tasks(runs: Sequence[Run]) -> list[str]:
 
 
 def incomparable(runs: Sequence[Run]) -> dict[Path, str]:
-    """Why a run cannot be set beside the earlier ones: it has other data, another grader or another max_new.
+    """Why a run cannot be set beside the earlier ones: it has other data, another grader or another max_new_tokens.
 
     Returns:
       folder → the first difference found, for those runs.
@@ -246,19 +246,19 @@ def incomparable(runs: Sequence[Run]) -> dict[Path, str]:
 def _facts(run: Run) -> Iterable[tuple[str, tuple, Any]]:
     """(what is compared, among which runs, its value)."""
     config, digest = run.config, run.facts["digest"]
-    yield "decode.max_new", (), config.decode.max_new
+    yield "decode.max_new", (), config.decode.max_new_tokens
     yield "task.grader", (), config.task.grader or "paper"
     task = config.task
     made = {} if task.data_dir else {task.name: task.seed}  # rows that the task makes differ as the seed does
     data = (task.data_dir, task.seed if task.data_dir else None, task.train_size)
     yield "the training data (data_dir, seed, train_size)", (task.name,), data
-    kind = (digest, task.name, made.get(task.name), config.evals.size, config.evals.tasks)
+    kind = (digest, task.name, made.get(task.name), config.evals.rows, config.evals.tasks)
     yield "digest of the rows", kind, run.facts.get("rows")
     for name, rows in run.evals.items():
         yield f"number of test rows of {name}", (), rows[-1]["n"]
-        yield f"max_new of {name}", (), rows[-1].get("max_new", config.decode.max_new)
+        yield f"max_new_tokens of {name}", (), rows[-1].get("max_new", config.decode.max_new_tokens)
         yield f"digest of the test rows of {name}", (digest, made.get(name), "rows" in rows[-1]), rows[-1].get("rows")
     for row in run.kl:
         sampled = (row.get("rows"), row.get("max_new"), row.get("seed"))
-        measured = f"what KL was measured on (rows, max_new, seed) of {row['task']}"
+        measured = f"what KL was measured on (rows, max_new_tokens, seed) of {row['task']}"
         yield measured, (digest, made.get(row["task"])), sampled

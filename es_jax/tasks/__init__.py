@@ -7,13 +7,13 @@ from types import MappingProxyType
 from typing import Any
 
 from es_jax.core.names import unknown
+from es_jax.tasks.choice_datasets import SETS
 from es_jax.tasks.conciseness import Conciseness
 from es_jax.tasks.countdown import Countdown
 from es_jax.tasks.gsm8k import GSM8K
 from es_jax.tasks.lab import KINDS, Lab
 from es_jax.tasks.multiple_choice import MultipleChoice
 from es_jax.tasks.proofwriter import ProofWriter
-from es_jax.tasks.questions import SETS
 from es_jax.tasks.task import Choices, ChoiceTask, Example, Message, Score, Task, response_text
 
 __all__ = [

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from es_jax.core.names import unknown
+from es_jax.tasks.choice_datasets import SETS, Question, Set
 from es_jax.tasks.data import FieldError, checked, find_split, read_rows
-from es_jax.tasks.questions import SETS, Question, Set
 from es_jax.tasks.rows import Row, hub_rows, load_examples
 from es_jax.tasks.task import Choices, Example, Score, check_grader, response_text, two_views
 

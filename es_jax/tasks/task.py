@@ -114,7 +114,7 @@ class PaperParts:
 
     @property
     def workers(self) -> Any:
-        """The other's, see `es_jax.tasks.pool`."""
+        """The other's, see `es_jax.scoring.workers`."""
         return getattr(self.task, "workers", 0)
 
     def score(self, example: Example, completion: str) -> Score:

@@ -70,7 +70,7 @@ class RunConfig:
             raise ValueError(
                 f"αλ is {self.optim.learning_rate:g} × {self.anchor_strength:g} = {rate / highest:g}"
                 + (f", times {highest:g} by its schedules" if highest > 1 else "")
-                + ": the l2 anchor needs it below 1; lower optim.anchor.strength, or raise optim.anchor.drift"
+                + ": the l2 anchor needs it below 1; lower optim.anchor.strength, or raise optim.anchor.kappa"
             )
 
     def _check_grpo(self) -> None:
@@ -79,9 +79,9 @@ class RunConfig:
                 f"model.param_dtype is {self.model.param_dtype!r} with method 'grpo': gradients, moments and weights "
                 "are kept in float32; set model.dtype for what the model computes in"
             )
-        if self.optim.anchor.drift is not None:
+        if self.optim.anchor.kappa is not None:
             raise ValueError(
-                f"optim.anchor.drift is {self.optim.anchor.drift} with method 'grpo': the drift of a weight is known "
+                f"optim.anchor.kappa is {self.optim.anchor.kappa} with method 'grpo': the drift of a weight is known "
                 "in closed form for ES alone; set optim.anchor.strength instead"
             )
         for field, text in self._schedules.items():
@@ -107,15 +107,15 @@ class RunConfig:
     def anchor_strength(self) -> float:
         """λ: as set, or what the wanted drift κ needs; 0 without an anchor."""
         anchor = self.optim.anchor
-        return anchor.strength or 0.0 if anchor.drift is None else self._theory(theory.strength_for_drift, anchor.drift)
+        return anchor.strength or 0.0 if anchor.kappa is None else self._theory(theory.strength_for_drift, anchor.kappa)
 
     @property
-    def anchor_drift(self) -> float | None:
+    def anchor_kappa(self) -> float | None:
         """κ, the long-run drift of a weight in units of σ; None where the weights wander freely or it is not known."""
-        moving = self.optim.name != "sgd" or self.method != "es" or self.optim.anchor.average is not None
+        moving = self.optim.name != "sgd" or self.method != "es" or self.optim.anchor.ema_decay is not None
         if not self.anchor_strength or moving:
             return None
-        return self.optim.anchor.drift or self._theory(theory.drift_for_strength, self.anchor_strength)
+        return self.optim.anchor.kappa or self._theory(theory.drift_for_strength, self.anchor_strength)
 
     def _theory(self, formula: Any, value: float) -> float:
         return formula(

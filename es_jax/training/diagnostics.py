@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from es_jax.training.seedlog import Entry
+from es_jax.rundir.seed_log import Entry
 
 
 def diagnose(entry: Entry, *, learning_rate: float, sigma: float) -> dict[str, float | None]:

@@ -11,8 +11,8 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from es_jax.core import hosts
-from es_jax.core.mesh import MODEL, POP, leaf_spec, only, over_pop, own_rows, place, replicated
+from es_jax.core import processes
+from es_jax.core.mesh import GROUPS, MODEL, leaf_spec, only, over_pop, own_rows, place, replicated
 from es_jax.core.tree import map_named
 from es_jax.es.noise import NOISES, GaussianNoise, SharedSeedNoise
 from es_jax.es.population import Members
@@ -20,9 +20,9 @@ from es_jax.generate.engine import Engine
 from es_jax.generate.prompts import Prompts
 from es_jax.models.sharding import RULES, param_shardings
 from es_jax.optim.chains import build_optimizer
+from es_jax.profiling.clock import launched
 from es_jax.training.config import RunConfig
 from es_jax.training.fields import ESConfig, OptimConfig
-from es_jax.training.timing import launched
 
 LANE = "lane"  # the axis of the members that a group evaluates at once
 
@@ -53,7 +53,7 @@ def of_update(config: RunConfig) -> RunConfig:
 def of_rated_update(config: RunConfig) -> RunConfig:
     """The same where `update` is given its rates: runs that differ in α, σ, λ, N or their schedules share a program."""
     anchored = config.optim.anchor.penalty != "none"
-    anchor = dataclasses.replace(config.optim.anchor, strength=1.0 if anchored else None, drift=None, source=None)
+    anchor = dataclasses.replace(config.optim.anchor, strength=1.0 if anchored else None, kappa=None, source=None)
     anchor = dataclasses.replace(anchor, schedule="constant")
     optim = dataclasses.replace(config.optim, learning_rate=OptimConfig().learning_rate, schedule="constant")
     return RunConfig(
@@ -98,7 +98,7 @@ def update(
 
     `config`: of `of_update`.
 
-    Every device makes all members' noise for its own slice, and nothing is sent or reduced: `squares` [pop, model]
+    Every device makes all members' noise for its own slice, and nothing is sent or reduced: `squares` [groups, model]
     holds each device's part of ‖θ − θ₀‖², which `distance` adds up. θ₀ is `base`, or the anchor where `base` is None.
     `rates`: (α, αλ); by default the config's.
     """
@@ -185,12 +185,12 @@ class Evaluator:
         A group takes no more members at once than its share of the population, so that all groups have some.
         """
         noise, dtype = make_noise(config), compute_dtype(config)
-        at_once = min(config.decode.members_at_once, -(-config.es.population // mesh.shape[POP]))
+        at_once = min(config.decode.members_at_once, -(-config.es.population // mesh.shape[GROUPS]))
         return cls(engine, mesh, noise=noise, sigma=config.es.sigma, dtype=dtype, at_once=at_once)
 
     @property
     def lanes(self) -> int:
-        return self.mesh.shape[POP] * self.at_once
+        return self.mesh.shape[GROUPS] * self.at_once
 
     @property
     def apart(self) -> bool:
@@ -216,21 +216,21 @@ class Evaluator:
     def _perturb(self, params: Any, members: Members, layer: jax.Array | None = None, old: Any = None) -> Any:
         """All of it in one program; with `layer`, that layer alone, of params that are nothing but layers."""
         specs = map_named(lambda name, leaf: leaf_spec(self.mesh, name, leaf.shape, RULES), params)
-        held = jax.tree.map(lambda spec: only(spec, POP), specs)
+        held = jax.tree.map(lambda spec: only(spec, GROUPS), specs)
 
         def one(params: Any, member: Members, layer: jax.Array | None) -> Any:
             made = map_named(functools.partial(self._made, member=member, layer=layer), params, specs)
             whole = layer is None and "layers" in params
             return self.engine.layout(made) if whole else self.engine.turned(made)
 
-        in_specs = (held, PartitionSpec(POP), PartitionSpec())
+        in_specs = (held, PartitionSpec(GROUPS), PartitionSpec())
         return self._grouped(one, in_specs=in_specs, mapped=(None, 0, None))(params, members, layer)
 
     def _made(
         self, name: str, part: jax.Array, spec: PartitionSpec, member: Members, layer: jax.Array | None
     ) -> jax.Array:
-        """A member's leaf, from its parts over `pop`: of one that is cut no more than a layer is gathered at once."""
-        cut, size = only(spec, MODEL), self.mesh.shape[POP]
+        """A member's leaf, from its parts over `groups`: of one that is cut no more than a layer is gathered at once."""
+        cut, size = only(spec, MODEL), self.mesh.shape[GROUPS]
 
         def made(part: jax.Array, row: tuple | None = None) -> jax.Array:
             whole = {name: _gathered(self.mesh, part, spec)}
@@ -242,14 +242,14 @@ class Evaluator:
 
         if layer is not None:
             return alone(layer)[0]
-        if size == 1 or POP not in spec or not name.startswith("layers/") or not self.noise.rows_alone:
+        if size == 1 or GROUPS not in spec or not name.startswith("layers/") or not self.noise.rows_alone:
             return made(part)
 
         def stacked(i: jax.Array, stack: jax.Array) -> jax.Array:
             stack = jax.lax.dynamic_update_slice_in_dim(stack, alone(i), i, 0)
             return jax.lax.with_sharding_constraint(stack, cut)
 
-        shape = [n * size if entry == POP else n for n, entry in zip(part.shape, spec, strict=True)]
+        shape = [n * size if entry == GROUPS else n for n, entry in zip(part.shape, spec, strict=True)]
         return jax.lax.fori_loop(0, len(part), stacked, jnp.zeros(shape, self.dtype))
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -259,7 +259,7 @@ class Evaluator:
             generation = self.engine.decode(params, tokens, positions, prefix=prefix, axis_name=lane)
             return generation.tokens, generation.length
 
-        specs = (PartitionSpec(POP),) * 3 + (PartitionSpec(),)
+        specs = (PartitionSpec(GROUPS),) * 3 + (PartitionSpec(),)
         return self._grouped(one, in_specs=specs, mapped=(0, 0, 0, None))(params, *prompts)
 
     def _grouped(self, one: Any, *, in_specs: tuple, mapped: tuple) -> Any:
@@ -278,8 +278,8 @@ class Evaluator:
             group,
             mesh=self.mesh,
             in_specs=in_specs,
-            out_specs=PartitionSpec(POP),
-            axis_names={POP},
+            out_specs=PartitionSpec(GROUPS),
+            axis_names={GROUPS},
             check_vma=False,
         )
 
@@ -298,12 +298,12 @@ class Evaluator:
             index = np.arange(first, first + self.lanes)
             lanes = members[np.minimum(index, count - 1)]
             if self.at_once == 1:  # a member's weights are large: those of the round before are to be gone
-                hosts.wait(functools.partial(jax.block_until_ready, [outputs for _, outputs in pending]))
-            perturbed = launched("perturb", hosts.launch(self.perturb, params, self._placed(lanes), perturbed))
+                processes.wait(functools.partial(jax.block_until_ready, [outputs for _, outputs in pending]))
+            perturbed = launched("perturb", processes.launch(self.perturb, params, self._placed(lanes), perturbed))
             live = (index < count)[:, None, None]
             tokens = np.repeat(prompts.tokens[None], self.lanes, 0)
             rows = self._rows(tokens, np.where(live, prompts.positions[None], np.int32(-1)), prompts.prefix)
-            pending.append((index[index < count], launched("decode", hosts.launch(self._decode, perturbed, rows))))
+            pending.append((index[index < count], launched("decode", processes.launch(self._decode, perturbed, rows))))
             perturbed = perturbed if self.apart else None
             if len(pending) > 1:
                 yield from _unpack(pending.pop(0))
@@ -325,7 +325,7 @@ class Evaluator:
         if not queues:
             return
         nobody = Members(jnp.zeros(self.lanes, jnp.uint32), jnp.zeros(self.lanes, jnp.float32))
-        weights, pending = hosts.launch(self.perturb, params, self._placed(nobody)), []
+        weights, pending = processes.launch(self.perturb, params, self._placed(nobody)), []
         for prompts in queues:
             count, width = prompts.tokens.shape
             each = -(-count // (self.lanes * slots)) * slots
@@ -334,7 +334,7 @@ class Evaluator:
             rows = [range(lane, count, self.lanes) for lane in range(min(self.lanes, count))]
             for lane, own in enumerate(rows):
                 tokens[lane, : len(own)], positions[lane, : len(own)] = prompts.tokens[own], prompts.positions[own]
-            made = hosts.launch(self._decode, weights, self._rows(tokens, positions, prompts.prefix))
+            made = processes.launch(self._decode, weights, self._rows(tokens, positions, prompts.prefix))
             pending.append((rows, made))
             if len(pending) > 1:
                 yield _of_lanes(*pending.pop(0))
@@ -351,17 +351,17 @@ class Evaluator:
 
 
 def _gathered(mesh: Mesh, part: jax.Array, spec: PartitionSpec) -> jax.Array:
-    """The leaf from its parts over `pop`, each device its own cut over `model`; inside a shard_map over `pop`."""
-    if POP not in spec or mesh.shape[POP] == 1:
+    """The leaf from its parts over `groups`, each device its own cut over `model`; inside a shard_map over `groups`."""
+    if GROUPS not in spec or mesh.shape[GROUPS] == 1:
         return part
-    gather = functools.partial(jax.lax.all_gather, axis_name=POP, axis=list(spec).index(POP), tiled=True)
+    gather = functools.partial(jax.lax.all_gather, axis_name=GROUPS, axis=list(spec).index(GROUPS), tiled=True)
     cut = only(spec, MODEL)  # by hand: the partitioner would gather over `model` too
     return jax.shard_map(gather, in_specs=cut, out_specs=cut, axis_names={MODEL}, check_vma=False)(part)
 
 
 def _unpack(item: tuple) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     members, outputs = item
-    tokens, length = hosts.wait(lambda: [own_rows(output) for output in outputs])
+    tokens, length = processes.wait(lambda: [own_rows(output) for output in outputs])
     for lane, member in enumerate(members):
         if lane in tokens:
             yield int(member), tokens[lane], length[lane]

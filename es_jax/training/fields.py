@@ -136,21 +136,21 @@ class AnchorConfig:
 
     Attributes:
       penalty: "none", "l2" or "l1".
-      strength: λ ≥ 0 of the paper (10 for l2, 0.01 for l1); or give `drift`.
-      drift: κ > 0, how many σ a weight may drift in the long run; λ follows from it. Plain sgd only.
+      strength: λ ≥ 0 of the paper (10 for l2, 0.01 for l1); or give `kappa`.
+      kappa: κ > 0, how many σ a weight may drift in the long run; λ follows from it. Plain sgd only.
       schedule: what λ is multiplied by, step by step: `es_jax.optim.schedules`.
       source: the model to be pulled to, where it is not the one that training starts from (model.source): in a
         sequence of tasks, the base of the first.
-      average: β of an anchor that follows the weights, an exponential average over about 1/(1 − β) steps; None: fixed.
+      ema_decay: β of an anchor that follows the weights, an exponential average over about 1/(1 − β) steps; None: fixed.
       memory: where the starting weights are kept: "device", or "pinned_host" to bring them leaf by leaf each step.
     """
 
     penalty: str = "none"
     strength: float | None = None
-    drift: float | None = None
+    kappa: float | None = None
     schedule: str = "constant"
     source: str | None = None
-    average: float | None = None
+    ema_decay: float | None = None
     memory: str = "device"
 
     def __post_init__(self):
@@ -158,7 +158,7 @@ class AnchorConfig:
             raise ValueError(unknown("optim.anchor.memory", self.memory, MEMORIES))
         if self.penalty not in theory.PENALTIES:
             raise ValueError(unknown("optim.anchor.penalty", self.penalty, theory.PENALTIES))
-        given = [name for name in ("strength", "drift") if getattr(self, name) is not None]
+        given = [name for name in ("strength", "kappa") if getattr(self, name) is not None]
         if self.penalty == "none" and given:
             raise ValueError(
                 f"optim.anchor.{given[0]} is set but optim.anchor.penalty is 'none': set the penalty to 'l2' or 'l1'"
@@ -166,25 +166,27 @@ class AnchorConfig:
         if self.penalty != "none" and len(given) != 1:
             raise ValueError(
                 f"optim.anchor.penalty is {self.penalty!r} with {' and '.join(given) or 'no strength'}: set either "
-                "optim.anchor.strength (λ of the paper) or optim.anchor.drift (κ, in σ per weight)"
+                "optim.anchor.strength (λ of the paper) or optim.anchor.kappa (κ, in σ per weight)"
             )
-        moved = [name for name in ("source", "average") if getattr(self, name) is not None]
+        moved = [name for name in ("source", "ema_decay") if getattr(self, name) is not None]
         if self.penalty == "none" and moved:
             raise ValueError(f"optim.anchor.{moved[0]} is set but optim.anchor.penalty is 'none': set that")
-        if self.average is not None and not 0 <= self.average < 1:
-            raise ValueError(f"optim.anchor.average is {self.average}: it must be at least 0 and below 1, such as 0.99")
-        if self.average is not None and self.drift is not None:
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ValueError(
-                f"optim.anchor.drift is {self.drift} with optim.anchor.average: weights that are pulled to their own "
+                f"optim.anchor.ema_decay is {self.ema_decay}: it must be at least 0 and below 1, such as 0.99"
+            )
+        if self.ema_decay is not None and self.kappa is not None:
+            raise ValueError(
+                f"optim.anchor.kappa is {self.kappa} with optim.anchor.ema_decay: weights that are pulled to their own "
                 "average have no long-run drift; set optim.anchor.strength instead"
             )
-        if self.average is not None and self.memory != "device":
-            raise ValueError(f"optim.anchor.memory is {self.memory!r} with optim.anchor.average: set it to 'device'")
+        if self.ema_decay is not None and self.memory != "device":
+            raise ValueError(f"optim.anchor.memory is {self.memory!r} with optim.anchor.ema_decay: set it to 'device'")
         check_schedule("optim.anchor.schedule", self.schedule)
         if self.strength is not None and not 0 <= self.strength < math.inf:
             raise ValueError(f"optim.anchor.strength is {self.strength}: it must be finite and not negative")
-        if self.drift is not None and not 0 < self.drift < math.inf:
-            raise ValueError(f"optim.anchor.drift is {self.drift}: it must be finite and above 0")
+        if self.kappa is not None and not 0 < self.kappa < math.inf:
+            raise ValueError(f"optim.anchor.kappa is {self.kappa}: it must be finite and above 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,9 +227,9 @@ class OptimConfig:
                 raise ValueError(f"optim.{field} is {value}, but {self.name!r} has none: set optim.name to {takers}")
         if self.max_grad_norm is not None and not 0 < self.max_grad_norm < math.inf:
             raise ValueError(f"optim.max_grad_norm is {self.max_grad_norm}: it must be finite and above 0, or None")
-        if self.anchor.drift is not None and self.name != "sgd":
+        if self.anchor.kappa is not None and self.name != "sgd":
             raise ValueError(
-                f"optim.anchor.drift is {self.anchor.drift} with optim.name {self.name!r}: the drift of a weight is "
+                f"optim.anchor.kappa is {self.anchor.kappa} with optim.name {self.name!r}: the drift of a weight is "
                 "known in closed form for 'sgd' alone; set optim.anchor.strength instead"
             )
 
@@ -237,19 +239,19 @@ class DecodeConfig:
     """Generation.
 
     Attributes:
-      max_prompt: the longest prompt allowed, in tokens.
-      max_new: tokens after which a completion is cut.
+      max_prompt_tokens: the longest prompt allowed, in tokens.
+      max_new_tokens: tokens after which a completion is cut.
       slots: prompts that a member decodes at once.
       members_at_once: members that a group of devices evaluates in one call; more than 1 pays for small models.
     """
 
-    max_prompt: int = 512
-    max_new: int = 1024
+    max_prompt_tokens: int = 512
+    max_new_tokens: int = 1024
     slots: int = 64
     members_at_once: int = 1
 
     def __post_init__(self):
-        _positive(self, "decode", "max_prompt", "max_new", "slots", "members_at_once")
+        _positive(self, "decode", "max_prompt_tokens", "max_new_tokens", "slots", "members_at_once")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,7 +262,7 @@ class TrainConfig:
       steps: iterations T.
       seed: of the noise and of the order of the prompts.
       checkpoint_every: steps between checkpoints; the last step has one too. Steps since are replayed on resume.
-      keep: how many checkpoints stay.
+      keep_checkpoints: how many checkpoints stay.
       samples: completions of each step's first member that go to samples.jsonl.
       profile: (start, stop): a TensorBoard trace of steps start to stop − 1 is written to the run's tb folder.
         It ends with the last step of the run at the latest.
@@ -269,12 +271,12 @@ class TrainConfig:
     steps: int = 500
     seed: int = 0
     checkpoint_every: int = 25
-    keep: int = 2
+    keep_checkpoints: int = 2
     samples: int = 2
     profile: tuple[int, ...] = ()
 
     def __post_init__(self):
-        _positive(self, "train", "steps", "checkpoint_every", "keep")
+        _positive(self, "train", "steps", "checkpoint_every", "keep_checkpoints")
         if self.profile and not (len(self.profile) == 2 and 1 <= self.profile[0] < self.profile[1]):
             raise ValueError(
                 f"train.profile is {self.profile}: give the first step of the trace and the one behind its last, "
@@ -299,19 +301,19 @@ class EvalsConfig:
 
     Attributes:
       every: steps between evaluations; 0 is never.
-      size: how many test rows, of each task.
+      rows: how many test rows, of each task.
       tasks: other tasks to evaluate besides the one that is trained.
       data_dir: a folder with a folder of rows for each of `tasks`, named like it (`-` may be `_`); None: the task's
         own, of the hub or made here. The laboratory's tasks always make theirs.
     """
 
     every: int = 25
-    size: int = 200
+    rows: int = 200
     tasks: tuple[str, ...] = ()
     data_dir: str | None = None
 
     def __post_init__(self):
-        _positive(self, "evals", "size")
+        _positive(self, "evals", "rows")
         for name in self.tasks:
             if name not in TASKS:
                 raise ValueError(unknown("task in evals.tasks", name, TASKS))
@@ -324,12 +326,12 @@ class MeshConfig:
     """The device mesh: groups of devices that hold a member each, and devices in a group.
 
     Attributes:
-      pop: groups; None is as many as there are devices for.
+      groups: groups; None is as many as there are devices for.
       model: devices that share one member, by its heads, MLP and vocabulary; None is the fewest with room for it.
     """
 
-    pop: int | None = None
+    groups: int | None = None
     model: int | None = None
 
     def __post_init__(self):
-        _positive(self, "mesh", "pop", "model")
+        _positive(self, "mesh", "groups", "model")

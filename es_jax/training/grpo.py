@@ -13,19 +13,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from es_jax.core import hosts, rng
-from es_jax.core.mesh import POP, over_pop, own_rows, place, replicated
+from es_jax.core import processes, rng
+from es_jax.core.mesh import GROUPS, over_pop, own_rows, place, replicated
 from es_jax.es.shaping import group_relative
 from es_jax.generate.engine import Engine
 from es_jax.generate.prompts import WIDTH_STEP, Packing
 from es_jax.generate.sampling import Temperature
+from es_jax.profiling.clock import launched
+from es_jax.rundir.seed_log import Entry
+from es_jax.scoring.grading import Graded, Grader, Pending
 from es_jax.training.config import RunConfig
 from es_jax.training.es_step import Evaluator, of_update
-from es_jax.training.grading import Graded, Grader, Pending
 from es_jax.training.grpo_step import METRICS, Policy, Rows, token_weights
-from es_jax.training.seedlog import Entry
 from es_jax.training.state import State
-from es_jax.training.timing import launched
 
 AT_ONCE = 4  # times the slots: rollouts that a group decodes in one call, while those of the last call are graded
 
@@ -77,8 +77,8 @@ class GRPO:
         rewards = np.array([one.score.reward for one in graded])
         advantage = group_relative(rewards, np.array(owner), scale=g.scale_by_std, eps=g.std_eps)
         tokens, length = _everyones(calls, len(owner))
-        limit = self._policy.engine.max_prompt
-        self._collected = laid_out([prompts[i] for i in owner], tokens, length, advantage, max_prompt=limit)
+        limit = self._policy.engine.max_prompt_tokens
+        self._collected = laid_out([prompts[i] for i in owner], tokens, length, advantage, max_prompt_tokens=limit)
         entry = Entry(step, seeds=[], signs=[], paired=False, rewards=rewards.tolist(), weights=[])
         return entry, [graded[j :: g.rollouts] for j in range(g.rollouts)]
 
@@ -95,10 +95,10 @@ class GRPO:
         for first in range(0, len(rows.tokens), each):
             piece = jax.tree.map(lambda leaf, first=first: leaf[first : first + each], rows)
             found.append(self._update(piece, each))
-        values = hosts.fetch(found)
+        values = processes.fetch(found)
         tokens = max(sum(v["tokens"] for v in values), 1)
         means = {name: float(sum(v[name] for v in values) / tokens) for name in METRICS[2:]}
-        if not self._config.grpo.kl:
+        if not self._config.grpo.kl_coef:
             del means["kl"]
         norms = [float(v["gradient_norm"]) for v in values]
         loss = float(np.mean([v["loss"] for v in values]))
@@ -108,7 +108,7 @@ class GRPO:
         """(outputs of a call, rows, tokens [B, L], length [B]), one call decoding while another is graded. In a run of
         several processes, the rows that this one's devices decode."""
         engine, mesh = self._policy.engine, self._policy.mesh
-        key, groups = rng.sampling_key(self._config.train.seed, step), mesh.shape[POP]
+        key, groups = rng.sampling_key(self._config.train.seed, step), mesh.shape[GROUPS]
         each = min(-(-len(prompts) // groups), AT_ONCE * engine.slots)
         pending: list[tuple[int, Any]] = []
         for first in range(0, len(prompts), groups * each):
@@ -123,7 +123,7 @@ class GRPO:
                 jax.random.wrap_key_data(data, impl=jax.random.key_impl(keys)),
                 place(rows.prefix, replicated(mesh)),
             )
-            rolled = hosts.launch(self._policy.rollout, self._state.params, *placed)
+            rolled = processes.launch(self._policy.rollout, self._state.params, *placed)
             pending.append((first, launched("decode", rolled)))
             if len(pending) > 1:
                 yield _unpacked(*pending.pop(0), len(prompts))
@@ -138,13 +138,13 @@ class GRPO:
 
         def score(params: Any) -> np.ndarray:
             found = launched("update", self._policy.logprobs(params, tokens, positions, width))
-            return hosts.fetch(found).reshape(-1, width)[:count]
+            return processes.fetch(found).reshape(-1, width)[:count]
 
         old = score(self._state.params)
-        base = score(self._state.base) if self._config.grpo.kl else old
+        base = score(self._state.base) if self._config.grpo.kl_coef else old
         weight = np.concatenate(
             [
-                token_weights(part, self._config.grpo.aggregation, max_new=self._config.decode.max_new)
+                token_weights(part, self._config.grpo.aggregation, max_new_tokens=self._config.decode.max_new_tokens)
                 for part in np.split(all_rows.counted, self._cuts(count))
             ]
         )
@@ -175,7 +175,7 @@ class GRPO:
 
 def _unpacked(first: int, outputs: Any, total: int) -> tuple[Any, list[int], np.ndarray, np.ndarray]:
     """A call's outputs, [G, Q, L] and [G, Q], and of them the rows of this process; row `first` is the call's first."""
-    tokens, length = hosts.wait(lambda: [own_rows(x) for x in outputs])
+    tokens, length = processes.wait(lambda: [own_rows(x) for x in outputs])
     each = outputs[1].shape[1]
     kept = {group: range(first + group * each, min(first + (group + 1) * each, total)) for group in tokens}
     made = (np.concatenate([x[group][: len(rows)] for group, rows in kept.items()]) for x in (tokens, length))
@@ -184,25 +184,30 @@ def _unpacked(first: int, outputs: Any, total: int) -> tuple[Any, list[int], np.
 
 def _everyones(calls: Sequence[Any], total: int) -> tuple[np.ndarray, np.ndarray]:
     """Tokens [R, L] and lengths [R] of all rows, whichever process decoded them."""
-    found = hosts.wait(lambda: hosts.fetch(list(calls)))
+    found = processes.wait(lambda: processes.fetch(list(calls)))
     tokens = np.concatenate([tokens.reshape(-1, tokens.shape[-1]) for tokens, _ in found])
     return tokens[:total], np.concatenate([length.reshape(-1) for _, length in found])[:total]
 
 
 def laid_out(
-    prompts: Sequence[Sequence[int]], tokens: np.ndarray, length: np.ndarray, advantage: np.ndarray, *, max_prompt: int
+    prompts: Sequence[Sequence[int]],
+    tokens: np.ndarray,
+    length: np.ndarray,
+    advantage: np.ndarray,
+    *,
+    max_prompt_tokens: int,
 ) -> Collected:
     """Prompts and their completions side by side, both padded to a multiple of 32 tokens: few programs are made.
 
-    `max_prompt`: the longest prompt of the run, for short ones are not padded beyond it.
+    `max_prompt_tokens`: the longest prompt of the run, for short ones are not padded beyond it.
 
-    >>> out = laid_out([[5, 6]], np.array([[7, 0]]), np.array([1]), np.zeros(1, np.float32), max_prompt=3)
+    >>> out = laid_out([[5, 6]], np.array([[7, 0]]), np.array([1]), np.zeros(1, np.float32), max_prompt_tokens=3)
     >>> out.tokens.tolist(), out.positions.tolist(), out.counted.tolist()
     ([[0, 5, 6, 7, 0]], [[-1, 0, 1, 2, -1]], [[True, False]])
     """
     longest = max(int(length.max()), 1)
     width = min(-(-longest // WIDTH_STEP) * WIDTH_STEP, tokens.shape[1])
-    left, total = min(-(-max(map(len, prompts)) // WIDTH_STEP) * WIDTH_STEP, max_prompt), len(prompts)
+    left, total = min(-(-max(map(len, prompts)) // WIDTH_STEP) * WIDTH_STEP, max_prompt_tokens), len(prompts)
     out, positions = np.zeros((total, left + width), np.int32), np.full((total, left + width), -1, np.int32)
     for row, (prompt, n) in enumerate(zip(prompts, length, strict=True)):
         start = left - len(prompt)

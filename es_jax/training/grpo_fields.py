@@ -19,7 +19,7 @@ class GRPOConfig:
       micro_batch: rows that a device differentiates at once; a matter of memory alone.
       clip_low, clip_high: ε: the ratio counts within 1 − clip_low .. 1 + clip_high.
       dual_clip: c > 1: a token of negative advantage loses at most c times its advantage.
-      kl: ≥ 0, of the k3 estimate of KL(π ‖ π_ref) in the loss; at 0 no reference is scored.
+      kl_coef: ≥ 0, of the k3 estimate of KL(π ‖ π_ref) in the loss; at 0 no reference is scored.
       entropy: of the entropy bonus.
       aggregation: how tokens' losses become one; see `grpo_step.token_weights`.
       scale_by_std: divide advantages by their group's std; False is Dr. GRPO (arXiv 2503.20783).
@@ -35,7 +35,7 @@ class GRPOConfig:
     clip_low: float = 0.2
     clip_high: float = 0.2
     dual_clip: float = 3.0
-    kl: float = 1e-3
+    kl_coef: float = 1e-3
     entropy: float = 0.0
     aggregation: str = "token-mean"
     scale_by_std: bool = True
@@ -46,7 +46,15 @@ class GRPOConfig:
     def __post_init__(self):
         if self.aggregation not in AGGREGATIONS:
             raise ValueError(unknown("grpo.aggregation", self.aggregation, AGGREGATIONS))
-        least = {"rollouts": 2, "mini_batch": 1, "micro_batch": 1, "kl": 0, "std_eps": 0, "clip_low": 0, "clip_high": 0}
+        least = {
+            "rollouts": 2,
+            "mini_batch": 1,
+            "micro_batch": 1,
+            "kl_coef": 0,
+            "std_eps": 0,
+            "clip_low": 0,
+            "clip_high": 0,
+        }
         for field, low in least.items():
             if not low <= getattr(self, field) < math.inf:
                 raise ValueError(f"grpo.{field} is {getattr(self, field)}: it must be finite and at least {low}")

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Float32
 
-from es_jax.core.mesh import MODEL, POP, replicated
+from es_jax.core.mesh import GROUPS, MODEL, replicated
 from es_jax.generate.engine import Engine
 from es_jax.models.sharding import param_shardings
 from es_jax.models.transformer import Transformer
@@ -47,17 +47,19 @@ class Rows(NamedTuple):
     reference: Any
 
 
-def token_weights(counted: Bool[np.ndarray, "R N"], aggregation: str, *, max_new: int) -> Float32[np.ndarray, "R N"]:
+def token_weights(
+    counted: Bool[np.ndarray, "R N"], aggregation: str, *, max_new_tokens: int
+) -> Float32[np.ndarray, "R N"]:
     """What each token weighs, so that a mini-batch's loss is the weighted sum over its tokens.
 
     Args:
       counted: the tokens of the mini-batch's completions. A row without any is no sequence.
       aggregation: "token-mean": 1 / tokens. "seq-mean-token-sum": 1 / sequences. "seq-mean-token-mean":
-        1 / (sequences · tokens of the row). "seq-mean-token-sum-norm": 1 / (sequences · max_new), the unbiased form of
+        1 / (sequences · tokens of the row). "seq-mean-token-sum-norm": 1 / (sequences · max_new_tokens), the unbiased form of
         Dr. GRPO (arXiv 2503.20783).
-      max_new: the longest completion allowed.
+      max_new_tokens: the longest completion allowed.
 
-    >>> token_weights(np.array([[True, True], [True, False]]), "seq-mean-token-mean", max_new=2).tolist()
+    >>> token_weights(np.array([[True, True], [True, False]]), "seq-mean-token-mean", max_new_tokens=2).tolist()
     [[0.25, 0.25], [0.5, 0.0]]
     """
     lengths = counted.sum(axis=1, keepdims=True)
@@ -66,7 +68,7 @@ def token_weights(counted: Bool[np.ndarray, "R N"], aggregation: str, *, max_new
         "token-mean": np.full(lengths.shape, max(lengths.sum(), 1)),
         "seq-mean-token-sum": np.full(lengths.shape, sequences),
         "seq-mean-token-mean": sequences * np.maximum(lengths, 1),
-        "seq-mean-token-sum-norm": np.full(lengths.shape, sequences * max_new),
+        "seq-mean-token-sum-norm": np.full(lengths.shape, sequences * max_new_tokens),
     }[aggregation]
     return (counted / per_row).astype(np.float32)
 
@@ -133,9 +135,9 @@ class Policy:
             out = self.engine.decode(weights, tokens[0], positions[0], keys[0], prefix=prefix)
             return out.tokens[None], out.length[None]
 
-        parts = (PartitionSpec(), *(PartitionSpec(POP),) * 3, PartitionSpec())
+        parts = (PartitionSpec(), *(PartitionSpec(GROUPS),) * 3, PartitionSpec())
         return jax.shard_map(
-            group, mesh=self.mesh, in_specs=parts, out_specs=PartitionSpec(POP), axis_names={POP}, check_vma=False
+            group, mesh=self.mesh, in_specs=parts, out_specs=PartitionSpec(GROUPS), axis_names={GROUPS}, check_vma=False
         )(params, tokens, positions, keys, prefix)
 
     @functools.partial(jax.jit, static_argnums=(0, 4))
@@ -191,7 +193,7 @@ class Policy:
         kl = kl_k3(logprob, rows.reference, g)
         mean = lambda x: jnp.sum(jnp.where(rows.weight > 0, x, 0.0) * rows.weight)  # noqa: E731
         loss = mean(policy)
-        loss = loss + g.kl * mean(kl) if g.kl else loss
+        loss = loss + g.kl_coef * mean(kl) if g.kl_coef else loss
         loss = loss - g.entropy * mean(entropy) if g.entropy else loss
         parts = (jnp.ones_like(kl), kl, entropy, ratio, clipped.astype(jnp.float32), dual.astype(jnp.float32))
         sums = (jnp.sum(jnp.where(rows.weight > 0, part, 0.0)) for part in parts)
@@ -225,7 +227,7 @@ class Policy:
 
     def _shared(self, rows: Any) -> Any:
         """Rows cut over all devices."""
-        return jax.lax.with_sharding_constraint(rows, NamedSharding(self.mesh, PartitionSpec((POP, MODEL))))
+        return jax.lax.with_sharding_constraint(rows, NamedSharding(self.mesh, PartitionSpec((GROUPS, MODEL))))
 
 
 def _norm(tree: Any) -> Array:

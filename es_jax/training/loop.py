@@ -13,26 +13,26 @@ from typing import Any
 
 from ml_collections import config_dict
 
-from es_jax.core import hosts, rng
+from es_jax.core import processes, rng
 from es_jax.core.tree import count
 from es_jax.generate.engine import Engine, check_context
 from es_jax.models.sharding import param_shardings
+from es_jax.profiling.clock import Clock, Profile, Work, compilation_cache, split
+from es_jax.rundir import directory
+from es_jax.rundir.checkpoints import Checkpoints, abstract, nbytes
+from es_jax.rundir.recorder import Recorder
+from es_jax.rundir.seed_log import Entry, SeedLog
+from es_jax.scoring.grading import Graded, Grader
+from es_jax.scoring.heldout import HeldOut, checked_prompt, evaluate
+from es_jax.scoring.workers import Submit, workers_of
 from es_jax.tasks import get_task
 from es_jax.tasks.data import rows_folder
-from es_jax.tasks.pool import Submit, workers_of
 from es_jax.tasks.task import Example, Task
-from es_jax.training import workdir as rundir
-from es_jax.training.checkpoint import Checkpoints, abstract, nbytes
 from es_jax.training.config import RunConfig, freeze
 from es_jax.training.es_step import Evaluator, compute_dtype
-from es_jax.training.grading import Graded, Grader
 from es_jax.training.grpo import GRPO
-from es_jax.training.heldout import HeldOut, checked_prompt, evaluate
 from es_jax.training.method import Evolution, Method
-from es_jax.training.recorder import Recorder
-from es_jax.training.seedlog import Entry, SeedLog
 from es_jax.training.state import State, base_config, load_base, mesh_of
-from es_jax.training.timing import Clock, Profile, Work, compilation_cache, split
 from es_jax.weights.model import load_outline
 
 logger = logging.getLogger(__name__)
@@ -68,15 +68,15 @@ def run(config: RunConfig | config_dict.ConfigDict | dict, workdir: str | Path) 
     Raises:
       ValueError, OSError: bad fields, rows, weights, prompts, or a directory of another run, before any work starts;
         rewards that are not finite or a full disk, at their step. Finished steps stay.
-      hosts.Preempted: SIGTERM came. The last finished step has a checkpoint.
+      processes.Preempted: SIGTERM came. The last finished step has a checkpoint.
     """
     began = time.monotonic()
     config, workdir = config if isinstance(config, RunConfig) else freeze(config), Path(workdir)
     tasks = {name: other_task(config, name) for name in config.evals.tasks} | {config.task.name: make_task(config)}
     train = tasks[config.task.name].train(config.task.train_size)
-    tests = {name: task.test(config.evals.size) for name, task in tasks.items()} if config.evals.every else {}
+    tests = {name: task.test(config.evals.rows) for name, task in tasks.items()} if config.evals.every else {}
     workers = workers_of(tasks[config.task.name])
-    with hosts.stoppable(), rundir.claim(workdir), compilation_cache(workdir / "cache"), workers as submit:
+    with processes.stoppable(), directory.claim(workdir), compilation_cache(workdir / "cache"), workers as submit:
         return _Run(config, workdir, tasks=tasks, train=train, tests=tests, submit=submit).train(began)
 
 
@@ -107,25 +107,27 @@ class _Run:
     ):
         self.config, self.workdir, self.tasks, self.examples, self.submit = config, workdir, tasks, train, submit
         self.mesh = mesh_of(config, base_config(config))
-        hosts.connect(self.mesh)
+        processes.connect(self.mesh)
         model = load_base(config, self.mesh)
         param_shardings(self.mesh, model.params, log=True)
         self.dim = count(model.params)
         self.model = dataclasses.replace(model, params={})  # the state alone holds weights: updates donate them
-        limit = config.decode.max_prompt
+        limit = config.decode.max_prompt_tokens
         self.prompts = [checked_prompt(self.model, config.task.name, example, limit) for example in train]
-        self.tests = [HeldOut.of(tasks[name], rows, self.model, max_prompt=limit) for name, rows in tests.items()]
+        self.tests = [
+            HeldOut.of(tasks[name], rows, self.model, max_prompt_tokens=limit) for name, rows in tests.items()
+        ]
         self.log = SeedLog(workdir)
-        rundir.settle(workdir, config, identity=self._identity(), started=bool(self.log.entries))
+        directory.settle(workdir, config, identity=self._identity(), started=bool(self.log.entries))
         engine = self._engine()
         self.evaluator = Evaluator.of(config, engine, self.mesh)
-        self.checkpoints = Checkpoints(workdir, keep=config.train.keep)
+        self.checkpoints = Checkpoints(workdir, keep=config.train.keep_checkpoints)
         self.state = State(config, self.mesh, model.params)
         del model
         self.packing = engine.packing(self.prompts)
         self.method = METHODS[config.method](config, self.evaluator, self.state, self.packing)
         self._resume()
-        rundir.check_space(workdir, nbytes(self.state.params, self.state.opt_state))
+        directory.check_space(workdir, nbytes(self.state.params, self.state.opt_state))
         self.recorder = Recorder(
             config,
             workdir,
@@ -144,13 +146,13 @@ class _Run:
             with Clock() as clock:
                 self._loop(clock, began)
             step = len(self.log.entries)
-            if hosts.first():
+            if processes.first():
                 (self.workdir / "DONE").write_text(f"{step}\n")
-        except hosts.Preempted:
-            hosts.saving()
+        except processes.Preempted:
+            processes.saving()
             self._save(step := len(self.log.entries))
             what = f"step {step} is saved, and the same command goes on from there"
-            raise hosts.Preempted(
+            raise processes.Preempted(
                 f"terminated; {what if step else 'no step is finished, and the same command starts anew'}"
             ) from None
         finally:
@@ -166,7 +168,7 @@ class _Run:
         )
 
     def _loop(self, clock: Clock, asked: float) -> None:
-        if hosts.first():
+        if processes.first():
             (self.workdir / "DONE").unlink(missing_ok=True)
         start = len(self.log.entries)
         self._finish_step(start)
@@ -224,7 +226,7 @@ class _Run:
             "rows": hashlib.sha256(content).hexdigest(),
             "compute_dtype": str(compute_dtype(self.config)),
             "parameters": self.dim,
-            "stop_ids": list(self.model.stop_ids),
+            "stop_ids": list(self.model.stop_token_ids),
             **self._anchor_identity(),
         }
 
@@ -235,13 +237,13 @@ class _Run:
     def _engine(self) -> Engine:
         decode, total = self.config.decode, self.config.task.prompts_per_step or len(self.examples)
         longest = max(len(ids) for ids in itertools.chain(self.prompts, *(held.prompts for held in self.tests)))
-        check_context(self.model.config, longest, decode.max_new, field="decode.max_new")
+        check_context(self.model.config, longest, decode.max_new_tokens, field="decode.max_new")
         return Engine(
             self.model.config,
             slots=min(decode.slots, total),
-            max_prompt=longest,
-            max_new=decode.max_new,
-            stop=self.model.stop_ids,
+            max_prompt_tokens=longest,
+            max_new_tokens=decode.max_new_tokens,
+            stop_token_ids=self.model.stop_token_ids,
         )
 
     def _resume(self) -> None:

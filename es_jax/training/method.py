@@ -15,11 +15,11 @@ from es_jax.core import rng
 from es_jax.es.population import Members, Population
 from es_jax.es.shaping import SHAPINGS
 from es_jax.generate.prompts import Packing
+from es_jax.rundir.seed_log import Entry
+from es_jax.scoring.grading import Graded, Grader
 from es_jax.training.config import RunConfig
 from es_jax.training.diagnostics import diagnose
 from es_jax.training.es_step import Evaluator
-from es_jax.training.grading import Graded, Grader
-from es_jax.training.seedlog import Entry
 from es_jax.training.state import State
 
 

@@ -12,14 +12,16 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from es_jax.core import hosts
+from es_jax.core import processes
 from es_jax.core.mesh import make_mesh, place, replicated
 from es_jax.core.tree import named_leaves
 from es_jax.models.config import TransformerConfig
 from es_jax.models.sharding import check_heads, leaf_sharding, members_spread
 from es_jax.models.transformer import param_shapes
-from es_jax.training import workdir as rundir
-from es_jax.training.checkpoint import abstract, restore_params, saved_steps
+from es_jax.profiling.clock import launched
+from es_jax.rundir import directory
+from es_jax.rundir.checkpoints import abstract, restore_params, saved_steps
+from es_jax.rundir.seed_log import Entry, SeedLog
 from es_jax.training.config import RunConfig
 from es_jax.training.es_step import (
     compute_dtype,
@@ -31,8 +33,6 @@ from es_jax.training.es_step import (
     state_shardings,
     update,
 )
-from es_jax.training.seedlog import Entry, SeedLog
-from es_jax.training.timing import launched
 from es_jax.weights.model import Model, config_only, load_model
 
 
@@ -51,10 +51,10 @@ def mesh_of(
     if spread is None:
         numbers = sum(math.prod(shape) for shape in param_shapes(model).values())
         memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit") if memory is None else memory
-        room = len(devices) // (config.mesh.pop or 1)
+        room = len(devices) // (config.mesh.groups or 1)
         spread = members_spread(model, room, member_bytes=numbers * compute_dtype(config).itemsize, memory=memory)
     check_heads(model, spread)
-    return make_mesh(config.mesh.pop, spread, devices=devices)
+    return make_mesh(config.mesh.groups, spread, devices=devices)
 
 
 def load_base(config: RunConfig, mesh: Mesh) -> Model:
@@ -110,7 +110,7 @@ class State:
         self._run, self._config, self._mesh = config, of_rated_update(config), mesh
         tx, self.sentence = optimizer(config, mesh, params)
         anchor = config.optim.anchor
-        stays = anchor.penalty != "none" and anchor.average is None and anchor.source is None
+        stays = anchor.penalty != "none" and anchor.ema_decay is None and anchor.source is None
         self._base = None if stays else jax.tree.map(jnp.copy, params)
         self.params = params
         where = state_shardings(config, mesh, jax.eval_shape(tx.init, params))
@@ -149,7 +149,9 @@ class State:
         seconds = []
         for _ in range(4):
             began = time.monotonic()
-            hosts.wait(lambda: jax.block_until_ready(estimate_square(self._config, self._mesh, self.params, *given)))
+            processes.wait(
+                lambda: jax.block_until_ready(estimate_square(self._config, self._mesh, self.params, *given))
+            )
             seconds.append(time.monotonic() - began)
         return min(seconds[1:])
 
@@ -188,7 +190,7 @@ def replay(
       FileNotFoundError: no run in the directory.
     """
     workdir = Path(workdir)
-    config = rundir.read_config(workdir)
+    config = directory.read_config(workdir)
     log = SeedLog(workdir, writable=False)
     wanted = sorted(set(range(len(log.entries) + 1) if steps is None else steps))
     if wanted and not 0 <= wanted[0] <= wanted[-1] <= len(log.entries):
@@ -199,7 +201,7 @@ def replay(
         _check_saved(workdir, wanted, saved)
     mesh = make_mesh() if mesh is None else mesh
     model = load_base(config, mesh)
-    rundir.check_base(workdir, config.model.source, model.digest)
+    directory.check_base(workdir, config.model.source, model.digest)
     if config.method != "es":
         like = abstract(model.params)
         yield from ((step, restore_params(workdir, step, like) if step else model.params) for step in wanted)
@@ -220,6 +222,6 @@ def _check_saved(workdir: Path, wanted: Sequence[int], saved: Sequence[int]) -> 
         if step and step not in saved:
             raise ValueError(
                 f"step {step} of {workdir} cannot be rebuilt: the log of a GRPO run does not hold its completions, and "
-                f"there are checkpoints of steps {', '.join(map(str, saved)) or 'none'} alone; raise train.keep, or "
+                f"there are checkpoints of steps {', '.join(map(str, saved)) or 'none'} alone; raise train.keep_checkpoints, or "
                 "lower train.checkpoint_every, to have more of them"
             )

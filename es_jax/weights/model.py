@@ -15,7 +15,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from es_jax.core import hosts
+from es_jax.core import processes
 from es_jax.models.config import TransformerConfig
 from es_jax.models.hf_config import from_hf, to_hf
 from es_jax.models.transformer import Params
@@ -30,13 +30,13 @@ from es_jax.weights.streaming import Reader, Shardings
 @dataclasses.dataclass(frozen=True)
 class Model:
     """A checkpoint in memory: `params` as `Transformer` takes them, `digest` the sha256 of the weight files,
-    `stop_ids` every token id that ends a turn, `generation` the fields of generation_config.json."""
+    `stop_token_ids` every token id that ends a turn, `generation` the fields of generation_config.json."""
 
     config: TransformerConfig
     params: Params
     tokenizer: Any
     digest: str
-    stop_ids: tuple[int, ...]
+    stop_token_ids: tuple[int, ...]
     generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -107,19 +107,19 @@ def save_model(
     wanted = jnp.dtype(model.params["embed"]["embedding"].dtype if dtype is None else dtype)
     shapes, tensor = convert.hf_tensors(model.params, config=model.config)
     check_new(path, nbytes=wanted.itemsize * sum(math.prod(shape) for shape in shapes.values()))
-    if not hosts.first():
+    if not processes.first():
         for key in shapes:
             tensor(key)  # every process has a part of it to give
-        return hosts.barrier()
+        return processes.barrier()
     with new_folder(path) as folder:
         _write_json(folder / "config.json", {**to_hf(model.config), "torch_dtype": str(wanted), **ids})
-        generation = {**model.generation, **ids, "eos_token_id": list(model.stop_ids)}
+        generation = {**model.generation, **ids, "eos_token_id": list(model.stop_token_ids)}
         _write_json(folder / "generation_config.json", generation)
         words.save_pretrained(str(folder))
         if card is not None:
             (folder / "README.md").write_text(card, encoding="utf-8")
         safetensors.write_folder(folder, shapes, tensor, dtype=wanted, max_shard_bytes=max_shard_bytes)
-    hosts.barrier()
+    processes.barrier()
 
 
 @contextlib.contextmanager
@@ -162,7 +162,7 @@ def check_new(path: str | Path, *, nbytes: int = 0) -> None:
     """Raises FileExistsError when `path` is a file or a folder that is not empty, OSError when it cannot be made or its
     disk has fewer than `nbytes` bytes left. All processes of a run call this; the first looks, and all raise.
     """
-    kind, problem = hosts.exchange({0: _obstacle(Path(path), nbytes)} if hosts.first() else {})[0]
+    kind, problem = processes.exchange({0: _obstacle(Path(path), nbytes)} if processes.first() else {})[0]
     if problem:
         raise FileExistsError(problem) if kind == "taken" else OSError(problem)
 
@@ -192,12 +192,12 @@ def _open(path: Path) -> tuple[Model, Reader]:
         config, words = from_gguf(reader), from_gguf_metadata(reader.metadata)
         ends = [reader.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
         reader.metadata.clear()  # a hundred thousand strings, which the tokenizer has by now
-        return Model(config, {}, words, "", tokenizer.stop_ids(words, *ends)), reader
+        return Model(config, {}, words, "", tokenizer.stop_token_ids(words, *ends)), reader
     config = config_only(path)
     reader = safetensors.SafetensorsReader(safetensors.find_files(path))
     words, generation = tokenizer.from_folder(path), _json(path / "generation_config.json")
     ends = [fields.get("eos_token_id") for fields in (_json(path / "config.json"), generation)]
-    return Model(config, {}, words, "", tokenizer.stop_ids(words, *ends), generation), reader
+    return Model(config, {}, words, "", tokenizer.stop_token_ids(words, *ends), generation), reader
 
 
 def _digest(path: Path) -> str:

@@ -21,7 +21,7 @@ def from_folder(folder: Path) -> Any:
         raise ValueError(f"{folder}: no tokenizer could be read ({reason}); add its tokenizer.json") from error
 
 
-def stop_ids(tokenizer: Any, *eos: int | Iterable[int] | None) -> tuple[int, ...]:
+def stop_token_ids(tokenizer: Any, *eos: int | Iterable[int] | None) -> tuple[int, ...]:
     """Ids that end a turn, ascending: the tokenizer's EOS, those in `eos`, and well-known ends of turn."""
     found = {tokenizer.eos_token_id}
     for ids in eos:

@@ -31,7 +31,7 @@ on the ticket window, which read: closed for the regatta, back on Monday."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class VerificationReport:
     """How far a model is from its reference on one text.
 
     Attributes:
@@ -90,12 +90,12 @@ class Report:
 class VerificationError(ValueError):
     """A model is further from its reference than allowed. `report` has the numbers."""
 
-    def __init__(self, report: Report) -> None:
+    def __init__(self, report: VerificationReport) -> None:
         super().__init__(f"the model is not its reference: {report}")
         self.report = report
 
 
-def verify_model(model: Model, reference: str | Path, *, max_kl: float, text: str = TEXT) -> Report:
+def verify_model(model: Model, reference: str | Path, *, max_kl: float, text: str = TEXT) -> VerificationReport:
     """Compare a loaded model with what transformers computes, in float32 and eagerly, from the folder `reference`.
 
     Args:
@@ -123,7 +123,7 @@ def verify_model(model: Model, reference: str | Path, *, max_kl: float, text: st
     wrong = [name for name in ours if name not in theirs or theirs[name].shape != ours[name].shape]
     if wrong or len(theirs) != len(ours):
         raise ValueError(f"the model has other sizes than {reference}: {', '.join(wrong) or 'fewer layers'} differs")
-    report = Report(
+    report = VerificationReport(
         tokens=ids.shape[1],
         same_tokens=tokenizer.from_folder(folder).encode(text) == ids[0].tolist(),
         logit_difference=float(np.abs(ours["logits"] - theirs["logits"]).max()),

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from es_jax.core import blocks
+from es_jax.core import chunked_map
 from es_jax.evals import kl as module
 from es_jax.evals.kl import Continuation, averages, kl, sample, token_kl
 from es_jax.generate import score
@@ -31,7 +31,7 @@ def naive(params, ids):
 
 @pytest.mark.parametrize("held", [2**25, 200])  # all positions in one block, or three of them at a time
 def test_it_is_the_naive_sum(models, held, monkeypatch):
-    monkeypatch.setattr(blocks, "HELD", held)
+    monkeypatch.setattr(chunked_map, "HELD", held)
     rows = [Continuation([1, 2], [3, 4, 5, 6, 7]), Continuation([8, 9, 10], [11])]
     jax.clear_caches()
     got = kl(CONFIG, *models, rows)
@@ -49,7 +49,7 @@ def test_it_is_the_naive_sum(models, held, monkeypatch):
 
 
 def test_the_estimates_agree_and_the_exact_one_varies_less(models):
-    rows = sample(CONFIG, models[0], [[i % 30 + 1, i % 7] for i in range(96)], stop=(0,), slots=32, max_new=12)
+    rows = sample(CONFIG, models[0], [[i % 30 + 1, i % 7] for i in range(96)], stop=(0,), slots=32, max_new_tokens=12)
     row = kl(CONFIG, *models, rows)
     error = (row["kl_token_se"] ** 2 + row["kl_exact_token_se"] ** 2) ** 0.5
     assert abs(row["kl_token"] - row["kl_exact_token"]) < 4 * error
@@ -59,16 +59,16 @@ def test_the_estimates_agree_and_the_exact_one_varies_less(models):
 
 def test_continuations_are_the_same_again_and_other_with_another_seed(models):
     prompts = [[1, 2, 3], [4], [5, 6]]
-    first, again = (sample(CONFIG, models[0], prompts, stop=(0,), slots=slots, max_new=9) for slots in (3, 2))
+    first, again = (sample(CONFIG, models[0], prompts, stop=(0,), slots=slots, max_new_tokens=9) for slots in (3, 2))
     assert first == again
-    assert sample(CONFIG, models[0], prompts, stop=(0,), slots=3, max_new=9, seed=1) != first
+    assert sample(CONFIG, models[0], prompts, stop=(0,), slots=3, max_new_tokens=9, seed=1) != first
     assert all(1 <= len(row.tokens) <= 9 for row in first)
 
 
 @pytest.mark.parametrize("function", ["token_kl", "score_tokens", "its gradient"])
 def test_the_logits_of_all_positions_are_never_held(models, function, monkeypatch):
     """No array of the program has the B · L · V numbers of the logits."""
-    monkeypatch.setattr(blocks, "HELD", 2 * 4 * 31)
+    monkeypatch.setattr(chunked_map, "HELD", 2 * 4 * 31)
     jax.clear_caches()
     tokens, mask = jnp.ones((2, 64), jnp.int32), jnp.ones((2, 64), bool)
     program = {

@@ -9,13 +9,13 @@ import pytest
 
 from configs.lab import get_config
 from es_jax.evals import runner
+from es_jax.evals.export_step import export_run
 from es_jax.evals.runner import Options, evaluate_run
 from es_jax.evaluate import report, whole_numbers
+from es_jax.scoring.evals_file import read_evals
+from es_jax.scoring.heldout import likeliest
 from es_jax.tasks.lab import Lab
 from es_jax.tasks.task import Choices
-from es_jax.training.evalsfile import read_evals
-from es_jax.training.export import export_run
-from es_jax.training.heldout import likeliest
 from es_jax.training.loop import run
 from es_jax.weights.model import load_model
 
@@ -29,7 +29,7 @@ def whole(tmp_path_factory):
     config = get_config("anchor=l2,steps=4")
     config.es.schedule = "linear:0.5"
     config.task.prompts_per_step, config.train.checkpoint_every = 16, 2
-    config.evals.every, config.evals.size, config.evals.tasks = 2, 24, ("lab-add",)
+    config.evals.every, config.evals.rows, config.evals.tasks = 2, 24, ("lab-add",)
     run(config, workdir)
     return workdir
 
@@ -94,7 +94,7 @@ def test_an_evaluation_that_died_goes_on(whole, tmp_path, monkeypatch):
 
 def test_an_exported_step_is_evaluated_beside_its_base(whole, tmp_path):
     export_run(whole, tmp_path / "out", step=4)
-    options = Options(size=24, max_prompt=16, max_new=6)
+    options = Options(size=24, max_prompt_tokens=16, max_new_tokens=6)
     result = evaluate_run(
         tmp_path / "out", base="lab", tasks=TASKS, drift=True, out=tmp_path / "evals", options=options
     )
@@ -150,7 +150,7 @@ def test_a_grpo_run_is_evaluated_at_its_checkpoints_alone(tmp_path):
     config = get_config("grpo,steps=2")
     config.update_from_flattened_dict({
         "task.prompts_per_step": 4, "grpo.rollouts": 2, "grpo.mini_batch": 4, "grpo.micro_batch": 8,
-        "train.checkpoint_every": 2, "evals.every": 0, "evals.size": 8,
+        "train.checkpoint_every": 2, "evals.every": 0, "evals.rows": 8,
     })  # fmt: skip
     with jax.numpy_dtype_promotion("standard"):  # optax's adam needs it
         run(config, tmp_path)
@@ -167,11 +167,11 @@ def test_a_grpo_run_is_evaluated_at_its_checkpoints_alone(tmp_path):
     [
         ({"steps": [5]}, "--steps has 5, but there are steps 0 to 4"),
         ({"options": Options(size=8)}, r"from 24 rows .* has 8 .*--size and --data_dir, or another --out"),
-        ({"options": Options(max_new=5)}, "max_new = 6, and this evaluation has 5"),
+        ({"options": Options(max_new_tokens=5)}, "max_new = 6, and this evaluation has 5"),
         ({"tasks": ["lab-ad"]}, "did you mean 'lab-add'"),
         ({"base": "lab"}, "leave base out"),
-        ({"options": Options(max_new=2000)}, "set max_new to at most"),
-        ({"options": Options(max_prompt=3)}, "raise decode.max_prompt"),
+        ({"options": Options(max_new_tokens=2000)}, "set max_new_tokens to at most"),
+        ({"options": Options(max_prompt_tokens=3)}, "raise decode.max_prompt"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_work(whole, ask, message, monkeypatch):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks.battery import LIMIT, battery
-from es_jax.core import counter, rng
+from es_jax.core import rng, threefry_normal
 
 SIZE = dict(numbers=1 << 18, chunk=1 << 17)
 
@@ -27,7 +27,7 @@ def good(seed, leaf, shape):
 
 
 def of_twelve_uniforms(seed, leaf, shape):
-    words = counter.threefry((seed, jnp.uint32(leaf)), counter.positions((12, *shape)))[0]
+    words = threefry_normal.threefry((seed, jnp.uint32(leaf)), threefry_normal.positions((12, *shape)))[0]
     return (words.astype(jnp.float32) * jnp.float32(2**-32)).sum(0) - 6
 
 
@@ -60,12 +60,12 @@ def test_words_are_the_published_ones():
     ]
     for words, rounds, expected in cases:
         a, b, c, d = (jnp.uint32(word) for word in words)
-        assert tuple(int(word) for word in counter.threefry((a, b), (c, d), rounds=rounds)) == expected
+        assert tuple(int(word) for word in threefry_normal.threefry((a, b), (c, d), rounds=rounds)) == expected
 
 
 def test_twenty_rounds_are_those_of_jax():
     bits = jax.random.bits(jax.random.wrap_key_data(jnp.array([3, 4], jnp.uint32), impl="threefry2x32"), (100,))
-    x, y = counter.threefry((jnp.uint32(3), jnp.uint32(4)), counter.positions((100,)), rounds=20)
+    x, y = threefry_normal.threefry((jnp.uint32(3), jnp.uint32(4)), threefry_normal.positions((100,)), rounds=20)
     assert np.array_equal(bits, x ^ y)
 
 
@@ -75,7 +75,7 @@ def test_the_radius_has_the_tail_of_its_32_bits():
         expected = 2**32 * math.exp(-x * x / 2)
         near = np.arange(max(int(expected * (1 - 1e-4)) - 3, 0), int(expected * (1 + 1e-4)) + 4)[:100_000_000]
         step = max(len(near) // 100_000, 1)
-        r = np.sqrt(np.asarray(counter._minus_two_log(near[::step].astype(np.uint32))) / counter._SCALE)
+        r = np.sqrt(np.asarray(threefry_normal._minus_two_log(near[::step].astype(np.uint32))) / threefry_normal._SCALE)
         assert (np.diff(r) <= 2e-6).all()
         found = near[::step][np.searchsorted(-r, -x)]
         assert abs(found - expected) <= step + 1 + 2e-5 * expected
@@ -83,14 +83,14 @@ def test_the_radius_has_the_tail_of_its_32_bits():
 
 def test_the_largest_and_smallest_words_are_finite():
     words = jnp.array([0, 1, 2**31 - 1, 2**31, 2**32 - 2, 2**32 - 1], jnp.uint32)
-    z = counter.box_muller(words[:, None], words[None, :])
+    z = threefry_normal.box_muller(words[:, None], words[None, :])
     assert np.isfinite(z).all() and 6.7 < np.abs(z).max() < 6.8
 
 
 def test_positions_count_past_32_bits():
-    hi, lo = jax.eval_shape(lambda: counter.positions((70_000, 50_000, 3)))
+    hi, lo = jax.eval_shape(lambda: threefry_normal.positions((70_000, 50_000, 3)))
     assert hi.shape == lo.shape == (70_000, 50_000, 3)
     with pytest.raises(ValueError, match="cut the leaf"):
-        counter.positions((2**33,))
-    _, flat = counter.positions((4, 5, 6))
+        threefry_normal.positions((2**33,))
+    _, flat = threefry_normal.positions((4, 5, 6))
     assert np.array_equal(flat.ravel(), np.arange(120))

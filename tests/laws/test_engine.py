@@ -40,7 +40,9 @@ def params_of(family, scale=8.0):
 
 
 def engine(family, **options):
-    return Engine(CONFIGS[family], **(dict(slots=2, max_prompt=12, max_new=10, stop=(11, 12)) | options))
+    return Engine(
+        CONFIGS[family], **(dict(slots=2, max_prompt_tokens=12, max_new_tokens=10, stop_token_ids=(11, 12)) | options)
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -48,15 +50,15 @@ def forward(family, params, tokens):
     return Transformer(CONFIGS[family]).apply(params, tokens)[0]  # causal: what follows a token does not matter
 
 
-def naive(family, params, prompt, *, max_new=10, stop=(11, 12)):
+def naive(family, params, prompt, *, max_new_tokens=10, stop_token_ids=(11, 12)):
     """Greedy decoding by a full forward pass a token, without a cache; padding keeps one shape."""
     row = list(prompt)
-    for _ in range(max_new):
+    for _ in range(max_new_tokens):
         padded = np.zeros((1, 72), np.int32)
         padded[0, : len(row)] = row
         logits = forward(family, params, padded)
         row.append(int(jnp.argmax(logits[0, len(row) - 1])))
-        if row[-1] in stop:
+        if row[-1] in stop_token_ids:
             break
     return row[len(prompt) :]
 
@@ -76,9 +78,9 @@ def test_greedy_equals_a_naive_full_forward(family, unroll):
 
 def test_rows_end_at_any_stop_token_and_hold_zeros_behind():
     params = params_of("llama")
-    free = rows(engine("llama", stop=(), max_new=8).generate(params, PROMPTS))
+    free = rows(engine("llama", stop_token_ids=(), max_new_tokens=8).generate(params, PROMPTS))
     stops = (free[0][3], free[2][1])
-    generation = engine("llama", stop=stops, max_new=8).generate(params, PROMPTS)
+    generation = engine("llama", stop_token_ids=stops, max_new_tokens=8).generate(params, PROMPTS)
     for row, tokens, kept in zip(rows(generation), generation.tokens, free, strict=True):
         ends = [i for i, token in enumerate(kept) if token in stops]
         assert row == (kept[: ends[0] + 1] if ends else kept)
@@ -102,16 +104,18 @@ QUEUE = [[int(i) for i in np.random.default_rng(row).integers(0, 40, 1 + 5 * row
 
 def stops(family, prompts, places):
     """Stop tokens that end the rows named at the places named."""
-    free = rows(engine(family, stop=(), max_new=LONG, slots=len(prompts)).generate(params_of(family), prompts))
+    free = rows(
+        engine(family, stop_token_ids=(), max_new_tokens=LONG, slots=len(prompts)).generate(params_of(family), prompts)
+    )
     return tuple({free[row][place] for row, place in places})
 
 
 @pytest.mark.parametrize("unroll", [True, False])
 def test_a_queue_longer_than_the_slots_equals_decoding_one_by_one(unroll):
     params, ends = params_of("llama"), stops("llama", QUEUE, [(0, 0), (8, 36)])
-    options = dict(stop=ends, max_new=LONG, unroll=unroll, logprobs=True)
+    options = dict(stop_token_ids=ends, max_new_tokens=LONG, unroll=unroll, logprobs=True)
     got = engine("llama", slots=4, **options).generate(params, QUEUE)
-    assert rows(got) == [naive("llama", params, prompt, max_new=LONG, stop=ends) for prompt in QUEUE]
+    assert rows(got) == [naive("llama", params, prompt, max_new_tokens=LONG, stop_token_ids=ends) for prompt in QUEUE]
     lengths = set(got.length.tolist())
     assert {1, LONG} <= lengths and len(lengths) > 2  # some stop at once, some are cut, some stop between
     alone = engine("llama", slots=1, **options)
@@ -121,16 +125,19 @@ def test_a_queue_longer_than_the_slots_equals_decoding_one_by_one(unroll):
 
 def test_all_rows_may_stop_at_once_and_one_token_may_be_the_limit():
     params = params_of("llama")
-    assert engine("llama", stop=tuple(range(40)), max_new=LONG).generate(params, QUEUE).length.tolist() == [1] * 11
-    once = engine("llama", stop=(), max_new=1).generate(params, QUEUE)
-    assert rows(once) == [naive("llama", params, prompt, max_new=1, stop=()) for prompt in QUEUE]
+    assert (
+        engine("llama", stop_token_ids=tuple(range(40)), max_new_tokens=LONG).generate(params, QUEUE).length.tolist()
+        == [1] * 11
+    )
+    once = engine("llama", stop_token_ids=(), max_new_tokens=1).generate(params, QUEUE)
+    assert rows(once) == [naive("llama", params, prompt, max_new_tokens=1, stop_token_ids=()) for prompt in QUEUE]
 
 
 @pytest.mark.parametrize("unroll", [True, False])
 def test_a_shared_prefix_is_computed_once_and_changes_nothing(unroll):
     params, shared = params_of("qwen2"), [5, 9, 2, 33] * 5
     prompts = [shared + prompt for prompt in QUEUE]
-    e = engine("qwen2", slots=4, max_prompt=40, max_new=LONG, logprobs=True, unroll=unroll)
+    e = engine("qwen2", slots=4, max_prompt_tokens=40, max_new_tokens=LONG, logprobs=True, unroll=unroll)
     packing = e.packing(prompts)
     assert (len(packing.prefix), packing.width) == (16, 24)
     together = e.generate(params, prompts)
@@ -142,7 +149,7 @@ def test_a_shared_prefix_is_computed_once_and_changes_nothing(unroll):
 
 def test_sampling_is_keyed_by_row_and_not_by_slot():
     params, key = params_of("llama", 4.0), jax.random.key(3)
-    options = dict(sampler=Temperature(0.8), max_new=LONG)
+    options = dict(sampler=Temperature(0.8), max_new_tokens=LONG)
     sampled = rows(engine("llama", slots=3, **options).generate(params, QUEUE, key=key))
     assert rows(engine("llama", slots=11, **options).generate(params, QUEUE, key=key)) == sampled
     assert len({tuple(row) for row in rows(engine("llama", **options).generate(params, [[3]] * 4, key=key))}) > 1
@@ -151,16 +158,16 @@ def test_sampling_is_keyed_by_row_and_not_by_slot():
 def test_groups_of_devices_run_loops_of_their_own_lengths():
     """Eight queues under shard_map, of 0 to 7 prompts each: no group waits for another's loop."""
     params, mesh = params_of("llama"), make_mesh(8)
-    e = engine("llama", slots=2, max_new=LONG)
+    e = engine("llama", slots=2, max_new_tokens=LONG)
     packs = [Packing((), 12).pack(QUEUE[:n], rows=7) for n in range(8)]
     tokens, positions = (np.stack([pack[i] for pack in packs]) for i in (0, 1))
 
     def group(params, tokens, positions):
         return jax.tree.map(lambda x: x[None], e.decode(params, tokens[0], positions[0]))
 
-    specs = (PartitionSpec(), PartitionSpec("pop"), PartitionSpec("pop"))
+    specs = (PartitionSpec(), PartitionSpec("groups"), PartitionSpec("groups"))
     program = (
-        jax.jit(jax.shard_map(group, mesh=mesh, in_specs=specs, out_specs=PartitionSpec("pop"), check_vma=False))
+        jax.jit(jax.shard_map(group, mesh=mesh, in_specs=specs, out_specs=PartitionSpec("groups"), check_vma=False))
         .lower(e.layout(params), tokens, positions)
         .compile()
     )
@@ -172,7 +179,7 @@ def test_groups_of_devices_run_loops_of_their_own_lengths():
 
 
 def test_members_in_step_equal_members_alone_and_choose_between_no_caches():
-    e = engine("llama", slots=3, max_new=LONG)
+    e = engine("llama", slots=3, max_new_tokens=LONG)
     members = [jax.tree.map(lambda x, i=i: x * (1 + 0.05 * i), params_of("llama")) for i in range(3)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(e.layout, members))
     rows_of = Packing((), 12).pack(QUEUE, rows=11)
@@ -192,7 +199,7 @@ def test_members_in_step_equal_members_alone_and_choose_between_no_caches():
 
 @every_family
 def test_the_second_call_compiles_nothing(family, compilations):
-    params, e = params_of(family), engine(family, slots=3, max_new=LONG)
+    params, e = params_of(family), engine(family, slots=3, max_new_tokens=LONG)
     other = jax.tree.map(lambda x: x + np.float32(0.1), params)
     e.generate(params, QUEUE)
     before = compilations()
@@ -249,14 +256,14 @@ def test_samplers_draw_from_their_distributions():
     [
         ({"slots": 0}, PROMPTS, "slots is 0"),
         ({"slots": 2.5}, PROMPTS, "slots is 2.5: it must be a whole number"),
-        ({"stop": (40,)}, PROMPTS, "stop token 40"),
+        ({"stop_token_ids": (40,)}, PROMPTS, "stop token 40"),
         ({}, ["abc"], "prompt 0 is 'abc'"),
         ({}, [[1], [1.5]], "prompt 1 is"),
         ({}, [1, 2], "prompt 0 is 1"),
-        ({"max_new": 10**9}, PROMPTS, "set max_new to at most"),
+        ({"max_new_tokens": 10**9}, PROMPTS, "set max_new_tokens to at most"),
         ({}, [], "no prompts"),
         ({}, [[1], []], "prompt 1 has 0 tokens"),
-        ({}, [[1] * 13], "max_prompt = 12"),
+        ({}, [[1] * 13], "max_prompt_tokens = 12"),
         ({}, [[40]], "vocabulary"),
         ({"sampler": Temperature(1.0)}, PROMPTS, "pass key="),
     ],

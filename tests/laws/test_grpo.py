@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from configs import conciseness, countdown, lab
+from es_jax.evals.export_step import export_run
+from es_jax.rundir.metrics import read_jsonl
+from es_jax.rundir.recorder import Recorder
+from es_jax.rundir.seed_log import SeedLog
 from es_jax.training.config import freeze
-from es_jax.training.export import export_run
 from es_jax.training.loop import run
-from es_jax.training.metrics import read_jsonl
-from es_jax.training.recorder import Recorder
-from es_jax.training.seedlog import SeedLog
 from es_jax.training.state import replay
 from es_jax.weights.model import load_model
 
@@ -34,9 +34,9 @@ def config_of(tiny_model, **groups):
         "task": {"name": "conciseness", "train_size": 3},
         "grpo": {"rollouts": 4, "mini_batch": 2, "micro_batch": 1},
         "optim": {"name": "adamw", "learning_rate": 1e-3, "weight_decay": 0.01, "max_grad_norm": 1.0},
-        "decode": {"max_prompt": 160, "max_new": 4, "slots": 2},
-        "train": {"steps": STEPS, "checkpoint_every": 2, "samples": 1, "keep": 3},
-        "evals": {"every": 2, "size": 2},
+        "decode": {"max_prompt_tokens": 160, "max_new_tokens": 4, "slots": 2},
+        "train": {"steps": STEPS, "checkpoint_every": 2, "samples": 1, "keep_checkpoints": 3},
+        "evals": {"every": 2, "rows": 2},
     }
     for group, values in groups.items():
         fields[group] = fields.get(group, {}) | values
@@ -149,7 +149,7 @@ def test_an_anchor_in_host_memory_gives_the_same_run(whole, tiny_model, tmp_path
 
 
 def test_every_option_runs(tiny_model, tmp_path):
-    grpo = {"rollouts": 2, "mini_batch": 3, "micro_batch": 2, "kl": 0.0, "entropy": 0.01, "clip_high": 0.3,
+    grpo = {"rollouts": 2, "mini_batch": 3, "micro_batch": 2, "kl_coef": 0.0, "entropy": 0.01, "clip_high": 0.3,
             "aggregation": "seq-mean-token-sum-norm", "scale_by_std": False, "temperature": 0.8}  # fmt: skip
     run(config_of(tiny_model, grpo=grpo, train={"steps": 1}, evals={"every": 0}), tmp_path)
     row = read_jsonl(tmp_path / "metrics.jsonl")[0]
@@ -163,7 +163,7 @@ def test_any_task_takes_grpo_and_its_defaults_are_the_published_ones():
     c = freeze(countdown.get_config("grpo"))
     g, o = c.grpo, c.optim
     assert (g.rollouts, g.temperature, g.mini_batch, c.task.train_size) == (30, 1.0, 32, 200)
-    assert (g.clip_low, g.clip_high, g.dual_clip, g.kl, g.entropy) == (0.2, 0.2, 3.0, 1e-3, 0.0)
+    assert (g.clip_low, g.clip_high, g.dual_clip, g.kl_coef, g.entropy) == (0.2, 0.2, 3.0, 1e-3, 0.0)
     assert (g.log_ratio_limit, g.kl_limit, g.std_eps, g.aggregation) == (20.0, 10.0, 1e-6, "token-mean")
     assert (o.name, o.learning_rate, o.b1, o.b2, o.weight_decay, o.max_grad_norm) == (
         "adamw",
@@ -173,8 +173,10 @@ def test_any_task_takes_grpo_and_its_defaults_are_the_published_ones():
         0.01,
         1,
     )
-    with pytest.raises(ValueError, match=r"'pop=8' is of the group es\.population, which method 'grpo' does not read"):
-        countdown.get_config("grpo,pop=8")
+    with pytest.raises(
+        ValueError, match=r"'population=8' is of the group es\.population, which method 'grpo' does not read"
+    ):
+        countdown.get_config("grpo,population=8")
     with pytest.raises(ValueError, match=r"'n=8' is of the group grpo\.rollouts, which method 'es'"):
         countdown.get_config("n=8")
     with pytest.raises(ValueError, match=r"with no strength: set either optim\.anchor\.strength"):
@@ -186,8 +188,8 @@ def test_any_task_takes_grpo_and_its_defaults_are_the_published_ones():
     [
         ({"model": {"param_dtype": "bfloat16"}}, "model.param_dtype is 'bfloat16' with method 'grpo'"),
         (
-            {"optim": {"name": "sgd", "anchor": {"penalty": "l2", "drift": 1.0}}},
-            "optim.anchor.drift is 1.0 with method",
+            {"optim": {"name": "sgd", "anchor": {"penalty": "l2", "kappa": 1.0}}},
+            "optim.anchor.kappa is 1.0 with method",
         ),
         ({"optim": {"name": "sgd", "weight_decay": 0.1}}, "'sgd' has none: set optim.name to 'adamw' or 'lion'"),
         ({"optim": {"b1": 1.0}}, "optim.b1 is 1.0"),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from es_jax.core.mesh import MODEL, POP, leaf_spec, make_mesh, only
+from es_jax.core.mesh import GROUPS, MODEL, leaf_spec, make_mesh, only
 from es_jax.core.tree import map_named, named_leaves
 from es_jax.es.population import Population
 from es_jax.generate.engine import Engine
@@ -47,7 +47,7 @@ def qwen(tiny_model, tmp_path_factory):
     params = jax.tree.map(lambda x: 3 * x, jax.jit(Transformer(SMALL).init)(jax.random.key(0)))
     folder = tmp_path_factory.mktemp("qwen")
     words = load_model(tiny_model).tokenizer
-    save_model(folder, Model(SMALL, params, words, digest="", stop_ids=(1,)))
+    save_model(folder, Model(SMALL, params, words, digest="", stop_token_ids=(1,)))
     return folder
 
 
@@ -56,8 +56,8 @@ def config_of(source, **groups):
         "model": {"source": str(source)},
         "task": {"name": "conciseness", "train_size": 3},
         "es": {"population": 6, "sigma": 0.02},
-        "optim": {"learning_rate": 0.01, "anchor": {"penalty": "l2", "drift": 1.0}},
-        "decode": {"max_prompt": 160, "max_new": 6, "slots": 3},
+        "optim": {"learning_rate": 0.01, "anchor": {"penalty": "l2", "kappa": 1.0}},
+        "decode": {"max_prompt_tokens": 160, "max_new_tokens": 6, "slots": 3},
         "train": {"steps": 5, "checkpoint_every": 5, "samples": 1},
         "evals": {"every": 0},
     }
@@ -78,14 +78,14 @@ def same(a, b):
 
 def test_runs_on_every_mesh_have_one_seed_log(qwen, tmp_path):
     logs = []
-    for pop, model in ((1, 1), *MESHES):
-        workdir = tmp_path / f"{pop}x{model}"
-        run(config_of(qwen, mesh={"pop": pop, "model": model}), workdir)
+    for groups, model in ((1, 1), *MESHES):
+        workdir = tmp_path / f"{groups}x{model}"
+        run(config_of(qwen, mesh={"groups": groups, "model": model}), workdir)
         logs.append((workdir / "seedlog.jsonl").read_bytes())
     assert logs[0].count(b"\n") == 5 and len(set(logs)) == 1
-    for pop, model in MESHES:
+    for groups, model in MESHES:
         ((_, alone),) = replay(tmp_path / "1x1", steps=[5], mesh=make_mesh(1))
-        ((_, params),) = replay(tmp_path / "1x1", steps=[5], mesh=make_mesh(pop, model))
+        ((_, params),) = replay(tmp_path / "1x1", steps=[5], mesh=make_mesh(groups, model))
         assert same(host(alone), host(params))
 
 
@@ -100,14 +100,14 @@ def test_every_parameter_has_a_rule_and_the_masters_are_cut_over_all_devices():
     for name, shape in param_shapes(full).items():
         spec = leaf_spec(mesh, name, shape, RULES)
         matrix = len(shape) - name.startswith("layers/") == 2
-        assert (POP in spec and MODEL in spec) == matrix, (name, spec)
+        assert (GROUPS in spec and MODEL in spec) == matrix, (name, spec)
 
 
 def test_matches_are_told_and_what_does_not_fit_is_named(params, caplog):
     with caplog.at_level(logging.INFO):
         param_shardings(make_mesh(4, 2), params, log=True)
     assert len(caplog.records) == len(jax.tree.leaves(params))
-    assert "embed/embedding (264, 32) is cut as ('model', 'pop')" in caplog.text
+    assert "embed/embedding (264, 32) is cut as ('model', 'groups')" in caplog.text
     with pytest.raises(ValueError, match=r"leaf 'layers/mlp/extra' has no sharding rule"):
         param_shardings(make_mesh(), {"layers": {"mlp": {"extra": jnp.zeros(3)}}})
     with pytest.raises(
@@ -125,9 +125,9 @@ def test_a_mesh_is_chosen_from_the_devices_and_the_models_size():
     for memory, model in ((None, 1), (4 * member, 1), (2 * member, 2), (member, 4), (member // 9, 4)):
         assert members_spread(SMALL, 8, member_bytes=member, memory=memory) == model
     config = config_of("")
-    assert mesh_of(config, SMALL, memory=2 * member).shape == {POP: 4, MODEL: 2}
-    assert mesh_of(config_of("", mesh={"pop": 8}), SMALL, memory=member).shape == {POP: 8, MODEL: 1}
-    assert mesh_of(config_of("", mesh={"pop": 1}), SMALL).shape == {POP: 1, MODEL: 1}
+    assert mesh_of(config, SMALL, memory=2 * member).shape == {GROUPS: 4, MODEL: 2}
+    assert mesh_of(config_of("", mesh={"groups": 8}), SMALL, memory=member).shape == {GROUPS: 8, MODEL: 1}
+    assert mesh_of(config_of("", mesh={"groups": 1}), SMALL).shape == {GROUPS: 1, MODEL: 1}
     with pytest.raises(ValueError, match=r"do not divide over mesh\.model = 8"):
         mesh_of(config_of("", mesh={"model": 8}), SMALL)
 
@@ -146,7 +146,7 @@ def test_logits_on_several_devices_are_near_those_on_one(params, model):
 
 
 def evaluator_of(mesh, *, unroll=False, **fields):
-    engine = Engine(SMALL, slots=3, max_prompt=8, max_new=4, stop=(1,), unroll=unroll)
+    engine = Engine(SMALL, slots=3, max_prompt_tokens=8, max_new_tokens=4, stop_token_ids=(1,), unroll=unroll)
     config = config_of("", **fields)
     return Evaluator.of(config, engine, mesh)
 
@@ -155,8 +155,8 @@ def test_members_are_made_the_same_on_every_mesh(params):
     """The bits of member 1, wherever it was made; with two members at once too."""
     made = []
     everyone = Population(16, seed=0).members(0)
-    for pop, model, at_once in ((1, 1, 1), (1, 1, 2), (8, 1, 2), (4, 2, 1), (2, 4, 2)):
-        mesh = make_mesh(pop, model)
+    for groups, model, at_once in ((1, 1, 1), (1, 1, 2), (8, 1, 2), (4, 2, 1), (2, 4, 2)):
+        mesh = make_mesh(groups, model)
         evaluator = evaluator_of(mesh, decode={"members_at_once": at_once}, es={"population": 16})
         assert evaluator.at_once == at_once
         perturbed = evaluator._perturb(placed(params, mesh), everyone[np.arange(evaluator.lanes)])
@@ -168,9 +168,9 @@ def test_members_are_made_the_same_on_every_mesh(params):
 def test_layers_made_apart_are_those_made_together(params, monkeypatch, wide):
     monkeypatch.setattr("es_jax.generate.engine.WIDE", wide)  # kernels transposed, or as they are
     together = None
-    for pop, model in ((1, 1), (4, 2)):
-        mesh = make_mesh(pop, model)
-        members = Population(16, seed=0).members(0)[np.arange(pop)]
+    for groups, model in ((1, 1), (4, 2)):
+        mesh = make_mesh(groups, model)
+        members = Population(16, seed=0).members(0)[np.arange(groups)]
         es = {"population": 16, "sigma": 0.01 + wide / 1e6}  # so that it is compiled anew
         evaluator = evaluator_of(mesh, unroll=True, es=es, model={"dtype": "bfloat16"})
         made = evaluator.perturb(placed(params, mesh), members)
@@ -220,7 +220,7 @@ def test_decoding_sends_nothing_between_groups_and_keeps_the_cache_cut(params):
     held = {math.prod(map(int, shape.split(","))) for shape in re.findall(r"f32\[([\d,]+)\]", compiled.as_text())}
     assert cache // 2 in held and cache not in held
     wq = dict(named_leaves(perturbed))["layers/attn/q/kernel"]
-    assert wq.sharding.spec == PartitionSpec(POP, None, None, MODEL)
+    assert wq.sharding.spec == PartitionSpec(GROUPS, None, None, MODEL)
 
 
 @pytest.mark.parametrize("penalty", ["l2", "none"])

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from es_jax.core import rng
-from es_jax.core.mesh import MODEL, POP, make_mesh, shardings
+from es_jax.core.mesh import GROUPS, MODEL, make_mesh, shardings
 from es_jax.es.noise import NOISES, GaussianNoise, SharedSeedNoise
 from es_jax.es.population import Population
 
@@ -19,7 +19,11 @@ PARAMS = {
     "odd": jnp.zeros((17, 40)),
     "scalar": jnp.float32(1.0),
 }
-RULES = [("embed", PartitionSpec(MODEL, POP)), ("layers/[ab]", PartitionSpec(None, POP, MODEL)), ("", PartitionSpec())]
+RULES = [
+    ("embed", PartitionSpec(MODEL, GROUPS)),
+    ("layers/[ab]", PartitionSpec(None, GROUPS, MODEL)),
+    ("", PartitionSpec()),
+]
 KINDS = {name: make() for name, make in NOISES.items()} | {"threefry": GaussianNoise("threefry")}
 every_noise = pytest.mark.parametrize("noise", KINDS.values(), ids=KINDS)
 

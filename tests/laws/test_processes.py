@@ -18,12 +18,12 @@ import pytest
 from configs.lab import get_config
 from es_jax.core.mesh import make_mesh
 from es_jax.core.tree import named_leaves
+from es_jax.evals.export_step import export_run
 from es_jax.evals.runner import Options, evaluate_run
-from es_jax.training.checkpoint import saved_steps
-from es_jax.training.export import export_run
+from es_jax.rundir.checkpoints import saved_steps
+from es_jax.rundir.metrics import read_jsonl
+from es_jax.rundir.seed_log import SeedLog
 from es_jax.training.loop import run
-from es_jax.training.metrics import read_jsonl
-from es_jax.training.seedlog import SeedLog
 from es_jax.training.state import replay
 from es_jax.weights.model import load_model
 
@@ -37,7 +37,7 @@ FIELDS = {
     "es.sigma": 0.01,
     "optim.learning_rate": 0.005,
     "optim.anchor.penalty": "l2",
-    "optim.anchor.drift": 1.0,
+    "optim.anchor.kappa": 1.0,
     "decode.max_prompt": 16,
     "decode.max_new": 6,
     "decode.slots": 8,
@@ -45,8 +45,8 @@ FIELDS = {
     "train.steps": 5,
     "train.checkpoint_every": 1000,
     "evals.every": 5,
-    "evals.size": 20,
-    "mesh.pop": 4,
+    "evals.rows": 20,
+    "mesh.groups": 4,
     "mesh.model": 2,
 }
 # What is said of a process that was killed: by its connections as they close, or by JAX when heartbeats are missed.
@@ -237,9 +237,9 @@ def test_one_terminated_before_its_first_step_starts_anew(tmp_path):
 def test_a_process_that_cannot_listen_ends_all_the_same():
     code = """
 import time
-from es_jax.core import hosts
-hosts.GRACE = 0.2
-with hosts.stoppable():
+from es_jax.core import processes
+processes.GRACE = 0.2
+with processes.stoppable():
     print("ready", flush=True)
     time.sleep(100)
 """

@@ -14,15 +14,15 @@ import jax
 import numpy as np
 import pytest
 
-from es_jax.core.hosts import Preempted
 from es_jax.core.mesh import make_mesh
-from es_jax.training.checkpoint import Checkpoints, saved_steps
+from es_jax.core.processes import Preempted
+from es_jax.rundir.checkpoints import Checkpoints, saved_steps
+from es_jax.rundir.metrics import read_jsonl
+from es_jax.rundir.recorder import Recorder
+from es_jax.rundir.seed_log import SeedLog
+from es_jax.scoring.evals_file import EvalsFile
 from es_jax.training.config import freeze
-from es_jax.training.evalsfile import EvalsFile
 from es_jax.training.loop import run
-from es_jax.training.metrics import read_jsonl
-from es_jax.training.recorder import Recorder
-from es_jax.training.seedlog import SeedLog
 from es_jax.training.state import State, replay
 
 STEPS = 6
@@ -33,10 +33,10 @@ def config_of(tiny_model, **groups):
         "model": {"source": str(tiny_model)},
         "task": {"name": "conciseness", "train_size": 3},
         "es": {"population": 6, "sigma": 0.05},
-        "optim": {"learning_rate": 0.02, "anchor": {"penalty": "l2", "drift": 1.0}},
-        "decode": {"max_prompt": 160, "max_new": 4, "slots": 2},
+        "optim": {"learning_rate": 0.02, "anchor": {"penalty": "l2", "kappa": 1.0}},
+        "decode": {"max_prompt_tokens": 160, "max_new_tokens": 4, "slots": 2},
         "train": {"steps": STEPS, "checkpoint_every": 4, "samples": 1},
-        "evals": {"every": 3, "size": 2},
+        "evals": {"every": 3, "rows": 2},
     }
     for group, values in groups.items():
         fields[group] = fields.get(group, {}) | values
@@ -69,13 +69,13 @@ VARIANTS = {
         "model": {"param_dtype": "float16"},
         "optim": {"anchor": {"penalty": "l2", "strength": 1.0}},
     },
-    "lanes": {"decode": {"members_at_once": 2, "max_prompt": 160, "max_new": 4, "slots": 2}},
+    "lanes": {"decode": {"members_at_once": 2, "max_prompt_tokens": 160, "max_new_tokens": 4, "slots": 2}},
     "a few prompts a step": {"task": {"prompts_per_step": 2, "train_size": 3}},
     "schedules": {
         "es": {"schedule": "linear:0.5:1"},
         "optim": {"schedule": "cosine:0.1:2", "anchor": {"penalty": "l2", "strength": 5.0, "schedule": "constant::2"}},
     },
-    "an averaged anchor": {"optim": {"anchor": {"penalty": "l2", "strength": 5.0, "average": 0.5}}},
+    "an averaged anchor": {"optim": {"anchor": {"penalty": "l2", "strength": 5.0, "ema_decay": 0.5}}},
 }
 
 
@@ -215,7 +215,7 @@ def test_resumed_on_another_mesh(whole, tmp_path, monkeypatch):
     config, _, final = whole
     shorter = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=4))
     run(shorter, tmp_path)
-    other = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, pop=4))
+    other = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, groups=4))
     assert same(run(other, tmp_path).params, final)
 
 
@@ -243,7 +243,7 @@ def test_resuming_with_schedules_equals_uninterrupted(tiny_model, tmp_path, monk
     """The rates of each step stand in the log, so the steps since the checkpoint are rebuilt as they were."""
     optim = {
         "schedule": "linear:0.1:2",
-        "anchor": {"penalty": "l2", "strength": 5.0, "average": 0.8, "schedule": "cosine"},
+        "anchor": {"penalty": "l2", "strength": 5.0, "ema_decay": 0.8, "schedule": "cosine"},
     }
     config = config_of(tiny_model, optim=optim, es={"schedule": "cosine:0.5"}, evals={"every": 0})
     uninterrupted = run(config, tmp_path / "whole")
@@ -274,10 +274,10 @@ def test_resuming_with_schedules_equals_uninterrupted(tiny_model, tmp_path, monk
 
 def test_a_run_may_be_pulled_to_another_model_than_it_starts_from(whole, tiny_model, tmp_path):
     """The second of two tasks: it starts where the first ended and is pulled to where the first began."""
-    from es_jax.training.export import export_run
+    from es_jax.evals.export_step import export_run
 
     export_run(whole[1], tmp_path / "first")
-    anchor = {"penalty": "l2", "strength": 20.0, "drift": None, "source": str(tiny_model)}
+    anchor = {"penalty": "l2", "strength": 20.0, "kappa": None, "source": str(tiny_model)}
     config = config_of(tmp_path / "first", optim={"anchor": anchor}, train={"seed": 7}, evals={"every": 0})
     final = host(run(config, tmp_path / "second").params)
     ((_, rebuilt),) = replay(tmp_path / "second", steps=[STEPS])
@@ -333,7 +333,7 @@ def test_a_directory_of_another_run_is_refused(whole, tiny_model, tmp_path):
         changed = dataclasses.replace(config, evals=longer)
         content = json.loads((workdir / "config.json").read_text())
         shutil.copytree(workdir, tmp_path / "rows")
-        content["config"]["evals"]["size"] = 3
+        content["config"]["evals"]["rows"] = 3
         (tmp_path / "rows/config.json").write_text(json.dumps(content))
         run(changed, tmp_path / "rows")
     shutil.copytree(workdir, tmp_path / "run")
@@ -358,7 +358,7 @@ def test_a_directory_without_a_finished_step_may_be_taken_over(whole, tmp_path, 
 
 
 def test_other_tasks_are_evaluated_beside_the_one_trained(tiny_model, tmp_path):
-    evals = {"every": 1, "size": 3, "tasks": ("lab-add", "lab-compare")}
+    evals = {"every": 1, "rows": 3, "tasks": ("lab-add", "lab-compare")}
     config = config_of(tiny_model, train={"steps": 1, "checkpoint_every": 5}, evals=evals)
     run(config, tmp_path)
     for name in ("conciseness", "lab-add", "lab-compare"):
@@ -391,7 +391,7 @@ def test_optimizer_state_is_cut_over_the_devices_like_the_weights(tiny_model):
 
 
 def test_two_processes_cannot_train_in_one_directory(whole):
-    from es_jax.training.workdir import claim
+    from es_jax.rundir.directory import claim
 
     config, workdir, _ = whole
     with claim(workdir), pytest.raises(OSError, match="in use by another process"):

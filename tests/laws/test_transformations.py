@@ -224,7 +224,7 @@ def test_the_anchor_survives_donation_of_the_parameters(penalty, jitted):
 @every_optimizer
 def test_extra_args_dtypes_shardings_and_no_recompilation(optimizer, penalty):
     mesh = make_mesh()
-    sharding = NamedSharding(mesh, PartitionSpec(("pop", "model")))
+    sharding = NamedSharding(mesh, PartitionSpec(("groups", "model")))
     tx = chain(optimizer, penalty)
     params = jax.device_put(tree(dtype=jnp.bfloat16), sharding)
     state = jax.jit(tx.init)(params)
@@ -247,7 +247,7 @@ def test_extra_args_dtypes_shardings_and_no_recompilation(optimizer, penalty):
 
 
 def test_anchor_dtype_and_sharding():
-    sharding = NamedSharding(make_mesh(), PartitionSpec(("pop", "model")))
+    sharding = NamedSharding(make_mesh(), PartitionSpec(("groups", "model")))
     state = awd(0.1, anchor_dtype=jnp.bfloat16, anchor_sharding=sharding).init(tree())
     for leaf in jax.tree.leaves(state.anchor):
         assert leaf.dtype == jnp.bfloat16 and leaf.sharding == sharding
@@ -258,7 +258,7 @@ def test_anchor_dtype_and_sharding():
 @every_penalty
 def test_an_averaged_anchor_follows_the_weights(penalty):
     """Every update is pulled to the anchor before it, and the anchor then moves a tenth of the way to the weights."""
-    tx, theta = awd(0.1, penalty=penalty, average=0.9), np.random.default_rng(0).standard_normal(50)
+    tx, theta = awd(0.1, penalty=penalty, ema_decay=0.9), np.random.default_rng(0).standard_normal(50)
     params = {"w": jnp.asarray(theta, jnp.float32)}
     state, anchor = tx.init(params), theta
     update = jax.jit(tx.update)
@@ -275,8 +275,8 @@ def test_an_averaged_anchor_follows_the_weights(penalty):
 
 @pytest.mark.parametrize("average", [1.0, -0.1, float("nan")])
 def test_averages_outside_the_range_are_refused(average):
-    with pytest.raises(ValueError, match="average is"):
-        awd(0.1, average=average)
+    with pytest.raises(ValueError, match="ema_decay is"):
+        awd(0.1, ema_decay=average)
 
 
 @pytest.mark.parametrize("rate", [1.0, 1.5, -0.1, float("nan")])

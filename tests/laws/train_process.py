@@ -10,9 +10,9 @@ import os
 import jax
 
 from es_jax import train
+from es_jax.scoring.grading import Grader
 from es_jax.tasks.lab import Lab
 from es_jax.training import loop
-from es_jax.training.grading import Grader
 from es_jax.training.loop import _Run
 
 

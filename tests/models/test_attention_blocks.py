@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from es_jax.core import blocks
+from es_jax.core import chunked_map
 from es_jax.models import layers
 from es_jax.models.cache import KVCache
 from es_jax.models.transformer import Transformer
@@ -21,7 +21,7 @@ T = 22
 def few(monkeypatch):
     """Blocks of eight queries, three for T."""
     monkeypatch.setattr(layers, "QUERIES", 8)
-    monkeypatch.setattr(blocks, "HELD", 1)
+    monkeypatch.setattr(chunked_map, "HELD", 1)
 
 
 def _inputs(config):
@@ -45,7 +45,7 @@ def test_blocks_change_neither_logits_nor_gradients(config, cached, few, monkeyp
         return jax.jit(lambda params: jax.value_and_grad(loss, has_aux=True)(params))(params)
 
     (_, blocked), gradient = both()
-    monkeypatch.setattr(blocks, "HELD", 2**25)
+    monkeypatch.setattr(chunked_map, "HELD", 2**25)
     (_, whole), expected = both()
     there = np.asarray(positions >= 0)
     np.testing.assert_allclose(np.asarray(blocked)[there], np.asarray(whole)[there], atol=2e-5)
@@ -66,5 +66,5 @@ def test_the_scores_of_all_queries_are_never_held(config, few, monkeypatch):
 
     scores = 2 * config.heads * T * T
     blocked = largest()
-    monkeypatch.setattr(blocks, "HELD", 2**25)
+    monkeypatch.setattr(chunked_map, "HELD", 2**25)
     assert blocked < scores <= largest()

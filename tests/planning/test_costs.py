@@ -6,7 +6,7 @@ import pytest
 
 from es_jax.core.chips import CHIPS, GIB, chip, find_chip
 from es_jax.models.config import TransformerConfig
-from es_jax.models.published import PUBLISHED, published
+from es_jax.models.known_configs import PUBLISHED, published
 from es_jax.models.transformer import Transformer, matrix_weights, param_shapes
 from es_jax.planning.costs import cache_bytes, decode_flops, decode_memory, prefill_flops
 

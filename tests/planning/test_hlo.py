@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from es_jax.core.mesh import make_mesh
 from es_jax.planning.hlo import Collective, collectives
 
-AXES = {"pop": 2, "model": 4}
+AXES = {"groups": 2, "model": 4}
 
 
 def program(fn, *specs, shape=(64, 64)):
@@ -17,7 +17,7 @@ def program(fn, *specs, shape=(64, 64)):
     return jax.jit(fn, out_shardings=NamedSharding(mesh, PartitionSpec())).lower(*arrays).compile().as_text()
 
 
-@pytest.mark.parametrize(("axis", "groups", "size"), [("pop", 4, 2), ("model", 2, 4), (("pop", "model"), 1, 8)])
+@pytest.mark.parametrize(("axis", "groups", "size"), [("groups", 4, 2), ("model", 2, 4), (("groups", "model"), 1, 8)])
 def test_the_axes_and_groups_of_a_gather(axis, groups, size):
     """A [64, 64] float32 array is gathered whole: 16 KiB arrive, along the axes that it was cut over."""
     along = (axis,) if isinstance(axis, str) else axis
@@ -38,19 +38,19 @@ def test_loops_count_their_turns():
 
 
 def test_a_loop_of_unknown_length_turns_as_often_as_told():
-    halves = NamedSharding(make_mesh(2, 4), PartitionSpec("pop"))
+    halves = NamedSharding(make_mesh(2, 4), PartitionSpec("groups"))
 
     def until(x):
         total = lambda x: jnp.sum(jax.lax.with_sharding_constraint(x, halves))  # noqa: E731
         return jax.lax.while_loop(lambda x: total(x) < 1e9, lambda x: x * 2, x)
 
-    text = program(until, PartitionSpec("pop"))
+    text = program(until, PartitionSpec("groups"))
     counts = [sum(kind.times for kind in collectives(text, AXES, turns={"": turns})) for turns in (1, 11)]
     assert counts[1] > counts[0] + 8
 
 
 def test_loops_turn_by_the_scope_that_they_are_in():
-    halves, whole = (NamedSharding(make_mesh(2, 4), PartitionSpec(part)) for part in ("pop", None))
+    halves, whole = (NamedSharding(make_mesh(2, 4), PartitionSpec(part)) for part in ("groups", None))
     hold = jax.lax.with_sharding_constraint
 
     def until(x):
@@ -120,9 +120,9 @@ def test_the_text_of_a_tpu_program():
     assert collectives(TPU, AXES, turns={}) == [
         Collective("all-reduce", 64 * 3584 * 2, 28, ("model",), 2, 4),
         Collective("all-gather", 32, 28, ("model",), 2, 4),
-        Collective("all-to-all", 16, 1, ("pop",), 4, 2),
-        Collective("reduce-scatter", 8, 1, ("pop",), 4, 2),
-        Collective("collective-permute", 8, 1, ("pop",), 2, 2),
+        Collective("all-to-all", 16, 1, ("groups",), 4, 2),
+        Collective("reduce-scatter", 8, 1, ("groups",), 4, 2),
+        Collective("collective-permute", 8, 1, ("groups",), 2, 2),
     ]
 
 
@@ -131,7 +131,7 @@ def test_the_text_of_a_tpu_program():
 )
 def test_what_a_device_sends(op, sent):
     """Of 100 bytes that arrive in a group of 4."""
-    assert Collective(op, 100, 1, ("pop",), 1, 4).sent == sent
+    assert Collective(op, 100, 1, ("groups",), 1, 4).sent == sent
 
 
 def test_groups_in_an_unknown_form_are_refused():

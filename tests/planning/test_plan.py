@@ -32,7 +32,7 @@ CONFIG = {
     "model": {"source": "small"},
     "task": {"train_size": 8},  # as many as slots, so that decoding is one prefill and one chunk
     "es": {"population": 8},
-    "decode": {"max_prompt": 32, "max_new": 8, "slots": 8},
+    "decode": {"max_prompt_tokens": 32, "max_new_tokens": 8, "slots": 8},
     "optim": {"anchor": {"penalty": "l2", "strength": 10.0}},
 }
 needs_libtpu = pytest.mark.skipif(
@@ -61,7 +61,7 @@ def test_a_small_run_fits_four_chips(plan):
 def test_members_are_decoded_apart_and_the_update_is_local(plan):
     """Nothing goes between groups while they decode, and an update exchanges no weights."""
     sent = {outcome.name: outcome.collectives for outcome in plan.programs}
-    assert not [kind for kind in sent["decode"] if "pop" in kind.axes]
+    assert not [kind for kind in sent["decode"] if "groups" in kind.axes]
     assert sum(kind.bytes * kind.times for kind in sent["update"]) < 1000
     assert any(kind.op == "all-gather" for kind in sent["perturb"])
 

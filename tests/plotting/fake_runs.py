@@ -11,7 +11,7 @@ TASKS = ("lab-countdown", "lab-add", "lab-sort")
 
 
 def fields(*, seed: int = 0, target: str = "lab-countdown", penalty: str = "none", strength: float | None = None,
-           steps: int = 20, max_new: int = 6, method: str = "es", **more: Any) -> dict:  # fmt: skip
+           steps: int = 20, max_new_tokens: int = 6, method: str = "es", **more: Any) -> dict:  # fmt: skip
     """A run's config as plain fields."""
     anchor = {"penalty": penalty} | ({"strength": strength} if strength is not None else {})
     config: dict = {
@@ -20,9 +20,9 @@ def fields(*, seed: int = 0, target: str = "lab-countdown", penalty: str = "none
         "task": {"name": target},
         "es": {"population": 8, "sigma": 0.01},
         "optim": {"name": "sgd" if method == "es" else "adamw", "learning_rate": 0.005, "anchor": anchor},
-        "decode": {"max_new": max_new},
+        "decode": {"max_new_tokens": max_new_tokens},
         "train": {"steps": steps, "seed": seed},
-        "evals": {"every": 10, "size": 50, "tasks": [task for task in TASKS if task != target]},
+        "evals": {"every": 10, "rows": 50, "tasks": [task for task in TASKS if task != target]},
     }
     for name, value in more.items():
         group, _, field = name.partition("__")

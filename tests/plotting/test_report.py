@@ -111,10 +111,12 @@ def test_one_run_without_evaluations(tmp_path: Path) -> None:
 def test_runs_that_cannot_be_compared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    runs = [make_run(tmp_path / "a", done=0), make_run(tmp_path / "b", done=0, seed=1, max_new=9)]
+    runs = [make_run(tmp_path / "a", done=0), make_run(tmp_path / "b", done=0, seed=1, max_new_tokens=9)]
     out = tmp_path / "out"
     monkeypatch.setattr(sys, "argv", ["report", *map(str, runs), f"--out={out}"])
-    with pytest.raises(SystemExit, match=r"cannot be compared \(.*b: decode\.max_new is 9, but 6 in .*a\): leave"):
+    with pytest.raises(
+        SystemExit, match=r"cannot be compared \(.*b: decode\.max_new_tokens is 9, but 6 in .*a\): leave"
+    ):
         report.main()
     assert not out.exists()
     monkeypatch.setattr(sys, "argv", ["report", *map(str, runs), f"--out={out}", "--mark", "--json"])
@@ -122,7 +124,7 @@ def test_runs_that_cannot_be_compared(
     result = json.loads(capsys.readouterr().out)
     assert list(result["marked"]) == [str(runs[1])]
     assert [label.endswith("[not comparable]") for label in result["series"]] == [False, True]
-    assert "decode.max_new is 9, but 6 in" in Path(result["page"]).read_text()
+    assert "decode.max_new_tokens is 9, but 6 in" in Path(result["page"]).read_text()
 
 
 def test_a_directory_without_a_run_is_refused(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from es_jax.plotting.comparisons import drop_parts, kl_map, strength_sweep
 from es_jax.plotting.labels import caption, group
 from es_jax.plotting.runs import incomparable, prior_tasks, read_run
 from es_jax.plotting.tables import Table, results
-from es_jax.training.metrics import read_jsonl
+from es_jax.rundir.metrics import read_jsonl
 
 
 def test_a_run_as_it_stands(tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_labels_say_what_differs(tmp_path: Path) -> None:
 
 
 def test_drift_and_strength_that_mean_the_same_are_one_series(tmp_path: Path) -> None:
-    kappa = read_run(make_run(tmp_path / "a", penalty="l2", optim__anchor={"penalty": "l2", "drift": 1.0}))
+    kappa = read_run(make_run(tmp_path / "a", penalty="l2", optim__anchor={"penalty": "l2", "kappa": 1.0}))
     same = read_run(make_run(tmp_path / "b", seed=1, penalty="l2", strength=kappa.config.anchor_strength))
     assert len(group([kappa, same])) == 1
 
@@ -108,15 +108,15 @@ def test_the_caption_says_everything(tmp_path: Path) -> None:
     assert caption(runs) == (
         "Model: Tiny-1B (1,000 weights); trained on: lab-countdown; ES with N = 8, 16, σ = 0.01, α = 0.005; "
         "no penalty (λ = 0); penalty l2 with λ = 0.5, 2; seeds 0, 1; 20 iterations, not finished: b is at 10 of 20; "
-        "evaluated on 50 rows a task, grader paper, max_new 6."
+        "evaluated on 50 rows a task, grader paper, max_new_tokens 6."
     )
 
 
 def test_the_caption_has_the_limit_of_the_evaluation(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "a", max_new=6)
+    run = make_run(tmp_path / "a", max_new_tokens=6)
     for path in (run / "evals").glob("*.jsonl"):
-        write(path, [row | {"max_new": 128} for row in read_jsonl(path)])
-    assert caption([read_run(run)]).endswith("grader paper, max_new 128.")
+        write(path, [row | {"max_new_tokens": 128} for row in read_jsonl(path)])
+    assert caption([read_run(run)]).endswith("grader paper, max_new_tokens 128.")
 
 
 def test_a_change_has_the_error_of_paired_rows_where_they_are_paired(tmp_path: Path) -> None:
@@ -139,12 +139,12 @@ def test_es_and_grpo_side_by_side(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"max_new": 7}, "decode.max_new is 7, but 6 in "),
+        ({"max_new_tokens": 7}, "decode.max_new_tokens is 7, but 6 in "),
         ({"task__grader": "strict"}, "task.grader is 'strict', but 'paper' in "),
         ({"task__data_dir": "rows"}, r"the training data \(data_dir, seed, train_size\) is \('rows', None, 200\), but"),
         ({"rows": "s"}, "digest of the rows is 's', but 'r' in "),
         ({"digest": "e", "rows": "s"}, None),  # another model: other tokens
-        ({"evals__size": 60, "rows": "s"}, None),  # another test size: the digest says nothing
+        ({"evals__rows": 60, "rows": "s"}, None),  # another test size: the digest says nothing
         ({"train__steps": 30}, None),
         ({"target": "lab-add", "rows": "s"}, None),
     ],
@@ -162,8 +162,8 @@ def test_what_cannot_be_compared(tmp_path: Path, options: dict, says: str | None
 def test_evaluations_that_cannot_be_compared(tmp_path: Path, name: str, value: object) -> None:
     runs = []
     for folder, mine in (
-        ("a", {"n": 50, "max_new": 6, "rows": "y"}),
-        ("b", {"n": 50, "max_new": 6, "rows": "y", name: value}),
+        ("a", {"n": 50, "max_new_tokens": 6, "rows": "y"}),
+        ("b", {"n": 50, "max_new_tokens": 6, "rows": "y", name: value}),
     ):
         made = make_run(tmp_path / folder, seed=len(runs))
         write(made / "evals/lab-sort.jsonl", [{"step": 0, "accuracy": 0.5, "accuracy_se": 0.1, **mine}])

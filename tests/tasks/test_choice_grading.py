@@ -5,7 +5,7 @@ import time
 import pytest
 
 from es_jax.tasks import Choices, ChoiceTask, Example, get_task
-from es_jax.tasks.questions import SETS
+from es_jax.tasks.choice_datasets import SETS
 
 LONG = 100_000
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from es_jax.rundir.seed_log import SeedLog
 from es_jax.tasks.conciseness import Conciseness
 from es_jax.tasks.task import Score
 from es_jax.training import loop
 from es_jax.training.config import freeze
 from es_jax.training.loop import run
-from es_jax.training.seedlog import SeedLog
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -26,7 +26,7 @@ def config_of(source, **groups):
         "model": {"source": str(source)},
         "task": {"name": "conciseness", "train_size": 2},
         "es": {"population": 2, "sigma": 0.05},
-        "decode": {"max_prompt": 160, "max_new": 2, "slots": 2},
+        "decode": {"max_prompt_tokens": 160, "max_new_tokens": 2, "slots": 2},
         "train": {"steps": 2, "checkpoint_every": 1},
         "evals": {"every": 0},
     }
@@ -83,7 +83,11 @@ def test_a_tokenizer_without_a_chat_template(tiny_model, tmp_path):
 
 
 def test_a_prompt_that_is_too_long(tiny_model, tmp_path):
-    refuse(config_of(tiny_model, decode={"max_prompt": 20}), tmp_path / "run", "decode.max_prompt = 20; raise")
+    refuse(
+        config_of(tiny_model, decode={"max_prompt_tokens": 20}),
+        tmp_path / "run",
+        "decode.max_prompt_tokens = 20; raise",
+    )
 
 
 def test_an_empty_or_too_small_data_set(tiny_model, tmp_path):
@@ -154,7 +158,7 @@ def command(*arguments):
 def test_the_command_trains_resumes_and_ends_mistakes_with_one_sentence(tiny_model, tmp_path):
     fields = {
         "model.source": tiny_model, "task.train_size": 2, "es.population": 2, "decode.max_prompt": 160,
-        "decode.max_new": 2, "train.steps": 1, "evals.size": 2,
+        "decode.max_new": 2, "train.steps": 1, "evals.rows": 2,
     }  # fmt: skip
     flags = [f"--config.{name}={value}" for name, value in fields.items()]
     where = ["--config=configs/conciseness.py", f"--workdir={tmp_path / 'run'}"]
@@ -173,7 +177,7 @@ def test_the_command_trains_resumes_and_ends_mistakes_with_one_sentence(tiny_mod
 
     mistakes = {
         "--config.es.sgima=0.5": 'Did you mean "sigma"',
-        "--config=configs/conciseness.py:popp=3": "did you mean 'pop'",
+        "--config=configs/conciseness.py:populatio=3": "did you mean 'population'",
         "--config=README.md": "es_jax.train: ",
         "--config.es.population=many": "population",
     }

@@ -22,7 +22,11 @@ from es_jax.weights.tokenizer import encode_prompt
 def lab():
     model = load_model("lab")
     prompts = [encode_prompt(model.tokenizer, e.prompt) for e in get_task("lab-add").train(8)]
-    return model, prompts, Engine(model.config, slots=8, max_prompt=16, max_new=6, stop=model.stop_ids)
+    return (
+        model,
+        prompts,
+        Engine(model.config, slots=8, max_prompt_tokens=16, max_new_tokens=6, stop_token_ids=model.stop_token_ids),
+    )
 
 
 def test_rows_end_at_their_lengths_and_say_no_stop_token(lab):
@@ -31,7 +35,7 @@ def test_rows_end_at_their_lengths_and_say_no_stop_token(lab):
     fields = {field.name: getattr(engine, field.name) for field in dataclasses.fields(Engine) if field.name != "_"}
     made = EndedEngine(**{**fields, "slots": 3}, lengths=lengths).generate(model.params, prompts)
     assert tuple(made.length.tolist()) == lengths
-    assert not np.isin(made.tokens[np.arange(6) < made.length[:, None]], model.stop_ids).any()
+    assert not np.isin(made.tokens[np.arange(6) < made.length[:, None]], model.stop_token_ids).any()
 
 
 def test_the_peer_generates_the_same_tokens_with_generate_and_by_hand(lab):
@@ -46,11 +50,11 @@ def test_the_peer_generates_the_same_tokens_with_generate_and_by_hand(lab):
         net = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     made = engine.generate(model.params, prompts)
     for generate in (peer_torch.generate, peer_torch.by_hand):
-        tokens = generate(net, prompts, 6, stop=model.stop_ids[0])
+        tokens = generate(net, prompts, 6, stop=model.stop_token_ids[0])
         for ours, length, theirs in zip(made.tokens, made.length, tokens, strict=True):
             assert ours[:length].tolist() == theirs[:length].tolist()
-    ended = peer_torch.generate(net, prompts, 6, stop=model.stop_ids[0], lengths=[1, 3, 6, 2, 6, 5, 1, 4])
-    assert (ended == model.stop_ids[0]).sum(1).tolist() == [6, 4, 1, 5, 1, 2, 6, 3]
+    ended = peer_torch.generate(net, prompts, 6, stop=model.stop_token_ids[0], lengths=[1, 3, 6, 2, 6, 5, 1, 4])
+    assert (ended == model.stop_token_ids[0]).sum(1).tolist() == [6, 4, 1, 5, 1, 2, 6, 3]
 
 
 def test_the_laboratorys_benchmark_runs(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ from ml_collections import config_dict
 from configs import conciseness, countdown, gsm8k, lab, proofwriter
 from es_jax.es.theory import anchored_norm
 from es_jax.optim.chains import OPTIMIZERS, build_optimizer
-from es_jax.training import workdir
+from es_jax.rundir import directory
 from es_jax.training.config import RunConfig, default_config, freeze
 
 
@@ -21,7 +21,7 @@ def test_the_door_and_the_inside_have_the_same_fields_and_defaults():
 def test_the_defaults_are_the_papers():
     c = RunConfig()
     assert (c.es.sigma, c.optim.learning_rate, c.es.population, c.train.steps) == (1e-3, 5e-4, 30, 500)
-    assert (c.task.train_size, c.decode.max_new, c.evals.every) == (200, 1024, 25)
+    assert (c.task.train_size, c.decode.max_new_tokens, c.evals.every) == (200, 1024, 25)
 
 
 @pytest.mark.parametrize(
@@ -41,10 +41,10 @@ def test_the_defaults_are_the_papers():
         ({"optim": {"learning_rate": 0.0}}, "optim.learning_rate is 0.0"),
         ({"optim": {"name": "sdg"}}, "did you mean 'sgd'"),
         ({"optim": {"anchor": {"penalty": "l2"}}}, "with no strength"),
-        ({"optim": {"anchor": {"penalty": "l2", "strength": 1.0, "drift": 1.0}}}, "with strength and drift"),
+        ({"optim": {"anchor": {"penalty": "l2", "strength": 1.0, "kappa": 1.0}}}, "with strength and kappa"),
         ({"optim": {"anchor": {"strength": 1.0}}}, "penalty is 'none'"),
         ({"optim": {"anchor": {"penalty": "l2", "strength": 2000.0}}}, "αλ is 0.0005 × 2000 = 1"),
-        ({"optim": {"name": "adam", "anchor": {"penalty": "l2", "drift": 1.0}}}, "closed form for 'sgd' alone"),
+        ({"optim": {"name": "adam", "anchor": {"penalty": "l2", "kappa": 1.0}}}, "closed form for 'sgd' alone"),
         ({"optim": {"schedule": "liner"}}, "optim.schedule: unknown schedule 'liner': did you mean 'linear'"),
         ({"optim": {"schedule": "linear:0:500"}}, "optim.schedule: schedule 'linear:0:500' warms up for 500 of 500"),
         ({"es": {"schedule": "cosine"}}, "σ must stay above 0"),
@@ -52,14 +52,14 @@ def test_the_defaults_are_the_papers():
             {"optim": {"schedule": "linear:5", "anchor": {"penalty": "l2", "strength": 500.0}}},
             "times 5 by its schedules",
         ),
-        ({"optim": {"anchor": {"average": 0.9}}}, "optim.anchor.average is set but optim.anchor.penalty is 'none'"),
-        ({"optim": {"anchor": {"penalty": "l2", "strength": 1.0, "average": 1.0}}}, "optim.anchor.average is 1.0"),
-        ({"optim": {"anchor": {"penalty": "l2", "drift": 1.0, "average": 0.9}}}, "have no long-run drift"),
+        ({"optim": {"anchor": {"ema_decay": 0.9}}}, "optim.anchor.ema_decay is set but optim.anchor.penalty is 'none'"),
+        ({"optim": {"anchor": {"penalty": "l2", "strength": 1.0, "ema_decay": 1.0}}}, "optim.anchor.ema_decay is 1.0"),
+        ({"optim": {"anchor": {"penalty": "l2", "kappa": 1.0, "ema_decay": 0.9}}}, "have no long-run drift"),
         ({"method": "grpo", "optim": {"schedule": "linear"}}, "schedules are for ES"),
         ({"task": {"train_size": 4, "prompts_per_step": 5}}, "prompts_per_step is 5 of task.train_size 4"),
-        ({"decode": {"max_new": 0}}, "decode.max_new is 0"),
+        ({"decode": {"max_new_tokens": 0}}, "decode.max_new_tokens is 0"),
         ({"train": {"seed": -1}}, "train.seed is -1"),
-        ({"mesh": {"pop": 0}}, "mesh.pop is 0"),
+        ({"mesh": {"groups": 0}}, "mesh.groups is 0"),
     ],
 )
 def test_bad_fields_are_refused_by_name(fields, says):
@@ -75,16 +75,16 @@ def test_every_config_file_is_valid_and_says_what_it_reached(file):
 
 
 def test_arguments():
-    c = countdown.get_config("qwen2.5-7b,pop=128,anchor=l2,antithetic=true,sigma=2e-3,data=rows")
+    c = countdown.get_config("qwen2.5-7b,population=128,anchor=l2,antithetic=true,sigma=2e-3,data=rows")
     assert c.model.source == "Qwen/Qwen2.5-7B-Instruct" and c.es.population == 128 and c.es.antithetic
     assert c.es.sigma == 2e-3 and c.optim.anchor.strength == 10.0 and c.task.data_dir == "rows"
     assert countdown.get_config("anchor=l1").optim.anchor.strength == 0.01
-    c = countdown.get_config("smollm2,small,anchor=l2,drift=1.0")
-    assert c.optim.anchor.strength is None and freeze(c).anchor_drift == 1.0 and c.es.population == 4
+    c = countdown.get_config("smollm2,small,anchor=l2,kappa=1.0")
+    assert c.optim.anchor.strength is None and freeze(c).anchor_kappa == 1.0 and c.es.population == 4
     for argument, says in (
         ("qwen2.5-33b", "did you mean 'qwen2.5-3b'"),
-        ("popp=3", "did you mean 'pop'"),
-        ("pop=three", "it must be int"),
+        ("populatio=3", "did you mean 'population'"),
+        ("population=three", "it must be int"),
         ("antithetic=yes", "true or false"),
     ):
         with pytest.raises(ValueError, match=says):
@@ -94,8 +94,8 @@ def test_arguments():
 def test_a_locked_config_is_what_the_flags_override():
     config = countdown.get_config()
     assert isinstance(config, config_dict.ConfigDict) and config.is_locked
-    config.update_from_flattened_dict({"es.sigma": 2e-3, "optim.anchor.drift": 0.5, "optim.anchor.penalty": "l2"})
-    assert freeze(config).anchor_drift == 0.5
+    config.update_from_flattened_dict({"es.sigma": 2e-3, "optim.anchor.kappa": 0.5, "optim.anchor.penalty": "l2"})
+    assert freeze(config).anchor_kappa == 0.5
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -107,7 +107,7 @@ def test_the_sentence_says_what_the_chain_is(name):
 
 
 def test_the_sentence_says_where_a_strong_anchor_ends_the_walk():
-    config = freeze({"es": {"population": 2}, "optim": {"anchor": {"penalty": "l2", "drift": 0.5}}})
+    config = freeze({"es": {"population": 2}, "optim": {"anchor": {"penalty": "l2", "kappa": 0.5}}})
     rate, strength = config.optim.learning_rate, config.anchor_strength
     assert rate * strength == pytest.approx(0.25)  # not small
     norm = anchored_norm(dim=1, steps=1000, population=2, learning_rate=rate, strength=strength)
@@ -117,7 +117,7 @@ def test_the_sentence_says_where_a_strong_anchor_ends_the_walk():
 def test_runs_from_before_the_generator_was_a_field_keep_theirs(tmp_path):
     content = {"digest": "0", "config": {"es": {"sigma": 0.01}}}
     (tmp_path / "config.json").write_text(json.dumps(content))
-    assert workdir.read_config(tmp_path).es.generator == "threefry"
+    assert directory.read_config(tmp_path).es.generator == "threefry"
     content["config"]["es"]["generator"] = "threefry13"
     (tmp_path / "config.json").write_text(json.dumps(content))
-    assert workdir.read_config(tmp_path).es.generator == "threefry13"
+    assert directory.read_config(tmp_path).es.generator == "threefry13"

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from es_jax.es.shaping import z_score
+from es_jax.rundir.seed_log import Entry
 from es_jax.training.diagnostics import diagnose
-from es_jax.training.seedlog import Entry
 
 ALPHA, SIGMA, N = 0.03, 0.2, 400
 

@@ -59,9 +59,9 @@ def test_every_aggregation_weighs_tokens_as_it_says():
     }
     assert set(by_hand) == set(AGGREGATIONS)
     for name, (long, short) in by_hand.items():
-        weights = token_weights(counted, name, max_new=5)
+        weights = token_weights(counted, name, max_new_tokens=5)
         np.testing.assert_allclose(weights, [[*long, 0], [short, 0, 0, 0], [0] * 4], rtol=1e-6)
-        assert not token_weights(np.zeros((2, 3), bool), name, max_new=5).any()
+        assert not token_weights(np.zeros((2, 3), bool), name, max_new_tokens=5).any()
 
 
 def test_advantages_are_of_their_group_with_the_sample_deviation():
@@ -73,7 +73,7 @@ def test_advantages_are_of_their_group_with_the_sample_deviation():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("rollouts", 1), ("temperature", 0.0), ("dual_clip", 1.0), ("clip_low", 1.5), ("clip_high", -0.1), ("kl", -1.0),
+    [("rollouts", 1), ("temperature", 0.0), ("dual_clip", 1.0), ("clip_low", 1.5), ("clip_high", -0.1), ("kl_coef", -1.0),
      ("mini_batch", 0), ("aggregation", "token_mean"), ("entropy", float("nan")), ("kl_limit", 0.0)],
 )  # fmt: skip
 def test_values_out_of_range_are_refused(field, value):
@@ -87,7 +87,9 @@ def model(tiny_model):
 
 
 def policy_of(model, devices=8, **fields):
-    engine = Engine(model.config, slots=4, max_prompt=64, max_new=8, stop=(1,), sampler=Temperature(1.0))
+    engine = Engine(
+        model.config, slots=4, max_prompt_tokens=64, max_new_tokens=8, stop_token_ids=(1,), sampler=Temperature(1.0)
+    )
     mesh = make_mesh(devices=jax.devices()[:devices])
     return Policy(engine, mesh, jnp.dtype("float32"), RunConfig(), GRPOConfig(**({"micro_batch": 1} | fields)))
 
@@ -103,10 +105,10 @@ def rows_of(aggregation="token-mean", advantage=ADVANTAGE, far=2.5):
     """Eight rows with padding on both sides, and old and reference log-probabilities that reach every clip."""
     draw = np.random.default_rng(0)
     tokens = draw.integers(2, 258, (8, 8)).astype(np.int32)
-    rows = laid_out(PROMPTS, tokens, LENGTHS, advantage, max_prompt=64)
+    rows = laid_out(PROMPTS, tokens, LENGTHS, advantage, max_prompt_tokens=64)
     shape = rows.counted.shape
     old, reference = (-5.5 + far * draw.standard_normal(shape).astype(np.float32) for _ in range(2))
-    weight = token_weights(rows.counted, aggregation, max_new=8)
+    weight = token_weights(rows.counted, aggregation, max_new_tokens=8)
     return Rows(rows.tokens, rows.positions, weight, rows.advantage, old, reference)
 
 
@@ -141,7 +143,7 @@ def in_torch(model, tiny_model, rows, g):
             k = torch.clamp(ref - here[ids[place]], -20, 20)
             kl = torch.clamp(torch.exp(k) - k - 1, -10, 10)
             entropy = -(here.exp() * here).sum()
-            loss = loss + float(rows.weight[r, t]) * (policy + g.kl * kl - g.entropy * entropy)
+            loss = loss + float(rows.weight[r, t]) * (policy + g.kl_coef * kl - g.entropy * entropy)
     assert width >= LENGTHS.max()
     loss.backward()
     return float(loss.detach()), {name: p.grad.numpy() for name, p in net.named_parameters()}
@@ -149,8 +151,8 @@ def in_torch(model, tiny_model, rows, g):
 
 @pytest.mark.parametrize(
     ("aggregation", "fields"),
-    [("token-mean", {}), ("token-mean", {"kl": 0.0}), ("seq-mean-token-mean", {"entropy": 0.1, "kl": 0.5}),
-     ("seq-mean-token-sum", {"clip_high": 0.4, "kl": 0.1}), ("seq-mean-token-sum-norm", {"temperature": 0.7})],
+    [("token-mean", {}), ("token-mean", {"kl_coef": 0.0}), ("seq-mean-token-mean", {"entropy": 0.1, "kl_coef": 0.5}),
+     ("seq-mean-token-sum", {"clip_high": 0.4, "kl_coef": 0.1}), ("seq-mean-token-sum-norm", {"temperature": 0.7})],
 )  # fmt: skip
 def test_loss_and_gradients_are_those_of_the_formulas_on_transformers_model(aggregation, fields, model, tiny_model):
     policy, rows = policy_of(model, **fields), rows_of(aggregation)
@@ -209,7 +211,7 @@ def test_logprobs_are_those_of_the_engine(model):
     policy = policy_of(model)
     engine = dataclasses.replace(policy.engine, logprobs=True)
     out = engine.generate(model.params, PROMPTS, key=jax.random.key(3))
-    rows = laid_out(PROMPTS, np.asarray(out.tokens), np.asarray(out.length), ADVANTAGE, max_prompt=35)
+    rows = laid_out(PROMPTS, np.asarray(out.tokens), np.asarray(out.length), ADVANTAGE, max_prompt_tokens=35)
     cut = (jnp.asarray(x.reshape(1, 8, -1)) for x in (rows.tokens, rows.positions))
     ours = np.asarray(policy.logprobs(model.params, *cut, rows.counted.shape[1]))[0]
     theirs = np.asarray(out.logprob)[:, : rows.counted.shape[1]]
@@ -220,7 +222,9 @@ def test_weights_and_moments_are_cut_over_the_devices_and_no_logits_are_held(mod
     """The memory of the compiled gradient is below what the logits of one micro-batch alone would take."""
     wide = dataclasses.replace(model.config, vocab_size=8192)
     monkeypatch.setattr(grpo_step, "TOKENS_AT_ONCE", 64)
-    engine = Engine(wide, slots=4, max_prompt=64, max_new=256, stop=(1,), sampler=Temperature(1.0))
+    engine = Engine(
+        wide, slots=4, max_prompt_tokens=64, max_new_tokens=256, stop_token_ids=(1,), sampler=Temperature(1.0)
+    )
     policy = Policy(engine, make_mesh(devices=jax.devices()[:1]), jnp.dtype("float32"), RunConfig(), GRPOConfig())
     params = jax.eval_shape(grpo_step.Transformer(wide).init, jax.random.key(0))
     shape = lambda kind, *dims: jax.ShapeDtypeStruct((2, 8, *dims), kind)  # noqa: E731

@@ -11,16 +11,16 @@ import pytest
 from configs.lab import get_config
 from es_jax.es import theory
 from es_jax.plotting import accuracies, prior_accuracy, target_against_prior
+from es_jax.rundir.metrics import read_jsonl
 from es_jax.tasks.lab import PRIOR
 from es_jax.training.loop import run
-from es_jax.training.metrics import read_jsonl
 from es_jax.weights.model import load_model
 from experiments.lab_demo import sentence
 from experiments.pretrain_lab import CONFIG, RECORD, accuracy, digest, make_tokenizer, pretrain
 
 TARGET, STEPS, EVERY, DIM = "lab-countdown", 100, 25, 90_432
 RUNS = {"none": "", "l2": "anchor=l2", "random": "rewards=random,steps=50", "antithetic": "antithetic=true,steps=25",
-        "large": "pop=32,steps=25"}  # fmt: skip
+        "large": "population=32,steps=25"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def runs(tmp_path_factory):
         if not (root / name / "DONE").exists():
             config = get_config(f"steps={STEPS},{RUNS[name]}".removesuffix(","))
             config.evals.every = EVERY
-            config.mesh.pop = 1  # the bits are the same on eight fake devices, which two cores run half as fast
+            config.mesh.groups = 1  # the bits are the same on eight fake devices, which two cores run half as fast
             run(config, root / name)
         return root / name
 
@@ -102,7 +102,7 @@ def test_the_same_seed_is_the_same_run(tmp_path):
     logs = []
     for name in ("a", "b"):
         config = get_config("steps=5")
-        config.evals.every, config.mesh.pop = 0, 1
+        config.evals.every, config.mesh.groups = 0, 1
         run(config, tmp_path / name)
         logs.append((tmp_path / name / "seedlog.jsonl").read_text())
     assert logs[0] == logs[1]

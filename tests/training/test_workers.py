@@ -6,11 +6,12 @@ import jax
 import pytest
 
 from configs.lab import get_config
+from es_jax.rundir.metrics import read_jsonl
+from es_jax.scoring import heldout
+from es_jax.scoring.workers import workers_of
 from es_jax.tasks.lab import Lab
-from es_jax.tasks.pool import workers_of
-from es_jax.training import heldout, loop
+from es_jax.training import loop
 from es_jax.training.loop import run
-from es_jax.training.metrics import read_jsonl
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,10 +19,10 @@ class LabWithWorkers(Lab):
     workers: int = 2
 
 
-@pytest.mark.parametrize("method", ["pop=2", "grpo"])
+@pytest.mark.parametrize("method", ["population=2", "grpo"])
 def test_a_run_has_the_same_rewards_with_workers_and_without(tmp_path, monkeypatch, method):
     config = get_config(f"steps=2,{method}")
-    config.evals.every, config.evals.size, config.mesh.pop, config.task.prompts_per_step = 2, 20, 1, 16
+    config.evals.every, config.evals.rows, config.mesh.groups, config.task.prompts_per_step = 2, 20, 1, 16
     with jax.numpy_dtype_promotion("standard"):  # optax's adamw needs it
         run(config, tmp_path / "without")
     monkeypatch.setattr(loop, "make_task", lambda config: LabWithWorkers("countdown"))

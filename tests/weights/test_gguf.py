@@ -155,7 +155,7 @@ def written(request, tmp_path_factory):
 def test_a_whole_model(written):
     _, config, params, _, path = written
     model = load_model(path)
-    assert model.config == config and model.stop_ids == (1, 3)
+    assert model.config == config and model.stop_token_ids == (1, 3)
     jax.tree.map(np.testing.assert_array_equal, model.params, params)
 
 

@@ -106,7 +106,7 @@ def test_load_undoes_save(tmp_path, model, config, dtype):
     save_model(tmp_path, dataclasses.replace(model, config=config, params=params))
     loaded = load_model(tmp_path, dtype=dtype)
     assert loaded.config == config == config_only(tmp_path)
-    assert loaded.stop_ids == (0, 2) and len(loaded.digest) == 64
+    assert loaded.stop_token_ids == (0, 2) and len(loaded.digest) == 64
     _same(loaded.params, params)
     text = "Was kostet 12345 € \n\n ok?"
     assert loaded.tokenizer.encode(text) == model.tokenizer.encode(text)
@@ -254,5 +254,5 @@ def test_a_folder_in_the_place_of_a_file_is_named(folder):
 
 def test_the_outline_is_the_model_without_its_weights(folder):
     outline, whole = load_outline(folder), load_model(folder)
-    assert outline.params == {} and outline.digest == whole.digest and outline.stop_ids == whole.stop_ids
+    assert outline.params == {} and outline.digest == whole.digest and outline.stop_token_ids == whole.stop_token_ids
     assert outline.config == whole.config

@@ -113,7 +113,7 @@ def test_a_whole_file_out_to_a_folder_and_back(name, tmp_path):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), model.params, params)
     save_model(tmp_path / "out", model)
     back = load_model(tmp_path / "out")
-    assert back.stop_ids == model.stop_ids == ends
+    assert back.stop_token_ids == model.stop_token_ids == ends
     for text in GOLDEN[name]["texts"]:
         assert encode_prompt(back.tokenizer, text) == encode_prompt(model.tokenizer, text)
         assert back.tokenizer.decode(GOLDEN[name]["texts"][text]) == text

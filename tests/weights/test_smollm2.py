@@ -53,7 +53,7 @@ def test_greedy_answer(model):
     for end in range(start, tokens.shape[1]):
         logits, _ = forward(model.params, jnp.asarray(tokens), logits_at=jnp.array([end - 1]))
         tokens[0, end] = int(logits.argmax())
-        if tokens[0, end] in model.stop_ids:
+        if tokens[0, end] in model.stop_token_ids:
             break
     answer = model.tokenizer.decode(tokens[0, start : end + 1])
     assert answer == "The capital of France is Paris.<|im_end|>"
@@ -62,7 +62,7 @@ def test_greedy_answer(model):
 def test_what_was_read(smollm2, model):
     config = config_only(smollm2)
     assert config == model.config and config.tied_embeddings and config.norm_eps == 1e-5
-    assert model.stop_ids == (0, 2)
+    assert model.stop_token_ids == (0, 2)
     assert sum(leaf.size for leaf in jax.tree.leaves(model.params)) == 134_515_008
 
 
@@ -86,11 +86,13 @@ def test_out_to_transformers_and_back(model, tmp_path):
     assert words.encode(TEXT) == model.tokenizer.encode(TEXT) and words.chat_template == model.tokenizer.chat_template
     ids = encode_prompt(words, "The tide tables")
     made = theirs.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=12)[0, len(ids) :].tolist()
-    engine = Engine(model.config, slots=1, max_prompt=len(ids), max_new=12, stop=model.stop_ids)
+    engine = Engine(
+        model.config, slots=1, max_prompt_tokens=len(ids), max_new_tokens=12, stop_token_ids=model.stop_token_ids
+    )
     tokens = engine.generate(model.params, [ids]).tokens[0]
     assert made == np.asarray(tokens).tolist() and len(made) == 12
     del theirs
     back = load_model(tmp_path / "out")
-    assert back.config == model.config and back.stop_ids == model.stop_ids
+    assert back.config == model.config and back.stop_token_ids == model.stop_token_ids
     forward, tokens = jax.jit(Transformer(model.config).apply), jnp.asarray([ids], jnp.int32)
     np.testing.assert_array_equal(forward(back.params, tokens)[0], forward(model.params, tokens)[0])

@@ -56,7 +56,7 @@ def over_all(path, shape):
 
 
 def by_layer(path, shape):
-    spec = jax.sharding.PartitionSpec("pop" if path.startswith("layers/") else None)
+    spec = jax.sharding.PartitionSpec("groups" if path.startswith("layers/") else None)
     return jax.sharding.NamedSharding(make_mesh(4), spec)
 
 

@@ -4,7 +4,7 @@ import pytest
 from test_model import tiny_metadata
 
 from es_jax.weights.gguf_tokenizer import PRE_TOKENIZERS, from_gguf_metadata
-from es_jax.weights.tokenizer import encode_prompt, render, stop_ids
+from es_jax.weights.tokenizer import encode_prompt, render, stop_token_ids
 
 TRIMS = "{% for m in messages %}[{{ m.role }}]{{ m.content | trim }}<|im_end|>{% endfor %}"
 TRIMS += "{% if add_generation_prompt %}[assistant]{% endif %}"
@@ -60,8 +60,8 @@ def test_round_trip(pre, text):
 
 
 def test_stop_ids_are_all_ends_of_turn(tokenizer):
-    assert stop_ids(tokenizer) == (0, 2)
-    assert stop_ids(tokenizer, 7, [9, 2], None) == (0, 2, 7, 9)
+    assert stop_token_ids(tokenizer) == (0, 2)
+    assert stop_token_ids(tokenizer, 7, [9, 2], None) == (0, 2, 7, 9)
 
 
 @pytest.mark.parametrize(

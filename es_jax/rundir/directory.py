@@ -16,13 +16,20 @@ from typing import Any
 
 import jax
 
-from es_jax.core import hosts
+from es_jax.core import processes
 from es_jax.training.config import RunConfig, freeze
 
 # What may change between the start and the resumption of a run: nothing that a step's bits depend on.
 CHANGEABLE = (
-    *("train.steps", "train.checkpoint_every", "train.keep", "train.samples", "train.profile", "evals.every"),
-    *("mesh.pop", "mesh.model", "optim.anchor.memory"),
+    *(
+        "train.steps",
+        "train.checkpoint_every",
+        "train.keep_checkpoints",
+        "train.samples",
+        "train.profile",
+        "evals.every",
+    ),
+    *("mesh.groups", "mesh.model", "optim.anchor.memory"),
 )
 PACKAGES = (
     "es_jax",
@@ -43,11 +50,11 @@ def claim(workdir: Path) -> Any:
     Raises:
       OSError: it cannot be made, another process trains in it, or processes of the run do not see the same directory.
     """
-    lock = _lock(workdir) if hosts.first() else None
+    lock = _lock(workdir) if processes.first() else None
     if lock is not None:
         lock.write(f"{os.getpid()} {time.time_ns()}\n")
         lock.flush()
-    (told,) = hosts.exchange({0: (workdir / ".lock").read_text()} if hosts.first() else {}).values()
+    (told,) = processes.exchange({0: (workdir / ".lock").read_text()} if processes.first() else {}).values()
     if lock is None:
         _check_shared(workdir, told)
     return lock or contextlib.nullcontext()
@@ -94,10 +101,10 @@ def settle(workdir: Path, config: RunConfig, *, identity: dict[str, Any], starte
       ValueError: the directory holds a run of another config, base weights or rows, or this process has others than
         the first one; what differs is named.
     """
-    if hosts.first():
+    if processes.first():
         _settle(workdir, config, identity=identity, started=started)
-    hosts.barrier()
-    there = identity if hosts.first() else read(workdir)
+    processes.barrier()
+    there = identity if processes.first() else read(workdir)
     differing = [f"{k} is {there.get(k)!r} there and {v!r} here" for k, v in identity.items() if there.get(k) != v]
     if differing:
         raise ValueError(

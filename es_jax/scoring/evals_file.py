@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from es_jax.training.metrics import Jsonl, read_jsonl
-from es_jax.training.verdicts import Verdicts, summary
+from es_jax.rundir.metrics import Jsonl, read_jsonl
+from es_jax.scoring.row_results import Verdicts, summary
 
 MAX = 2**62  # a step behind every step
 
@@ -34,7 +34,7 @@ class EvalsFile:
         """The steps that are evaluated."""
         return self._rows.steps
 
-    def check(self, *, digest: str, max_new: int, n: int) -> None:
+    def check(self, *, digest: str, max_new_tokens: int, n: int) -> None:
         """Raises ValueError where the file's rows were made from other held-out rows, now n, or with another limit."""
         for row in read_jsonl(self._rows.path):
             if row.get("rows") != digest:
@@ -42,24 +42,24 @@ class EvalsFile:
                     f"{self._rows.path} was made from {row.get('n')} rows with digest {row.get('rows')!r}, and this "
                     f"evaluation has {n} with {digest!r}: use the same --size and --data_dir, or another --out"
                 )
-            if row.get("max_new") != max_new:
+            if row.get("max_new") != max_new_tokens:
                 raise ValueError(
-                    f"{self._rows.path} was made with max_new = {row.get('max_new')}, and this evaluation has "
-                    f"{max_new}: use the same --max_new, or another --out"
+                    f"{self._rows.path} was made with max_new_tokens = {row.get('max_new_tokens')}, and this evaluation has "
+                    f"{max_new_tokens}: use the same --max_new_tokens, or another --out"
                 )
 
-    def add(self, step: int, verdicts: Verdicts, *, digest: str, max_new: int) -> dict[str, Any]:
+    def add(self, step: int, verdicts: Verdicts, *, digest: str, max_new_tokens: int) -> dict[str, Any]:
         """Write a step's row, and give it back."""
-        base = verdicts if step == 0 else self._base(digest, max_new)
-        row = summary(step, verdicts, base) | {"max_new": max_new, "rows": digest}
-        self._verdicts.write({"step": step, "max_new": max_new, "rows": digest, **verdicts.to_json()})
+        base = verdicts if step == 0 else self._base(digest, max_new_tokens)
+        row = summary(step, verdicts, base) | {"max_new": max_new_tokens, "rows": digest}
+        self._verdicts.write({"step": step, "max_new": max_new_tokens, "rows": digest, **verdicts.to_json()})
         self._rows.write(row)
         self.last = row if self.last is None or step >= self.last["step"] else self.last
         return row
 
-    def _base(self, digest: str, max_new: int) -> Verdicts | None:
+    def _base(self, digest: str, max_new_tokens: int) -> Verdicts | None:
         for fields in read_jsonl(self._verdicts.path):
-            if (fields["step"], fields["rows"], fields["max_new"]) == (0, digest, max_new):
+            if (fields["step"], fields["rows"], fields["max_new"]) == (0, digest, max_new_tokens):
                 return Verdicts.from_json(fields)
         return None
 

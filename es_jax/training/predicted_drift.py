@@ -5,8 +5,8 @@ import math
 import numpy as np
 
 from es_jax.es import theory
+from es_jax.rundir.seed_log import Entry
 from es_jax.training.config import RunConfig
-from es_jax.training.seedlog import Entry
 
 STRONG = 0.1  # l1 pull over the step of a weight, above which the continuous form is more than 2 % off
 
@@ -38,7 +38,7 @@ class Walk:
         variance = theory.step_variance(np.array(entry.weights), paired=entry.paired)
         step = rates.learning_rate**2 * self._dim * variance
         q = 1 - rates.learning_rate * rates.strength if anchor.penalty == "l2" else 1.0
-        beta = 1.0 if anchor.average is None else anchor.average
+        beta = 1.0 if anchor.ema_decay is None else anchor.ema_decay
         self._steps, self._walked = self._steps + 1, self._walked + step
         xx = q**2 * (self._xx + step) + 2 * q * (1 - q) * self._xa + (1 - q) ** 2 * self._aa
         xa = q * self._xa + (1 - q) * self._aa
@@ -57,7 +57,7 @@ class Walk:
         if config.optim.anchor.penalty != "l1":
             return math.sqrt(self._xx + (self._towards * self._offset) ** 2)
         anchor = config.optim.anchor
-        moving = anchor.average is not None or anchor.source or self._offset
+        moving = anchor.ema_decay is not None or anchor.source or self._offset
         if moving or anchor.schedule != "constant" or config.optim.schedule != "constant":
             return None
         mean = self._walked / (config.optim.learning_rate**2 * self._dim * max(self._steps, 1))  # of a step: 1/N

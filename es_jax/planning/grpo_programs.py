@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from es_jax.core import rng
-from es_jax.core.mesh import MODEL, POP, over_pop, replicated
+from es_jax.core.mesh import GROUPS, MODEL, over_pop, replicated
 from es_jax.generate.sampling import Temperature
 from es_jax.generate.slots import Queue
 from es_jax.models.transformer import matrix_weights
@@ -45,7 +45,7 @@ class PolicyPrograms(Programs):
 
     def rollout(self) -> Program:
         """The completions that the groups sample in one call."""
-        groups, policy, new = self.mesh.shape[POP], self.policy, self.config.decode.max_new
+        groups, policy, new = self.mesh.shape[GROUPS], self.policy, self.config.decode.max_new_tokens
         each = min(-(-self.rows // groups), AT_ONCE * policy.engine.slots)
         queue = Queue(policy.engine, None, np.empty((each, self.width)), None, None, None, axis_name=None)
         keys = jax.eval_shape(lambda: jax.vmap(rng.key)(jnp.zeros(groups * each, jnp.uint32)).reshape(groups, each))
@@ -74,8 +74,8 @@ class PolicyPrograms(Programs):
         tokens = array(self._micro(self.rows), jnp.int32, replicated(self.mesh))
         return Program(
             "score",
-            lambda: Policy.logprobs.lower(policy, self.params, tokens, tokens, self.config.decode.max_new),
-            times=2 if self.config.grpo.kl else 1,
+            lambda: Policy.logprobs.lower(policy, self.params, tokens, tokens, self.config.decode.max_new_tokens),
+            times=2 if self.config.grpo.kl_coef else 1,
             turns={},
             parts=self._held(),
             own=frozenset({"parameters"}),
@@ -87,7 +87,7 @@ class PolicyPrograms(Programs):
         policy, grpo, everywhere = self.policy, self.config.grpo, replicated(self.mesh)
         many = min(grpo.mini_batch, self.prompts) * grpo.rollouts
         shape = self._micro(many)
-        behind = (*shape[:2], self.config.decode.max_new)
+        behind = (*shape[:2], self.config.decode.max_new_tokens)
         arrays: list[Any] = [array(shape, jnp.int32, everywhere)] * 2
         arrays += [array(behind, jnp.float32, everywhere), array(shape[:2], jnp.float32, everywhere)]
         arrays += [array(behind, jnp.float32, everywhere)] * 2
@@ -107,10 +107,10 @@ class PolicyPrograms(Programs):
     def _micro(self, rows: int) -> tuple[int, int, int]:
         """The shape of that many rows in micro-batches, [M, m, P + L]."""
         size = self.policy.micro_batch
-        return -(-rows // size), size, self.width + self.config.decode.max_new
+        return -(-rows // size), size, self.width + self.config.decode.max_new_tokens
 
     def _forward(self, rows: int) -> float:
         """Operations of one device for one pass over rows of full length, logits of the completions among them."""
-        width, new = self.width + self.config.decode.max_new, self.config.decode.max_new
+        width, new = self.width + self.config.decode.max_new_tokens, self.config.decode.max_new_tokens
         _, head = matrix_weights(self.model)
         return (prefill_flops(self.model, rows, width) + 2.0 * head * rows * (new - 1)) / self.mesh.size

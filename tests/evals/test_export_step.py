@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from es_jax.core.tree import named_leaves
+from es_jax.evals.export_step import export_run
 from es_jax.generate.engine import Engine
 from es_jax.training.config import freeze
-from es_jax.training.export import export_run
 from es_jax.training.loop import run
 from es_jax.training.state import replay
 from es_jax.weights.model import load_model
@@ -34,10 +34,10 @@ def workdir(tiny_model, tmp_path_factory):
         "model": {"source": str(tiny_model)},
         "task": {"name": "conciseness", "train_size": 2},
         "es": {"population": 4, "sigma": 0.05},
-        "optim": {"learning_rate": 0.02, "anchor": {"penalty": "l2", "drift": 1.0}},
-        "decode": {"max_prompt": 160, "max_new": 2, "slots": 2},
-        "train": {"steps": 3, "checkpoint_every": 2, "keep": 2},
-        "evals": {"every": 3, "size": 2},
+        "optim": {"learning_rate": 0.02, "anchor": {"penalty": "l2", "kappa": 1.0}},
+        "decode": {"max_prompt_tokens": 160, "max_new_tokens": 2, "slots": 2},
+        "train": {"steps": 3, "checkpoint_every": 2, "keep_checkpoints": 2},
+        "evals": {"every": 3, "rows": 2},
     }
     folder = tmp_path_factory.mktemp("run")
     run(freeze(fields), folder)
@@ -87,7 +87,9 @@ def test_transformers_reads_it_whole_and_decodes_the_same(workdir, tiny_model, t
     ids = encode_prompt(tokenizer, PROMPT)
     assert ids == encode_prompt(ours.tokenizer, PROMPT)
     made = theirs.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=24)[0, len(ids) :].tolist()
-    engine = Engine(ours.config, slots=1, max_prompt=len(ids), max_new=24, stop=ours.stop_ids)
+    engine = Engine(
+        ours.config, slots=1, max_prompt_tokens=len(ids), max_new_tokens=24, stop_token_ids=ours.stop_token_ids
+    )
     generation = engine.generate(ours.params, [ids])
     assert made == np.asarray(generation.tokens)[0, : int(generation.length[0])].tolist() and len(set(made)) > 3
 
@@ -118,7 +120,7 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_left(workdir, tmp_pat
         export_run(workdir, tmp_path / "full/mine.txt/out")
     with monkeypatch.context() as patched:
         patched.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
-        patched.setattr("es_jax.training.export.replay", lambda *a, **k: pytest.fail("long work began"))
+        patched.setattr("es_jax.evals.export_step.replay", lambda *a, **k: pytest.fail("long work began"))
         with pytest.raises(OSError, match=r"does not fit on its disk \(0\.000 GB are needed, 0\.000 GB are free\)"):
             export_run(workdir, tmp_path / "out", step=1)
     shutil.copytree(workdir, tmp_path / "other")
@@ -146,7 +148,7 @@ def test_two_processes_load_their_parts_and_export_together(workdir, tiny_model,
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    command = [sys.executable, "-m", "tests.training.export_process"]
+    command = [sys.executable, "-m", "tests.evals.export_process"]
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     given = [port, str(tiny_model), str(workdir), str(tmp_path)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
+from es_jax.rundir.metrics import Jsonl, Metrics, Progress
+from es_jax.rundir.seed_log import Entry
+from es_jax.scoring.evals_file import EvalsFile
+from es_jax.scoring.grading import Graded, means
+from es_jax.scoring.heldout import HeldOut
+from es_jax.scoring.row_results import Verdicts
 from es_jax.training.config import RunConfig
-from es_jax.training.evalsfile import EvalsFile
-from es_jax.training.grading import Graded, means
-from es_jax.training.heldout import HeldOut
-from es_jax.training.metrics import Jsonl, Metrics, Progress
-from es_jax.training.seedlog import Entry
-from es_jax.training.verdicts import Verdicts
-from es_jax.training.walk import Walk
+from es_jax.training.predicted_drift import Walk
 
 
 class Recorder:
@@ -77,9 +77,9 @@ class Recorder:
 
     def evaluations(self, step: int, done: Iterable[tuple[HeldOut, Verdicts]]) -> None:
         """A row of held-out accuracy for each task, on disk as soon as it is there, and one line on the screen."""
-        rows, max_new = {}, self._config.decode.max_new
+        rows, max_new_tokens = {}, self._config.decode.max_new_tokens
         for held, verdicts in done:
-            row = self.heldout[held.name].add(step, verdicts, digest=held.digest, max_new=max_new)
+            row = self.heldout[held.name].add(step, verdicts, digest=held.digest, max_new_tokens=max_new_tokens)
             self._metrics.write(row, prefix=f"evals/{held.name}")
             rows[held.name] = row
         said = [f"{name} {row['accuracy']:.3f}" for name, row in rows.items()]

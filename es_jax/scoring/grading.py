@@ -7,16 +7,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from es_jax.core import hosts
-from es_jax.tasks.pool import Submit
+from es_jax.core import processes
+from es_jax.profiling.clock import host
+from es_jax.scoring.workers import Submit
 from es_jax.tasks.task import Example, Score, Scorer
-from es_jax.training.timing import host
 from es_jax.weights.model import Model
 
 
 @dataclasses.dataclass(frozen=True)
 class Graded:
-    """One completion: its text without the stop token, its score, how many tokens, and whether max_new cut it."""
+    """One completion: its text without the stop token, its score, how many tokens, and whether max_new_tokens cut it."""
 
     example: Example
     text: str
@@ -32,7 +32,7 @@ Pending = Callable[[], Graded]  # waits for the score
 class Grader:
     """Grades completions of a list of examples, and shares what it graded with the other processes of the run.
 
-    `submit`: of `es_jax.tasks.pool.workers_of`; None scores in this thread.
+    `submit`: of `es_jax.scoring.workers.workers_of`; None scores in this thread.
     """
 
     task: Scorer
@@ -46,7 +46,7 @@ class Grader:
             kept, stopped = [], []
             for i in range(len(indices)):
                 row = tokens[i, : length[i]].tolist()
-                stopped.append(bool(row) and row[-1] in self.model.stop_ids)
+                stopped.append(bool(row) and row[-1] in self.model.stop_token_ids)
                 kept.append(row[:-1] if stopped[-1] else row)
             texts = self.model.tokenizer.batch_decode(
                 kept, skip_special_tokens=True, clean_up_tokenization_spaces=False
@@ -72,13 +72,13 @@ class Grader:
         graded. Scores that are on their way are waited for.
         """
         with host("grade"):
-            own = hosts.wait(lambda: {n: (at, [one() for one in ones]) for n, (at, ones) in pending.items()})
+            own = processes.wait(lambda: {n: (at, [one() for one in ones]) for n, (at, ones) in pending.items()})
         if jax.process_count() == 1:
             return {number: own[number][1] for number in sorted(own)}
         packed = {n: [list(at), [_packed(g, text=n in texts) for g in graded]] for n, (at, graded) in own.items()}
         return {
             n: own[n][1] if n in own else [_unpacked(self.examples[i], row) for i, row in zip(at, rows, strict=True)]
-            for n, (at, rows) in hosts.exchange(packed).items()
+            for n, (at, rows) in processes.exchange(packed).items()
         }
 
 
@@ -93,7 +93,7 @@ def _unpacked(example: Example, row: list[Any]) -> Graded:
 
 
 def means(graded: Sequence[Graded]) -> dict[str, float]:
-    """Mean reward, mean of each part of the score, mean length, and the share cut at max_new."""
+    """Mean reward, mean of each part of the score, mean length, and the share cut at max_new_tokens."""
     parts = graded[0].score.parts
     return {
         "reward": float(np.mean([g.score.reward for g in graded])),

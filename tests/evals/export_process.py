@@ -1,6 +1,6 @@
 """One of two processes of a test: loads a model onto the devices of both, writes it, and exports a run's steps.
 
-    python -m tests.training.export_process RANK PORT MODEL WORKDIR OUT
+    python -m tests.evals.export_process RANK PORT MODEL WORKDIR OUT
 
 prints a line of JSON: what it holds of each leaf, and what the exports gave.
 """
@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from es_jax.core.mesh import make_mesh
 from es_jax.core.tree import named_leaves
-from es_jax.training.export import export_run
+from es_jax.evals.export_step import export_run
 from es_jax.weights.model import load_model, save_model
 
 
@@ -27,7 +27,7 @@ def main(rank: int, port: str, model: str, workdir: str, out: Path) -> None:
     def where(path: str, shape: tuple[int, ...]) -> NamedSharding:
         cut = len(shape) > 1 and shape[-1] % 4 == 0
         return NamedSharding(
-            mesh, PartitionSpec(*[None] * (len(shape) - 1), ("pop", "model")) if cut else PartitionSpec()
+            mesh, PartitionSpec(*[None] * (len(shape) - 1), ("groups", "model")) if cut else PartitionSpec()
         )
 
     loaded = load_model(model, shardings=where)

@@ -6,8 +6,8 @@ import os
 import pytest
 from slow_task import Slow
 
+from es_jax.scoring.workers import workers_of
 from es_jax.tasks import Example
-from es_jax.tasks.pool import workers_of
 
 
 def test_workers_score_in_order_without_jax_and_end_with_the_context():

@@ -14,11 +14,11 @@ from configs.lab import get_config
 from es_jax.core.chips import Chip
 from es_jax.models.config import TransformerConfig
 from es_jax.models.transformer import matrix_weights
-from es_jax.training import timing
+from es_jax.profiling import clock
+from es_jax.profiling.clock import Clock, Profile, Work, compilation_cache, host, launched, split
+from es_jax.rundir.metrics import read_jsonl
 from es_jax.training.fields import TrainConfig
 from es_jax.training.loop import run
-from es_jax.training.metrics import read_jsonl
-from es_jax.training.timing import Clock, Profile, Work, compilation_cache, host, launched, split
 
 
 class Running:
@@ -84,7 +84,7 @@ def test_utilisation_is_of_the_published_peak_and_unknown_on_a_cpu(monkeypatch):
     step = dict(prefill=1000, new=900, completions=100, models=4, seconds=2.0)
     assert work.utilisation(**step) == {"flop_utilisation": None, "bandwidth_utilisation": None}
     chip = Chip("x", "x", flops=1e6, bandwidth=1e5, memory=1, interconnect=1.0)
-    monkeypatch.setattr(timing, "find_chip", lambda kind: chip)
+    monkeypatch.setattr(clock, "find_chip", lambda kind: chip)
     found = work.utilisation(**step)
     assert found["flop_utilisation"] == pytest.approx(2 * (320 * 1800 + 40 * 900) / (2 * 4 * 1e6))
     assert found["bandwidth_utilisation"] == pytest.approx(360 * 2 * (4 + 100) / (2 * 4 * 1e5))
@@ -115,10 +115,10 @@ def test_a_trace_is_written_of_the_steps_asked_for(stop, last, tmp_path):
 
 def test_a_trace_tells_prefill_apart_from_decode(tmp_path):
     shares = []
-    for max_new in (1, 24):
-        workdir, config = tmp_path / str(max_new), get_config("steps=3,pop=2")
-        config.evals.every, config.train.profile, config.mesh.pop = 0, (2, 4), 1
-        config.decode.max_new, config.task.prompts_per_step = max_new, 60
+    for max_new_tokens in (1, 24):
+        workdir, config = tmp_path / str(max_new_tokens), get_config("steps=3,population=2")
+        config.evals.every, config.train.profile, config.mesh.groups = 0, (2, 4), 1
+        config.decode.max_new_tokens, config.task.prompts_per_step = max_new_tokens, 60
         run(config, workdir)
         found, rows = json.loads((workdir / "profile.json").read_text()), read_jsonl(workdir / "metrics.jsonl")[1:]
         assert (found["first"], found["last"]) == (2, 3)

@@ -23,7 +23,7 @@ class Verdicts:
       strict: [n] 0 or 1, by the strict one; the same where a task has one grader.
       loglik: [n] 0 or 1, whether the right option is the likeliest; None for a task without options.
       well_formed: [n] 0 or 1, exactly the asked form; None for a task that asks for none.
-      truncated: [n] 0 or 1, cut at max_new.
+      truncated: [n] 0 or 1, cut at max_new_tokens.
       length: [n] tokens of the completion.
       reward: [n] as training scores it.
       parts: the other parts of the score, by name, [n] each.
@@ -94,7 +94,7 @@ def split_drop(base: Verdicts, now: Verdicts, view: str = "right") -> dict[str, 
     """The drop in accuracy from `base` to `now`, as the sum of three parts.
 
     Every row that is right in one and wrong in the other is booked under the reason why the wrong one is wrong:
-    "truncation" if it was cut at max_new, otherwise "format" if it is not in the asked form, otherwise "knowledge".
+    "truncation" if it was cut at max_new_tokens, otherwise "format" if it is not in the asked form, otherwise "knowledge".
     A row that was lost counts +1/n, a row that was gained −1/n.
 
     >>> wrong = Verdicts(*(np.zeros(1), np.zeros(1), None, np.zeros(1), np.zeros(1), np.ones(1), np.zeros(1)))

@@ -22,7 +22,7 @@ import jax
 from es_jax.core.chips import find_chip
 from es_jax.models.config import TransformerConfig
 from es_jax.models.transformer import matrix_weights
-from es_jax.training import trace
+from es_jax.profiling import trace
 
 _active: contextvars.ContextVar["Clock | None"] = contextvars.ContextVar("clock", default=None)
 

@@ -11,20 +11,20 @@ from jax.sharding import Mesh
 
 from es_jax.core.tree import count
 from es_jax.evals.drift import drift
-from es_jax.training import workdir as rundir
-from es_jax.training.checkpoint import saved_steps
+from es_jax.evals.export_step import restored
+from es_jax.rundir import directory
+from es_jax.rundir.checkpoints import saved_steps
+from es_jax.rundir.seed_log import NAME, SeedLog
 from es_jax.training.config import RunConfig
-from es_jax.training.export import restored
 from es_jax.training.fields import ModelConfig
-from es_jax.training.seedlog import NAME, SeedLog
+from es_jax.training.predicted_drift import Walk
 from es_jax.training.state import load_anchor, load_base, replay
-from es_jax.training.walk import Walk
 from es_jax.weights.model import Model, load_outline
 
 METHODS_WITHOUT_REPLAY = ("grpo",)
 SHORT = 16  # characters of a digest
 # What may differ between two runs with the same weights at each step. Digests stand for the paths.
-WITHOUT_MARK = (*rundir.CHANGEABLE, "model.source", "task.data_dir", "optim.anchor.source", "evals.")
+WITHOUT_MARK = (*directory.CHANGEABLE, "model.source", "task.data_dir", "optim.anchor.source", "evals.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,9 +71,9 @@ def of_run(workdir: Path, mesh: Mesh) -> Subject:
     Raises:
       ValueError, OSError: no run there, a damaged one, or base weights that are not the run's.
     """
-    config, log = rundir.read_config(workdir), SeedLog(workdir, writable=False)
+    config, log = directory.read_config(workdir), SeedLog(workdir, writable=False)
     model = load_outline(config.model.source)
-    rundir.check_base(workdir, config.model.source, model.digest)
+    directory.check_base(workdir, config.model.source, model.digest)
     replayable, saved = config.method not in METHODS_WITHOUT_REPLAY, saved_steps(workdir)
 
     def base() -> Any:
@@ -84,7 +84,7 @@ def of_run(workdir: Path, mesh: Mesh) -> Subject:
         if missing and not replayable:
             raise ValueError(
                 f"steps {missing} of {workdir} have no checkpoint and a run of this method cannot be "
-                f"replayed: choose of {[0, *saved]}, or train with a larger train.keep"
+                f"replayed: choose of {[0, *saved]}, or train with a larger train.keep_checkpoints"
             )
         rebuilt = replay(workdir, steps=missing, mesh=mesh) if replayable else iter([(0, base())])
         for step in steps:
@@ -113,7 +113,7 @@ def of_run(workdir: Path, mesh: Mesh) -> Subject:
 
 
 def _fields(config: RunConfig) -> dict[str, Any]:
-    fields = rundir.flat(json.loads(json.dumps(dataclasses.asdict(config))))
+    fields = directory.flat(json.loads(json.dumps(dataclasses.asdict(config))))
     return {name: value for name, value in fields.items() if not name.startswith(WITHOUT_MARK)}
 
 
@@ -124,7 +124,7 @@ def _marks_of_run(workdir: Path, config: RunConfig, base: str, steps: int) -> di
     """A longer run keeps its marks of the first steps; the seed log tells what the fields do not, such as rates that
     followed a schedule over another number of steps."""
     lines = (workdir / NAME).read_bytes().splitlines()[:steps] if steps else []
-    facts = rundir.read(workdir)
+    facts = directory.read(workdir)
     named = {name: facts[name][:SHORT] for name in ("rows", "compute_dtype", "anchor_digest") if name in facts}
     log = hashlib.sha256(b"\n".join(lines)).hexdigest()[:SHORT]
     return {"base": base[:SHORT]} | _fields(config) | named | {"steps": steps, "seedlog": log}

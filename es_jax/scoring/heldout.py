@@ -14,11 +14,11 @@ from jax.sharding import Mesh
 
 from es_jax.generate.options import score_options
 from es_jax.models.config import TransformerConfig
-from es_jax.tasks.pool import workers_of
+from es_jax.scoring.grading import Graded, Grader
+from es_jax.scoring.row_results import Verdicts
+from es_jax.scoring.workers import workers_of
 from es_jax.tasks.task import ChoiceTask, Example, PaperParts, Task
 from es_jax.training.es_step import Evaluator
-from es_jax.training.grading import Graded, Grader
-from es_jax.training.verdicts import Verdicts
 from es_jax.weights.model import Model
 from es_jax.weights.tokenizer import encode_prompt
 
@@ -39,9 +39,9 @@ class HeldOut:
     options: Sequence[tuple[list[int], list[list[int]], int]] | None = None
 
     @classmethod
-    def of(cls, task: Task, examples: Sequence[Example], model: Model, *, max_prompt: int) -> "HeldOut":
-        """Raises ValueError for a prompt longer than `max_prompt` tokens, which is named."""
-        prompts = [checked_prompt(model, task.name, example, max_prompt) for example in examples]
+    def of(cls, task: Task, examples: Sequence[Example], model: Model, *, max_prompt_tokens: int) -> "HeldOut":
+        """Raises ValueError for a prompt longer than `max_prompt_tokens` tokens, which is named."""
+        prompts = [checked_prompt(model, task.name, example, max_prompt_tokens) for example in examples]
         options = [_options(task, example, model) for example in examples] if isinstance(task, ChoiceTask) else None
         return cls(task, examples, prompts, options)
 
@@ -57,13 +57,13 @@ class HeldOut:
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def checked_prompt(model: Model, task: str, example: Example, max_prompt: int) -> list[int]:
-    """The token ids of an example's prompt. Raises ValueError where they are none, or more than `max_prompt`."""
+def checked_prompt(model: Model, task: str, example: Example, max_prompt_tokens: int) -> list[int]:
+    """The token ids of an example's prompt. Raises ValueError where they are none, or more than `max_prompt_tokens`."""
     ids = encode_prompt(model.tokenizer, example.prompt)
-    if not 1 <= len(ids) <= max_prompt:
+    if not 1 <= len(ids) <= max_prompt_tokens:
         raise ValueError(
             f"prompt {example.id!r} of task {task!r} has {len(ids)} tokens: it must "
-            f"have 1 to decode.max_prompt = {max_prompt}; raise decode.max_prompt or take the row out"
+            f"have 1 to decode.max_prompt_tokens = {max_prompt_tokens}; raise decode.max_prompt_tokens or take the row out"
         )
     return ids
 

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from es_jax.evals.subject import DEFAULTS, Subject
-from es_jax.training.metrics import read_jsonl
-from es_jax.training.workdir import write_json
+from es_jax.evals.weight_source import DEFAULTS, Subject
+from es_jax.rundir.directory import write_json
+from es_jax.rundir.metrics import read_jsonl
 
 NAME = "subject.json"
 SHOWN = 5  # differences in a message

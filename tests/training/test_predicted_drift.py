@@ -7,9 +7,9 @@ import pytest
 
 from es_jax.es.population import Population
 from es_jax.es.shaping import z_score
+from es_jax.rundir.seed_log import Entry
 from es_jax.training.config import freeze
-from es_jax.training.seedlog import Entry
-from es_jax.training.walk import Walk
+from es_jax.training.predicted_drift import Walk
 
 DIM, STEPS, N = 100_000, 40, 8
 CASES = {
@@ -19,9 +19,9 @@ CASES = {
         "anchor": {"penalty": "l2", "strength": 30.0, "schedule": "linear:0.2:5"},
         "schedule": "cosine:0.1:3",
     },
-    "average": {"anchor": {"penalty": "l2", "strength": 60.0, "average": 0.9}},
+    "average": {"anchor": {"penalty": "l2", "strength": 60.0, "ema_decay": 0.9}},
     "l2 from elsewhere": {"anchor": {"penalty": "l2", "strength": 20.0, "source": "there"}},
-    "average from elsewhere": {"anchor": {"penalty": "l2", "strength": 60.0, "average": 0.9, "source": "there"}},
+    "average from elsewhere": {"anchor": {"penalty": "l2", "strength": 60.0, "ema_decay": 0.9, "source": "there"}},
 }
 
 
@@ -41,8 +41,8 @@ def test_the_prediction_is_where_the_weights_go(name):
         x = x + rates.learning_rate / N * weights @ draw.standard_normal((N, DIM))
         q = 1 - rates.learning_rate * rates.strength
         x = a + q * (x - a)
-        if config.optim.anchor.average is not None:
-            a = config.optim.anchor.average * a + (1 - config.optim.anchor.average) * x
+        if config.optim.anchor.ema_decay is not None:
+            a = config.optim.anchor.ema_decay * a + (1 - config.optim.anchor.ema_decay) * x
     assert walk.norm == pytest.approx(np.linalg.norm(x), rel=0.01)
 
 
@@ -50,7 +50,7 @@ def test_nothing_is_predicted_where_there_is_no_closed_form():
     l1 = {"penalty": "l1", "strength": 0.02}
     for optim in (
         {"name": "adam"},
-        {"anchor": l1 | {"average": 0.9}},
+        {"anchor": l1 | {"ema_decay": 0.9}},
         {"anchor": l1 | {"source": "there"}},
         {"anchor": l1, "schedule": "linear"},
     ):

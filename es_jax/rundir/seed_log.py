@@ -8,10 +8,10 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from es_jax.core import hosts
+from es_jax.core import processes
 from es_jax.es.population import Members
+from es_jax.rundir.directory import sync_folder, writing
 from es_jax.training.config import Rates, RunConfig
-from es_jax.training.workdir import sync_folder, writing
 
 NAME = "seedlog.jsonl"
 
@@ -68,7 +68,7 @@ class SeedLog:
     def __init__(self, workdir: Path, *, writable: bool = True):
         self.path = Path(workdir) / NAME
         self.entries = _read(self.path)
-        if writable and hosts.first():
+        if writable and processes.first():
             with writing(self.path), open(self.path, "a+b") as file:
                 file.seek(0)
                 file.truncate(file.read().rfind(b"\n") + 1)
@@ -76,7 +76,7 @@ class SeedLog:
 
     def append(self, entry: Entry) -> None:
         """Write the step's line and force it to disk; of several processes the first one does."""
-        if hosts.first():
+        if processes.first():
             self._write(entry)
         self.entries.append(entry)
 
@@ -93,7 +93,7 @@ class SeedLog:
 
     def cut(self, step: int) -> None:
         """Forget the lines behind that step: for a method whose steps must be made again from a checkpoint."""
-        if hosts.first():
+        if processes.first():
             with writing(self.path), open(self.path, "r+b") as file:
                 file.truncate(sum(map(len, file.read().splitlines(keepends=True)[:step])))
                 os.fsync(file.fileno())

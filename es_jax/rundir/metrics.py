@@ -13,8 +13,8 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 from tqdm.auto import tqdm
 
-from es_jax.core import hosts
-from es_jax.training.workdir import writing
+from es_jax.core import processes
+from es_jax.rundir.directory import writing
 
 
 class Jsonl:
@@ -31,14 +31,14 @@ class Jsonl:
         self.steps = {row["step"] for row in kept}
         self.last = kept[-1] if kept else None
         whole = not path.exists() or path.read_bytes().endswith(b"\n")
-        if hosts.first() and not (whole and len(kept) == len(rows)):
+        if processes.first() and not (whole and len(kept) == len(rows)):
             partial = path.with_suffix(".tmp")
             with writing(path):
                 partial.write_text("".join(_line(row) for row in kept))
                 os.replace(partial, path)
 
     def write(self, *rows: dict[str, Any]) -> None:
-        if hosts.first():
+        if processes.first():
             with writing(self.path), open(self.path, "a") as file:
                 file.writelines(_line(row) for row in rows)
         for row in rows:
@@ -80,7 +80,7 @@ class Metrics:
         self._jsonl = Jsonl(workdir / "metrics.jsonl", last_step=last_step)
         self._folder = workdir / "tb"
         self._board = None
-        if not hosts.first():
+        if not processes.first():
             return
         with writing(self._folder):
             self._folder.mkdir(exist_ok=True)
@@ -127,7 +127,7 @@ class Progress:
             unit=name,
             smoothing=0.05,
             dynamic_ncols=True,
-            disable=not hosts.first(),
+            disable=not processes.first(),
         )
         self._steps, self._every, self._last = steps, every, 0.0
         self._start, self._done = time.monotonic(), done
@@ -154,7 +154,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """A line above the bar, of the first process."""
-        if hosts.first():
+        if processes.first():
             self._bar.write(text, file=sys.stderr)
 
     def close(self) -> None:

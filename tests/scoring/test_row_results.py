@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from es_jax.training.verdicts import REASONS, Verdicts, accuracy, split_drop, summary
+from es_jax.scoring.row_results import REASONS, Verdicts, accuracy, split_drop, summary
 
 
 def verdicts(text):

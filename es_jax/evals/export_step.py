@@ -15,11 +15,11 @@ from es_jax.core.mesh import make_mesh
 from es_jax.core.tree import count
 from es_jax.models.sharding import leaf_sharding
 from es_jax.models.transformer import param_shapes
-from es_jax.training import workdir as rundir
-from es_jax.training.checkpoint import restore_params, saved_steps
+from es_jax.rundir import directory
+from es_jax.rundir.checkpoints import restore_params, saved_steps
+from es_jax.rundir.metrics import read_jsonl
+from es_jax.rundir.seed_log import SeedLog
 from es_jax.training.config import RunConfig
-from es_jax.training.metrics import read_jsonl
-from es_jax.training.seedlog import SeedLog
 from es_jax.training.state import replay
 from es_jax.weights.model import Model, check_new, load_outline, save_model
 
@@ -54,14 +54,14 @@ def export_run(
         not the run's.
     """
     workdir, out = Path(workdir), Path(out).expanduser()
-    config, facts = rundir.read_config(workdir), rundir.read(workdir)
+    config, facts = directory.read_config(workdir), directory.read(workdir)
     last = len(SeedLog(workdir, writable=False).entries)
     step = last if step is None else step
     if not 0 <= step <= last:
         raise ValueError(f"step is {step}, but {workdir} holds steps 0 to {last}")
     check_new(out)
     base = load_outline(config.model.source)
-    rundir.check_base(workdir, config.model.source, base.digest)
+    directory.check_base(workdir, config.model.source, base.digest)
     wanted = jnp.dtype(config.model.param_dtype if dtype is None else dtype)
     check_new(out, nbytes=wanted.itemsize * sum(map(math.prod, param_shapes(base.config).values())))
     source = "checkpoint" if step in saved_steps(workdir) else "replay"
