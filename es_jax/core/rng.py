@@ -29,7 +29,7 @@ def key(seed: int | Array) -> PRNGKeyArray:
     return jax.random.key(seed, impl="threefry2x32")
 
 
-def member_seeds(seed: int, step: int | Array, n: int) -> UInt32[Array, "n"]:
+def member_seeds(seed: int, step: int | Array, n: int) -> UInt32[Array, " n"]:
     """One 32-bit seed for each of the step's `n` independent noise vectors."""
     stream = jax.random.fold_in(jax.random.fold_in(key(check_seed(seed)), _MEMBERS), step)
     return jax.random.bits(stream, (n,), jnp.uint32)

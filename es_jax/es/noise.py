@@ -110,7 +110,7 @@ class GaussianNoise:
 
         return map_named(perturb, params)
 
-    def estimate(self, params: PyTree, members: Members, weights: Float[Array | np.ndarray, "n"]) -> PyTree:
+    def estimate(self, params: PyTree, members: Members, weights: Float[Array | np.ndarray, " n"]) -> PyTree:
         """The gradient of minus the mean reward, −(1/N) Σ wₙ signₙ εₙ, so that any optax optimizer descends.
 
         The papers fold 1/σ into the learning rate, and so does this. Noise is made again from the seeds, each number

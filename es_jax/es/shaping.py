@@ -8,7 +8,7 @@ from jaxtyping import Float, Integer
 logger = logging.getLogger(__name__)
 
 
-def finite_rewards(rewards: Float[np.ndarray, "n"], *, nan_rewards: str = "error") -> Float[np.ndarray, "n"]:
+def finite_rewards(rewards: Float[np.ndarray, " n"], *, nan_rewards: str = "error") -> Float[np.ndarray, " n"]:
     """The rewards as float64, none of them NaN or infinite.
 
     Args:
@@ -36,7 +36,7 @@ def finite_rewards(rewards: Float[np.ndarray, "n"], *, nan_rewards: str = "error
     return np.where(np.isfinite(rewards), rewards, rewards[np.isfinite(rewards)].min())
 
 
-def z_score(rewards: Float[np.ndarray, "n"], *, eps: float = 1e-8, nan_rewards: str = "error") -> np.ndarray:
+def z_score(rewards: Float[np.ndarray, " n"], *, eps: float = 1e-8, nan_rewards: str = "error") -> np.ndarray:
     """(r − mean) / (std + eps) with the population's std (ddof 0), float32 [N] (arXiv 2509.24372, section 3).
 
     Equal rewards carry no information: their weights are exactly zero, and a warning is logged.
@@ -51,7 +51,7 @@ def z_score(rewards: Float[np.ndarray, "n"], *, eps: float = 1e-8, nan_rewards: 
     return ((rewards - rewards.mean()) / (rewards.std() + eps)).astype(np.float32)
 
 
-def centered_rank(rewards: Float[np.ndarray, "n"], *, nan_rewards: str = "error") -> np.ndarray:
+def centered_rank(rewards: Float[np.ndarray, " n"], *, nan_rewards: str = "error") -> np.ndarray:
     """Ranks scaled to [−0.5, 0.5], float32 [N]; equal rewards share their mean rank.
 
     >>> centered_rank(np.array([10.0, -5.0, 10.0])).tolist()
@@ -65,7 +65,7 @@ def centered_rank(rewards: Float[np.ndarray, "n"], *, nan_rewards: str = "error"
 
 
 def group_relative(
-    rewards: Float[np.ndarray, "n"], groups: Integer[np.ndarray, "n"], *, scale: bool = True, eps: float = 1e-6
+    rewards: Float[np.ndarray, " n"], groups: Integer[np.ndarray, " n"], *, scale: bool = True, eps: float = 1e-6
 ) -> np.ndarray:
     """(r − mean) / (std + eps) within each group, ddof 1, float32 [N]: the advantage of GRPO (arXiv 2402.03300).
 

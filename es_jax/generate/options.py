@@ -65,7 +65,7 @@ def _score(
     mesh: Mesh | None,
     params: Any,
     prompts: Int32[Array, "B P"],
-    lengths: Int32[Array, "B"],
+    lengths: Int32[Array, " B"],
     options: Int32[Array, "K B T"],
     ends: Int32[Array, "K B"],
 ) -> Float32[Array, "K B"]:

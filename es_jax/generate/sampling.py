@@ -15,7 +15,7 @@ class Sampler(Protocol):
     `key` is None where there are none, which only `Greedy` can do with.
     """
 
-    def __call__(self, logits: Float[Array, "V"], key: PRNGKeyArray | None) -> Int32[Array, ""]: ...
+    def __call__(self, logits: Float[Array, " V"], key: PRNGKeyArray | None) -> Int32[Array, ""]: ...
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,18 +39,18 @@ class Generation(NamedTuple):
     """
 
     tokens: Int32[Array, "Q L"]
-    length: Int32[Array, "Q"]
+    length: Int32[Array, " Q"]
     logprob: Float32[Array, "Q L"] | None
 
 
 class Slots(NamedTuple):
     """The rows being decoded, one a slot."""
 
-    row: Int32[Array, "B"]  # which prompt; Q where there is none
-    token: Int32[Array, "B"]  # chosen last, not yet fed
-    length: Int32[Array, "B"]  # tokens in the slot's cache, those of the prefix not counted
-    made: Int32[Array, "B"]  # tokens generated
-    live: Bool[Array, "B"]
+    row: Int32[Array, " B"]  # which prompt; Q where there is none
+    token: Int32[Array, " B"]  # chosen last, not yet fed
+    length: Int32[Array, " B"]  # tokens in the slot's cache, those of the prefix not counted
+    made: Int32[Array, " B"]  # tokens generated
+    live: Bool[Array, " B"]
 
 
 class _State(NamedTuple):
@@ -341,7 +341,7 @@ def _resized(kv: tuple[PerLayer, PerLayer], places: int) -> tuple[PerLayer, PerL
     return jax.tree.map(lambda x: fit(x, x.ndim - 1), k), jax.tree.map(lambda x: fit(x, x.ndim - 2), v)
 
 
-def _placed(kv: Any, new: Any, rows: Int32[Array, "b"], begin: Int32[Array, "b"]) -> Any:
+def _placed(kv: Any, new: Any, rows: Int32[Array, " b"], begin: Int32[Array, " b"]) -> Any:
     """Caches with `new` written to some of their rows, each from its own place on; rows past the last are left out."""
     index = jnp.stack([rows, begin], axis=1)
 

@@ -44,7 +44,7 @@ class EvalsFile:
                 )
             if row.get("max_new") != max_new_tokens:
                 raise ValueError(
-                    f"{self._rows.path} was made with max_new_tokens = {row.get('max_new_tokens')}, and this evaluation has "
+                    f"{self._rows.path} was made with max_new_tokens = {row.get('max_new')}, and this evaluation has "
                     f"{max_new_tokens}: use the same --max_new_tokens, or another --out"
                 )
 

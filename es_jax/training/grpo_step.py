@@ -74,7 +74,7 @@ def token_weights(
 
 
 def policy_loss(
-    logprob: Float[Array, "R N"], old: Float[Array, "R N"], advantage: Float[Array, "R"], grpo: GRPOConfig
+    logprob: Float[Array, "R N"], old: Float[Array, "R N"], advantage: Float[Array, " R"], grpo: GRPOConfig
 ) -> tuple[Array, Array, Array, Array]:
     """The clipped loss of every token, its ratio π/π_old, whether it was clipped, and whether the dual clip held.
 

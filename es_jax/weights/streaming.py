@@ -95,7 +95,7 @@ def place(make: Callable[[], np.ndarray], sharding: Sharding | None) -> jax.Arra
     if sharding is None:
         leaf = jax.device_put(buffer)
     else:
-        leaf = jax.make_array_from_callback(buffer.shape, sharding, lambda index: buffer[index])
+        leaf = jax.make_array_from_callback(buffer.shape, sharding, buffer.__getitem__)
     jax.block_until_ready(leaf)
     held, large = weakref.ref(buffer if buffer.base is None else buffer.base), buffer.size > _CHUNK
     del buffer

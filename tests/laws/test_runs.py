@@ -329,7 +329,7 @@ def test_a_directory_of_another_run_is_refused(whole, tiny_model, tmp_path):
     with pytest.raises(ValueError, match=r"train\.steps is 2 but .* has 6 finished steps"):
         run(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=2)), workdir)
     with pytest.raises(ValueError, match="rows was"):
-        longer = dataclasses.replace(config.evals, size=3)
+        longer = dataclasses.replace(config.evals, rows=3)
         changed = dataclasses.replace(config, evals=longer)
         content = json.loads((workdir / "config.json").read_text())
         shutil.copytree(workdir, tmp_path / "rows")
