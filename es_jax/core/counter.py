@@ -82,7 +82,30 @@ def _place(shape: tuple[int, ...], axes: range, row: Array | int | None) -> Word
 
 def box_muller(radius: Words, angle: Words) -> Float32[Array, "..."]:
     """One number of N(0, 1) from two random words."""
-    return jnp.sqrt(_minus_two_log(radius)) * _cosine(angle)
+    square = _minus_two_log(radius)
+    root = jax.lax.platform_dependent(square, cpu=jnp.sqrt, default=_exact_sqrt)  # a CPU's root is exact already
+    return root * _cosine(angle)
+
+
+def _exact_sqrt(x: Float32[Array, "..."]) -> Float32[Array, "..."]:
+    return _nearest_root(x, jnp.sqrt(x))
+
+
+def _nearest_root(x: Float32[Array, "..."], root: Float32[Array, "..."]) -> Float32[Array, "..."]:
+    """√x rounded to nearest, of a root at most one unit in the last place away from that; x is 0 or normal.
+
+    XLA makes the square root of a GPU an approximation, off by one unit in some numbers, whatever accuracy is asked
+    for. Whole numbers put it right. Write the root as s, of 24 bits, and x as X in units of s²: √X is above s + ½ where
+    X − s² > s, and below s − ½ where X − s² ≤ −s. X and s² have 48 bits, but their difference is small, so 32 bits that
+    wrap around hold it. Each sign bit is one step of the root. Where the root is 0, s is 2²³ and X − s² wraps to 0.
+    """
+    bits, near = (jax.lax.bitcast_convert_type(number, jnp.int32) for number in (x, root))
+    odd = (bits & jnp.int32(0x800000)) != 0  # the biased exponent: then x has an even one, and X is shorter by one bit
+    s = (near & jnp.int32(0x7FFFFF)) | jnp.int32(0x800000)
+    rest = (bits << jnp.where(odd, jnp.int32(23), jnp.int32(24))) - s * s
+    up = jax.lax.shift_right_logical(s - rest, jnp.int32(31))
+    down = (rest + s - jnp.int32(1)) >> 31
+    return jax.lax.bitcast_convert_type(near + up + down, jnp.float32)
 
 
 def _minus_two_log(word: Words) -> Float32[Array, "..."]:
