@@ -121,10 +121,8 @@ def digests(device: jax.Device, host: jax.Device) -> dict[str, Call]:
         digests = {"device": digest(got), "host": digest(expected)}
         return digests | {"equal": digests["device"] == digests["host"]} | differences(got, expected)
 
-    parts: dict[str, Call] = {
-        f"{n} before": functools.partial(part, "before", *cases[n]) for n in ("apply", "estimate")
-    }
-    return parts | {f"{name} after": functools.partial(part, "after", *case) for name, case in cases.items()}
+    kept = [("before", name) for name in ("apply", "estimate")] + [("after", name) for name in cases]
+    return {f"{name} {side}": functools.partial(part, side, *cases[name]) for side, name in kept}
 
 
 def timed(call: Call, *args: Any) -> list[float]:

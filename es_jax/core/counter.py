@@ -13,7 +13,7 @@ Two words make one number by the transformation of Box and Muller (1958), in flo
 so that |z| reaches √(66 ln 2) = 6.76. The logarithm and the sine are polynomials written out here (least maximal
 relative error on their interval, about 1e-6), not calls into a library whose code depends on the vector's width. Every
 product that is added to something passes `rounded`. So the words are the same bits on every backend, and the numbers
-made of them wherever float32 products, sums and square roots are rounded as IEEE 754 says.
+made of them wherever float32 products and sums are rounded as IEEE 754 says, and a square root is that or one step off.
 """
 
 import math
@@ -94,10 +94,11 @@ def _exact_sqrt(x: Float32[Array, "..."]) -> Float32[Array, "..."]:
 def _nearest_root(x: Float32[Array, "..."], root: Float32[Array, "..."]) -> Float32[Array, "..."]:
     """√x rounded to nearest, of a root at most one unit in the last place away from that; x is 0 or normal.
 
-    XLA makes the square root of a GPU an approximation, off by one unit in some numbers, whatever accuracy is asked
-    for. Whole numbers put it right. Write the root as s, of 24 bits, and x as X in units of s²: √X is above s + ½ where
-    X − s² > s, and below s − ½ where X − s² ≤ −s. X and s² have 48 bits, but their difference is small, so 32 bits that
-    wrap around hold it. Each sign bit is one step of the root. Where the root is 0, s is 2²³ and X − s² wraps to 0.
+    XLA makes the square root of a GPU an approximation, whatever accuracy is asked for. Whole numbers put it right.
+    Write the root as s, of 24 bits, and x as X, in the unit of s squared. √X is above s + ½ where X − s² > s, and below
+    s − ½ where X − s² ≤ −s. X and s² have 48 bits, but their difference is small, so 32 bits that wrap around hold it.
+    Each sign bit is one step of the root. A root of 0 stays: there s is 2²³, and X − s² wraps to 0. A root across a
+    power of 2 from √x takes its step too, though s² is of another unit: `tests/laws/test_root.py` tries every mantissa.
     """
     bits, near = (jax.lax.bitcast_convert_type(number, jnp.int32) for number in (x, root))
     odd = (bits & jnp.int32(0x800000)) != 0  # the biased exponent: then x has an even one, and X is shorter by one bit
