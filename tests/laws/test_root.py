@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from es_jax.core import threefry_normal
-from es_jax.core.mesh import POP, make_mesh
+from es_jax.core.mesh import GROUPS, make_mesh
 
 ONE = 0x3F800000  # bits of 1.0, and from there on all mantissas of 1..2 and of 2..4: the roots of all others are scaled
 
@@ -60,7 +60,7 @@ def test_the_root_of_other_backends_gives_the_same_numbers(words, monkeypatch):
 def test_one_root_in_every_transformation(words):
     expected = jax.jit(numbers)(words)
     rows = words.reshape(8, -1)
-    part = PartitionSpec(POP)
+    part = PartitionSpec(GROUPS)
     sharded = jax.shard_map(numbers, mesh=make_mesh(8, 1), in_specs=part, out_specs=part)
 
     def loop(rows):
