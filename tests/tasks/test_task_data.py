@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from es_jax.tasks import get_task
-from es_jax.tasks.data import read_examples, read_rows, rows_folder
+from es_jax.tasks.rows import read_examples, read_rows, rows_folder
 
 ROW = {
     "id": "r0",
