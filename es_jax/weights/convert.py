@@ -5,21 +5,25 @@ import functools
 import math
 import re
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from es_jax.core.tree import named_leaves
 from es_jax.models.config import TransformerConfig
 from es_jax.models.families import FAMILIES, WEIGHTS, Weight, weights_of
 from es_jax.models.rope import rope_frequencies
 from es_jax.models.transformer import Params, param_shapes
-from es_jax.weights.streaming import Range, Reader, Shardings, chunks, fetch, place, place_stacked, staging, widened
+from es_jax.weights.streaming import Reader, Shardings, chunks, fetch, place, place_stacked, staging, widened
+
+# Magnitudes between which the largest of a tensor lies: what float16 holds, and not subnormal throughout. Bytes in the
+# wrong order, or a flipped bit of an exponent, break this.
+_TINY, _LARGEST = float(np.finfo(np.float32).tiny), 65504.0
 
 
-@dataclasses.dataclass(frozen=True)
-class _Slot:
+class _Slot(NamedTuple):
     """What one key of a file must be, and where it goes."""
 
     weight: Weight
@@ -44,23 +48,26 @@ def to_params(
     """
     slots = _slots(config, naming)
     _check_keys(reader, config, slots, naming)
-    filler = _Filler(reader, config, np.dtype(dtype), naming)
+    host = _HostLeaves(reader, config, np.dtype(dtype), naming)
     largest = max(math.prod(slot.shape) for slot in slots.values())
-    params: Params = {}
+    params = {}
     for path, shape in param_shapes(config).items():
-        mine = {key: slot for key, slot in slots.items() if slot.weight.path == path}
-        where = None if shardings is None else shardings(path, shape)
+        tensors = {key: slot for key, slot in slots.items() if slot.weight.path == path}
+        sharding = None if shardings is None else shardings(path, shape)
         if math.prod(shape) > largest:
-            leaf = place_stacked(filler.layers(mine), shape, dtype=filler.dtype, sharding=where)
+            layers = [
+                functools.partial(host.leaf, {key: slot._replace(layer=None)}, shape[1:])
+                for key, slot in tensors.items()
+            ]
+            params[path] = place_stacked(layers, shape, dtype=host.dtype, sharding=sharding)
         else:
-            leaf = place(functools.partial(filler.leaf, mine, shape), where)
-        _insert(params, path, leaf)
-    if filler.broken:
+            params[path] = place(functools.partial(host.leaf, tensors, shape), sharding)
+    if host.broken:
         raise ValueError(
-            f"tensors with NaN, infinite or impossibly large or small numbers: {', '.join(filler.broken)}; the file is "
+            f"tensors with NaN, infinite or impossibly large or small numbers: {', '.join(host.broken)}; the file is "
             "damaged or has its bytes in another order: fetch the model again"
         )
-    return params
+    return unflatten_dict(params, sep="/")
 
 
 def hf_tensors(
@@ -78,7 +85,7 @@ def hf_tensors(
 
 
 @dataclasses.dataclass
-class _Filler:
+class _HostLeaves:
     """Host arrays in the tree's layout, from the tensors of a file. `broken`: keys whose numbers no weight has."""
 
     reader: Reader
@@ -88,37 +95,29 @@ class _Filler:
     broken: list[str] = dataclasses.field(default_factory=list)
 
     def leaf(self, slots: dict[str, _Slot], shape: tuple[int, ...]) -> np.ndarray:
-        out = staging(shape, self.dtype)
+        leaf = staging(shape, self.dtype)
         for key, slot in slots.items():
-            self._fill(out if slot.layer is None else out[slot.layer], key, slot)
-        return out
+            tensor = leaf if slot.layer is None else leaf[slot.layer]
+            self._fill(tensor.T if slot.weight.transpose else tensor, key, slot.weight)
+        return leaf
 
-    def layers(self, slots: dict[str, _Slot]) -> list[Callable[[], np.ndarray]]:
-        return [functools.partial(self._layer, key, slot) for key, slot in slots.items()]
-
-    def _layer(self, key: str, slot: _Slot) -> np.ndarray:
-        out = staging(slot.shape[::-1] if slot.weight.transpose else slot.shape, self.dtype)
-        self._fill(out, key, slot)
-        return out
-
-    def _fill(self, out: np.ndarray, key: str, slot: _Slot) -> None:
-        rows, seen = out.T if slot.weight.transpose else out, Range()
-        offset = np.float32(_gguf_offset(slot.weight, self.config) if self.naming == "gguf" else 0)
-        places = None
-        if self.naming == "gguf" and FAMILIES[self.config.family].gguf_permuted and slot.weight.rotary:
-            places = np.argsort(half_split(np.arange(slot.shape[0]), heads=getattr(self.config, slot.weight.rotary)))
-        for where, chunk in chunks(self.reader, key):
+    def _fill(self, tensor: np.ndarray, key: str, weight: Weight) -> None:
+        order, offset = None, np.float32(0)
+        if self.naming == "gguf":  # norms multiply by 1 + scale, and the file holds that
+            offset = np.float32(self.config.norm_plus_one and weight.path.endswith("norm/scale"))
+            if FAMILIES[self.config.family].gguf_permuted and weight.rotary:
+                order = np.argsort(half_split(np.arange(len(tensor)), heads=getattr(self.config, weight.rotary)))
+        largest = np.float32(0)
+        for rows, chunk in chunks(self.reader, key):
             values = widened(chunk)
-            seen.add(values)
+            with np.errstate(invalid="ignore"):  # NaN: seen in the end
+                largest = np.maximum(largest, np.abs(values).max())
             if offset:
                 values = values - offset
             elif chunk.dtype == self.dtype:
                 values = chunk
-            if places is None:
-                np.copyto(rows[where], values, casting="unsafe")
-            else:
-                rows[places[where]] = values.astype(self.dtype, copy=False)
-        if not seen.plausible():
+            tensor[rows if order is None else order[rows]] = values
+        if largest != 0 and not _TINY <= largest <= _LARGEST:
             self.broken.append(key)
 
 
@@ -147,8 +146,11 @@ def _slots(config: TransformerConfig, naming: str) -> dict[str, _Slot]:
 def _check_keys(reader: Reader, config: TransformerConfig, slots: dict[str, _Slot], naming: str) -> None:
     shapes = reader.shapes
     problems = [f"missing: {key} {slot.shape}" for key, slot in slots.items() if key not in shapes]
-    spare = {key: _spare(reader, config, key, naming) for key in shapes if key not in slots}
-    problems += [f"unexpected: {key} {shapes[key]}{_remark(key)}" for key, is_spare in spare.items() if not is_spare]
+    problems += [
+        f"unexpected: {key} {shapes[key]}" + ", frequencies that are not those of the config" * ("_freq" in key)
+        for key in shapes
+        if key not in slots and not _spare(reader, config, key, naming)
+    ]
     problems += [
         f"wrong shape: {key} is {shapes[key]}, the config says {slot.shape}"
         for key, slot in slots.items()
@@ -157,11 +159,6 @@ def _check_keys(reader: Reader, config: TransformerConfig, slots: dict[str, _Slo
     if problems:
         lines = "\n  ".join(problems)
         raise ValueError(f"the {naming} weights do not fit the {config.family} config:\n  {lines}")
-
-
-def _gguf_offset(weight: Weight, config: TransformerConfig) -> float:
-    """What GGUF files add to a tensor: they hold 1 + scale where norms multiply by that."""
-    return 1.0 if config.norm_plus_one and weight.path.endswith("norm/scale") else 0.0
 
 
 def _spare(reader: Reader, config: TransformerConfig, key: str, naming: str) -> bool:
@@ -176,24 +173,13 @@ def _spare(reader: Reader, config: TransformerConfig, key: str, naming: str) -> 
         return _near(reader.read(key), plain / rope_frequencies(config))
     names = {weight.path: getattr(weight, naming) for weight in WEIGHTS}
     embedding = names["embed/embedding"]
-    if not config.tied_embeddings or key != names["head/kernel"] or embedding not in reader.shapes:
+    if not config.tied_embeddings or key != names["head/kernel"]:
         return False
-    if reader.shapes[key] != reader.shapes[embedding]:
-        return False
-    return all(np.array_equal(rows, reader.read(embedding, at.start, at.stop)) for at, rows in chunks(reader, key))
+    return reader.shapes[key] == reader.shapes.get(embedding) and all(
+        np.array_equal(rows, reader.read(embedding, at.start, at.stop)) for at, rows in chunks(reader, key)
+    )
 
 
-def _remark(key: str) -> str:
-    return ", frequencies that are not those of the config" if "_freq" in key else ""
-
-
-def _near(found: np.ndarray, expected: np.ndarray) -> bool:
+def _near(values: np.ndarray, expected: np.ndarray) -> bool:
     """Equal up to the rounding of bfloat16, which some files hold frequencies in."""
-    return found.shape == expected.shape and np.allclose(found.astype(np.float32), expected, rtol=2.0**-7, atol=0)
-
-
-def _insert(tree: Params, path: str, leaf: Any) -> None:
-    *parents, name = path.split("/")
-    for parent in parents:
-        tree = tree.setdefault(parent, {})
-    tree[name] = leaf
+    return values.shape == expected.shape and np.allclose(values.astype(np.float32), expected, rtol=2.0**-7, atol=0)

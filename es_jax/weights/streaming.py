@@ -1,11 +1,13 @@
 """Tensors of files to leaves on devices and back, one tensor at a time on the host."""
 
+import dataclasses
 import functools
 import math
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol, runtime_checkable
+from pathlib import Path
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +18,9 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 Shardings = Callable[[str, tuple[int, ...]], Sharding]  # (path, shape) → where the leaf lives
 
 _CHUNK = 1 << 18  # numbers that are read and converted at once
-_PATIENCE = 100  # looks, 0.1 ms apart
-_LARGEST = 65504.0  # what float16 holds: no weight is larger
+_LOOKS = 100  # at whether a buffer is gone, 0.1 ms apart
 
 
-@runtime_checkable
 class Reader(Protocol):
     """Tensors by key, as a file format offers them."""
 
@@ -30,13 +30,54 @@ class Reader(Protocol):
         """The rows `start` to `stop` of the tensor with that key, in any float type."""
 
 
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file: numbers one after another, in blocks where they are quantised."""
+
+    file: Path
+    shape: tuple[int, ...]  # slowest first
+    start: int  # first byte in the file
+    kind: Any  # the dtype of plain floats, or a gguf.GGMLQuantizationType
+    block: tuple[int, int]  # numbers, and the bytes that hold them
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """The rows `start` to `stop`: plain floats in their own type, others dequantised to float32."""
+        numbers, size = self.block
+        first, end = (row * math.prod(self.shape[1:]) // numbers * size for row in (start, stop))
+        content = np.fromfile(self.file, np.uint8, count=end - first, offset=self.start + first)
+        if content.size != end - first:
+            raise ValueError(f"{self.file} has become shorter while it was read; fetch it again")
+        if isinstance(self.kind, np.dtype):
+            values = content.view(self.kind)
+        else:
+            from gguf.quants import dequantize
+
+            values = dequantize(content.reshape(-1, self.shape[-1] // numbers * size), self.kind)
+        return values.reshape(stop - start, *self.shape[1:])
+
+
+class FileReader:
+    """The tensors of files. `shapes`: key → shape."""
+
+    def __init__(self, tensors: dict[str, StoredTensor]) -> None:
+        self._tensors = tensors
+        self.shapes = {key: tensor.shape for key, tensor in tensors.items()}
+
+    def read(self, key: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """The rows `start` to `stop` of a tensor: plain floats in their own type, others dequantised to float32.
+
+        Raises ValueError when the file has become shorter since it was opened.
+        """
+        return self._tensors[key].read(start, self.shapes[key][0] if stop is None else stop)
+
+
 def chunks(reader: Reader, key: str) -> Iterator[tuple[slice, np.ndarray]]:
     """The tensor's rows in order, a chunk at a time: (which rows, their numbers)."""
     shape = reader.shapes[key]
     rows = max(_CHUNK // max(math.prod(shape[1:]), 1), 1)
     for start in range(0, shape[0], rows):
-        stop = min(start + rows, shape[0])
-        yield slice(start, stop), reader.read(key, start, stop)
+        part = slice(start, min(start + rows, shape[0]))
+        yield part, reader.read(key, part.start, part.stop)
 
 
 def widened(chunk: np.ndarray) -> np.ndarray:
@@ -51,31 +92,6 @@ def widened(chunk: np.ndarray) -> np.ndarray:
     bits = chunk.view(np.uint16).astype(np.uint32)
     bits <<= 16
     return bits.view(np.float32)
-
-
-class Range:
-    """The largest magnitude of a tensor that is seen chunk by chunk."""
-
-    def __init__(self) -> None:
-        self._low, self._high, self._zero = 0.0, 0.0, True
-
-    def add(self, values: np.ndarray) -> None:
-        with np.errstate(invalid="ignore"):  # NaN: seen in the end
-            self._low, self._high = np.minimum(self._low, values.min()), np.maximum(self._high, values.max())
-            self._zero = self._zero and not values.any()
-
-    def plausible(self) -> bool:
-        """Whether it can be a weight: finite, within float16's range, and not subnormal throughout.
-
-        Bytes in the wrong order, or a flipped bit of an exponent, break this.
-
-        >>> seen = Range()
-        >>> seen.add(np.array([1.0, -2.0], np.float32).byteswap())
-        >>> seen.plausible()
-        False
-        """
-        largest = float(np.maximum(-self._low, self._high))
-        return self._zero or float(np.finfo(np.float32).tiny) <= largest <= _LARGEST
 
 
 def staging(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -97,10 +113,10 @@ def place(make: Callable[[], np.ndarray], sharding: Sharding | None) -> jax.Arra
     else:
         leaf = jax.make_array_from_callback(buffer.shape, sharding, buffer.__getitem__)
     jax.block_until_ready(leaf)
-    held, large = weakref.ref(buffer if buffer.base is None else buffer.base), buffer.size > _CHUNK
+    memory, looks = weakref.ref(buffer if buffer.base is None else buffer.base), _LOOKS * (buffer.size > _CHUNK)
     del buffer
-    for _ in range(_PATIENCE if large else 0):
-        if held() is None:
+    for _ in range(looks):
+        if memory() is None:
             break
         jax.device_put(0.0)  # JAX lets go of a buffer only at a call some time after it was copied
         time.sleep(1e-4)
@@ -123,11 +139,12 @@ def fetch(leaf: Any, layer: int | None = None) -> np.ndarray:
     if isinstance(leaf, np.ndarray):
         return leaf if layer is None else leaf[layer]
     if not leaf.is_fully_addressable:
-        everywhere = NamedSharding(leaf.sharding.mesh, PartitionSpec())
-        return np.asarray(_getter(everywhere, layer is None)(leaf, np.int32(layer or 0)))
-    if layer is None:
+        sharding: Sharding | None = NamedSharding(leaf.sharding.mesh, PartitionSpec())
+    elif layer is None:
         return np.asarray(leaf)
-    return np.asarray(_getter(_of_layer(leaf.sharding), False)(leaf, np.int32(layer)))
+    else:
+        sharding = _of_layer(leaf.sharding)
+    return np.asarray(_getter(sharding, layer is None)(leaf, np.int32(layer or 0)))
 
 
 def _of_layer(sharding: Sharding | None) -> Sharding | None:
@@ -142,8 +159,7 @@ def _setter(sharding: Sharding | None) -> Callable[..., jax.Array]:
     def fill(stack: jax.Array, layer: jax.Array, i: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_index_in_dim(stack, layer, i, 0)
 
-    where: dict[str, Any] = {} if sharding is None else {"out_shardings": sharding}
-    return jax.jit(fill, donate_argnums=0, **where)
+    return jax.jit(fill, donate_argnums=0, out_shardings=sharding)
 
 
 @functools.cache

@@ -23,12 +23,11 @@ def from_folder(folder: Path) -> Any:
 
 def stop_token_ids(tokenizer: Any, *eos: int | Iterable[int] | None) -> tuple[int, ...]:
     """Ids that end a turn, ascending: the tokenizer's EOS, those in `eos`, and well-known ends of turn."""
-    found = {tokenizer.eos_token_id}
-    for ids in eos:
-        found |= {ids} if isinstance(ids, int) or ids is None else set(ids)
     vocabulary = tokenizer.get_vocab()
-    found |= {vocabulary.get(token) for token in END_OF_TURN}
-    return tuple(sorted(found - {None}))
+    stops = {tokenizer.eos_token_id, *(vocabulary.get(token) for token in END_OF_TURN)}
+    for ids in eos:
+        stops |= {ids} if isinstance(ids, int) or ids is None else set(ids)
+    return tuple(sorted(stops - {None}))
 
 
 def render(tokenizer: Any, prompt: Prompt) -> str:
@@ -54,8 +53,8 @@ def render(tokenizer: Any, prompt: Prompt) -> str:
     opening = messages[-1]["content"]
     messages[-1]["content"] = opening + _SENTINEL  # so that a template that trims cannot trim the opening
     text = _templated(tokenizer, messages, add_generation_prompt=False)
-    rendered, found, _ = text.rpartition(_SENTINEL)
-    if not found or not rendered.endswith(opening.lstrip()):
+    rendered, sentinel, _ = text.rpartition(_SENTINEL)
+    if not sentinel or not rendered.endswith(opening.lstrip()):
         raise ValueError(
             f"the chat template does not keep the open assistant message {opening!r}: end the messages with "
             "a user message, or give the prompt as plain text"

@@ -17,7 +17,7 @@ from gguf_models import (
 )
 
 from es_jax.models.config import TransformerConfig
-from es_jax.weights.gguf_file import KINDS, GGUFReader
+from es_jax.weights.gguf import KINDS, GGUFReader
 from es_jax.weights.gguf_tokenizer import from_gguf_metadata
 from es_jax.weights.model import load_model
 

@@ -4,7 +4,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
-from es_jax.weights.hub import resolve
+from es_jax.weights.files import resolve
 from es_jax.weights.model import config_only, load_model
 
 
