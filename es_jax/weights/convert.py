@@ -29,6 +29,8 @@ class _Slot(NamedTuple):
     weight: Weight
     layer: int | None
     shape: tuple[int, ...]  # in the file
+    offset: int  # what the file adds: GGUF's norms hold the 1 + scale that they multiply by
+    heads: int  # within each of which GGUF interleaves the halves of the rows; 0: they are in the tree's order
 
 
 def to_params(
@@ -48,23 +50,30 @@ def to_params(
     """
     slots = _slots(config, naming)
     _check_keys(reader, config, slots, naming)
-    host = _HostLeaves(reader, config, np.dtype(dtype), naming)
+    dtype, broken = np.dtype(dtype), []
+
+    def host_leaf(slots: dict[str, _Slot], shape: tuple[int, ...]) -> np.ndarray:
+        leaf = staging(shape, dtype)
+        for key, slot in slots.items():
+            tensor = leaf if slot.layer is None else leaf[slot.layer]
+            if not _fill(tensor.T if slot.weight.transpose else tensor, reader, key, slot):
+                broken.append(key)
+        return leaf
+
     largest = max(math.prod(slot.shape) for slot in slots.values())
     params = {}
     for path, shape in param_shapes(config).items():
         tensors = {key: slot for key, slot in slots.items() if slot.weight.path == path}
         sharding = None if shardings is None else shardings(path, shape)
         if math.prod(shape) > largest:
-            layers = [
-                functools.partial(host.leaf, {key: slot._replace(layer=None)}, shape[1:])
-                for key, slot in tensors.items()
-            ]
-            params[path] = place_stacked(layers, shape, dtype=host.dtype, sharding=sharding)
+            layers = [{key: slot._replace(layer=None)} for key, slot in tensors.items()]
+            makers = [functools.partial(host_leaf, layer, shape[1:]) for layer in layers]
+            params[path] = place_stacked(makers, shape, dtype=dtype, sharding=sharding)
         else:
-            params[path] = place(functools.partial(host.leaf, tensors, shape), sharding)
-    if host.broken:
+            params[path] = place(functools.partial(host_leaf, tensors, shape), sharding)
+    if broken:
         raise ValueError(
-            f"tensors with NaN, infinite or impossibly large or small numbers: {', '.join(host.broken)}; the file is "
+            f"tensors with NaN, infinite or impossibly large or small numbers: {', '.join(broken)}; the file is "
             "damaged or has its bytes in another order: fetch the model again"
         )
     return unflatten_dict(params, sep="/")
@@ -84,41 +93,20 @@ def hf_tensors(
     return {key: slot.shape for key, slot in slots.items()}, tensor
 
 
-@dataclasses.dataclass
-class _HostLeaves:
-    """Host arrays in the tree's layout, from the tensors of a file. `broken`: keys whose numbers no weight has."""
-
-    reader: Reader
-    config: TransformerConfig
-    dtype: np.dtype
-    naming: Literal["hf", "gguf"]
-    broken: list[str] = dataclasses.field(default_factory=list)
-
-    def leaf(self, slots: dict[str, _Slot], shape: tuple[int, ...]) -> np.ndarray:
-        leaf = staging(shape, self.dtype)
-        for key, slot in slots.items():
-            tensor = leaf if slot.layer is None else leaf[slot.layer]
-            self._fill(tensor.T if slot.weight.transpose else tensor, key, slot.weight)
-        return leaf
-
-    def _fill(self, tensor: np.ndarray, key: str, weight: Weight) -> None:
-        order, offset = None, np.float32(0)
-        if self.naming == "gguf":  # norms multiply by 1 + scale, and the file holds that
-            offset = np.float32(self.config.norm_plus_one and weight.path.endswith("norm/scale"))
-            if FAMILIES[self.config.family].gguf_permuted and weight.rotary:
-                order = np.argsort(half_split(np.arange(len(tensor)), heads=getattr(self.config, weight.rotary)))
-        largest = np.float32(0)
-        for rows, chunk in chunks(self.reader, key):
-            values = widened(chunk)
-            with np.errstate(invalid="ignore"):  # NaN: seen in the end
-                largest = np.maximum(largest, np.abs(values).max())
-            if offset:
-                values = values - offset
-            elif chunk.dtype == self.dtype:
-                values = chunk
-            tensor[rows if order is None else order[rows]] = values
-        if largest != 0 and not _TINY <= largest <= _LARGEST:
-            self.broken.append(key)
+def _fill(tensor: np.ndarray, reader: Reader, key: str, slot: _Slot) -> bool:
+    """Fill an array, in the layout of the file, from its tensor; whether its numbers can be those of a weight."""
+    order = np.argsort(half_split(np.arange(len(tensor)), heads=slot.heads)) if slot.heads else None
+    largest = np.float32(0)
+    for rows, chunk in chunks(reader, key):
+        values = widened(chunk)
+        with np.errstate(invalid="ignore"):  # NaN: seen in the end
+            largest = np.maximum(largest, np.abs(values).max())
+        if slot.offset:
+            values = values - np.float32(slot.offset)
+        elif chunk.dtype == tensor.dtype:
+            values = chunk
+        tensor[rows if order is None else order[rows]] = values
+    return bool(largest == 0 or _TINY <= largest <= _LARGEST)
 
 
 def half_split(rows: np.ndarray, *, heads: int) -> np.ndarray:
@@ -132,14 +120,18 @@ def half_split(rows: np.ndarray, *, heads: int) -> np.ndarray:
 
 
 def _slots(config: TransformerConfig, naming: str) -> dict[str, _Slot]:
-    shapes = param_shapes(config)
-    slots = {}
+    slots, shapes = {}, param_shapes(config)
     for weight in weights_of(config):
-        stacked = weight.path.startswith("layers/")
-        shape = shapes[weight.path][1:] if stacked else shapes[weight.path]
+        stacked, shape = weight.path.startswith("layers/"), shapes[weight.path]
+        shape = shape[1:] if stacked else shape
         shape = shape[::-1] if weight.transpose else shape
+        offset, heads = 0, 0
+        if naming == "gguf":
+            offset = int(config.norm_plus_one and weight.path.endswith("norm/scale"))
+            permuted = FAMILIES[config.family].gguf_permuted and weight.rotary
+            heads = getattr(config, weight.rotary) if permuted else 0
         for layer in range(config.layers) if stacked else (None,):
-            slots[getattr(weight, naming).format(layer)] = _Slot(weight, layer, shape)
+            slots[getattr(weight, naming).format(layer)] = _Slot(weight, layer, shape, offset, heads)
     return slots
 
 

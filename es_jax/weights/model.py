@@ -109,7 +109,7 @@ def save_model(
         for key in shapes:
             tensor(key)  # every process has a part of it to give
         return processes.barrier()
-    with new_folder(path) as folder:
+    with _new_folder(path) as folder:
         config = {**to_hf(model.config), "torch_dtype": str(dtype), **ids}
         generation = {**model.generation, **ids, "eos_token_id": list(model.stop_token_ids)}
         for name, fields in (("config", config), ("generation_config", generation)):
@@ -122,16 +122,12 @@ def save_model(
 
 
 @contextlib.contextmanager
-def new_folder(path: str | Path) -> Iterator[Path]:
+def _new_folder(path: str | Path) -> Iterator[Path]:
     """A folder to write into, which gets its name when the block ends well, and is gone when it does not.
 
     What a killed process of this machine left of the same folder is deleted first.
-
-    Raises OSError when `path` is a file or a folder that is not empty, or cannot be made.
     """
     path = Path(path).expanduser().absolute()
-    if problem := _obstacle(path, 0)[1]:
-        raise OSError(problem)
     path.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{path.name}.{platform.node()}."
     for other in path.parent.iterdir():
@@ -150,11 +146,11 @@ def _running(pid: str) -> bool:
     """Whether it is the number of a process, other than this one, that runs; true for what is no number."""
     try:
         os.kill(int(pid), 0)
+        return int(pid) != os.getpid()
     except ProcessLookupError:
         return False
     except (ValueError, OverflowError, PermissionError):
         return True
-    return int(pid) != os.getpid()
 
 
 def check_new(path: str | Path, *, nbytes: int = 0) -> None:

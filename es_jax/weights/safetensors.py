@@ -83,12 +83,6 @@ def write_folder(
     return tuple(folder / name for name in names)
 
 
-def write(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    """Write one file of tensors that share a dtype, as Hugging Face's tools read it."""
-    (dtype,) = {tensor.dtype for tensor in tensors.values()}
-    _write(path, {key: tensor.shape for key, tensor in tensors.items()}, tensors.__getitem__, dtype=dtype)
-
-
 def _header(file: Path) -> tuple[dict[str, Any], int]:
     """The header's fields by key, and where the tensors begin. The library has checked them against the file."""
     try:

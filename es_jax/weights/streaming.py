@@ -7,7 +7,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ _CHUNK = 1 << 18  # numbers that are read and converted at once
 _LOOKS = 100  # at whether a buffer is gone, 0.1 ms apart
 
 
+@runtime_checkable
 class Reader(Protocol):
     """Tensors by key, as a file format offers them."""
 

@@ -34,21 +34,15 @@ on the ticket window, which read: closed for the regatta, back on Monday."""
 class VerificationReport:
     """How far a model is from its reference on one text.
 
-    Attributes:
-      tokens: how many tokens were compared.
-      same_tokens: whether the reference's tokenizer makes the same ids of the text.
-      logit_difference: the largest absolute difference of two logits.
-      kl: KL(reference ‖ model) of the next-token distributions, in nats, one number a position.
-      limit: the largest KL that is allowed.
-      layers: (name, difference) of "embedding", "layer 0", …, "final norm", "logits": the largest over positions of
-        ‖ours − theirs‖ / ‖theirs‖.
+    `layers`: (name, difference) of "embedding", "layer 0", …, "final norm", "logits"; the difference is the largest over
+    positions of ‖ours − theirs‖ / ‖theirs‖.
     """
 
-    tokens: int
-    same_tokens: bool
-    logit_difference: float
-    kl: tuple[float, ...]
-    limit: float
+    tokens: int  # how many were compared
+    same_tokens: bool  # the reference's tokenizer makes the same ids of the text
+    logit_difference: float  # the largest absolute difference of two logits
+    kl: tuple[float, ...]  # KL(reference ‖ model) of the next-token distributions, in nats, one number a position
+    limit: float  # the largest KL that is allowed
     layers: tuple[tuple[str, float], ...]
 
     @property
@@ -72,10 +66,9 @@ class VerificationReport:
         return self.same_tokens and self.max_kl <= self.limit
 
     def __str__(self) -> str:
-        worst = int(np.argmax(self.kl))
         text = (
             f"{self.tokens} tokens: largest logit difference {self.logit_difference:.2e}, KL mean {self.mean_kl:.2e}, "
-            f"largest {self.max_kl:.2e} nats at position {worst} (allowed {self.limit:.2e})"
+            f"largest {self.max_kl:.2e} nats at position {np.argmax(self.kl)} (allowed {self.limit:.2e})"
         )
         if self.parted is not None:
             text += f"; they part at {self.parted}, by {dict(self.layers)[self.parted]:.1e} of its size"
@@ -118,8 +111,7 @@ def verify_model(model: Model, reference: str | Path, *, max_kl: float, text: st
         raise ValueError(
             f"text has {ids.shape[1]} tokens: it must have 2 to {model.config.max_positions}; give another"
         )
-    theirs = _reference_stream(folder, ids)
-    ours = _stream(model, ids)
+    theirs, ours = _reference_stream(folder, ids), _stream(model, ids)
     wrong = [name for name in ours if name not in theirs or theirs[name].shape != ours[name].shape]
     if wrong or len(theirs) != len(ours):
         raise ValueError(f"the model has other sizes than {reference}: {', '.join(wrong) or 'fewer layers'} differs")
