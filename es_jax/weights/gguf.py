@@ -94,18 +94,18 @@ class _Cursor:
         self.at += count
         return self.content[self.at - count : self.at]
 
-    def numbers(self, kind: str, count: int = 1) -> list[Any]:
+    def numbers(self, kind: str, count: int) -> list[Any]:
         return np.frombuffer(self.take(count * np.dtype(kind).itemsize), kind).tolist()
 
-    def number(self, kind: str) -> Any:
-        return self.numbers(kind)[0]
+    def integer(self, size: int) -> int:
+        return int.from_bytes(self.take(size), "little")
 
     def string(self) -> str:
-        return self.take(int.from_bytes(self.take(8), "little")).decode()
+        return self.take(self.integer(8)).decode()
 
     def value(self) -> Any:
-        kind = self.number("<u4")
-        return self.values(self.number("<u4"), self.number("<u8")) if kind == _ARRAY else self.values(kind, 1)[0]
+        kind = self.integer(4)
+        return self.values(self.integer(4), self.integer(8)) if kind == _ARRAY else self.values(kind, 1)[0]
 
     def values(self, kind: int, count: int) -> list[Any]:
         if kind == _STRING:
@@ -119,10 +119,10 @@ class _Cursor:
 
     def tensor(self) -> tuple[tuple[int, ...], int, int]:
         """Shape, kind and offset."""
-        dimensions = self.number("<u4")
+        dimensions = self.integer(4)
         if not 1 <= dimensions <= 4:
             raise ValueError(f"a tensor has {dimensions} dimensions")
-        return tuple(self.numbers("<u8", dimensions)[::-1]), self.number("<u4"), self.number("<u8")
+        return tuple(self.numbers("<u8", dimensions)[::-1]), self.integer(4), self.integer(8)
 
     def unique(self, count: int, read: Callable[[], Any]) -> dict[str, Any]:
         """`count` names, each with what `read` reads after it."""
@@ -141,7 +141,7 @@ def _parse(path: Path, cursor: _Cursor) -> tuple[dict[str, Any], dict[str, Store
 
     if cursor.take(4) != b"GGUF":
         raise ValueError("it does not begin with GGUF")
-    version = cursor.number("<u4")
+    version = cursor.integer(4)
     if version not in _VERSIONS:
         swapped = int.from_bytes(version.to_bytes(4, "little"), "big") in _VERSIONS
         raise ValueError(f"it is {'big-endian' if swapped else f'of version {version}'}, which is not read")
@@ -186,7 +186,10 @@ def from_gguf(reader: GGUFReader) -> TransformerConfig:
     metadata = reader.metadata
     family = find_family(metadata.get("general.architecture", "(missing)"), by="gguf_architecture")
     prefix = family.gguf_architecture + "."
-    fields = {key.removeprefix(prefix): _exact(value) for key, value in metadata.items() if key.startswith(prefix)}
+    fields = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
+    for key, value in fields.items():
+        if isinstance(value, float):  # GGUF keeps float32: the shortest decimal of it (1e-05, not 9.99999974e-06)
+            fields[key] = float(str(np.float32(value)))
     if family.name == "llama" and fields.get("attention.sliding_window", 0):
         family = FAMILIES["mistral"]
     problems = [prefix + problem for problem in _problems(family, fields)]
@@ -273,8 +276,3 @@ def _with_llama3(config: TransformerConfig, reader: GGUFReader) -> TransformerCo
         f"{reader.path.name}: the tensor rope_freqs.weight scales rotary positions otherwise than Llama 3 with factor "
         f"{' or '.join(map(str, _LLAMA3_FACTORS))}, not implemented; load the model's safetensors folder instead"
     )
-
-
-def _exact(value: Any) -> Any:
-    """GGUF keeps float32: the shortest decimal of it (1e-05, not 9.99999974e-06)."""
-    return float(str(np.float32(value))) if isinstance(value, float) else value

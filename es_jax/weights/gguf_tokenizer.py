@@ -128,9 +128,10 @@ def _sentencepiece(metadata: Mapping[str, Any], special: Mapping[str, str]) -> A
 
 def _merges(tokens: list[str], kinds: list[int], scores: list[float]) -> list[tuple[str, str]]:
     """Every pair of normal pieces that makes a third, by the third's score; equal scores in the vocabulary's order."""
-    order = sorted((i for i, kind in enumerate(kinds) if kind == _NORMAL), key=lambda i: -scores[i])
-    normal = {tokens[i] for i in order}
-    halves = ((tokens[i][:at], tokens[i][at:]) for i in order for at in range(1, len(tokens[i])))
+    ranked = sorted(zip(tokens, kinds, scores, strict=True), key=lambda entry: -entry[2])
+    pieces = [token for token, kind, _ in ranked if kind == _NORMAL]
+    normal = set(pieces)
+    halves = ((piece[:at], piece[at:]) for piece in pieces for at in range(1, len(piece)))
     return [(left, right) for left, right in halves if left in normal and right in normal]
 
 

@@ -16,14 +16,14 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from es_jax.weights.files import INDEX, SINGLE, SUMS
-from es_jax.weights.streaming import FileReader, StoredTensor
+from es_jax.weights.streaming import FileReader, StoredTensor, row_slices
 
 _FLOATS = {
     name: np.dtype(kind)
     for name, kind in {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": ml_dtypes.bfloat16}.items()
 }
 _NAMES = {dtype.name: name for name, dtype in _FLOATS.items()}
-_ROWS = 1 << 20  # numbers that are written at once
+_NUMBERS = 1 << 20  # that are written at once
 
 
 class SafetensorsReader(FileReader):
@@ -132,7 +132,6 @@ def _write(
             values = tensor(key)
             if values.shape != shape:
                 raise ValueError(f"{key} has the shape {values.shape}, the header says {shape}")
-            rows = max(_ROWS // max(math.prod(shape[1:]), 1), 1)
-            for at in range(0, shape[0], rows):
-                put(np.ascontiguousarray(values[at : at + rows], dtype).view(np.uint8).data)
+            for rows in row_slices(shape, _NUMBERS):
+                put(np.ascontiguousarray(values[rows], dtype).view(np.uint8).data)
     return total.hexdigest()

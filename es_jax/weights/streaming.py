@@ -1,13 +1,12 @@
 """Tensors of files to leaves on devices and back, one tensor at a time on the host."""
 
-import dataclasses
 import functools
 import math
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +30,7 @@ class Reader(Protocol):
         """The rows `start` to `stop` of the tensor with that key, in any float type."""
 
 
-@dataclasses.dataclass(frozen=True)
-class StoredTensor:
+class StoredTensor(NamedTuple):
     """A tensor in a file: numbers one after another, in blocks where they are quantised."""
 
     file: Path
@@ -40,21 +38,6 @@ class StoredTensor:
     start: int  # first byte in the file
     kind: Any  # the dtype of plain floats, or a gguf.GGMLQuantizationType
     block: tuple[int, int]  # numbers, and the bytes that hold them
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """The rows `start` to `stop`: plain floats in their own type, others dequantised to float32."""
-        numbers, size = self.block
-        first, end = (row * math.prod(self.shape[1:]) // numbers * size for row in (start, stop))
-        content = np.fromfile(self.file, np.uint8, count=end - first, offset=self.start + first)
-        if content.size != end - first:
-            raise ValueError(f"{self.file} has become shorter while it was read; fetch it again")
-        if isinstance(self.kind, np.dtype):
-            values = content.view(self.kind)
-        else:
-            from gguf.quants import dequantize
-
-            values = dequantize(content.reshape(-1, self.shape[-1] // numbers * size), self.kind)
-        return values.reshape(stop - start, *self.shape[1:])
 
 
 class FileReader:
@@ -69,16 +52,32 @@ class FileReader:
 
         Raises ValueError when the file has become shorter since it was opened.
         """
-        return self._tensors[key].read(start, self.shapes[key][0] if stop is None else stop)
+        file, shape, base, kind, (numbers, size) = self._tensors[key]
+        stop = shape[0] if stop is None else stop
+        first, end = (row * math.prod(shape[1:]) // numbers * size for row in (start, stop))
+        content = np.fromfile(file, np.uint8, count=end - first, offset=base + first)
+        if content.size != end - first:
+            raise ValueError(f"{file} has become shorter while it was read; fetch it again")
+        if isinstance(kind, np.dtype):
+            return content.view(kind).reshape(stop - start, *shape[1:])
+        from gguf.quants import dequantize
+
+        return dequantize(content.reshape(-1, shape[-1] // numbers * size), kind).reshape(stop - start, *shape[1:])
+
+
+def row_slices(shape: tuple[int, ...], numbers: int = _CHUNK) -> Iterator[slice]:
+    """The rows of a shape in order, about so many numbers at a time, at least one row.
+
+    >>> list(row_slices((5, 3), 6))
+    [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
+    """
+    rows = max(numbers // max(math.prod(shape[1:]), 1), 1)
+    return (slice(start, min(start + rows, shape[0])) for start in range(0, shape[0], rows))
 
 
 def chunks(reader: Reader, key: str) -> Iterator[tuple[slice, np.ndarray]]:
     """The tensor's rows in order, a chunk at a time: (which rows, their numbers)."""
-    shape = reader.shapes[key]
-    rows = max(_CHUNK // max(math.prod(shape[1:]), 1), 1)
-    for start in range(0, shape[0], rows):
-        part = slice(start, min(start + rows, shape[0]))
-        yield part, reader.read(key, part.start, part.stop)
+    return ((rows, reader.read(key, rows.start, rows.stop)) for rows in row_slices(reader.shapes[key]))
 
 
 def widened(chunk: np.ndarray) -> np.ndarray:
@@ -157,15 +156,11 @@ def _of_layer(sharding: Sharding | None) -> Sharding | None:
 
 @functools.cache
 def _setter(sharding: Sharding | None) -> Callable[..., jax.Array]:
-    def fill(stack: jax.Array, layer: jax.Array, i: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_index_in_dim(stack, layer, i, 0)
-
+    fill = functools.partial(jax.lax.dynamic_update_index_in_dim, axis=0)
     return jax.jit(fill, donate_argnums=0, out_shardings=sharding)
 
 
 @functools.cache
 def _getter(sharding: Sharding | None, whole: bool) -> Callable[..., jax.Array]:
-    def cut(leaf: jax.Array, i: jax.Array) -> jax.Array:
-        return leaf if whole else jax.lax.dynamic_index_in_dim(leaf, i, 0, keepdims=False)
-
-    return jax.jit(cut, out_shardings=sharding)
+    cut = functools.partial(jax.lax.dynamic_index_in_dim, axis=0, keepdims=False)
+    return jax.jit((lambda leaf, _: leaf) if whole else cut, out_shardings=sharding)

@@ -47,12 +47,22 @@ def render(tokenizer: Any, prompt: Prompt) -> str:
             "the prompt is a list of messages but this tokenizer has no chat template: use a model that has "
             "one (an instruction-tuned one), or give the prompt as plain text"
         )
+    from jinja2 import TemplateError
+
     messages = [dict(message) for message in prompt]
-    if messages[-1]["role"] != "assistant":
-        return _templated(tokenizer, messages, add_generation_prompt=True)
-    opening = messages[-1]["content"]
-    messages[-1]["content"] = opening + _SENTINEL  # so that a template that trims cannot trim the opening
-    text = _templated(tokenizer, messages, add_generation_prompt=False)
+    opening = messages[-1]["content"] if messages[-1]["role"] == "assistant" else None
+    if opening is not None:
+        messages[-1]["content"] = opening + _SENTINEL  # so that a template that trims cannot trim the opening
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opening is None)
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise ValueError(
+            f"the model's chat template refuses messages of the roles {roles} ({error}): change the prompt's roles, or "
+            "give it as plain text"
+        ) from None
+    if opening is None:
+        return text
     rendered, sentinel, _ = text.rpartition(_SENTINEL)
     if not sentinel or not rendered.endswith(opening.lstrip()):
         raise ValueError(
@@ -60,19 +70,6 @@ def render(tokenizer: Any, prompt: Prompt) -> str:
             "a user message, or give the prompt as plain text"
         )
     return rendered
-
-
-def _templated(tokenizer: Any, messages: list[dict[str, Any]], *, add_generation_prompt: bool) -> str:
-    from jinja2 import TemplateError
-
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except TemplateError as error:
-        roles = ", ".join(message["role"] for message in messages)
-        raise ValueError(
-            f"the model's chat template refuses messages of the roles {roles} ({error}): change the prompt's roles, or "
-            "give it as plain text"
-        ) from None
 
 
 def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:

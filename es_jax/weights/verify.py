@@ -34,8 +34,8 @@ on the ticket window, which read: closed for the regatta, back on Monday."""
 class VerificationReport:
     """How far a model is from its reference on one text.
 
-    `layers`: (name, difference) of "embedding", "layer 0", …, "final norm", "logits"; the difference is the largest over
-    positions of ‖ours − theirs‖ / ‖theirs‖.
+    `layers`: (name, difference) of "embedding", "layer 0", …, "final norm", "logits": the largest over positions of
+    ‖ours − theirs‖ / ‖theirs‖.
     """
 
     tokens: int  # how many were compared
