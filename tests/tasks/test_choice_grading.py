@@ -206,13 +206,13 @@ def test_monster(task: str, unit: str) -> None:
 @pytest.mark.parametrize("task", DATASETS)
 def test_labels_as_continuations(task: str) -> None:
     """Every continuation that is scored is the asked form: the strict grader reads its label back."""
-    made = get_task(task)
-    assert isinstance(made, ChoiceTask) and not isinstance(get_task("gsm8k"), ChoiceTask)
+    grader = get_task(task)
+    assert isinstance(grader, ChoiceTask) and not isinstance(get_task("gsm8k"), ChoiceTask)
     example = Example("0", "?", DATASETS[task].labels[1], {"options": ("x", "y")})
-    choices = made.choices(example)
+    choices = grader.choices(example)
     assert (choices.prompt, choices.right, len(choices.options)) == ("?", 1, 2)
-    assert [made.score(example, text).parts["strict"] for text in choices.options] == [0, 1]
-    assert len(made.choices(Example("0", "?", DATASETS[task].labels[1])).options) == len(DATASETS[task].labels)
+    assert [grader.score(example, text).parts["strict"] for text in choices.options] == [0, 1]
+    assert len(grader.choices(Example("0", "?", DATASETS[task].labels[1])).options) == len(DATASETS[task].labels)
 
 
 def test_texts_as_continuations() -> None:

@@ -56,16 +56,16 @@ def test_shards_hold_at_most_the_limit(limit, tmp_path):
     tensors = tensors_of(CONFIG)
     shapes = {key: values.shape for key, values in tensors.items()}
     kind = np.dtype(np.float32)
-    written = safetensors.write_folder(tmp_path, shapes, tensors.__getitem__, dtype=kind, max_shard_bytes=limit)
-    assert written == files.find_files(tmp_path)
-    assert len(written) == {1: len(tensors), 10**9: 1}.get(limit, len(written)) and (limit == 10**9 or len(written) > 3)
-    for path in written:
+    paths = safetensors.write_folder(tmp_path, shapes, tensors.__getitem__, dtype=kind, max_shard_bytes=limit)
+    assert paths == files.find_files(tmp_path)
+    assert len(paths) == {1: len(tensors), 10**9: 1}.get(limit, len(paths)) and (limit == 10**9 or len(paths) > 3)
+    for path in paths:
         inside = SafetensorsReader([path]).shapes.values()
         assert len(inside) == 1 or sum(4 * np.prod(shape) for shape in inside) <= limit
-    reader = SafetensorsReader(written)
+    reader = SafetensorsReader(paths)
     for key, values in tensors.items():
         np.testing.assert_array_equal(reader.read(key), values)
-    if len(written) > 1:
+    if len(paths) > 1:
         index = json.loads((tmp_path / files.INDEX).read_text())
         assert index["metadata"]["total_size"] == sum(values.nbytes for values in tensors.values())
 
