@@ -24,7 +24,7 @@ from es_jax.rundir.metrics import Jsonl
 from es_jax.scoring.evals_file import EvalsFile, read_evals
 from es_jax.scoring.heldout import HeldOut, cast, evaluate
 from es_jax.tasks import get_task
-from es_jax.tasks.data import rows_folder
+from es_jax.tasks.rows import rows_folder
 from es_jax.tasks.task import Task
 from es_jax.training.config import RunConfig
 from es_jax.training.es_step import Evaluator, compute_dtype
