@@ -18,7 +18,7 @@ from es_jax.scoring.grading import Graded, Grader
 from es_jax.scoring.row_results import Verdicts
 from es_jax.scoring.workers import workers_of
 from es_jax.tasks.task import ChoiceTask, Example, PaperParts, Task
-from es_jax.training.es_step import Evaluator
+from es_jax.training.es import Evaluator
 from es_jax.weights.model import Model
 from es_jax.weights.tokenizer import encode_prompt
 
