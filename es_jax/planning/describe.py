@@ -74,8 +74,9 @@ def _remedies(plan: Plan, worst: Outcome) -> Iterator[str]:
 
 def _heading(plan: Plan) -> str:
     topology, model, config = plan.topology, plan.config.model, plan.config
+    size = METHODS[config.method].size.format(config=config)
     return (
-        f"{METHODS[config.method].size.format(config=config)} of {model.source}, computed in {model.dtype}, weights in {model.param_dtype}, on "
+        f"{size} of {model.source}, computed in {model.dtype}, weights in {model.param_dtype}, on "
         f"{topology.name}: {len(topology.devices)} devices of {_gib(topology.chip.memory)} GiB, "
         f"groups {plan.mesh[GROUPS]} × model {plan.mesh[MODEL]}, {plan.slots} slots"
     )

@@ -256,7 +256,7 @@ class State:
         return rest
 
     def restore(self, read: Callable[[Any, Any], tuple[Any, Any]]) -> None:
-        """Weights and optimizer state as `read` gives them for their shapes; the memory of the old ones is free first."""
+        """Take weights and optimizer state from `read`, which is given their shapes when the old ones are gone."""
         like = abstract((self.params, self.opt_state))
         self.params = self.opt_state = None
         self.params, self.opt_state = read(*like)

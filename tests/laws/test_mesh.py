@@ -245,12 +245,11 @@ def test_a_plan_compiles_the_update_that_a_run_compiles(qwen, params):
         ({"name": "momentum", "max_grad_norm": 1.0, "anchor": {"penalty": "none"}}, {"noise": "shared_seed"}),
     ):
         config = config_of(qwen, optim=optim, es=es)
-        state = State(config, mesh, placed(params, mesh))
-        lowered = (
-            update.lower(*state.update_arguments(entry_of(config, 1))),
-            Programs(config, SMALL, mesh).update().lower(),
-        )
-        run, plan = (hashlib.sha256(program.as_text().encode()).hexdigest() for program in lowered)
+        with jax.numpy_dtype_promotion("standard"):  # optax's adam needs it
+            state = State(config, mesh, placed(params, mesh))
+            run = update.lower(*state.update_arguments(entry_of(config, 1)))
+            plan = Programs(config, SMALL, mesh).update().lower()
+        run, plan = (hashlib.sha256(lowered.as_text().encode()).hexdigest() for lowered in (run, plan))
         assert run == plan
         digests.add(run)
     assert len(digests) == 3  # the first two are one program
