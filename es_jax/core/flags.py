@@ -7,6 +7,8 @@ from pathlib import Path
 
 from absl import flags
 
+from es_jax.core.names import RENAMED
+
 _NAMES = ("coordinator_address", "num_processes", "process_id")
 
 
@@ -20,10 +22,11 @@ def parser(command: str, *, required: tuple[str, ...] = ()) -> Callable[[list[st
 
     def parse(argv: list[str]) -> list[str]:
         flags.mark_flags_as_required(required)
-        for argument in argv:
-            if argument.startswith("--config="):  # a config file imports its neighbours: configs.common
-                file = argument.removeprefix("--config=").partition(":")[0]
-                sys.path.append(str(Path(file).resolve().parent.parent))
+        for name, _, value in (argument.partition("=") for argument in argv):
+            if name == "--config":  # a config file imports its neighbours: configs.common
+                sys.path.append(str(Path(value.partition(":")[0]).resolve().parent.parent))
+            elif new := name.startswith("--config.") and RENAMED.get(name.removeprefix("--config.")):
+                sys.exit(f"{command}: {name} is called --config.{new} now: use that name")
         try:
             return flags.FLAGS(argv)
         except flags.Error as error:

@@ -14,6 +14,7 @@ from es_jax.rundir import directory
 from es_jax.rundir.checkpoints import saved_steps
 from es_jax.rundir.metrics import read_jsonl
 from es_jax.rundir.seed_log import SeedLog
+from es_jax.training.config import read_config
 from es_jax.training.method import METHODS
 from es_jax.training.weights_at import weights_at
 from es_jax.weights.model import check_new, load_outline, save_model
@@ -47,7 +48,7 @@ def export_run(
         not the run's.
     """
     workdir, out = Path(workdir), Path(out).expanduser()
-    config, facts = directory.read_config(workdir), directory.read(workdir)
+    config, facts = read_config(workdir), directory.read(workdir)
     last = len(SeedLog(workdir, writable=False).entries)
     step = last if step is None else step
     if not 0 <= step <= last:

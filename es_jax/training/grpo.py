@@ -36,7 +36,7 @@ from es_jax.rundir.seed_log import Entry
 from es_jax.scoring.grading import Graded, Grader, Pending
 from es_jax.training.config import RunConfig
 from es_jax.training.es import Evaluator, one_ahead
-from es_jax.training.grpo_fields import GRPOConfig
+from es_jax.training.fields import GRPOConfig
 from es_jax.training.state import State, start_of, stepped
 
 AT_ONCE = 4  # times the slots: rollouts that a group decodes in one call, while those of the last call are graded

@@ -31,10 +31,12 @@ from es_jax.core import processes, rng
 from es_jax.core.tree import count
 from es_jax.generate.engine import Engine, check_context
 from es_jax.models.sharding import param_shardings
-from es_jax.profiling.clock import Clock, Profile, Work, compilation_cache, split
+from es_jax.profiling.clock import Clock, split
+from es_jax.profiling.trace import Profile
+from es_jax.profiling.utilisation import utilisation
 from es_jax.rundir import directory
 from es_jax.rundir.checkpoints import Checkpoints, nbytes
-from es_jax.rundir.recorder import Recorder
+from es_jax.rundir.directory import compilation_cache
 from es_jax.rundir.seed_log import Entry, SeedLog
 from es_jax.scoring.grading import Graded, Grader
 from es_jax.scoring.heldout import HeldOut, checked_prompt, evaluate
@@ -45,6 +47,7 @@ from es_jax.tasks.task import Example, Task
 from es_jax.training.config import RunConfig, freeze
 from es_jax.training.es import Evaluator
 from es_jax.training.method import METHODS
+from es_jax.training.recorder import Recorder
 from es_jax.training.state import State, base_config, compute_dtype, load_base, mesh_of
 from es_jax.training.weights_at import resume
 from es_jax.weights.model import load_outline
@@ -87,7 +90,12 @@ def run(config: RunConfig | config_dict.ConfigDict | dict, workdir: str | Path) 
     train = tasks[config.task.name].train(config.task.train_size)
     tests = {name: task.test(config.evals.rows) for name, task in tasks.items()} if config.evals.every else {}
     workers = workers_of(tasks[config.task.name])
-    with processes.stoppable(), directory.claim(workdir), compilation_cache(workdir / "cache"), workers as submit:
+    with (
+        processes.stoppable(),
+        directory.claim(workdir),
+        compilation_cache(workdir / "cache"),
+        workers as submit,
+    ):
         return _Run(config, workdir, tasks=tasks, train=train, tests=tests, submit=submit).train(began)
 
 
@@ -129,7 +137,7 @@ class _Run:
             HeldOut.of(tasks[name], rows, self.model, max_prompt_tokens=limit) for name, rows in tests.items()
         ]
         self.log = SeedLog(workdir)
-        directory.settle(workdir, config, identity=self._identity(), started=bool(self.log.entries))
+        directory.settle(workdir, dataclasses.asdict(config), identity=self._identity(), started=bool(self.log.entries))
         engine = self._engine()
         self.evaluator = Evaluator.of(config, engine, self.mesh)
         self.checkpoints = Checkpoints(workdir, keep=config.train.keep_checkpoints)
@@ -206,15 +214,24 @@ class _Run:
         times, models = len(graded), self.method.models
         prefill = self.packing.prefilled(prompts, times=times, models=models)
         prompt = times * sum(map(len, prompts))
-        engine, busy = self.evaluator.engine, seconds.get("decode", 0.0)
-        work = Work(engine.config, compute_dtype(self.config).itemsize, engine.slots, self.mesh.size)
-        used = {"prefill": prefill, "new": new, "completions": times * len(prompts), "models": models}
+        engine = self.evaluator.engine
+        used = utilisation(
+            engine.config,
+            itemsize=compute_dtype(self.config).itemsize,
+            slots=engine.slots,
+            devices=self.mesh.size,
+            prefill=prefill,
+            new=new,
+            completions=times * len(prompts),
+            models=models,
+            seconds=seconds.get("decode", 0.0),
+        )
         return {
             "tokens": new,
             "prompt_tokens": prompt,
             "tokens_per_second": new / total,
             "prompt_tokens_per_second": prompt / total,
-            **work.utilisation(**used, seconds=busy),
+            **used,
             "seconds": total,
             **split(seconds, total=total),
         }
@@ -246,7 +263,7 @@ class _Run:
     def _engine(self) -> Engine:
         decode, total = self.config.decode, self.config.task.prompts_per_step or len(self.examples)
         longest = max(len(ids) for ids in itertools.chain(self.prompts, *(held.prompts for held in self.tests)))
-        check_context(self.model.config, longest, decode.max_new_tokens, field="decode.max_new")
+        check_context(self.model.config, longest, decode.max_new_tokens, field="decode.max_new_tokens")
         return Engine(
             self.model.config,
             slots=min(decode.slots, total),

@@ -264,7 +264,7 @@ class State:
     def update_arguments(self, entry: Entry) -> tuple:
         """What `update` is called with for a step of the seed log."""
         members, weights = self._on_devices(entry)
-        rates = self.rates(entry.rates(self._config))
+        rates = self.rates(self._config.logged_rates(entry))
         return self.spec, self._mesh, self.params, self.opt_state, self._start, members, weights, rates
 
     def rates(self, rates: Rates) -> jax.Array:

@@ -16,7 +16,7 @@ from es_jax.models.transformer import param_shapes
 from es_jax.rundir import directory
 from es_jax.rundir.checkpoints import Checkpoints, restore_params, saved_steps
 from es_jax.rundir.seed_log import Entry, SeedLog
-from es_jax.training.config import RunConfig
+from es_jax.training.config import RunConfig, read_config
 from es_jax.training.method import METHODS
 from es_jax.training.state import State, base_config, load_base
 
@@ -55,7 +55,7 @@ def weights_at(
       OSError: a checkpoint that is damaged.
     """
     workdir = Path(workdir)
-    config, entries = directory.read_config(workdir), SeedLog(workdir, writable=False).entries
+    config, entries = read_config(workdir), SeedLog(workdir, writable=False).entries
     replayable = METHODS[config.method].replayable
     saved = saved_steps(workdir) if checkpoints or not replayable else []
     every = range(len(entries) + 1) if replayable else [0, *saved]
