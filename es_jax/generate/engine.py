@@ -11,9 +11,11 @@ import numpy as np
 from jaxtyping import Array, Int32, Key, PRNGKeyArray
 
 from es_jax.core import processes
+from es_jax.core.chunked_map import ceil_div
+from es_jax.generate.decode_spec import DecodeSpec
 from es_jax.generate.prompts import Packing
-from es_jax.generate.sampling import Greedy, Sampler
-from es_jax.generate.slots import Generation, Queue
+from es_jax.generate.queue import Generation, decode
+from es_jax.generate.sampling import Greedy
 from es_jax.models.config import TransformerConfig
 from es_jax.models.transformer import transpose_kernels, unstack_layers
 
@@ -35,8 +37,8 @@ def check_context(
 
 
 @dataclasses.dataclass(frozen=True)
-class Engine:
-    """Generates for any number of prompts: a row that stops makes room for the next one, on the device (see `slots`).
+class Engine(DecodeSpec):
+    """Generates for any number of prompts: a row that stops makes room for the next one, on the device (see `queue`).
 
     A row's tokens depend on its own prompt (and, when sampled, on its index in the list) alone, never on the rows
     beside it. Programs are compiled once for each number, width and shared prefix of the prompts.
@@ -52,7 +54,7 @@ class Engine:
       unroll: run the layers one after another rather than in a scan; by default on CPU, where it decodes faster.
 
     Raises:
-      ValueError: a size that is no whole number above 0, or a stop id outside the vocabulary.
+      ValueError: a size that is not a whole number above 0, or a stop id outside the vocabulary.
 
     >>> from es_jax.models.transformer import Transformer
     >>> config = TransformerConfig(family="llama", vocab_size=16, width=8, layers=1, heads=2, kv_heads=1,
@@ -62,25 +64,8 @@ class Engine:
     (3, 3)
     """
 
-    config: TransformerConfig
     _: dataclasses.KW_ONLY
-    slots: int
     max_prompt_tokens: int
-    max_new_tokens: int
-    stop_token_ids: tuple[int, ...]
-    sampler: Sampler = Greedy()
-    logprobs: bool = False
-    unroll: bool | None = None
-
-    def __post_init__(self):
-        object.__setattr__(self, "stop_token_ids", tuple(int(i) for i in self.stop_token_ids))
-        for field in ("slots", "max_prompt_tokens", "max_new_tokens"):
-            value = getattr(self, field)
-            if not isinstance(value, (int, np.integer)) or value < 1:
-                raise ValueError(f"{field} is {value}: it must be a whole number, at least 1")
-        for token in self.stop_token_ids:
-            if not 0 <= token < self.config.vocab_size:
-                raise ValueError(f"stop token {token} is outside the vocabulary of {self.config.vocab_size}")
 
     @property
     def unrolled(self) -> bool:
@@ -149,7 +134,7 @@ class Engine:
         if keys is None and not isinstance(self.sampler, Greedy):
             raise ValueError(f"sampler is {self.sampler}: give keys [Q] to draw from")
         prefix = jnp.zeros(0, jnp.int32) if prefix is None else prefix
-        return Queue(self, params, tokens, positions, keys, prefix, axis_name).run()
+        return decode(self, params, tokens, positions, keys, prefix, axis_name)
 
     def generate(self, params: Any, prompts: Sequence[Sequence[int]], *, key: PRNGKeyArray | None = None) -> Generation:
         """Completions of a list of token-id prompts, in their order, as host arrays.
@@ -161,7 +146,7 @@ class Engine:
         """
         if key is None and not isinstance(self.sampler, Greedy):
             raise ValueError(f"sampler is {self.sampler}: pass key= to draw from")
-        rows = -(-len(prompts) // self.slots) * self.slots
+        rows = ceil_div(len(prompts), self.slots) * self.slots
         packed = self.packing(prompts).pack(prompts, rows=rows)
         keys = None if key is None else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
         out = _decode(self, _layout(self, params), packed, keys)

@@ -13,10 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from es_jax.core.chunked_map import block_length, in_blocks
-from es_jax.models.cache import write
 from es_jax.models.config import TransformerConfig
 from es_jax.models.rope import Angles, rotate
 
@@ -25,7 +24,6 @@ QUERIES = 64  # of a block of attention, at least
 MASKED = -1e30  # finite: a query that may attend nothing gets a mean of the values, not NaN
 KV = tuple[Array, Array]  # keys [B, KH, hd, S] and values [B, KH, S, hd]; B = 1 where all rows share them
 Masks = tuple[Bool[Array, "B T _"], ...]  # who attends whom, for each of the pieces attended
-Cached = tuple[KV, Int[Array, ""], tuple[KV, ...]]  # a layer's cache, the place to write, and the past before it
 
 
 @struct.dataclass
@@ -148,14 +146,17 @@ class Linear(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions. Gives the output and the keys and values attended."""
+    """Grouped-query attention with rotary positions. Gives the output, and the cache with the new keys and values.
+
+    `held` is the past, piece by piece, and last the cache, written from place `index` on. Without a cache it is empty.
+    """
 
     config: TransformerConfig
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], angles: Angles, masks: Masks, cached: Cached | None
-    ) -> tuple[Float[Array, "B T D"], KV]:
+        self, x: Float[Array, "B T D"], angles: Angles, masks: Masks, held: Sequence[KV], index: Array | int
+    ) -> tuple[Float[Array, "B T D"], KV | None]:
         c = self.config
 
         def project(name: str, heads: int) -> Array:
@@ -168,13 +169,13 @@ class Attention(nn.Module):
 
         q, k, v = turned("q", c.heads), turned("k", c.kv_heads), project("v", c.kv_heads)
         k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
-        past: tuple[KV, ...] = ()
-        if cached is not None:
-            held, index, past = cached
-            k, v = write(*held, k, v, index=index)
+        if held:
+            old_k, old_v = held[-1]
+            k = jax.lax.dynamic_update_slice(old_k, k, (0, 0, 0, index))
+            v = jax.lax.dynamic_update_slice(old_v, v, (0, 0, index, 0))
         scale = (c.query_pre_attn_scalar or c.head_dim) ** -0.5
-        mixed = attend(q, [*past, (k, v)], masks=masks, scale=scale, cap=c.attn_softcap)
-        return Linear(c.width, name="o")(mixed.reshape(*x.shape[:2], c.heads * c.head_dim)), (k, v)
+        mixed = attend(q, [*held[:-1], (k, v)], masks=masks, scale=scale, cap=c.attn_softcap)
+        return Linear(c.width, name="o")(mixed.reshape(*x.shape[:2], c.heads * c.head_dim)), (k, v) if held else None
 
 
 class MLP(nn.Module):
@@ -191,20 +192,20 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention, then the MLP, each behind its norm and added to the residual stream."""
+    """One layer: attention, then the MLP, each after its norm and added to the residual stream."""
 
     config: TransformerConfig
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], angles: Angles, masks: Masks, cached: Cached | None
-    ) -> tuple[Float[Array, "B T D"], KV]:
+        self, x: Float[Array, "B T D"], angles: Angles, masks: Masks, held: Sequence[KV], index: Array | int
+    ) -> tuple[Float[Array, "B T D"], KV | None]:
         c = self.config
 
         def norm(name: str, y: Array) -> Array:
             return RMSNorm(c, name=name)(y)
 
-        mixed, kv = Attention(c, name="attn")(norm("attn_norm", x), angles, masks, cached)
+        mixed, kv = Attention(c, name="attn")(norm("attn_norm", x), angles, masks, held, index)
         x = x + (norm("attn_post_norm", mixed) if c.post_norms else mixed)
         y = MLP(c, name="mlp")(norm("mlp_norm", x))
         return x + (norm("mlp_post_norm", y) if c.post_norms else y), kv

@@ -6,12 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from es_jax.core import rng
 from es_jax.core.mesh import GROUPS, MODEL, over_pop, replicated
+from es_jax.generate.loop_sizes import LoopSizes
 from es_jax.generate.sampling import Temperature
-from es_jax.generate.slots import Queue
 from es_jax.models.transformer import matrix_weights
 from es_jax.planning.costs import Work, cache_bytes, decode_flops, decode_memory, prefill_flops
 from es_jax.planning.programs import Held, Program, Programs, array
@@ -47,22 +46,22 @@ class PolicyPrograms(Programs):
         """The completions that the groups sample in one call."""
         groups, policy, new = self.mesh.shape[GROUPS], self.policy, self.config.decode.max_new_tokens
         each = min(-(-self.rows // groups), AT_ONCE * policy.engine.slots)
-        queue = Queue(policy.engine, None, np.empty((each, self.width)), None, None, None, axis_name=None)
+        sizes = LoopSizes(policy.engine, each, self.width)
         keys = jax.eval_shape(lambda: jax.vmap(rng.key)(jnp.zeros(groups * each, jnp.uint32)).reshape(groups, each))
         where, share = over_pop(self.mesh), self.mesh.shape[MODEL]
         tokens, keys = array((groups, each, self.width), jnp.int32, where), array(keys.shape, keys.dtype, where)
         prefix = array((0,), jnp.int32, replicated(self.mesh))
         size = jnp.dtype(self.config.model.dtype).itemsize
         copy = sum(matrix_weights(self.model)) * size
-        steps = -(-each // queue.rows) * new
+        steps = -(-each // sizes.slots) * new
         memory = decode_memory(self.model, each, self.width, new, steps=steps, copy=copy, itemsize=size)
         flops = prefill_flops(self.model, each, self.width) + decode_flops(self.model, each, self.width, new)
-        cache = cache_bytes(self.model, queue.rows * queue.places, size) // share
+        cache = cache_bytes(self.model, sizes.slots * sizes.places, size) // share
         return Program(
             "rollout",
             lambda: Policy.rollout.lower(policy, self.params, tokens, tokens, keys, prefix),
             times=-(-self.rows // (groups * each)),
-            turns=queue.turns(),
+            turns=sizes.turns(),
             parts=self._held() | {"compute copy": self._copy(), "KV cache": Held(cache)},
             own=frozenset({"parameters", "compute copy", "KV cache"}),
             work=Work(flops / share, memory / share),

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -19,8 +18,8 @@ from es_jax.core import rng
 from es_jax.core.mesh import MODEL, over_pop, replicated
 from es_jax.es.population import Members
 from es_jax.generate.engine import Engine
+from es_jax.generate.loop_sizes import LoopSizes
 from es_jax.generate.prompts import WIDTH_STEP, Prompts
-from es_jax.generate.slots import Queue
 from es_jax.models.config import TransformerConfig
 from es_jax.models.sharding import param_shardings
 from es_jax.models.transformer import Transformer, matrix_weights
@@ -139,10 +138,10 @@ class Programs:
         shape = (self.evaluator.lanes, self.prompts, self.width)
         tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=over_pop(self.mesh))
         rows = Prompts(tokens, tokens, array((0,), jnp.int32, replicated(self.mesh)))  # no shared prefix: a bound
-        queue = Queue(self.evaluator.engine, None, np.empty(shape[1:]), None, None, None, axis_name=None)
+        sizes = LoopSizes(self.evaluator.engine, *shape[1:])
         width = self.mesh.shape[MODEL]
         size = jnp.dtype(self.config.model.dtype).itemsize
-        cache = lanes * cache_bytes(self.model, slots * queue.places, size) // width
+        cache = lanes * cache_bytes(self.model, slots * sizes.places, size) // width
         flops = prefill_flops(self.model, self.prompts, self.width) + decode_flops(
             self.model, self.prompts, self.width, decode.max_new_tokens
         )
@@ -159,7 +158,7 @@ class Programs:
             "decode",
             lambda: Evaluator._decode.lower(self.evaluator, self.copy, rows),
             times=self.rounds,
-            turns=queue.turns(),
+            turns=sizes.turns(),
             parts=self._held() | {"compute copy": self._copy(), "KV cache": Held(cache)},
             own=frozenset({"compute copy", "KV cache"}),
             work=Work(flops * lanes / width, memory * lanes / width),

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from es_jax.generate.options import score_options
+from es_jax.generate.score import score_options
 from es_jax.models.config import TransformerConfig
 from es_jax.scoring.grading import Graded, Grader
 from es_jax.scoring.row_results import Verdicts
