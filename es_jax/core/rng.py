@@ -29,15 +29,18 @@ def key(seed: int | Array) -> PRNGKeyArray:
     return jax.random.key(seed, impl="threefry2x32")
 
 
+def _stream(seed: int, purpose: int, step: int | Array) -> PRNGKeyArray:
+    return jax.random.fold_in(jax.random.fold_in(key(check_seed(seed)), purpose), step)
+
+
 def member_seeds(seed: int, step: int | Array, n: int) -> UInt32[Array, " n"]:
     """One 32-bit seed for each of the step's `n` independent noise vectors."""
-    stream = jax.random.fold_in(jax.random.fold_in(key(check_seed(seed)), _MEMBERS), step)
-    return jax.random.bits(stream, (n,), jnp.uint32)
+    return jax.random.bits(_stream(seed, _MEMBERS, step), (n,), jnp.uint32)
 
 
 def sampling_key(seed: int, step: int | Array) -> PRNGKeyArray:
     """The key of a step's sampled tokens."""
-    return jax.random.fold_in(jax.random.fold_in(key(check_seed(seed)), _SAMPLING), step)
+    return _stream(seed, _SAMPLING, step)
 
 
 def normal(
@@ -56,9 +59,8 @@ def normal(
 
 
 def _threefry13(seed: Array, leaf: np.uint32, shape: tuple[int, ...], row: Array | int | None = None) -> Array:
-    return threefry_normal.box_muller(
-        *threefry_normal.threefry((seed, jnp.uint32(leaf)), threefry_normal.positions(shape, row))
-    )
+    words = threefry_normal.threefry((seed, jnp.uint32(leaf)), threefry_normal.positions(shape, row))
+    return threefry_normal.box_muller(*words)
 
 
 def _threefry(seed: Array, leaf: np.uint32, shape: tuple[int, ...], row: Array | int | None = None) -> Array:
@@ -66,7 +68,7 @@ def _threefry(seed: Array, leaf: np.uint32, shape: tuple[int, ...], row: Array |
     return whole if row is None else jax.lax.dynamic_slice_in_dim(whole, row, 1)
 
 
-# How the noise of members is drawn. "threefry13" is fused into what uses it (see `counter`); "threefry" is
+# How the noise of members is drawn. "threefry13" is fused into what uses it (see `threefry_normal`); "threefry" is
 # jax.random.normal, 20 rounds and the inverse error function of 23 bits, some ten times the cost on CPU.
 GENERATORS = {"threefry13": _threefry13, "threefry": _threefry}
 DEFAULT = "threefry13"
@@ -74,9 +76,13 @@ DEFAULT = "threefry13"
 
 def random_rewards(seed: int, step: int, n: int) -> np.ndarray:
     """Rewards that say nothing about the members, N(0, 1): the control of an experiment."""
-    return np.random.Generator(np.random.Philox(key=[check_seed(seed), 2**32 + step])).standard_normal(n)
+    return _host_generator(seed, 2**32 + step).standard_normal(n)
 
 
 def row_order(seed: int, epoch: int, n: int) -> np.ndarray:
     """The order in which `n` training rows are visited in one pass over them; host side, exact on every machine."""
-    return np.random.Generator(np.random.Philox(key=[check_seed(seed), epoch])).permutation(n)
+    return _host_generator(seed, epoch).permutation(n)
+
+
+def _host_generator(seed: int, stream: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(key=[check_seed(seed), stream]))

@@ -27,12 +27,12 @@ WIDE = 512  # model width from which kernels are transposed on CPU
 def check_context(
     config: TransformerConfig, longest: int, max_new_tokens: int, *, field: str = "max_new_tokens"
 ) -> None:
-    """Raises ValueError where the model's context has no room for a prompt of `longest` tokens and `max_new_tokens` more."""
+    """Raises ValueError where a prompt of `longest` tokens and `max_new_tokens` more do not fit the model's context."""
     room = config.max_positions - longest
     if max_new_tokens > room:
         raise ValueError(
-            f"{field} is {max_new_tokens} and the longest prompt has {longest} tokens, more than the model's context of "
-            f"{config.max_positions}: set {field} to at most {room}"
+            f"{field} is {max_new_tokens} and the longest prompt has {longest} tokens, more than the model's context "
+            f"of {config.max_positions}: set {field} to at most {room}"
         )
 
 
@@ -40,8 +40,8 @@ def check_context(
 class Engine(DecodeSpec):
     """Generates for any number of prompts: a row that stops makes room for the next one, on the device (see `queue`).
 
-    A row's tokens depend on its own prompt (and, when sampled, on its index in the list) alone, never on the rows
-    beside it. Programs are compiled once for each number, width and shared prefix of the prompts.
+    A row's tokens depend on its own prompt (and, when sampled, on its index in the list) alone. Programs are compiled
+    once for each number, width and shared prefix of the prompts.
 
     Args:
       config: of the model.
@@ -89,8 +89,8 @@ class Engine(DecodeSpec):
         """How these prompts, and all parts of them, become arrays.
 
         Raises:
-          ValueError: no prompts, an empty one, one longer than `max_prompt_tokens` or than the model's context leaves beside
-            `max_new_tokens`, or what is no token of the vocabulary.
+          ValueError: no prompts, an empty one, one longer than `max_prompt_tokens` or than the model's context allows
+            beside `max_new_tokens`, or what is not a token of the vocabulary.
         """
         if not len(prompts):
             raise ValueError("there are no prompts: give at least one")
@@ -100,8 +100,8 @@ class Engine(DecodeSpec):
                 raise ValueError(f"prompt {i} is {prompt!r:.60}: it must be a sequence of token ids, which are whole")
             if not 1 <= len(prompt) <= self.max_prompt_tokens:
                 raise ValueError(
-                    f"prompt {i} has {len(prompt)} tokens: it must have 1 to decode.max_prompt_tokens = {self.max_prompt_tokens}; "
-                    "raise decode.max_prompt_tokens or leave the prompt out"
+                    f"prompt {i} has {len(prompt)} tokens: it must have 1 to decode.max_prompt_tokens = "
+                    f"{self.max_prompt_tokens}; raise decode.max_prompt_tokens or leave the prompt out"
                 )
             if not 0 <= min(prompt) <= max(prompt) < self.config.vocab_size:
                 raise ValueError(

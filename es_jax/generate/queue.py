@@ -7,9 +7,9 @@ to step. A chunk decodes only as many slots, and attends only as many places, as
 """
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +23,9 @@ from es_jax.generate.loop_sizes import FILL, STEPS, LoopSizes
 from es_jax.generate.score import token_logprobs
 from es_jax.models.cache import KVCache, Past, PerLayer
 from es_jax.models.transformer import Transformer
+
+KV = tuple[PerLayer, PerLayer]
+Chosen = tuple[Array, Array | None]  # tokens, and their log-probabilities where they are asked for
 
 
 class Generation(NamedTuple):
@@ -56,6 +59,12 @@ class _Queue(NamedTuple):
     past: tuple[Past, ...]  # the prefix, computed once for all prompts
     shared: int  # tokens of the prefix
 
+    def agree(self, x: Array) -> Array:
+        """The largest (of bools: whether any) of all that run in step. It is one for all, so loops and branches on it
+        stay loops and branches under vmap, where a mapped one would turn into a choice between whole caches.
+        """
+        return x if self.axis_name is None else lax.pmax(x.astype(jnp.int32), self.axis_name).astype(x.dtype)
+
 
 class _Slots(NamedTuple):
     """The prompts being decoded, one a slot."""
@@ -68,7 +77,7 @@ class _Slots(NamedTuple):
 
 
 class _State(NamedTuple):
-    kv: tuple[PerLayer, PerLayer]  # the slots' caches
+    kv: KV  # the slots' caches
     slots: _Slots
     taken: Array  # prompts taken from the queue
     out: Generation
@@ -79,7 +88,7 @@ class _State(NamedTuple):
 class _Chunk(NamedTuple):
     cache: KVCache
     slots: _Slots
-    chosen: tuple[Array, Array | None]  # tokens and log-probabilities [b, K]
+    chosen: Chosen  # [b, K]
     going: Array
 
 
@@ -97,7 +106,7 @@ def decode(
     """All prompts, decoded; `Engine.decode` says what the arguments are. `limits` [Q]: in place of max_new_tokens."""
     sizes = LoopSizes(spec, *tokens.shape)
     lengths = jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
-    total = jnp.sum(lengths > 0, dtype=jnp.int32)
+    total = _count(lengths > 0)
     order = jnp.argsort(-lengths, stable=True).astype(jnp.int32)
     past = _prefix_past(spec, params, prefix)
     limit = spec.max_new_tokens if limits is None else limits
@@ -107,11 +116,11 @@ def decode(
     shape, none = (sizes.prompts, spec.max_new_tokens), jnp.zeros(sizes.slots, jnp.int32)
     logprob = jnp.zeros(shape, jnp.float32) if spec.logprobs else None
     out = Generation(jnp.zeros(shape, jnp.int32), jnp.zeros(sizes.prompts, jnp.int32), logprob)
-    any_prompt = _agree(total > 0, axis_name)
+    any_prompt = queue.agree(total > 0)
     slots = _Slots(none + sizes.prompts, none, none, none, none > 0)
     state = _State((cache.k, cache.v), slots, jnp.int32(0), out, filling=any_prompt, more=any_prompt)
     if not sizes.single:
-        return lax.while_loop(lambda state: state.more, functools.partial(_turn, queue), state).out
+        return lax.while_loop(lambda state: state.more, partial(_turn, queue), state).out
     with jax.named_scope(FILL):
         state = _fill(queue, state)
     return _chunk(queue, state, slots=sizes.slots, places=sizes.width).out if sizes.steps else state.out
@@ -134,32 +143,29 @@ def _empty_cache(spec: DecodeSpec, params: Any, rows: int, length: int, past: tu
     return KVCache.empty(spec.config, rows, length=length, dtype=dtype, stacked=stacked, past=past)
 
 
-def _agree(x: Array, axis_name: str | None) -> Array:
-    """The largest (of bools: whether any) of all that run in step. It is one for all, so loops and branches on it
-    stay loops and branches under vmap, where a mapped one would turn into a choice between whole caches.
-    """
-    return x if axis_name is None else lax.pmax(x.astype(jnp.int32), axis_name).astype(x.dtype)
+def _count(flags: Array) -> Array:
+    return jnp.sum(flags, dtype=jnp.int32)
 
 
 def _turn(queue: _Queue, state: _State) -> _State:
     with jax.named_scope(FILL):
-        state = lax.while_loop(lambda state: state.filling, functools.partial(_fill, queue), state)
+        state = lax.while_loop(lambda state: state.filling, partial(_fill, queue), state)
     if queue.sizes.steps:
         state = _sized_chunk(queue, state)
-    filling = _agree(_fill_is_due(queue, state.slots.live, state.taken), queue.axis_name)
-    return state._replace(filling=filling, more=filling | _agree(jnp.any(state.slots.live), queue.axis_name))
+    filling = queue.agree(_fill_is_due(queue, state.slots.live, state.taken))
+    return state._replace(filling=filling, more=filling | queue.agree(jnp.any(state.slots.live)))
 
 
 def _fill_is_due(queue: _Queue, live: Array, taken: Array) -> Array:
     """Whether so many slots are free that a prefill is due."""
     left, sizes = queue.total - taken, queue.sizes
-    return (left > 0) & (sizes.slots - jnp.sum(live, dtype=jnp.int32) >= jnp.minimum(left, sizes.fill_rows))
+    return (left > 0) & (sizes.slots - _count(live) >= jnp.minimum(left, sizes.fill_rows))
 
 
 def _fill(queue: _Queue, state: _State) -> _State:
     """Prefill the next prompts of the queue into free slots, as many as there are of both."""
     sizes, live, row = queue.sizes, state.slots.live, jnp.arange(queue.sizes.fill_rows, dtype=jnp.int32)
-    free = sizes.slots - jnp.sum(live, dtype=jnp.int32)
+    free = sizes.slots - _count(live)
     valid = (row < free) & (state.taken + row < queue.total)
     prompt = jnp.where(valid, queue.order[jnp.minimum(state.taken + row, sizes.prompts - 1)], sizes.prompts)
     tokens, length = (jnp.take(x, prompt, axis=0, mode="clip") for x in (queue.tokens, queue.lengths))
@@ -168,16 +174,16 @@ def _fill(queue: _Queue, state: _State) -> _State:
     logits, kv = _prefill(queue, tokens, new.length)
     new, chosen = _choose(queue, logits, new)
     out = _record(state.out, new, none, jax.tree.map(lambda x: x[:, None], chosen))
-    taken = state.taken + jnp.sum(valid, dtype=jnp.int32)
+    taken = state.taken + _count(valid)
     if sizes.single:
         return state._replace(kv=kv, slots=new, taken=taken, out=out)
     slot = jnp.where(valid, jnp.argsort(live, stable=True)[: sizes.fill_rows].astype(jnp.int32), sizes.slots)
     slots = jax.tree.map(lambda all, some: all.at[slot].set(some, mode="drop"), state.slots, new)
-    filling = _agree(_fill_is_due(queue, slots.live, taken), queue.axis_name)
+    filling = queue.agree(_fill_is_due(queue, slots.live, taken))
     return _State(_written(state.kv, kv, slot, none), slots, taken, out, filling, state.more)
 
 
-def _prefill(queue: _Queue, tokens: Array, length: Array) -> tuple[Array, tuple[PerLayer, PerLayer]]:
+def _prefill(queue: _Queue, tokens: Array, length: Array) -> tuple[Array, KV]:
     """Logits after each row [R, V], and its keys and values at P places."""
     spec, widths = queue.spec, queue.sizes.widths
 
@@ -193,22 +199,22 @@ def _prefill(queue: _Queue, tokens: Array, length: Array) -> tuple[Array, tuple[
         assert cache is not None
         return logits, _resized((cache.k, cache.v), queue.sizes.width)
 
-    size = jnp.sum(_agree(jnp.max(length), queue.axis_name) > np.array(widths), dtype=jnp.int32)
-    branches = [functools.partial(of_width, width) for width in widths]
+    size = _count(queue.agree(jnp.max(length)) > np.array(widths))
+    branches = [partial(of_width, width) for width in widths]
     return lax.switch(size, branches) if len(branches) > 1 else branches[0]()
 
 
 def _sized_chunk(queue: _Queue, state: _State) -> _State:
     """A chunk of the smallest compiled size that holds all live slots, and all slots while prompts wait."""
     sizes, live = queue.sizes, state.slots.live
-    slots = jnp.where(state.taken < queue.total, sizes.slots, jnp.sum(live, dtype=jnp.int32))
+    slots = jnp.where(state.taken < queue.total, sizes.slots, _count(live))
     places = jnp.max(jnp.where(live, state.slots.length, 0))
     i, j = (
-        jnp.sum(_agree(used, queue.axis_name) > np.array(compiled), dtype=jnp.int32)
+        _count(queue.agree(used) > np.array(compiled))
         for used, compiled in ((slots, sizes.slot_sizes), (places, sizes.place_sizes))
     )
     branches = [
-        functools.partial(_chunk, queue, slots=slots, places=places)
+        partial(_chunk, queue, slots=slots, places=places)
         for slots, places in itertools.product(sizes.slot_sizes, sizes.place_sizes)
     ]
     return lax.switch(i * len(sizes.place_sizes) + j, branches, state)
@@ -245,19 +251,19 @@ def _steps(queue: _Queue, slots: _Slots, past: tuple[Past, ...], taken: Array) -
         slots = slots._replace(length=slots.length + slots.live.astype(jnp.int32))
         slots, new = _choose(queue, logits[:, 0], slots)
         chosen = jax.tree.map(lambda x, y: lax.dynamic_update_slice(x, y[:, None], (0, index)), chunk.chosen, new)
-        going = _agree(jnp.any(slots.live), queue.axis_name) & (index + 1 < sizes.steps)
+        going = queue.agree(jnp.any(slots.live)) & (index + 1 < sizes.steps)
         if sizes.prompts > sizes.slots:
-            going &= ~_agree(_fill_is_due(queue, slots.live, taken), queue.axis_name)
+            going &= ~queue.agree(_fill_is_due(queue, slots.live, taken))
         return _Chunk(dataclasses.replace(cache, past=()), slots, chosen, going)
 
     logprob = jnp.zeros(shape, jnp.float32) if queue.spec.logprobs else None
-    chosen, going = (jnp.zeros(shape, jnp.int32), logprob), _agree(jnp.any(slots.live), queue.axis_name)
+    chosen, going = (jnp.zeros(shape, jnp.int32), logprob), queue.agree(jnp.any(slots.live))
     with jax.named_scope(STEPS):
         start = _Chunk(_empty_cache(queue.spec, queue.params, *shape), slots, chosen, going)
         return lax.while_loop(lambda chunk: chunk.going, step, start)
 
 
-def _choose(queue: _Queue, logits: Array, slots: _Slots) -> tuple[_Slots, tuple[Array, Array | None]]:
+def _choose(queue: _Queue, logits: Array, slots: _Slots) -> tuple[_Slots, Chosen]:
     """Each live slot's next token, and its log-probability; slots that stop live no longer."""
     spec, logprob = queue.spec, None
     if queue.keys is None:
@@ -277,7 +283,7 @@ def _choose(queue: _Queue, logits: Array, slots: _Slots) -> tuple[_Slots, tuple[
     )
 
 
-def _record(out: Generation, slots: _Slots, begin: Array, chosen: tuple[Array, Array | None]) -> Generation:
+def _record(out: Generation, slots: _Slots, begin: Array, chosen: Chosen) -> Generation:
     """Write down `chosen` [b, n], whose first are each prompt's tokens number `begin`."""
     number = begin[:, None] + jnp.arange(chosen[0].shape[1], dtype=jnp.int32)[None]
     tokens, logprob = jax.tree.map(
@@ -288,16 +294,16 @@ def _record(out: Generation, slots: _Slots, begin: Array, chosen: tuple[Array, A
     return Generation(tokens, out.length.at[slots.prompt].set(slots.generated, mode="drop"), logprob)
 
 
-def _map_kv(function: Callable[..., Array], *caches: tuple[PerLayer, PerLayer]) -> tuple[PerLayer, PerLayer]:
+def _map_kv(function: Callable[..., Array], *caches: KV) -> KV:
     """`function(*arrays, axis)` of keys and of values, in all layers; `axis` is that of the places, from the end."""
     keys, values = zip(*caches, strict=True)
     return (
-        jax.tree.map(functools.partial(function, axis=-1), *keys),
-        jax.tree.map(functools.partial(function, axis=-2), *values),
+        jax.tree.map(partial(function, axis=-1), *keys),
+        jax.tree.map(partial(function, axis=-2), *values),
     )
 
 
-def _resized(kv: tuple[PerLayer, PerLayer], places: int) -> tuple[PerLayer, PerLayer]:
+def _resized(kv: KV, places: int) -> KV:
     """Caches cut or padded to so many places."""
 
     def fit(x: Array, axis: int) -> Array:
@@ -315,7 +321,7 @@ def _written(kv: Any, new: Any, slots: Int32[Array, " b"], begin: Int32[Array, "
 
     def write(whole: Array, some: Array, axis: int) -> Array:
         if whole.ndim == 5:
-            return jax.vmap(functools.partial(write, axis=axis))(whole, some)
+            return jax.vmap(partial(write, axis=axis))(whole, some)
         numbers = lax.ScatterDimensionNumbers(
             update_window_dims=(1, 2, 3), inserted_window_dims=(0,), scatter_dims_to_operand_dims=(0, 4 + axis)
         )

@@ -62,7 +62,8 @@ def score_tokens(
     """
     model, positions = Transformer(config), token_positions(mask)
     hidden, _ = model.hidden(params, tokens, positions=positions)
-    return jnp.where(positions > 0, _hidden_logprobs(model, params, jnp.roll(hidden, 1, axis=1), tokens), 0.0)
+    logprob = _hidden_logprobs(model, params, jnp.roll(hidden, 1, axis=1), tokens)
+    return jnp.where(positions > 0, logprob, 0.0)
 
 
 def token_positions(mask: Bool[Array, "B L"]) -> Int32[Array, "B L"]:

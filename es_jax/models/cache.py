@@ -29,12 +29,12 @@ class Past:
 
 @struct.dataclass
 class KVCache(Past):
-    """S places a row, for tokens to come. A place holds the key and value of one token and that token's position, -1 when empty.
+    """S places a row, some yet empty. A place holds the key and value of one token, and its position, -1 when empty.
 
     `k` and `v` are stacked over a leading axis of L layers (for the scanned layers) or tuples of L arrays (for unrolled
     layers, which update them in place). `index`: int32 scalar, the next place to write, shared by all rows. `past`: what
-    is attended besides. Who attends whom follows from positions alone, never from places, so padding on either side is
-    marked by position -1 and costs a place but changes no result. What is full may be the past of another cache.
+    is attended besides; another cache will do. Who attends whom follows from positions alone, never from places: padding
+    on either side is marked by position -1, costs a place and changes no result.
     """
 
     index: Int[Array, ""]
@@ -101,13 +101,13 @@ class KVCache(Past):
 
 
 def attention_mask(
-    query: Int[Array, "B T"], held: Int[Array, "B S"], *, window: int | None = None
+    query: Int[Array, "B T"], key: Int[Array, "B S"], *, window: int | None = None
 ) -> Bool[Array, "B T S"]:
-    """True where the query at position p may attend the place at position s: 0 <= s <= p, and p - window < s.
+    """True where the query at position p may attend the key at position s: 0 <= s <= p, and p - window < s.
 
     >>> attention_mask(jnp.array([[1]]), jnp.array([[-1, 0, 1, 2]])).astype(int).tolist()
     [[[0, 1, 1, 0]]]
     """
-    held, query = held[:, None, :], query[:, :, None]
-    seen = (held >= 0) & (held <= query)
-    return seen if window is None else seen & (held > query - window)
+    key, query = key[:, None, :], query[:, :, None]
+    seen = (key >= 0) & (key <= query)
+    return seen if window is None else seen & (key > query - window)

@@ -2,14 +2,20 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from es_jax.core.names import unknown
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 ROPE_SCALINGS = ("linear", "llama3")
 _COUNTS = ("vocab_size", "width", "layers", "heads", "kv_heads", "head_dim", "mlp_dim", "max_positions")
-_POSITIVE_IF_GIVEN = ("sliding_window", "local_rope_theta", "query_pre_attn_scalar", "attn_softcap", "final_softcap")
+_OPTIONAL = ("sliding_window", "local_rope_theta", "query_pre_attn_scalar", "attn_softcap", "final_softcap")
+
+
+def _wrong(record: Any, names: Sequence[str], holds: Callable[[Any], bool], must: str) -> list[str]:
+    """What is wrong with the fields of these names for which `holds` does not hold."""
+    return [f"{name} = {getattr(record, name)!r} must {must}" for name in names if not holds(getattr(record, name))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,9 +35,7 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         problems = [] if self.kind in ROPE_SCALINGS else [unknown("rope_scaling.kind", self.kind, ROPE_SCALINGS)]
-        for name in ("factor", "low_freq_factor", "original_positions"):
-            if not getattr(self, name) > 0:
-                problems.append(f"{name} = {getattr(self, name)!r} must be positive")
+        problems += _wrong(self, ("factor", "low_freq_factor", "original_positions"), lambda x: x > 0, "be positive")
         if not self.high_freq_factor > self.low_freq_factor:
             problems.append(
                 f"high_freq_factor = {self.high_freq_factor!r} must be above low_freq_factor = {self.low_freq_factor!r}"
@@ -74,7 +78,7 @@ class TransformerConfig:
     local_layers: tuple[bool, ...] = (True,)  # where the window holds, if there is one
     local_rope_theta: float | None = None  # local layers have this base and no scaling; None: as the others
     qk_norm: bool = False  # norms over head_dim on queries and keys, before they are turned
-    post_norms: bool = False  # norms behind attention and MLP too, before the residual sum
+    post_norms: bool = False  # norms after attention and MLP too, before the residual sum
     norm_plus_one: bool = False  # norms multiply by 1 + scale
     activation: str = "silu"  # of the MLP's gate; one of ACTIVATIONS
     scale_embeddings: bool = False  # times sqrt(width), rounded to the compute dtype
@@ -83,22 +87,14 @@ class TransformerConfig:
     final_softcap: float | None = None  # the same for logits
 
     def __post_init__(self) -> None:
-        problems = [f"{n} = {getattr(self, n)!r} must be at least 1" for n in _COUNTS if getattr(self, n) < 1]
+        problems = _wrong(self, _COUNTS, lambda n: n >= 1, "be at least 1")
         if not problems and self.heads % self.kv_heads:
             problems.append(f"kv_heads = {self.kv_heads} must divide heads = {self.heads}")
-        if self.head_dim % 2:
-            problems.append(f"head_dim = {self.head_dim} must be even: rotary embedding turns pairs")
-        if not self.rope_theta > 0:
-            problems.append(f"rope_theta = {self.rope_theta!r} must be positive")
-        if not self.norm_eps >= 0:
-            problems.append(f"norm_eps = {self.norm_eps!r} must not be negative")
-        for name in _POSITIVE_IF_GIVEN:
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                problems.append(f"{name} = {value!r} must be positive, or None for none")
-        for name in ("rope_layers", "local_layers"):
-            if not getattr(self, name):
-                problems.append(f"{name} = () must name at least one layer's kind")
+        problems += _wrong(self, ["head_dim"], lambda n: n % 2 == 0, "be even: rotary embedding turns pairs")
+        problems += _wrong(self, ["rope_theta"], lambda x: x > 0, "be positive")
+        problems += _wrong(self, ["norm_eps"], lambda x: x >= 0, "not be negative")
+        problems += _wrong(self, _OPTIONAL, lambda x: x is None or x > 0, "be positive, or None for none")
+        problems += _wrong(self, ("rope_layers", "local_layers"), bool, "name at least one layer's kind")
         if self.activation not in ACTIVATIONS:
             problems.append(unknown("activation", self.activation, ACTIVATIONS))
         if problems:

@@ -159,15 +159,14 @@ class Attention(nn.Module):
     ) -> tuple[Float[Array, "B T D"], KV | None]:
         c = self.config
 
-        def project(name: str, heads: int) -> Array:
-            y = Linear(heads * c.head_dim, use_bias=c.qkv_bias, name=name)(x)
-            return y.reshape(*x.shape[:2], heads, c.head_dim)
+        def project(name: str, heads: int, *, turn: bool) -> Array:
+            y = Linear(heads * c.head_dim, use_bias=c.qkv_bias, name=name)(x).reshape(*x.shape[:2], heads, c.head_dim)
+            if turn and c.qk_norm:
+                y = RMSNorm(c, name=f"{name}_norm")(y)
+            return rotate(y, angles) if turn else y
 
-        def turned(name: str, heads: int) -> Array:
-            y = project(name, heads)
-            return rotate(RMSNorm(c, name=f"{name}_norm")(y) if c.qk_norm else y, angles)
-
-        q, k, v = turned("q", c.heads), turned("k", c.kv_heads), project("v", c.kv_heads)
+        q, k = project("q", c.heads, turn=True), project("k", c.kv_heads, turn=True)
+        v = project("v", c.kv_heads, turn=False)
         k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
         if held:
             old_k, old_v = held[-1]

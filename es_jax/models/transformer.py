@@ -54,7 +54,7 @@ class Transformer:
         embed_key, layers_key, head_key = jax.random.split(key, 3)
         x = jnp.zeros((1, 1, c.width))
         positions = jnp.zeros((1, 1), jnp.int32)
-        view = _Views.of(c, positions, [positions]).of_layer(0)
+        view = _views(c, positions, [positions])[c.layer_kinds[0]]
         layers = jax.vmap(lambda k: Block(c).init(k, x, *view, (), 0)["params"])(jax.random.split(layers_key, c.layers))
         params = {
             "embed": {"embedding": INIT_STD * jax.random.normal(embed_key, (c.vocab_size, c.width))},
@@ -117,10 +117,10 @@ class Transformer:
                 )
             index, cache = cache.index, cache.advance(positions)
             pieces = [*cache.past, cache]
-        views = _Views.of(self.config, positions, [piece.positions for piece in pieces] or [positions])
+        views = _views(self.config, positions, [piece.positions for piece in pieces] or [positions])
         block: Callable = functools.partial(self._block, index=index)
         block = block if around is None else around(block)
-        run = _unrolled if unrolled else _scanned
+        run = self._unrolled if unrolled else self._scanned
         x, kv = run(block, self._embed(params, tokens), params["layers"], views, [(p.k, p.v) for p in pieces])
         if cache is not None:
             cache = dataclasses.replace(cache, k=kv[0], v=kv[1])
@@ -130,10 +130,10 @@ class Transformer:
     def trace(self, params: Params, tokens: Int[Array, "B T"]) -> list[Float[Array, "B T D"]]:
         """The residual stream before the first layer and after each, L + 1 arrays, without the final norm."""
         positions = _count_up(tokens)
-        views = _Views.of(self.config, positions, [positions])
+        views = _views(self.config, positions, [positions])
         stream = [self._embed(params, tokens)]
-        for i, layer in enumerate(unstack_layers(params)["layers"]):
-            stream.append(self._block(stream[-1], layer, views.of_layer(i), [])[0])
+        for layer, kind in zip(unstack_layers(params)["layers"], self.config.layer_kinds, strict=True):
+            stream.append(self._block(stream[-1], layer, views[kind], [])[0])
         return stream
 
     def _embed(self, params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
@@ -142,6 +142,26 @@ class Transformer:
 
     def _block(self, x: Array, layer: Params, view: View, held: Sequence[KV], index: Array | int = 0) -> Any:
         return Block(self.config).apply({"params": layer}, x, *view, held, index)
+
+    # The layers, one after another: x, and the keys and values of the cache where there is one.
+    def _scanned(self, block: Any, x: Array, layers: Params, views: dict, pieces: list[Any]) -> tuple[Array, Any]:
+        kinds, stacked = None, next(iter(views.values()))
+        if len(views) > 1:
+            kinds = jnp.array([list(views).index(kind) for kind in self.config.layer_kinds], jnp.int32)
+            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *views.values())
+
+        def step(x: Array, xs: Any) -> Any:
+            layer, kind, held = xs
+            return block(x, layer, stacked if kind is None else jax.tree.map(lambda leaf: leaf[kind], stacked), held)
+
+        return jax.lax.scan(step, x, (layers, kinds, pieces))
+
+    def _unrolled(self, block: Any, x: Array, layers: Any, views: dict, pieces: list[Any]) -> tuple[Array, Any]:
+        pairs = []
+        for i, (layer, kind) in enumerate(zip(layers, self.config.layer_kinds, strict=True)):
+            x, kv = block(x, layer, views[kind], [(k[i], v[i]) for k, v in pieces])
+            pairs.append(kv)
+        return x, tuple(zip(*pairs, strict=True)) if pieces else None
 
     def logits(self, params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """The output head applied to `hidden`'s result: float32 logits."""
@@ -207,44 +227,13 @@ def matrix_weights(config: TransformerConfig) -> tuple[int, int]:
     return layers, config.width * config.vocab_size
 
 
-@dataclasses.dataclass(frozen=True)
-class _Views:
-    """The view of each kind of layer (local or not, turned or not), and each layer's kind as an index into them."""
+def _views(config: TransformerConfig, query: Array, attended: Sequence[Array]) -> dict[tuple[bool, bool], View]:
+    """The view of each kind of layer, (local, rope), that the config has."""
 
-    distinct: list[View]
-    kinds: tuple[int, ...]
+    def view(local: bool, rope: bool) -> View:
+        frequencies = rope_frequencies(config, local=local)  # all zero: turned by no angle
+        angles = rope_angles(query, frequencies if rope else np.zeros_like(frequencies))
+        window = config.sliding_window if local else None
+        return angles, tuple(attention_mask(query, positions, window=window) for positions in attended)
 
-    @classmethod
-    def of(cls, config: TransformerConfig, query: Array, held: Sequence[Array]) -> "_Views":
-        def view(local: bool, rope: bool) -> View:
-            frequencies = rope_frequencies(config, local=local)  # all zero: turned by no angle
-            angles = rope_angles(query, frequencies if rope else np.zeros_like(frequencies))
-            window = config.sliding_window if local else None
-            return angles, tuple(attention_mask(query, positions, window=window) for positions in held)
-
-        kinds = tuple(dict.fromkeys(config.layer_kinds))
-        return cls([view(*kind) for kind in kinds], tuple(map(kinds.index, config.layer_kinds)))
-
-    def of_layer(self, i: int) -> View:
-        return self.distinct[self.kinds[i]]
-
-    def scanned(self) -> tuple[Array | None, Callable[[Array | None], View]]:
-        """What a scan goes over, and the view it makes of a slice: nothing where all layers are of one kind."""
-        if len(self.distinct) == 1:
-            return None, lambda kind: self.distinct[0]
-        stacked = jax.tree.map(lambda *views: jnp.stack(views), *self.distinct)
-        return jnp.array(self.kinds, jnp.int32), lambda kind: jax.tree.map(lambda x: x[kind], stacked)
-
-
-# The layers, one after another: x, and the keys and values of the cache where there is one.
-def _scanned(block: Any, x: Array, layers: Params, views: _Views, pieces: list[Any]) -> tuple[Array, Any]:
-    kinds, view = views.scanned()
-    return jax.lax.scan(lambda x, xs: block(x, xs[0], view(xs[1]), xs[2]), x, (layers, kinds, pieces))
-
-
-def _unrolled(block: Any, x: Array, layers: Any, views: _Views, pieces: list[Any]) -> tuple[Array, Any]:
-    pairs = []
-    for i, layer in enumerate(layers):
-        x, kv = block(x, layer, views.of_layer(i), [(k[i], v[i]) for k, v in pieces])
-        pairs.append(kv)
-    return x, tuple(zip(*pairs, strict=True)) if pieces else None
+    return {kind: view(*kind) for kind in dict.fromkeys(config.layer_kinds)}
