@@ -13,7 +13,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 GROUPS, MODEL = "groups", "model"
 Rules = Sequence[tuple[str, PartitionSpec]]  # a pattern searched for in the leaf's name, and how the leaf is cut
 
-_MIN_SLICE = 128  # numbers; a leaf that `groups` would cut finer is not cut over it
+_MIN_SLICE = (
+    128  # numbers; of a finer slice XLA makes scalar code, whose last bits differ: `groups` does not cut so fine
+)
 
 
 def make_mesh(groups: int | None = None, model: int = 1, *, devices: list | None = None) -> Mesh:

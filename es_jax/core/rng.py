@@ -29,18 +29,15 @@ def key(seed: int | Array) -> PRNGKeyArray:
     return jax.random.key(seed, impl="threefry2x32")
 
 
-def _stream(seed: int, purpose: int, step: int | Array) -> PRNGKeyArray:
-    return jax.random.fold_in(jax.random.fold_in(key(check_seed(seed)), purpose), step)
-
-
 def member_seeds(seed: int, step: int | Array, n: int) -> UInt32[Array, " n"]:
     """One 32-bit seed for each of the step's `n` independent noise vectors."""
-    return jax.random.bits(_stream(seed, _MEMBERS, step), (n,), jnp.uint32)
+    stream = jax.random.fold_in(jax.random.fold_in(key(check_seed(seed)), _MEMBERS), step)
+    return jax.random.bits(stream, (n,), jnp.uint32)
 
 
 def sampling_key(seed: int, step: int | Array) -> PRNGKeyArray:
     """The key of a step's sampled tokens."""
-    return _stream(seed, _SAMPLING, step)
+    return jax.random.fold_in(jax.random.fold_in(key(check_seed(seed)), _SAMPLING), step)
 
 
 def normal(
@@ -76,13 +73,9 @@ DEFAULT = "threefry13"
 
 def random_rewards(seed: int, step: int, n: int) -> np.ndarray:
     """Rewards that say nothing about the members, N(0, 1): the control of an experiment."""
-    return _host_generator(seed, 2**32 + step).standard_normal(n)
+    return np.random.Generator(np.random.Philox(key=[check_seed(seed), 2**32 + step])).standard_normal(n)
 
 
 def row_order(seed: int, epoch: int, n: int) -> np.ndarray:
     """The order in which `n` training rows are visited in one pass over them; host side, exact on every machine."""
-    return _host_generator(seed, epoch).permutation(n)
-
-
-def _host_generator(seed: int, stream: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(key=[check_seed(seed), stream]))
+    return np.random.Generator(np.random.Philox(key=[check_seed(seed), epoch])).permutation(n)

@@ -14,31 +14,19 @@ PREFIX_STEP = 16  # a shared prefix is a multiple of this many tokens long, for 
 
 
 class Prompts(NamedTuple):
-    """Q prompts as an engine takes them: arrays of NumPy or JAX.
+    """Q prompts as an engine takes them: arrays of NumPy or JAX."""
 
-    Attributes:
-      tokens: int32 [Q, P], each row's tokens after the prefix at its left end, 0 to their right.
-      positions: int32 [Q, P], where they stand in their prompt: from C on, -1 to their right. A row of -1 alone is
-        padding and is not decoded.
-      prefix: int32 [C], the tokens that every prompt begins with; C may be 0.
-    """
-
-    tokens: Any
-    positions: Any
-    prefix: Any
+    tokens: Any  # int32 [Q, P], each row's tokens after the prefix at its left end, 0 to their right
+    positions: Any  # int32 [Q, P], where they stand in their prompt: from C on, -1 to their right; -1 alone: padding
+    prefix: Any  # int32 [C], the tokens that every prompt begins with; C may be 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Packing:
-    """The shapes that one set of prompts, and all its subsets, are packed into, so that they share their programs.
+    """The shapes that one set of prompts, and all its subsets, are packed into, so that they share their programs."""
 
-    Attributes:
-      prefix: the tokens that all the prompts begin with, a multiple of PREFIX_STEP of them.
-      width: P, places for the tokens of a prompt after the prefix.
-    """
-
-    prefix: tuple[int, ...]
-    width: int
+    prefix: tuple[int, ...]  # the tokens that all the prompts begin with, a multiple of PREFIX_STEP of them
+    width: int  # P, places for the tokens of a prompt after the prefix
 
     @classmethod
     def of(cls, prompts: Sequence[Sequence[int]], *, max_prompt_tokens: int) -> "Packing":

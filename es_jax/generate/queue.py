@@ -48,6 +48,7 @@ class _Queue(NamedTuple):
 
     spec: DecodeSpec
     sizes: LoopSizes
+    model: Transformer
     params: Any
     tokens: Int32[Array, "Q P"]
     keys: Array | None  # [Q]
@@ -104,21 +105,21 @@ def decode(
     limits: Array | None = None,
 ) -> Generation:
     """All prompts, decoded; `Engine.decode` says what the arguments are. `limits` [Q]: in place of max_new_tokens."""
-    sizes = LoopSizes(spec, *tokens.shape)
+    sizes, model = LoopSizes.of(spec, *tokens.shape), Transformer(spec.config)
     lengths = jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
     total = _count(lengths > 0)
     order = jnp.argsort(-lengths, stable=True).astype(jnp.int32)
-    past = _prefix_past(spec, params, prefix)
+    past = _prefix_past(model, params, prefix)
     limit = spec.max_new_tokens if limits is None else limits
-    queue = _Queue(spec, sizes, params, tokens, keys, limit, axis_name, lengths, total, order, past, len(prefix))
+    queue = _Queue(spec, sizes, model, params, tokens, keys, limit, axis_name, lengths, total, order, past, len(prefix))
 
-    cache = _empty_cache(spec, params, sizes.slots, 0 if sizes.single else sizes.places - sizes.steps)
+    cache = model.empty_cache(params, sizes.slots, 0 if sizes.single else sizes.places - sizes.steps)
     shape, none = (sizes.prompts, spec.max_new_tokens), jnp.zeros(sizes.slots, jnp.int32)
     logprob = jnp.zeros(shape, jnp.float32) if spec.logprobs else None
     out = Generation(jnp.zeros(shape, jnp.int32), jnp.zeros(sizes.prompts, jnp.int32), logprob)
     any_prompt = queue.agree(total > 0)
     slots = _Slots(none + sizes.prompts, none, none, none, none > 0)
-    state = _State((cache.k, cache.v), slots, jnp.int32(0), out, filling=any_prompt, more=any_prompt)
+    state = _State(cache.kv, slots, jnp.int32(0), out, filling=any_prompt, more=any_prompt)
     if not sizes.single:
         return lax.while_loop(lambda state: state.more, partial(_turn, queue), state).out
     with jax.named_scope(FILL):
@@ -126,21 +127,15 @@ def decode(
     return _chunk(queue, state, slots=sizes.slots, places=sizes.width).out if sizes.steps else state.out
 
 
-def _prefix_past(spec: DecodeSpec, params: Any, prefix: Array) -> tuple[Past, ...]:
+def _prefix_past(model: Transformer, params: Any, prefix: Array) -> tuple[Past, ...]:
     if not len(prefix):
         return ()
     positions = jnp.arange(len(prefix), dtype=jnp.int32)[None]
-    cache = _empty_cache(spec, params, 1, len(prefix))
+    cache = model.empty_cache(params, 1, len(prefix))
     with jax.named_scope(FILL):
-        _, past = Transformer(spec.config).hidden(params, prefix[None], positions=positions, cache=cache)
+        _, past = model.hidden(params, prefix[None], positions=positions, cache=cache)
     assert past is not None
     return (past,)
-
-
-def _empty_cache(spec: DecodeSpec, params: Any, rows: int, length: int, past: tuple[Past, ...] = ()) -> KVCache:
-    stacked = not isinstance(params["layers"], tuple)
-    dtype = params["embed"]["embedding"].dtype
-    return KVCache.empty(spec.config, rows, length=length, dtype=dtype, stacked=stacked, past=past)
 
 
 def _count(flags: Array) -> Array:
@@ -185,19 +180,19 @@ def _fill(queue: _Queue, state: _State) -> _State:
 
 def _prefill(queue: _Queue, tokens: Array, length: Array) -> tuple[Array, KV]:
     """Logits after each row [R, V], and its keys and values at P places."""
-    spec, widths = queue.spec, queue.sizes.widths
+    widths = queue.sizes.widths
 
     def of_width(width: int) -> Any:
         place = jnp.arange(width, dtype=jnp.int32)[None]
-        logits, cache = Transformer(spec.config).apply(
+        logits, cache = queue.model.apply(
             queue.params,
             tokens[:, :width],
             positions=jnp.where(place < length[:, None], place + queue.shared, -1),
-            cache=_empty_cache(spec, queue.params, len(tokens), width, queue.past),
+            cache=queue.model.empty_cache(queue.params, len(tokens), width, past=queue.past),
             logits_at=jnp.maximum(length - 1, 0),
         )
         assert cache is not None
-        return logits, _resized((cache.k, cache.v), queue.sizes.width)
+        return logits, _resized(cache.kv, queue.sizes.width)
 
     size = _count(queue.agree(jnp.max(length)) > np.array(widths))
     branches = [partial(of_width, width) for width in widths]
@@ -234,13 +229,13 @@ def _chunk(queue: _Queue, state: _State, *, slots: int, places: int) -> _State:
     after = jax.tree.map(lambda all, some: all.at[slot].set(some), state.slots, end.slots)
     out = _record(state.out, end.slots, begin.generated, end.chosen)
     if not queue.sizes.single:
-        state = state._replace(kv=_written(state.kv, (end.cache.k, end.cache.v), slot, begin.length))
+        state = state._replace(kv=_written(state.kv, end.cache.kv, slot, begin.length))
     return state._replace(slots=after, out=out)
 
 
 def _steps(queue: _Queue, slots: _Slots, past: tuple[Past, ...], taken: Array) -> _Chunk:
     """The loop of a chunk; it ends early where all slots have stopped or a prefill is due."""
-    sizes, model, shape = queue.sizes, Transformer(queue.spec.config), (len(slots.prompt), queue.sizes.steps)
+    sizes, model, shape = queue.sizes, queue.model, (len(slots.prompt), queue.sizes.steps)
 
     def step(chunk: _Chunk) -> _Chunk:
         index, slots = chunk.cache.index, chunk.slots
@@ -259,7 +254,7 @@ def _steps(queue: _Queue, slots: _Slots, past: tuple[Past, ...], taken: Array) -
     logprob = jnp.zeros(shape, jnp.float32) if queue.spec.logprobs else None
     chosen, going = (jnp.zeros(shape, jnp.int32), logprob), queue.agree(jnp.any(slots.live))
     with jax.named_scope(STEPS):
-        start = _Chunk(_empty_cache(queue.spec, queue.params, *shape), slots, chosen, going)
+        start = _Chunk(model.empty_cache(queue.params, *shape), slots, chosen, going)
         return lax.while_loop(lambda chunk: chunk.going, step, start)
 
 

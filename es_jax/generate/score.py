@@ -13,7 +13,6 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from es_jax.core.chunked_map import block_length, ceil_div, in_blocks
 from es_jax.core.mesh import replicated
-from es_jax.models.cache import KVCache
 from es_jax.models.config import TransformerConfig
 from es_jax.models.transformer import Transformer
 
@@ -108,9 +107,9 @@ def score_options(
             batch = members[first : first + count]
             prompts, lengths = np.zeros((count, width), np.int32), np.ones(count, np.int32)
             options, ends = np.zeros((most, count, longest), np.int32), np.zeros((most, count), np.int32)
-            for r, i in enumerate(batch):
-                prompts[r, : len(rows[i][0])], lengths[r] = rows[i][0], len(rows[i][0])
-                for k, ids in enumerate(rows[i][1]):
+            for r, (prompt, continuations) in enumerate(rows[i] for i in batch):
+                prompts[r, : len(prompt)], lengths[r] = prompt, len(prompt)
+                for k, ids in enumerate(continuations):
                     options[k, r, : len(ids)], ends[k, r] = ids, len(ids)
             total = np.asarray(_score(config, mesh, params, prompts, lengths, options, ends))
             for r, i in enumerate(batch):
@@ -129,10 +128,9 @@ def _score(
     ends: Int32[Array, "K B"],
 ) -> Float32[Array, "K B"]:
     model, (rows, width) = Transformer(config), prompts.shape
-    dtype, places = params["embed"]["embedding"].dtype, jnp.arange(width, dtype=jnp.int32)[None]
-    empty = functools.partial(KVCache.empty, config, rows, dtype=dtype)
+    places = jnp.arange(width, dtype=jnp.int32)[None]
     positions = jnp.where(places < lengths[:, None], places, -1)
-    hidden, read = model.hidden(params, prompts, positions=positions, cache=empty(length=width))
+    hidden, read = model.hidden(params, prompts, positions=positions, cache=model.empty_cache(params, rows, width))
     assert read is not None
     last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)
 
@@ -141,7 +139,8 @@ def _score(
         place = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
         there = place < end[:, None]
         at = jnp.where(there, lengths[:, None] + place, -1)
-        hidden, _ = model.hidden(params, tokens, positions=at, cache=empty(length=tokens.shape[1], past=(read,)))
+        cache = model.empty_cache(params, rows, tokens.shape[1], past=(read,))
+        hidden, _ = model.hidden(params, tokens, positions=at, cache=cache)
         before = jnp.concatenate([last, hidden[:, :-1]], axis=1)
         return jnp.sum(jnp.where(there, _hidden_logprobs(model, params, before, tokens), 0.0), axis=1)
 

@@ -26,15 +26,19 @@ class Past:
     v: PerLayer
     positions: Int[Array, "B S"]
 
+    @property
+    def kv(self) -> tuple[PerLayer, PerLayer]:
+        return self.k, self.v
+
 
 @struct.dataclass
 class KVCache(Past):
     """S places a row, some yet empty. A place holds the key and value of one token, and its position, -1 when empty.
 
     `k` and `v` are stacked over a leading axis of L layers (for the scanned layers) or tuples of L arrays (for unrolled
-    layers, which update them in place). `index`: int32 scalar, the next place to write, shared by all rows. `past`: what
-    is attended besides; another cache will do. Who attends whom follows from positions alone, never from places: padding
-    on either side is marked by position -1, costs a place and changes no result.
+    layers, which update them in place). `index`: int32 scalar, the next place to write, shared by all rows. `past`:
+    what is attended besides; another cache will do. Who attends whom follows from positions alone, never from places:
+    padding on either side is marked by position -1, costs a place and changes no result.
     """
 
     index: Int[Array, ""]

@@ -2,20 +2,14 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 from es_jax.core.names import unknown
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 ROPE_SCALINGS = ("linear", "llama3")
 _COUNTS = ("vocab_size", "width", "layers", "heads", "kv_heads", "head_dim", "mlp_dim", "max_positions")
-_OPTIONAL = ("sliding_window", "local_rope_theta", "query_pre_attn_scalar", "attn_softcap", "final_softcap")
-
-
-def _wrong(record: Any, names: Sequence[str], holds: Callable[[Any], bool], must: str) -> list[str]:
-    """What is wrong with the fields of these names for which `holds` does not hold."""
-    return [f"{name} = {getattr(record, name)!r} must {must}" for name in names if not holds(getattr(record, name))]
+_POSITIVE_IF_GIVEN = ("sliding_window", "local_rope_theta", "query_pre_attn_scalar", "attn_softcap", "final_softcap")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +29,9 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         problems = [] if self.kind in ROPE_SCALINGS else [unknown("rope_scaling.kind", self.kind, ROPE_SCALINGS)]
-        problems += _wrong(self, ("factor", "low_freq_factor", "original_positions"), lambda x: x > 0, "be positive")
+        for name in ("factor", "low_freq_factor", "original_positions"):
+            if not getattr(self, name) > 0:
+                problems.append(f"{name} = {getattr(self, name)!r} must be positive")
         if not self.high_freq_factor > self.low_freq_factor:
             problems.append(
                 f"high_freq_factor = {self.high_freq_factor!r} must be above low_freq_factor = {self.low_freq_factor!r}"
@@ -87,14 +83,22 @@ class TransformerConfig:
     final_softcap: float | None = None  # the same for logits
 
     def __post_init__(self) -> None:
-        problems = _wrong(self, _COUNTS, lambda n: n >= 1, "be at least 1")
+        problems = [f"{n} = {getattr(self, n)!r} must be at least 1" for n in _COUNTS if getattr(self, n) < 1]
         if not problems and self.heads % self.kv_heads:
             problems.append(f"kv_heads = {self.kv_heads} must divide heads = {self.heads}")
-        problems += _wrong(self, ["head_dim"], lambda n: n % 2 == 0, "be even: rotary embedding turns pairs")
-        problems += _wrong(self, ["rope_theta"], lambda x: x > 0, "be positive")
-        problems += _wrong(self, ["norm_eps"], lambda x: x >= 0, "not be negative")
-        problems += _wrong(self, _OPTIONAL, lambda x: x is None or x > 0, "be positive, or None for none")
-        problems += _wrong(self, ("rope_layers", "local_layers"), bool, "name at least one layer's kind")
+        if self.head_dim % 2:
+            problems.append(f"head_dim = {self.head_dim} must be even: rotary embedding turns pairs")
+        if not self.rope_theta > 0:
+            problems.append(f"rope_theta = {self.rope_theta!r} must be positive")
+        if not self.norm_eps >= 0:
+            problems.append(f"norm_eps = {self.norm_eps!r} must not be negative")
+        for name in _POSITIVE_IF_GIVEN:
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                problems.append(f"{name} = {value!r} must be positive, or None for none")
+        for name in ("rope_layers", "local_layers"):
+            if not getattr(self, name):
+                problems.append(f"{name} = () must name at least one layer's kind")
         if self.activation not in ACTIVATIONS:
             problems.append(unknown("activation", self.activation, ACTIVATIONS))
         if problems:

@@ -81,11 +81,8 @@ def _attended(q: Array, *masks: Array, pieces: Sequence[KV], scale: float, cap: 
     batch, length, heads, head_dim = q.shape
     kv_heads = pieces[0][0].shape[1]
     grouped = (batch, kv_heads, heads // kv_heads, length)
-    q = (
-        q.reshape(batch, length, *grouped[1:3], head_dim)
-        .transpose(0, 2, 3, 1, 4)
-        .reshape(batch, kv_heads, -1, head_dim)
-    )
+    q = q.reshape(batch, length, *grouped[1:3], head_dim).transpose(0, 2, 3, 1, 4)
+    q = q.reshape(batch, kv_heads, -1, head_dim)
     scores = [
         jnp.where(mask[:, None, None], softcap(_product(q, k).reshape(*grouped, -1) * scale, cap), MASKED)
         for (k, _), mask in zip(pieces, masks, strict=True)
@@ -201,10 +198,8 @@ class Block(nn.Module):
     ) -> tuple[Float[Array, "B T D"], KV | None]:
         c = self.config
 
-        def norm(name: str, y: Array) -> Array:
-            return RMSNorm(c, name=name)(y)
-
-        mixed, kv = Attention(c, name="attn")(norm("attn_norm", x), angles, masks, held, index)
-        x = x + (norm("attn_post_norm", mixed) if c.post_norms else mixed)
-        y = MLP(c, name="mlp")(norm("mlp_norm", x))
-        return x + (norm("mlp_post_norm", y) if c.post_norms else y), kv
+        norm = functools.partial(RMSNorm, c)
+        mixed, kv = Attention(c, name="attn")(norm(name="attn_norm")(x), angles, masks, held, index)
+        x = x + (norm(name="attn_post_norm")(mixed) if c.post_norms else mixed)
+        y = MLP(c, name="mlp")(norm(name="mlp_norm")(x))
+        return x + (norm(name="mlp_post_norm")(y) if c.post_norms else y), kv

@@ -36,10 +36,7 @@ def leaf_sharding(mesh: Mesh, name: str, shape: tuple[int, ...], *, rules: Rules
 
 
 def param_shardings(mesh: Mesh, params: Any, *, rules: Rules = RULES, log: bool = False) -> Any:
-    """`leaf_sharding` of every leaf: of parameters, an anchor or an optimizer's state; `log` tells each match.
-
-    The leaves are arrays or `jax.ShapeDtypeStruct`s.
-    """
+    """`leaf_sharding` of every leaf: of parameters, an anchor or an optimizer's state; `log` tells each match."""
 
     def sharding(name: str, leaf: Any) -> NamedSharding:
         where = leaf_sharding(mesh, name, leaf.shape, rules=rules)

@@ -121,7 +121,7 @@ class Transformer:
         block: Callable = functools.partial(self._block, index=index)
         block = block if around is None else around(block)
         run = self._unrolled if unrolled else self._scanned
-        x, kv = run(block, self._embed(params, tokens), params["layers"], views, [(p.k, p.v) for p in pieces])
+        x, kv = run(block, self._embed(params, tokens), params["layers"], views, [piece.kv for piece in pieces])
         if cache is not None:
             cache = dataclasses.replace(cache, k=kv[0], v=kv[1])
         normed: Any = RMSNorm(self.config).apply({"params": params["final_norm"]}, x)
@@ -135,6 +135,11 @@ class Transformer:
         for layer, kind in zip(unstack_layers(params)["layers"], self.config.layer_kinds, strict=True):
             stream.append(self._block(stream[-1], layer, views[kind], [])[0])
         return stream
+
+    def empty_cache(self, params: Params, rows: int, length: int, *, past: tuple[Past, ...] = ()) -> KVCache:
+        """A cache of the parameters' dtype, stacked as they are."""
+        stacked, dtype = not isinstance(params["layers"], list | tuple), params["embed"]["embedding"].dtype
+        return KVCache.empty(self.config, rows, length=length, dtype=dtype, stacked=stacked, past=past)
 
     def _embed(self, params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         x = jnp.take(params["embed"]["embedding"], tokens, axis=0, mode="clip")

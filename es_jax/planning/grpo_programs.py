@@ -46,7 +46,7 @@ class PolicyPrograms(Programs):
         """The completions that the groups sample in one call."""
         groups, policy, new = self.mesh.shape[GROUPS], self.policy, self.config.decode.max_new_tokens
         each = min(-(-self.rows // groups), AT_ONCE * policy.engine.slots)
-        sizes = LoopSizes(policy.engine, each, self.width)
+        sizes = LoopSizes.of(policy.engine, each, self.width)
         keys = jax.eval_shape(lambda: jax.vmap(rng.key)(jnp.zeros(groups * each, jnp.uint32)).reshape(groups, each))
         where, share = over_pop(self.mesh), self.mesh.shape[MODEL]
         tokens, keys = array((groups, each, self.width), jnp.int32, where), array(keys.shape, keys.dtype, where)
@@ -61,7 +61,7 @@ class PolicyPrograms(Programs):
             "rollout",
             lambda: Policy.rollout.lower(policy, self.params, tokens, tokens, keys, prefix),
             times=-(-self.rows // (groups * each)),
-            turns=sizes.turns(),
+            turns=sizes.turns,
             parts=self._held() | {"compute copy": self._copy(), "KV cache": Held(cache)},
             own=frozenset({"parameters", "compute copy", "KV cache"}),
             work=Work(flops / share, memory / share),

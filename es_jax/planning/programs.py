@@ -138,7 +138,7 @@ class Programs:
         shape = (self.evaluator.lanes, self.prompts, self.width)
         tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=over_pop(self.mesh))
         rows = Prompts(tokens, tokens, array((0,), jnp.int32, replicated(self.mesh)))  # no shared prefix: a bound
-        sizes = LoopSizes(self.evaluator.engine, *shape[1:])
+        sizes = LoopSizes.of(self.evaluator.engine, *shape[1:])
         width = self.mesh.shape[MODEL]
         size = jnp.dtype(self.config.model.dtype).itemsize
         cache = lanes * cache_bytes(self.model, slots * sizes.places, size) // width
@@ -158,7 +158,7 @@ class Programs:
             "decode",
             lambda: Evaluator._decode.lower(self.evaluator, self.copy, rows),
             times=self.rounds,
-            turns=sizes.turns(),
+            turns=sizes.turns,
             parts=self._held() | {"compute copy": self._copy(), "KV cache": Held(cache)},
             own=frozenset({"compute copy", "KV cache"}),
             work=Work(flops * lanes / width, memory * lanes / width),
