@@ -6,15 +6,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from es_jax.core import rng
 from es_jax.core.chunked_map import ceil_div
-from es_jax.core.mesh import GROUPS, MODEL, over_pop, replicated
+from es_jax.core.mesh import GROUPS, over_pop, replicated
 from es_jax.generate.sampling import Temperature
-from es_jax.generate.slots import Queue
 from es_jax.models.transformer import matrix_weights
-from es_jax.planning.costs import Work, cache_bytes, decode_flops, decode_memory, prefill_flops
+from es_jax.planning.costs import Work, prefill_flops
 from es_jax.planning.programs import Held, Program, Programs, array
 from es_jax.training.grpo import AT_ONCE, Policy, Rows
 
@@ -44,27 +42,18 @@ class PolicyPrograms(Programs):
 
     def rollout(self) -> Program:
         """The completions that the groups sample in one call."""
-        groups, policy, new = self.mesh.shape[GROUPS], self.policy, self.config.decode.max_new_tokens
+        groups, policy = self.mesh.shape[GROUPS], self.policy
         each = min(ceil_div(self.rows, groups), AT_ONCE * policy.engine.slots)
-        queue = Queue(policy.engine, None, np.empty((each, self.width)), None, None, None, axis_name=None)
         keys = jax.eval_shape(lambda: jax.vmap(rng.key)(jnp.zeros(groups * each, jnp.uint32)).reshape(groups, each))
-        where, share = over_pop(self.mesh), self.mesh.shape[MODEL]
+        where, prefix = over_pop(self.mesh), array((0,), jnp.int32, replicated(self.mesh))
         tokens, keys = array((groups, each, self.width), jnp.int32, where), array(keys.shape, keys.dtype, where)
-        prefix = array((0,), jnp.int32, replicated(self.mesh))
-        size = jnp.dtype(self.config.model.dtype).itemsize
-        copy = sum(matrix_weights(self.model)) * size
-        steps = ceil_div(each, queue.rows) * new
-        memory = decode_memory(self.model, each, self.width, new, steps=steps, copy=copy, itemsize=size)
-        flops = prefill_flops(self.model, each, self.width) + decode_flops(self.model, each, self.width, new)
-        cache = cache_bytes(self.model, queue.rows * queue.places, size) // share
-        return Program(
+        return self._completions(
             "rollout",
             lambda: Policy.rollout.lower(policy, self.params, tokens, tokens, keys, prefix),
+            engine=policy.engine,
+            prompts=each,
             times=ceil_div(self.rows, groups * each),
-            turns=queue.turns(),
-            parts=self._held() | {"compute copy": self._copy(), "KV cache": Held(cache)},
-            own=frozenset({"parameters", "compute copy", "KV cache"}),
-            work=Work(flops / share, memory / share),
+            own={"parameters"},
         )
 
     def score(self) -> Program:
