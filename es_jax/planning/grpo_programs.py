@@ -13,7 +13,7 @@ from es_jax.core.mesh import GROUPS, over_pop, replicated
 from es_jax.generate.sampling import Temperature
 from es_jax.models.transformer import matrix_weights
 from es_jax.planning.costs import Work, prefill_flops
-from es_jax.planning.programs import Held, Program, Programs, array
+from es_jax.planning.programs import Bytes, Program, Programs, array
 from es_jax.training.grpo import AT_ONCE, Policy, Rows
 
 _PASSES = 4  # over a layer, of an update: forward, forward again for the gradient, and twice as much backward
@@ -65,9 +65,9 @@ class PolicyPrograms(Programs):
             lambda: Policy.logprobs.lower(policy, self.params, tokens, tokens, self.config.decode.max_new_tokens),
             times=2 if self.config.grpo.kl_coef else 1,
             turns={},
-            parts=self._held(),
+            parts=self._resident(),
             own=frozenset({"parameters"}),
-            work=Work(self._forward(self.rows), Held.of(self.params).device * tokens.shape[0]),
+            work=Work(self._forward(self.rows), Bytes.of(self.params).device * tokens.shape[0]),
         )
 
     def update(self) -> Program:
@@ -80,16 +80,16 @@ class PolicyPrograms(Programs):
         arrays += [array(completions, jnp.float32, everywhere), array(shape[:2], jnp.float32, everywhere)]
         arrays += [array(completions, jnp.float32, everywhere)] * 2
         count, rates = array((), jnp.int32, everywhere), array((2,), jnp.float32, everywhere)
-        held = self._held()
-        gradient = Held(Held.of(self.params).device)
-        moved = sum(part.device + part.host for part in held.values())
+        resident = self._resident()
+        gradient = Bytes(Bytes.of(self.params).device)
+        moved = sum(part.device + part.host for part in resident.values())
         return Program(
             "update",
             lambda: Policy.update.lower(policy, self.params, self.opt_state, self.start, Rows(*arrays), count, rates),
             times=ceil_div(self.prompts, grpo.mini_batch),
             turns={"": shape[0]},
-            parts=held | {"gradient": gradient},
-            own=frozenset({*held, "gradient"}),
+            parts=resident | {"gradient": gradient},
+            own=frozenset({*resident, "gradient"}),
             work=Work(_PASSES * self._forward(many), 2.0 * moved + 3.0 * gradient.device * shape[0]),
         )
 

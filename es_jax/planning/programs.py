@@ -43,14 +43,14 @@ from es_jax.training.state import (
 
 
 @dataclasses.dataclass(frozen=True)
-class Held:
+class Bytes:
     """Bytes of arrays on one device, and of its share in the host's pinned memory."""
 
     device: int = 0
     host: int = 0
 
     @classmethod
-    def of(cls, tree: Any) -> "Held":
+    def of(cls, tree: Any) -> "Bytes":
         """Of a tree of `jax.ShapeDtypeStruct`s with shardings."""
         device = host = 0
         for leaf in jax.tree.leaves(tree):
@@ -79,7 +79,7 @@ class Program:
     lower: Callable[[], Any]
     times: int
     turns: Mapping[str, float]
-    parts: Mapping[str, Held]
+    parts: Mapping[str, Bytes]
     own: frozenset[str]
     work: Work
 
@@ -128,15 +128,15 @@ class Programs:
     def load(self) -> Program:
         """From the weights, which are read leaf by leaf, to the optimizer's state."""
         where = jax.tree.map(lambda leaf: leaf.sharding, self.opt_state)
-        held = self._held()
+        resident = self._resident()
         return Program(
             "load",
             lambda: jax.jit(self.tx.init, out_shardings=where).lower(self.params),
             times=0,
             turns={},
-            parts=held,
+            parts=resident,
             own=frozenset({"parameters", "moments"} | ({"anchor"} if self.start is None else set())),
-            work=Work(memory=2.0 * sum(part.device for part in held.values())),
+            work=Work(memory=2.0 * sum(part.device for part in resident.values())),
         )
 
     def perturb(self) -> Program:
@@ -147,9 +147,9 @@ class Programs:
             lambda: Evaluator._perturb.lower(self.evaluator, self.params, self.members),
             times=self.rounds,
             turns={},
-            parts=self._held() | {"compute copy": copy},
+            parts=self._resident() | {"compute copy": copy},
             own=frozenset({"parameters", "compute copy"}),
-            work=Work(memory=Held.of(self.params).device + copy.device),
+            work=Work(memory=Bytes.of(self.params).device + copy.device),
         )
 
     def decode(self) -> Program:
@@ -195,7 +195,7 @@ class Programs:
             lower,
             times=times,
             turns=sizes.turns,
-            parts=self._held() | {"compute copy": self._copy(), "KV cache": Held(cache)},
+            parts=self._resident() | {"compute copy": self._copy(), "KV cache": Bytes(cache)},
             own=frozenset({"compute copy", "KV cache", *own}),
             work=Work(flops * lanes / share, memory * lanes / share),
         )
@@ -205,8 +205,8 @@ class Programs:
         n, everywhere = self.config.es.population, replicated(self.mesh)
         members = dataclasses.replace(_members(n, everywhere), paired=self.config.es.antithetic)
         weights, rates = array((n,), jnp.float32, everywhere), array((2,), jnp.float32, everywhere)
-        held = self._held()
-        total = sum(part.device + part.host for part in held.values())
+        resident = self._resident()
+        total = sum(part.device + part.host for part in resident.values())
         return Program(
             "update",
             lambda: update.lower(
@@ -214,9 +214,9 @@ class Programs:
             ),
             times=1,
             turns={"": n},
-            parts=held,
-            own=frozenset(held),
-            work=Work(memory=total + held["parameters"].device),
+            parts=resident,
+            own=frozenset(resident),
+            work=Work(memory=total + resident["parameters"].device),
         )
 
     @property
@@ -228,17 +228,17 @@ class Programs:
         """Take the members' weights where the compiled `perturb` leaves them."""
         self.copy = _placed(self.copy, shardings)
 
-    def _held(self) -> dict[str, Held]:
+    def _resident(self) -> dict[str, Bytes]:
         """What a run has on its devices at any time."""
         anchor = optax.tree.get(self.opt_state, "anchor", None) if self.start is None else self.start
-        moments = Held.of(self.opt_state)
+        moments = Bytes.of(self.opt_state)
         if self.start is None:
-            moments = Held(moments.device - Held.of(anchor).device, moments.host - Held.of(anchor).host)
-        return {"parameters": Held.of(self.params), "anchor": Held.of(anchor), "moments": moments}
+            moments = Bytes(moments.device - Bytes.of(anchor).device, moments.host - Bytes.of(anchor).host)
+        return {"parameters": Bytes.of(self.params), "anchor": Bytes.of(anchor), "moments": moments}
 
-    def _copy(self) -> Held:
+    def _copy(self) -> Bytes:
         sizes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.copy))
-        return Held(sizes // self.mesh.size)
+        return Bytes(sizes // self.mesh.size)
 
 
 def array(shape: tuple[int, ...], dtype: Any, sharding: Any) -> Any:
