@@ -14,6 +14,7 @@ from es_jax.scoring.grading import Graded, means
 from es_jax.scoring.heldout import HeldOut
 from es_jax.scoring.row_results import EvalsFile, RowResults
 from es_jax.training.config import RunConfig
+from es_jax.training.method import METHODS
 from es_jax.training.predicted_drift import Walk
 
 
@@ -57,7 +58,7 @@ class Recorder:
         """
         self._walk.add(entry)
         rewards, config = np.array(entry.rewards, float), self._config
-        sigma = config.logged_rates(entry).sigma if config.method == "es" else None
+        sigma = config.logged_rates(entry).sigma if METHODS[config.method].perturbs else None
         self.reward = float(rewards.mean())
         row = {
             "step": entry.step,
