@@ -1,6 +1,8 @@
 """Checkpoints of (params, optimizer state) through Orbax: atomic, the last few kept, restored onto any mesh."""
 
+import contextlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +41,8 @@ class Checkpoints:
 
     def restore(self, step: int, params: Any, opt_state: Any) -> tuple[Any, Any]:
         """The step's (params, opt_state), like the given trees of `abstract` leaves: shapes, dtypes, shardings."""
-        try:
+        with _restoring(step, self.folder, "the run goes on from an older one or from the seed log"):
             restored = self._manager.restore(step, args=ocp.args.StandardRestore(_tree(params, opt_state)))
-        except Exception as error:
-            raise OSError(
-                f"the checkpoint of step {step} in {self.folder} cannot be restored ({_first_line(error)}): "
-                "delete that folder, and the run goes on from an older one or from the seed log"
-            ) from error
         leaves = jax.tree.leaves(restored["opt_state"])
         return restored["params"], jax.tree.unflatten(jax.tree.structure(opt_state), leaves)
 
@@ -70,14 +67,20 @@ def restore_params(workdir: Path, step: int, params: Any) -> Any:
     item = {"params": params}
     where = ocp.checkpoint_utils.construct_restore_args(item)
     args = ocp.args.PyTreeRestore(item=item, restore_args=where, partial_restore=True)
-    with _manager(_folder(workdir), read_only=True) as manager:
-        try:
-            return manager.restore(step, args=args)["params"]
-        except Exception as error:
-            raise OSError(
-                f"the checkpoint of step {step} in {workdir} cannot be restored ({_first_line(error)}): delete that "
-                "folder, and the step is replayed from the seed log"
-            ) from error
+    remedy = "the step is replayed from the seed log"
+    with _manager(_folder(workdir), read_only=True) as manager, _restoring(step, workdir, remedy):
+        return manager.restore(step, args=args)["params"]
+
+
+@contextlib.contextmanager
+def _restoring(step: int, folder: Path, remedy: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # Orbax and TensorStore raise many kinds
+        raise OSError(
+            f"the checkpoint of step {step} in {folder} cannot be restored ({_first_line(error)}): delete that "
+            f"folder, and {remedy}"
+        ) from error
 
 
 def _folder(workdir: Path) -> Path:

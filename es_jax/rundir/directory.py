@@ -34,9 +34,6 @@ def claim(workdir: Path) -> Any:
       OSError: it cannot be made, another process trains in it, or processes of the run do not see the same directory.
     """
     lock = _lock(workdir) if processes.first() else None
-    if lock is not None:
-        lock.write(f"{os.getpid()} {time.time_ns()}\n")
-        lock.flush()
     content = processes.exchange({0: (workdir / ".lock").read_text()} if processes.first() else {})[0]
     if lock is not None:
         return lock
@@ -62,6 +59,8 @@ def _lock(workdir: Path) -> Any:
     except BlockingIOError:
         lock.close()
         raise OSError(f"workdir {workdir} is in use by another process: wait for it, or choose another") from None
+    lock.write(f"{os.getpid()} {time.time_ns()}\n")
+    lock.flush()
     return lock
 
 

@@ -99,7 +99,7 @@ class RunConfig:
 
     @property
     def _schedules(self) -> dict[str, str]:
-        groups = {"optim": self.optim, "es": self.es, "optim.anchor": self.optim.anchor}  # α, σ and λ
+        groups: dict[str, Any] = {"optim": self.optim, "es": self.es, "optim.anchor": self.optim.anchor}  # α, σ and λ
         return {f"{name}.schedule": group.schedule for name, group in groups.items()}
 
     def rates(self, step: int) -> Rates:
