@@ -17,6 +17,7 @@ import jax
 from jax.profiler import ProfileData
 
 from es_jax.generate.slots import FILL
+from es_jax.profiling.clock import columns
 
 PROGRAMS = {"_perturb": "perturb", "_decode": "decode", "rollout": "decode", "update": "update"}  # names of jit → part
 
@@ -68,9 +69,7 @@ class Profile:
         parts = {part: value / count for part, value in parts.items()}
         parts["wait"] = max(total - sum(parts.values()), 0.0)
         parts |= {"grade": grade, **within}  # beside the devices' work, or inside of it: no parts of the sum
-        row: dict[str, Any] = {"first": first, "last": step, "seconds": total}
-        row |= {f"seconds_{part}": value for part, value in parts.items()}
-        row |= {f"share_{part}": value / total for part, value in parts.items()}
+        row: dict[str, Any] = {"first": first, "last": step, "seconds": total, **columns(parts, total)}
         row |= {"prompt_tokens": prompt, "tokens": new}
         for part, tokens in (("prefill", prompt), ("decode", new)):
             row[f"{part}_tokens_per_second"] = tokens / parts[part] if parts[part] else None
