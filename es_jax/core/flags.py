@@ -7,11 +7,13 @@ from pathlib import Path
 
 from absl import flags
 
+from es_jax.core.names import RENAMED
+
 _NAMES = ("coordinator_address", "num_processes", "process_id")
 
 
 def parser(command: str, *, required: tuple[str, ...] = ()) -> Callable[[list[str]], list[str]]:
-    """absl's parser for a command with a --config file, with a mistake in the file or its arguments told in a sentence.
+    """absl's parser for a command with a --config file: it ends a mistake in the file or its arguments with a sentence.
 
     Args:
       command: what the sentence begins with, "es_jax.train".
@@ -20,10 +22,11 @@ def parser(command: str, *, required: tuple[str, ...] = ()) -> Callable[[list[st
 
     def parse(argv: list[str]) -> list[str]:
         flags.mark_flags_as_required(required)
-        for argument in argv:
-            if argument.startswith("--config="):  # a config file imports its neighbours: configs.common
-                file = argument.removeprefix("--config=").partition(":")[0]
-                sys.path.append(str(Path(file).resolve().parent.parent))
+        for name, _, value in (argument.partition("=") for argument in argv):
+            if name == "--config":  # a config file imports its neighbours: configs.common
+                sys.path.append(str(Path(value.partition(":")[0]).resolve().parent.parent))
+            elif new := name.startswith("--config.") and RENAMED.get(name.removeprefix("--config.")):
+                sys.exit(f"{command}: {name} is called --config.{new} now: use that name")
         try:
             return flags.FLAGS(argv)
         except flags.Error as error:
@@ -47,7 +50,7 @@ def joined_processes(name: str) -> contextlib.AbstractContextManager:
     """Inside, the processes of the command `name` are together: as the flags say, the rest as the environment does."""
     from es_jax.core import processes  # JAX starts only when the flags are good
 
-    given = {flag: flags.FLAGS[flag].value for flag in _NAMES if flags.FLAGS[flag].value is not None}
-    if not (given or flags.FLAGS["distributed"].value):
+    options = {flag: flags.FLAGS[flag].value for flag in _NAMES if flags.FLAGS[flag].value is not None}
+    if not (options or flags.FLAGS["distributed"].value):
         return contextlib.nullcontext()
-    return processes.joined(name, heartbeat_timeout_seconds=flags.FLAGS["heartbeat_timeout"].value, **given)
+    return processes.joined(name, heartbeat_timeout_seconds=flags.FLAGS["heartbeat_timeout"].value, **options)

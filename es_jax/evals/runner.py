@@ -18,23 +18,21 @@ from es_jax.evals import provenance
 from es_jax.evals.kl import Continuation, kl, sample
 from es_jax.evals.weight_source import Subject, is_run, of_model, of_run
 from es_jax.generate.engine import Engine, check_context
-from es_jax.profiling.clock import compilation_cache
-from es_jax.rundir.directory import read_config, write_json
-from es_jax.rundir.metrics import Jsonl
-from es_jax.scoring.evals_file import EvalsFile, read_evals
+from es_jax.rundir.directory import compilation_cache, write_json
+from es_jax.rundir.metrics import LAST, Jsonl
 from es_jax.scoring.heldout import HeldOut, cast, evaluate
+from es_jax.scoring.row_results import EvalsFile, read_evals
 from es_jax.tasks import get_task
 from es_jax.tasks.rows import rows_folder
 from es_jax.tasks.task import Task
-from es_jax.training.config import RunConfig
-from es_jax.training.es_step import Evaluator, compute_dtype
+from es_jax.training.config import RunConfig, read_config
+from es_jax.training.es import Evaluator
 from es_jax.training.fields import MeshConfig, ModelConfig
 from es_jax.training.loop import make_task, other_task
-from es_jax.training.state import base_config, mesh_of
+from es_jax.training.state import base_config, compute_dtype, mesh_of
 from es_jax.weights.model import config_only
 
 logger = logging.getLogger(__name__)
-LAST = 2**62
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,21 +7,22 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from es_jax.core.tree import count
 from es_jax.evals.drift import drift
-from es_jax.evals.export_step import restored
 from es_jax.rundir import directory
 from es_jax.rundir.checkpoints import saved_steps
 from es_jax.rundir.seed_log import NAME, SeedLog
-from es_jax.training.config import RunConfig
+from es_jax.training.config import RunConfig, read_config
 from es_jax.training.fields import ModelConfig
+from es_jax.training.method import METHODS
 from es_jax.training.predicted_drift import Walk
-from es_jax.training.state import load_anchor, load_base, replay
+from es_jax.training.state import load_anchor, load_base
+from es_jax.training.weights_at import weights_at
 from es_jax.weights.model import Model, load_outline
 
-METHODS_WITHOUT_REPLAY = ("grpo",)
 SHORT = 16  # characters of a digest
 # What may differ between two runs with the same weights at each step. Digests stand for the paths.
 WITHOUT_MARK = (*directory.CHANGEABLE, "model.source", "task.data_dir", "optim.anchor.source", "evals.")
@@ -71,29 +72,14 @@ def of_run(workdir: Path, mesh: Mesh) -> Subject:
     Raises:
       ValueError, OSError: no run there, a damaged one, or base weights that are not the run's.
     """
-    config, log = directory.read_config(workdir), SeedLog(workdir, writable=False)
+    config, log = read_config(workdir), SeedLog(workdir, writable=False)
     model = load_outline(config.model.source)
     directory.check_base(workdir, config.model.source, model.digest)
-    replayable, saved = config.method not in METHODS_WITHOUT_REPLAY, saved_steps(workdir)
-
-    def base() -> Any:
-        return load_base(config, mesh).params
-
-    def weights(steps: Sequence[int]) -> Iterator[tuple[int, Any]]:
-        missing = [step for step in steps if step not in saved and (step or replayable)]
-        if missing and not replayable:
-            raise ValueError(
-                f"steps {missing} of {workdir} have no checkpoint and a run of this method cannot be "
-                f"replayed: choose of {[0, *saved]}, or train with a larger train.keep_checkpoints"
-            )
-        rebuilt = replay(workdir, steps=missing, mesh=mesh) if replayable else iter([(0, base())])
-        for step in steps:
-            yield step, restored(workdir, config, model, step, mesh=mesh) if step in saved else next(rebuilt)[1]
 
     def predicted(last: int, start: Any) -> dict[int, float | None]:
         offset = drift(start, load_anchor(config, mesh, start))["norm"] if config.optim.anchor.source else 0.0
         walk, found = Walk(config, count(start), offset=offset), {}
-        for entry in log.entries[:last] if replayable else ():
+        for entry in log.entries[:last] if METHODS[config.method].perturbs else ():
             walk.add(entry)
             found[entry.step] = walk.norm
         return found
@@ -104,16 +90,18 @@ def of_run(workdir: Path, mesh: Mesh) -> Subject:
         config=config,
         model=model,
         last=len(log.entries),
-        saved=tuple(saved),
-        base=base,
-        weights=weights,
+        saved=tuple(saved_steps(workdir)),
+        base=lambda: load_base(config, mesh).params,
+        weights=lambda steps: weights_at(workdir, steps, mesh=mesh),
         predicted=predicted,
-        sigma=lambda step: log.entries[step - 1].rates(config).sigma if config.method == "es" else None,
+        sigma=lambda step: (
+            config.logged_rates(log.entries[step - 1]).sigma if METHODS[config.method].perturbs else None
+        ),
     )
 
 
 def _fields(config: RunConfig) -> dict[str, Any]:
-    fields = directory.flat(json.loads(json.dumps(dataclasses.asdict(config))))
+    fields = flatten_dict(json.loads(json.dumps(dataclasses.asdict(config))), sep=".")
     return {name: value for name, value in fields.items() if not name.startswith(WITHOUT_MARK)}
 
 

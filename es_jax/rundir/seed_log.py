@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -11,7 +12,6 @@ import numpy as np
 from es_jax.core import processes
 from es_jax.es.population import Members
 from es_jax.rundir.directory import sync_folder, writing
-from es_jax.training.config import Rates, RunConfig
 
 NAME = "seedlog.jsonl"
 
@@ -40,19 +40,18 @@ class Entry:
 
     @classmethod
     def of(
-        cls, step: int, members: Members, *, rewards: np.ndarray, weights: np.ndarray, rates: Rates | None = None
+        cls,
+        step: int,
+        members: Members,
+        *,
+        rewards: np.ndarray,
+        weights: np.ndarray,
+        rates: Iterable[float] = (),
     ) -> "Entry":
-        """`rates`: of the step, for methods that have them."""
-        signs = [int(sign) for sign in np.asarray(members.sign)]
+        """`rates`: α, σ and λ of the step, for methods that have them."""
+        seeds, signs = np.asarray(members.seed).tolist(), np.asarray(members.sign).astype(int).tolist()
         finite = [float(r) if np.isfinite(r) else None for r in rewards]
-        seeds = np.asarray(members.seed).tolist()
-        return cls(step, seeds, signs, members.paired, finite, weights.tolist(), *(rates or ()))
-
-    def rates(self, config: RunConfig) -> Rates:
-        """α, σ and λ of the step; the config's constants where an old log does not tell."""
-        if self.learning_rate is None or self.sigma is None or self.strength is None:
-            return Rates(config.optim.learning_rate, config.es.sigma, config.anchor_strength)
-        return Rates(self.learning_rate, self.sigma, self.strength)
+        return cls(step, seeds, signs, members.paired, finite, weights.tolist(), *rates)
 
     @property
     def members(self) -> Members:
@@ -77,14 +76,14 @@ class SeedLog:
     def append(self, entry: Entry) -> None:
         """Write the step's line and force it to disk; of several processes the first one does."""
         if processes.first():
-            self._write(entry)
+            self._write(json.dumps(dataclasses.asdict(entry)).encode() + b"\n")
         self.entries.append(entry)
 
-    def _write(self, entry: Entry) -> None:
+    def _write(self, line: bytes) -> None:
         with writing(self.path), open(self.path, "ab") as file:
             before = file.tell()
             try:
-                file.write(_line(entry))
+                file.write(line)
                 file.flush()
                 os.fsync(file.fileno())
             except OSError:
@@ -92,7 +91,7 @@ class SeedLog:
                 raise
 
     def cut(self, step: int) -> None:
-        """Forget the lines behind that step: for a method whose steps must be made again from a checkpoint."""
+        """Forget the lines after that step: for a method whose steps must be made again from a checkpoint."""
         if processes.first():
             with writing(self.path), open(self.path, "r+b") as file:
                 file.truncate(sum(map(len, file.read().splitlines(keepends=True)[:step])))
@@ -100,16 +99,12 @@ class SeedLog:
         del self.entries[step:]
 
 
-def _line(entry: Entry) -> bytes:
-    return json.dumps(dataclasses.asdict(entry)).encode() + b"\n"
-
-
 def _read(path: Path) -> list[Entry]:
     if not path.exists():
         return []
     entries = []
-    lines = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines[:-1], 1):  # behind the last newline stands nothing, or an unfinished step
+    lines = path.read_bytes().split(b"\n")[:-1]  # after the last newline stands nothing, or an unfinished step
+    for number, line in enumerate(lines, 1):
         try:
             entry = Entry(**json.loads(line))
         except (ValueError, TypeError) as error:

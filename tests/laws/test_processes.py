@@ -24,7 +24,7 @@ from es_jax.rundir.checkpoints import saved_steps
 from es_jax.rundir.metrics import read_jsonl
 from es_jax.rundir.seed_log import SeedLog
 from es_jax.training.loop import run
-from es_jax.training.state import replay
+from es_jax.training.weights_at import replay
 from es_jax.weights.model import load_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,8 +38,8 @@ FIELDS = {
     "optim.learning_rate": 0.005,
     "optim.anchor.penalty": "l2",
     "optim.anchor.kappa": 1.0,
-    "decode.max_prompt": 16,
-    "decode.max_new": 6,
+    "decode.max_prompt_tokens": 16,
+    "decode.max_new_tokens": 6,
     "decode.slots": 8,
     "decode.members_at_once": 1,  # so that each process has members to grade
     "train.steps": 5,

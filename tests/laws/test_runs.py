@@ -18,12 +18,13 @@ from es_jax.core.mesh import make_mesh
 from es_jax.core.processes import Preempted
 from es_jax.rundir.checkpoints import Checkpoints, saved_steps
 from es_jax.rundir.metrics import read_jsonl
-from es_jax.rundir.recorder import Recorder
 from es_jax.rundir.seed_log import SeedLog
-from es_jax.scoring.evals_file import EvalsFile
+from es_jax.scoring.row_results import EvalsFile
 from es_jax.training.config import freeze
 from es_jax.training.loop import run
-from es_jax.training.state import State, replay
+from es_jax.training.recorder import Recorder
+from es_jax.training.state import State
+from es_jax.training.weights_at import replay
 
 STEPS = 6
 
