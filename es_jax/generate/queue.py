@@ -93,7 +93,7 @@ class _Chunk(NamedTuple):
     going: Array
 
 
-def decode(
+def decode_queue(
     spec: DecodeSpec,
     params: Any,
     tokens: Int32[Array, "Q P"],
