@@ -69,7 +69,7 @@ class EndedEngine(Engine):
     def decode(self, params, tokens, positions, keys=None, *, prefix=None, axis_name=None) -> Generation:
         spec = dataclasses.replace(self, sampler=GreedyWithout(self.stop_token_ids))
         limits = jnp.array(self.lengths, jnp.int32)
-        return queue.decode(spec, params, tokens, positions, keys, prefix, axis_name, limits=limits)
+        return queue.decode_queue(spec, params, tokens, positions, keys, prefix, axis_name, limits=limits)
 
 
 @dataclasses.dataclass(frozen=True)
