@@ -16,8 +16,7 @@ import numpy as np
 
 from configs.lab import get_config
 from es_jax.plotting import Series, read_run
-from es_jax.plotting.comparisons import strength_sweep
-from es_jax.plotting.curves import accuracy_over_iterations, drift_against_theory
+from es_jax.plotting.figures import accuracy_over_iterations, drift_against_theory, strength_sweep
 from es_jax.tasks.lab import PRIOR
 from es_jax.training.loop import run
 from experiments.runs import check_models, done, mean_se, plain_errors

@@ -2,7 +2,6 @@
 
 import csv
 import textwrap
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,14 +24,30 @@ class Plot:
     Attributes:
       name: of its files.  title: of its section.  figure: the drawing.
       data: what was drawn, a row a mark, as the CSV has it.
-      says: how to read it; the runs' settings are not in here.
+      caption: how to read it; the runs' settings are not in here.
     """
 
     name: str
     title: str
     figure: Figure
     data: list[dict[str, Any]]
-    says: str
+    caption: str
+
+    def save(self, folder: Path) -> dict[str, Path]:
+        """Writes name.png, name.pdf and name.csv.
+
+        Returns:
+          ending → path.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = {ending: folder / f"{self.name}.{ending}" for ending in ("png", "pdf", "csv")}
+        self.figure.savefig(paths["png"])
+        self.figure.savefig(paths["pdf"], metadata={"CreationDate": None})  # the same data give the same file
+        with open(paths["csv"], "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(dict.fromkeys(key for row in self.data for key in row)))
+            writer.writeheader()
+            writer.writerows(self.data)
+        return paths
 
 
 def canvas(width: float, height: float) -> Figure:
@@ -43,12 +58,9 @@ def canvas(width: float, height: float) -> Figure:
 def line(i: int) -> dict[str, Any]:
     """The i-th line: its colour, marker and dash."""
     return dict(
-        color=COLORS[i % len(COLORS)],
-        marker=MARKERS[i % len(MARKERS)],
-        linestyle=DASHES[i % len(DASHES)],
-        markersize=4.5,
-        linewidth=1.5,
-    )
+        color=COLORS[i % len(COLORS)], marker=MARKERS[i % len(MARKERS)], linestyle=DASHES[i % len(DASHES)],
+        markersize=4.5, linewidth=1.5,
+    )  # fmt: skip
 
 
 def bar(i: int) -> dict[str, Any]:
@@ -59,20 +71,21 @@ def bar(i: int) -> dict[str, Any]:
 def grid(
     count: int, *, columns: int = 3, width: float = 3.6, height: float = 3.0, sharex: bool = False
 ) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` panels; those of the last row that are left over are not shown."""
+    """A figure of `count` panels with grid lines; those of the last row that are left over are not shown."""
     across = min(columns, count)
     down = -(-count // across)
     figure = canvas(max(width * across, 6.0), height * down + 0.9)
     panels = figure.subplots(down, across, squeeze=False, sharex=sharex, sharey=True).ravel().tolist()
-    for spare in panels[count:]:
-        spare.set_visible(False)
+    for i, axes in enumerate(panels):
+        axes.grid(alpha=0.3)
+        axes.set_visible(i < count)
     return figure, panels[:count]
 
 
 def left_label(axes: Axes, words: str) -> None:
     """The label of the vertical axis, on panels of the first column alone."""
-    place = axes.get_subplotspec()
-    if place is None or place.is_first_col():
+    spec = axes.get_subplotspec()
+    if spec is None or spec.is_first_col():
         axes.set_ylabel(words)
 
 
@@ -82,33 +95,8 @@ def text(words: str, *, width: int = 34) -> str:
     return textwrap.fill(clean.replace(" = ", "\u00a0=\u00a0"), width)  # λ = 2 stays on one line
 
 
-def legend(figure: Figure, axes: Axes, *, columns: int = 4, width: int = 40) -> None:
+def legend(figure: Figure, axes: Axes, *, columns: int) -> None:
     """The legend of one panel, below all panels."""
     handles, labels = axes.get_legend_handles_labels()
-    shown = [text(label, width=width) for label in labels]
-    figure.legend(handles, shown, loc="outside lower center", ncols=min(columns, max(len(shown), 1)), fontsize=8)
-
-
-def band(axes: Axes, x: Sequence[float], y: Sequence[float], error: Sequence[float | None], color: str) -> None:
-    """A shaded band of one standard error, where it is known."""
-    known = [(a, b - e, b + e) for a, b, e in zip(x, y, error, strict=True) if e is not None]
-    if known:
-        at, low, high = (list(part) for part in zip(*known, strict=True))
-        axes.fill_between(at, low, high, color=color, alpha=0.15, linewidth=0)
-
-
-def save(plot: Plot, folder: Path) -> dict[str, Path]:
-    """Writes name.png, name.pdf and name.csv.
-
-    Returns:
-      ending → path.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = {ending: folder / f"{plot.name}.{ending}" for ending in ("png", "pdf", "csv")}
-    plot.figure.savefig(paths["png"])
-    plot.figure.savefig(paths["pdf"], metadata={"CreationDate": None})  # the same data give the same file
-    with open(paths["csv"], "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in plot.data for key in row)))
-        writer.writeheader()
-        writer.writerows(plot.data)
-    return paths
+    labels = [text(label, width=40) for label in labels]
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, max(len(labels), 1)), fontsize=8)

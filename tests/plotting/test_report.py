@@ -12,9 +12,8 @@ import pytest
 from fake_runs import make_run, write
 
 from es_jax import report
-from es_jax.plotting import comparisons, curves, style
-from es_jax.plotting.labels import group
-from es_jax.plotting.runs import read_run
+from es_jax.plotting import figures, style
+from es_jax.plotting.runs import group, read_run
 
 FIGURES = {"accuracy", "target_against_prior", "prior_change", "drop", "kl", "drift", "strength"}
 NASTY = "models/<script>alert(1)</script>$x_{1}$&"
@@ -149,10 +148,10 @@ def test_methods_without_a_closed_form(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "a", done=3)
     text = (folder / "metrics.jsonl").read_text()
     (folder / "metrics.jsonl").write_text(re.sub(r'"drift_theory": [0-9.]+', '"drift_theory": null', text))
-    plot = curves.drift_against_theory(group([read_run(folder)]))
+    plot = figures.drift_against_theory(group([read_run(folder)]))
     assert plot is not None and [row["ratio"] for row in plot.data] == [None] * 3
     assert len(plot.figure.axes) == 1
-    assert comparisons.kl_map(group([read_run(folder)])) is None
+    assert figures.kl_map(group([read_run(folder)])) is None
 
 
 def test_a_drift_without_sigma_is_no_obstacle(tmp_path: Path) -> None:
