@@ -1,4 +1,4 @@
-"""Compile a run's programs for a topology, and judge whether it fits."""
+"""Compile a run's programs for a topology, and judge whether it fits; try meshes and slots until none can be faster."""
 
 import contextlib
 import dataclasses
@@ -23,30 +23,31 @@ from es_jax.training.config import RunConfig
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What compiling one program showed.
+    """What compiling one program showed. The fields are those of --json.
 
     Attributes:
-      name, times: of the program.
-      peak: bytes of a device while it runs, with all that the run holds beside it.
-      own: of these, the program's own.
-      host: bytes of pinned host memory, for one device.
+      name: of the program.
+      peak_bytes: of a device while it runs, with all that the run holds beside it.
+      own_bytes: of these, the program's own.
+      host_bytes: of pinned host memory, for one device.
       parts: what the peak is made of, in bytes of a device; the last is "rest".
       collectives: what it sends between devices.
-      seconds: compiling took.
+      compile_seconds: compiling took.
+      runs: how often an iteration runs it; 0 for "load".
       work: of one run of it on a device.
       error: why it did not compile.
     """
 
     name: str
-    times: int
-    peak: int
-    own: int
-    host: int
+    peak_bytes: int
+    own_bytes: int
+    host_bytes: int
     parts: dict[str, int]
     collectives: list[Collective]
-    seconds: float
+    compile_seconds: float
+    runs: int
     work: Work
-    error: str | None = None
+    error: str | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Plan:
     @property
     def short(self) -> int:
         """Bytes of a device that are missing; negative where there is room."""
-        return max(outcome.peak for outcome in self.programs) - self.topology.chip.memory
+        return max(outcome.peak_bytes for outcome in self.programs) - self.topology.chip.memory
 
     @property
     def fits(self) -> bool:
@@ -71,7 +72,7 @@ class Plan:
     @property
     def seconds(self) -> float:
         """The bound on an iteration's time."""
-        return sum(outcome.times * outcome.work.seconds(self.topology.chip) for outcome in self.programs)
+        return sum(outcome.runs * outcome.work.seconds(self.topology.chip) for outcome in self.programs)
 
 
 def make_plan(
@@ -88,45 +89,52 @@ def make_plan(
       config: of the run.
       model: the model's shape.
       topology: what to compile for.
-      say: told of each program when it is compiled.
+      say: gets a line on each program when it is compiled.
       compiled: what earlier plans of the same model and topology compiled; it is used, and added to.
 
     Raises:
       ValueError: a mesh that the topology or the model does not allow.
     """
-    programs, done = programs_of(config, model, topology), {} if compiled is None else compiled
-    axes = {GROUPS: programs.mesh.shape[GROUPS], MODEL: programs.mesh.shape[MODEL]}
-    outcomes = []
+    compiled = {} if compiled is None else compiled
+    programs, outcomes = programs_of(config, model, topology), []
+    axes = {axis: programs.mesh.shape[axis] for axis in (GROUPS, MODEL)}
+    slots = programs.evaluator.engine.slots
     for program in programs:
-        slots = programs.evaluator.engine.slots if program.name in ("decode", "rollout") else None
-        key = (program.name, *axes.values(), slots)
-        if key not in done:
-            done[key] = compile_program(program, axes)
-            say(f"{program.name}: compiled in {done[key][0].seconds:.0f} s")
-        outcome, shardings = done[key]
+        key = (program.name, *axes.values(), slots if program.name in ("decode", "rollout") else None)
+        if key not in compiled:
+            compiled[key] = compile_program(program, axes)
+            say(f"{program.name}: compiled in {compiled[key][0].compile_seconds:.0f} s")
+        outcome, shardings = compiled[key]
         outcomes.append(outcome)
         if program.name == "perturb":
             if outcome.error:
-                break  # nobody knows what decode would be given
+                break  # where decode would find the members' weights is not known
             programs.place_copy(shardings)
-    return Plan(programs.config, topology, axes, programs.evaluator.engine.slots, tuple(outcomes))
+    return Plan(programs.config, topology, axes, slots, tuple(outcomes))
 
 
 def compile_program(program: Program, axes: dict[str, int]) -> tuple[Outcome, Any]:
     """What came of it, and where its results are (None where it did not compile)."""
     began = time.monotonic()
+    compiled, error = None, None
     try:
         with _uncached():
             compiled = program.lower().compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+    except jax.errors.JaxRuntimeError as failure:
+        if "RESOURCE_EXHAUSTED" not in (error := str(failure)):
             raise
-        return _too_large(program, str(error), time.monotonic() - began), None
     seconds = time.monotonic() - began
-    sent = collectives(compiled.as_text(), axes, turns=program.turns)
-    own = _peak(compiled.memory_analysis())
-    work = program.work + Work(sent=sum(kind.sent for kind in sent))
-    return _outcome(program, own, sent, seconds, work), compiled.output_shardings
+    own = _peak(compiled.memory_analysis()) if compiled else _needed(str(error))
+    kinds = collectives(compiled.as_text(), axes, turns=program.turns) if compiled else []
+    parts = {name: held.device for name, held in program.parts.items() if held.device}
+    peak = own + sum(size for name, size in parts.items() if name not in program.own)
+    outcome = Outcome(
+        program.name, peak, own, sum(held.host for held in program.parts.values()),
+        parts | {"rest": peak - sum(parts.values())}, kinds, seconds, program.times,
+        dataclasses.replace(program.work, sent=program.work.sent + sum(kind.sent for kind in kinds)),
+        error and error.splitlines()[0],
+    )  # fmt: skip
+    return outcome, compiled and compiled.output_shardings
 
 
 @contextlib.contextmanager
@@ -151,18 +159,78 @@ def _peak(stats: Any) -> int:
     return passed + stats.temp_size_in_bytes
 
 
-def _outcome(program: Program, own: int, sent: list[Collective], seconds: float, work: Work) -> Outcome:
-    beside = sum(held.device for name, held in program.parts.items() if name not in program.own)
-    peak = own + beside
-    parts = {name: held.device for name, held in program.parts.items() if held.device}
-    parts["rest"] = peak - sum(parts.values())
-    host = sum(held.host for held in program.parts.values())
-    return Outcome(program.name, program.times, peak, own, host, parts, sent, seconds, work)
+def _needed(error: str) -> int:
+    """The compiler's own figure of what a program that is too large would need; 0 where it gives none."""
+    match = re.search(r"Used ([\d.]+)([KMG]) of|\(([\d.]+)([KMG])\) exceeds", error)
+    number, unit = filter(None, match.groups()) if match else ("0", "K")
+    return int(float(number) * {"K": 2**10, "M": 2**20, "G": GIB}[unit])
 
 
-def _too_large(program: Program, message: str, seconds: float) -> Outcome:
-    """The compiler's own figure of what the program would need."""
-    found = re.search(r"Used ([\d.]+)([KMG]) of|\(([\d.]+)([KMG])\) exceeds", message)
-    size = float(found[1] or found[3]) * {"K": 2**10, "M": 2**20, "G": GIB}[found[2] or found[4]] if found else 0
-    outcome = _outcome(program, int(size), [], seconds, program.work)
-    return dataclasses.replace(outcome, error=message.splitlines()[0])
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A config with a mesh and a slot count, and what is known of it before anything is compiled.
+
+    Attributes:
+      seconds: the bound on an iteration without what is sent between devices.
+      least: bytes of a device that it needs at least.
+    """
+
+    config: RunConfig
+    seconds: float
+    least: int
+
+
+def search(
+    config: RunConfig, model: TransformerConfig, topology: Topology, *, say: Callable[[str], None] = lambda line: None
+) -> Plan:
+    """The plan with the lowest bound on an iteration's time among those that fit.
+
+    All meshes of the devices and 1, 1/2, 1/4, … of a step's prompts as slots are candidates, the most promising first.
+    Where nothing fits, the plan that is nearest to fitting.
+
+    Raises:
+      ValueError: no mesh suits the model and the topology.
+    """
+    compiled: dict = {}
+    plans: list[Plan] = []
+    best: Plan | None = None
+    for candidate in candidates(config, model, topology):
+        mesh, slots = candidate.config.mesh, candidate.config.decode.slots
+        if best is not None and candidate.seconds >= best.seconds:
+            break
+        report = lambda line, mesh=mesh, slots=slots: say(  # noqa: E731
+            f"groups {mesh.groups} × model {mesh.model}, {slots} slots: {line}"
+        )
+        if candidate.least > topology.chip.memory:
+            report(f"needs more than {candidate.least / GIB:.2f} GiB, not compiled")
+            continue
+        plan = make_plan(candidate.config, model, topology, say=report, compiled=compiled)
+        report(f"{'fits' if plan.fits else 'does not fit'}, at least {plan.seconds:.4g} s an iteration")
+        plans.append(plan)
+        best = min((plan for plan in plans if plan.fits), key=lambda plan: plan.seconds, default=None)
+    if not plans:
+        raise ValueError(f"no mesh of {topology.name} has room for a member of this model: take chips with more memory")
+    return best or min(plans, key=lambda plan: plan.short)
+
+
+def candidates(config: RunConfig, model: TransformerConfig, topology: Topology) -> list[Candidate]:
+    """All that suit, the lowest bound first; of equal ones that which cuts members over fewer devices."""
+    results = []
+    for variant in _variants(config, model, len(topology.devices)):
+        programs = list(programs_of(variant, model, topology))
+        seconds = sum(program.times * program.work.seconds(topology.chip) for program in programs)
+        least = max(sum(part.device for part in program.parts.values()) for program in programs)
+        results.append(Candidate(variant, seconds, least))
+    return sorted(results, key=lambda one: (one.seconds, one.config.mesh.model))
+
+
+def _variants(config: RunConfig, model: TransformerConfig, devices: int) -> Iterator[RunConfig]:
+    prompts = config.task.prompts_per_step or config.task.train_size
+    shares = (model.heads, model.kv_heads, model.mlp_dim, model.vocab_size, devices)
+    for width in (2**i for i in range(devices.bit_length())):
+        if any(size % width for size in shares):
+            continue
+        mesh = dataclasses.replace(config.mesh, groups=devices // width, model=width)
+        for batches in (2**i for i in range(prompts.bit_length())):
+            decode = dataclasses.replace(config.decode, slots=-(-prompts // batches))
+            yield dataclasses.replace(config, mesh=mesh, decode=decode)

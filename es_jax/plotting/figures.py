@@ -207,17 +207,16 @@ def _boxes(axes: Axes, data: Rows, dimension: str, variants: Sequence[str]) -> N
     groups = distinct(row[dimension] for row in data)
     width = 0.8 / len(variants)
     for i, variant in enumerate(variants):
-        for g, group in enumerate(groups):
-            values = [row["change"] for row in data if row[dimension] == group and row["variant"] == variant]
-            if values:
-                boxes = axes.boxplot(
-                    [values], positions=[g + (i - (len(variants) - 1) / 2) * width], widths=0.85 * width, whis=(0, 100),
-                    patch_artist=True, showmeans=True, medianprops={"color": "black", "linewidth": 1.6},
-                    meanprops={"marker": "D", "markerfacecolor": "white", "markeredgecolor": "black", "markersize": 4},
-                )  # fmt: skip
-                boxes["boxes"][0].set(**bar(i))
+        offset = (i - (len(variants) - 1) / 2) * width
+        mine = [row for row in data if row["variant"] == variant]
+        values = {g + offset: [row["change"] for row in mine if row[dimension] == x] for g, x in enumerate(groups)}
+        axes.boxplot(
+            list(values.values()), positions=list(values), widths=0.85 * width, whis=(0, 100), patch_artist=True,
+            boxprops=bar(i), medianprops={"color": "black", "linewidth": 1.6}, showmeans=True,
+            meanprops={"marker": "D", "markerfacecolor": "white", "markeredgecolor": "black", "markersize": 4},
+        )  # fmt: skip
     axes.axhline(0, color="black", linewidth=0.8, linestyle=":")
-    axes.set_xticks(range(len(groups)), [text(group, width=16) for group in groups], fontsize=8)
+    axes.set_xticks(range(len(groups)), [text(name, width=16) for name in groups], fontsize=8)
     axes.set(xlabel=dimension, xlim=(-0.6, len(groups) - 0.4))
     axes.grid(alpha=0.3, axis="y")
 
@@ -227,10 +226,9 @@ def kl_map(series: Sequence[Series]) -> Plot | None:
     data: Rows = []
     for one in series:
         for task in distinct(row["task"] for run in one.runs for row in run.kl):
-            kl = lambda run, task=task: {  # noqa: E731
-                row["step"]: (row["kl_exact"], row.get("kl_exact_se")) for row in run.kl if row["task"] == task
-            }
-            if point := last_average([kl(run) for run in one.runs]):
+            rows = [[row for row in run.kl if row["task"] == task] for run in one.runs]
+            by = [{row["step"]: (row["kl_exact"], row.get("kl_exact_se")) for row in mine} for mine in rows]
+            if point := last_average(by):
                 data.append({"series": one.label, "task": task} | point.columns("kl"))
     if not data:
         return None
@@ -244,7 +242,7 @@ def kl_map(series: Sequence[Series]) -> Plot | None:
     for (i, j), value in np.ndenumerate(table):
         label = "–" if np.isnan(value) else f"{value:.3g}"
         axes.text(j, i, label, ha="center", va="center", fontsize=8, color="white" if value > 0.5 * top else "black")
-    axes.set_xticks(range(len(tasks)), [text(task, width=14) for task in tasks], rotation=30, ha="right", fontsize=8)
+    axes.set_xticks(range(len(tasks)), [text(name, width=14) for name in tasks], rotation=30, ha="right", fontsize=8)
     axes.set_yticks(range(len(names)), [text(name, width=38) for name in names], fontsize=8)
     axes.set(xlabel="prompts of", ylabel="run")
     figure.colorbar(image, label="KL(base ‖ now)\nnats a token")

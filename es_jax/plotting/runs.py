@@ -5,7 +5,6 @@ standard errors over seeds. Half-finished runs are read too. Labels and captions
 """
 
 import dataclasses
-import itertools
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -329,16 +328,15 @@ def group(runs: Sequence[Run], marks: Mapping[Path, str] | None = None) -> list[
     groups: dict[tuple, list[Run]] = {}
     marks = marks or {}
     for run in runs:
-        groups.setdefault((repr(sorted(run.settings().items())), marks.get(run.folder)), []).append(run)
-    for one, other in itertools.chain.from_iterable(itertools.combinations(mine, 2) for mine in groups.values()):
-        if one.seed == other.seed:
-            steps, others = one.config.train.steps, other.config.train.steps
-            raise ValueError(
-                f"{one.folder} and {other.folder} "
-                + (f"are the same run (seed {one.seed_label})" if steps == others else
-                   f"differ in train.steps alone ({steps} and {others}, both with seed {one.seed_label})")
-                + ": leave one out; standard errors need runs with different seeds"
-            )  # fmt: skip
+        mine = groups.setdefault((repr(sorted(run.settings().items())), marks.get(run.folder)), [])
+        for other in mine:
+            if other.seed == run.seed:
+                steps = [str(each.config.train.steps) for each in (other, run)]
+                both = f"differ in train.steps alone ({' and '.join(steps)}, both with seed {run.seed_label})"
+                how = both if steps[0] != steps[1] else f"are the same run (seed {run.seed_label})"
+                raise ValueError(f"{other.folder} and {run.folder} {how}: leave one out; standard errors need runs "
+                                 "with different seeds")  # fmt: skip
+        mine.append(run)
     firsts = [mine[0] for mine in groups.values()]
     return [Series(_label(mine[0], firsts, mine[0].folder in marks), tuple(mine)) for mine in groups.values()]
 
@@ -367,10 +365,9 @@ def caption(runs: Sequence[Run]) -> str:
         strengths = _list(run.strength for run in runs if run.penalty == penalty)
         parts.append("no penalty (λ = 0)" if penalty == "none" else f"penalty {penalty} with λ = {strengths}")
     parts.append(f"seeds {_list(run.seed_label for run in sorted(runs, key=lambda run: run.config.train.seed))}")
-    finished = _list(run.config.train.steps for run in runs if run.finished)
-    others = [f"{run.folder.name} is at {run.step} of {run.config.train.steps}" for run in runs if not run.finished]
-    progress = [f"{finished} iterations"] if finished else []
-    parts.append(", ".join([*progress, "not finished: " + ", ".join(others)] if others else progress))
+    progress = [f"{steps} iterations"] if (steps := _list(x.config.train.steps for x in runs if x.finished)) else []
+    late = [f"{run.folder.name} is at {run.step} of {run.config.train.steps}" for run in runs if not run.finished]
+    parts.append(", ".join([*progress, "not finished: " + ", ".join(late)] if late else progress))
     if rows := [rows[-1] for run in runs for rows in run.evals.values()]:
         counts, limits = (f"{row['n']} rows a task" for row in rows), (row["max_new_tokens"] for row in rows)
         graders = _list(run.config.task.grader or "paper" for run in runs)

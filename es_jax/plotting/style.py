@@ -34,11 +34,7 @@ class Plot:
     caption: str
 
     def save(self, folder: Path) -> dict[str, Path]:
-        """Writes name.png, name.pdf and name.csv.
-
-        Returns:
-          ending → path.
-        """
+        """Writes name.png, name.pdf and name.csv; their paths by ending."""
         folder.mkdir(parents=True, exist_ok=True)
         paths = {ending: folder / f"{self.name}.{ending}" for ending in ("png", "pdf", "csv")}
         self.figure.savefig(paths["png"])

@@ -9,11 +9,10 @@ import numpy as np
 
 from es_jax.plotting.runs import ERRORS, Point, Series, by_step, distinct, together
 
-LATEX = {
-    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "$": r"\$",
-    "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "<": r"\textless{}", ">": r"\textgreater{}",
-    "±": r"$\pm$", "−": "$-$", "–": "--", "λ": r"$\lambda$", "σ": r"$\sigma$", "α": r"$\alpha$", "θ": r"$\theta$",
-    "₀": r"$_0$", "‖": r"$\Vert$", "Δ": r"$\Delta$",
+LATEX = {sign: "\\" + sign for sign in "{}_%&#$"} | {
+    "\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "<": r"\textless{}",
+    ">": r"\textgreater{}", "±": r"$\pm$", "−": "$-$", "–": "--", "λ": r"$\lambda$", "σ": r"$\sigma$",
+    "α": r"$\alpha$", "θ": r"$\theta$", "₀": r"$_0$", "‖": r"$\Vert$", "Δ": r"$\Delta$",
 }  # fmt: skip
 MARKDOWN = {"|": "\\|", "<": "&lt;", ">": "&gt;"} | {sign: "\\" + sign for sign in "\\*_`[]"}
 VIEWS = {
@@ -55,16 +54,12 @@ class Table:
         return [[" ".join(cell.split()).translate(table) for cell in line] for line in (self.columns, *self.rows)]
 
     def save(self, folder: Path) -> dict[str, Path]:
-        """Writes name.md and name.tex.
-
-        Returns:
-          ending → path.
-        """
+        """Writes name.md and name.tex; their paths by ending."""
         folder.mkdir(parents=True, exist_ok=True)
-        paths = {ending: folder / f"{self.name}.{ending}" for ending in ("md", "tex")}
-        paths["md"].write_text(self.markdown(), encoding="utf-8")
-        paths["tex"].write_text(self.latex(), encoding="utf-8")
-        return paths
+        texts = {"md": self.markdown(), "tex": self.latex()}
+        for ending, text in texts.items():
+            (folder / f"{self.name}.{ending}").write_text(text, encoding="utf-8")
+        return {ending: folder / f"{self.name}.{ending}" for ending in texts}
 
 
 def with_error(point: Point | None) -> str:
