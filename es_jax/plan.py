@@ -37,8 +37,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments {argv[1:]}: fields are set with --config.group.field=value")
     logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger("absl").setLevel(logging.WARNING)
-    from es_jax.planning.describe import fields, words
-    from es_jax.planning.plan import make_plan, search
+    from es_jax.planning.plan import fields, make_plan, search, words
     from es_jax.planning.shape import find_shape
     from es_jax.planning.topology import topology
     from es_jax.training.config import freeze

@@ -1,6 +1,6 @@
 """The figures of a report: over iterations, and where runs end. Each makes its rows of data first, and draws those."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,14 +10,10 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from es_jax.plotting.runs import ERRORS, Point, Run, Series, average, distinct, last_average, together
-from es_jax.plotting.style import Plot, bar, canvas, grid, left_label, legend, line, text
+from es_jax.plotting.style import Plot, bar, canvas, grid, legend, line, text
 
 Rows = list[dict[str, Any]]
-DIMENSIONS: Mapping[str, Callable[[Run], str]] = {
-    "target": lambda run: run.target,
-    "family of the model": lambda run: run.family,
-    "size of the model": lambda run: _size(run.size),
-}
+DIMENSIONS = ("target", "family of the model", "size of the model")
 REASONS = {"format": "format drift", "truncation": "truncation", "knowledge": "knowledge lost"}
 
 
@@ -29,7 +25,7 @@ def accuracy_over_iterations(series: Sequence[Series]) -> Plot | None:
     runs = [run for one in series for run in one.runs]
     evaluated = {task for run in runs for task in run.evals}
     tasks = distinct(task for run in runs for task in (run.target, *run.evals) if task in evaluated)
-    figure, panels = grid(len(series))
+    figure, panels = grid(len(series), ylabel="held-out accuracy")
     data: Rows = []
     for axes, one in zip(panels, series, strict=True):
         for i, task in enumerate(tasks):
@@ -43,7 +39,6 @@ def accuracy_over_iterations(series: Sequence[Series]) -> Plot | None:
             data += [{"series": one.label, "task": task} | point.columns("accuracy") for point in points]
         axes.set_title(text(one.label), fontsize=9)
         axes.set(xlabel="iteration", ylim=(-0.03, 1.03))
-        left_label(axes, "held-out accuracy")
     legend(figure, panels[0], columns=5)
     caption = "Held-out accuracy of each task; the thick line is the task that is trained on. " + ERRORS
     return Plot("accuracy", "Accuracy of each task over iterations", figure, data, caption)
@@ -112,7 +107,7 @@ def drift_against_theory(series: Sequence[Series]) -> Plot | None:
     data = [row for one in series for row in _drift(one)]
     known = any(row["theory"] for row in data)
     figure = canvas(7.2, 6.0 if known else 4.2)
-    panels = figure.subplots(2 if known else 1, 1, sharex=True, height_ratios=(3, 2)[: 1 + known], squeeze=False)[:, 0]
+    panels = figure.subplots(1 + known, 1, sharex=True, height_ratios=(3, 2)[: 1 + known], squeeze=False)[:, 0]
     for i, one in enumerate(series):
         rows = _drift(one)
         style, every = line(i), max(len(rows) // 15, 1)
@@ -162,7 +157,7 @@ def prior_change(series: Sequence[Series], prior: Sequence[str]) -> Plot | None:
         if 0 in accuracy and len(accuracy) > 1:
             end = max(accuracy)
             data.append(
-                {name: value(run) for name, value in DIMENSIONS.items()}
+                dict(zip(DIMENSIONS, (run.target, run.family, _size(run.size)), strict=True))
                 | {"run": run.folder.name, "series": label, "variant": variants[label], "task": task}
                 | {"step": end, "change": accuracy[end][0] - accuracy[0][0]}
             )
@@ -310,10 +305,8 @@ def strength_sweep(series: Sequence[Series], prior: Sequence[str]) -> Plot | Non
     ]
     if not panels:
         return None
-    figure, spots = grid(len(panels), columns=2, width=5.0, height=3.6)
-    data: Rows = []
-    for axes, (penalty, mine) in zip(spots, panels, strict=True):
-        data += _sweep(axes, penalty, mine, prior)
+    figure, spots = grid(len(panels), columns=2, width=5.0, height=3.6, ylabel="held-out accuracy")
+    data = [row for axes, panel in zip(spots, panels, strict=True) for row in _sweep(axes, *panel, prior)]
     legend(figure, spots[0], columns=3)
     caption = (
         "Dashed: the same runs without a penalty, λ = 0, at the last step of the others, or at the step that it names. "
@@ -334,9 +327,7 @@ def _sweep(axes: Axes, penalty: str, mine: Sequence[Series], prior: Sequence[str
         data.append(columns | point.columns("accuracy"))
         return data[-1]
 
-    for i, (name, tasks) in enumerate((("target", [first.target]), ("mean prior", list(prior)))):
-        if not tasks:
-            continue
+    for i, (name, tasks) in enumerate((("target", [first.target]), ("mean prior", prior))[: 2 if prior else 1]):
         style = line(2 * i)
         rows = [add(penalty, name, one.first.strength, point) for one in swept if (point := one.last(tasks))]
         x, y, errors = _columns(rows, "lambda", "accuracy", "accuracy_se")
@@ -350,18 +341,16 @@ def _sweep(axes: Axes, penalty: str, mine: Sequence[Series], prior: Sequence[str
                 across = axes.get_yaxis_transform()
                 axes.text(0.01, point.mean, f"step {point.step}", fontsize=7, va="bottom", transform=across)
             add("none", name, 0.0, point)
-        starts = {r.model: r.accuracy(tasks)[0] for one in mine for r in one.runs if 0 in r.accuracy(tasks)}
-        if starts:
+        runs = [run for one in mine for run in one.runs]
+        if starts := {run.model: start for run in runs if (start := run.accuracy(tasks).get(0))}:
             base = average(0, list(starts.values()))
             axes.axhline(base.mean, color=style["color"], linestyle=":", linewidth=1.2, label=f"{name}, base")
             add("base", name, 0.0, base)
-    model = "" if len({one.first.model for one in mine}) < 2 else f"{first.model}, "
-    axes.set_title(text(f"{model}{first.target}, penalty {penalty}", width=60), fontsize=9)
+    axes.set_title(text(f"{first.target}, penalty {penalty}", width=60), fontsize=9)
     axes.set(xscale="log", xlabel="strength λ of the penalty", ylim=(-0.03, 1.03))
     strengths = [one.first.strength for one in swept]
     axes.set_xticks(strengths, [f"{strength:.3g}" for strength in strengths])
     axes.minorticks_off()
-    left_label(axes, "held-out accuracy")
     return data
 
 

@@ -25,8 +25,8 @@ ALIKE = (
     *("optim.anchor.strength", "optim.anchor.kappa"),  # λ stands for both
 )
 SCHEDULES = ("es.schedule", "optim.schedule", "optim.anchor.schedule")
-NEEDED = {"metrics": ("step",), "drift": ("step",), "kl": ("step", "task", "kl_exact")}  # in every line, by file
-EVALUATION = ("step", "accuracy", "n")  # in every line of a task's file
+# What every line of a file has; one of another name is a task's.
+NEEDED = {"metrics": ("step",), "drift": ("step",), "kl": ("step", "task", "kl_exact")}
 EARLIER = {"max_new": "max_new_tokens"}  # what earlier files call a column → its name
 # Dotted field → how a label or a caption calls it. Fields that are not here keep their names.
 SYMBOLS = {
@@ -189,7 +189,7 @@ class Series:
     def last(self, tasks: Sequence[str], *, step: int | None = None) -> Point | None:
         """The last step of the curve that all runs have; or `step`, where all runs have it."""
         whole = {point.step: point for point in self.curve(tasks) if point.runs == len(self.runs)}
-        return whole[step] if step in whole else whole[max(whole)] if whole else None
+        return whole[step if step in whole else max(whole)] if whole else None
 
     def change(self, tasks: Sequence[str]) -> Point | None:
         """Change in mean accuracy from step 0 to the last step that all runs have, with the error of a difference."""
@@ -261,7 +261,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     """A file's rows by step and task; of rows that were written twice the later one."""
     rows = {}
     for number, row in enumerate(read_jsonl(path), 1):
-        for name in NEEDED.get(path.stem, EVALUATION):
+        for name in NEEDED.get(path.stem, ("step", "accuracy", "n")):
             if not isinstance(row, dict) or row.get(name) is None:
                 raise ValueError(
                     f"{path} line {number} has no {name!r}: restore the file, or move it elsewhere if no run wrote it"

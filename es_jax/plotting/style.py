@@ -65,9 +65,9 @@ def bar(i: int) -> dict[str, Any]:
 
 
 def grid(
-    count: int, *, columns: int = 3, width: float = 3.6, height: float = 3.0, sharex: bool = False
+    count: int, *, columns: int = 3, width: float = 3.6, height: float = 3.0, sharex: bool = False, ylabel: str = ""
 ) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` panels with grid lines; those of the last row that are left over are not shown."""
+    """A figure of `count` panels with grid lines, the first of each row with the label."""
     across = min(columns, count)
     down = -(-count // across)
     figure = canvas(max(width * across, 6.0), height * down + 0.9)
@@ -75,14 +75,8 @@ def grid(
     for i, axes in enumerate(panels):
         axes.grid(alpha=0.3)
         axes.set_visible(i < count)
+        axes.set_ylabel("" if i % across else ylabel)
     return figure, panels[:count]
-
-
-def left_label(axes: Axes, words: str) -> None:
-    """The label of the vertical axis, on panels of the first column alone."""
-    spec = axes.get_subplotspec()
-    if spec is None or spec.is_first_col():
-        axes.set_ylabel(words)
 
 
 def text(words: str, *, width: int = 34) -> str:

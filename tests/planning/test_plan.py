@@ -15,9 +15,8 @@ import pytest
 from es_jax.core.chips import chip
 from es_jax.core.mesh import make_mesh
 from es_jax.models.config import TransformerConfig
-from es_jax.planning.describe import fields, words
 from es_jax.planning.methods import programs_of
-from es_jax.planning.plan import candidates, compile_program, make_plan
+from es_jax.planning.plan import candidates, compile_program, fields, make_plan, words
 from es_jax.planning.programs import Held
 from es_jax.planning.shape import find_shape
 from es_jax.planning.topology import Topology, topology
