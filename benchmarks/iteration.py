@@ -158,8 +158,12 @@ def record(source: str, members: int) -> dict[str, Any]:
     rows = engine.packing(bench.prompts).pack(bench.prompts, rows=PROMPTS)
     evaluator, who = Evaluator.of(config, engine, mesh), Population(members, seed=0).members(1)
     lengths = [n for _, _, length in evaluator.members(bench.model.params, who, rows) for n in length.tolist()]
-    what = f"SmolLM2-135M-Instruct, {members} members at sigma {SIGMA}, {PROMPTS} Countdown prompts, max_new_tokens {MAX_NEW}"
-    return {"what": what, "command": "python -m benchmarks.iteration --record", "lengths": lengths}
+    run = f"{members} members at sigma {SIGMA}, {PROMPTS} Countdown prompts, max_new_tokens {MAX_NEW}"
+    return {
+        "what": f"SmolLM2-135M-Instruct, {run}",
+        "command": "python -m benchmarks.iteration --record",
+        "lengths": lengths,
+    }
 
 
 def main() -> None:
