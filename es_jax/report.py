@@ -92,7 +92,7 @@ def _page(
     source = resources.files("es_jax.plotting").joinpath("report.html.j2").read_text(encoding="utf-8")
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(source)
     labels, settings = {run.folder: one.label for one in series for run in one.runs}, caption(runs)
-    sections = {kind: [_section(*part, settings) for part in mine] for kind, mine in parts.items()}
+    sections = {kind: [_section(*part, settings) for part in pairs] for kind, pairs in parts.items()}
     return template.render(runs=runs, labels=labels, marks=marks, absent=absent, **sections)
 
 

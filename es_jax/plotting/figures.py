@@ -105,9 +105,9 @@ def drift_against_theory(series: Sequence[Series]) -> Plot | None:
     if not series:
         return None
     data = [row for one in series for row in _drift(one)]
-    known = any(row["theory"] for row in data)
-    figure = canvas(7.2, 6.0 if known else 4.2)
-    panels = figure.subplots(1 + known, 1, sharex=True, height_ratios=(3, 2)[: 1 + known], squeeze=False)[:, 0]
+    theories = any(row["theory"] for row in data)
+    figure = canvas(7.2, 6.0 if theories else 4.2)
+    panels = figure.subplots(1 + theories, 1, sharex=True, height_ratios=(3, 2)[: 1 + theories], squeeze=False)[:, 0]
     for i, one in enumerate(series):
         rows = _drift(one)
         style, every = line(i), max(len(rows) // 15, 1)
@@ -117,7 +117,7 @@ def drift_against_theory(series: Sequence[Series]) -> Plot | None:
             steps, theory, ratio = _columns(predicted, "step", "theory", "ratio")
             panels[0].plot(steps, theory, color=style["color"], linewidth=1.2)
             panels[1].plot(steps, ratio, markevery=every, **(style | {"linewidth": 1.0}))
-    if known:
+    if theories:
         panels[1].axhspan(0.98, 1.02, color="0.85", zorder=0)
         panels[1].axhline(1, color="0.4", linewidth=0.8)
         low, high = panels[1].get_ylim()
@@ -150,7 +150,7 @@ def _drift(one: Series) -> Rows:
 def prior_change(series: Sequence[Series], prior: Sequence[str]) -> Plot | None:
     """Change in accuracy from the base, a value for each run and prior task, as boxes by target, family and size."""
     data: Rows = []
-    variants = _variants(series)
+    few = len({one.first.variant() for one in series}) <= 5  # kinds of boxes, with λ
     values = [(one.label, run, task) for one in series for run in one.runs for task in prior]
     for label, run, task in values:
         accuracy = run.accuracy([task])
@@ -158,7 +158,7 @@ def prior_change(series: Sequence[Series], prior: Sequence[str]) -> Plot | None:
             end = max(accuracy)
             data.append(
                 dict(zip(DIMENSIONS, (run.target, run.family, _size(run.size)), strict=True))
-                | {"run": run.folder.name, "series": label, "variant": variants[label], "task": task}
+                | {"run": run.folder.name, "series": label, "variant": run.variant(strength=few), "task": task}
                 | {"step": end, "change": accuracy[end][0] - accuracy[0][0]}
             )
     if not data:
@@ -179,17 +179,6 @@ def prior_change(series: Sequence[Series], prior: Sequence[str]) -> Plot | None:
     return Plot("prior_change", "Change in prior accuracy", figure, data, caption)
 
 
-def _variants(series: Sequence[Series]) -> dict[str, str]:
-    """Series label → method and penalty, with λ where that makes no more than five kinds of boxes."""
-    firsts = {one.label: one.first for one in series}
-    few = len({(run.method, run.penalty, run.strength) for run in firsts.values()}) <= 5
-    return {
-        label: run.method
-        + (f" + AWD {run.penalty}" + (f", λ = {run.strength:.4g}" if few else "") if run.penalty != "none" else "")
-        for label, run in firsts.items()
-    }
-
-
 def _size(weights: int | None) -> str:
     if weights is None:
         return "unknown"
@@ -203,8 +192,8 @@ def _boxes(axes: Axes, data: Rows, dimension: str, variants: Sequence[str]) -> N
     width = 0.8 / len(variants)
     for i, variant in enumerate(variants):
         offset = (i - (len(variants) - 1) / 2) * width
-        mine = [row for row in data if row["variant"] == variant]
-        values = {g + offset: [row["change"] for row in mine if row[dimension] == x] for g, x in enumerate(groups)}
+        rows = [row for row in data if row["variant"] == variant]
+        values = {g + offset: [row["change"] for row in rows if row[dimension] == x] for g, x in enumerate(groups)}
         axes.boxplot(
             list(values.values()), positions=list(values), widths=0.85 * width, whis=(0, 100), patch_artist=True,
             boxprops=bar(i), medianprops={"color": "black", "linewidth": 1.6}, showmeans=True,
@@ -222,8 +211,8 @@ def kl_map(series: Sequence[Series]) -> Plot | None:
     for one in series:
         for task in distinct(row["task"] for run in one.runs for row in run.kl):
             rows = [[row for row in run.kl if row["task"] == task] for run in one.runs]
-            by = [{row["step"]: (row["kl_exact"], row.get("kl_exact_se")) for row in mine} for mine in rows]
-            if point := last_average(by):
+            kl = [{row["step"]: (row["kl_exact"], row.get("kl_exact_se")) for row in of_run} for of_run in rows]
+            if point := last_average(kl):
                 data.append({"series": one.label, "task": task} | point.columns("kl"))
     if not data:
         return None
@@ -292,22 +281,22 @@ def _lost(run: Run, tasks: Sequence[str], reason: str) -> dict[int, tuple[float,
 
 def strength_sweep(series: Sequence[Series], prior: Sequence[str]) -> Plot | None:
     """Target and mean prior accuracy against λ, beside the base and λ = 0; None if no setting has two λ above 0."""
-    sweeps: dict[str, list[Series]] = {}
+    groups: dict[str, list[Series]] = {}
     for one in series:
         if one.last([one.first.target]) and (not prior or one.last(prior)):
             settings = one.first.settings() | {"λ": None, "optim.anchor.penalty": None}
-            sweeps.setdefault(repr(sorted(settings.items())), []).append(one)
-    panels = [
-        (penalty, mine)
-        for mine in sweeps.values()
-        for penalty in distinct(one.first.penalty for one in mine)
-        if penalty != "none" and sum(one.first.penalty == penalty for one in mine) > 1
+            groups.setdefault(repr(sorted(settings.items())), []).append(one)
+    sweeps = [
+        (penalty, group)
+        for group in groups.values()
+        for penalty in distinct(one.first.penalty for one in group)
+        if penalty != "none" and sum(one.first.penalty == penalty for one in group) > 1
     ]
-    if not panels:
+    if not sweeps:
         return None
-    figure, spots = grid(len(panels), columns=2, width=5.0, height=3.6, ylabel="held-out accuracy")
-    data = [row for axes, panel in zip(spots, panels, strict=True) for row in _sweep(axes, *panel, prior)]
-    legend(figure, spots[0], columns=3)
+    figure, panels = grid(len(sweeps), columns=2, width=5.0, height=3.6, ylabel="held-out accuracy")
+    data = [row for axes, sweep in zip(panels, sweeps, strict=True) for row in _sweep(axes, *sweep, prior)]
+    legend(figure, panels[0], columns=3)
     caption = (
         "Dashed: the same runs without a penalty, λ = 0, at the last step of the others, or at the step that it names. "
         "Dotted: the base model. Hollow: at an earlier step than the others. " + ERRORS
@@ -316,10 +305,10 @@ def strength_sweep(series: Sequence[Series], prior: Sequence[str]) -> Plot | Non
     return Plot("strength", "Target and prior accuracy against λ", figure, data, caption)
 
 
-def _sweep(axes: Axes, penalty: str, mine: Sequence[Series], prior: Sequence[str]) -> Rows:
-    first = mine[0].first
-    swept = sorted((one for one in mine if one.first.penalty == penalty), key=lambda one: one.first.strength)
-    free = next((one for one in mine if one.first.penalty == "none"), None)
+def _sweep(axes: Axes, penalty: str, group: Sequence[Series], prior: Sequence[str]) -> Rows:
+    first = group[0].first
+    anchored = sorted((one for one in group if one.first.penalty == penalty), key=lambda one: one.first.strength)
+    free = next((one for one in group if one.first.penalty == "none"), None)
     data: Rows = []
 
     def add(penalty: str, name: str, strength: float, point: Point) -> dict[str, Any]:
@@ -329,7 +318,7 @@ def _sweep(axes: Axes, penalty: str, mine: Sequence[Series], prior: Sequence[str
 
     for i, (name, tasks) in enumerate((("target", [first.target]), ("mean prior", prior))[: 2 if prior else 1]):
         style = line(2 * i)
-        rows = [add(penalty, name, one.first.strength, point) for one in swept if (point := one.last(tasks))]
+        rows = [add(penalty, name, one.first.strength, point) for one in anchored if (point := one.last(tasks))]
         x, y, errors = _columns(rows, "lambda", "accuracy", "accuracy_se")
         axes.errorbar(x, y, np.array(errors, float), label=name, capsize=3, **(style | {"linestyle": "-"}))
         last = max((row["step"] for row in rows), default=0)
@@ -341,14 +330,14 @@ def _sweep(axes: Axes, penalty: str, mine: Sequence[Series], prior: Sequence[str
                 across = axes.get_yaxis_transform()
                 axes.text(0.01, point.mean, f"step {point.step}", fontsize=7, va="bottom", transform=across)
             add("none", name, 0.0, point)
-        runs = [run for one in mine for run in one.runs]
+        runs = [run for one in group for run in one.runs]
         if starts := {run.model: start for run in runs if (start := run.accuracy(tasks).get(0))}:
             base = average(0, list(starts.values()))
             axes.axhline(base.mean, color=style["color"], linestyle=":", linewidth=1.2, label=f"{name}, base")
             add("base", name, 0.0, base)
     axes.set_title(text(f"{first.target}, penalty {penalty}", width=60), fontsize=9)
     axes.set(xscale="log", xlabel="strength λ of the penalty", ylim=(-0.03, 1.03))
-    strengths = [one.first.strength for one in swept]
+    strengths = [one.first.strength for one in anchored]
     axes.set_xticks(strengths, [f"{strength:.3g}" for strength in strengths])
     axes.minorticks_off()
     return data

@@ -112,6 +112,11 @@ class Run:
         """λ, given as such or as κ."""
         return self.config.anchor_strength
 
+    def variant(self, *, strength: bool = True) -> str:
+        """Method and penalty, with λ or without it."""
+        anchor = f" + AWD {self.penalty}" + (f", λ = {_number(self.strength)}" if strength else "")
+        return self.method + ("" if self.penalty == "none" else anchor)
+
     @property
     def seed(self) -> tuple[int, int | None]:
         """train.seed, and task.seed where the task makes its own rows: what differs between the runs of a series."""
@@ -328,23 +333,24 @@ def group(runs: Sequence[Run], marks: Mapping[Path, str] | None = None) -> list[
     groups: dict[tuple, list[Run]] = {}
     marks = marks or {}
     for run in runs:
-        mine = groups.setdefault((repr(sorted(run.settings().items())), marks.get(run.folder)), [])
-        for other in mine:
+        same = groups.setdefault((repr(sorted(run.settings().items())), marks.get(run.folder)), [])
+        for other in same:
             if other.seed == run.seed:
                 steps = [str(each.config.train.steps) for each in (other, run)]
                 both = f"differ in train.steps alone ({' and '.join(steps)}, both with seed {run.seed_label})"
                 how = both if steps[0] != steps[1] else f"are the same run (seed {run.seed_label})"
                 raise ValueError(f"{other.folder} and {run.folder} {how}: leave one out; standard errors need runs "
                                  "with different seeds")  # fmt: skip
-        mine.append(run)
-    firsts = [mine[0] for mine in groups.values()]
-    return [Series(_label(mine[0], firsts, mine[0].folder in marks), tuple(mine)) for mine in groups.values()]
+        same.append(run)
+    firsts = [run for run, *_ in groups.values()]
+    labels = (_label(run, firsts, run.folder in marks) for run in firsts)
+    return [Series(label, tuple(same)) for label, same in zip(labels, groups.values(), strict=True)]
 
 
 def _label(run: Run, others: Sequence[Run], marked: bool) -> str:
     """What tells a run from the others: always the method and the anchor, and the fields that vary."""
     words = [getattr(run, name) for name in ("target", "model") if len({getattr(one, name) for one in others}) > 1]
-    words.append(run.method + ("" if run.penalty == "none" else f" + AWD {run.penalty}, λ = {_number(run.strength)}"))
+    words.append(run.variant())
     settings = [other.settings() for other in others if other.method == run.method]
     for name, value in run.settings().items():
         values = {repr(other[name]) for other in settings if name in other}
