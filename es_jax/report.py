@@ -22,8 +22,8 @@ from typing import Any
 
 from es_jax.plotting import figures as draw
 from es_jax.plotting import tables
+from es_jax.plotting.figures import Plot
 from es_jax.plotting.runs import Run, Series, caption, distinct, group, incomparable, prior_tasks, read_run
-from es_jax.plotting.style import Plot
 from es_jax.plotting.tables import Table
 
 TYPES = {"png": "image/png", "pdf": "application/pdf", "csv": "text/csv", "md": "text/markdown", "tex": "text/x-tex"}

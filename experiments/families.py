@@ -20,7 +20,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from configs import lab
-from es_jax.plotting.style import bar
+from es_jax.plotting.figures import bar
 from experiments.forgetting import ANCHORS, PRIOR, TARGETS
 from experiments.runs import EVALS, Case, main
 

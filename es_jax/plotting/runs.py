@@ -21,9 +21,9 @@ from es_jax.training.config import RunConfig
 ERRORS = "Errors are one standard error: over seeds, or over rows where a series is a single run."
 # What may differ within a series: the seed, and what no step depends on.
 ALIKE = (
-    *("train.", "evals.", "mesh.", "decode.slots", "decode.members_at_once", "decode.max_prompt", "grpo.micro_batch"),
-    *("optim.anchor.strength", "optim.anchor.kappa"),  # λ stands for both
-)
+    "train.", "evals.", "mesh.", "decode.slots", "decode.members_at_once", "decode.max_prompt_tokens",
+    "grpo.micro_batch", "optim.anchor.strength", "optim.anchor.kappa",  # λ stands for the last two
+)  # fmt: skip
 SCHEDULES = ("es.schedule", "optim.schedule", "optim.anchor.schedule")
 # What every line of a file has; one of another name is a task's.
 NEEDED = {"metrics": ("step",), "drift": ("step",), "kl": ("step", "task", "kl_exact")}
@@ -383,8 +383,7 @@ def caption(runs: Sequence[Run]) -> str:
 
 def _list(values: Iterable[Any]) -> str:
     once = distinct(values)
-    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in once)
-    return ", ".join(map(_number, sorted(once) if numbers else once))
+    return ", ".join(map(_number, sorted(once) if set(map(type, once)) <= {int, float} else once))
 
 
 def _number(value: Any) -> str:

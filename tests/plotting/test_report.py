@@ -12,7 +12,7 @@ import pytest
 from fake_runs import make_run, write
 
 from es_jax import report
-from es_jax.plotting import figures, style
+from es_jax.plotting import figures
 from es_jax.plotting.runs import group, read_run
 
 FIGURES = {"accuracy", "target_against_prior", "prior_change", "drop", "kl", "drift", "strength"}
@@ -167,6 +167,6 @@ def test_a_drift_without_sigma_is_no_obstacle(tmp_path: Path) -> None:
 def test_figures_can_be_told_apart_in_grey() -> None:
     """Neighbouring lines differ in marker and dash, bars in grey by more than a tenth or in hatch."""
     for i in range(6):
-        one, other = style.line(i), style.line(i + 1)
+        one, other = figures.line(i), figures.line(i + 1)
         assert one["marker"] != other["marker"] and one["linestyle"] != other["linestyle"]
-        assert style.bar(i)["hatch"] != style.bar(i + 1)["hatch"]
+        assert figures.bar(i)["hatch"] != figures.bar(i + 1)["hatch"]
