@@ -114,8 +114,8 @@ def _computations(text: str) -> tuple[dict[str, list[_Instruction]], str]:
 
 def _turns(loop: str, bodies: Mapping[str, list[_Instruction]], turns: Mapping[str, float]) -> float:
     """Turns of a loop: as the compiler writes them, or the bound in a condition that is nothing but i < bound."""
-    if known := re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', loop):
-        return int(known[1])
+    if count := re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', loop):
+        return int(count[1])
     condition = re.search(r"condition=%?([\w.\-]+)", loop)
     instructions = bodies.get(condition[1], []) if condition else []
     bounds = [one.rest.partition(")")[0] for one in instructions if one.op == "constant"]
