@@ -20,7 +20,7 @@ from matplotlib.patches import Patch
 from es_jax.plotting.runs import ERRORS, Point, Run, Series, average, distinct, last_average, together
 
 Rows = list[dict[str, Any]]
-DIMENSIONS = ("target", "family of the model", "size of the model")
+DIMENSIONS = ("target", "family of the model", "size of the model")  # of the runs, by which changes are boxed
 REASONS = {"format": "format drift", "truncation": "truncation", "knowledge": "knowledge lost"}
 COLORS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")  # Okabe and Ito's
 MARKERS = "os^Dv<>PX*"
@@ -101,7 +101,7 @@ def legend(figure: Figure, axes: Axes, *, columns: int) -> None:
     """The legend of one panel, below all panels."""
     handles, labels = axes.get_legend_handles_labels()
     labels = [text(label, width=40) for label in labels]
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, max(len(labels), 1)), fontsize=8)
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)) or 1, fontsize=8)
 
 
 def accuracy_over_iterations(series: Sequence[Series]) -> Plot | None:
@@ -243,11 +243,11 @@ def prior_change(series: Sequence[Series], prior: Sequence[str]) -> Plot | None:
         accuracy = run.accuracy([task])
         if 0 in accuracy and len(accuracy) > 1:
             end = max(accuracy)
-            data.append(
-                dict(zip(DIMENSIONS, (run.target, run.family, _size(run.size)), strict=True))
-                | {"run": run.folder.name, "series": label, "variant": run.variant(strength=few), "task": task}
-                | {"step": end, "change": accuracy[end][0] - accuracy[0][0]}
-            )
+            data.append({
+                "target": run.target, "family of the model": run.family, "size of the model": _size(run.size),
+                "run": run.folder.name, "series": label, "variant": run.variant(strength=few), "task": task,
+                "step": end, "change": accuracy[end][0] - accuracy[0][0],
+            })  # fmt: skip
     if not data:
         return None
     names = distinct(row["variant"] for row in data)
