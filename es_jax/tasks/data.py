@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from es_jax.core.extras import require
 from es_jax.tasks.task import Example, Message
 
 T = TypeVar("T")
@@ -97,6 +98,7 @@ def read_rows(path: str | Path) -> list[Mapping[str, Any]]:
 
 
 def _read_parquet(path: Path) -> list[Any]:
+    require("llm")
     import pyarrow
     import pyarrow.parquet
 

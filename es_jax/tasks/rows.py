@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from es_jax.core.extras import require
 from es_jax.tasks.data import SUFFIXES, FieldError, checked, find_split, own_ids, read_rows, verl_example
 from es_jax.tasks.task import Example, check_count, check_grader, take
 
@@ -103,6 +104,7 @@ def hub_rows(hub: Hub, split: str) -> Iterable[Row]:
     Raises:
       OSError: they cannot be had: no network, HF_HUB_OFFLINE, or no such data set.
     """
+    require("llm")
     import datasets
 
     try:
