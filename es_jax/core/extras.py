@@ -22,10 +22,10 @@ def require(extra: str) -> None:
       ImportError: one is not.
       SystemExit: one is not, and a command of es_jax is what runs.
     """
-    missing = [name for name in _PACKAGES[extra] if importlib.util.find_spec(name) is None]
-    if not missing:
+    missing = next((name for name in _PACKAGES[extra] if importlib.util.find_spec(name) is None), None)
+    if missing is None:
         return
-    sentence = f"this needs {', '.join(missing)} of the extra [{extra}]: pip install 'es_jax[{extra}]'"
+    sentence = f"{missing} is not installed: this needs the extra [{extra}], pip install 'es_jax[{extra}]'"
     command = sys.modules["__main__"].__spec__
     if command is not None and command.name.startswith("es_jax."):
         sys.exit(f"{command.name}: {sentence}")
