@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Int
 
+from es_jax.core.mesh import require_32_bits
 from es_jax.models.config import TransformerConfig
 
 # One array with a leading axis of L layers, or L arrays without it.
@@ -59,6 +60,7 @@ class KVCache:
         >>> KVCache.empty(config, 3, length=10, dtype=jnp.float32).k.shape
         (2, 3, 2, 8, 10)
         """
+        require_32_bits()
         heads = (batch, config.kv_heads)
 
         def zeros(*shape: int) -> PerLayer:

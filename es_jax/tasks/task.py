@@ -61,6 +61,7 @@ class Choices:
     right: int
 
 
+@runtime_checkable
 class Scorer(Protocol):
     """What grades completions: a task, or a view of one."""
 

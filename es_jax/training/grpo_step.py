@@ -63,7 +63,7 @@ def token_weights(
     [[0.25, 0.25], [0.5, 0.0]]
     """
     lengths = counted.sum(axis=1, keepdims=True)
-    sequences = max((lengths > 0).sum(), 1)
+    sequences = max(int((lengths > 0).sum()), 1)
     per_row = {
         "token-mean": np.full(lengths.shape, max(lengths.sum(), 1)),
         "seq-mean-token-sum": np.full(lengths.shape, sequences),

@@ -6,7 +6,7 @@ moves the weights by them.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +23,7 @@ from es_jax.training.es_step import Evaluator
 from es_jax.training.state import State
 
 
+@runtime_checkable
 class Method(Protocol):
     """One way of training; made from a run's config, its evaluator, its state and the packing of its prompts.
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from es_jax.core.tree import named_leaves
 from es_jax.models.config import TransformerConfig
@@ -32,7 +33,7 @@ def to_params(
     config: TransformerConfig,
     *,
     naming: Literal["hf", "gguf"],
-    dtype: jnp.dtype = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     shardings: Shardings | None = None,
 ) -> Params:
     """The parameter tree, stacked over layers, in `dtype`, each leaf where `shardings(path, shape)` says.
