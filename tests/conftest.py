@@ -19,9 +19,8 @@ import pytest
 import tests.typechecker
 from tests.fast import FAST
 
-jaxtyping.install_import_hook(
-    "es_jax", f"{tests.typechecker.__name__}.checked"
-)  # before the first module of es_jax is imported
+# Before the first module of es_jax is imported.
+jaxtyping.install_import_hook("es_jax", f"{tests.typechecker.__name__}.checked")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -34,6 +33,14 @@ def pytest_collection_modifyitems(items):
         names = FAST.get(str(item.path.relative_to(ROOT / "tests")))
         if names == () or (names and item.name.startswith(names)):
             item.add_marker("fast")
+
+
+@pytest.fixture(autouse=True)
+def annotations(request):
+    """They are checked, but not where a test marked `unchecked` gives what they forbid."""
+    jaxtyping.config.update("jaxtyping_disable", request.node.get_closest_marker("unchecked") is not None)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Int
 
 from es_jax.core.mesh import require_32_bits
@@ -49,7 +50,7 @@ class KVCache:
         batch: int,
         *,
         length: int,
-        dtype: jnp.dtype,
+        dtype: DTypeLike,
         stacked: bool = True,
         past: tuple[Past, ...] = (),
     ) -> "KVCache":

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from es_jax.generate.options import score_options
 from es_jax.models.config import TransformerConfig
@@ -131,7 +131,7 @@ def likeliest(
     params: Any,
     rows: Sequence[tuple[list[int], list[list[int]], int]] | None,
     *,
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
     mesh: Mesh | None = None,
 ) -> np.ndarray | None:
     """Whether the right option has the highest log-probability, the sum over its tokens, [n]; None without options.
@@ -145,6 +145,6 @@ def likeliest(
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def cast(params: Any, dtype: jnp.dtype) -> Any:
+def cast(params: Any, dtype: DTypeLike) -> Any:
     """The weights in the dtype they compute in."""
     return jax.tree.map(lambda leaf: leaf.astype(dtype), params)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from es_jax.core import processes
 from es_jax.core.mesh import GROUPS, MODEL, leaf_spec, only, over_pop, own_rows, place, replicated
@@ -175,7 +176,7 @@ class Evaluator:
     mesh: Mesh
     noise: GaussianNoise
     sigma: float
-    dtype: jnp.dtype
+    dtype: DTypeLike
     at_once: int
 
     @classmethod

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32
 
 from es_jax.core.mesh import GROUPS, MODEL, replicated
@@ -112,7 +113,7 @@ class Policy:
 
     engine: Engine
     mesh: Mesh
-    dtype: jnp.dtype
+    dtype: DTypeLike
     config: RunConfig
     grpo: GRPOConfig
 
