@@ -26,7 +26,7 @@ def require(extra: str) -> None:
     if missing is None:
         return
     sentence = f"{missing} is not installed: this needs the extra [{extra}], pip install 'es_jax[{extra}]'"
-    command = sys.modules["__main__"].__spec__
+    command = getattr(sys.modules["__main__"], "__spec__", None)
     if command is not None and command.name.startswith("es_jax."):
         sys.exit(f"{command.name}: {sentence}")
     raise ImportError(sentence)

@@ -38,8 +38,8 @@ FIELDS = {
     "optim.learning_rate": 0.005,
     "optim.anchor.penalty": "l2",
     "optim.anchor.kappa": 1.0,
-    "decode.max_prompt": 16,
-    "decode.max_new": 6,
+    "decode.max_prompt_tokens": 16,
+    "decode.max_new_tokens": 6,
     "decode.slots": 8,
     "decode.members_at_once": 1,  # so that each process has members to grade
     "train.steps": 5,
