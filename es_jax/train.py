@@ -14,11 +14,10 @@ import logging
 import sys
 
 from absl import app, flags
-from ml_collections import config_flags
 
-from es_jax.core.flags import define_processes, joined_processes, parser
+from es_jax.core.flags import define_config, define_processes, joined_processes, parser
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "A config file, and after a colon its arguments.")
+_CONFIG = define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory; a run that is there is resumed.")
 define_processes()
 _JSON = flags.DEFINE_bool("json", False, "Print the result as one line of JSON.")

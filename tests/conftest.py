@@ -1,4 +1,4 @@
-"""Strict JAX for every test: eight fake CPU devices, no silent promotion of dtype or rank, no network."""
+"""Strict JAX for every test: eight fake CPU devices, checked annotations, no silent promotion, no network."""
 
 import os
 from pathlib import Path
@@ -13,12 +13,34 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).resolve().
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 import jax
+import jaxtyping
 import pytest
 
+import tests.typechecker
+from tests.fast import FAST
+
+# Before the first module of es_jax is imported.
+jaxtyping.install_import_hook("es_jax", f"{tests.typechecker.__name__}.checked")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_collection_modifyitems(items):
+    """Marks what is fast."""
+    for item in items:
+        names = FAST.get(str(item.path.relative_to(ROOT / "tests")))
+        if names == () or (names and item.name.startswith(names)):
+            item.add_marker("fast")
+
+
+@pytest.fixture(autouse=True)
+def annotations(request):
+    """They are checked, but not where a test marked `unchecked` gives what they forbid."""
+    jaxtyping.config.update("jaxtyping_disable", request.node.get_closest_marker("unchecked") is not None)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="session")

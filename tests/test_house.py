@@ -2,6 +2,7 @@
 
 import ast
 import doctest
+import graphlib
 import importlib
 import inspect
 import os
@@ -15,6 +16,7 @@ import jax
 import pytest
 
 import es_jax
+from tests.fast import FAST
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "es_jax"
@@ -128,35 +130,44 @@ def test_entry_points_explain_themselves(entry):
     assert f"python -m es_jax.{entry}" in out.stdout + out.stderr
 
 
-TOUR = """
-import jaxtyping
-jaxtyping.install_import_hook("es_jax", "beartype.beartype")
-import jax, jax.numpy as jnp, numpy as np
-import es_jax
-c = es_jax.TransformerConfig(family="qwen2", vocab_size=16, width=8, layers=2, heads=2, kv_heads=1, head_dim=4,
-                             mlp_dim=8, qkv_bias=True)
-model = es_jax.Transformer(c)
-params = jax.jit(model.init)(jax.random.key(0))
-population = es_jax.Population(4, seed=0, antithetic=True)
-members, noise = population.members(1), es_jax.GaussianNoise()
-vmapped = jax.vmap(lambda m: noise.apply(params, m, sigma=0.1))(members)
-weights = es_jax.z_score(np.arange(4.0))
-gradient = jax.jit(noise.estimate)(params, members, weights)
-es_jax.SharedSeedNoise().estimate(params, members, es_jax.centered_rank(np.arange(4.0)))
-for unroll in (True, False):
-    engine = es_jax.Engine(c, slots=2, max_prompt_tokens=4, max_new_tokens=3, stop_token_ids=(0,), logprobs=True, unroll=unroll)
-    engine.generate(params, [[1, 2], [3]])
-es_jax.Engine(c, slots=2, max_prompt_tokens=4, max_new_tokens=3, stop_token_ids=(0,), sampler=es_jax.TopP(0.5)).generate(
-    params, [[1]], key=jax.random.key(0))
-es_jax.score_tokens(c, params, jnp.array([[1, 2]]), jnp.ones((1, 2), bool))
-try:
-    es_jax.score_tokens(c, params, jnp.array([1, 2]), jnp.ones((1, 2), bool))
-except jaxtyping.TypeCheckError:
-    print("checked")
+def test_no_two_files_import_each_other_in_a_circle():
+    """Imports under TYPE_CHECKING and inside functions among them."""
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in files()}
+    uses = {
+        name: {other for found in imports(path) for other in (found, found.rpartition(".")[0]) if other in names}
+        - {name}
+        for name, path in names.items()
+    }
+    try:
+        tuple(graphlib.TopologicalSorter(uses).static_order())
+    except graphlib.CycleError as error:
+        raise AssertionError(f"a circle: {' imports '.join(reversed(error.args[1]))}") from None
+
+
+def test_fast_tests_touch_every_package_and_every_law():
+    packages = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    texts = {name: (ROOT / "tests" / name).read_text() for name in FAST}
+    assert packages == {name for name in packages if any(f"es_jax.{name}" in text for text in texts.values())}
+    assert {f"laws/{path.name}" for path in (ROOT / "tests/laws").glob("test_*.py")} <= set(FAST)
+    for file, names in FAST.items():
+        for name in names:
+            assert f"def {name.partition('[')[0]}" in texts[file], f"{file} has no {name}"
+
+
+@pytest.mark.parametrize("name", ["run", "Engine", "load_model"])
+def test_bare_installs_name_the_extra_that_is_missing(name):
+    """As if nothing but jax, jaxtyping, numpy and optax were installed."""
+    code = f"""
+import importlib.util, sys
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *more: None if name == "transformers" else find(name, *more)
+import es_jax, numpy
+es_jax.Population(4, seed=0).members(1), es_jax.GaussianNoise(), es_jax.anchored_weight_decay, es_jax.theory
+es_jax.z_score(numpy.arange(4.0))
+assert not {{"flax", "transformers", "datasets", "ml_collections", "orbax"}} & set(sys.modules)
+es_jax.{name}
 """
-
-
-def test_annotated_shapes_hold():
-    """A tour of the public functions with every annotation checked as it runs."""
-    out = subprocess.run([sys.executable, "-c", TOUR], capture_output=True, text=True)
-    assert out.stdout.strip() == "checked", out.stderr[-2000:]
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert out.stderr.splitlines()[-1] == (
+        "ImportError: transformers is not installed: this needs the extra [llm], pip install 'es_jax[llm]'"
+    )

@@ -7,7 +7,10 @@ from pathlib import Path
 
 from absl import flags
 
+from es_jax.core.extras import require
 from es_jax.core.names import RENAMED
+
+require("llm")
 
 _NAMES = ("coordinator_address", "num_processes", "process_id")
 
@@ -35,6 +38,13 @@ def parser(command: str, *, required: tuple[str, ...] = ()) -> Callable[[list[st
             sys.exit(f"{command}: --config: {error}")
 
     return parse
+
+
+def define_config() -> flags.FlagHolder:
+    """Define --config, a config file."""
+    from ml_collections import config_flags
+
+    return config_flags.DEFINE_config_file("config", None, "A config file, and after a colon its arguments.")
 
 
 def define_processes() -> None:

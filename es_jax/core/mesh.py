@@ -18,17 +18,25 @@ _MIN_SLICE = (
 )
 
 
+def require_32_bits() -> None:
+    """Raises ValueError where JAX has 64-bit types: a run in them would have other bits than its seed log says."""
+    if jax.config.read("jax_enable_x64"):
+        raise ValueError("JAX_ENABLE_X64 is on, but runs and decoding are made of 32-bit integers and floats: unset it")
+
+
 def make_mesh(groups: int | None = None, model: int = 1, *, devices: list | None = None) -> Mesh:
     """A `groups` × `model` mesh over the devices (all there are, by default). `groups=None` takes what `model` leaves.
 
     A group, the `model` devices that share one member, are neighbours: on one host, and on one slice, where they fit.
     With a smaller `groups` the first devices are used, but only when all of them belong to one process.
 
-    Raises ValueError when there are too few devices, or when devices of a run of many processes would be left out.
+    Raises ValueError when there are too few devices, when devices of a run of many processes would be left out, or when
+    JAX_ENABLE_X64 is on.
 
     >>> make_mesh(1, 1, devices=jax.devices()[:1]).axis_names
     ('groups', 'model')
     """
+    require_32_bits()
     devices = list(jax.devices() if devices is None else devices)
     if model < 1 or (groups is not None and groups < 1):
         raise ValueError(f"mesh is groups={groups} × model={model}: both must be at least 1")

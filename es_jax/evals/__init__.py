@@ -1,0 +1,5 @@
+"""Measurements of runs that are finished, and the export of their weights."""
+
+from es_jax.core.extras import require
+
+require("llm")

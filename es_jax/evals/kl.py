@@ -134,7 +134,7 @@ def averages(name: str, sums: np.ndarray, lengths: np.ndarray) -> dict[str, floa
     >>> averages("kl", np.array([1.0, 4.0]), np.array([1.0, 2.0]))["kl"]
     1.5
     """
-    n, each, mean = len(sums), sums / lengths, float(sums.sum() / lengths.sum())
+    n, each, mean = len(sums), sums / lengths, float(np.divide(sums.sum(), lengths.sum()))
     columns: dict[str, float | None] = {name: float(each.mean()), f"{name}_se": None}
     columns |= {f"{name}_token": mean, f"{name}_token_se": None}
     if n > 1:

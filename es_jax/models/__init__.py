@@ -1,0 +1,5 @@
+"""Transformers of many families in Flax, with a cache for decoding."""
+
+from es_jax.core.extras import require
+
+require("llm")

@@ -5,8 +5,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Int
 
+from es_jax.core.mesh import require_32_bits
 from es_jax.models.config import TransformerConfig
 
 # One array with a leading axis of L layers, or L arrays without it.
@@ -51,7 +53,7 @@ class KVCache(Past):
         batch: int,
         *,
         length: int,
-        dtype: jnp.dtype,
+        dtype: DTypeLike,
         stacked: bool = True,
         past: tuple[Past, ...] = (),
     ) -> "KVCache":
@@ -62,6 +64,7 @@ class KVCache(Past):
         >>> KVCache.empty(config, 3, length=10, dtype=jnp.float32).k.shape
         (2, 3, 2, 8, 10)
         """
+        require_32_bits()
         heads = (batch, config.kv_heads)
 
         def zeros(*shape: int) -> PerLayer:

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from es_jax.core.tree import map_named, named_leaves
@@ -48,7 +49,7 @@ class Transformer:
 
     config: TransformerConfig
 
-    def init(self, key: Array, *, dtype: jnp.dtype = jnp.float32) -> Params:
+    def init(self, key: Array, *, dtype: DTypeLike = jnp.float32) -> Params:
         """Random parameters: normal of std 0.02, norms the identity, biases zero; drawn in float32, then cast."""
         c = self.config
         embed_key, layers_key, head_key = jax.random.split(key, 3)

@@ -5,8 +5,12 @@ from pathlib import Path
 
 import numpy as np
 
-from es_jax.plotting import figures
-from es_jax.plotting.runs import Run, Series, read_run
+from es_jax.core.extras import require
+
+require("report")
+
+from es_jax.plotting import figures  # noqa: E402 - where matplotlib is not installed, the line above says so
+from es_jax.plotting.runs import Run, Series, read_run  # noqa: E402
 
 __all__ = ["Run", "Series", "accuracies", "prior_accuracy", "read_run", "target_against_prior"]
 

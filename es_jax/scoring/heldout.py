@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from es_jax.generate.engine import Engine
 from es_jax.generate.prompts import Prompts
@@ -77,7 +77,7 @@ class Decoder(Protocol):
     @property
     def mesh(self) -> Mesh: ...
     @property
-    def dtype(self) -> jnp.dtype: ...
+    def dtype(self) -> DTypeLike: ...
     def unperturbed(
         self, params: Any, queues: Iterable[Prompts]
     ) -> Iterator[dict[int, tuple[range, np.ndarray, np.ndarray]]]: ...
@@ -151,7 +151,7 @@ def likeliest(
     params: Any,
     rows: Sequence[tuple[list[int], list[list[int]], int]] | None,
     *,
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
     mesh: Mesh | None = None,
 ) -> np.ndarray | None:
     """Whether the right option has the highest log-probability, the sum over its tokens, [n]; None without options.

@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+from es_jax.core.extras import require
 from es_jax.tasks.task import GRADERS, Example, Message, Splits, check_count, check_known, take
 
 T = TypeVar("T")
@@ -165,6 +166,7 @@ def _file_stem(data_dir: str | Path, split: str, hub: Hub) -> str:
 
 def _hub_rows(hub: Hub, split: str) -> Iterable[Row]:
     """The rows of a split on the hub, or of its copy in the cache of `datasets`."""
+    require("llm")
     import datasets
 
     try:
@@ -247,6 +249,7 @@ def read_rows(path: str | Path) -> list[Row]:
 
 
 def _read_parquet(path: Path) -> list[Any]:
+    require("llm")
     import pyarrow
     import pyarrow.parquet
 

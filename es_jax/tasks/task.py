@@ -55,6 +55,7 @@ class Choices:
     right: int  # index into `options` of the right one
 
 
+@runtime_checkable
 class Scorer(Protocol):
     """What grades completions: a task, or a view of one."""
 

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Integer
 
 from es_jax.core import processes, rng
@@ -105,7 +106,7 @@ def token_weights(
     [[0.25, 0.25], [0.5, 0.0]]
     """
     lengths = counted.sum(axis=1, keepdims=True)
-    sequences = max((lengths > 0).sum(), 1)
+    sequences = max(int((lengths > 0).sum()), 1)
     per_row = {
         "token-mean": np.full(lengths.shape, max(lengths.sum(), 1)),
         "seq-mean-token-sum": np.full(lengths.shape, sequences),
@@ -299,7 +300,7 @@ class Policy:
 
     engine: Engine
     mesh: Mesh
-    dtype: jnp.dtype
+    dtype: DTypeLike
     chain: Chain
     grpo: GRPOConfig
 

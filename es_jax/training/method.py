@@ -7,12 +7,13 @@ moves the weights by them.
 import dataclasses
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from es_jax.rundir.seed_log import Entry
 from es_jax.scoring.grading import Graded, Grader
 
 
+@runtime_checkable
 class Method(Protocol):
     """One way of training; made from a run's config, its evaluator, its state and the packing of its prompts.
 

@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
+from jax.typing import DTypeLike
 
 from es_jax.core.tree import named_leaves
 from es_jax.models.config import TransformerConfig
@@ -38,7 +39,7 @@ def to_params(
     config: TransformerConfig,
     *,
     naming: Literal["hf", "gguf"],
-    dtype: jnp.dtype = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     shardings: Shardings | None = None,
 ) -> Params:
     """The parameter tree, stacked over layers, in `dtype`, each leaf where `shardings(path, shape)` says.

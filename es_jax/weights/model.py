@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from es_jax.core import processes
 from es_jax.models.config import TransformerConfig
@@ -43,7 +44,7 @@ def load_model(
     source: str | Path,
     *,
     mesh: jax.sharding.Mesh | None = None,
-    dtype: jnp.dtype | None = None,
+    dtype: DTypeLike | None = None,
     shardings: Shardings | None = None,
 ) -> Model:
     """Read a model from a Hugging Face folder, a .gguf file (dequantised), or the hub by name.
@@ -86,7 +87,7 @@ def save_model(
     path: str | Path,
     model: Model,
     *,
-    dtype: jnp.dtype | None = None,
+    dtype: DTypeLike | None = None,
     max_shard_bytes: int = 5 * 10**9,
     card: str | None = None,
 ) -> None:

@@ -31,6 +31,7 @@ def test_pairs_share_a_seed_with_opposite_signs():
         ({"size": 4, "seed": 0.5}, "seed is 0.5"),
     ],
 )
+@pytest.mark.unchecked
 def test_bad_populations_are_refused(options, says):
     with pytest.raises(ValueError, match=says):
         Population(**options)

@@ -25,7 +25,7 @@ def test_equal_rewards_weigh_exactly_nothing_and_say_so(value, caplog):
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_reward_that_is_not_finite_names_its_member(shape, bad):
     rewards = np.array([0.0, 1.0, bad, 2.0])
-    with pytest.raises(ValueError, match="member 2"):
+    with pytest.raises(ValueError, match="rewards are not finite for member 2"):
         shape(rewards)
     expected = shape(np.array([0.0, 1.0, 0.0, 2.0]))
     assert np.array_equal(shape(rewards, nan_rewards="worst"), expected)
@@ -33,9 +33,10 @@ def test_a_reward_that_is_not_finite_names_its_member(shape, bad):
         shape(np.full(3, bad), nan_rewards="worst")
 
 
+@pytest.mark.unchecked
 def test_centered_rank_and_group_relative():
     assert centered_rank(np.array([3.0, -9.0, 100.0])).tolist() == [0.0, -0.5, 0.5]
     out = group_relative(np.array([1.0, 2.0, 3.0, 7.0, 7.0, 5.0]), np.array([0, 0, 0, 1, 1, 2]))
     assert np.allclose(out, [-1, 0, 1, 0, 0, 0], atol=1e-5)
-    with pytest.raises(ValueError, match="groups"):
+    with pytest.raises(ValueError, match=r"groups have shape \(2,\) for 3 rewards"):
         group_relative(np.zeros(3), np.zeros(2, int))

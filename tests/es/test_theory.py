@@ -54,5 +54,5 @@ def test_bad_arguments_are_refused():
         theory.anchored_norm(**PAPER, population=8, strength=1.0, penalty="l3")
     with pytest.raises(ValueError, match="drift is 0"):
         theory.strength_for_drift(0, learning_rate=1e-3, sigma=1e-3, population=8)
-    with pytest.raises(ValueError, match="below 1"):
+    with pytest.raises(ValueError, match="with l2 it must be below 1"):
         theory.anchored_norm(**PAPER, population=8, strength=3000.0)

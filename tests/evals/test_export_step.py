@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,11 +16,11 @@ import pytest
 from es_jax.core.tree import named_leaves
 from es_jax.evals.export_step import export_run
 from es_jax.generate.engine import Engine
-from es_jax.training.config import freeze
 from es_jax.training.loop import run
 from es_jax.training.weights_at import replay
 from es_jax.weights.model import load_model
 from es_jax.weights.tokenizer import encode_prompt
+from tests.helpers import config_of, same
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT = [{"role": "user", "content": "say it"}]
@@ -31,7 +30,6 @@ PROMPT = [{"role": "user", "content": "say it"}]
 def workdir(tiny_model, tmp_path_factory):
     """A run of three steps with a checkpoint of the last two."""
     fields = {
-        "model": {"source": str(tiny_model)},
         "task": {"name": "conciseness", "train_size": 2},
         "es": {"population": 4, "sigma": 0.05},
         "optim": {"learning_rate": 0.02, "anchor": {"penalty": "l2", "kappa": 1.0}},
@@ -40,12 +38,8 @@ def workdir(tiny_model, tmp_path_factory):
         "evals": {"every": 3, "rows": 2},
     }
     folder = tmp_path_factory.mktemp("run")
-    run(freeze(fields), folder)
+    run(config_of(tiny_model, fields), folder)
     return folder
-
-
-def same(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 def everything(folder):
@@ -58,7 +52,7 @@ def test_any_step_is_exported_as_it_was(step, source, workdir, tmp_path):
     result = export_run(workdir, tmp_path / "out", step=step)
     assert (result["source"], result["step"], result["dtype"], result["files"]) == (source, step, "float32", 1)
     ((_, params),) = replay(workdir, steps=[step])
-    same(load_model(tmp_path / "out").params, params)
+    assert same(load_model(tmp_path / "out").params, params)
     assert everything(workdir) == before and os.listdir(tmp_path) == ["out"]
 
 
@@ -168,7 +162,7 @@ def test_two_processes_load_their_parts_and_export_together(workdir, tiny_model,
     assert first["there"] == second["there"] and "model.safetensors.index.json" in first["there"]
     assert first["results"] == second["results"] and [r["source"] for r in first["results"]] == ["replay", "checkpoint"]
     assert "exists and is not an empty folder" in first["refused"] and first["refused"] == second["refused"]
-    same(load_model(tmp_path / "saved").params, load_model(tiny_model).params)
+    assert same(load_model(tmp_path / "saved").params, load_model(tiny_model).params)
     for step in (1, 3):
         export_run(workdir, tmp_path / f"alone{step}", step=step)
         for file in (tmp_path / f"alone{step}").iterdir():

@@ -16,6 +16,7 @@ from es_jax.training.loop import run
 from es_jax.training.recorder import Recorder
 from es_jax.training.weights_at import replay
 from es_jax.weights.model import load_model
+from tests.helpers import config_of, host, same
 
 STEPS = 4
 
@@ -27,35 +28,22 @@ def standard_promotion():
         yield
 
 
-def config_of(tiny_model, **groups):
-    fields = {
-        "method": "grpo",
-        "model": {"source": str(tiny_model)},
-        "task": {"name": "conciseness", "train_size": 3},
-        "grpo": {"rollouts": 4, "mini_batch": 2, "micro_batch": 1},
-        "optim": {"name": "adamw", "learning_rate": 1e-3, "weight_decay": 0.01, "max_grad_norm": 1.0},
-        "decode": {"max_prompt_tokens": 160, "max_new_tokens": 4, "slots": 2},
-        "train": {"steps": STEPS, "checkpoint_every": 2, "samples": 1, "keep_checkpoints": 3},
-        "evals": {"every": 2, "rows": 2},
-    }
-    for group, values in groups.items():
-        fields[group] = fields.get(group, {}) | values
-    return freeze(fields)
-
-
-def host(params):
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(params)]
-
-
-def same(a, b):
-    return all(np.array_equal(x, y) for x, y in zip(host(a), host(b), strict=True))
+GRPO = {
+    "method": "grpo",
+    "task": {"name": "conciseness", "train_size": 3},
+    "grpo": {"rollouts": 4, "mini_batch": 2, "micro_batch": 1},
+    "optim": {"name": "adamw", "learning_rate": 1e-3, "weight_decay": 0.01, "max_grad_norm": 1.0},
+    "decode": {"max_prompt_tokens": 160, "max_new_tokens": 4, "slots": 2},
+    "train": {"steps": STEPS, "checkpoint_every": 2, "samples": 1, "keep_checkpoints": 3},
+    "evals": {"every": 2, "rows": 2},
+}
 
 
 @pytest.fixture(scope="module")
 def whole(tiny_model, tmp_path_factory):
     """An uninterrupted run, anchored: its config, directory and final weights."""
     workdir = tmp_path_factory.mktemp("grpo")
-    config = config_of(tiny_model, optim={"anchor": {"penalty": "l2", "strength": 100.0}})
+    config = config_of(tiny_model, GRPO, optim={"anchor": {"penalty": "l2", "strength": 100.0}})
     with jax.numpy_dtype_promotion("standard"):
         result = run(config, workdir)
     return config, workdir, host(result.params)
@@ -133,14 +121,14 @@ def test_steps_with_a_checkpoint_are_read_back_and_others_refused(whole, tmp_pat
 
 def test_an_anchor_holds_grpo_back(whole, tiny_model, tmp_path):
     anchored = read_jsonl(whole[1] / "metrics.jsonl")[-1]["drift"]
-    run(config_of(tiny_model, evals={"every": 0}), tmp_path)
+    run(config_of(tiny_model, GRPO, evals={"every": 0}), tmp_path)
     assert anchored < 0.95 * read_jsonl(tmp_path / "metrics.jsonl")[-1]["drift"]
 
 
 def test_an_anchor_in_host_memory_gives_the_same_run(whole, tiny_model, tmp_path):
     """To rounding: the reference's log-probabilities are another program where its weights come from the host."""
     optim = {"anchor": {"penalty": "l2", "strength": 100.0, "memory": "pinned_host"}}
-    run(config_of(tiny_model, optim=optim, train={"steps": 2}, evals={"every": 0}), tmp_path)
+    run(config_of(tiny_model, GRPO, optim=optim, train={"steps": 2}, evals={"every": 0}), tmp_path)
     for ours, theirs in zip(
         *(read_jsonl(folder / "metrics.jsonl")[:2] for folder in (tmp_path, whole[1])), strict=True
     ):
@@ -151,7 +139,7 @@ def test_an_anchor_in_host_memory_gives_the_same_run(whole, tiny_model, tmp_path
 def test_every_option_runs(tiny_model, tmp_path):
     grpo = {"rollouts": 2, "mini_batch": 3, "micro_batch": 2, "kl_coef": 0.0, "entropy": 0.01, "clip_high": 0.3,
             "aggregation": "seq-mean-token-sum-norm", "scale_by_std": False, "temperature": 0.8}  # fmt: skip
-    run(config_of(tiny_model, grpo=grpo, train={"steps": 1}, evals={"every": 0}), tmp_path)
+    run(config_of(tiny_model, GRPO, grpo=grpo, train={"steps": 1}, evals={"every": 0}), tmp_path)
     row = read_jsonl(tmp_path / "metrics.jsonl")[0]
     assert "kl" not in row and row["ratio"] == pytest.approx(1, abs=1e-3)  # one mini-batch: nothing has moved yet
 

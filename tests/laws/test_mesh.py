@@ -23,12 +23,12 @@ from es_jax.models.sharding import RULES, check_heads, members_spread, param_sha
 from es_jax.models.transformer import Transformer, param_shapes
 from es_jax.planning.programs import Programs
 from es_jax.rundir.seed_log import Entry
-from es_jax.training.config import freeze
 from es_jax.training.es import Evaluator
 from es_jax.training.loop import run
 from es_jax.training.state import State, mesh_of, update
 from es_jax.training.weights_at import replay
 from es_jax.weights.model import Model, load_model, save_model
+from tests.helpers import config_of, host, same
 
 SMALL = TransformerConfig(
     family="qwen2",
@@ -55,42 +55,31 @@ def qwen(tiny_model, tmp_path_factory):
     return folder
 
 
-def config_of(source, **groups):
-    fields = {
-        "model": {"source": str(source)},
-        "task": {"name": "conciseness", "train_size": 3},
-        "es": {"population": 6, "sigma": 0.02},
-        "optim": {"learning_rate": 0.01, "anchor": {"penalty": "l2", "kappa": 1.0}},
-        "decode": {"max_prompt_tokens": 160, "max_new_tokens": 6, "slots": 3},
-        "train": {"steps": 5, "checkpoint_every": 5, "samples": 1},
-        "evals": {"every": 0},
-    }
-    return freeze({name: fields.get(name, {}) | groups.get(name, {}) for name in fields | groups})
+FIELDS = {
+    "task": {"name": "conciseness", "train_size": 3},
+    "es": {"population": 6, "sigma": 0.02},
+    "optim": {"learning_rate": 0.01, "anchor": {"penalty": "l2", "kappa": 1.0}},
+    "decode": {"max_prompt_tokens": 160, "max_new_tokens": 6, "slots": 3},
+    "train": {"steps": 5, "checkpoint_every": 5, "samples": 1},
+    "evals": {"every": 0},
+}
 
 
 def placed(params, mesh):
     return jax.tree.map(jnp.copy, jax.device_put(params, param_shardings(mesh, params)))  # its own, to be donated
 
 
-def host(params):
-    return {name: np.asarray(leaf) for name, leaf in named_leaves(params)}
-
-
-def same(a, b):
-    return all(np.array_equal(x, b[name]) for name, x in a.items())
-
-
 def test_runs_on_every_mesh_have_one_seed_log(qwen, tmp_path):
     logs = []
     for groups, model in ((1, 1), *MESHES):
         workdir = tmp_path / f"{groups}x{model}"
-        run(config_of(qwen, mesh={"groups": groups, "model": model}), workdir)
+        run(config_of(qwen, FIELDS, mesh={"groups": groups, "model": model}), workdir)
         logs.append((workdir / "seedlog.jsonl").read_bytes())
     assert logs[0].count(b"\n") == 5 and len(set(logs)) == 1
     for groups, model in MESHES:
         ((_, alone),) = replay(tmp_path / "1x1", steps=[5], mesh=make_mesh(1))
         ((_, params),) = replay(tmp_path / "1x1", steps=[5], mesh=make_mesh(groups, model))
-        assert same(host(alone), host(params))
+        assert same(alone, params)
 
 
 @pytest.fixture(scope="module")
@@ -128,12 +117,12 @@ def test_a_mesh_is_chosen_from_the_devices_and_the_models_size():
     member = 4 * sum(int(np.prod(shape)) for shape in param_shapes(SMALL).values())
     for memory, model in ((None, 1), (4 * member, 1), (2 * member, 2), (member, 4), (member // 9, 4)):
         assert members_spread(SMALL, 8, member_bytes=member, memory=memory) == model
-    config = config_of("")
+    config = config_of("", FIELDS)
     assert mesh_of(config, SMALL, memory=2 * member).shape == {GROUPS: 4, MODEL: 2}
-    assert mesh_of(config_of("", mesh={"groups": 8}), SMALL, memory=member).shape == {GROUPS: 8, MODEL: 1}
-    assert mesh_of(config_of("", mesh={"groups": 1}), SMALL).shape == {GROUPS: 1, MODEL: 1}
+    assert mesh_of(config_of("", FIELDS, mesh={"groups": 8}), SMALL, memory=member).shape == {GROUPS: 8, MODEL: 1}
+    assert mesh_of(config_of("", FIELDS, mesh={"groups": 1}), SMALL).shape == {GROUPS: 1, MODEL: 1}
     with pytest.raises(ValueError, match=r"do not divide over mesh\.model = 8"):
-        mesh_of(config_of("", mesh={"model": 8}), SMALL)
+        mesh_of(config_of("", FIELDS, mesh={"model": 8}), SMALL)
 
 
 @pytest.mark.parametrize("model", [2, 4])
@@ -151,7 +140,7 @@ def test_logits_on_several_devices_are_near_those_on_one(params, model):
 
 def evaluator_of(mesh, *, unroll=False, **fields):
     engine = Engine(SMALL, slots=3, max_prompt_tokens=8, max_new_tokens=4, stop_token_ids=(1,), unroll=unroll)
-    config = config_of("", **fields)
+    config = config_of("", FIELDS, **fields)
     return Evaluator.of(config, engine, mesh)
 
 
@@ -183,7 +172,7 @@ def test_layers_made_apart_are_those_made_together(params, monkeypatch, wide):
         together = evaluator._perturb(placed(params, mesh), members) if together is None else together
         first = jax.tree.map(lambda leaf: np.asarray(leaf[0]), (made, together))
         assert jax.tree.structure(first[0]) == jax.tree.structure(first[1])
-        assert same(*(dict(named_leaves(tree)) for tree in first))
+        assert same(*first)
 
 
 def traffic(compiled):
@@ -256,10 +245,11 @@ def test_a_plan_compiles_the_update_that_a_run_compiles(qwen, params):
 
 
 @pytest.mark.parametrize("penalty", ["l2", "none"])
+@pytest.mark.unchecked  # `lower` puts descriptions where arrays stand
 def test_the_update_sends_nothing_and_works_in_place(params, penalty):
-    mesh, start = make_mesh(4, 2), host(params)
+    mesh, start = make_mesh(4, 2), dict(named_leaves(host(params)))
     anchor = {"penalty": penalty} | ({"strength": 1.0} if penalty != "none" else {})
-    config = config_of("", optim={"learning_rate": 0.01, "anchor": anchor})
+    config = config_of("", FIELDS, optim={"learning_rate": 0.01, "anchor": anchor})
     state = State(config, mesh, placed(params, mesh))
     arguments = state.update_arguments(entry_of(config, 1))
     assert traffic(update.lower(*arguments).compile()) == []
@@ -269,7 +259,7 @@ def test_the_update_sends_nothing_and_works_in_place(params, penalty):
     state.apply(entry_of(config, 1))
     assert [shard.data.unsafe_buffer_pointer() for shard in leaf().addressable_shards] == where
     assert [name for name, x in named_leaves(before) if not x.is_deleted()] == []
-    moved = [np.asarray(leaf, np.float64) - start[name] for name, leaf in host(state.params).items()]
+    moved = [np.asarray(leaf, np.float64) - start[name] for name, leaf in named_leaves(state.params)]
     expected = np.sqrt(sum(np.sum(np.square(x)) for x in moved))
     assert float(state.drift) == pytest.approx(expected, rel=1e-5)
 
@@ -278,7 +268,7 @@ def test_an_anchor_in_host_memory_gives_the_same_bits(params, tmp_path):
     mesh, ends = make_mesh(4, 2), []
     for memory in ("device", "pinned_host"):
         anchor = {"penalty": "l2", "strength": 1.0, "memory": memory}
-        config = config_of("", optim={"name": "momentum", "learning_rate": 0.01, "anchor": anchor})
+        config = config_of("", FIELDS, optim={"name": "momentum", "learning_rate": 0.01, "anchor": anchor})
         state = State(config, mesh, placed(params, mesh))
         for step in (1, 2):
             state.apply(entry_of(config, step))
@@ -286,7 +276,7 @@ def test_an_anchor_in_host_memory_gives_the_same_bits(params, tmp_path):
             assert held == {memory}
         ends.append(host(state.params))
     assert same(*ends)
-    other = config_of("", optim={"anchor": anchor})
+    other = config_of("", FIELDS, optim={"anchor": anchor})
     object.__setattr__(other.optim.anchor, "memory", "elsewhere")
     with pytest.raises(ValueError, match=r"optim.anchor.memory is 'elsewhere', but .* has .*pinned_host"):
         State(other, mesh, placed(params, mesh))

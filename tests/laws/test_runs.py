@@ -1,232 +1,21 @@
-"""The laws of runs: a run is its config, its base weights and its seed log, and a crash loses no finished step."""
+"""The laws of runs: their metrics, their evaluations, and which directories are refused."""
 
 import dataclasses
 import json
 import logging
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import jax
-import numpy as np
 import pytest
 
 from es_jax.core.mesh import make_mesh
-from es_jax.core.processes import Preempted
-from es_jax.rundir.checkpoints import Checkpoints, saved_steps
 from es_jax.rundir.metrics import read_jsonl
 from es_jax.rundir.seed_log import SeedLog
-from es_jax.scoring.row_results import EvalsFile
-from es_jax.training.config import freeze
 from es_jax.training.loop import run
 from es_jax.training.recorder import Recorder
 from es_jax.training.state import State
 from es_jax.training.weights_at import replay
-
-STEPS = 6
-
-
-def config_of(tiny_model, **groups):
-    fields = {
-        "model": {"source": str(tiny_model)},
-        "task": {"name": "conciseness", "train_size": 3},
-        "es": {"population": 6, "sigma": 0.05},
-        "optim": {"learning_rate": 0.02, "anchor": {"penalty": "l2", "kappa": 1.0}},
-        "decode": {"max_prompt_tokens": 160, "max_new_tokens": 4, "slots": 2},
-        "train": {"steps": STEPS, "checkpoint_every": 4, "samples": 1},
-        "evals": {"every": 3, "rows": 2},
-    }
-    for group, values in groups.items():
-        fields[group] = fields.get(group, {}) | values
-    return freeze(fields)
-
-
-def host(params):
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(params)]
-
-
-def same(a, b):
-    return all(np.array_equal(x, y) for x, y in zip(host(a), host(b), strict=True))
-
-
-@pytest.fixture(scope="module")
-def whole(tiny_model, tmp_path_factory):
-    """An uninterrupted run: its config, directory and final weights."""
-    workdir = tmp_path_factory.mktemp("whole")
-    config = config_of(tiny_model)
-    result = run(config, workdir)
-    return config, workdir, host(result.params)
-
-
-VARIANTS = {
-    "plain": {"optim": {"anchor": {"penalty": "none"}}},
-    "l1, antithetic": {"optim": {"anchor": {"penalty": "l1", "strength": 0.1}}, "es": {"antithetic": True}},
-    "adam": {"optim": {"name": "adam", "anchor": {"penalty": "l2", "strength": 1.0}}},
-    "shared_seed in float16": {
-        "es": {"noise": "shared_seed"},
-        "model": {"param_dtype": "float16"},
-        "optim": {"anchor": {"penalty": "l2", "strength": 1.0}},
-    },
-    "lanes": {"decode": {"members_at_once": 2, "max_prompt_tokens": 160, "max_new_tokens": 4, "slots": 2}},
-    "a few prompts a step": {"task": {"prompts_per_step": 2, "train_size": 3}},
-    "schedules": {
-        "es": {"schedule": "linear:0.5:1"},
-        "optim": {"schedule": "cosine:0.1:2", "anchor": {"penalty": "l2", "strength": 5.0, "schedule": "constant::2"}},
-    },
-    "an averaged anchor": {"optim": {"anchor": {"penalty": "l2", "strength": 5.0, "ema_decay": 0.5}}},
-}
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_replay_equals_the_live_weights_bit_for_bit(variant, tiny_model, tmp_path):
-    groups = VARIANTS[variant] | {"train": {"steps": 3, "checkpoint_every": 50}, "evals": {"every": 0}}
-    groups["model"] = {"source": str(tiny_model)} | VARIANTS[variant].get("model", {})
-    standard = jax.numpy_dtype_promotion("standard" if variant == "adam" else "strict")  # optax's adam needs it
-    with standard:
-        result = run(config_of(tiny_model, **groups), tmp_path)
-        rebuilt = dict((step, host(params)) for step, params in replay(tmp_path))
-    assert sorted(rebuilt) == [0, 1, 2, 3]
-    assert same(rebuilt[3], result.params)
-    assert not same(rebuilt[2], result.params)
-
-
-@pytest.mark.parametrize("devices", [1, 2, 4])
-def test_replay_has_the_same_bits_on_any_mesh(devices, whole):
-    _, workdir, final = whole
-    mesh = make_mesh(devices=jax.devices()[:devices])
-    ((step, params),) = replay(workdir, steps=[STEPS], mesh=mesh)
-    assert step == STEPS and same(params, final)
-
-
-def test_replay_needs_only_config_and_seed_log(whole, tmp_path):
-    _, workdir, final = whole
-    for name in ("config.json", "seedlog.jsonl"):
-        shutil.copy(workdir / name, tmp_path / name)
-    rebuilt = {step: host(params) for step, params in replay(tmp_path, steps=[STEPS, 0])}
-    assert same(rebuilt[STEPS], final) and sorted(os.listdir(tmp_path)) == ["config.json", "seedlog.jsonl"]
-
-
-class Killed(BaseException):
-    """What no code of ours may catch, as little as it could catch SIGKILL."""
-
-
-def check_resumed(config, workdir, whole):
-    """Go on with a run that was killed; in the end it must be the run that never was."""
-    _, uninterrupted, final = whole
-    result = run(config, workdir)
-    assert same(result.params, final)
-    assert (workdir / "seedlog.jsonl").read_bytes() == (uninterrupted / "seedlog.jsonl").read_bytes()
-    exact = ("step", "reward_mean", "reward_std", "drift", "drift_theory", "tokens", "length", "truncated")
-    for name in ("metrics.jsonl", "samples.jsonl", "evals/conciseness.jsonl"):
-        ours, theirs = read_jsonl(workdir / name), read_jsonl(uninterrupted / name)
-        keep = exact if name == "metrics.jsonl" else theirs[0]
-        assert [{k: row[k] for k in keep} for row in ours] == [{k: row[k] for k in keep} for row in theirs]
-    assert (workdir / "DONE").exists()
-
-
-POINTS = {
-    "before the update": (State, "apply", "before"),
-    "after the update": (State, "apply", "after"),
-    "before the metrics": (Recorder, "step", "before"),
-    "before the seed log": (SeedLog, "append", "before"),
-    "after the seed log": (SeedLog, "append", "after"),
-    "before a checkpoint": (Checkpoints, "save", "before"),
-    "after a checkpoint": (Checkpoints, "save", "after"),
-    "before an evaluation is written": (EvalsFile, "add", "before"),
-    "after an evaluation is written": (EvalsFile, "add", "after"),
-}
-
-
-@pytest.mark.parametrize("call", [1, 2])
-@pytest.mark.parametrize("point", POINTS)
-def test_killed_at_any_point_and_resumed_equals_uninterrupted(point, call, whole, tmp_path, monkeypatch):
-    owner, name, when = POINTS[point]
-    original, calls = getattr(owner, name), []
-
-    def dying(*args, **kwargs):
-        calls.append(1)
-        if when == "before" and len(calls) == call:
-            raise Killed
-        out = original(*args, **kwargs)
-        if len(calls) == call:
-            raise Killed
-        return out
-
-    config = whole[0]
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, name, dying)
-        with pytest.raises(Killed):
-            run(config, tmp_path)
-    check_resumed(config, tmp_path, whole)
-
-
-def test_a_half_written_line_is_no_finished_step(whole, tmp_path):
-    config, workdir, _ = whole
-    shutil.copytree(workdir, tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "ckpt")
-    log = tmp_path / "run" / "seedlog.jsonl"
-    log.write_bytes(log.read_bytes()[:-40])
-    (tmp_path / "run" / "metrics.jsonl").write_bytes((workdir / "metrics.jsonl").read_bytes()[:-9])
-    check_resumed(config, tmp_path / "run", whole)
-
-
-@pytest.mark.slow
-def test_sigkill_and_another_process(whole, tmp_path):
-    """The real thing: kill -9 in the middle of a step, and a new process."""
-    config, _, _ = whole
-    script = (
-        "import sys, json, os\n"
-        "os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=8'\n"
-        "from es_jax.training.config import freeze\nfrom es_jax.training.loop import run\n"
-        "run(freeze(json.loads(sys.argv[1])), sys.argv[2])\n"
-    )
-    command = [sys.executable, "-c", script, json.dumps(dataclasses.asdict(config)), str(tmp_path)]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    log = tmp_path / "seedlog.jsonl"
-    deadline = time.monotonic() + 240
-    while not (log.exists() and log.read_bytes().count(b"\n") >= 2):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    check_resumed(config, tmp_path, whole)
-
-
-def test_sigterm_saves_the_last_finished_step(whole, tmp_path, monkeypatch):
-    append = SeedLog.append
-
-    def terminated(self, entry):
-        append(self, entry)
-        if entry.step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    before = signal.getsignal(signal.SIGTERM)
-    with monkeypatch.context() as patch, pytest.raises(Preempted, match=r"terminated; step [23] is saved"):
-        patch.setattr(SeedLog, "append", terminated)
-        run(whole[0], tmp_path)
-    assert signal.getsignal(signal.SIGTERM) == before and not (tmp_path / "DONE").exists()
-    assert saved_steps(tmp_path) == [len(SeedLog(tmp_path, writable=False).entries)]
-    check_resumed(whole[0], tmp_path, whole)
-
-
-def test_resumed_on_another_mesh(whole, tmp_path, monkeypatch):
-    config, _, final = whole
-    shorter = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=4))
-    run(shorter, tmp_path)
-    other = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, groups=4))
-    assert same(run(other, tmp_path).params, final)
-
-
-def test_a_finished_run_started_again_does_nothing(whole, monkeypatch):
-    config, workdir, final = whole
-    before = (workdir / "seedlog.jsonl").read_bytes()
-    monkeypatch.setattr(State, "apply", None)
-    result = run(config, workdir)
-    assert same(result.params, final) and result.heldout["step"] == STEPS
-    assert (workdir / "seedlog.jsonl").read_bytes() == before
+from tests.helpers import STEPS, config_of, host, same
 
 
 def test_a_seed_gives_the_same_run_twice_and_another_seed_another(whole, tiny_model, tmp_path):
@@ -238,39 +27,6 @@ def test_a_seed_gives_the_same_run_twice_and_another_seed_another(whole, tiny_mo
     run(dataclasses.replace(config, train=train), tmp_path / "other")
     ours, theirs = (SeedLog(folder, writable=False).entries[0] for folder in (tmp_path / "other", workdir))
     assert ours.seeds != theirs.seeds and ours.weights != theirs.weights
-
-
-def test_resuming_with_schedules_equals_uninterrupted(tiny_model, tmp_path, monkeypatch):
-    """The rates of each step stand in the log, so the steps since the checkpoint are rebuilt as they were."""
-    optim = {
-        "schedule": "linear:0.1:2",
-        "anchor": {"penalty": "l2", "strength": 5.0, "ema_decay": 0.8, "schedule": "cosine"},
-    }
-    config = config_of(tiny_model, optim=optim, es={"schedule": "cosine:0.5"}, evals={"every": 0})
-    uninterrupted = run(config, tmp_path / "whole")
-    final, calls, original = host(uninterrupted.params), [], SeedLog.append
-
-    def dying(self, entry):
-        original(self, entry)
-        calls.append(1)
-        if len(calls) == 5:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(SeedLog, "append", dying)
-        with pytest.raises(Killed):
-            run(config, tmp_path / "killed")
-    assert same(run(config, tmp_path / "killed").params, final)
-    logs = [(tmp_path / name / "seedlog.jsonl").read_bytes() for name in ("whole", "killed")]
-    assert logs[0] == logs[1]
-    entries = SeedLog(tmp_path / "whole", writable=False).entries
-    assert [round(e.learning_rate / 0.02, 3) for e in entries] == [0.5, 1.0, 0.775, 0.55, 0.325, 0.1]
-    assert entries[0].sigma > entries[-1].sigma == pytest.approx(0.025)
-    content = json.loads((tmp_path / "whole/config.json").read_text())
-    content["config"]["optim"]["schedule"] = "constant"  # the log, not the schedule, says what the steps were
-    (tmp_path / "whole/config.json").write_text(json.dumps(content))
-    ((_, rebuilt),) = replay(tmp_path / "whole", steps=[STEPS])
-    assert same(rebuilt, final)
 
 
 def test_a_run_may_be_pulled_to_another_model_than_it_starts_from(whole, tiny_model, tmp_path):
@@ -344,18 +100,6 @@ def test_a_directory_of_another_run_is_refused(whole, tiny_model, tmp_path):
         run(config, tmp_path / "run")
     with pytest.raises(ValueError, match="digests differ"):
         next(replay(tmp_path / "run"))
-
-
-def test_a_directory_without_a_finished_step_may_be_taken_over(whole, tmp_path, monkeypatch):
-    """A first try that ended before its first step, out of memory say, does not pin the directory to its config."""
-    config = whole[0]
-    with monkeypatch.context() as patch:
-        patch.setattr(State, "apply", lambda *a: (_ for _ in ()).throw(Killed))
-        with pytest.raises(Killed):
-            es = dataclasses.replace(config.es, sigma=0.07)
-            run(dataclasses.replace(config, es=es), tmp_path)
-    assert (tmp_path / "evals/conciseness.jsonl").exists()
-    check_resumed(config, tmp_path, whole)
 
 
 def test_other_tasks_are_evaluated_beside_the_one_trained(tiny_model, tmp_path):

@@ -53,6 +53,7 @@ def test_tasks_import_no_jax() -> None:
         ("countdown", {"seed": 1.5}, r"seed is 1\.5: it should be a whole number"),
     ],
 )
+@pytest.mark.unchecked
 def test_get_task_errors(name: str, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         get_task(name, **options)

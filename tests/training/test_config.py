@@ -13,7 +13,7 @@ from es_jax.training.config import RunConfig, default_config, freeze, read_confi
 def test_the_door_and_the_inside_have_the_same_fields_and_defaults():
     assert freeze(default_config()) == RunConfig()
     assert freeze(dataclasses.asdict(RunConfig())) == RunConfig()
-    with pytest.raises(AttributeError, match="population"):
+    with pytest.raises(AttributeError, match=r"populaton.*population"):
         default_config().es.populaton = 3
 
 

@@ -20,6 +20,7 @@ from es_jax.weights import files, safetensors
 from es_jax.weights.convert import half_split
 from es_jax.weights.gguf_tokenizer import from_gguf_metadata
 from es_jax.weights.model import Model, config_only, load_model, load_outline, save_model
+from tests.helpers import same
 
 CONFIG = TransformerConfig(
     family="llama", vocab_size=300, width=24, layers=2, heads=4, kv_heads=2, head_dim=10, mlp_dim=40
@@ -50,10 +51,6 @@ def model():
 def folder(tmp_path, model):
     save_model(tmp_path / "saved", model)
     return tmp_path / "saved"
-
-
-def _same(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 def _torch_model(family, **options):
@@ -108,7 +105,7 @@ def test_load_undoes_save(tmp_path, model, config, dtype):
     loaded = load_model(tmp_path, dtype=dtype)
     assert loaded.config == config == config_only(tmp_path)
     assert loaded.stop_token_ids == (0, 2) and len(loaded.digest) == 64
-    _same(loaded.params, params)
+    assert same(loaded.params, params)
     text = "Was kostet 12345 € \n\n ok?"
     assert loaded.tokenizer.encode(text) == model.tokenizer.encode(text)
 
@@ -124,7 +121,7 @@ def test_placement(folder, model):
 
     sharded = load_model(folder, shardings=rule).params
     assert sharded["layers"]["mlp"]["gate"]["kernel"].addressable_shards[0].data.shape == (2, 3, 40)
-    _same(sharded, model.params)
+    assert same(sharded, model.params)
 
 
 def test_all_key_problems_in_one_error(folder):
@@ -154,7 +151,7 @@ def test_a_tied_head_that_is_stored_must_equal_the_embedding(folder, model, equa
     (folder / "SHA256SUMS").unlink()
     save_file(tensors, file)
     if equal:
-        _same(load_model(folder).params, model.params)
+        assert same(load_model(folder).params, model.params)
     else:
         with pytest.raises(ValueError, match=r"unexpected: lm_head\.weight"):
             load_model(folder)
@@ -170,7 +167,7 @@ def test_shards(folder, model):
     del reader
     (folder / "model.safetensors").unlink()
     (folder / files.INDEX).write_text(json.dumps({"weight_map": names}))
-    _same(load_model(folder).params, model.params)
+    assert same(load_model(folder).params, model.params)
     (folder / "model-1.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"missing: model-1\.safetensors"):
         load_model(folder)

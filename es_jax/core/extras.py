@@ -1,0 +1,32 @@
+"""The extras of pip that parts of es_jax need: one that is not installed is told in a sentence that names it."""
+
+import functools
+import importlib.util
+import sys
+
+# What each extra brings, by the names that Python imports.
+_PACKAGES = {
+    "llm": (
+        "absl", "datasets", "flax", "gguf", "huggingface_hub", "jinja2", "ml_collections", "ml_dtypes", "orbax",
+        "pyarrow", "safetensors", "tensorboardX", "tokenizers", "tqdm", "transformers",
+    ),
+    "report": ("jinja2", "matplotlib"),
+}  # fmt: skip
+
+
+@functools.cache
+def require(extra: str) -> None:
+    """Does nothing where the packages of an extra are installed.
+
+    Raises:
+      ImportError: one is not.
+      SystemExit: one is not, and a command of es_jax is what runs.
+    """
+    missing = next((name for name in _PACKAGES[extra] if importlib.util.find_spec(name) is None), None)
+    if missing is None:
+        return
+    sentence = f"{missing} is not installed: this needs the extra [{extra}], pip install 'es_jax[{extra}]'"
+    command = getattr(sys.modules["__main__"], "__spec__", None)
+    if command is not None and command.name.startswith("es_jax."):
+        sys.exit(f"{command.name}: {sentence}")
+    raise ImportError(sentence)
