@@ -8,7 +8,6 @@ where the environment says who they are (Cloud TPU, GKE, SLURM, Open MPI), or --
 --num_processes and --process_id where it does not. See docs/launch.md.
 """
 
-import dataclasses
 import json
 import logging
 import sys
@@ -48,10 +47,6 @@ def _train() -> None:
 
     try:
         result = run(_CONFIG.value, str(_WORKDIR.value))
-    except (ValueError, OSError) as error:
-        if _TRACEBACK.value:
-            raise
-        sys.exit(f"es_jax.train: {error}")
     except JaxRuntimeError as error:
         if _TRACEBACK.value or "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -64,8 +59,7 @@ def _train() -> None:
     if not processes.first():
         return
     if _JSON.value:
-        fields = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
-        fields.pop("params")
+        fields = {name: value for name, value in vars(result).items() if name != "params"}
         print(json.dumps(fields | {"workdir": str(result.workdir)}))
     else:
         print(f"finished step {result.step}, mean reward {result.reward:.4f}; the run is in {result.workdir}")

@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from absl import flags
@@ -10,17 +10,23 @@ from absl import flags
 _NAMES = ("coordinator_address", "num_processes", "process_id")
 
 
-def parser(command: str, *, required: tuple[str, ...] = ()) -> Callable[[list[str]], list[str]]:
+def parser(
+    command: str, *, required: tuple[str, ...] = (), renamed: Mapping[str, str] | None = None
+) -> Callable[[list[str]], list[str]]:
     """absl's parser for a command with a --config file, with a mistake in the file or its arguments told in a sentence.
 
     Args:
       command: what the sentence begins with, "es_jax.train".
       required: flags that must be given, which a config file cannot say of itself.
+      renamed: flags of earlier versions, and what they are called now.
     """
 
     def parse(argv: list[str]) -> list[str]:
         flags.mark_flags_as_required(required)
-        for argument in argv:
+        for argument in argv[1:]:
+            old = argument.partition("=")[0].removeprefix("--")
+            if new := (renamed or {}).get(old):
+                sys.exit(f"{command}: --{old} is --{new} now")
             if argument.startswith("--config="):  # a config file imports its neighbours: configs.common
                 file = argument.removeprefix("--config=").partition(":")[0]
                 sys.path.append(str(Path(file).resolve().parent.parent))
@@ -43,11 +49,23 @@ def define_processes() -> None:
     flags.DEFINE_integer("heartbeat_timeout", 60, "Seconds after which a silent process counts as dead.")
 
 
-def joined_processes(name: str) -> contextlib.AbstractContextManager:
-    """Inside, the processes of the command `name` are together: as the flags say, the rest as the environment does."""
+@contextlib.contextmanager
+def joined_processes(command: str) -> Iterator[flags.FlagValues]:
+    """Inside, the processes of a command are together: as the flags say, the rest as the environment does.
+
+    A ValueError or OSError from inside ends the command with one sentence, unless --traceback asks for the whole.
+    """
     from es_jax.core import processes  # JAX starts only when the flags are good
 
-    given = {flag: flags.FLAGS[flag].value for flag in _NAMES if flags.FLAGS[flag].value is not None}
-    if not (given or flags.FLAGS["distributed"].value):
-        return contextlib.nullcontext()
-    return processes.joined(name, heartbeat_timeout_seconds=flags.FLAGS["heartbeat_timeout"].value, **given)
+    values = flags.FLAGS
+    given = {flag: values[flag].value for flag in _NAMES if values[flag].value is not None}
+    joined: contextlib.AbstractContextManager = contextlib.nullcontext()
+    if given or values["distributed"].value:
+        joined = processes.joined(command, heartbeat_timeout_seconds=values["heartbeat_timeout"].value, **given)
+    with joined:
+        try:
+            yield values
+        except (ValueError, OSError) as error:
+            if values["traceback"].value:
+                raise
+            sys.exit(f"{command}: {error}")

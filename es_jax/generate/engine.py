@@ -168,6 +168,33 @@ class Engine:
         return jax.tree.map(lambda part: part[: len(prompts)], processes.fetch(out))
 
 
+def engine_for(
+    config: TransformerConfig,
+    prompts: Sequence[Sequence[int]],
+    *,
+    slots: int,
+    max_new_tokens: int,
+    stop_token_ids: Sequence[int],
+    sampler: Sampler | None = None,
+    field: str = "max_new_tokens",
+) -> Engine:
+    """An engine as large as the prompts need, greedy by default, with no more slots than prompts.
+
+    Raises:
+      ValueError: the model's context has no room for `max_new_tokens` after the longest prompt; it names the `field`.
+    """
+    longest = max(map(len, prompts))
+    check_context(config, longest, max_new_tokens, field=field)
+    return Engine(
+        config,
+        slots=min(slots, len(prompts)),
+        max_prompt_tokens=longest,
+        max_new_tokens=max_new_tokens,
+        stop_token_ids=tuple(stop_token_ids),
+        sampler=sampler or Greedy(),
+    )
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _layout(engine: Engine, params: Any) -> Any:
     return engine.layout(params)

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import hashlib
-import itertools
 import json
 import logging
 import time
@@ -15,7 +14,7 @@ from ml_collections import config_dict
 
 from es_jax.core import processes, rng
 from es_jax.core.tree import count
-from es_jax.generate.engine import Engine, check_context
+from es_jax.generate.engine import Engine, engine_for
 from es_jax.models.sharding import param_shardings
 from es_jax.profiling.clock import Clock, Profile, Work, compilation_cache, split
 from es_jax.rundir import directory
@@ -236,14 +235,13 @@ class _Run:
 
     def _engine(self) -> Engine:
         decode, total = self.config.decode, self.config.task.prompts_per_step or len(self.examples)
-        longest = max(len(ids) for ids in itertools.chain(self.prompts, *(held.prompts for held in self.tests)))
-        check_context(self.model.config, longest, decode.max_new_tokens, field="decode.max_new")
-        return Engine(
+        return engine_for(
             self.model.config,
+            [*self.prompts, *(ids for held in self.tests for ids in held.prompts)],
             slots=min(decode.slots, total),
-            max_prompt_tokens=longest,
             max_new_tokens=decode.max_new_tokens,
             stop_token_ids=self.model.stop_token_ids,
+            field="decode.max_new_tokens",
         )
 
     def _resume(self) -> None:
