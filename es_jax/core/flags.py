@@ -7,6 +7,8 @@ from pathlib import Path
 
 from absl import flags
 
+from es_jax.core.names import RENAMED
+
 _NAMES = ("coordinator_address", "num_processes", "process_id")
 
 
@@ -20,16 +22,15 @@ def parser(
       required: flags that must be given, which a config file cannot say of itself.
       renamed: flags of earlier versions, and what they are called now.
     """
+    old_flags = {f"config.{old}": f"config.{new}" for old, new in RENAMED.items()} | dict(renamed or {})
 
     def parse(argv: list[str]) -> list[str]:
         flags.mark_flags_as_required(required)
-        for argument in argv[1:]:
-            old = argument.partition("=")[0].removeprefix("--")
-            if new := (renamed or {}).get(old):
-                sys.exit(f"{command}: --{old} is --{new} now")
-            if argument.startswith("--config="):  # a config file imports its neighbours: configs.common
-                file = argument.removeprefix("--config=").partition(":")[0]
-                sys.path.append(str(Path(file).resolve().parent.parent))
+        for name, _, value in (argument.partition("=") for argument in argv):
+            if name == "--config":  # a config file imports its neighbours: configs.common
+                sys.path.append(str(Path(value.partition(":")[0]).resolve().parent.parent))
+            elif new := name.startswith("--") and old_flags.get(name.removeprefix("--")):
+                sys.exit(f"{command}: {name} is called --{new} now: use that name")
         try:
             return flags.FLAGS(argv)
         except flags.Error as error:

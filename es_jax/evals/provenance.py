@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from es_jax.core.names import RENAMED
 from es_jax.evals.weight_source import DEFAULTS, WeightSource
 from es_jax.rundir.directory import write_json
 from es_jax.rundir.metrics import read_jsonl
@@ -43,7 +44,8 @@ def _read(folder: Path) -> dict[str, Any] | None:
     path = folder / NAME
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return {"name": content["name"], "marks": dict(content["marks"])}
+        marks = {RENAMED.get(name, name): value for name, value in content["marks"].items()}
+        return {"name": content["name"], "marks": marks}
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, KeyError) as error:

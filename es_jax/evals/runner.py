@@ -19,12 +19,12 @@ from es_jax.evals.kl import Continuation, kl, sample
 from es_jax.evals.weight_source import WeightSource, is_run, of_model, of_run
 from es_jax.generate.engine import engine_for
 from es_jax.profiling.clock import compilation_cache
-from es_jax.rundir.directory import read_config, write_json
+from es_jax.rundir.directory import write_json
 from es_jax.rundir.metrics import Jsonl
 from es_jax.scoring.evals_file import MAX, EvalsFile, read_evals
 from es_jax.scoring.heldout import HeldOut, cast, evaluate
 from es_jax.tasks.task import Task
-from es_jax.training.config import RunConfig
+from es_jax.training.config import RunConfig, read_config
 from es_jax.training.es_step import Evaluator, compute_dtype
 from es_jax.training.fields import MeshConfig, ModelConfig
 from es_jax.training.loop import make_task, other_task

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from es_jax.core.tree import count
@@ -15,7 +16,7 @@ from es_jax.evals.export_step import restored
 from es_jax.rundir import directory
 from es_jax.rundir.checkpoints import saved_steps
 from es_jax.rundir.seed_log import NAME, SeedLog
-from es_jax.training.config import RunConfig
+from es_jax.training.config import RunConfig, read_config
 from es_jax.training.fields import ModelConfig
 from es_jax.training.predicted_drift import Walk
 from es_jax.training.state import load_anchor, load_base, replay
@@ -69,7 +70,7 @@ def of_run(workdir: Path, mesh: Mesh) -> WeightSource:
     Raises:
       ValueError, OSError: no run there, a damaged one, or base weights that are not the run's.
     """
-    config, log = directory.read_config(workdir), SeedLog(workdir, writable=False)
+    config, log = read_config(workdir), SeedLog(workdir, writable=False)
     model = load_outline(config.model.source)
     directory.check_base(workdir, config.model.source, model.digest)
     replayable, saved = config.method not in METHODS_WITHOUT_REPLAY, saved_steps(workdir)
@@ -105,12 +106,12 @@ def of_run(workdir: Path, mesh: Mesh) -> WeightSource:
         base=base,
         weights=weights,
         predicted=predicted,
-        sigma=lambda step: log.entries[step - 1].rates(config).sigma if config.method == "es" else None,
+        sigma=lambda step: config.logged_rates(log.entries[step - 1]).sigma if config.method == "es" else None,
     )
 
 
 def _fields(config: RunConfig) -> dict[str, Any]:
-    fields = directory.flat(json.loads(json.dumps(dataclasses.asdict(config))))
+    fields = flatten_dict(json.loads(json.dumps(dataclasses.asdict(config))), sep=".")
     return {name: value for name, value in fields.items() if not name.startswith(WITHOUT_MARK)}
 
 

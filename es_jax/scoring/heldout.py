@@ -4,21 +4,22 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from es_jax.generate.engine import Engine
 from es_jax.generate.options import score_options
+from es_jax.generate.prompts import Prompts
 from es_jax.models.config import TransformerConfig
 from es_jax.scoring.grading import Graded, Grader
 from es_jax.scoring.row_results import Verdicts
 from es_jax.scoring.workers import workers_of
 from es_jax.tasks.task import ChoiceTask, Example, PaperParts, Task
-from es_jax.training.es_step import Evaluator
 from es_jax.weights.model import Model
 from es_jax.weights.tokenizer import encode_prompt
 
@@ -68,8 +69,22 @@ def checked_prompt(model: Model, task: str, example: Example, max_prompt_tokens:
     return ids
 
 
+class Decoder(Protocol):
+    """What decodes θ itself, such as `es_jax.training.es_step.Evaluator`."""
+
+    @property
+    def engine(self) -> Engine: ...
+    @property
+    def mesh(self) -> Mesh: ...
+    @property
+    def dtype(self) -> jnp.dtype: ...
+    def unperturbed(
+        self, params: Any, queues: Iterable[Prompts]
+    ) -> Iterator[dict[int, tuple[range, np.ndarray, np.ndarray]]]: ...
+
+
 def evaluate(
-    evaluator: Evaluator,
+    evaluator: Decoder,
     model: Model,
     params: Any,
     tasks: Sequence[HeldOut],

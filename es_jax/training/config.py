@@ -3,6 +3,7 @@
 import dataclasses
 import types
 import typing
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from ml_collections import config_dict
@@ -10,6 +11,8 @@ from ml_collections import config_dict
 from es_jax.core.names import unknown
 from es_jax.es import theory
 from es_jax.optim.schedules import largest, make_schedule
+from es_jax.rundir import directory
+from es_jax.rundir.seed_log import Entry
 from es_jax.training.fields import (
     DecodeConfig,
     ESConfig,
@@ -103,6 +106,12 @@ class RunConfig:
         base = (self.optim.learning_rate, self.es.sigma, self.anchor_strength)
         return Rates(*(value * factor for value, factor in zip(base, factors, strict=True)))
 
+    def logged_rates(self, entry: Entry) -> Rates:
+        """α, σ and λ of a step of the seed log; the config's constants where an old log does not tell."""
+        if entry.learning_rate is None or entry.sigma is None or entry.strength is None:
+            return Rates(self.optim.learning_rate, self.es.sigma, self.anchor_strength)
+        return Rates(entry.learning_rate, entry.sigma, entry.strength)
+
     @property
     def anchor_strength(self) -> float:
         """λ: as set, or what the wanted drift κ needs; 0 without an anchor."""
@@ -159,6 +168,11 @@ def freeze(config: config_dict.ConfigDict | dict) -> RunConfig:
     if problems:
         raise ValueError("; ".join(problems))
     return frozen()
+
+
+def read_config(workdir: Path) -> RunConfig:
+    """The config that the run in the directory was started with."""
+    return freeze(directory.read(workdir)["config"])
 
 
 def _build(kind: type, values: dict, prefix: str, problems: list[str]) -> Any:

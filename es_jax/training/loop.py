@@ -19,7 +19,6 @@ from es_jax.models.sharding import param_shardings
 from es_jax.profiling.clock import Clock, Profile, Work, compilation_cache, split
 from es_jax.rundir import directory
 from es_jax.rundir.checkpoints import Checkpoints, abstract, nbytes
-from es_jax.rundir.recorder import Recorder
 from es_jax.rundir.seed_log import Entry, SeedLog
 from es_jax.scoring.grading import Graded, Grader
 from es_jax.scoring.heldout import HeldOut, checked_prompt, evaluate
@@ -31,6 +30,7 @@ from es_jax.training.config import RunConfig, freeze
 from es_jax.training.es_step import Evaluator, compute_dtype
 from es_jax.training.grpo import GRPO
 from es_jax.training.method import Evolution, Method
+from es_jax.training.recorder import Recorder
 from es_jax.training.state import State, base_config, load_base, mesh_of
 from es_jax.weights.model import load_outline
 
@@ -117,7 +117,7 @@ class _Run:
             HeldOut.of(tasks[name], rows, self.model, max_prompt_tokens=limit) for name, rows in tests.items()
         ]
         self.log = SeedLog(workdir)
-        directory.settle(workdir, config, identity=self._identity(), started=bool(self.log.entries))
+        directory.settle(workdir, dataclasses.asdict(config), identity=self._identity(), started=bool(self.log.entries))
         engine = self._engine()
         self.evaluator = Evaluator.of(config, engine, self.mesh)
         self.checkpoints = Checkpoints(workdir, keep=config.train.keep_checkpoints)

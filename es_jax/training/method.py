@@ -85,7 +85,7 @@ class Evolution:
     def learn(self, entry: Entry) -> dict[str, float | None]:
         """The step of `State.apply`, as in a replay; and what docs/diagnostics.md explains."""
         self._state.apply(entry)
-        rates = entry.rates(self._config)
+        rates = self._config.logged_rates(entry)
         found = diagnose(entry, learning_rate=rates.learning_rate, sigma=rates.sigma)
         if self._config.optim.name != "sgd" or self._config.es.rewards == "random":
             found["expected_gain"] = None

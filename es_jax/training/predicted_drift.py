@@ -34,7 +34,7 @@ class Walk:
         """One more step."""
         if self._config.method != "es":
             return
-        rates, anchor = entry.rates(self._config), self._config.optim.anchor
+        rates, anchor = self._config.logged_rates(entry), self._config.optim.anchor
         variance = theory.step_variance(np.array(entry.weights), paired=entry.paired)
         step = rates.learning_rate**2 * self._dim * variance
         q = 1 - rates.learning_rate * rates.strength if anchor.penalty == "l2" else 1.0

@@ -22,7 +22,7 @@ from es_jax.profiling.clock import launched
 from es_jax.rundir import directory
 from es_jax.rundir.checkpoints import abstract, restore_params, saved_steps
 from es_jax.rundir.seed_log import Entry, SeedLog
-from es_jax.training.config import RunConfig
+from es_jax.training.config import RunConfig, read_config
 from es_jax.training.es_step import (
     compute_dtype,
     distance,
@@ -131,7 +131,7 @@ class State:
     def apply(self, entry: Entry) -> None:
         """Move the weights from step − 1 to the entry's step. Nothing else ever moves them."""
         members, weights = placed_weights(self._mesh, entry.members, np.array(entry.weights, np.float32))
-        rates = entry.rates(self._run)
+        rates = self._run.logged_rates(entry)
         steps = np.array([rates.learning_rate, rates.learning_rate * rates.strength], np.float32)
         steps = place(steps, replicated(self._mesh))
         self.params, self.opt_state, squares = update(
@@ -190,7 +190,7 @@ def replay(
       FileNotFoundError: no run in the directory.
     """
     workdir = Path(workdir)
-    config = directory.read_config(workdir)
+    config = read_config(workdir)
     log = SeedLog(workdir, writable=False)
     wanted = sorted(set(range(len(log.entries) + 1) if steps is None else steps))
     if wanted and not 0 <= wanted[0] <= wanted[-1] <= len(log.entries):

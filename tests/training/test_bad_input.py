@@ -157,8 +157,8 @@ def command(*arguments):
 
 def test_the_command_trains_resumes_and_ends_mistakes_with_one_sentence(tiny_model, tmp_path):
     fields = {
-        "model.source": tiny_model, "task.train_size": 2, "es.population": 2, "decode.max_prompt": 160,
-        "decode.max_new": 2, "train.steps": 1, "evals.rows": 2,
+        "model.source": tiny_model, "task.train_size": 2, "es.population": 2, "decode.max_prompt_tokens": 160,
+        "decode.max_new_tokens": 2, "train.steps": 1, "evals.rows": 2,
     }  # fmt: skip
     flags = [f"--config.{name}={value}" for name, value in fields.items()]
     where = ["--config=configs/conciseness.py", f"--workdir={tmp_path / 'run'}"]

@@ -91,7 +91,7 @@ class Recorder:
         """The drift of a weight in σ, for a method that has a σ."""
         if self._config.method != "es":
             return None
-        return drift / math.sqrt(self._dim) / entry.rates(self._config).sigma
+        return drift / math.sqrt(self._dim) / self._config.logged_rates(entry).sigma
 
     def close(self) -> None:
         self._metrics.close()
