@@ -201,21 +201,23 @@ class _Evaluation:
         for test in self.tests if kl else ():
             self._check_kl(test, [row for row in measured if row["task"] == test.name])
         done = self._agreed([[row["step"], row["task"]] for row in measured])
-        later = [step for step in steps if step]  # than the base model
-        self.tests_due = {s: [test for test in self.tests if s not in done["rows"][test.name]] for s in steps}
-        self.kl_due = {s: [test for test in self.tests if kl and [s, test.name] not in done["kl"]] for s in later}
-        self.drift_due = [step for step in later if drift and step not in done["drift"]]
+        self.due: dict[int, tuple[list[HeldOut], list[HeldOut], bool]] = {}  # step → accuracies, KLs, whether drift
+        for step in steps:
+            accuracies = [test for test in self.tests if step not in done["rows"][test.name]]
+            kls = [test for test in self.tests if kl and step and [step, test.name] not in done["kl"]]
+            drift_due = bool(drift and step and step not in done["drift"])
+            if accuracies or kls or drift_due:
+                self.due[step] = accuracies, kls, drift_due
 
     def run(self) -> dict[str, Any]:
         """Do what is not done, and return the rows of the steps."""
         if processes.first():
             provenance.claim(self.folder, self.source)
-        todo = [s for s in self.steps if self.tests_due[s] or self.kl_due.get(s) or s in self.drift_due]
-        if todo:
-            total = sum(len(test.examples) for tests in self.tests_due.values() for test in tests)
-            total += sum(len(self._kl_prompts(test)) for tests in self.kl_due.values() for test in tests)
+        if self.due:
+            total = sum(len(test.examples) for accuracies, _, _ in self.due.values() for test in accuracies)
+            total += sum(len(self._kl_prompts(test)) for _, kls, _ in self.due.values() for test in kls)
             with tqdm(total=total, unit="row", dynamic_ncols=True, disable=not processes.first()) as self.bar:
-                self._steps(todo)
+                self._steps()
         tasks = {name: self._rows(name) for name in self.files}
         kl = [row for row in self._rows("kl") if row["task"] in tasks] if self.measure_kl else []
         drift = self._rows("drift") if self.measure_drift else []
@@ -247,21 +249,23 @@ class _Evaluation:
             )
         return views[0][1]
 
-    def _steps(self, todo: Sequence[int]) -> None:
-        dtype, kl_tests = compute_dtype(self.source.config), [t for tests in self.kl_due.values() for t in tests]
-        base = self.source.base() if kl_tests or self.drift_due else None
+    def _steps(self) -> None:
+        source, dtype = self.source, compute_dtype(self.source.config)
+        kl_tests = [test for test in self.tests if any(test in kls for _, kls, _ in self.due.values())]
+        needs_drift = any(drift_due for _, _, drift_due in self.due.values())
+        base = source.base() if kl_tests or needs_drift else None
         small = cast(base, dtype) if kl_tests else None
-        continuations = {test.name: self._continuations(test, small) for test in self.tests if test in kl_tests}
-        predicted = self.source.predicted(todo[-1], base) if self.drift_due else {}
-        for step, params in self.source.weights(todo):
+        continuations = {test.name: self._continuations(test, small) for test in kl_tests}
+        predicted = source.predicted(max(self.due), base) if needs_drift else {}
+        for step, params in source.weights([*self.due]):
             self.bar.set_description(f"step {step}")
-            due = self.tests_due[step]
-            for test, results in evaluate(self.evaluator, self.source.model, params, due, done=self.bar.update):
+            accuracies, kls, drift_due = self.due[step]
+            for test, results in evaluate(self.evaluator, source.model, params, accuracies, done=self.bar.update):
                 self.files[test.name].add(step, results, digest=test.digest, max_new_tokens=self.max_new_tokens)
-            if step in self.drift_due:
-                row = drifts.drift(base, params, sigma=self.source.sigma(step), predicted=predicted.get(step))
+            if drift_due:
+                row = drifts.drift(base, params, sigma=source.sigma(step), predicted=predicted.get(step))
                 self.drift.write({"step": step, **row})
-            for test in self.kl_due.get(step, ()):
+            for test in kls:
                 row = kl(self.engine.config, small, cast(params, dtype), continuations[test.name])
                 self.kl.write({"step": step, "task": test.name, **row, **self._kl_facts(test)})
                 self.bar.update(len(self._kl_prompts(test)))
