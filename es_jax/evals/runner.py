@@ -18,11 +18,10 @@ from es_jax.evals import provenance
 from es_jax.evals.kl import Continuation, kl, sample
 from es_jax.evals.weight_source import WeightSource, is_run, of_model, of_run
 from es_jax.generate.engine import engine_for
-from es_jax.profiling.clock import compilation_cache
-from es_jax.rundir.directory import write_json
-from es_jax.rundir.metrics import Jsonl
-from es_jax.scoring.evals_file import MAX, EvalsFile, read_evals
+from es_jax.rundir.directory import compilation_cache, write_json
+from es_jax.rundir.metrics import LAST, Jsonl
 from es_jax.scoring.heldout import HeldOut, cast, evaluate
+from es_jax.scoring.row_results import EvalsFile, read_evals
 from es_jax.tasks.task import Task
 from es_jax.training.config import RunConfig, read_config
 from es_jax.training.es_step import Evaluator, compute_dtype
@@ -196,7 +195,7 @@ class _Evaluation:
         self.files = {test.name: EvalsFile(folder, test.name) for test in self.tests}
         for test in self.tests:
             self.files[test.name].check(digest=test.digest, max_new_tokens=self.max_new_tokens, n=len(test.examples))
-        self.kl, self.drift = (Jsonl(folder / name, last_step=MAX) for name in ("kl.jsonl", "drift.jsonl"))
+        self.kl, self.drift = (Jsonl(folder / name, last_step=LAST) for name in ("kl.jsonl", "drift.jsonl"))
         measured = read_evals(self.kl.path)
         for test in self.tests if kl else ():
             self._check_kl(test, [row for row in measured if row["task"] == test.name])

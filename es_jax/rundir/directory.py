@@ -142,6 +142,31 @@ def check_base(workdir: Path, source: str, digest: str) -> None:
 
 
 @contextlib.contextmanager
+def compilation_cache(folder: Path) -> Iterator[None]:
+    """Compiled programs are kept in the folder and found there again, also where it was moved or copied to, unless the
+    user has a cache already.
+
+    What `JAX_COMPILATION_CACHE_DIR` or `jax_compilation_cache_dir` say is left as it is ("" is no cache at all). JAX
+    writes programs that took more than `jax_persistent_cache_min_compile_time_secs` to compile, from process 0 alone.
+    """
+    from jax.experimental.compilation_cache import compilation_cache as cache
+
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
+        yield
+        return
+    cache.reset_cache()  # JAX looks for a cache once, at the first compilation
+    inner = jax.config.jax_persistent_cache_enable_xla_caches  # type: ignore[attr-defined]
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # their paths would be part of programs' keys
+    try:
+        yield
+    finally:
+        jax.config.update("jax_compilation_cache_dir", None)
+        jax.config.update("jax_persistent_cache_enable_xla_caches", inner)
+        cache.reset_cache()
+
+
+@contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Say which file could not be written, and that nothing is lost."""
     try:

@@ -3,6 +3,7 @@
 import dataclasses
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,20 +11,20 @@ from ml_collections import config_dict
 
 from es_jax.core.names import unknown
 from es_jax.es import theory
-from es_jax.optim.schedules import largest, make_schedule
+from es_jax.optim.schedules import largest, make_schedule, parse
 from es_jax.rundir import directory
 from es_jax.rundir.seed_log import Entry
 from es_jax.training.fields import (
     DecodeConfig,
     ESConfig,
     EvalsConfig,
+    GRPOConfig,
     MeshConfig,
     ModelConfig,
     OptimConfig,
     TaskConfig,
     TrainConfig,
 )
-from es_jax.training.grpo_fields import GRPOConfig
 
 METHODS = ("es", "grpo")
 
@@ -67,6 +68,9 @@ class RunConfig:
                 make_schedule(text, self.train.steps)
             except ValueError as error:
                 raise ValueError(f"{field}: {error}") from None
+        text = self.es.schedule
+        if text.startswith(("linear", "cosine")) and not parse(text)[1] > 0:
+            raise ValueError(f"es.schedule is {text!r}: σ must stay above 0, so give an end, as in linear:0.1")
         highest = largest(self.optim.schedule) * largest(self.optim.anchor.schedule)
         rate = self.optim.learning_rate * self.anchor_strength * highest
         if self.optim.anchor.penalty == "l2" and not rate < 1:
@@ -140,14 +144,13 @@ def default_config() -> config_dict.ConfigDict:
     """All fields with their defaults, as the locked ConfigDict that config files start from."""
 
     def convert(kind: Any) -> config_dict.ConfigDict:
-        out = config_dict.ConfigDict()
-        for name, hint in typing.get_type_hints(kind).items():
-            default = next(f.default for f in dataclasses.fields(kind) if f.name == name)
+        fields, hints = config_dict.ConfigDict(), typing.get_type_hints(kind)
+        for field in dataclasses.fields(kind):
+            hint = hints[field.name]
             optional = isinstance(hint, types.UnionType)
-            out[name] = convert(hint) if dataclasses.is_dataclass(hint) else default
-            if optional:
-                out[name] = config_dict.placeholder(next(t for t in typing.get_args(hint) if t is not type(None)))
-        return out.lock()
+            default = config_dict.placeholder(typing.get_args(hint)[0]) if optional else field.default
+            fields[field.name] = convert(hint) if dataclasses.is_dataclass(hint) else default
+        return fields.lock()
 
     return convert(RunConfig)
 
@@ -164,10 +167,10 @@ def freeze(config: config_dict.ConfigDict | dict) -> RunConfig:
     """
     problems: list[str] = []
     values = config.to_dict() if isinstance(config, config_dict.ConfigDict) else config
-    frozen = _build(RunConfig, values, "", problems)
+    build = _checked(values, RunConfig, "", problems)
     if problems:
         raise ValueError("; ".join(problems))
-    return frozen()
+    return build()
 
 
 def read_config(workdir: Path) -> RunConfig:
@@ -175,32 +178,32 @@ def read_config(workdir: Path) -> RunConfig:
     return freeze(directory.read(workdir)["config"])
 
 
-def _build(kind: type, values: dict, prefix: str, problems: list[str]) -> Any:
-    """A function that makes the dataclass: it is called only when no field anywhere has a problem."""
-    hints, made = typing.get_type_hints(kind), {}
-    for name, value in values.items():
-        if name not in hints:
-            problems.append(unknown("config field", prefix + name, [prefix + known for known in hints]))
-        elif dataclasses.is_dataclass(hints[name]):
-            if isinstance(value, dict):
-                made[name] = _build(typing.cast(type, hints[name]), value, f"{prefix}{name}.", problems)
-            else:
-                problems.append(f"{prefix}{name} is {value!r}: it is a group of fields")
-        else:
-            made[name] = _checked(value, hints[name], prefix + name, problems)
-    return lambda: kind(**{name: make() for name, make in made.items()})
-
-
-def _checked(value: Any, hint: Any, name: str, problems: list[str]) -> Any:
+def _checked(value: Any, hint: Any, name: str, problems: list[str]) -> Callable[[], Any]:
+    """A function that makes the field, to be called when no field anywhere has a problem."""
+    if dataclasses.is_dataclass(hint):
+        return _checked_group(value, hint, name, problems)
     if typing.get_origin(hint) is tuple:
         kind = typing.get_args(hint)[0]
         if not isinstance(value, list | tuple) or not all(type(item) is kind for item in value):
             problems.append(f"{name} is {value!r}: it must be a tuple of {TUPLES[kind]}")
         return lambda: tuple(value)
     allowed = typing.get_args(hint) or (hint,)
-    if float in allowed and isinstance(value, int) and not isinstance(value, bool):
+    if float in allowed and type(value) is int:
         value = float(value)
     if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
         names = " or ".join("None" if t is type(None) else t.__name__ for t in allowed)
         problems.append(f"{name} is {value!r}: it must be {names}")
     return lambda: value
+
+
+def _checked_group(values: Any, kind: Any, group: str, problems: list[str]) -> Callable[[], Any]:
+    if not isinstance(values, dict):
+        problems.append(f"{group} is {values!r}: it is a group of fields")
+        return kind
+    hints, prefix, fields = typing.get_type_hints(kind), group and f"{group}.", {}
+    for name, value in values.items():
+        if name in hints:
+            fields[name] = _checked(value, hints[name], prefix + name, problems)
+        else:
+            problems.append(unknown("config field", prefix + name, [prefix + known for known in hints]))
+    return lambda: kind(**{name: make() for name, make in fields.items()})

@@ -22,7 +22,7 @@ from es_jax.models.sharding import param_shardings
 from es_jax.models.transformer import Transformer
 from es_jax.training.config import RunConfig
 from es_jax.training.es_step import start_of, stepped
-from es_jax.training.grpo_fields import GRPOConfig
+from es_jax.training.fields import GRPOConfig
 
 TOKENS_AT_ONCE = 512  # tokens whose logits over the whole vocabulary are held at the same time
 METRICS = ("loss", "tokens", "kl", "entropy", "ratio", "clip_fraction", "dual_clip_fraction")

@@ -16,9 +16,12 @@ from es_jax.core import processes, rng
 from es_jax.core.tree import count
 from es_jax.generate.engine import Engine, engine_for
 from es_jax.models.sharding import param_shardings
-from es_jax.profiling.clock import Clock, Profile, Work, compilation_cache, split
+from es_jax.profiling.clock import Clock, split
+from es_jax.profiling.trace import Profile
+from es_jax.profiling.utilisation import utilisation
 from es_jax.rundir import directory
 from es_jax.rundir.checkpoints import Checkpoints, abstract, nbytes
+from es_jax.rundir.directory import compilation_cache
 from es_jax.rundir.seed_log import Entry, SeedLog
 from es_jax.scoring.grading import Graded, Grader
 from es_jax.scoring.heldout import HeldOut, checked_prompt, evaluate
@@ -75,7 +78,12 @@ def run(config: RunConfig | config_dict.ConfigDict | dict, workdir: str | Path) 
     train = tasks[config.task.name].train(config.task.train_size)
     tests = {name: task.test(config.evals.rows) for name, task in tasks.items()} if config.evals.every else {}
     workers = workers_of(tasks[config.task.name])
-    with processes.stoppable(), directory.claim(workdir), compilation_cache(workdir / "cache"), workers as submit:
+    with (
+        processes.stoppable(),
+        directory.claim(workdir),
+        compilation_cache(workdir / "cache"),
+        workers as submit,
+    ):
         return _Run(config, workdir, tasks=tasks, train=train, tests=tests, submit=submit).train(began)
 
 
@@ -195,15 +203,24 @@ class _Run:
         times, models = len(graded), self.method.models
         prefill = self.packing.prefilled(prompts, times=times, models=models)
         prompt = times * sum(map(len, prompts))
-        engine, busy = self.evaluator.engine, seconds.get("decode", 0.0)
-        work = Work(engine.config, compute_dtype(self.config).itemsize, engine.slots, self.mesh.size)
-        used = {"prefill": prefill, "new": new, "completions": times * len(prompts), "models": models}
+        engine = self.evaluator.engine
+        used = utilisation(
+            engine.config,
+            itemsize=compute_dtype(self.config).itemsize,
+            slots=engine.slots,
+            devices=self.mesh.size,
+            prefill=prefill,
+            new=new,
+            completions=times * len(prompts),
+            models=models,
+            seconds=seconds.get("decode", 0.0),
+        )
         return {
             "tokens": new,
             "prompt_tokens": prompt,
             "tokens_per_second": new / total,
             "prompt_tokens_per_second": prompt / total,
-            **work.utilisation(**used, seconds=busy),
+            **used,
             "seconds": total,
             **split(seconds, total=total),
         }

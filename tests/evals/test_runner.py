@@ -13,8 +13,8 @@ from es_jax.evals import runner
 from es_jax.evals.export_step import export_run
 from es_jax.evals.runner import Options, evaluate_run
 from es_jax.evaluate import RENAMED, report, whole_numbers
-from es_jax.scoring.evals_file import read_evals
 from es_jax.scoring.heldout import likeliest
+from es_jax.scoring.row_results import read_evals
 from es_jax.tasks.lab import Lab
 from es_jax.tasks.task import Choices
 from es_jax.training.loop import run

@@ -19,7 +19,7 @@ from es_jax.core.processes import Preempted
 from es_jax.rundir.checkpoints import Checkpoints, saved_steps
 from es_jax.rundir.metrics import read_jsonl
 from es_jax.rundir.seed_log import SeedLog
-from es_jax.scoring.evals_file import EvalsFile
+from es_jax.scoring.row_results import EvalsFile
 from es_jax.training.config import freeze
 from es_jax.training.loop import run
 from es_jax.training.recorder import Recorder

@@ -15,7 +15,7 @@ from es_jax.generate.sampling import Temperature
 from es_jax.training import grpo_step
 from es_jax.training.config import RunConfig
 from es_jax.training.grpo import laid_out
-from es_jax.training.grpo_fields import AGGREGATIONS, GRPOConfig
+from es_jax.training.fields import AGGREGATIONS, GRPOConfig
 from es_jax.training.grpo_step import Policy, Rows, kl_k3, policy_loss, token_weights
 from es_jax.weights import convert
 from es_jax.weights.model import load_model
@@ -169,7 +169,7 @@ def test_loss_and_gradients_are_those_of_the_formulas_on_transformers_model(aggr
 
 
 def test_equal_rewards_give_no_gradient_and_no_nan(model):
-    policy = policy_of(model, kl=0.0)
+    policy = policy_of(model, kl_coef=0.0)
     rows = rows_of(advantage=np.zeros(8, np.float32), far=30.0)
     gradient, sums = gradient_of(policy, model, rows)
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(gradient))
