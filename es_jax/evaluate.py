@@ -18,38 +18,35 @@ from typing import Any
 
 from absl import app, flags
 
-from es_jax.core.flags import define_processes, joined_processes, parser
+from es_jax.core.flags import command, define_processes, parser
 
 RENAMED = {"size": "rows", "kl_size": "kl_rows", "max_new": "max_new_tokens", "max_prompt": "max_prompt_tokens"}
 
 
 def main(argv: list[str]) -> None:
     """Flags → evaluate_run()."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}")
-    logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax, on opening checkpoints to read them
-    with joined_processes("es_jax.evaluate") as given:
+    with command("es_jax.evaluate", argv) as values:
         from es_jax.core import processes  # JAX starts only when the flags are good
         from es_jax.evals.runner import Options, evaluate_run
 
-        options: dict[str, Any] = {field.name: given[field.name].value for field in dataclasses.fields(Options)}
+        options: dict[str, Any] = {field.name: values[field.name].value for field in dataclasses.fields(Options)}
         try:
             result = evaluate_run(
-                given.workdir,
-                tasks=given.tasks or None,
-                every=given.every,
-                steps=whole_numbers(given.steps),
-                kl=given.kl,
-                drift=given.drift,
-                base=given.base,
-                out=given.out,
+                values.workdir,
+                tasks=values.tasks or None,
+                every=values.every,
+                steps=whole_numbers(values.steps),
+                kl=values.kl,
+                drift=values.drift,
+                base=values.base,
+                out=values.out,
                 options=Options(**options),
             )
         except KeyboardInterrupt:
             sys.exit("es_jax.evaluate: interrupted; the same command goes on after what is finished")
         if processes.first():
-            print(json.dumps(result) if given.json else report(result))
+            print(json.dumps(result) if values.json else report(result))
 
 
 def whole_numbers(steps: list[str] | None) -> list[int] | None:

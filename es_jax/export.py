@@ -17,23 +17,20 @@ from typing import Any
 
 from absl import app, flags
 
-from es_jax.core.flags import define_processes, joined_processes, parser
+from es_jax.core.flags import command, define_processes, parser
 
 
 def main(argv: list[str]) -> None:
     """Flags → export_run()."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}")
-    logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax says three times that it only reads
-    with joined_processes("es_jax.export") as given:
+    with command("es_jax.export", argv) as values:
         from es_jax.core import processes  # JAX starts only when the flags are good
         from es_jax.evals.export_step import export_run
 
-        nbytes = max(int(given.max_shard_gb * 1e9), 1)
-        result = export_run(given.workdir, given.out, step=given.step, dtype=given.dtype, max_shard_bytes=nbytes)
+        nbytes = max(int(values.max_shard_gb * 1e9), 1)
+        result = export_run(values.workdir, values.out, step=values.step, dtype=values.dtype, max_shard_bytes=nbytes)
         if processes.first():
-            print(json.dumps(result) if given.json else _sentence(result))
+            print(json.dumps(result) if values.json else _sentence(result))
 
 
 def _sentence(result: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ import sys
 from absl import app, flags
 from ml_collections import config_flags
 
-from es_jax.core.flags import define_processes, joined_processes, parser
+from es_jax.core.flags import command, define_processes, parser
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A config file, and after a colon its arguments.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory; a run that is there is resumed.")
@@ -26,13 +26,10 @@ _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where an error came fro
 
 def main(argv: list[str]) -> None:
     """Flags → config → run()."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}: fields are set with --config.group.field=value")
-    logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger("es_jax").setLevel(logging.INFO)
     from es_jax.core import processes  # JAX starts only when the flags are good
 
-    with joined_processes("es_jax.train"):
+    with command("es_jax.train", argv):
         try:
             _train()
         except processes.Preempted as stop:

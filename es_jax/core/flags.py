@@ -1,11 +1,12 @@
 """How the commands read their flags, and those of a command that may be one of several processes."""
 
 import contextlib
+import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from absl import flags
+from absl import app, flags
 
 from es_jax.core.names import RENAMED
 
@@ -51,22 +52,29 @@ def define_processes() -> None:
 
 
 @contextlib.contextmanager
-def joined_processes(command: str) -> Iterator[flags.FlagValues]:
-    """Inside, the processes of a command are together: as the flags say, the rest as the environment does.
+def command(name: str, argv: list[str]) -> Iterator[flags.FlagValues]:
+    """What is around the work of a command. Inside, its processes are together: as the flags say, the rest as the
+    environment does. A ValueError or OSError ends it with one sentence, unless --traceback asks for the whole.
 
-    A ValueError or OSError from inside ends the command with one sentence, unless --traceback asks for the whole.
+    Args:
+      name: what the sentence begins with, "es_jax.train".
+      argv: what absl leaves of the command line.
     """
+    values = flags.FLAGS
+    if len(argv) > 1:
+        hint = ": fields are set with --config.group.field=value" if "config" in values else ""
+        raise app.UsageError(f"unexpected arguments {argv[1:]}{hint}")
+    logging.getLogger().setLevel(logging.WARNING)
     from es_jax.core import processes  # JAX starts only when the flags are good
 
-    values = flags.FLAGS
     given = {flag: values[flag].value for flag in _NAMES if values[flag].value is not None}
     joined: contextlib.AbstractContextManager = contextlib.nullcontext()
     if given or values["distributed"].value:
-        joined = processes.joined(command, heartbeat_timeout_seconds=values["heartbeat_timeout"].value, **given)
+        joined = processes.joined(name, heartbeat_timeout_seconds=values["heartbeat_timeout"].value, **given)
     with joined:
         try:
             yield values
         except (ValueError, OSError) as error:
             if values["traceback"].value:
                 raise
-            sys.exit(f"{command}: {error}")
+            sys.exit(f"{name}: {error}")
