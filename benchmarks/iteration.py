@@ -39,8 +39,7 @@ from es_jax.profiling.clock import Clock, split
 from es_jax.scoring.grading import Grader
 from es_jax.tasks import get_task
 from es_jax.training.config import freeze
-from es_jax.training.es_step import Evaluator
-from es_jax.training.method import Evolution
+from es_jax.training.es import Evaluator, Evolution
 from es_jax.training.state import State
 from es_jax.weights.model import Model, load_model, save_model
 from es_jax.weights.tokenizer import encode_prompt
@@ -110,8 +109,7 @@ class Bench:
             method = Evolution(config(members), evaluator, states["one"], engine.packing(self.prompts))
             with Clock() as clock:
                 began = time.monotonic()
-                entry, _ = method.collect(step, self.prompts, grader, lambda done: None)
-                method.learn(entry)
+                method.step(step, self.prompts, grader, lambda done: None)
                 float(states["one"].drift)
                 return split(clock.seconds(), total=time.monotonic() - began)
 

@@ -20,7 +20,7 @@ from typing import Any
 _HOME = {
     "es_jax.es.population": ("Members", "Population"),
     "es_jax.es.noise": ("GaussianNoise", "SharedSeedNoise"),
-    "es_jax.es.shaping": ("centered_rank", "group_relative", "z_score"),
+    "es_jax.es.shaping": ("centered_rank", "z_score"),
     "es_jax.optim.anchored": ("anchored_weight_decay",),
     "es_jax.optim.chains": ("build_optimizer",),
     "es_jax.models.config": ("RopeScaling", "TransformerConfig"),
@@ -33,7 +33,8 @@ _HOME = {
     "es_jax.tasks.task": ("Example", "Score", "Task"),
     "es_jax.tasks": ("get_task",),
     "es_jax.training.loop": ("RunResult", "run"),
-    "es_jax.training.state": ("replay",),
+    "es_jax.training.grpo": ("group_relative",),
+    "es_jax.training.weights_at": ("replay",),
     "es_jax.evals.runner": ("evaluate_run",),
 }
 _NAMES = {name: module for module, names in _HOME.items() for name in names}

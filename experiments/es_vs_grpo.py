@@ -34,7 +34,7 @@ from es_jax.tasks import get_task
 from es_jax.tasks.lab import PRIOR
 from es_jax.training.config import read_config
 from es_jax.training.loop import run
-from es_jax.training.state import replay
+from es_jax.training.weights_at import replay
 from es_jax.weights.model import load_model
 from es_jax.weights.tokenizer import encode_prompt
 from experiments.runs import PRETRAINED, check_models, done, mean_se, plain_errors

@@ -12,17 +12,16 @@ from jax.sharding import Mesh
 
 from es_jax.core.tree import count
 from es_jax.evals.drift import drift
-from es_jax.evals.export_step import restored
 from es_jax.rundir import directory
-from es_jax.rundir.checkpoints import saved_steps
 from es_jax.rundir.seed_log import NAME, SeedLog
 from es_jax.training.config import RunConfig, read_config
 from es_jax.training.fields import ModelConfig
+from es_jax.training.method import METHODS
 from es_jax.training.predicted_drift import Walk
-from es_jax.training.state import load_anchor, load_base, replay
+from es_jax.training.state import load_anchor, load_base
+from es_jax.training.weights_at import weights_at
 from es_jax.weights.model import Model, load_outline
 
-METHODS_WITHOUT_REPLAY = ("grpo",)
 SHORT = 16  # characters of a digest
 # What may differ between two runs with the same weights at each step. Digests stand for the paths.
 WITHOUT_MARK = (*directory.CHANGEABLE, "model.source", "task.data_dir", "optim.anchor.source", "evals.")
@@ -73,26 +72,12 @@ def of_run(workdir: Path, mesh: Mesh) -> WeightSource:
     config, log = read_config(workdir), SeedLog(workdir, writable=False)
     model = load_outline(config.model.source)
     directory.check_base(workdir, config.model.source, model.digest)
-    replayable, saved = config.method not in METHODS_WITHOUT_REPLAY, saved_steps(workdir)
-
-    def base() -> Any:
-        return load_base(config, mesh).params
-
-    def weights(steps: Sequence[int]) -> Iterator[tuple[int, Any]]:
-        missing = [step for step in steps if step not in saved and (step or replayable)]
-        if missing and not replayable:
-            raise ValueError(
-                f"steps {missing} of {workdir} have no checkpoint and a run of this method cannot be "
-                f"replayed: choose of {[0, *saved]}, or train with a larger train.keep_checkpoints"
-            )
-        rebuilt = replay(workdir, steps=missing, mesh=mesh) if replayable else iter([(0, base())])
-        for step in steps:
-            yield step, restored(workdir, config, model, step, mesh=mesh) if step in saved else next(rebuilt)[1]
+    perturbs = METHODS[config.method].perturbs
 
     def predicted(last: int, start: Any) -> dict[int, float | None]:
         offset = drift(start, load_anchor(config, mesh, start))["norm"] if config.optim.anchor.source else 0.0
         walk, norms = Walk(config, count(start), offset=offset), {}
-        for entry in log.entries[:last] if replayable else ():
+        for entry in log.entries[:last] if perturbs else ():
             walk.add(entry)
             norms[entry.step] = walk.norm
         return norms
@@ -103,10 +88,10 @@ def of_run(workdir: Path, mesh: Mesh) -> WeightSource:
         config=config,
         model=model,
         last=len(log.entries),
-        base=base,
-        weights=weights,
+        base=lambda: load_base(config, mesh).params,
+        weights=lambda steps: weights_at(workdir, steps, mesh=mesh),
         predicted=predicted,
-        sigma=lambda step: config.logged_rates(log.entries[step - 1]).sigma if config.method == "es" else None,
+        sigma=lambda step: config.logged_rates(log.entries[step - 1]).sigma if perturbs else None,
     )
 
 

@@ -6,6 +6,7 @@
 
 import dataclasses
 import math
+import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -16,17 +17,30 @@ import optax
 from jax.sharding import Mesh
 
 from es_jax.core import rng
+from es_jax.core.chunked_map import ceil_div
 from es_jax.core.mesh import MODEL, over_pop, replicated
 from es_jax.es.population import Members
 from es_jax.generate.engine import Engine
 from es_jax.generate.prompts import WIDTH_STEP, Prompts
 from es_jax.generate.slots import Queue
 from es_jax.models.config import TransformerConfig
+from es_jax.models.known_configs import PUBLISHED, published
 from es_jax.models.sharding import param_shardings
 from es_jax.models.transformer import Transformer, matrix_weights
 from es_jax.planning.costs import Work, cache_bytes, decode_flops, decode_memory, prefill_flops
+from es_jax.planning.topology import Topology
 from es_jax.training.config import RunConfig
-from es_jax.training.es_step import Evaluator, of_update, optimizer, state_shardings, update
+from es_jax.training.es import Evaluator
+from es_jax.training.method import METHODS
+from es_jax.training.state import (
+    UpdateSpec,
+    anchor_stays,
+    base_config,
+    mesh_of,
+    state_shardings,
+    transformation,
+    update,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,16 +100,14 @@ class Programs:
         dtype = jnp.dtype(config.model.param_dtype)
         params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), params)
         self.params = _placed(params, param_shardings(mesh, params))
-        self.tx = optimizer(config, mesh, self.params)[0]
+        self.spec = UpdateSpec.of(config)
+        self.tx = transformation(self.spec.chain, mesh, self.params)
         state = jax.eval_shape(self.tx.init, self.params)
-        self.opt_state = _placed(state, state_shardings(config, mesh, state))
-        anchored = config.optim.anchor.penalty != "none"
-        moves = config.optim.anchor.ema_decay is not None or config.optim.anchor.source is not None
-        self.base = None if anchored and not moves else self.params
+        self.opt_state = _placed(state, state_shardings(self.spec.chain, mesh, state))
+        self.start = None if anchor_stays(config) else self.params
         self.prompts = config.task.prompts_per_step or config.task.train_size
-        self.width = min(
-            -(-config.decode.max_prompt_tokens // WIDTH_STEP) * WIDTH_STEP, config.decode.max_prompt_tokens
-        )
+        longest = config.decode.max_prompt_tokens
+        self.width = min(ceil_div(longest, WIDTH_STEP) * WIDTH_STEP, longest)
         self.evaluator = Evaluator.of(config, self._engine(), mesh)
         self.copy = jax.eval_shape(self.evaluator._perturb, self.params, self._members(self.evaluator.lanes))
 
@@ -115,7 +127,7 @@ class Programs:
             times=0,
             turns={},
             parts=held,
-            own=frozenset({"parameters", "moments"} | ({"anchor"} if self.base is None else set())),
+            own=frozenset({"parameters", "moments"} | ({"anchor"} if self.start is None else set())),
             work=Work(memory=2.0 * sum(part.device for part in held.values())),
         )
 
@@ -151,7 +163,7 @@ class Programs:
             self.prompts,
             self.width,
             decode.max_new_tokens,
-            steps=-(-self.prompts // slots) * decode.max_new_tokens,
+            steps=ceil_div(self.prompts, slots) * decode.max_new_tokens,
             copy=self._matrices(size),
             itemsize=size,
         )
@@ -169,14 +181,18 @@ class Programs:
         """Estimate and step."""
         n = self.config.es.population
         everywhere = replicated(self.mesh)
-        members = Members(array((n,), jnp.uint32, everywhere), array((n,), jnp.float32, everywhere))
-        weights = array((n,), jnp.float32, everywhere)
+        members = Members(
+            array((n,), jnp.uint32, everywhere),
+            array((n,), jnp.float32, everywhere),
+            paired=self.config.es.antithetic,
+        )
+        weights, rates = array((n,), jnp.float32, everywhere), array((2,), jnp.float32, everywhere)
         held = self._held()
         total = sum(part.device + part.host for part in held.values())
         return Program(
             "update",
             lambda: update.lower(
-                of_update(self.config), self.mesh, self.params, self.opt_state, self.base, members, weights
+                self.spec, self.mesh, self.params, self.opt_state, self.start, members, weights, rates
             ),
             times=1,
             turns={"": n},
@@ -188,7 +204,7 @@ class Programs:
     @property
     def rounds(self) -> int:
         """Rounds of members in an iteration."""
-        return -(-self.config.es.population // self.evaluator.lanes)
+        return ceil_div(self.config.es.population, self.evaluator.lanes)
 
     def place_copy(self, shardings: Any) -> None:
         """Take the members' weights where the compiled `perturb` leaves them."""
@@ -211,9 +227,9 @@ class Programs:
 
     def _held(self) -> dict[str, Held]:
         """What a run has on its devices at any time."""
-        anchor = optax.tree_utils.tree_get(self.opt_state, "anchor", None) if self.base is None else self.base
+        anchor = optax.tree.get(self.opt_state, "anchor", None) if self.start is None else self.start
         moments = Held.of(self.opt_state)
-        if self.base is None:
+        if self.start is None:
             moments = Held(moments.device - Held.of(anchor).device, moments.host - Held.of(anchor).host)
         return {"parameters": Held.of(self.params), "anchor": Held.of(anchor), "moments": moments}
 
@@ -233,3 +249,32 @@ def array(shape: tuple[int, ...], dtype: Any, sharding: Any) -> Any:
 
 def _placed(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda leaf, where: array(leaf.shape, leaf.dtype, where), tree, shardings)
+
+
+def find_shape(config: RunConfig) -> tuple[TransformerConfig, str]:
+    """The shape of a run's base model, and where it was found: "files" (a folder with a config.json, a .gguf, the hub
+    or its cache), or "published" (`es_jax.models.known_configs`) where a hub name cannot be had.
+
+    Raises:
+      ValueError: an empty model.source, or a config that asks for what is not implemented.
+      FileNotFoundError, PermissionError: it is not here, not on the hub or not to be had, and not in the table.
+    """
+    try:
+        return base_config(config), "files"
+    except (FileNotFoundError, PermissionError) as error:
+        known = published(config.model.source)
+        if known is None:
+            raise type(error)(f"{error}; shapes known without it: {', '.join(PUBLISHED)}") from error
+        return known, "published"
+
+
+def programs_of(config: RunConfig, model: TransformerConfig, topology: Topology) -> Programs:
+    """A run's programs, on the mesh that it asks for; model.dtype "auto" is bfloat16, as on any accelerator.
+
+    Raises:
+      ValueError: a mesh that the topology or the model does not allow.
+    """
+    if config.model.dtype == "auto":
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bfloat16"))
+    mesh = mesh_of(config, model, devices=list(topology.devices), memory=topology.chip.memory)
+    return pkgutil.resolve_name(METHODS[config.method].programs)(config, model, mesh)

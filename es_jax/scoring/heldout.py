@@ -70,7 +70,7 @@ def checked_prompt(model: Model, task: str, example: Example, max_prompt_tokens:
 
 
 class Decoder(Protocol):
-    """What decodes θ itself, such as `es_jax.training.es_step.Evaluator`."""
+    """What decodes θ itself, such as `es_jax.training.es.Evaluator`."""
 
     @property
     def engine(self) -> Engine: ...

@@ -25,8 +25,7 @@ from es_jax.training.fields import (
     TaskConfig,
     TrainConfig,
 )
-
-METHODS = ("es", "grpo")
+from es_jax.training.method import METHODS
 
 TUPLES: dict[type, str] = {str: "names", int: "whole numbers"}
 
@@ -61,8 +60,8 @@ class RunConfig:
     def __post_init__(self):
         if self.method not in METHODS:
             raise ValueError(unknown("method", self.method, METHODS))
-        if self.method == "grpo":
-            self._check_grpo()
+        if not METHODS[self.method].perturbs:
+            self._check_gradients()
         for field, text in self._schedules.items():
             try:
                 make_schedule(text, self.train.steps)
@@ -80,20 +79,22 @@ class RunConfig:
                 + ": the l2 anchor needs it below 1; lower optim.anchor.strength, or raise optim.anchor.kappa"
             )
 
-    def _check_grpo(self) -> None:
+    def _check_gradients(self) -> None:
         if self.model.param_dtype != "float32":
             raise ValueError(
-                f"model.param_dtype is {self.model.param_dtype!r} with method 'grpo': gradients, moments and weights "
-                "are kept in float32; set model.dtype for what the model computes in"
+                f"model.param_dtype is {self.model.param_dtype!r} with method {self.method!r}: gradients, moments and "
+                "weights are kept in float32; set model.dtype for what the model computes in"
             )
         if self.optim.anchor.kappa is not None:
             raise ValueError(
-                f"optim.anchor.kappa is {self.optim.anchor.kappa} with method 'grpo': the drift of a weight is known "
-                "in closed form for ES alone; set optim.anchor.strength instead"
+                f"optim.anchor.kappa is {self.optim.anchor.kappa} with method {self.method!r}: the drift of a weight "
+                "is known in closed form for ES alone; set optim.anchor.strength instead"
             )
         for field, text in self._schedules.items():
             if text != "constant":
-                raise ValueError(f"{field} is {text!r} with method 'grpo': schedules are for ES; set it to 'constant'")
+                raise ValueError(
+                    f"{field} is {text!r} with method {self.method!r}: schedules are for ES; set it to 'constant'"
+                )
 
     @property
     def _schedules(self) -> dict[str, str]:
@@ -125,7 +126,9 @@ class RunConfig:
     @property
     def anchor_kappa(self) -> float | None:
         """κ, the long-run drift of a weight in units of σ; None where the weights wander freely or it is not known."""
-        moving = self.optim.name != "sgd" or self.method != "es" or self.optim.anchor.ema_decay is not None
+        moving = (
+            self.optim.name != "sgd" or not METHODS[self.method].perturbs or self.optim.anchor.ema_decay is not None
+        )
         if not self.anchor_strength or moving:
             return None
         return self.optim.anchor.kappa or self._theory(theory.drift_for_strength, self.anchor_strength)

@@ -133,7 +133,7 @@ class GRPOConfig:
       dual_clip: c > 1: a token of negative advantage loses at most c times its advantage.
       kl_coef: ≥ 0, of the k3 estimate of KL(π ‖ π_ref) in the loss; at 0 no reference is scored.
       entropy: of the entropy bonus.
-      aggregation: how tokens' losses become one; see `grpo_step.token_weights`.
+      aggregation: how tokens' losses become one; see `grpo.token_weights`.
       scale_by_std: divide advantages by their group's std; False is Dr. GRPO (arXiv 2503.20783).
       std_eps: ≥ 0, added to that std.
       log_ratio_limit: > 0: log-ratios are clamped to ± this before they are raised.

@@ -1,12 +1,26 @@
-"""The training loop: members → rewards → weights → estimate and update → seed log."""
+"""The training loop. A step t = 1..T of Evolution Strategies with Anchored Weight Decay (θ₀ the base weights):
+
+    seeds and signs of N members               a function of (run seed, t): Population.members
+    for each round of members:                 Evaluator.members in es.py, a group of devices a member
+        θ + signₙ σ εₙ                         made where it decodes: es/noise.py
+        completions of the step's prompts      greedy, on the group: generate/
+        rₙ, their mean reward                  on the host, while the next round decodes: scoring/grading.py
+    wₙ, the shaped rewards                     z-scores, on the host: es/shaping.py
+    g = −1/N Σ wₙ signₙ εₙ                     state.update: each device makes ε again for its own slice of θ, and
+    θ ← θ − α g;  θ ← θ₀ + (1 − αλ)(θ − θ₀)    nothing is sent: optim/chains.py, and optim/anchored.py for the anchor
+    metrics.jsonl, samples.jsonl, tb/          the first process: recorder.py
+    seedlog.jsonl: seeds, rewards, weights     on disk: now the step is finished, and a kill does not undo it
+    ckpt/ and evals/, where they are due       with the last step in any case
+
+GRPO (grpo.py) takes the place of what comes before the metrics. A killed run goes on as weights_at.resume says.
+"""
 
 import dataclasses
 import functools
 import hashlib
 import json
-import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +34,7 @@ from es_jax.profiling.clock import Clock, split
 from es_jax.profiling.trace import Profile
 from es_jax.profiling.utilisation import utilisation
 from es_jax.rundir import directory
-from es_jax.rundir.checkpoints import Checkpoints, abstract, nbytes
+from es_jax.rundir.checkpoints import Checkpoints, nbytes
 from es_jax.rundir.directory import compilation_cache
 from es_jax.rundir.seed_log import Entry, SeedLog
 from es_jax.scoring.grading import Graded, Grader
@@ -30,15 +44,12 @@ from es_jax.tasks import get_task
 from es_jax.tasks.data import rows_folder
 from es_jax.tasks.task import Example, Task
 from es_jax.training.config import RunConfig, freeze
-from es_jax.training.es_step import Evaluator, compute_dtype
-from es_jax.training.grpo import GRPO
-from es_jax.training.method import Evolution, Method
+from es_jax.training.es import Evaluator
+from es_jax.training.method import METHODS
 from es_jax.training.recorder import Recorder
-from es_jax.training.state import State, base_config, load_base, mesh_of
+from es_jax.training.state import State, base_config, compute_dtype, load_base, mesh_of
+from es_jax.training.weights_at import resume
 from es_jax.weights.model import load_outline
-
-logger = logging.getLogger(__name__)
-METHODS: dict[str, Callable[..., Method]] = {"es": Evolution, "grpo": GRPO}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,8 +143,8 @@ class _Run:
         self.state = State(config, self.mesh, model.params)
         del model
         self.packing = engine.packing(self.prompts)
-        self.method = METHODS[config.method](config, self.evaluator, self.state, self.packing)
-        self._resume()
+        self.method = METHODS[config.method].make(config, self.evaluator, self.state, self.packing)
+        resume(config, workdir, self.state, self.log, self.checkpoints)
         directory.check_space(workdir, nbytes(self.state.params, self.state.opt_state))
         self.recorder = Recorder(
             config,
@@ -183,15 +194,14 @@ class _Run:
             clock.restart()
             with self.profile.step(step):
                 began = time.monotonic()
-                entry, graded = self._collect(step)
-                learnt = self.method.learn(entry)
+                entry, graded, learnt = self._step(step)
                 drift = float(self.state.drift)
                 now = time.monotonic()
             first = {"seconds_to_first_step": now - asked} if step == start + 1 else {}
             spent = self._spent(step, clock.seconds(), graded, total=now - began)
             self.recorder.step(entry, graded, drift=drift, spent={**spent, **first}, learnt=learnt)
             self.log.append(entry)
-            if told := self.profile.done(step, spent, functools.partial(self.method.inside, entry)):
+            if told := self.profile.done(step, spent, functools.partial(self.method.seconds_alone, entry)):
                 self.recorder.progress.say(told)
             self._finish_step(step)
 
@@ -225,12 +235,11 @@ class _Run:
             **split(seconds, total=total),
         }
 
-    def _collect(self, step: int) -> tuple[Entry, list[list[Graded]]]:
-        """The method's completions of the step's prompts, graded."""
-        rows, task = self._rows(step), self.tasks[self.config.task.name]
-
-        grader = Grader(task, self.model, [self.examples[i] for i in rows], self.submit)
-        return self.method.collect(step, [self.prompts[i] for i in rows], grader, self.recorder.progress.advance)
+    def _step(self, step: int) -> tuple[Entry, list[list[Graded]], Mapping[str, float | None]]:
+        """The method's step, on the prompts whose turn it is."""
+        rows = self._rows(step)
+        grader = Grader(self.tasks[self.config.task.name], self.model, [self.examples[i] for i in rows], self.submit)
+        return self.method.step(step, [self.prompts[i] for i in rows], grader, self.recorder.progress.advance)
 
     def _identity(self) -> dict[str, Any]:
         """What a run is besides its fields, as config.json keeps it."""
@@ -260,31 +269,6 @@ class _Run:
             stop_token_ids=self.model.stop_token_ids,
             field="decode.max_new_tokens",
         )
-
-    def _resume(self) -> None:
-        """Bring the state to the last finished step: the newest checkpoint, then the log's steps since."""
-        done, saved = len(self.log.entries), self.checkpoints.latest()
-        if done > self.config.train.steps:
-            raise ValueError(
-                f"train.steps is {self.config.train.steps} but {self.workdir} has {done} finished steps: "
-                "set train.steps at least as high"
-            )
-        if saved is not None and saved > done:
-            raise ValueError(
-                f"{self.workdir} has a checkpoint of step {saved}, but its seed log ends at step {done}: restore "
-                "seedlog.jsonl, or delete the newer checkpoints"
-            )
-        if saved is not None:
-            like = abstract((self.state.params, self.state.opt_state))
-            self.state.params = self.state.opt_state = None  # their memory is the checkpoint's now
-            self.state.params, self.state.opt_state = self.checkpoints.restore(saved, *like)
-        if not self.method.replayable and done > (saved or 0):
-            logger.info("resumed at step %d, the last checkpoint's: steps to %d are made again", saved or 0, done)
-            self.log.cut(saved or 0)
-        for entry in self.log.entries[saved or 0 :]:
-            self.state.apply(entry)
-        if done and self.method.replayable:
-            logger.info("resumed at step %d: checkpoint of step %s, the rest replayed", done, saved or 0)
 
     def _rows(self, step: int) -> Sequence[int]:
         """Which examples a step uses: all, or the next ones of a seeded order that goes through all in turn."""

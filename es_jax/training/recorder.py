@@ -13,6 +13,7 @@ from es_jax.scoring.grading import Graded, means
 from es_jax.scoring.heldout import HeldOut
 from es_jax.scoring.row_results import EvalsFile, RowResults
 from es_jax.training.config import RunConfig
+from es_jax.training.method import METHODS
 from es_jax.training.predicted_drift import Walk
 
 
@@ -88,7 +89,7 @@ class Recorder:
 
     def _kappa(self, drift: float, entry: Entry) -> float | None:
         """The drift of a weight in σ, for a method that has a σ."""
-        if self._config.method != "es":
+        if not METHODS[self._config.method].perturbs:
             return None
         return drift / math.sqrt(self._dim) / self._config.logged_rates(entry).sigma
 

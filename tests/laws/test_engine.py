@@ -20,7 +20,7 @@ from es_jax.generate.slots import CHUNK
 from es_jax.models.config import TransformerConfig
 from es_jax.models.transformer import Transformer
 from es_jax.training.config import freeze
-from es_jax.training.es_step import Evaluator
+from es_jax.training.es import Evaluator
 
 COMMON = dict(vocab_size=40, width=32, layers=2, heads=4, head_dim=8, mlp_dim=48)
 CONFIGS = {

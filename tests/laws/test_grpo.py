@@ -14,7 +14,7 @@ from es_jax.rundir.seed_log import SeedLog
 from es_jax.training.config import freeze
 from es_jax.training.loop import run
 from es_jax.training.recorder import Recorder
-from es_jax.training.state import replay
+from es_jax.training.weights_at import replay
 from es_jax.weights.model import load_model
 
 STEPS = 4

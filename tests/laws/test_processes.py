@@ -24,7 +24,7 @@ from es_jax.rundir.checkpoints import saved_steps
 from es_jax.rundir.metrics import read_jsonl
 from es_jax.rundir.seed_log import SeedLog
 from es_jax.training.loop import run
-from es_jax.training.state import replay
+from es_jax.training.weights_at import replay
 from es_jax.weights.model import load_model
 
 ROOT = Path(__file__).resolve().parents[2]

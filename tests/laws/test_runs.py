@@ -23,7 +23,8 @@ from es_jax.scoring.row_results import EvalsFile
 from es_jax.training.config import freeze
 from es_jax.training.loop import run
 from es_jax.training.recorder import Recorder
-from es_jax.training.state import State, replay
+from es_jax.training.state import State
+from es_jax.training.weights_at import replay
 
 STEPS = 6
 
