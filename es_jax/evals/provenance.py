@@ -19,36 +19,36 @@ def check(folder: Path, source: WeightSource) -> None:
     A folder without subject.json, of training or of an earlier version, is taken as it is. Rows of step 0 are of the
     base model: while there are no others, any source with the same base may go on with them.
     """
-    there = _read(folder)
-    if there is None:
+    name, marks = _read(folder)
+    if marks is None:
         return
-    then, now = DEFAULTS | there["marks"], DEFAULTS | source.marks(there["marks"].get("steps", 0))
-    differing = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+    then, now = DEFAULTS | marks, DEFAULTS | source.marks(marks.get("steps", 0))
+    differing = [field for field in {**then, **now} if then.get(field) != now.get(field)]
     beyond = any(row["step"] for path in sorted(folder.glob("*.jsonl")) for row in read_jsonl(path))
     if "base" in differing or (differing and beyond):
-        pairs = [f"{name} {then.get(name)!r} there and {now.get(name)!r} here" for name in differing]
+        pairs = [f"{field} {then.get(field)!r} there and {now.get(field)!r} here" for field in differing]
         raise ValueError(
-            f"{folder} has rows of {there['name']} and this evaluation is of {source.name}, with other weights "
+            f"{folder} has rows of {name} and this evaluation is of {source.name}, with other weights "
             f"({'; '.join(pairs[:SHOWN])}): use another --out"
         )
 
 
 def claim(folder: Path, source: WeightSource) -> None:
     """Write subject.json, unless it tells of the same weights; to call after `check`."""
-    there, marks = _read(folder), source.marks(source.last)
-    if there is None or there["marks"] != marks:
+    marks = source.marks(source.last)
+    if _read(folder)[1] != marks:
         write_json(folder / NAME, {"name": source.name, "marks": marks})
 
 
-def _read(folder: Path) -> dict[str, Any] | None:
+def _read(folder: Path) -> tuple[str, dict[str, Any] | None]:
+    """The name and the marks in subject.json, under the fields' names of today; None where there is no such file."""
     path = folder / NAME
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        marks = {RENAMED.get(name, name): value for name, value in content["marks"].items()}
-        return {"name": content["name"], "marks": marks}
+        return content["name"], {RENAMED.get(name, name): value for name, value in content["marks"].items()}
     except FileNotFoundError:
-        return None
-    except (ValueError, TypeError, KeyError) as error:
+        return "", None
+    except (AttributeError, ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"{path} is damaged ({error!r}): use another --out, or delete it where you know whose rows they are"
         ) from None

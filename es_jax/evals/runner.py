@@ -57,9 +57,8 @@ class Options:
     kl_seed: int = 0
 
     def __post_init__(self):
-        for field in ("rows", "max_prompt_tokens", "max_new_tokens", "slots", "kl_rows", "kl_tokens"):
-            value = getattr(self, field)
-            if value is not None and value < 1:
+        for field, value in vars(self).items():
+            if field not in ("data_dir", "kl_seed") and value is not None and value < 1:
                 raise ValueError(f"{field} is {value}: it must be at least 1")
 
 
@@ -130,13 +129,12 @@ def _check_models(workdir: str, base: str | None, out: str | Path | None) -> Non
             f"--workdir is {workdir!r}, which is no folder, so there is none to write to: if it is a model ('lab', a "
             ".gguf file or a hub name) set --out; if it should be a run's directory or a model folder check the path"
         )
-    for source, meaning in ((workdir, "--workdir is {!r}, no run's directory and no model"), (base, "--base is {!r}")):
+    sources = {f"--workdir is {workdir!r}, no run's directory and no model": workdir}
+    for meaning, source in (sources if base is None else sources | {f"--base is {base!r}": base}).items():
         try:
-            if source is not None:
-                config_only(source)
+            config_only(source)
         except (ValueError, OSError) as error:
-            kind = ValueError if isinstance(error, ValueError) else OSError
-            raise kind(f"{meaning.format(source)}: {error}") from None
+            raise (ValueError if isinstance(error, ValueError) else OSError)(f"{meaning}: {error}") from None
 
 
 def chosen_steps(source: WeightSource, *, every: int | None, steps: Sequence[int] | None) -> list[int]:
@@ -235,8 +233,8 @@ class _Evaluation:
         Raises:
           ValueError: in all processes, where one was given something else to evaluate.
         """
-        source, tests = self.source, {test.name: test.digest for test in self.tests}
-        request = [source.model.digest, source.last, repr(source.config), self.steps, tests, repr(self.options)]
+        tests = {test.name: test.digest for test in self.tests}
+        request = [self.source.marks(self.source.last), self.steps, tests, repr(self.options)]
         rows = {name: sorted(file.steps) for name, file in self.files.items()}
         done = {"rows": rows, "kl": kl, "drift": sorted(self.drift.steps)}
         views = processes.exchange({jax.process_index(): [request, done]})

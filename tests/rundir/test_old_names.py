@@ -18,7 +18,7 @@ from es_jax.evals.runner import evaluate_run
 from es_jax.plotting import read_run
 from es_jax.training.config import RunConfig, freeze, read_config
 from es_jax.training.loop import run
-from es_jax.training.state import replay
+from es_jax.training.weights_at import replay
 
 FIELDS = {old: new for old, new in RENAMED.items() if "." in old}
 
