@@ -6,16 +6,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from es_jax.core import rng
 from es_jax.core.chunked_map import ceil_div
-from es_jax.core.mesh import GROUPS, MODEL, over_pop, replicated
+from es_jax.core.mesh import GROUPS, over_pop, replicated
 from es_jax.generate.sampling import Temperature
-from es_jax.generate.slots import Queue
 from es_jax.models.transformer import matrix_weights
-from es_jax.planning.costs import Work, cache_bytes, decode_flops, decode_memory, prefill_flops
-from es_jax.planning.programs import Held, Program, Programs, array
+from es_jax.planning.costs import Work, prefill_flops
+from es_jax.planning.programs import Bytes, Program, Programs, array
 from es_jax.training.grpo import AT_ONCE, Policy, Rows
 
 _PASSES = 4  # over a layer, of an update: forward, forward again for the gradient, and twice as much backward
@@ -44,27 +42,18 @@ class PolicyPrograms(Programs):
 
     def rollout(self) -> Program:
         """The completions that the groups sample in one call."""
-        groups, policy, new = self.mesh.shape[GROUPS], self.policy, self.config.decode.max_new_tokens
+        groups, policy = self.mesh.shape[GROUPS], self.policy
         each = min(ceil_div(self.rows, groups), AT_ONCE * policy.engine.slots)
-        queue = Queue(policy.engine, None, np.empty((each, self.width)), None, None, None, axis_name=None)
         keys = jax.eval_shape(lambda: jax.vmap(rng.key)(jnp.zeros(groups * each, jnp.uint32)).reshape(groups, each))
-        where, share = over_pop(self.mesh), self.mesh.shape[MODEL]
+        where, prefix = over_pop(self.mesh), array((0,), jnp.int32, replicated(self.mesh))
         tokens, keys = array((groups, each, self.width), jnp.int32, where), array(keys.shape, keys.dtype, where)
-        prefix = array((0,), jnp.int32, replicated(self.mesh))
-        size = jnp.dtype(self.config.model.dtype).itemsize
-        copy = sum(matrix_weights(self.model)) * size
-        steps = ceil_div(each, queue.rows) * new
-        memory = decode_memory(self.model, each, self.width, new, steps=steps, copy=copy, itemsize=size)
-        flops = prefill_flops(self.model, each, self.width) + decode_flops(self.model, each, self.width, new)
-        cache = cache_bytes(self.model, queue.rows * queue.places, size) // share
-        return Program(
+        return self._completions(
             "rollout",
             lambda: Policy.rollout.lower(policy, self.params, tokens, tokens, keys, prefix),
+            engine=policy.engine,
+            prompts=each,
             times=ceil_div(self.rows, groups * each),
-            turns=queue.turns(),
-            parts=self._held() | {"compute copy": self._copy(), "KV cache": Held(cache)},
-            own=frozenset({"parameters", "compute copy", "KV cache"}),
-            work=Work(flops / share, memory / share),
+            own={"parameters"},
         )
 
     def score(self) -> Program:
@@ -76,9 +65,9 @@ class PolicyPrograms(Programs):
             lambda: Policy.logprobs.lower(policy, self.params, tokens, tokens, self.config.decode.max_new_tokens),
             times=2 if self.config.grpo.kl_coef else 1,
             turns={},
-            parts=self._held(),
+            parts=self._resident(),
             own=frozenset({"parameters"}),
-            work=Work(self._forward(self.rows), Held.of(self.params).device * tokens.shape[0]),
+            work=Work(self._forward(self.rows), Bytes.of(self.params).device * tokens.shape[0]),
         )
 
     def update(self) -> Program:
@@ -91,16 +80,16 @@ class PolicyPrograms(Programs):
         arrays += [array(completions, jnp.float32, everywhere), array(shape[:2], jnp.float32, everywhere)]
         arrays += [array(completions, jnp.float32, everywhere)] * 2
         count, rates = array((), jnp.int32, everywhere), array((2,), jnp.float32, everywhere)
-        held = self._held()
-        gradient = Held(Held.of(self.params).device)
-        moved = sum(part.device + part.host for part in held.values())
+        resident = self._resident()
+        gradient = Bytes(Bytes.of(self.params).device)
+        moved = sum(part.device + part.host for part in resident.values())
         return Program(
             "update",
             lambda: Policy.update.lower(policy, self.params, self.opt_state, self.start, Rows(*arrays), count, rates),
             times=ceil_div(self.prompts, grpo.mini_batch),
             turns={"": shape[0]},
-            parts=held | {"gradient": gradient},
-            own=frozenset({*held, "gradient"}),
+            parts=resident | {"gradient": gradient},
+            own=frozenset({*resident, "gradient"}),
             work=Work(_PASSES * self._forward(many), 2.0 * moved + 3.0 * gradient.device * shape[0]),
         )
 

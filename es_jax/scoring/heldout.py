@@ -13,8 +13,8 @@ import optax
 from jax.sharding import Mesh
 
 from es_jax.generate.engine import Engine
-from es_jax.generate.options import score_options
 from es_jax.generate.prompts import Prompts
+from es_jax.generate.score import score_options
 from es_jax.models.config import TransformerConfig
 from es_jax.scoring.grading import Graded, Grader
 from es_jax.scoring.row_results import RowResults

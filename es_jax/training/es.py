@@ -54,10 +54,10 @@ class Evolution:
         weights = SHAPINGS[es.shaping](rewards, nan_rewards=es.nan_rewards)
         entry = Entry.of(step, members, rewards=rewards, weights=weights, rates=rates)
         self._state.apply(entry)
-        found = diagnose(entry, learning_rate=rates.learning_rate, sigma=rates.sigma)
+        metrics = diagnose(entry, learning_rate=rates.learning_rate, sigma=rates.sigma)
         if self._config.optim.name != "sgd" or es.rewards == "random":
-            found["expected_gain"] = None
-        return entry, graded, {**found, "curvature_gap": gap, **rates._asdict()}
+            metrics["expected_gain"] = None
+        return entry, graded, {**metrics, "curvature_gap": gap, **rates._asdict()}
 
     def seconds_alone(self, entry: Entry) -> dict[str, float]:
         """The estimate, which XLA fuses with the optimizer."""

@@ -95,7 +95,7 @@ def token_weights(
     """What each token weighs, so that a mini-batch's loss is the weighted sum over its tokens.
 
     Args:
-      counted: the tokens of the mini-batch's completions. A row without any is no sequence.
+      counted: the tokens of the mini-batch's completions. A row without any is not a sequence.
       aggregation: "token-mean": 1 / tokens. "seq-mean-token-sum": 1 / sequences. "seq-mean-token-mean":
         1 / (sequences · tokens of the row). "seq-mean-token-sum-norm": 1 / (sequences · max_new_tokens), the unbiased
         form of Dr. GRPO (arXiv 2503.20783).
@@ -201,7 +201,10 @@ class GRPO:
                 yield first, launched("decode", processes.launch(self._policy.rollout, self._state.params, *arguments))
 
         for first, outputs in one_ahead(calls()):
-            yield _unpacked(first, outputs, len(prompts))
+            tokens, length = processes.wait(functools.partial(jax.tree.map, own_rows, outputs))
+            rows = {g: range(first + g * each, min(first + (g + 1) * each, len(prompts))) for g in tokens}
+            arrays = (np.concatenate([x[g][: len(own)] for g, own in rows.items()]) for x in (tokens, length))
+            yield outputs, [row for own in rows.values() for row in own], *arrays
 
     def _scored(self, tokens: np.ndarray, positions: np.ndarray, counted: np.ndarray, advantage: np.ndarray) -> Rows:
         """The rows with what the policy, before it moves, and the reference make of them, on the host."""
@@ -244,15 +247,6 @@ class GRPO:
         total = ceil_div(max(rows, len(x)), size) * size
         padded = np.concatenate([x, np.full((total - len(x), *x.shape[1:]), fill, x.dtype)])
         return place(padded.reshape(-1, size, *x.shape[1:]), replicated(self._policy.mesh))
-
-
-def _unpacked(first: int, outputs: Any, total: int) -> tuple[Any, list[int], np.ndarray, np.ndarray]:
-    """A call's outputs, [G, Q, L] and [G, Q], and of them the rows of this process; row `first` is the call's first."""
-    tokens, length = processes.wait(lambda: [own_rows(x) for x in outputs])
-    each = outputs[1].shape[1]
-    rows = {group: range(first + group * each, min(first + (group + 1) * each, total)) for group in tokens}
-    arrays = (np.concatenate([x[group][: len(own)] for group, own in rows.items()]) for x in (tokens, length))
-    return outputs, [row for own in rows.values() for row in own], *arrays
 
 
 def _everyones(calls: Sequence[Any], total: int) -> tuple[np.ndarray, np.ndarray]:

@@ -18,6 +18,7 @@ GRPO (grpo.py) takes the place of what comes before the metrics. A killed run go
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -54,7 +55,7 @@ from es_jax.weights.model import load_outline
 
 @dataclasses.dataclass(frozen=True)
 class RunResult:
-    """What `run` leaves behind.
+    """What `run` leaves.
 
     Attributes:
       workdir: the run's directory.
@@ -89,12 +90,7 @@ def run(config: RunConfig | config_dict.ConfigDict | dict, workdir: str | Path) 
     train = tasks[config.task.name].train(config.task.train_size)
     tests = {name: task.test(config.evals.rows) for name, task in tasks.items()} if config.evals.every else {}
     workers = workers_of(tasks[config.task.name])
-    with (
-        processes.stoppable(),
-        directory.claim(workdir),
-        compilation_cache(workdir / "cache"),
-        workers as submit,
-    ):
+    with processes.stoppable(), directory.claim(workdir), compilation_cache(workdir / "cache"), workers as submit:
         return _Run(config, workdir, tasks=tasks, train=train, tests=tests, submit=submit).train(began)
 
 
@@ -201,25 +197,23 @@ class _Run:
             spent = self._spent(step, clock.seconds(), graded, total=now - began)
             self.recorder.step(entry, graded, drift=drift, spent={**spent, **first}, learnt=learnt)
             self.log.append(entry)
-            if told := self.profile.done(step, spent, functools.partial(self.method.seconds_alone, entry)):
-                self.recorder.progress.say(told)
+            if message := self.profile.done(step, spent, functools.partial(self.method.seconds_alone, entry)):
+                self.recorder.progress.say(message)
             self._finish_step(step)
 
     def _spent(
         self, step: int, seconds: dict[str, float], graded: list[list[Graded]], *, total: float
     ) -> dict[str, Any]:
         """Where a step's time went, and what it made of the machine."""
-        prompts, new = [self.prompts[i] for i in self._rows(step)], sum(g.length for mine in graded for g in mine)
+        prompts, engine = [self.prompts[i] for i in self._rows(step)], self.evaluator.engine
         times, models = len(graded), self.method.models
-        prefill = self.packing.prefilled(prompts, times=times, models=models)
-        prompt = times * sum(map(len, prompts))
-        engine = self.evaluator.engine
+        prompt, new = times * sum(map(len, prompts)), sum(one.length for one in itertools.chain(*graded))
         used = utilisation(
             engine.config,
             itemsize=compute_dtype(self.config).itemsize,
             slots=engine.slots,
             devices=self.mesh.size,
-            prefill=prefill,
+            prefill=self.packing.prefilled(prompts, times=times, models=models),
             new=new,
             completions=times * len(prompts),
             models=models,
@@ -244,7 +238,7 @@ class _Run:
     def _identity(self) -> dict[str, Any]:
         """What a run is besides its fields, as config.json keeps it."""
         rows = [[e.prompt, e.answer, dict(e.meta)] for e in self.examples]
-        tests = {held.name: held.prompts for held in self.tests}
+        tests, anchor = {test.name: test.prompts for test in self.tests}, self.config.optim.anchor.source
         content = json.dumps([rows, self.prompts, tests], default=str).encode()
         return {
             "digest": self.model.digest,
@@ -252,18 +246,14 @@ class _Run:
             "compute_dtype": str(compute_dtype(self.config)),
             "parameters": self.dim,
             "stop_ids": list(self.model.stop_token_ids),
-            **self._anchor_identity(),
+            **({} if anchor is None else {"anchor_digest": load_outline(anchor).digest}),
         }
-
-    def _anchor_identity(self) -> dict[str, str]:
-        source = self.config.optim.anchor.source
-        return {} if source is None else {"anchor_digest": load_outline(source).digest}
 
     def _engine(self) -> Engine:
         decode, total = self.config.decode, self.config.task.prompts_per_step or len(self.examples)
         return engine_for(
             self.model.config,
-            [*self.prompts, *(ids for held in self.tests for ids in held.prompts)],
+            [*self.prompts, *(ids for test in self.tests for ids in test.prompts)],
             slots=min(decode.slots, total),
             max_new_tokens=decode.max_new_tokens,
             stop_token_ids=self.model.stop_token_ids,
@@ -289,6 +279,6 @@ class _Run:
         final = step == train.steps
         if final or step % train.checkpoint_every == 0:
             self._save(step)
-        due = [held for held in self.tests if step not in self.recorder.heldout[held.name].steps]
+        due = [test for test in self.tests if step not in self.recorder.heldout[test.name].steps]
         if due and (final or step % every == 0):
             self.recorder.evaluations(step, evaluate(self.evaluator, self.model, self.state.params, due))

@@ -17,7 +17,7 @@ from es_jax.core.mesh import make_mesh
 from es_jax.models.config import TransformerConfig
 from es_jax.planning.describe import fields, words
 from es_jax.planning.plan import compile_program, make_plan
-from es_jax.planning.programs import Held, find_shape, programs_of
+from es_jax.planning.programs import Bytes, find_shape, programs_of
 from es_jax.planning.search import candidates
 from es_jax.planning.topology import Topology, topology
 from es_jax.training.config import freeze
@@ -124,7 +124,7 @@ def test_parts_of_what_a_device_holds():
     assert held["parameters"] == held["anchor"]
     assert 0 < held["parameters"].device / (4 * weights / 8) - 1 < 0.1  # small leaves are whole
     assert held["compute copy"].device >= 2 * weights
-    assert held["KV cache"] == Held(2 * 2 * 8 * (32 + 7) * 2 * 32 * 2)  # one prefill of 32 and one chunk of 7 steps
+    assert held["KV cache"] == Bytes(2 * 2 * 8 * (32 + 7) * 2 * 32 * 2)  # one prefill of 32 and one chunk of 7 steps
 
 
 def test_the_search_ranks_meshes_and_slots():
