@@ -135,7 +135,7 @@ def averages(name: str, sums: np.ndarray, lengths: np.ndarray) -> dict[str, floa
     >>> averages("kl", np.array([1.0, 4.0]), np.array([1.0, 2.0]))["kl"]
     1.5
     """
-    n, each, mean = len(sums), sums / lengths, float(sums.sum() / lengths.sum())
+    n, each, mean = len(sums), sums / lengths, float(np.divide(sums.sum(), lengths.sum()))
     se = token_se = None
     if n > 1:
         rest = sums - mean * lengths
