@@ -170,7 +170,11 @@ class GRPO:
         done(len(repeated) - len(own))  # by other processes
         rewards = np.array([one.score.reward for one in graded])
         advantage = group_relative(rewards, np.array(prompt_of_row), scale=g.scale_by_std, eps=g.std_eps)
-        tokens, length = _everyones(calls, len(repeated))
+        outputs = processes.wait(lambda: processes.fetch(calls))  # [G, Q, L] and [G, Q] of each call
+        tokens, length = (
+            np.concatenate([x.reshape(-1, *x.shape[2:]) for x in arrays])[: len(repeated)]
+            for arrays in zip(*outputs, strict=True)
+        )
         limit = self._policy.engine.max_prompt_tokens
         scored = self._scored(*side_by_side(repeated, tokens, length, max_prompt_tokens=limit), advantage)
         metrics = self._learn(scored, self._state.rates(self._config.rates(step)))
@@ -247,13 +251,6 @@ class GRPO:
         total = ceil_div(max(rows, len(x)), size) * size
         padded = np.concatenate([x, np.full((total - len(x), *x.shape[1:]), fill, x.dtype)])
         return place(padded.reshape(-1, size, *x.shape[1:]), replicated(self._policy.mesh))
-
-
-def _everyones(calls: Sequence[Any], total: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens [R, L] and lengths [R] of all rows, whichever process decoded them."""
-    outputs = processes.wait(lambda: processes.fetch(list(calls)))
-    tokens = np.concatenate([tokens.reshape(-1, tokens.shape[-1]) for tokens, _ in outputs])
-    return tokens[:total], np.concatenate([length.reshape(-1) for _, length in outputs])[:total]
 
 
 def side_by_side(
