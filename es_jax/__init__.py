@@ -2,13 +2,14 @@
 
 The public names, by what they are for:
 
-    es           Population, Members, GaussianNoise, SharedSeedNoise, z_score, centered_rank, group_relative, theory
+    es           Population, Members, GaussianNoise, SharedSeedNoise, z_score, centered_rank, theory
     optim        anchored_weight_decay, build_optimizer
     models       TransformerConfig, RopeScaling, Transformer
     weights      load_model, save_model, Model, verify_model, VerificationReport, VerificationError
     generation   Greedy, Temperature, TopK, TopP, Engine, Generation, score_tokens
     tasks        Example, Score, Task, get_task
     runs         run, replay, RunResult, evaluate_run
+    grpo         group_relative
 
 They are imported when they are first used: `import es_jax` starts neither JAX nor transformers.
 """

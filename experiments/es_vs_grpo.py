@@ -95,7 +95,7 @@ def add_kl(folder: Path, lines: list[dict], *, rows: int = 25) -> None:
     model = load_model(config.model.source)
     prompts = [encode_prompt(model.tokenizer, e.prompt) for task in ALL for e in get_task(task).test(rows)]
     continuations = sample(
-        model.config, model.params, prompts, stop=model.stop_token_ids, slots=len(prompts), max_new_tokens=8
+        model.config, model.params, prompts, stop_token_ids=model.stop_token_ids, slots=len(prompts), max_new_tokens=8
     )
     lines[0]["kl"] = 0.0
     for step, now in replay(folder, steps=sorted(by_step)):

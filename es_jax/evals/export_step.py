@@ -14,7 +14,7 @@ from es_jax.rundir import directory
 from es_jax.rundir.checkpoints import saved_steps
 from es_jax.rundir.metrics import read_jsonl
 from es_jax.rundir.seed_log import SeedLog
-from es_jax.training.config import read_config
+from es_jax.training.config import freeze
 from es_jax.training.method import METHODS
 from es_jax.training.weights_at import weights_at
 from es_jax.weights.model import check_new, load_outline, save_model
@@ -48,7 +48,8 @@ def export_run(
         not the run's.
     """
     workdir, out = Path(workdir), Path(out).expanduser()
-    config, facts = read_config(workdir), directory.read(workdir)
+    facts = directory.read(workdir)
+    config = freeze(facts["config"])
     last = len(SeedLog(workdir, writable=False).entries)
     step = last if step is None else step
     if not 0 <= step <= last:
@@ -61,7 +62,9 @@ def export_run(
     source = "checkpoint" if step in saved_steps(workdir) else "replay"
     ((_, params),) = weights_at(workdir, [step])
     model = dataclasses.replace(base, params=params)
-    text = card(facts, step=step, dtype=str(wanted), evals=_evals(workdir, config.task.name, step))
+    rows = read_jsonl(workdir / "evals" / f"{config.task.name}.jsonl")
+    evals = next((row for row in rows if row["step"] == step), None)
+    text = card(facts, step=step, dtype=str(wanted), evals=evals)
     save_model(out, model, dtype=wanted, max_shard_bytes=max_shard_bytes, card=text)
     files = list(out.glob("*.safetensors"))
     return {
@@ -76,36 +79,29 @@ def export_run(
 
 
 def card(facts: dict[str, Any], *, step: int, dtype: str, evals: dict[str, Any] | None) -> str:
-    """The text of the folder's README.md, from what a run's config.json holds: Markdown behind YAML."""
+    """The text of the folder's README.md, from what a run's config.json holds: YAML, then Markdown."""
     config = facts["config"]
     source, run = config["model"]["source"], config["train"]
     on_hub = source.count("/") == 1 and not Path(source).expanduser().exists()
     hub = f"base_model: {json.dumps(source)}\n" if on_hub else ""
     resumed = f", resumed {len(facts['resumed'])} times" if facts.get("resumed") else ""
     method = METHODS[config.get("method", "es")]
-    lines = [
-        f"| {name} | {value} |"
-        for name, value in (
-            ("base model", f"`{source}`"),
-            ("sha256 of its weight files", f"`{facts['digest']}`"),
-            ("step", f"{step} of {run['steps']}{resumed}"),
-            ("weights", f"{facts.get('parameters', 'unknown')} numbers, written as {dtype}"),
-            ("task", f"`{config['task']['name']}`, seed {config['task']['seed']}"),
-            ("run seed", run["seed"]),
-            ("held out", f"`{json.dumps(evals)}`" if evals else "no evaluation at this step"),
-        )
-    ]
+    table = {
+        "base model": f"`{source}`",
+        "sha256 of its weight files": f"`{facts['digest']}`",
+        "step": f"{step} of {run['steps']}{resumed}",
+        "weights": f"{facts.get('parameters', 'unknown')} numbers, written as {dtype}",
+        "task": f"`{config['task']['name']}`, seed {config['task']['seed']}",
+        "run seed": run["seed"],
+        "held out": f"`{json.dumps(evals)}`" if evals else "no evaluation at this step",
+    }
     return (
         f"---\nlibrary_name: transformers\ntags: [es_jax, {method.tag}]\n{hub}---\n\n"
         f"# Step {step} of a run of es_jax\n\nFine-tuned with {method.title}. "
-        "The licence is the base model's.\n\n"
-        "| | |\n|---|---|\n" + "\n".join(lines) + "\n\nGreedy decoding, as in training: "
-        "`model.generate(**inputs, do_sample=False, repetition_penalty=1.0)`.\n\n## Config\n\n```json\n"
+        "The licence is the base model's.\n\n| | |\n|---|---|\n"
+        + "".join(f"| {name} | {value} |\n" for name, value in table.items())
+        + "\nGreedy decoding, as in training: `model.generate(**inputs, do_sample=False, repetition_penalty=1.0)`."
+        "\n\n## Config\n\n```json\n"
         + json.dumps({"config": config, "versions": facts.get("versions")}, indent=2)
         + "\n```\n"
     )
-
-
-def _evals(workdir: Path, task: str, step: int) -> dict[str, Any] | None:
-    rows = read_jsonl(workdir / "evals" / f"{task}.jsonl")
-    return next((row for row in rows if row["step"] == step), None)

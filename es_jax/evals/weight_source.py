@@ -13,7 +13,6 @@ from jax.sharding import Mesh
 from es_jax.core.tree import count
 from es_jax.evals.drift import drift
 from es_jax.rundir import directory
-from es_jax.rundir.checkpoints import saved_steps
 from es_jax.rundir.seed_log import NAME, SeedLog
 from es_jax.training.config import RunConfig, read_config
 from es_jax.training.fields import ModelConfig
@@ -29,17 +28,16 @@ WITHOUT_MARK = (*directory.CHANGEABLE, "model.source", "task.data_dir", "optim.a
 
 
 @dataclasses.dataclass(frozen=True)
-class Subject:
+class WeightSource:
     """Weights by step, step 0 the base model.
 
     Attributes:
       name: for messages.
-      marks: what tells its weights of the first so many steps from those of other subjects, by name, as JSON has it;
+      marks: what tells its weights of the first so many steps from those of other sources, by name, as JSON has it;
         "base" is a digest of step 0.
       config: of the run; of a model, the defaults with its source.
       model: the base model without weights.
       last: the last step there is.
-      saved: steps that need no replay.
       base: makes the base model's weights.
       weights: the weights of given steps, in their order; copy what is kept, the next step reuses their memory.
       predicted: ‖θ_t − θ₀‖ in exact arithmetic by step, up to a last step and from given θ₀, where theory knows it.
@@ -51,7 +49,6 @@ class Subject:
     config: RunConfig
     model: Model
     last: int
-    saved: tuple[int, ...]
     base: Callable[[], Any]
     weights: Callable[[Sequence[int]], Iterator[tuple[int, Any]]]
     predicted: Callable[[int, Any], dict[int, float | None]]
@@ -66,7 +63,7 @@ def is_run(path: Path) -> bool:
         return False
 
 
-def of_run(workdir: Path, mesh: Mesh) -> Subject:
+def of_run(workdir: Path, mesh: Mesh) -> WeightSource:
     """A run's steps; nothing in its directory is changed.
 
     Raises:
@@ -75,28 +72,26 @@ def of_run(workdir: Path, mesh: Mesh) -> Subject:
     config, log = read_config(workdir), SeedLog(workdir, writable=False)
     model = load_outline(config.model.source)
     directory.check_base(workdir, config.model.source, model.digest)
+    perturbs = METHODS[config.method].perturbs
 
     def predicted(last: int, start: Any) -> dict[int, float | None]:
         offset = drift(start, load_anchor(config, mesh, start))["norm"] if config.optim.anchor.source else 0.0
-        walk, found = Walk(config, count(start), offset=offset), {}
-        for entry in log.entries[:last] if METHODS[config.method].perturbs else ():
+        walk, norms = Walk(config, count(start), offset=offset), {}
+        for entry in log.entries[:last] if perturbs else ():
             walk.add(entry)
-            found[entry.step] = walk.norm
-        return found
+            norms[entry.step] = walk.norm
+        return norms
 
-    return Subject(
+    return WeightSource(
         name=f"the run {workdir}",
         marks=lambda steps: _marks_of_run(workdir, config, model.digest, min(steps, len(log.entries))),
         config=config,
         model=model,
         last=len(log.entries),
-        saved=tuple(saved_steps(workdir)),
         base=lambda: load_base(config, mesh).params,
         weights=lambda steps: weights_at(workdir, steps, mesh=mesh),
         predicted=predicted,
-        sigma=lambda step: (
-            config.logged_rates(log.entries[step - 1]).sigma if METHODS[config.method].perturbs else None
-        ),
+        sigma=lambda step: config.logged_rates(log.entries[step - 1]).sigma if perturbs else None,
     )
 
 
@@ -118,7 +113,7 @@ def _marks_of_run(workdir: Path, config: RunConfig, base: str, steps: int) -> di
     return {"base": base[:SHORT]} | _fields(config) | named | {"steps": steps, "seedlog": log}
 
 
-def of_model(source: str, base: str | None, mesh: Mesh) -> Subject:
+def of_model(source: str, base: str | None, mesh: Mesh) -> WeightSource:
     """A model, as step 1 beside its base model as step 0; without a base model it is step 0 itself.
 
     Args:
@@ -127,30 +122,19 @@ def of_model(source: str, base: str | None, mesh: Mesh) -> Subject:
     Raises:
       ValueError: the two have different shapes or vocabularies.
     """
-    first = RunConfig(model=ModelConfig(source=base or source))
-    second = RunConfig(model=ModelConfig(source=source))
+    first, second = (RunConfig(model=ModelConfig(source=name)) for name in (base or source, source))
     model, other = load_outline(first.model.source), load_outline(source)
     if model.config != other.config or model.tokenizer.get_vocab() != other.tokenizer.get_vocab():
         raise ValueError(f"{source} and {base} differ in shape or vocabulary: give the model it was trained from")
-    configs = {0: first, 1: second}
-
-    def weights(steps: Sequence[int]) -> Iterator[tuple[int, Any]]:
-        for step in steps:
-            yield step, load_base(configs[step], mesh).params
-
-    def made() -> Any:
-        return load_base(first, mesh).params
-
     marks = {"base": model.digest[:SHORT]} | ({} if base is None else {"model": other.digest[:SHORT]})
-    return Subject(
+    return WeightSource(
         name=f"the model {source}" + ("" if base is None else f" beside its base model {base}"),
         marks=lambda steps: marks,
         config=second,
         model=model,
         last=int(base is not None),
-        saved=(),
-        base=made,
-        weights=weights,
+        base=lambda: load_base(first, mesh).params,
+        weights=lambda steps: ((step, load_base((first, second)[step], mesh).params) for step in steps),
         predicted=lambda last, start: {},
         sigma=lambda step: None,
     )

@@ -15,7 +15,7 @@ from es_jax.core.chunked_map import ceil_div
 from es_jax.generate.decode_spec import DecodeSpec
 from es_jax.generate.prompts import Packing
 from es_jax.generate.queue import Generation, decode_queue
-from es_jax.generate.sampling import Greedy
+from es_jax.generate.sampling import Greedy, Sampler
 from es_jax.models.config import TransformerConfig
 from es_jax.models.transformer import transpose_kernels, unstack_layers
 
@@ -151,6 +151,33 @@ class Engine(DecodeSpec):
         keys = None if key is None else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
         out = _decode(self, _layout(self, params), packed, keys)
         return jax.tree.map(lambda part: part[: len(prompts)], processes.fetch(out))
+
+
+def engine_for(
+    config: TransformerConfig,
+    prompts: Sequence[Sequence[int]],
+    *,
+    slots: int,
+    max_new_tokens: int,
+    stop_token_ids: Sequence[int],
+    sampler: Sampler | None = None,
+    field: str = "max_new_tokens",
+) -> Engine:
+    """An engine as large as the prompts need, greedy by default, with no more slots than prompts.
+
+    Raises:
+      ValueError: the model's context has no room for `max_new_tokens` after the longest prompt; it names the `field`.
+    """
+    longest = max(map(len, prompts))
+    check_context(config, longest, max_new_tokens, field=field)
+    return Engine(
+        config,
+        slots=min(slots, len(prompts)),
+        max_prompt_tokens=longest,
+        max_new_tokens=max_new_tokens,
+        stop_token_ids=tuple(stop_token_ids),
+        sampler=sampler or Greedy(),
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)

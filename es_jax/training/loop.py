@@ -29,7 +29,7 @@ from ml_collections import config_dict
 
 from es_jax.core import processes, rng
 from es_jax.core.tree import count
-from es_jax.generate.engine import Engine, check_context
+from es_jax.generate.engine import Engine, engine_for
 from es_jax.models.sharding import param_shardings
 from es_jax.profiling.clock import Clock, split
 from es_jax.profiling.trace import Profile
@@ -251,14 +251,13 @@ class _Run:
 
     def _engine(self) -> Engine:
         decode, total = self.config.decode, self.config.task.prompts_per_step or len(self.examples)
-        longest = max(len(ids) for ids in itertools.chain(self.prompts, *(test.prompts for test in self.tests)))
-        check_context(self.model.config, longest, decode.max_new_tokens, field="decode.max_new_tokens")
-        return Engine(
+        return engine_for(
             self.model.config,
+            [*self.prompts, *(ids for test in self.tests for ids in test.prompts)],
             slots=min(decode.slots, total),
-            max_prompt_tokens=longest,
             max_new_tokens=decode.max_new_tokens,
             stop_token_ids=self.model.stop_token_ids,
+            field="decode.max_new_tokens",
         )
 
     def _rows(self, step: int) -> Sequence[int]:
