@@ -41,7 +41,7 @@ class Subject:
       last: the last step there is.
       saved: steps that need no replay.
       base: makes the base model's weights.
-      weights: the weights of given steps, in their order; copy what is kept, the next step reuses their memory.
+      weights: the weights of ascending steps; copy what is kept, the next step reuses their memory.
       predicted: ‖θ_t − θ₀‖ in exact arithmetic by step, up to a last step and from given θ₀, where theory knows it.
       sigma: σ of a step ≥ 1; None where weights were not perturbed, or it is not known.
     """
