@@ -39,7 +39,7 @@ class WeightSource:
       model: the base model without weights.
       last: the last step there is.
       base: makes the base model's weights.
-      weights: the weights of given steps, in their order; copy what is kept, the next step reuses their memory.
+      weights: the weights of ascending steps; copy what is kept, the next step reuses their memory.
       predicted: ‖θ_t − θ₀‖ in exact arithmetic by step, up to a last step and from given θ₀, where theory knows it.
       sigma: σ of a step ≥ 1; None where weights were not perturbed, or it is not known.
     """
