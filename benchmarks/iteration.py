@@ -33,14 +33,14 @@ import numpy as np
 from benchmarks.compare import add_json, report
 from es_jax.core.mesh import make_mesh
 from es_jax.es.population import Population
+from es_jax.generate import queue
 from es_jax.generate.engine import Engine, Generation
-from es_jax.generate.slots import Queue
+from es_jax.generate.sampling import Greedy
 from es_jax.profiling.clock import Clock, split
 from es_jax.scoring.grading import Grader
 from es_jax.tasks import get_task
 from es_jax.training.config import freeze
-from es_jax.training.es_step import Evaluator
-from es_jax.training.method import Evolution
+from es_jax.training.es import Evaluator, Evolution
 from es_jax.training.state import State
 from es_jax.weights.model import Model, load_model, save_model
 from es_jax.weights.tokenizer import encode_prompt
@@ -50,24 +50,26 @@ LENGTHS = Path(__file__).parent / "countdown_lengths.json"
 SIGMA, RATE, STRENGTH, PROMPTS, MAX_NEW = 1e-3, 5e-4, 10.0, 32, 256
 
 
-class _Ended(Queue):
-    """A queue whose rows end at the lengths of their engine, and nowhere else."""
+@dataclasses.dataclass(frozen=True)
+class GreedyWithout(Greedy):
+    """The likeliest of the other tokens."""
 
-    def _choose(self, logits: Any, slots: Any) -> Any:
-        engine: Any = self.engine
-        slots, made = super()._choose(logits.at[:, np.array(engine.stop)].set(-jnp.inf), slots)
-        wanted = jnp.take(jnp.array(engine.lengths, jnp.int32), slots.row, mode="clip")
-        return slots._replace(live=slots.live & (slots.made < wanted)), made
+    stops: tuple[int, ...] = ()
+
+    def __call__(self, logits, key):
+        return super().__call__(logits.at[np.array(self.stops)].set(-jnp.inf), key)
 
 
 @dataclasses.dataclass(frozen=True)
 class EndedEngine(Engine):
-    """An engine whose row i ends at lengths[i]."""
+    """An engine whose row i ends at lengths[i], and nowhere else."""
 
     lengths: tuple[int, ...] = ()
 
     def decode(self, params, tokens, positions, keys=None, *, prefix=None, axis_name=None) -> Generation:
-        return _Ended(self, params, tokens, positions, keys, prefix, axis_name).run()
+        spec = dataclasses.replace(self, sampler=GreedyWithout(self.stop_token_ids))
+        limits = jnp.array(self.lengths, jnp.int32)
+        return queue.decode(spec, params, tokens, positions, keys, prefix, axis_name, limits=limits)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,8 +112,7 @@ class Bench:
             method = Evolution(config(members), evaluator, states["one"], engine.packing(self.prompts))
             with Clock() as clock:
                 began = time.monotonic()
-                entry, _ = method.collect(step, self.prompts, grader, lambda done: None)
-                method.learn(entry)
+                method.step(step, self.prompts, grader, lambda done: None)
                 float(states["one"].drift)
                 return split(clock.seconds(), total=time.monotonic() - began)
 

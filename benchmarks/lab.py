@@ -27,7 +27,7 @@ from es_jax.generate.engine import Engine
 from es_jax.scoring.grading import Grader
 from es_jax.tasks import get_task
 from es_jax.training.config import freeze
-from es_jax.training.es_step import Evaluator
+from es_jax.training.es import Evaluator
 from es_jax.weights.model import load_model, save_model
 from es_jax.weights.tokenizer import encode_prompt
 

@@ -28,7 +28,7 @@ from es_jax.generate.engine import Engine
 from es_jax.models.config import TransformerConfig
 from es_jax.models.transformer import Transformer
 from es_jax.training.config import freeze
-from es_jax.training.es_step import Evaluator
+from es_jax.training.es import Evaluator
 
 
 def smollm2(layers: int) -> tuple[TransformerConfig, Any]:

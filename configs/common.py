@@ -1,7 +1,7 @@
-"""What the config files share: the models by short name, and the arguments behind the colon of --config.
+"""What the config files share: the models by short name, and the arguments after the colon of --config.
 
-`--config=configs/countdown.py:qwen2.5-3b,population=128,anchor=l2` is a model and some short names of fields; every field can
-also be set by its full name, `--config.es.sigma=2e-3`. `grpo` (or method=grpo) trains any task with GRPO instead.
+`--config=configs/countdown.py:qwen2.5-3b,population=128,anchor=l2` is a model and some short names of fields; every
+field can also be set by its full name, `--config.es.sigma=2e-3`. `grpo` (or method=grpo) trains any task with GRPO.
 """
 
 from collections.abc import Mapping

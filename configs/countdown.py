@@ -7,7 +7,7 @@ Needs:    the published setting, memory and time: not yet run. Small: 104 s a st
 Reached:  the published setting: not yet run. Small, real rows, seed 0, 10 steps, killed after 5 and resumed: mean
           reward 0 before and after, every step (spread 0). SmolLM2-135M closes no think block and writes no answer
           block, so all rewards are equal, their weights exactly zero, and nothing moves. With es.rewards=random,
-          drift=1, 4 rows and 16 new tokens (51 s a step): drift 7.763 after 10 steps, theory 7.764. See dev/LOG.md.
+          kappa=1, 4 rows and 16 new tokens (51 s a step): drift 7.763 after 10 steps, theory 7.764. See dev/LOG.md.
 GRPO:     countdown.py:grpo, published defaults; not yet run. Small (smollm2,small,grpo,prompts=4), real rows,
           4 rollouts each, 64 new tokens, on 2 CPU cores: a step takes 40.7 s (rollouts 16.6, update 24.1), the first
           76.6 s with its compilation; 5.3 GB at most. Mean reward .0013 and .0044, drift 0.0162 after 2 steps.

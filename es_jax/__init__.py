@@ -2,13 +2,14 @@
 
 The public names, by what they are for:
 
-    es           Population, Members, GaussianNoise, SharedSeedNoise, z_score, centered_rank, group_relative, theory
+    es           Population, Members, GaussianNoise, SharedSeedNoise, z_score, centered_rank, theory
     optim        anchored_weight_decay, build_optimizer
     models       TransformerConfig, RopeScaling, Transformer
     weights      load_model, save_model, Model, verify_model, VerificationReport, VerificationError
     generation   Greedy, Temperature, TopK, TopP, Engine, Generation, score_tokens
     tasks        Example, Score, Task, get_task
     runs         run, replay, RunResult, evaluate_run
+    grpo         group_relative
 
 They are imported when they are first used: `import es_jax` starts neither JAX nor transformers.
 """
@@ -19,7 +20,7 @@ from typing import Any
 _HOME = {
     "es_jax.es.population": ("Members", "Population"),
     "es_jax.es.noise": ("GaussianNoise", "SharedSeedNoise"),
-    "es_jax.es.shaping": ("centered_rank", "group_relative", "z_score"),
+    "es_jax.es.shaping": ("centered_rank", "z_score"),
     "es_jax.optim.anchored": ("anchored_weight_decay",),
     "es_jax.optim.chains": ("build_optimizer",),
     "es_jax.models.config": ("RopeScaling", "TransformerConfig"),
@@ -32,7 +33,8 @@ _HOME = {
     "es_jax.tasks.task": ("Example", "Score", "Task"),
     "es_jax.tasks": ("get_task",),
     "es_jax.training.loop": ("RunResult", "run"),
-    "es_jax.training.state": ("replay",),
+    "es_jax.training.grpo": ("group_relative",),
+    "es_jax.training.weights_at": ("replay",),
     "es_jax.evals.runner": ("evaluate_run",),
 }
 _NAMES = {name: module for module, names in _HOME.items() for name in names}

@@ -10,6 +10,7 @@ On several hosts the same command runs on all, with one --workdir on a file syst
     out, warnings, tasks ({task: rows}), kl (rows), drift (rows)
 """
 
+import dataclasses
 import json
 import logging
 import sys
@@ -17,45 +18,35 @@ from typing import Any
 
 from absl import app, flags
 
-from es_jax.core.flags import define_processes, joined_processes
+from es_jax.core.flags import command, define_processes, parser
+
+RENAMED = {"size": "rows", "kl_size": "kl_rows", "max_new": "max_new_tokens", "max_prompt": "max_prompt_tokens"}
 
 
 def main(argv: list[str]) -> None:
     """Flags → evaluate_run()."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}")
-    logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax, on opening checkpoints to read them
-    with joined_processes("es_jax.evaluate"):
-        _evaluate()
+    with command("es_jax.evaluate", argv) as values:
+        from es_jax.core import processes  # JAX starts only when the flags are good
+        from es_jax.evals.runner import Options, evaluate_run
 
-
-def _evaluate() -> None:
-    from es_jax.core import processes
-    from es_jax.evals.runner import Options, evaluate_run
-
-    given = flags.FLAGS
-    options: dict[str, Any] = {name: given[name].value for name in _OPTIONS}
-    try:
-        result = evaluate_run(
-            given.workdir,
-            tasks=given.tasks or None,
-            every=given.every,
-            steps=whole_numbers(given.steps),
-            kl=given.kl,
-            drift=given.drift,
-            base=given.base,
-            out=given.out,
-            options=Options(**options),
-        )
-    except (ValueError, OSError) as error:
-        if given.traceback:
-            raise
-        sys.exit(f"es_jax.evaluate: {error}")
-    except KeyboardInterrupt:
-        sys.exit("es_jax.evaluate: interrupted; the same command goes on behind what is finished")
-    if processes.first():
-        print(json.dumps(result) if given.json else report(result))
+        options: dict[str, Any] = {field.name: values[field.name].value for field in dataclasses.fields(Options)}
+        try:
+            result = evaluate_run(
+                values.workdir,
+                tasks=values.tasks or None,
+                every=values.every,
+                steps=whole_numbers(values.steps),
+                kl=values.kl,
+                drift=values.drift,
+                base=values.base,
+                out=values.out,
+                options=Options(**options),
+            )
+        except KeyboardInterrupt:
+            sys.exit("es_jax.evaluate: interrupted; the same command goes on after what is finished")
+        if processes.first():
+            print(json.dumps(result) if values.json else report(result))
 
 
 def whole_numbers(steps: list[str] | None) -> list[int] | None:
@@ -63,60 +54,50 @@ def whole_numbers(steps: list[str] | None) -> list[int] | None:
     try:
         return [int(step) for step in steps] if steps else None
     except ValueError:
-        given = ",".join(steps or ())
-        raise ValueError(f"--steps is {given!r}: give whole numbers with commas, as in --steps=0,50,100") from None
+        text = ",".join(steps or ())
+        raise ValueError(f"--steps is {text!r}: give whole numbers with commas, as in --steps=0,50,100") from None
 
 
 def report(result: dict[str, Any]) -> str:
     """The result as text: a table a task, then KL and drift."""
-    lines = []
-    for task, rows in result["tasks"].items():
-        lines += [task, _table(rows, ACCURACY)]
-    if result["kl"]:
-        lines += ["KL(base ‖ now), nats a token", _table(result["kl"], KL)]
-    if result["drift"]:
-        lines += ["drift", _table(result["drift"], DRIFT)]
-    return "\n".join([*lines, f"rows in {result['out']}"])
+    tables = [(task, rows, ACCURACY) for task, rows in result["tasks"].items()]
+    tables += [("KL(base ‖ now), nats a token", result["kl"], KL)] if result["kl"] else []
+    tables += [("drift", result["drift"], DRIFT)] if result["drift"] else []
+    texts = [f"{title}\n{_table(rows, columns)}\n" for title, rows, columns in tables]
+    return "".join(texts) + f"rows in {result['out']}"
 
 
-def _pm(name: str) -> Any:
-    def cell(row: dict[str, Any]) -> str:
-        if row.get(name) is None:
-            return "–"
-        error = row.get(f"{name}_se")
-        return f"{row[name]:.4g}" + ("" if error is None else f" ± {error:.2g}")
-
-    return cell
-
-
+# The columns of the tables: heading → name in a row.
 ACCURACY = {
-    "step": _pm("step"),
-    "accuracy": _pm("accuracy"),
-    "change": _pm("accuracy_change"),
-    "of format": _pm("lost_format"),
-    "truncation": _pm("lost_truncation"),
-    "knowledge": _pm("lost_knowledge"),
-    "strict": _pm("strict"),
-    "loglik": _pm("loglik"),
-    "well-formed": _pm("well_formed"),
-    "truncated": _pm("truncated"),
-    "length": _pm("mean_length"),
+    "step": "step",
+    "accuracy": "accuracy",
+    "change": "accuracy_change",
+    "of format": "lost_format",
+    "truncation": "lost_truncation",
+    "knowledge": "lost_knowledge",
+    "strict": "strict",
+    "loglik": "loglik",
+    "well-formed": "well_formed",
+    "truncated": "truncated",
+    "length": "mean_length",
 }
-KL = {name: _pm(name) for name in ("step", "task", "kl", "kl_exact", "kl_token", "kl_exact_token")} | {
-    "task": lambda row: row["task"]
-}
-DRIFT = {name: _pm(name) for name in ("step", "norm", "predicted", "ratio", "relative", "kappa", "largest")} | {
-    "in": lambda row: row["largest_in"]
-}
+KL = {name: name for name in ("step", "task", "kl", "kl_exact", "kl_token", "kl_exact_token")}
+DRIFT = {name: name for name in ("step", "norm", "predicted", "ratio", "relative", "kappa", "largest")}
+DRIFT["in"] = "largest_in"
 
 
-def _table(rows: list[dict[str, Any]], columns: dict[str, Any]) -> str:
-    cells = [list(columns), *([str(cell(row)) for cell in columns.values()] for row in rows)]
+def _table(rows: list[dict[str, Any]], columns: dict[str, str]) -> str:
+    cells = [list(columns), *([_cell(row, name) for name in columns.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join("  " + "  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in cells)
 
 
-_OPTIONS = ("size", "max_prompt_tokens", "max_new_tokens", "slots", "data_dir", "kl_size", "kl_tokens", "kl_seed")
+def _cell(row: dict[str, Any], name: str) -> str:
+    value, error = row.get(name), row.get(f"{name}_se")
+    if value is None:
+        return "–"
+    text = value if isinstance(value, str) else f"{value:.4g}"
+    return text + ("" if error is None else f" ± {error:.2g}")
 
 
 def _define_flags() -> None:
@@ -128,12 +109,12 @@ def _define_flags() -> None:
     flags.DEFINE_bool("drift", False, "Measure ‖θ − θ₀‖ beside the closed form.")
     flags.DEFINE_string("base", None, "Of a model: what it was trained from. It becomes step 0, the model step 1.")
     flags.DEFINE_string("out", None, "The folder to write; workdir/evals by default, where workdir is a folder.")
-    flags.DEFINE_integer("size", None, "Test rows of each task; the run's evals.rows by default.")
+    flags.DEFINE_integer("rows", None, "Test rows of each task; the run's evals.rows by default.")
     flags.DEFINE_integer("max_prompt_tokens", None, "The longest prompt allowed, in tokens; the run's by default.")
     flags.DEFINE_integer("max_new_tokens", None, "Tokens after which a completion is cut; the run's by default.")
     flags.DEFINE_integer("slots", None, "Prompts decoded at once; the run's by default.")
     flags.DEFINE_string("data_dir", None, "A folder of folders of rows, named like their tasks.")
-    flags.DEFINE_integer("kl_size", None, "Rows of each task to measure KL on; all by default.")
+    flags.DEFINE_integer("kl_rows", None, "Rows of each task to measure KL on; all by default.")
     flags.DEFINE_integer("kl_tokens", 256, "The longest continuation for KL, in tokens.")
     flags.DEFINE_integer("kl_seed", 0, "Of the continuations for KL.")
     define_processes()
@@ -143,7 +124,7 @@ def _define_flags() -> None:
 
 def entry() -> None:
     _define_flags()
-    app.run(main)
+    app.run(main, flags_parser=parser("es_jax.evaluate", renamed=RENAMED))
 
 
 if __name__ == "__main__":

@@ -12,43 +12,25 @@ two folders, with the flags --distributed, … of es_jax.train. The first one wr
 
 import json
 import logging
-import sys
 from pathlib import Path
 from typing import Any
 
 from absl import app, flags
 
-from es_jax.core.flags import define_processes, joined_processes, parser
+from es_jax.core.flags import command, define_processes, parser
 
 
 def main(argv: list[str]) -> None:
     """Flags → export_run()."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}")
-    logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax says three times that it only reads
-    with joined_processes("es_jax.export"):
-        _export(flags.FLAGS)
+    with command("es_jax.export", argv) as values:
+        from es_jax.core import processes  # JAX starts only when the flags are good
+        from es_jax.evals.export_step import export_run
 
-
-def _export(given: flags.FlagValues) -> None:
-    from es_jax.core import processes  # JAX starts only when the flags are good
-    from es_jax.evals.export_step import export_run
-
-    try:
-        result = export_run(
-            given.workdir,
-            given.out,
-            step=given.step,
-            dtype=given.dtype,
-            max_shard_bytes=max(int(given.max_shard_gb * 1e9), 1),
-        )
-    except (ValueError, OSError) as error:
-        if given.traceback:
-            raise
-        sys.exit(f"es_jax.export: {error}")
-    if processes.first():
-        print(json.dumps(result) if given.json else _sentence(result))
+        nbytes = max(int(values.max_shard_gb * 1e9), 1)
+        result = export_run(values.workdir, values.out, step=values.step, dtype=values.dtype, max_shard_bytes=nbytes)
+        if processes.first():
+            print(json.dumps(result) if values.json else _sentence(result))
 
 
 def _sentence(result: dict[str, Any]) -> str:

@@ -38,8 +38,8 @@ def main(argv: list[str]) -> None:
     logging.getLogger("absl").setLevel(logging.WARNING)
     from es_jax.planning.describe import fields, words
     from es_jax.planning.plan import make_plan
+    from es_jax.planning.programs import find_shape
     from es_jax.planning.search import search
-    from es_jax.planning.shape import find_shape
     from es_jax.planning.topology import topology
     from es_jax.training.config import freeze
 
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
     say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
     try:
         config = freeze(given.config)
-        model, origin = find_shape(config.model.source)
+        model, origin = find_shape(config)
         devices = topology(given.topology, slices=given.slices)
         plan = (
             search(config, model, devices, say=say)[0] if given.search else make_plan(config, model, devices, say=say)

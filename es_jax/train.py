@@ -8,14 +8,13 @@ where the environment says who they are (Cloud TPU, GKE, SLURM, Open MPI), or --
 --num_processes and --process_id where it does not. See docs/launch.md.
 """
 
-import dataclasses
 import json
 import logging
 import sys
 
 from absl import app, flags
 
-from es_jax.core.flags import define_config, define_processes, joined_processes, parser
+from es_jax.core.flags import command, define_config, define_processes, parser
 
 _CONFIG = define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory; a run that is there is resumed.")
@@ -26,13 +25,10 @@ _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where an error came fro
 
 def main(argv: list[str]) -> None:
     """Flags → config → run()."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}: fields are set with --config.group.field=value")
-    logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger("es_jax").setLevel(logging.INFO)
     from es_jax.core import processes  # JAX starts only when the flags are good
 
-    with joined_processes("es_jax.train"):
+    with command("es_jax.train", argv):
         try:
             _train()
         except processes.Preempted as stop:
@@ -47,10 +43,6 @@ def _train() -> None:
 
     try:
         result = run(_CONFIG.value, str(_WORKDIR.value))
-    except (ValueError, OSError) as error:
-        if _TRACEBACK.value:
-            raise
-        sys.exit(f"es_jax.train: {error}")
     except JaxRuntimeError as error:
         if _TRACEBACK.value or "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -63,8 +55,7 @@ def _train() -> None:
     if not processes.first():
         return
     if _JSON.value:
-        fields = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
-        fields.pop("params")
+        fields = {name: value for name, value in vars(result).items() if name != "params"}
         print(json.dumps(fields | {"workdir": str(result.workdir)}))
     else:
         print(f"finished step {result.step}, mean reward {result.reward:.4f}; the run is in {result.workdir}")

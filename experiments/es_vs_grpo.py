@@ -28,13 +28,13 @@ from matplotlib.figure import Figure
 from configs.lab import get_config
 from es_jax.evals.kl import kl, sample
 from es_jax.plotting import read_run
-from es_jax.rundir import directory
 from es_jax.rundir.checkpoints import saved_steps
 from es_jax.rundir.metrics import read_jsonl
 from es_jax.tasks import get_task
 from es_jax.tasks.lab import PRIOR
+from es_jax.training.config import read_config
 from es_jax.training.loop import run
-from es_jax.training.state import replay
+from es_jax.training.weights_at import replay
 from es_jax.weights.model import load_model
 from es_jax.weights.tokenizer import encode_prompt
 from experiments.runs import PRETRAINED, check_models, done, mean_se, plain_errors
@@ -89,13 +89,13 @@ def add_kl(folder: Path, lines: list[dict], *, rows: int = 25) -> None:
 
     It is exact at each position of continuations that the base model sampled, of test rows of all eight tasks.
     """
-    config = directory.read_config(folder)
+    config = read_config(folder)
     known = saved_steps(folder) if config.method == "grpo" else [line["step"] for line in lines]
     wanted = {line["step"]: line for line in lines if line["step"] in known and line["step"]}
     model = load_model(config.model.source)
     prompts = [encode_prompt(model.tokenizer, e.prompt) for task in ALL for e in get_task(task).test(rows)]
     written = sample(
-        model.config, model.params, prompts, stop=model.stop_token_ids, slots=len(prompts), max_new_tokens=8
+        model.config, model.params, prompts, stop_token_ids=model.stop_token_ids, slots=len(prompts), max_new_tokens=8
     )
     lines[0]["kl"] = 0.0
     for step, now in replay(folder, steps=sorted(wanted)):

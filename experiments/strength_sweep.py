@@ -31,7 +31,7 @@ SMALL = {"task.prompts_per_step": 32, "train.steps": 120, "train.checkpoint_ever
 
 def cases(size: str, seeds: Sequence[int]) -> Iterator[Case]:
     """Every run of the sweep; κ = inf is no anchor."""
-    settings = [("none", float("inf"), ""), *((p, k, f"anchor={p},drift={k}") for p in ("l2", "l1") for k in DRIFTS)]
+    settings = [("none", float("inf"), ""), *((p, k, f"anchor={p},kappa={k}") for p in ("l2", "l1") for k in DRIFTS)]
     for seed in seeds:
         for target, model in MODELS.items():
             for penalty, drift, argument in settings:

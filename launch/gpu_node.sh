@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # One node with one or more GPUs: one process drives them all. Run it there, in a checkout of this repository.
-# Assumes: a driver for CUDA 12 and python3 ≥ 3.11.
+# Assumes: a driver for CUDA 12 (for CUDA 13 write cuda13) and python3 ≥ 3.11.
 # Usage: launch/gpu_node.sh CONFIG WORKDIR [flag …]
 set -euo pipefail
 config=$1 workdir=$2; shift 2
-make EXTRAS=cuda .venv/.installed-cuda
+make EXTRAS=llm,cuda12 .venv/.installed-llm-cuda12
 exec .venv/bin/python -m es_jax.train --config="$config" --workdir="$workdir" "$@"

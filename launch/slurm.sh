@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # SLURM, nodes with GPUs: one process a GPU, so --ntasks-per-node equals --gpus-per-node. Set both for your cluster.
-# Assumes: this directory is a checkout on a file system that all nodes share, with `make EXTRAS=cuda` done; so is WORKDIR.
+# Assumes: this directory is a checkout on a file system that all nodes share, and so is WORKDIR; in it was done
+# `make EXTRAS=llm,cuda12 .venv/.installed-llm-cuda12`.
 # SIGTERM comes two minutes before the time is over, or when the job is pre-empted; an unfinished run is queued again.
 # Usage: sbatch --nodes=2 launch/slurm.sh CONFIG WORKDIR [flag …]
 #SBATCH --job-name=es_jax

@@ -5,6 +5,6 @@
 # Usage: TPU=… ZONE=… PROJECT=… REPO=… launch/tpu_slice.sh CONFIG WORKDIR [flag …]
 set -euo pipefail
 config=$1 workdir=$2; shift 2
-train="cd $(printf %q "$REPO") && make EXTRAS=tpu .venv/.installed-tpu && exec .venv/bin/python -m es_jax.train"
+train="cd $(printf %q "$REPO") && make EXTRAS=llm,tpu .venv/.installed-llm-tpu && exec .venv/bin/python -m es_jax.train"
 train+="$(printf ' %q' --distributed "--config=$config" "--workdir=$workdir" "$@")"
 exec gcloud compute tpus tpu-vm ssh "$TPU" --zone="$ZONE" --project="$PROJECT" --worker=all --command="$train"

@@ -4,5 +4,5 @@
 # Usage: launch/tpu_vm.sh CONFIG WORKDIR [flag …]
 set -euo pipefail
 config=$1 workdir=$2; shift 2
-make EXTRAS=tpu .venv/.installed-tpu
+make EXTRAS=llm,tpu .venv/.installed-llm-tpu
 exec .venv/bin/python -m es_jax.train --config="$config" --workdir="$workdir" "$@"

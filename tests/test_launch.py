@@ -57,6 +57,12 @@ def test_the_flags_of_the_scripts_are_those_of_the_command(jobset):
         assert all(f"--{flag}" in out.stdout or f"--[no]{flag}" in out.stdout for flag in flags_of(text))
 
 
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_make_knows_what_the_scripts_ask_it_for(script):
+    for extras, target in re.findall(r"make (EXTRAS=\S+) (\.venv/[\w.-]+)", script.read_text()):
+        subprocess.run(["make", "-n", extras, target], cwd=ROOT, check=True)
+
+
 @pytest.mark.parametrize("name", ["tpu_slice.sh", "gpu_node.sh", "slurm.sh"])
 def test_arguments_reach_the_command_as_they_are(name, tmp_path):
     """The script run with programs that only print what they are given."""

@@ -18,23 +18,14 @@ GIB = 1 << 30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One device.
+    """One device."""
 
-    Attributes:
-      name: what a topology calls it: "v5e" in "v5e:4x4".
-      kind: `jax.Device.device_kind`.
-      flops: peak bfloat16 floating-point operations a second, dense.
-      bandwidth: of its memory, bytes a second.
-      memory: of a program, bytes.
-      interconnect: between devices of a slice or node, bytes a second sent by one device over all its links.
-    """
-
-    name: str
-    kind: str
-    flops: float
-    bandwidth: float
-    memory: int
-    interconnect: float
+    name: str  # what a topology calls it: "v5e" in "v5e:4x4"
+    kind: str  # `jax.Device.device_kind`
+    flops: float  # peak bfloat16 floating-point operations a second, dense
+    bandwidth: float  # of its memory, bytes a second
+    memory: int  # of a program, bytes
+    interconnect: float  # between devices of a slice or node, bytes a second sent by one device over all its links
 
 
 CHIPS = (
@@ -63,7 +54,7 @@ def chip(name: str) -> Chip:
     >>> chip("h100").bandwidth
     3350000000000.0
     """
-    found = next((known for known in CHIPS if known.name == name), None)
-    if found is None:
-        raise ValueError(unknown("chip", name, [known.name for known in CHIPS]))
-    return found
+    by_name = {chip.name: chip for chip in CHIPS}
+    if name not in by_name:
+        raise ValueError(unknown("chip", name, by_name))
+    return by_name[name]

@@ -10,6 +10,15 @@ from jax import Array
 HELD = 2**25  # numbers held at once: 128 MiB of float32
 
 
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up.
+
+    >>> ceil_div(7, 3)
+    3
+    """
+    return -(-a // b)
+
+
 def block_length(numbers: int, *, multiple: int = 1) -> int:
     """How many positions, each of so many numbers, are in a block of about 128 MiB of float32; at least `multiple`.
 
@@ -28,10 +37,10 @@ def in_blocks(function: Callable, *arrays: Array, block: int) -> Any:
     [[0, 2, 4, 6, 8]]
     """
     length = arrays[0].shape[1]
-    count = -(-length // block)
+    count = ceil_div(length, block)
     if count == 1:
         return function(*arrays)
-    block = -(-length // count)
+    block = ceil_div(length, count)
 
     def cut(x: Array) -> Array:
         x = jnp.pad(x, [(0, count * block - length if axis == 1 else 0) for axis in range(x.ndim)])

@@ -1,33 +1,40 @@
 """How the commands read their flags, and those of a command that may be one of several processes."""
 
 import contextlib
+import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from absl import flags
+from absl import app, flags
 
 from es_jax.core.extras import require
+from es_jax.core.names import RENAMED
 
 require("llm")
 
 _NAMES = ("coordinator_address", "num_processes", "process_id")
 
 
-def parser(command: str, *, required: tuple[str, ...] = ()) -> Callable[[list[str]], list[str]]:
+def parser(
+    command: str, *, required: tuple[str, ...] = (), renamed: Mapping[str, str] | None = None
+) -> Callable[[list[str]], list[str]]:
     """absl's parser for a command with a --config file, with a mistake in the file or its arguments told in a sentence.
 
     Args:
       command: what the sentence begins with, "es_jax.train".
       required: flags that must be given, which a config file cannot say of itself.
+      renamed: flags of earlier versions, and what they are called now.
     """
+    old_flags = {f"config.{old}": f"config.{new}" for old, new in RENAMED.items()} | dict(renamed or {})
 
     def parse(argv: list[str]) -> list[str]:
         flags.mark_flags_as_required(required)
-        for argument in argv:
-            if argument.startswith("--config="):  # a config file imports its neighbours: configs.common
-                file = argument.removeprefix("--config=").partition(":")[0]
-                sys.path.append(str(Path(file).resolve().parent.parent))
+        for name, _, value in (argument.partition("=") for argument in argv):
+            if name == "--config":  # a config file imports its neighbours: configs.common
+                sys.path.append(str(Path(value.partition(":")[0]).resolve().parent.parent))
+            elif new := name.startswith("--") and old_flags.get(name.removeprefix("--")):
+                sys.exit(f"{command}: {name} is called --{new} now: use that name")
         try:
             return flags.FLAGS(argv)
         except flags.Error as error:
@@ -54,11 +61,30 @@ def define_processes() -> None:
     flags.DEFINE_integer("heartbeat_timeout", 60, "Seconds after which a silent process counts as dead.")
 
 
-def joined_processes(name: str) -> contextlib.AbstractContextManager:
-    """Inside, the processes of the command `name` are together: as the flags say, the rest as the environment does."""
+@contextlib.contextmanager
+def command(name: str, argv: list[str]) -> Iterator[flags.FlagValues]:
+    """What is around the work of a command. Inside, its processes are together: as the flags say, the rest as the
+    environment does. A ValueError or OSError ends it with one sentence, unless --traceback asks for the whole.
+
+    Args:
+      name: what the sentence begins with, "es_jax.train".
+      argv: what absl leaves of the command line.
+    """
+    values = flags.FLAGS
+    if len(argv) > 1:
+        hint = ": fields are set with --config.group.field=value" if "config" in values else ""
+        raise app.UsageError(f"unexpected arguments {argv[1:]}{hint}")
+    logging.getLogger().setLevel(logging.WARNING)
     from es_jax.core import processes  # JAX starts only when the flags are good
 
-    given = {flag: flags.FLAGS[flag].value for flag in _NAMES if flags.FLAGS[flag].value is not None}
-    if not (given or flags.FLAGS["distributed"].value):
-        return contextlib.nullcontext()
-    return processes.joined(name, heartbeat_timeout_seconds=flags.FLAGS["heartbeat_timeout"].value, **given)
+    given = {flag: values[flag].value for flag in _NAMES if values[flag].value is not None}
+    joined: contextlib.AbstractContextManager = contextlib.nullcontext()
+    if given or values["distributed"].value:
+        joined = processes.joined(name, heartbeat_timeout_seconds=values["heartbeat_timeout"].value, **given)
+    with joined:
+        try:
+            yield values
+        except (ValueError, OSError) as error:
+            if values["traceback"].value:
+                raise
+            sys.exit(f"{name}: {error}")

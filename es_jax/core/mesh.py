@@ -1,6 +1,5 @@
-"""The device mesh, and the table of rules that says where every leaf of the weights lives on it."""
+"""The device mesh, and how a rule says where a leaf of the weights lives on it."""
 
-import logging
 import math
 import re
 from collections.abc import Sequence
@@ -11,13 +10,12 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from es_jax.core.tree import map_named
-
 GROUPS, MODEL = "groups", "model"
 Rules = Sequence[tuple[str, PartitionSpec]]  # a pattern searched for in the leaf's name, and how the leaf is cut
 
-_MIN_SLICE = 128  # numbers; a leaf that `groups` would cut finer is not cut over it, and its own program stays the same
-logger = logging.getLogger(__name__)
+_MIN_SLICE = (
+    128  # numbers; of a finer slice XLA makes scalar code, whose last bits differ: `groups` does not cut so fine
+)
 
 
 def require_32_bits() -> None:
@@ -50,16 +48,16 @@ def make_mesh(groups: int | None = None, model: int = 1, *, devices: list | None
         )
     if groups * model < len(devices) and len({d.process_index for d in devices}) > 1:
         raise ValueError(
-            f"mesh is groups={groups} × model={model} of {len(devices)} devices of several hosts: every host must have its "
-            f"part; set mesh.groups and mesh.model so that their product is {len(devices)}"
+            f"mesh is groups={groups} × model={model} of {len(devices)} devices of several hosts: every host must have "
+            f"its part; set mesh.groups and mesh.model so that their product is {len(devices)}"
         )
     used = devices[: groups * model]
     slices = len({getattr(d, "slice_index", 0) for d in used})
     if slices > 1 and groups % slices == 0:  # slow links join slices: only `groups` goes over them
         shape, across = (groups // slices, model), (slices, 1)
         grid = mesh_utils.create_hybrid_device_mesh(shape, across, used, allow_split_physical_axes=True)
-        return Mesh(grid, (GROUPS, MODEL), axis_types=(AxisType.Auto,) * 2)
-    grid = mesh_utils.create_device_mesh((groups, model), used, allow_split_physical_axes=True)
+    else:
+        grid = mesh_utils.create_device_mesh((groups, model), used, allow_split_physical_axes=True)
     return Mesh(grid, (GROUPS, MODEL), axis_types=(AxisType.Auto,) * 2)
 
 
@@ -135,19 +133,3 @@ def only(spec: PartitionSpec, axis: str) -> PartitionSpec:
 
 def _size(mesh: Mesh, entry: Any) -> int:
     return 1 if entry is None else mesh.shape[entry]
-
-
-def shardings(mesh: Mesh, tree: Any, rules: Rules, *, log: bool = False) -> Any:
-    """The sharding of every leaf of a tree of arrays or `jax.ShapeDtypeStruct`s; `log` tells each match.
-
-    Raises:
-      ValueError: as `leaf_spec` does.
-    """
-
-    def where(name: str, leaf: Any) -> NamedSharding:
-        spec = leaf_spec(mesh, name, leaf.shape, rules)
-        if log:
-            logger.info("%s %s is cut as %s", name, leaf.shape, tuple(spec))
-        return NamedSharding(mesh, spec)
-
-    return map_named(where, tree)

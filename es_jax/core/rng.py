@@ -56,9 +56,8 @@ def normal(
 
 
 def _threefry13(seed: Array, leaf: np.uint32, shape: tuple[int, ...], row: Array | int | None = None) -> Array:
-    return threefry_normal.box_muller(
-        *threefry_normal.threefry((seed, jnp.uint32(leaf)), threefry_normal.positions(shape, row))
-    )
+    words = threefry_normal.threefry((seed, jnp.uint32(leaf)), threefry_normal.positions(shape, row))
+    return threefry_normal.box_muller(*words)
 
 
 def _threefry(seed: Array, leaf: np.uint32, shape: tuple[int, ...], row: Array | int | None = None) -> Array:
@@ -66,7 +65,7 @@ def _threefry(seed: Array, leaf: np.uint32, shape: tuple[int, ...], row: Array |
     return whole if row is None else jax.lax.dynamic_slice_in_dim(whole, row, 1)
 
 
-# How the noise of members is drawn. "threefry13" is fused into what uses it (see `counter`); "threefry" is
+# How the noise of members is drawn. "threefry13" is fused into what uses it (see `threefry_normal`); "threefry" is
 # jax.random.normal, 20 rounds and the inverse error function of 23 bits, some ten times the cost on CPU.
 GENERATORS = {"threefry13": _threefry13, "threefry": _threefry}
 DEFAULT = "threefry13"

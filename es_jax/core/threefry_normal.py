@@ -13,7 +13,7 @@ Two words make one number by the transformation of Box and Muller (1958), in flo
 so that |z| reaches √(66 ln 2) = 6.76. The logarithm and the sine are polynomials written out here (least maximal
 relative error on their interval, about 1e-6), not calls into a library whose code depends on the vector's width. Every
 product that is added to something passes `rounded`. So the words are the same bits on every backend, and the numbers
-made of them wherever float32 products, sums and square roots are rounded as IEEE 754 says.
+made of them wherever float32 products and sums are rounded as IEEE 754 says, and a square root is that or one step off.
 """
 
 import math
@@ -82,7 +82,31 @@ def _place(shape: tuple[int, ...], axes: range, row: Array | int | None) -> Word
 
 def box_muller(radius: Words, angle: Words) -> Float32[Array, "..."]:
     """One number of N(0, 1) from two random words."""
-    return jnp.sqrt(_minus_two_log(radius)) * _cosine(angle)
+    square = _minus_two_log(radius)
+    root = jax.lax.platform_dependent(square, cpu=jnp.sqrt, default=_exact_sqrt)  # a CPU's root is exact already
+    return root * _cosine(angle)
+
+
+def _exact_sqrt(x: Float32[Array, "..."]) -> Float32[Array, "..."]:
+    return _nearest_root(x, jnp.sqrt(x))
+
+
+def _nearest_root(x: Float32[Array, "..."], root: Float32[Array, "..."]) -> Float32[Array, "..."]:
+    """√x rounded to nearest, of a root at most one unit in the last place away from that; x is 0 or normal.
+
+    XLA makes the square root of a GPU an approximation, whatever accuracy is asked for. Whole numbers put it right.
+    Write the root as s, of 24 bits, and x as X, in the unit of s squared. √X is above s + ½ where X − s² > s, and below
+    s − ½ where X − s² ≤ −s. X and s² have 48 bits, but their difference is small, so 32 bits that wrap around hold it.
+    Each sign bit is one step of the root. A root of 0 stays: there s is 2²³, and X − s² wraps to 0. A root across a
+    power of 2 from √x takes its step too, though s² is of another unit: `tests/laws/test_root.py` tries every mantissa.
+    """
+    bits, near = (jax.lax.bitcast_convert_type(number, jnp.int32) for number in (x, root))
+    odd = (bits & jnp.int32(0x800000)) != 0  # the biased exponent: then x has an even one, and X is shorter by one bit
+    s = (near & jnp.int32(0x7FFFFF)) | jnp.int32(0x800000)
+    rest = (bits << jnp.where(odd, jnp.int32(23), jnp.int32(24))) - s * s
+    up = jax.lax.shift_right_logical(s - rest, jnp.int32(31))
+    down = (rest + s - jnp.int32(1)) >> 31
+    return jax.lax.bitcast_convert_type(near + up + down, jnp.float32)
 
 
 def _minus_two_log(word: Words) -> Float32[Array, "..."]:

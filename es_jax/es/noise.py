@@ -30,11 +30,6 @@ def _check_float(name: str, leaf: Array) -> None:
         )
 
 
-def _check_sigma(sigma: float | Array) -> None:
-    if isinstance(sigma, int | float) and not sigma > 0:
-        raise ValueError(f"sigma is {sigma}: the noise scale must be above 0 (the papers use 1e-3)")
-
-
 def _rounded(product: Array) -> Array:
     return threefry_normal.rounded(product) if product.dtype == jnp.float32 else product
 
@@ -77,9 +72,8 @@ class GaussianNoise:
         return self._drawn(seed, name, leaf, row).astype(self._arithmetic(leaf))
 
     def _drawn(self, seed: Array, name: str, leaf: Array, row: Row | None) -> Float[Array, "..."]:
-        if row is None:
-            return rng.normal(seed, name, leaf.shape, generator=self.generator)
-        return rng.normal(seed, name, (row[1], *leaf.shape[1:]), generator=self.generator, row=row[0])
+        index, shape = (None, leaf.shape) if row is None else (row[0], (row[1], *leaf.shape[1:]))
+        return rng.normal(seed, name, shape, generator=self.generator, row=index)
 
     def _arithmetic(self, leaf: Array) -> jnp.dtype:
         return jnp.dtype(jnp.float64) if leaf.dtype == jnp.float64 else jnp.dtype(jnp.float32)
@@ -99,7 +93,8 @@ class GaussianNoise:
         Raises:
           ValueError: σ ≤ 0.  TypeError: a leaf that is not floating point, which is named.
         """
-        _check_sigma(sigma)
+        if isinstance(sigma, int | float) and not sigma > 0:
+            raise ValueError(f"sigma is {sigma}: the noise scale must be above 0 (the papers use 1e-3)")
 
         def perturb(name, leaf):
             _check_float(name, leaf)
@@ -160,7 +155,7 @@ class SharedSeedNoise(GaussianNoise):
     """The published code's noise: leaves of one shape share it, and all arithmetic is in the leaf's own dtype.
 
     With float16 parameters it reproduces the published norms, rounding included; that is its use. The shared noise
-    ties equal-shaped layers together, and 16-bit sums lose small updates, so it is no way to train.
+    ties equal-shaped layers together, and 16-bit sums lose small updates, so it is not a way to train.
 
     Args:
       stacked: leaves whose name starts with this prefix hold one parameter per index of their first axis (layers
@@ -176,19 +171,16 @@ class SharedSeedNoise(GaussianNoise):
 
     stacked: str | None = None
 
-    def _shape(self, name: str, leaf: Array) -> tuple[int, ...]:
-        return leaf.shape[1:] if self.stacked and name.startswith(self.stacked) else leaf.shape
-
     def _arithmetic(self, leaf: Array) -> jnp.dtype:
         return leaf.dtype
 
     def _drawn(self, seed: Array, name: str, leaf: Array, row: Row | None) -> Float[Array, "..."]:
-        shape = self._shape(name, leaf)
-        if row is not None and len(shape) == leaf.ndim:  # not stacked: the whole leaf is the parameter
-            shape = (row[1], *shape[1:])
-            eps = rng.normal(seed, "x".join(map(str, shape)), shape, generator=self.generator, row=row[0])
-            return eps.astype(leaf.dtype)
-        eps = rng.normal(seed, "x".join(map(str, shape)), shape, generator=self.generator)
+        index, shape = None, leaf.shape
+        if self.stacked and name.startswith(self.stacked):
+            shape = leaf.shape[1:]
+        elif row is not None:  # the whole leaf is the parameter
+            index, shape = row[0], (row[1], *leaf.shape[1:])
+        eps = rng.normal(seed, "x".join(map(str, shape)), shape, generator=self.generator, row=index)
         return jnp.broadcast_to(eps.astype(leaf.dtype), leaf.shape)
 
 

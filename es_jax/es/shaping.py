@@ -3,7 +3,7 @@
 import logging
 
 import numpy as np
-from jaxtyping import Float, Integer
+from jaxtyping import Float
 
 logger = logging.getLogger(__name__)
 
@@ -62,29 +62,6 @@ def centered_rank(rewards: Float[np.ndarray, " n"], *, nan_rewards: str = "error
     equal = (rewards[:, None] == rewards[None, :]).sum(1)
     rank = below + (equal - 1) / 2
     return (rank / max(len(rewards) - 1, 1) - 0.5).astype(np.float32)
-
-
-def group_relative(
-    rewards: Float[np.ndarray, " n"], groups: Integer[np.ndarray, " n"], *, scale: bool = True, eps: float = 1e-6
-) -> np.ndarray:
-    """(r − mean) / (std + eps) within each group, ddof 1, float32 [N]: the advantage of GRPO (arXiv 2402.03300).
-
-    `scale=False` leaves r − mean, the advantage of Dr. GRPO (arXiv 2503.20783). A group of equal rewards, or of one,
-    gets zeros.
-
-    >>> group_relative(np.array([0.0, 2.0, 5.0, 5.0]), np.array([0, 0, 1, 1])).round(2)
-    array([-0.71,  0.71,  0.  ,  0.  ], dtype=float32)
-    """
-    rewards, groups = finite_rewards(rewards), np.asarray(groups)
-    if groups.shape != rewards.shape:
-        raise ValueError(f"groups have shape {groups.shape} for {len(rewards)} rewards: give each reward its group")
-    out = np.zeros(len(rewards))
-    for group in np.unique(groups):
-        mine = groups == group
-        if mine.sum() > 1 and np.ptp(rewards[mine]) > 0:
-            centred = rewards[mine] - rewards[mine].mean()
-            out[mine] = centred / (rewards[mine].std(ddof=1) + eps) if scale else centred
-    return out.astype(np.float32)
 
 
 SHAPINGS = {"z_score": z_score, "centered_rank": centered_rank}

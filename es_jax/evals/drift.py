@@ -1,11 +1,13 @@
 """How far the weights are from the base weights: in all, by layer, by kind of matrix, and beside the closed form."""
 
+import collections
 import functools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from es_jax.core import processes
 from es_jax.core.tree import named_leaves
@@ -32,18 +34,15 @@ def drift(base: Any, now: Any, *, sigma: float | None = None, predicted: float |
     (5.0, 4.0, 'w')
     """
     leaves, start = dict(named_leaves(now)), dict(named_leaves(base))
-    found = {name: processes.fetch(_leaf(start[name], leaf, name.startswith(LAYERS))) for name, leaf in leaves.items()}
-    kinds = {name.removeprefix(LAYERS): (float(s.sum()), float(b.sum())) for name, (s, b, _) in found.items()}
-    layers: dict[str, float] = {}
-    for name, (squares, _, _) in found.items():
-        if name.startswith(LAYERS):
-            for i, square in enumerate(squares):
-                layers[f"layer {i}"] = layers.get(f"layer {i}", 0.0) + float(square)
-        else:
-            layers[name.split("/")[0]] = layers.get(name.split("/")[0], 0.0) + float(squares.sum())
+    parts = {name: processes.fetch(_leaf(start[name], leaf, name.startswith(LAYERS))) for name, leaf in leaves.items()}
+    kinds = {name.removeprefix(LAYERS): (float(s.sum()), float(b.sum())) for name, (s, b, _) in parts.items()}
+    layers: dict[str, float] = collections.defaultdict(float)
+    for name, (squares, _, _) in parts.items():
+        for i, square in enumerate(np.atleast_1d(squares)):
+            layers[f"layer {i}" if name.startswith(LAYERS) else name.split("/")[0]] += float(square)
     total, origin = (math.sqrt(sum(pair[i] for pair in kinds.values())) for i in (0, 1))
     dim = sum(leaf.size for leaf in leaves.values())
-    largest = max(found, key=lambda name: float(found[name][2]))
+    largest = max(parts, key=lambda name: float(parts[name][2]))
     rms = total / math.sqrt(dim)
     return {
         "norm": total,
@@ -53,7 +52,7 @@ def drift(base: Any, now: Any, *, sigma: float | None = None, predicted: float |
         "rms": rms,
         "kappa": None if sigma is None else rms / sigma,
         "dim": dim,
-        "largest": float(found[largest][2]),
+        "largest": float(parts[largest][2]),
         "largest_in": largest,
         "by_layer": {name: math.sqrt(square) for name, square in layers.items()},
         "by_kind": {name: math.sqrt(square) for name, (square, _) in kinds.items()},

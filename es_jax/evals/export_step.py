@@ -6,24 +6,18 @@ import math
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-from flax.traverse_util import unflatten_dict
-from jax.sharding import Mesh
 
-from es_jax.core.mesh import make_mesh
 from es_jax.core.tree import count
-from es_jax.models.sharding import leaf_sharding
 from es_jax.models.transformer import param_shapes
 from es_jax.rundir import directory
-from es_jax.rundir.checkpoints import restore_params, saved_steps
+from es_jax.rundir.checkpoints import saved_steps
 from es_jax.rundir.metrics import read_jsonl
 from es_jax.rundir.seed_log import SeedLog
-from es_jax.training.config import RunConfig
-from es_jax.training.state import replay
-from es_jax.weights.model import Model, check_new, load_outline, save_model
-
-METHODS = {"es": ("Evolution Strategies", "evolution-strategies"), "grpo": ("GRPO", "grpo")}  # in the card
+from es_jax.training.config import freeze
+from es_jax.training.method import METHODS
+from es_jax.training.weights_at import weights_at
+from es_jax.weights.model import check_new, load_outline, save_model
 
 
 def export_run(
@@ -54,7 +48,8 @@ def export_run(
         not the run's.
     """
     workdir, out = Path(workdir), Path(out).expanduser()
-    config, facts = directory.read_config(workdir), directory.read(workdir)
+    facts = directory.read(workdir)
+    config = freeze(facts["config"])
     last = len(SeedLog(workdir, writable=False).entries)
     step = last if step is None else step
     if not 0 <= step <= last:
@@ -65,9 +60,11 @@ def export_run(
     wanted = jnp.dtype(config.model.param_dtype if dtype is None else dtype)
     check_new(out, nbytes=wanted.itemsize * sum(map(math.prod, param_shapes(base.config).values())))
     source = "checkpoint" if step in saved_steps(workdir) else "replay"
-    params = restored(workdir, config, base, step) if source == "checkpoint" else _replayed(workdir, step)
+    ((_, params),) = weights_at(workdir, [step])
     model = dataclasses.replace(base, params=params)
-    text = card(facts, step=step, dtype=str(wanted), evals=_evals(workdir, config.task.name, step))
+    rows = read_jsonl(workdir / "evals" / f"{config.task.name}.jsonl")
+    evals = next((row for row in rows if row["step"] == step), None)
+    text = card(facts, step=step, dtype=str(wanted), evals=evals)
     save_model(out, model, dtype=wanted, max_shard_bytes=max_shard_bytes, card=text)
     files = list(out.glob("*.safetensors"))
     return {
@@ -82,51 +79,29 @@ def export_run(
 
 
 def card(facts: dict[str, Any], *, step: int, dtype: str, evals: dict[str, Any] | None) -> str:
-    """The text of the folder's README.md, from what a run's config.json holds: Markdown behind YAML."""
+    """The text of the folder's README.md, from what a run's config.json holds: YAML, then Markdown."""
     config = facts["config"]
     source, run = config["model"]["source"], config["train"]
     on_hub = source.count("/") == 1 and not Path(source).expanduser().exists()
     hub = f"base_model: {json.dumps(source)}\n" if on_hub else ""
     resumed = f", resumed {len(facts['resumed'])} times" if facts.get("resumed") else ""
-    method, tag = METHODS[config.get("method", "es")]
-    lines = [
-        f"| {name} | {value} |"
-        for name, value in (
-            ("base model", f"`{source}`"),
-            ("sha256 of its weight files", f"`{facts['digest']}`"),
-            ("step", f"{step} of {run['steps']}{resumed}"),
-            ("weights", f"{facts.get('parameters', 'unknown')} numbers, written as {dtype}"),
-            ("task", f"`{config['task']['name']}`, seed {config['task']['seed']}"),
-            ("run seed", run["seed"]),
-            ("held out", f"`{json.dumps(evals)}`" if evals else "no evaluation at this step"),
-        )
-    ]
+    method = METHODS[config.get("method", "es")]
+    table = {
+        "base model": f"`{source}`",
+        "sha256 of its weight files": f"`{facts['digest']}`",
+        "step": f"{step} of {run['steps']}{resumed}",
+        "weights": f"{facts.get('parameters', 'unknown')} numbers, written as {dtype}",
+        "task": f"`{config['task']['name']}`, seed {config['task']['seed']}",
+        "run seed": run["seed"],
+        "held out": f"`{json.dumps(evals)}`" if evals else "no evaluation at this step",
+    }
     return (
-        f"---\nlibrary_name: transformers\ntags: [es_jax, {tag}]\n{hub}---\n\n"
-        f"# Step {step} of a run of es_jax\n\nFine-tuned with {method}. "
-        "The licence is the base model's.\n\n"
-        "| | |\n|---|---|\n" + "\n".join(lines) + "\n\nGreedy decoding, as in training: "
-        "`model.generate(**inputs, do_sample=False, repetition_penalty=1.0)`.\n\n## Config\n\n```json\n"
+        f"---\nlibrary_name: transformers\ntags: [es_jax, {method.tag}]\n{hub}---\n\n"
+        f"# Step {step} of a run of es_jax\n\nFine-tuned with {method.title}. "
+        "The licence is the base model's.\n\n| | |\n|---|---|\n"
+        + "".join(f"| {name} | {value} |\n" for name, value in table.items())
+        + "\nGreedy decoding, as in training: `model.generate(**inputs, do_sample=False, repetition_penalty=1.0)`."
+        "\n\n## Config\n\n```json\n"
         + json.dumps({"config": config, "versions": facts.get("versions")}, indent=2)
         + "\n```\n"
     )
-
-
-def restored(workdir: Path, config: RunConfig, base: Model, step: int, *, mesh: Mesh | None = None) -> Any:
-    """The weights of a step that has a checkpoint, cut over the devices of the mesh, by default over all there are."""
-    mesh, dtype = make_mesh() if mesh is None else mesh, jnp.dtype(config.model.param_dtype)
-    like = {
-        path: jax.ShapeDtypeStruct(shape, dtype, sharding=leaf_sharding(mesh, path, shape))
-        for path, shape in param_shapes(base.config).items()
-    }
-    return restore_params(workdir, step, unflatten_dict(like, sep="/"))
-
-
-def _replayed(workdir: Path, step: int) -> Any:
-    ((_, params),) = replay(workdir, steps=[step])
-    return params
-
-
-def _evals(workdir: Path, task: str, step: int) -> dict[str, Any] | None:
-    rows = read_jsonl(workdir / "evals" / f"{task}.jsonl")
-    return next((row for row in rows if row["step"] == step), None)

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float32, Int32
 
 from es_jax.core import processes, rng
 from es_jax.core.chunked_map import block_length, in_blocks
-from es_jax.generate.engine import Engine
+from es_jax.generate.engine import engine_for
 from es_jax.generate.sampling import Temperature
 from es_jax.generate.score import token_positions
 from es_jax.models.config import TransformerConfig
@@ -30,7 +30,7 @@ TOKENS = 2**12  # of one forward pass
 
 @dataclasses.dataclass(frozen=True)
 class Continuation:
-    """A prompt and what the base model wrote behind it, as token ids."""
+    """A prompt and what the base model wrote after it, as token ids."""
 
     prompt: Sequence[int]
     tokens: Sequence[int]
@@ -76,7 +76,7 @@ def sample(
     base: Any,
     prompts: Sequence[Sequence[int]],
     *,
-    stop: Sequence[int],
+    stop_token_ids: Sequence[int],
     slots: int,
     max_new_tokens: int = 256,
     seed: int = 0,
@@ -85,13 +85,13 @@ def sample(
 
     Row i of a seed is the same whatever the rows beside it are.
     """
-    longest = max(map(len, prompts))
-    engine = Engine(
+    room = config.max_positions - max(map(len, prompts))
+    engine = engine_for(
         config,
-        slots=min(slots, len(prompts)),
-        max_prompt_tokens=longest,
-        max_new_tokens=min(max_new_tokens, config.max_positions - longest),
-        stop_token_ids=tuple(stop),
+        prompts,
+        slots=slots,
+        max_new_tokens=min(max_new_tokens, room),
+        stop_token_ids=stop_token_ids,
         sampler=Temperature(1.0),
     )
     tokens, length, _ = engine.generate(base, prompts, key=rng.sampling_key(seed, 0))
@@ -107,21 +107,22 @@ def kl(config: TransformerConfig, base: Any, now: Any, rows: Sequence[Continuati
       its tokens; kl_token, kl_token_se: the mean over all tokens (a ratio, its error linearised); kl_exact, … and
       kl_exact_token, …: the same of the sum over the vocabulary. None for the errors of a single prompt.
     """
-    longest = max(len(row.prompt) + len(row.tokens) for row in rows)
-    width = -(-longest // WIDTH) * WIDTH
+    starts = np.array([[len(row.prompt)] for row in rows])
+    lengths = np.array([len(row.tokens) for row in rows])
+    ends = starts + lengths[:, None]
+    width = -(-int(ends.max()) // WIDTH) * WIDTH
     count = max(min(TOKENS // width, len(rows)), 1)
-    sums: list[tuple[float, float]] = []
+    sums = []
     for first in range(0, len(rows), count):
-        mine = rows[first : first + count]
-        tokens = np.zeros((count, width), np.int32)
-        mask, asked = np.zeros_like(tokens, bool), np.zeros_like(tokens, bool)
-        for r, row in enumerate(mine):
-            ids, start = [*row.prompt, *row.tokens], len(row.prompt)
-            tokens[r, : len(ids)], mask[r, : len(ids)], asked[r, start : len(ids)] = ids, True, True
-        found = processes.fetch(token_kl(config, base, now, tokens, mask))
-        sampled, exact = (x.astype(np.float64) for x in found)
-        sums += [(float(sampled[r][asked[r]].sum()), float(exact[r][asked[r]].sum())) for r in range(len(mine))]
-    lengths = np.array([len(row.tokens) for row in rows], float)
+        batch = slice(first, first + count)
+        mask = np.arange(width) < ends[batch]
+        tokens = np.zeros(mask.shape, np.int32)
+        tokens[mask] = np.concatenate([[*row.prompt, *row.tokens] for row in rows[batch]])
+        absent = ((0, count - len(mask)), (0, 0))  # rows of a last batch that is not full
+        estimates = processes.fetch(token_kl(config, base, now, np.pad(tokens, absent), np.pad(mask, absent)))
+        written = mask & (np.arange(width) >= starts[batch])
+        for r, places in enumerate(written):
+            sums.append([x[r][places].astype(np.float64).sum() for x in estimates])
     result: dict[str, Any] = {"n": len(rows), "tokens": int(lengths.sum())}
     for name, values in zip(("kl", "kl_exact"), np.array(sums).T, strict=True):
         result |= averages(name, values, lengths)
@@ -135,10 +136,9 @@ def averages(name: str, sums: np.ndarray, lengths: np.ndarray) -> dict[str, floa
     1.5
     """
     n, each, mean = len(sums), sums / lengths, float(np.divide(sums.sum(), lengths.sum()))
-    columns: dict[str, float | None] = {name: float(each.mean()), f"{name}_se": None}
-    columns |= {f"{name}_token": mean, f"{name}_token_se": None}
+    se = token_se = None
     if n > 1:
-        columns[f"{name}_se"] = float(each.std(ddof=1) / math.sqrt(n))
         rest = sums - mean * lengths
-        columns[f"{name}_token_se"] = float(math.sqrt((rest**2).sum() * n / (n - 1)) / lengths.sum())
-    return columns
+        se = float(each.std(ddof=1) / math.sqrt(n))
+        token_se = float(math.sqrt((rest**2).sum() * n / (n - 1)) / lengths.sum())
+    return {name: float(each.mean()), f"{name}_se": se, f"{name}_token": mean, f"{name}_token_se": token_se}

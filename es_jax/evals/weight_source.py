@@ -7,38 +7,37 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from es_jax.core.tree import count
 from es_jax.evals.drift import drift
-from es_jax.evals.export_step import restored
 from es_jax.rundir import directory
-from es_jax.rundir.checkpoints import saved_steps
 from es_jax.rundir.seed_log import NAME, SeedLog
-from es_jax.training.config import RunConfig
+from es_jax.training.config import RunConfig, read_config
 from es_jax.training.fields import ModelConfig
+from es_jax.training.method import METHODS
 from es_jax.training.predicted_drift import Walk
-from es_jax.training.state import load_anchor, load_base, replay
+from es_jax.training.state import load_anchor, load_base
+from es_jax.training.weights_at import weights_at
 from es_jax.weights.model import Model, load_outline
 
-METHODS_WITHOUT_REPLAY = ("grpo",)
 SHORT = 16  # characters of a digest
 # What may differ between two runs with the same weights at each step. Digests stand for the paths.
 WITHOUT_MARK = (*directory.CHANGEABLE, "model.source", "task.data_dir", "optim.anchor.source", "evals.")
 
 
 @dataclasses.dataclass(frozen=True)
-class Subject:
+class WeightSource:
     """Weights by step, step 0 the base model.
 
     Attributes:
       name: for messages.
-      marks: what tells its weights of the first so many steps from those of other subjects, by name, as JSON has it;
+      marks: what tells its weights of the first so many steps from those of other sources, by name, as JSON has it;
         "base" is a digest of step 0.
       config: of the run; of a model, the defaults with its source.
       model: the base model without weights.
       last: the last step there is.
-      saved: steps that need no replay.
       base: makes the base model's weights.
       weights: the weights of given steps, in their order; copy what is kept, the next step reuses their memory.
       predicted: ‖θ_t − θ₀‖ in exact arithmetic by step, up to a last step and from given θ₀, where theory knows it.
@@ -50,7 +49,6 @@ class Subject:
     config: RunConfig
     model: Model
     last: int
-    saved: tuple[int, ...]
     base: Callable[[], Any]
     weights: Callable[[Sequence[int]], Iterator[tuple[int, Any]]]
     predicted: Callable[[int, Any], dict[int, float | None]]
@@ -65,55 +63,40 @@ def is_run(path: Path) -> bool:
         return False
 
 
-def of_run(workdir: Path, mesh: Mesh) -> Subject:
+def of_run(workdir: Path, mesh: Mesh) -> WeightSource:
     """A run's steps; nothing in its directory is changed.
 
     Raises:
       ValueError, OSError: no run there, a damaged one, or base weights that are not the run's.
     """
-    config, log = directory.read_config(workdir), SeedLog(workdir, writable=False)
+    config, log = read_config(workdir), SeedLog(workdir, writable=False)
     model = load_outline(config.model.source)
     directory.check_base(workdir, config.model.source, model.digest)
-    replayable, saved = config.method not in METHODS_WITHOUT_REPLAY, saved_steps(workdir)
-
-    def base() -> Any:
-        return load_base(config, mesh).params
-
-    def weights(steps: Sequence[int]) -> Iterator[tuple[int, Any]]:
-        missing = [step for step in steps if step not in saved and (step or replayable)]
-        if missing and not replayable:
-            raise ValueError(
-                f"steps {missing} of {workdir} have no checkpoint and a run of this method cannot be "
-                f"replayed: choose of {[0, *saved]}, or train with a larger train.keep_checkpoints"
-            )
-        rebuilt = replay(workdir, steps=missing, mesh=mesh) if replayable else iter([(0, base())])
-        for step in steps:
-            yield step, restored(workdir, config, model, step, mesh=mesh) if step in saved else next(rebuilt)[1]
+    perturbs = METHODS[config.method].perturbs
 
     def predicted(last: int, start: Any) -> dict[int, float | None]:
         offset = drift(start, load_anchor(config, mesh, start))["norm"] if config.optim.anchor.source else 0.0
-        walk, found = Walk(config, count(start), offset=offset), {}
-        for entry in log.entries[:last] if replayable else ():
+        walk, norms = Walk(config, count(start), offset=offset), {}
+        for entry in log.entries[:last] if perturbs else ():
             walk.add(entry)
-            found[entry.step] = walk.norm
-        return found
+            norms[entry.step] = walk.norm
+        return norms
 
-    return Subject(
+    return WeightSource(
         name=f"the run {workdir}",
         marks=lambda steps: _marks_of_run(workdir, config, model.digest, min(steps, len(log.entries))),
         config=config,
         model=model,
         last=len(log.entries),
-        saved=tuple(saved),
-        base=base,
-        weights=weights,
+        base=lambda: load_base(config, mesh).params,
+        weights=lambda steps: weights_at(workdir, steps, mesh=mesh),
         predicted=predicted,
-        sigma=lambda step: log.entries[step - 1].rates(config).sigma if config.method == "es" else None,
+        sigma=lambda step: config.logged_rates(log.entries[step - 1]).sigma if perturbs else None,
     )
 
 
 def _fields(config: RunConfig) -> dict[str, Any]:
-    fields = directory.flat(json.loads(json.dumps(dataclasses.asdict(config))))
+    fields = flatten_dict(json.loads(json.dumps(dataclasses.asdict(config))), sep=".")
     return {name: value for name, value in fields.items() if not name.startswith(WITHOUT_MARK)}
 
 
@@ -130,7 +113,7 @@ def _marks_of_run(workdir: Path, config: RunConfig, base: str, steps: int) -> di
     return {"base": base[:SHORT]} | _fields(config) | named | {"steps": steps, "seedlog": log}
 
 
-def of_model(source: str, base: str | None, mesh: Mesh) -> Subject:
+def of_model(source: str, base: str | None, mesh: Mesh) -> WeightSource:
     """A model, as step 1 beside its base model as step 0; without a base model it is step 0 itself.
 
     Args:
@@ -139,30 +122,19 @@ def of_model(source: str, base: str | None, mesh: Mesh) -> Subject:
     Raises:
       ValueError: the two have different shapes or vocabularies.
     """
-    first = RunConfig(model=ModelConfig(source=base or source))
-    second = RunConfig(model=ModelConfig(source=source))
+    first, second = (RunConfig(model=ModelConfig(source=name)) for name in (base or source, source))
     model, other = load_outline(first.model.source), load_outline(source)
     if model.config != other.config or model.tokenizer.get_vocab() != other.tokenizer.get_vocab():
         raise ValueError(f"{source} and {base} differ in shape or vocabulary: give the model it was trained from")
-    configs = {0: first, 1: second}
-
-    def weights(steps: Sequence[int]) -> Iterator[tuple[int, Any]]:
-        for step in steps:
-            yield step, load_base(configs[step], mesh).params
-
-    def made() -> Any:
-        return load_base(first, mesh).params
-
     marks = {"base": model.digest[:SHORT]} | ({} if base is None else {"model": other.digest[:SHORT]})
-    return Subject(
+    return WeightSource(
         name=f"the model {source}" + ("" if base is None else f" beside its base model {base}"),
         marks=lambda steps: marks,
         config=second,
         model=model,
         last=int(base is not None),
-        saved=(),
-        base=made,
-        weights=weights,
+        base=lambda: load_base(first, mesh).params,
+        weights=lambda steps: ((step, load_base((first, second)[step], mesh).params) for step in steps),
         predicted=lambda last, start: {},
         sigma=lambda step: None,
     )

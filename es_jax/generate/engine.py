@@ -11,9 +11,11 @@ import numpy as np
 from jaxtyping import Array, Int32, Key, PRNGKeyArray
 
 from es_jax.core import processes
+from es_jax.core.chunked_map import ceil_div
+from es_jax.generate.decode_spec import DecodeSpec
 from es_jax.generate.prompts import Packing
+from es_jax.generate.queue import Generation, decode
 from es_jax.generate.sampling import Greedy, Sampler
-from es_jax.generate.slots import Generation, Queue
 from es_jax.models.config import TransformerConfig
 from es_jax.models.transformer import transpose_kernels, unstack_layers
 
@@ -25,21 +27,21 @@ WIDE = 512  # model width from which kernels are transposed on CPU
 def check_context(
     config: TransformerConfig, longest: int, max_new_tokens: int, *, field: str = "max_new_tokens"
 ) -> None:
-    """Raises ValueError where the model's context has no room for a prompt of `longest` tokens and `max_new_tokens` more."""
+    """Raises ValueError where a prompt of `longest` tokens and `max_new_tokens` more do not fit the model's context."""
     room = config.max_positions - longest
     if max_new_tokens > room:
         raise ValueError(
-            f"{field} is {max_new_tokens} and the longest prompt has {longest} tokens, more than the model's context of "
-            f"{config.max_positions}: set {field} to at most {room}"
+            f"{field} is {max_new_tokens} and the longest prompt has {longest} tokens, more than the model's context "
+            f"of {config.max_positions}: set {field} to at most {room}"
         )
 
 
 @dataclasses.dataclass(frozen=True)
-class Engine:
-    """Generates for any number of prompts: a row that stops makes room for the next one, on the device (see `slots`).
+class Engine(DecodeSpec):
+    """Generates for any number of prompts: a row that stops makes room for the next one, on the device (see `queue`).
 
-    A row's tokens depend on its own prompt (and, when sampled, on its index in the list) alone, never on the rows
-    beside it. Programs are compiled once for each number, width and shared prefix of the prompts.
+    A row's tokens depend on its own prompt (and, when sampled, on its index in the list) alone. Programs are compiled
+    once for each number, width and shared prefix of the prompts.
 
     Args:
       config: of the model.
@@ -52,7 +54,7 @@ class Engine:
       unroll: run the layers one after another rather than in a scan; by default on CPU, where it decodes faster.
 
     Raises:
-      ValueError: a size that is no whole number above 0, or a stop id outside the vocabulary.
+      ValueError: a size that is not a whole number above 0, or a stop id outside the vocabulary.
 
     >>> from es_jax.models.transformer import Transformer
     >>> config = TransformerConfig(family="llama", vocab_size=16, width=8, layers=1, heads=2, kv_heads=1,
@@ -62,25 +64,8 @@ class Engine:
     (3, 3)
     """
 
-    config: TransformerConfig
     _: dataclasses.KW_ONLY
-    slots: int
     max_prompt_tokens: int
-    max_new_tokens: int
-    stop_token_ids: tuple[int, ...]
-    sampler: Sampler = Greedy()
-    logprobs: bool = False
-    unroll: bool | None = None
-
-    def __post_init__(self):
-        object.__setattr__(self, "stop_token_ids", tuple(int(i) for i in self.stop_token_ids))
-        for field in ("slots", "max_prompt_tokens", "max_new_tokens"):
-            value = getattr(self, field)
-            if not isinstance(value, (int, np.integer)) or value < 1:
-                raise ValueError(f"{field} is {value}: it must be a whole number, at least 1")
-        for token in self.stop_token_ids:
-            if not 0 <= token < self.config.vocab_size:
-                raise ValueError(f"stop token {token} is outside the vocabulary of {self.config.vocab_size}")
 
     @property
     def unrolled(self) -> bool:
@@ -104,8 +89,8 @@ class Engine:
         """How these prompts, and all parts of them, become arrays.
 
         Raises:
-          ValueError: no prompts, an empty one, one longer than `max_prompt_tokens` or than the model's context leaves beside
-            `max_new_tokens`, or what is no token of the vocabulary.
+          ValueError: no prompts, an empty one, one longer than `max_prompt_tokens` or than the model's context allows
+            beside `max_new_tokens`, or what is not a token of the vocabulary.
         """
         if not len(prompts):
             raise ValueError("there are no prompts: give at least one")
@@ -115,8 +100,8 @@ class Engine:
                 raise ValueError(f"prompt {i} is {prompt!r:.60}: it must be a sequence of token ids, which are whole")
             if not 1 <= len(prompt) <= self.max_prompt_tokens:
                 raise ValueError(
-                    f"prompt {i} has {len(prompt)} tokens: it must have 1 to decode.max_prompt_tokens = {self.max_prompt_tokens}; "
-                    "raise decode.max_prompt_tokens or leave the prompt out"
+                    f"prompt {i} has {len(prompt)} tokens: it must have 1 to decode.max_prompt_tokens = "
+                    f"{self.max_prompt_tokens}; raise decode.max_prompt_tokens or leave the prompt out"
                 )
             if not 0 <= min(prompt) <= max(prompt) < self.config.vocab_size:
                 raise ValueError(
@@ -149,7 +134,7 @@ class Engine:
         if keys is None and not isinstance(self.sampler, Greedy):
             raise ValueError(f"sampler is {self.sampler}: give keys [Q] to draw from")
         prefix = jnp.zeros(0, jnp.int32) if prefix is None else prefix
-        return Queue(self, params, tokens, positions, keys, prefix, axis_name).run()
+        return decode(self, params, tokens, positions, keys, prefix, axis_name)
 
     def generate(self, params: Any, prompts: Sequence[Sequence[int]], *, key: PRNGKeyArray | None = None) -> Generation:
         """Completions of a list of token-id prompts, in their order, as host arrays.
@@ -161,11 +146,38 @@ class Engine:
         """
         if key is None and not isinstance(self.sampler, Greedy):
             raise ValueError(f"sampler is {self.sampler}: pass key= to draw from")
-        rows = -(-len(prompts) // self.slots) * self.slots
+        rows = ceil_div(len(prompts), self.slots) * self.slots
         packed = self.packing(prompts).pack(prompts, rows=rows)
         keys = None if key is None else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
         out = _decode(self, _layout(self, params), packed, keys)
         return jax.tree.map(lambda part: part[: len(prompts)], processes.fetch(out))
+
+
+def engine_for(
+    config: TransformerConfig,
+    prompts: Sequence[Sequence[int]],
+    *,
+    slots: int,
+    max_new_tokens: int,
+    stop_token_ids: Sequence[int],
+    sampler: Sampler | None = None,
+    field: str = "max_new_tokens",
+) -> Engine:
+    """An engine as large as the prompts need, greedy by default, with no more slots than prompts.
+
+    Raises:
+      ValueError: the model's context has no room for `max_new_tokens` after the longest prompt; it names the `field`.
+    """
+    longest = max(map(len, prompts))
+    check_context(config, longest, max_new_tokens, field=field)
+    return Engine(
+        config,
+        slots=min(slots, len(prompts)),
+        max_prompt_tokens=longest,
+        max_new_tokens=max_new_tokens,
+        stop_token_ids=tuple(stop_token_ids),
+        sampler=sampler or Greedy(),
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -7,40 +7,30 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from es_jax.core.chunked_map import ceil_div
+
 WIDTH_STEP = 32  # prompts are padded to a multiple of this many tokens, so that few widths are compiled
 PREFIX_STEP = 16  # a shared prefix is a multiple of this many tokens long, for the same reason
 
 
 class Prompts(NamedTuple):
-    """Q prompts as an engine takes them: arrays of NumPy or JAX.
+    """Q prompts as an engine takes them: arrays of NumPy or JAX."""
 
-    Attributes:
-      tokens: int32 [Q, P], each row's tokens behind the prefix at its left end, 0 to their right.
-      positions: int32 [Q, P], where they stand in their prompt: from C on, -1 to their right. A row of -1 alone is
-        padding and is not decoded.
-      prefix: int32 [C], the tokens that every prompt begins with; C may be 0.
-    """
-
-    tokens: Any
-    positions: Any
-    prefix: Any
+    tokens: Any  # int32 [Q, P], each row's tokens after the prefix at its left end, 0 to their right
+    positions: Any  # int32 [Q, P], where they stand in their prompt: from C on, -1 to their right; -1 alone: padding
+    prefix: Any  # int32 [C], the tokens that every prompt begins with; C may be 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Packing:
-    """The shapes that one set of prompts, and all its subsets, are packed into, so that they share their programs.
+    """The shapes that one set of prompts, and all its subsets, are packed into, so that they share their programs."""
 
-    Attributes:
-      prefix: the tokens that all the prompts begin with, a multiple of PREFIX_STEP of them.
-      width: P, places for the tokens of a prompt behind the prefix.
-    """
-
-    prefix: tuple[int, ...]
-    width: int
+    prefix: tuple[int, ...]  # the tokens that all the prompts begin with, a multiple of PREFIX_STEP of them
+    width: int  # P, places for the tokens of a prompt after the prefix
 
     @classmethod
     def of(cls, prompts: Sequence[Sequence[int]], *, max_prompt_tokens: int) -> "Packing":
-        """The packing of these prompts, each of 1..max_prompt_tokens tokens; at least one token stays behind the prefix.
+        """The packing of these prompts, each of 1..max_prompt_tokens tokens; at least one token stays after the prefix.
 
         >>> Packing.of([[7] * 20, [7] * 18 + [1]], max_prompt_tokens=40)
         Packing(prefix=(7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7), width=24)
@@ -49,7 +39,7 @@ class Packing:
         alike = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*prompts, strict=False))
         common = min(sum(1 for _ in alike), shortest - 1)
         shared = common - common % PREFIX_STEP
-        width = min(-(-(longest - shared) // WIDTH_STEP) * WIDTH_STEP, max(max_prompt_tokens, longest) - shared)
+        width = min(ceil_div(longest - shared, WIDTH_STEP) * WIDTH_STEP, max(max_prompt_tokens, longest) - shared)
         return cls(prefix=tuple(prompts[0][:shared]), width=width)
 
     def prefilled(self, prompts: Sequence[Sequence[int]], *, times: int, models: int) -> int:

@@ -1,15 +1,40 @@
-"""Log-probabilities of given tokens, in one forward pass."""
+"""Log-probabilities of given tokens: of whole rows, in one forward pass, and of several continuations of one prompt."""
 
 import functools
+from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float32, Int32
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from es_jax.core.chunked_map import block_length, in_blocks
+from es_jax.core.chunked_map import block_length, ceil_div, in_blocks
+from es_jax.core.mesh import replicated
 from es_jax.models.config import TransformerConfig
 from es_jax.models.transformer import Transformer
+
+BATCH_TOKENS = 2**12  # of prompts read in one call of `score_options`
+WIDTH_STEP = (
+    32  # its prompts are padded to this many tokens times 1, 2, 3, 4, 6, 8, 12, …, so that few widths are compiled
+)
+
+
+def token_logprobs(logits: Float[Array, "*b V"], tokens: Int32[Array, "*b"]) -> Float[Array, "*b"]:
+    """log p(token) under softmax(logits), for each of the tokens.
+
+    >>> token_logprobs(jnp.zeros((1, 2)), jnp.array([1])).tolist()
+    [-0.6931471824645996]
+    """
+    return jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)
+
+
+def _hidden_logprobs(model: Transformer, params: Any, hidden: Array, tokens: Array) -> Float32[Array, "B T"]:
+    """log p(token) given what the model computed before it. [B, T, V] is never held, nor by a gradient."""
+    score = lambda hidden, tokens: token_logprobs(model.logits(params, hidden), tokens)  # noqa: E731
+    return in_blocks(score, hidden, tokens, block=block_length(len(tokens) * model.config.vocab_size))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -36,12 +61,7 @@ def score_tokens(
     """
     model, positions = Transformer(config), token_positions(mask)
     hidden, _ = model.hidden(params, tokens, positions=positions)
-
-    def score(hidden, tokens):
-        logits = model.logits(params, hidden)
-        return jnp.take_along_axis(logits, tokens[..., None], axis=2)[..., 0] - jax.nn.logsumexp(logits, axis=2)
-
-    logprob = in_blocks(score, jnp.roll(hidden, 1, axis=1), tokens, block=block_length(len(tokens) * config.vocab_size))
+    logprob = _hidden_logprobs(model, params, jnp.roll(hidden, 1, axis=1), tokens)
     return jnp.where(positions > 0, logprob, 0.0)
 
 
@@ -53,3 +73,87 @@ def token_positions(mask: Bool[Array, "B L"]) -> Int32[Array, "B L"]:
     """
     mask = mask.astype(bool)
     return jnp.where(mask, jnp.cumsum(mask.astype(jnp.int32), axis=1) - 1, -1)
+
+
+def score_options(
+    config: TransformerConfig,
+    params: Any,
+    rows: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]],
+    *,
+    mesh: Mesh | None = None,
+) -> list[np.ndarray]:
+    """log p(option | prompt) of every option, the sum over its tokens: an array [K] for each row.
+
+    Args:
+      config, params: the model; it computes in the dtype of the parameters.
+      rows: (prompt, options) as token ids, at least one of each; rows may have different numbers of options.
+      mesh: of the parameters, where they are cut over the devices of several processes.
+
+    >>> config = TransformerConfig(family="llama", vocab_size=16, width=8, layers=1, heads=2, kv_heads=1,
+    ...                            head_dim=4, mlp_dim=8)
+    >>> params = Transformer(config).init(jax.random.key(0))
+    >>> [x.shape for x in score_options(config, params, [([1, 2], [[3], [4, 5]]), ([6], [[7]])])]
+    [(2,), (1,)]
+    """
+    scores: list[np.ndarray] = [np.zeros(0)] * len(rows)
+    longest = max(len(ids) for _, options in rows for ids in options)
+    most = max(len(options) for _, options in rows)
+    alike = defaultdict(list)  # rows of about one length, by the width that they are padded to
+    for i, (prompt, _) in enumerate(rows):
+        alike[WIDTH_STEP * _rounded(ceil_div(len(prompt), WIDTH_STEP))].append(i)
+    for width, members in alike.items():
+        count = min(max(BATCH_TOKENS // width, 1), _power(len(members)))
+        for first in range(0, len(members), count):
+            batch = members[first : first + count]
+            prompts, lengths = np.zeros((count, width), np.int32), np.ones(count, np.int32)
+            options, ends = np.zeros((most, count, longest), np.int32), np.zeros((most, count), np.int32)
+            for r, (prompt, continuations) in enumerate(rows[i] for i in batch):
+                prompts[r, : len(prompt)], lengths[r] = prompt, len(prompt)
+                for k, ids in enumerate(continuations):
+                    options[k, r, : len(ids)], ends[k, r] = ids, len(ids)
+            total = np.asarray(_score(config, mesh, params, prompts, lengths, options, ends))
+            for r, i in enumerate(batch):
+                scores[i] = total[: len(rows[i][1]), r]
+    return scores
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _score(
+    config: TransformerConfig,
+    mesh: Mesh | None,
+    params: Any,
+    prompts: Int32[Array, "B P"],
+    lengths: Int32[Array, " B"],
+    options: Int32[Array, "K B T"],
+    ends: Int32[Array, "K B"],
+) -> Float32[Array, "K B"]:
+    model, (rows, width) = Transformer(config), prompts.shape
+    places = jnp.arange(width, dtype=jnp.int32)[None]
+    positions = jnp.where(places < lengths[:, None], places, -1)
+    hidden, read = model.hidden(params, prompts, positions=positions, cache=model.empty_cache(params, rows, width))
+    assert read is not None
+    last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)
+
+    def one(option: tuple[Array, Array]) -> Array:
+        tokens, end = option
+        place = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+        there = place < end[:, None]
+        at = jnp.where(there, lengths[:, None] + place, -1)
+        cache = model.empty_cache(params, rows, tokens.shape[1], past=(read,))
+        hidden, _ = model.hidden(params, tokens, positions=at, cache=cache)
+        before = jnp.concatenate([last, hidden[:, :-1]], axis=1)
+        return jnp.sum(jnp.where(there, _hidden_logprobs(model, params, before, tokens), 0.0), axis=1)
+
+    total = jax.lax.map(one, (options, ends))
+    return total if mesh is None else jax.lax.with_sharding_constraint(total, replicated(mesh))
+
+
+def _rounded(n: int) -> int:
+    """The smallest number that is at least n and a power of two, or three times one."""
+    power = _power(n)
+    return 3 * power // 4 if power >= 4 and n <= 3 * power // 4 else power
+
+
+def _power(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << (n - 1).bit_length()

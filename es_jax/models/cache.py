@@ -1,5 +1,7 @@
 """The keys and values of tokens already seen, and where each of them stands."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -17,29 +19,30 @@ PerLayer = Array | tuple[Array, ...]
 class Past:
     """Keys and values of tokens that came before a cache's own: they are attended and never written.
 
-    `k`: per layer [B, KH, hd, S]. `v`: [B, KH, S, hd]. `positions`: int32 [B, S], -1 where nothing stands. With B = 1
-    all rows share them, as they do the beginning that a task's prompts have in common.
+    `k`: per layer [B, KH, hd, S], so that the products with a query run along the places. `v`: [B, KH, S, hd].
+    `positions`: int32 [B, S], -1 where nothing stands. With B = 1 all rows share them, as they do the beginning that a
+    task's prompts have in common.
     """
 
     k: PerLayer
     v: PerLayer
     positions: Int[Array, "B S"]
+
+    @property
+    def kv(self) -> tuple[PerLayer, PerLayer]:
+        return self.k, self.v
 
 
 @struct.dataclass
-class KVCache:
-    """S places a row. A place holds the key and value of one token and that token's position, -1 when empty.
+class KVCache(Past):
+    """S places a row, some yet empty. A place holds the key and value of one token, and its position, -1 when empty.
 
-    `k`: [B, KH, hd, S] a layer, so that the products with a query run along the places; `v`: [B, KH, S, hd]. Both are
-    stacked over a leading axis of L layers (for the scanned layers) or tuples of L arrays (for unrolled layers, which
-    update them in place). `positions`: int32 [B, S]. `index`: int32 scalar, the next place to write, shared by all
-    rows. `past`: what is attended besides. Who attends whom follows from positions alone, never from places, so padding
-    on either side is marked by position -1 and costs a place but changes no result.
+    `k` and `v` are stacked over a leading axis of L layers (for the scanned layers) or tuples of L arrays (for unrolled
+    layers, which update them in place). `index`: int32 scalar, the next place to write, shared by all rows. `past`:
+    what is attended besides; another cache will do. Who attends whom follows from positions alone, never from places:
+    padding on either side is marked by position -1, costs a place and changes no result.
     """
 
-    k: PerLayer
-    v: PerLayer
-    positions: Int[Array, "B S"]
     index: Int[Array, ""]
     past: tuple[Past, ...] = ()
 
@@ -54,7 +57,7 @@ class KVCache:
         stacked: bool = True,
         past: tuple[Past, ...] = (),
     ) -> "KVCache":
-        """A cache of `length` empty places for `batch` rows, behind `past`; `dtype` is the compute dtype.
+        """A cache of `length` empty places for `batch` rows, after `past`; `dtype` is the compute dtype.
 
         >>> config = TransformerConfig(family="llama", vocab_size=32, width=16, layers=2, heads=4, kv_heads=2,
         ...                            head_dim=8, mlp_dim=24)
@@ -101,33 +104,17 @@ class KVCache:
                 f"make it with length >= {used + new}"
             )
         stored = jax.lax.dynamic_update_slice(self.positions, positions, (0, self.index))
-        return self.replace(positions=stored, index=self.index + new)  # type: ignore[attr-defined]
-
-    def as_past(self) -> Past:
-        """What the cache holds, to be attended before something else."""
-        return Past(self.k, self.v, self.positions)
-
-    def behind(self, past: tuple[Past, ...]) -> "KVCache":
-        """The same cache with this past before it."""
-        return self.replace(past=past)  # type: ignore[attr-defined]
-
-
-def write(k: Array, v: Array, new_k: Array, new_v: Array, *, index: Int[Array, ""]) -> tuple[Array, Array]:
-    """One layer's `k` [B, KH, hd, S] and `v` [B, KH, S, hd] with T new ones of each written from place `index` on."""
-    return (
-        jax.lax.dynamic_update_slice(k, new_k, (0, 0, 0, index)),
-        jax.lax.dynamic_update_slice(v, new_v, (0, 0, index, 0)),
-    )
+        return dataclasses.replace(self, positions=stored, index=self.index + new)
 
 
 def attention_mask(
-    query: Int[Array, "B T"], held: Int[Array, "B S"], *, window: int | None = None
+    query: Int[Array, "B T"], key: Int[Array, "B S"], *, window: int | None = None
 ) -> Bool[Array, "B T S"]:
-    """True where the query at position p may attend the place at position s: 0 <= s <= p, and p - window < s.
+    """True where the query at position p may attend the key at position s: 0 <= s <= p, and p - window < s.
 
     >>> attention_mask(jnp.array([[1]]), jnp.array([[-1, 0, 1, 2]])).astype(int).tolist()
     [[[0, 1, 1, 0]]]
     """
-    held, query = held[:, None, :], query[:, :, None]
-    seen = (held >= 0) & (held <= query)
-    return seen if window is None else seen & (held > query - window)
+    key, query = key[:, None, :], query[:, :, None]
+    seen = (key >= 0) & (key <= query)
+    return seen if window is None else seen & (key > query - window)

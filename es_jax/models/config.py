@@ -74,7 +74,7 @@ class TransformerConfig:
     local_layers: tuple[bool, ...] = (True,)  # where the window holds, if there is one
     local_rope_theta: float | None = None  # local layers have this base and no scaling; None: as the others
     qk_norm: bool = False  # norms over head_dim on queries and keys, before they are turned
-    post_norms: bool = False  # norms behind attention and MLP too, before the residual sum
+    post_norms: bool = False  # norms after attention and MLP too, before the residual sum
     norm_plus_one: bool = False  # norms multiply by 1 + scale
     activation: str = "silu"  # of the MLP's gate; one of ACTIVATIONS
     scale_embeddings: bool = False  # times sqrt(width), rounded to the compute dtype

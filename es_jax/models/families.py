@@ -16,33 +16,37 @@ class Weight:
     path: str
     hf: str
     gguf: str
-    transpose: bool = False  # files hold [out, in], the tree holds [in, out]
     rotary: str = ""  # config field with the number of heads, for the rows that rotary positions turn
 
+    @property
+    def transpose(self) -> bool:
+        """Whether files hold [out, in], where the tree holds [in, out]."""
+        return self.path.endswith("kernel")
 
-def _layer(path: str, hf: str, gguf: str, transpose: bool = False, rotary: str = "") -> Weight:
-    return Weight(f"layers/{path}", f"model.layers.{{}}.{hf}", f"blk.{{}}.{gguf}", transpose, rotary)
+
+def _layer(path: str, hf: str, gguf: str, rotary: str = "") -> Weight:
+    return Weight(f"layers/{path}", f"model.layers.{{}}.{hf}", f"blk.{{}}.{gguf}", rotary)
 
 
 # The names that most families use; a family's `names` replaces some.
 WEIGHTS = (
     Weight("embed/embedding", "model.embed_tokens.weight", "token_embd.weight"),
     _layer("attn_norm/scale", "input_layernorm.weight", "attn_norm.weight"),
-    _layer("attn/q/kernel", "self_attn.q_proj.weight", "attn_q.weight", True, "heads"),
-    _layer("attn/q/bias", "self_attn.q_proj.bias", "attn_q.bias", False, "heads"),
+    _layer("attn/q/kernel", "self_attn.q_proj.weight", "attn_q.weight", "heads"),
+    _layer("attn/q/bias", "self_attn.q_proj.bias", "attn_q.bias", "heads"),
     _layer("attn/q_norm/scale", "self_attn.q_norm.weight", "attn_q_norm.weight"),
-    _layer("attn/k/kernel", "self_attn.k_proj.weight", "attn_k.weight", True, "kv_heads"),
-    _layer("attn/k/bias", "self_attn.k_proj.bias", "attn_k.bias", False, "kv_heads"),
+    _layer("attn/k/kernel", "self_attn.k_proj.weight", "attn_k.weight", "kv_heads"),
+    _layer("attn/k/bias", "self_attn.k_proj.bias", "attn_k.bias", "kv_heads"),
     _layer("attn/k_norm/scale", "self_attn.k_norm.weight", "attn_k_norm.weight"),
-    _layer("attn/v/kernel", "self_attn.v_proj.weight", "attn_v.weight", True),
+    _layer("attn/v/kernel", "self_attn.v_proj.weight", "attn_v.weight"),
     _layer("attn/v/bias", "self_attn.v_proj.bias", "attn_v.bias"),
-    _layer("attn/o/kernel", "self_attn.o_proj.weight", "attn_output.weight", True),
+    _layer("attn/o/kernel", "self_attn.o_proj.weight", "attn_output.weight"),
     _layer("mlp_norm/scale", "post_attention_layernorm.weight", "ffn_norm.weight"),
-    _layer("mlp/gate/kernel", "mlp.gate_proj.weight", "ffn_gate.weight", True),
-    _layer("mlp/up/kernel", "mlp.up_proj.weight", "ffn_up.weight", True),
-    _layer("mlp/down/kernel", "mlp.down_proj.weight", "ffn_down.weight", True),
+    _layer("mlp/gate/kernel", "mlp.gate_proj.weight", "ffn_gate.weight"),
+    _layer("mlp/up/kernel", "mlp.up_proj.weight", "ffn_up.weight"),
+    _layer("mlp/down/kernel", "mlp.down_proj.weight", "ffn_down.weight"),
     Weight("final_norm/scale", "model.norm.weight", "output_norm.weight"),
-    Weight("head/kernel", "lm_head.weight", "output.weight", True),
+    Weight("head/kernel", "lm_head.weight", "output.weight"),
 )
 _POST_NORMS = (
     _layer("attn_post_norm/scale", "post_attention_layernorm.weight", "post_attention_norm.weight"),
@@ -51,7 +55,7 @@ _POST_NORMS = (
 )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class Family:
     """One family of checkpoints.
 
@@ -64,6 +68,7 @@ class Family:
     name: str  # model_type in config.json
     architecture: str
     gguf_architecture: str
+    _: dataclasses.KW_ONLY
     flags: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     reads: Mapping[str, str] = dataclasses.field(default_factory=dict)
     missing: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -73,103 +78,62 @@ class Family:
     gguf_permuted: bool = False  # GGUF files interleave the rows of q and k within each head
 
 
-_FIXED: dict[str, Any] = {"attention_bias": False, "quantization_config": None, "auto_map": None}
-_FIXED |= {"partial_rotary_factor": 1.0, "rope_interleaved": False, "logits_soft_cap": None, "use_mrope": False}
-_FIXED |= {"is_encoder_decoder": False}
+_FIXED: dict[str, Any] = {
+    "attention_bias": False, "quantization_config": None, "auto_map": None, "partial_rotary_factor": 1.0,
+    "rope_interleaved": False, "logits_soft_cap": None, "use_mrope": False, "is_encoder_decoder": False,
+}  # fmt: skip
 _SILU = {**_FIXED, "hidden_act": "silu", "mlp_bias": False}
+_GELU = {
+    **_FIXED, "hidden_activation": "gelu_pytorch_tanh", "hidden_act": "gelu_pytorch_tanh",
+    "use_bidirectional_attention": False,
+}  # fmt: skip
+_GEMMA_FLAGS = {"post_norms": True, "norm_plus_one": True, "activation": "gelu_tanh", "scale_embeddings": True}
+_GEMMA_READS = {"query_pre_attn_scalar": "query_pre_attn_scalar", "final_logit_softcapping": "final_softcap"}
+_GEMMA_MISSING = {
+    "tie_word_embeddings": True, "head_dim": 256, "num_key_value_heads": 4, "query_pre_attn_scalar": 256,
+    "sliding_window": 4096, "sliding_window_pattern": 2, "rope_theta": 1e4,
+}  # fmt: skip
+_QWEN_MISSING = {"sliding_window": 4096, "max_window_layers": 28, "num_key_value_heads": 32}
 
-_GEMMA: dict[str, Any] = {
-    "flags": {"post_norms": True, "norm_plus_one": True, "activation": "gelu_tanh", "scale_embeddings": True},
-    "reads": {"query_pre_attn_scalar": "query_pre_attn_scalar", "final_logit_softcapping": "final_softcap"},
-    "missing": {
-        **{"tie_word_embeddings": True, "head_dim": 256, "num_key_value_heads": 4, "query_pre_attn_scalar": 256},
-        **{"sliding_window": 4096, "sliding_window_pattern": 2, "rope_theta": 1e4},
-    },
-    "fixed": {
-        **_FIXED,
-        **{"hidden_activation": "gelu_pytorch_tanh", "hidden_act": "gelu_pytorch_tanh"},
-        "use_bidirectional_attention": False,
-    },
-    "windows": "alternating",
-    "names": _POST_NORMS,
-}
-
-FAMILIES = {
-    family.name: family
-    for family in (
-        Family(
-            name="llama",
-            architecture="LlamaForCausalLM",
-            gguf_architecture="llama",
-            fixed={**_SILU, "sliding_window": None},
-            gguf_permuted=True,
-        ),
-        Family(
-            name="mistral",
-            architecture="MistralForCausalLM",
-            gguf_architecture="llama",
-            missing={"sliding_window": 4096, "num_key_value_heads": 8},
-            fixed=_SILU,
-            windows="all",
-            gguf_permuted=True,
-        ),
-        Family(
-            name="qwen2",
-            architecture="Qwen2ForCausalLM",
-            gguf_architecture="qwen2",
-            flags={"qkv_bias": True},
-            missing={"sliding_window": 4096, "max_window_layers": 28, "num_key_value_heads": 32},
-            fixed=_SILU,
-            windows="late",
-        ),
-        Family(
-            name="qwen3",
-            architecture="Qwen3ForCausalLM",
-            gguf_architecture="qwen3",
-            flags={"qk_norm": True},
-            missing={"sliding_window": 4096, "max_window_layers": 28, "num_key_value_heads": 32, "head_dim": 128},
-            fixed=_SILU,
-            windows="late",
-        ),
-        Family(
-            name="gemma2",
-            architecture="Gemma2ForCausalLM",
-            gguf_architecture="gemma2",
-            **{
-                **_GEMMA,
-                "reads": {**_GEMMA["reads"], "attn_logit_softcapping": "attn_softcap"},
-                "missing": {**_GEMMA["missing"], "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0},
-            },
-        ),
-        Family(
-            name="gemma3_text",
-            architecture="Gemma3ForCausalLM",
-            gguf_architecture="gemma3",
-            **{
-                **_GEMMA,
-                "flags": {**_GEMMA["flags"], "qk_norm": True},
-                "reads": {**_GEMMA["reads"], "rope_local_base_freq": "local_rope_theta"},
-                "missing": {
-                    **_GEMMA["missing"],
-                    **{"sliding_window_pattern": 6, "rope_theta": 1e6, "rope_local_base_freq": 1e4},
-                },
-                "fixed": {**_GEMMA["fixed"], "attn_logit_softcapping": None},
-            },
-        ),
-        Family(
-            name="smollm3",
-            architecture="SmolLM3ForCausalLM",
-            gguf_architecture="smollm3",
-            reads={"no_rope_layers": "rope_layers"},
-            missing={
-                **{"tie_word_embeddings": True, "num_key_value_heads": 4, "rope_theta": 2e6},
-                **{"no_rope_layers": None, "no_rope_layer_interval": 4},
-            },
-            fixed={**_SILU, "use_sliding_window": False},
-            gguf_permuted=True,
-        ),
-    )
-}
+_FAMILIES = (
+    Family("llama", "LlamaForCausalLM", "llama", fixed={**_SILU, "sliding_window": None}, gguf_permuted=True),
+    Family(
+        "mistral", "MistralForCausalLM", "llama",
+        missing={"sliding_window": 4096, "num_key_value_heads": 8}, fixed=_SILU, windows="all", gguf_permuted=True,
+    ),
+    Family(
+        "qwen2", "Qwen2ForCausalLM", "qwen2",
+        flags={"qkv_bias": True}, missing=_QWEN_MISSING, fixed=_SILU, windows="late",
+    ),
+    Family(
+        "qwen3", "Qwen3ForCausalLM", "qwen3",
+        flags={"qk_norm": True}, missing={**_QWEN_MISSING, "head_dim": 128}, fixed=_SILU, windows="late",
+    ),
+    Family(
+        "gemma2", "Gemma2ForCausalLM", "gemma2",
+        flags=_GEMMA_FLAGS,
+        reads={**_GEMMA_READS, "attn_logit_softcapping": "attn_softcap"},
+        missing={**_GEMMA_MISSING, "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0},
+        fixed=_GELU, windows="alternating", names=_POST_NORMS,
+    ),
+    Family(
+        "gemma3_text", "Gemma3ForCausalLM", "gemma3",
+        flags={**_GEMMA_FLAGS, "qk_norm": True},
+        reads={**_GEMMA_READS, "rope_local_base_freq": "local_rope_theta"},
+        missing={**_GEMMA_MISSING, "sliding_window_pattern": 6, "rope_theta": 1e6, "rope_local_base_freq": 1e4},
+        fixed={**_GELU, "attn_logit_softcapping": None}, windows="alternating", names=_POST_NORMS,
+    ),
+    Family(
+        "smollm3", "SmolLM3ForCausalLM", "smollm3",
+        reads={"no_rope_layers": "rope_layers"},
+        missing={
+            "tie_word_embeddings": True, "num_key_value_heads": 4, "rope_theta": 2e6, "no_rope_layers": None,
+            "no_rope_layer_interval": 4,
+        },
+        fixed={**_SILU, "use_sliding_window": False}, gguf_permuted=True,
+    ),
+)  # fmt: skip
+FAMILIES = {family.name: family for family in _FAMILIES}
 
 
 def weights_of(config: TransformerConfig) -> tuple[Weight, ...]:

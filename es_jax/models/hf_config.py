@@ -23,14 +23,12 @@ _SIZES = {
     "max_position_embeddings": "max_positions",
 }
 _DERIVED = ("num_key_value_heads", "head_dim")  # null: as many as heads; hidden_size / heads
-_READ: tuple[str, ...] = ("model_type", "architectures", "tie_word_embeddings", "layer_types", "sliding_window")
-_READ += ("rope_theta", "rope_scaling", "rope_parameters")
-_WINDOWS = {
-    "none": (),
-    "all": (),
-    "late": ("use_sliding_window", "max_window_layers"),
-    "alternating": ("sliding_window_pattern",),
-}
+_READ = {
+    "model_type", "architectures", "tie_word_embeddings", "layer_types", "sliding_window", "rope_theta", "rope_scaling",
+    "rope_parameters",
+}  # fmt: skip
+_WINDOW_FIELDS = {"late": {"use_sliding_window", "max_window_layers"}, "alternating": {"sliding_window_pattern"}}
+_KINDS = ("full_attention", "sliding_attention")  # of layers; local ones are the second
 
 # Fields that change nothing in a forward pass, or that are read elsewhere (token ids) or never (generation).
 _HARMLESS = {
@@ -63,20 +61,20 @@ def from_hf(fields: Fields) -> TransformerConfig:
     implemented (other scalings of rotary positions, quantised weights, own code, …) and every field unknown here.
     """
     family = find_family(fields.get("model_type", "(missing)"))
-    named = fields.get("architectures") or [family.architecture]
-    architecture = named if isinstance(named, str) else named[0]
+    architecture = fields.get("architectures") or family.architecture
+    architecture = architecture if isinstance(architecture, str) else architecture[0]
     if find_family(architecture, by="architecture") is not family:
         raise ValueError(f"config.json: architectures = {architecture} is not that of model_type = {family.name}")
-    given = {**family.missing, **fields}
-    problems = [*_refused(family, fields), *_unknown(family, fields)]
-    values = _sizes(given, problems) | _rope(family, fields, problems)
+    complete = {**family.missing, **fields}
+    problems = _field_problems(family, fields)
+    values = _sizes(complete, problems) | _rope(family, fields, problems)
     if isinstance(values.get("layers"), int):
-        values |= _layers(family, given, values["layers"], problems)
+        values |= _layers(family, complete, values["layers"], problems)
     if problems:
         raise ValueError(f"config.json of a {family.name} model: " + "; ".join(problems))
-    plain: dict[str, Any] = {ours: given.get(key) for key, ours in family.reads.items() if ours not in values}
-    tied = bool(given.get("tie_word_embeddings", False))
-    return TransformerConfig(family=family.name, tied_embeddings=tied, **family.flags, **plain, **values)
+    values = {ours: complete.get(theirs) for theirs, ours in family.reads.items()} | values
+    tied = bool(complete.get("tie_word_embeddings", False))
+    return TransformerConfig(family=family.name, tied_embeddings=tied, **family.flags, **values)
 
 
 def to_hf(config: TransformerConfig) -> dict[str, Any]:
@@ -99,32 +97,24 @@ def to_hf(config: TransformerConfig) -> dict[str, Any]:
     if config.rope_scaling is not None:
         fields["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
     if config.local_rope_theta is not None:
-        local = _rope_fields(config.local_rope_theta, None)
-        fields["rope_parameters"] = {"full_attention": rope, "sliding_attention": local}
+        fields["rope_parameters"] = dict(zip(_KINDS, (rope, _rope_fields(config.local_rope_theta, None)), strict=True))
     if "rope_layers" in family.reads.values():
         fields["no_rope_layers"] = [int(rope) for _, rope in config.layer_kinds]
-    fields |= _window_fields(config, family)
-    lost = _differing(config, from_hf(fields))
-    if lost:
-        raise ValueError(f"a {family.name} model's config.json cannot express {', '.join(lost)}")
-    return fields
-
-
-def _differing(a: TransformerConfig, b: TransformerConfig) -> list[str]:
-    names = [field.name for field in dataclasses.fields(a) if getattr(a, field.name) != getattr(b, field.name)]
-    patterns = () if a.layer_kinds != b.layer_kinds else ("rope_layers", "local_layers")
-    return [f"{name} = {getattr(a, name)!r}" for name in names if name not in patterns]
-
-
-def _window_fields(config: TransformerConfig, family: Family) -> dict[str, Any]:
     local = [is_local for is_local, _ in config.layer_kinds]
-    fields: dict[str, Any] = {"sliding_window": config.sliding_window}
-    if family.windows in ("none", "all"):
-        return fields if family.windows == "all" else {}
+    if family.windows != "none":
+        fields["sliding_window"] = config.sliding_window
     if family.windows == "late":
         first = local.index(True) if True in local else config.layers
         fields |= {"use_sliding_window": any(local), "max_window_layers": first}
-    return fields | {"layer_types": ["sliding_attention" if is_local else "full_attention" for is_local in local]}
+    if family.windows in _WINDOW_FIELDS:
+        fields["layer_types"] = [_KINDS[is_local] for is_local in local]
+    back = from_hf(fields)
+    same = {"rope_layers", "local_layers"} if config.layer_kinds == back.layer_kinds else ()
+    names = [field.name for field in dataclasses.fields(config) if field.name not in same]
+    lost = [f"{n} = {getattr(config, n)!r}" for n in names if getattr(config, n) != getattr(back, n)]
+    if lost:
+        raise ValueError(f"a {family.name} model's config.json cannot express {', '.join(lost)}")
+    return fields
 
 
 def _rope_fields(theta: float, scaling: RopeScaling | None) -> dict[str, Any]:
@@ -134,57 +124,56 @@ def _rope_fields(theta: float, scaling: RopeScaling | None) -> dict[str, Any]:
     return {"rope_type": scaling.kind, "rope_theta": theta, **numbers}
 
 
-def _refused(family: Family, fields: Fields) -> list[str]:
-    def fine(value: Any, only: Any) -> bool:
-        return value == only or (value is None and only is False)
-
-    return [
+def _field_problems(family: Family, fields: Fields) -> list[str]:
+    """Which fields ask for what is not implemented, and which are unknown."""
+    problems = [
         f"{key} = {fields[key]!r} is not implemented (only {only!r} is)"
         for key, only in family.fixed.items()
-        if key in fields and not fine(fields[key], only)
+        if fields.get(key, only) != only and not (fields[key] is None and only is False)
     ]
-
-
-def _unknown(family: Family, fields: Fields) -> list[str]:
-    known = {*_SIZES, *_READ, *_HARMLESS, *_WINDOWS[family.windows], *family.fixed, *family.reads, *family.missing}
+    known = _READ | _HARMLESS | _WINDOW_FIELDS.get(family.windows, set())
+    known = known.union(_SIZES, family.fixed, family.reads, family.missing)
     if "layer_types" in fields:
         known.add("_sliding_window_pattern")  # transformers writes both; layer_types is what it follows
-    names = [key for key in fields if key not in known]
-    return [
+    return problems + [
         f"{key} = {fields[key]!r} is not known here; if it changes nothing that the model computes, remove it"
-        for key in sorted(names)
+        for key in sorted(fields.keys() - known)
     ]
 
 
-def _sizes(given: Fields, problems: list[str]) -> dict[str, Any]:
-    problems += [f"{key} is missing" for key in _SIZES if given.get(key) is None and key not in _DERIVED]
-    values = {ours: given[theirs] for theirs, ours in _SIZES.items() if given.get(theirs) is not None}
+def _sizes(fields: Fields, problems: list[str]) -> dict[str, Any]:
+    problems += [f"{key} is missing" for key in _SIZES if fields.get(key) is None and key not in _DERIVED]
+    values = {ours: fields[theirs] for theirs, ours in _SIZES.items() if fields.get(theirs) is not None}
     for theirs, ours in _SIZES.items():
-        value, number = values.get(ours, 0), (int, float) if ours == "norm_eps" else int
-        if isinstance(value, bool) or not isinstance(value, number):
-            problems.append(f"{theirs} = {value!r} is not {'a number' if ours == 'norm_eps' else 'a whole number'}")
+        value, fraction = values.get(ours, 0), ours == "norm_eps"
+        if isinstance(value, bool) or not isinstance(value, int | float if fraction else int):
+            problems.append(f"{theirs} = {value!r} is not {'a number' if fraction else 'a whole number'}")
     if not problems:
         values.setdefault("kv_heads", values["heads"])
         values.setdefault("head_dim", values["width"] // max(values["heads"], 1))
     return values
 
 
-def _layers(family: Family, given: Fields, layers: int, problems: list[str]) -> dict[str, Any]:
+def _layers(family: Family, fields: Fields, layers: int, problems: list[str]) -> dict[str, Any]:
     """Which layers are local and which are turned, as patterns; adds what is wrong with their fields."""
     values: dict[str, Any] = {}
     if "no_rope_layers" in family.reads:
-        every = given["no_rope_layer_interval"]
-        turned = given["no_rope_layers"] or [(i + 1) % every != 0 for i in range(layers)]
+        every = fields["no_rope_layer_interval"]
+        turned = fields["no_rope_layers"] or [(i + 1) % every != 0 for i in range(layers)]
         if len(turned) < layers:
             problems.append(f"no_rope_layers has {len(turned)} entries for {layers} layers")
         values["rope_layers"] = shortest_pattern([bool(turn) for turn in turned[:layers]])
-    unused = family.windows == "none" or (family.windows == "late" and not given.get("use_sliding_window"))
-    window = None if unused else given.get("sliding_window")
-    kinds = given.get("layer_types") or _default_kinds(family, given, layers, window)
+    unused = family.windows == "none" or (family.windows == "late" and not fields.get("use_sliding_window"))
+    window = None if unused else fields.get("sliding_window")
+    if family.windows == "alternating":
+        local = [(i + 1) % fields["sliding_window_pattern"] != 0 for i in range(layers)]
+    else:
+        first = fields["max_window_layers"] if family.windows == "late" else 0
+        local = [window is not None and i >= first for i in range(layers)]
+    kinds = fields.get("layer_types") or [_KINDS[is_local] for is_local in local]
     local = [kind == "sliding_attention" for kind in kinds]
-    strange = sorted(set(kinds) - {"full_attention", "sliding_attention"})
     wrong = ""
-    if strange:
+    if strange := sorted(set(kinds) - set(_KINDS)):
         wrong = f"contains {strange}, not implemented"
     elif len(kinds) != layers:
         wrong = f"has {len(kinds)} entries for {layers} layers"
@@ -199,22 +188,12 @@ def _layers(family: Family, given: Fields, layers: int, problems: list[str]) -> 
     return values
 
 
-def _default_kinds(family: Family, given: Fields, layers: int, window: int | None) -> list[str]:
-    if family.windows == "alternating":
-        period = given["sliding_window_pattern"]
-        local = [(i + 1) % period != 0 for i in range(layers)]
-    else:
-        first = given["max_window_layers"] if family.windows == "late" else 0
-        local = [window is not None and i >= first for i in range(layers)]
-    return ["sliding_attention" if is_local else "full_attention" for is_local in local]
-
-
 def _rope(family: Family, fields: Fields, problems: list[str]) -> dict[str, Any]:
     """rope_theta and the scaling from either of their places; adds what is wrong with them."""
     values: dict[str, Any] = {}
     inner = fields.get("rope_parameters") or {}
     separate = "rope_local_base_freq" in family.reads
-    if inner and separate != bool({"full_attention", "sliding_attention"} & set(inner)):
+    if inner and separate != bool(set(_KINDS) & set(inner)):
         shape = "full_attention and sliding_attention apart" if separate else "one group for all layers"
         problems.append(f"rope_parameters = {inner} is not implemented for {family.name} (only {shape})")
         return values
@@ -226,10 +205,10 @@ def _rope(family: Family, fields: Fields, problems: list[str]) -> dict[str, Any]
         inner = inner.get("full_attention") or {}
     values["rope_theta"] = _theta("rope_theta", fields, inner, family, problems)
     groups = {"rope_scaling": fields.get("rope_scaling"), "rope_parameters": inner}
-    found = {place: _scaling(place, group, problems) for place, group in groups.items() if group}
-    if len(set(found.values())) > 1 and not problems:
-        problems.append(f"rope_scaling = {found['rope_scaling']} contradicts rope_parameters: remove one")
-    return values | {"rope_scaling": next(iter(found.values()), None)}
+    scalings = {name: _scaling(name, group, problems) for name, group in groups.items() if group}
+    if len(set(scalings.values())) > 1 and not problems:
+        problems.append(f"rope_scaling = {scalings['rope_scaling']} contradicts rope_parameters: remove one")
+    return values | {"rope_scaling": next(iter(scalings.values()), None)}
 
 
 def _theta(key: str, fields: Fields, inner: Fields, family: Family, problems: list[str]) -> float:
@@ -245,21 +224,21 @@ def _theta(key: str, fields: Fields, inner: Fields, family: Family, problems: li
     return float(theta)
 
 
-def _scaling(place: str, group: Any, problems: list[str]) -> RopeScaling | None:
+def _scaling(name: str, group: Any, problems: list[str]) -> RopeScaling | None:
     if not isinstance(group, Mapping):
-        problems.append(f"{place} = {group!r} is not a group of fields")
+        problems.append(f"{name} = {group!r} is not a group of fields")
         return None
-    kind = str(group.get("rope_type", group.get("type", "(missing)" if place == "rope_scaling" else "default")))
+    kind = str(group.get("rope_type", group.get("type", "(missing)" if name == "rope_scaling" else "default")))
     if kind != "default" and kind not in _SCALED:
-        problems.append(f"{place}.rope_type: " + unknown("scaling", kind, ["default", *_SCALED]))
+        problems.append(f"{name}.rope_type: " + unknown("scaling", kind, ["default", *_SCALED]))
         return None
     names = _SCALED.get(kind, {})
     neutral = {"partial_rotary_factor": 1.0, "attention_factor": None}
     for key, value in group.items():
         if key not in ("rope_type", "type", "rope_theta", *names) and neutral.get(key, ...) != value:
-            problems.append(f"{place}.{key} = {value!r} is not implemented for rope_type {kind!r}")
+            problems.append(f"{name}.{key} = {value!r} is not implemented for rope_type {kind!r}")
     wrong = [key for key in names if not isinstance(group.get(key), int | float)]
-    problems += [f"{place}.{key} = {group.get(key)!r} must be a number" for key in wrong]
+    problems += [f"{name}.{key} = {group.get(key)!r} must be a number" for key in wrong]
     if kind == "default" or wrong:
         return None
     return RopeScaling(kind, **{ours: group[theirs] for theirs, ours in names.items()})

@@ -13,10 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from es_jax.core.chunked_map import block_length, in_blocks
-from es_jax.models.cache import write
 from es_jax.models.config import TransformerConfig
 from es_jax.models.rope import Angles, rotate
 
@@ -25,7 +24,6 @@ QUERIES = 64  # of a block of attention, at least
 MASKED = -1e30  # finite: a query that may attend nothing gets a mean of the values, not NaN
 KV = tuple[Array, Array]  # keys [B, KH, hd, S] and values [B, KH, S, hd]; B = 1 where all rows share them
 Masks = tuple[Bool[Array, "B T _"], ...]  # who attends whom, for each of the pieces attended
-Cached = tuple[KV, Int[Array, ""], tuple[KV, ...]]  # a layer's cache, the place to write, and the past before it
 
 
 @struct.dataclass
@@ -83,11 +81,8 @@ def _attended(q: Array, *masks: Array, pieces: Sequence[KV], scale: float, cap: 
     batch, length, heads, head_dim = q.shape
     kv_heads = pieces[0][0].shape[1]
     grouped = (batch, kv_heads, heads // kv_heads, length)
-    q = (
-        q.reshape(batch, length, *grouped[1:3], head_dim)
-        .transpose(0, 2, 3, 1, 4)
-        .reshape(batch, kv_heads, -1, head_dim)
-    )
+    q = q.reshape(batch, length, *grouped[1:3], head_dim).transpose(0, 2, 3, 1, 4)
+    q = q.reshape(batch, kv_heads, -1, head_dim)
     scores = [
         jnp.where(mask[:, None, None], softcap(_product(q, k).reshape(*grouped, -1) * scale, cap), MASKED)
         for (k, _), mask in zip(pieces, masks, strict=True)
@@ -148,33 +143,35 @@ class Linear(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions. Gives the output and the keys and values attended."""
+    """Grouped-query attention with rotary positions. Gives the output, and the cache with the new keys and values.
+
+    `held` is the past, piece by piece, and last the cache, written from place `index` on. Without a cache it is empty.
+    """
 
     config: TransformerConfig
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], angles: Angles, masks: Masks, cached: Cached | None
-    ) -> tuple[Float[Array, "B T D"], KV]:
+        self, x: Float[Array, "B T D"], angles: Angles, masks: Masks, held: Sequence[KV], index: Array | int
+    ) -> tuple[Float[Array, "B T D"], KV | None]:
         c = self.config
 
-        def project(name: str, heads: int) -> Array:
-            y = Linear(heads * c.head_dim, use_bias=c.qkv_bias, name=name)(x)
-            return y.reshape(*x.shape[:2], heads, c.head_dim)
+        def project(name: str, heads: int, *, turn: bool) -> Array:
+            y = Linear(heads * c.head_dim, use_bias=c.qkv_bias, name=name)(x).reshape(*x.shape[:2], heads, c.head_dim)
+            if turn and c.qk_norm:
+                y = RMSNorm(c, name=f"{name}_norm")(y)
+            return rotate(y, angles) if turn else y
 
-        def turned(name: str, heads: int) -> Array:
-            y = project(name, heads)
-            return rotate(RMSNorm(c, name=f"{name}_norm")(y) if c.qk_norm else y, angles)
-
-        q, k, v = turned("q", c.heads), turned("k", c.kv_heads), project("v", c.kv_heads)
+        q, k = project("q", c.heads, turn=True), project("k", c.kv_heads, turn=True)
+        v = project("v", c.kv_heads, turn=False)
         k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
-        past: tuple[KV, ...] = ()
-        if cached is not None:
-            held, index, past = cached
-            k, v = write(*held, k, v, index=index)
+        if held:
+            old_k, old_v = held[-1]
+            k = jax.lax.dynamic_update_slice(old_k, k, (0, 0, 0, index))
+            v = jax.lax.dynamic_update_slice(old_v, v, (0, 0, index, 0))
         scale = (c.query_pre_attn_scalar or c.head_dim) ** -0.5
-        mixed = attend(q, [*past, (k, v)], masks=masks, scale=scale, cap=c.attn_softcap)
-        return Linear(c.width, name="o")(mixed.reshape(*x.shape[:2], c.heads * c.head_dim)), (k, v)
+        mixed = attend(q, [*held[:-1], (k, v)], masks=masks, scale=scale, cap=c.attn_softcap)
+        return Linear(c.width, name="o")(mixed.reshape(*x.shape[:2], c.heads * c.head_dim)), (k, v) if held else None
 
 
 class MLP(nn.Module):
@@ -191,20 +188,18 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention, then the MLP, each behind its norm and added to the residual stream."""
+    """One layer: attention, then the MLP, each after its norm and added to the residual stream."""
 
     config: TransformerConfig
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], angles: Angles, masks: Masks, cached: Cached | None
-    ) -> tuple[Float[Array, "B T D"], KV]:
+        self, x: Float[Array, "B T D"], angles: Angles, masks: Masks, held: Sequence[KV], index: Array | int
+    ) -> tuple[Float[Array, "B T D"], KV | None]:
         c = self.config
 
-        def norm(name: str, y: Array) -> Array:
-            return RMSNorm(c, name=name)(y)
-
-        mixed, kv = Attention(c, name="attn")(norm("attn_norm", x), angles, masks, cached)
-        x = x + (norm("attn_post_norm", mixed) if c.post_norms else mixed)
-        y = MLP(c, name="mlp")(norm("mlp_norm", x))
-        return x + (norm("mlp_post_norm", y) if c.post_norms else y), kv
+        norm = functools.partial(RMSNorm, c)
+        mixed, kv = Attention(c, name="attn")(norm(name="attn_norm")(x), angles, masks, held, index)
+        x = x + (norm(name="attn_post_norm")(mixed) if c.post_norms else mixed)
+        y = MLP(c, name="mlp")(norm(name="mlp_norm")(x))
+        return x + (norm(name="mlp_post_norm")(y) if c.post_norms else y), kv

@@ -6,13 +6,16 @@ heads, the MLP by its hidden dimension, the vocabulary by rows (Shoeybi et al. 2
 So the gather needs no traffic along `model`. Vectors are small and whole, or cut along with the heads.
 """
 
+import logging
 from typing import Any
 
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from es_jax.core.mesh import GROUPS, MODEL, leaf_spec
-from es_jax.core.mesh import shardings as by_rules
+from es_jax.core.mesh import GROUPS, MODEL, Rules, leaf_spec
+from es_jax.core.tree import map_named
 from es_jax.models.config import TransformerConfig
+
+logger = logging.getLogger(__name__)
 
 RULES = (
     (r"(^|/)embed/embedding$", PartitionSpec(MODEL, GROUPS)),
@@ -27,14 +30,21 @@ RULES = (
 )
 
 
-def leaf_sharding(mesh: Mesh, name: str, shape: tuple[int, ...]) -> NamedSharding:
+def leaf_sharding(mesh: Mesh, name: str, shape: tuple[int, ...], *, rules: Rules = RULES) -> NamedSharding:
     """Where the master leaf of that name lives. Raises ValueError, naming it, where it does not divide."""
-    return NamedSharding(mesh, leaf_spec(mesh, name, shape, RULES))
+    return NamedSharding(mesh, leaf_spec(mesh, name, shape, rules))
 
 
-def param_shardings(mesh: Mesh, params: Any, *, log: bool = False) -> Any:
+def param_shardings(mesh: Mesh, params: Any, *, rules: Rules = RULES, log: bool = False) -> Any:
     """`leaf_sharding` of every leaf: of parameters, an anchor or an optimizer's state; `log` tells each match."""
-    return by_rules(mesh, params, RULES, log=log)
+
+    def sharding(name: str, leaf: Any) -> NamedSharding:
+        where = leaf_sharding(mesh, name, leaf.shape, rules=rules)
+        if log:
+            logger.info("%s %s is cut as %s", name, leaf.shape, tuple(where.spec))
+        return where
+
+    return map_named(sharding, params)
 
 
 def check_heads(config: TransformerConfig, model: int) -> None:

@@ -3,7 +3,8 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from es_jax.core.tree import map_named, named_leaves
-from es_jax.models.cache import KVCache, attention_mask
+from es_jax.models.cache import KVCache, Past, attention_mask
 from es_jax.models.config import TransformerConfig
 from es_jax.models.layers import INIT_STD, KV, Block, Masks, RMSNorm, Transposed, linear, softcap
 from es_jax.models.rope import Angles, rope_angles, rope_frequencies
@@ -54,8 +55,8 @@ class Transformer:
         embed_key, layers_key, head_key = jax.random.split(key, 3)
         x = jnp.zeros((1, 1, c.width))
         positions = jnp.zeros((1, 1), jnp.int32)
-        view = _Views.of(c, positions, [positions]).of_layer(0)
-        layers = jax.vmap(lambda k: Block(c).init(k, x, *view, None)["params"])(jax.random.split(layers_key, c.layers))
+        view = _views(c, positions, [positions])[c.layer_kinds[0]]
+        layers = jax.vmap(lambda k: Block(c).init(k, x, *view, (), 0)["params"])(jax.random.split(layers_key, c.layers))
         params = {
             "embed": {"embedding": INIT_STD * jax.random.normal(embed_key, (c.vocab_size, c.width))},
             "layers": layers,
@@ -105,50 +106,84 @@ class Transformer:
         if positions is None:
             if cache is not None:
                 raise ValueError("positions = None with a cache: give the position of every token [B, T]")
-            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
-        start = None if cache is None else cache.index
-        cache = None if cache is None else cache.advance(positions)
-        held = [positions] if cache is None else [*(past.positions for past in cache.past), cache.positions]
-        views = _Views.of(self.config, positions, held)
-        block: Callable = functools.partial(self._block, start=start)
+            positions = _count_up(tokens)
+        pieces: list[Past] = []  # what holds keys and values: the past, and last the cache
+        index: Array | int = 0
+        unrolled = isinstance(params["layers"], list | tuple)
+        if cache is not None:
+            if cache.stacked == unrolled:
+                raise ValueError(
+                    f"{'unstacked' if unrolled else 'stacked'} layers need KVCache.empty(..., stacked={not unrolled}), "
+                    f"this cache is {'stacked' if unrolled else 'per layer'}"
+                )
+            index, cache = cache.index, cache.advance(positions)
+            pieces = [*cache.past, cache]
+        views = _views(self.config, positions, [piece.positions for piece in pieces] or [positions])
+        block: Callable = functools.partial(self._block, index=index)
         block = block if around is None else around(block)
-        run = _unrolled if isinstance(params["layers"], list | tuple) else _scanned
-        x, cache = run(block, self._embed(params, tokens), params["layers"], views, cache)
+        run = self._unrolled if unrolled else self._scanned
+        x, kv = run(block, self._embed(params, tokens), params["layers"], views, [piece.kv for piece in pieces])
+        if cache is not None:
+            cache = dataclasses.replace(cache, k=kv[0], v=kv[1])
         normed: Any = RMSNorm(self.config).apply({"params": params["final_norm"]}, x)
         return normed, cache
 
     def trace(self, params: Params, tokens: Int[Array, "B T"]) -> list[Float[Array, "B T D"]]:
-        """The residual stream before the first layer and behind each, L + 1 arrays, without the final norm."""
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
-        views = _Views.of(self.config, positions, [positions])
+        """The residual stream before the first layer and after each, L + 1 arrays, without the final norm."""
+        positions = _count_up(tokens)
+        views = _views(self.config, positions, [positions])
         stream = [self._embed(params, tokens)]
-        for i, layer in enumerate(unstack_layers(params)["layers"]):
-            stream.append(self._block(stream[-1], layer, views.of_layer(i), None)[0])
+        for layer, kind in zip(unstack_layers(params)["layers"], self.config.layer_kinds, strict=True):
+            stream.append(self._block(stream[-1], layer, views[kind], [])[0])
         return stream
+
+    def empty_cache(self, params: Params, rows: int, length: int, *, past: tuple[Past, ...] = ()) -> KVCache:
+        """A cache of the parameters' dtype, stacked as they are."""
+        stacked, dtype = not isinstance(params["layers"], list | tuple), params["embed"]["embedding"].dtype
+        return KVCache.empty(self.config, rows, length=length, dtype=dtype, stacked=stacked, past=past)
 
     def _embed(self, params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         x = jnp.take(params["embed"]["embedding"], tokens, axis=0, mode="clip")
         return x * jnp.asarray(self.config.width**0.5, x.dtype) if self.config.scale_embeddings else x
 
-    def _block(
-        self, x: Array, layer: Params, view: View, held: list[KV] | None, start: Array | None = None
-    ) -> tuple[Array, Any]:
-        cached = None if held is None else (held[-1], start, tuple(held[:-1]))
-        out: Any = Block(self.config).apply({"params": layer}, x, *view, cached)
-        return out[0], (None if held is None else out[1])
+    def _block(self, x: Array, layer: Params, view: View, held: Sequence[KV], index: Array | int = 0) -> Any:
+        return Block(self.config).apply({"params": layer}, x, *view, held, index)
+
+    # The layers, one after another: x, and the keys and values of the cache where there is one.
+    def _scanned(self, block: Any, x: Array, layers: Params, views: dict, pieces: list[Any]) -> tuple[Array, Any]:
+        kinds, stacked = None, next(iter(views.values()))
+        if len(views) > 1:
+            kinds = jnp.array([list(views).index(kind) for kind in self.config.layer_kinds], jnp.int32)
+            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *views.values())
+
+        def step(x: Array, xs: Any) -> Any:
+            layer, kind, held = xs
+            return block(x, layer, stacked if kind is None else jax.tree.map(lambda leaf: leaf[kind], stacked), held)
+
+        return jax.lax.scan(step, x, (layers, kinds, pieces))
+
+    def _unrolled(self, block: Any, x: Array, layers: Any, views: dict, pieces: list[Any]) -> tuple[Array, Any]:
+        pairs = []
+        for i, (layer, kind) in enumerate(zip(layers, self.config.layer_kinds, strict=True)):
+            x, kv = block(x, layer, views[kind], [(k[i], v[i]) for k, v in pieces])
+            pairs.append(kv)
+        return x, tuple(zip(*pairs, strict=True)) if pieces else None
 
     def logits(self, params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """The output head applied to `hidden`'s result: float32 logits."""
-        if self.config.tied_embeddings:
-            embedding = params["embed"]["embedding"]
-            if isinstance(params.get("layers"), list | tuple):  # unrolled, as on CPU
-                logits = linear(hidden, Transposed(embedding), accumulated=True)
-            else:
-                contract = (((2,), (1,)), ((), ()))
-                logits = jax.lax.dot_general(hidden, embedding, contract, preferred_element_type=jnp.float32)
-        else:
+        if not self.config.tied_embeddings:
             logits = linear(hidden, params["head"]["kernel"], accumulated=True)
+        elif isinstance(params.get("layers"), list | tuple):  # unrolled, as on CPU
+            logits = linear(hidden, Transposed(params["embed"]["embedding"]), accumulated=True)
+        else:
+            contract, embedding = (((2,), (1,)), ((), ())), params["embed"]["embedding"]
+            logits = jax.lax.dot_general(hidden, embedding, contract, preferred_element_type=jnp.float32)
         return softcap(logits, self.config.final_softcap)
+
+
+def _count_up(tokens: Array) -> Int[Array, "B T"]:
+    """The positions 0..T-1 of every row."""
+    return jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
 
 
 def unstack_layers(params: Params) -> Params:
@@ -172,16 +207,18 @@ def transpose_kernels(params: Params, *, itemsize: int) -> Params:
     (4, 2)
     """
 
-    def held(name: str, leaf: Array) -> Any:
-        turn = name.endswith("kernel") and leaf.dtype.itemsize == itemsize
-        return Transposed(leaf.swapaxes(-1, -2)) if turn else leaf
+    def transpose(name: str, leaf: Array) -> Any:
+        wanted = name.endswith("kernel") and leaf.dtype.itemsize == itemsize
+        return Transposed(leaf.swapaxes(-1, -2)) if wanted else leaf
 
-    return map_named(held, params)
+    return map_named(transpose, params)
 
 
-def param_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
+@functools.lru_cache(maxsize=64)
+def param_shapes(config: TransformerConfig) -> Mapping[str, tuple[int, ...]]:
     """Path → shape of every parameter, like {"layers/attn/q/kernel": (L, D, H*hd), ...}."""
-    return dict(_shapes(config))
+    tree = jax.eval_shape(Transformer(config).init, jax.random.key(0))
+    return types.MappingProxyType({name: leaf.shape for name, leaf in named_leaves(tree)})
 
 
 def matrix_weights(config: TransformerConfig) -> tuple[int, int]:
@@ -196,61 +233,13 @@ def matrix_weights(config: TransformerConfig) -> tuple[int, int]:
     return layers, config.width * config.vocab_size
 
 
-@functools.lru_cache(maxsize=64)
-def _shapes(config: TransformerConfig) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    tree = jax.eval_shape(Transformer(config).init, jax.random.key(0))
-    return tuple((name, leaf.shape) for name, leaf in named_leaves(tree))
+def _views(config: TransformerConfig, query: Array, attended: Sequence[Array]) -> dict[tuple[bool, bool], View]:
+    """The view of each kind of layer, (local, rope), that the config has."""
 
+    def view(local: bool, rope: bool) -> View:
+        frequencies = rope_frequencies(config, local=local)  # all zero: turned by no angle
+        angles = rope_angles(query, frequencies if rope else np.zeros_like(frequencies))
+        window = config.sliding_window if local else None
+        return angles, tuple(attention_mask(query, positions, window=window) for positions in attended)
 
-@dataclasses.dataclass(frozen=True)
-class _Views:
-    """The view of each kind of layer (local or not, turned or not), and each layer's kind as an index into them."""
-
-    distinct: list[View]
-    kinds: tuple[int, ...]
-
-    @classmethod
-    def of(cls, config: TransformerConfig, query: Array, held: Sequence[Array]) -> "_Views":
-        def view(local: bool, rope: bool) -> View:
-            frequencies = rope_frequencies(config, local=local)  # all zero: turned by no angle
-            angles = rope_angles(query, frequencies if rope else np.zeros_like(frequencies))
-            window = config.sliding_window if local else None
-            return angles, tuple(attention_mask(query, positions, window=window) for positions in held)
-
-        kinds = tuple(dict.fromkeys(config.layer_kinds))
-        return cls([view(*kind) for kind in kinds], tuple(map(kinds.index, config.layer_kinds)))
-
-    def of_layer(self, i: int) -> View:
-        return self.distinct[self.kinds[i]]
-
-    def scanned(self) -> tuple[Array | None, Callable[[Array | None], View]]:
-        """What a scan goes over, and the view it makes of a slice: nothing where all layers are of one kind."""
-        if len(self.distinct) == 1:
-            return None, lambda kind: self.distinct[0]
-        stacked = jax.tree.map(lambda *views: jnp.stack(views), *self.distinct)
-        return jnp.array(self.kinds, jnp.int32), lambda kind: jax.tree.map(lambda x: x[kind], stacked)
-
-
-def _scanned(block: Any, x: Array, layers: Params, views: _Views, cache: KVCache | None) -> tuple[Array, Any]:
-    kinds, view = views.scanned()
-    if cache is None:
-        return jax.lax.scan(lambda x, xs: block(x, xs[0], view(xs[1]), None), x, (layers, kinds))[0], None
-    if not cache.stacked:
-        raise ValueError("stacked layers need KVCache.empty(..., stacked=True), this cache is per layer")
-    pieces = [*((past.k, past.v) for past in cache.past), (cache.k, cache.v)]
-    x, (k, v) = jax.lax.scan(lambda x, xs: block(x, xs[0], view(xs[1]), xs[2]), x, (layers, kinds, pieces))
-    return x, cache.replace(k=k, v=v)  # type: ignore[attr-defined]
-
-
-def _unrolled(block: Any, x: Array, layers: Any, views: _Views, cache: KVCache | None) -> tuple[Array, Any]:
-    if cache is not None and cache.stacked:
-        raise ValueError("unstacked layers need KVCache.empty(..., stacked=False), this cache is stacked")
-    pairs = []
-    for i, layer in enumerate(layers):
-        held = None if cache is None else [*((past.k[i], past.v[i]) for past in cache.past), (cache.k[i], cache.v[i])]
-        x, kv = block(x, layer, views.of_layer(i), held)
-        pairs.append(kv)
-    if cache is None:
-        return x, None
-    keys, values = zip(*pairs, strict=True)
-    return x, cache.replace(k=keys, v=values)  # type: ignore[attr-defined]
+    return {kind: view(*kind) for kind in dict.fromkeys(config.layer_kinds)}

@@ -36,7 +36,7 @@ def anchored_weight_decay(
       \theta_0 + (1 - \text{rate})\,\Delta \quad(\text{l2}), \qquad
       \theta_0 + \text{sign}(\Delta)\,\max(|\Delta| - \text{rate}, 0) \quad(\text{l1}).
 
-    In the paper's terms the rate is αλ: learning rate times penalty strength. Put it last in a chain, behind any
+    In the paper's terms the rate is αλ: learning rate times penalty strength. Put it last in a chain, after any
     optimizer. l2 bounds how far the weights go; l1 also sets those that hardly moved back to the anchor.
 
     Args:
@@ -135,7 +135,7 @@ def _l2(update, param, anchor, rate):
 
 
 def _rounded(product):
-    """A float32 product less its last bit: no compiler then takes it unrounded into the sum behind it."""
+    """A float32 product less its last bit: no compiler then takes it unrounded into the sum after it."""
     if product.dtype != jnp.float32:
         return product
     bits = jax.lax.bitcast_convert_type(product, jnp.uint32) & jnp.uint32(0xFFFFFFFE)

@@ -1,5 +1,6 @@
 """From the config's fields to an optax chain: an optimizer, then the pull toward the anchor."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -17,6 +18,59 @@ OPTIMIZERS = {
     "lion": optax.lion,
 }
 OPTIONS = {"adam": ("b1", "b2"), "adamw": ("b1", "b2", "weight_decay"), "lion": ("b1", "b2", "weight_decay")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain:
+    """All that the program of an optimizer depends on, but for its rates: steps with equal chains share a program.
+
+    Attributes:
+      name, options: of OPTIMIZERS, and the arguments that are set.
+      max_grad_norm: at which the whole gradient is clipped; None leaves it as it is.
+      penalty, arithmetic, ema_decay: as `anchored_weight_decay` takes them; penalty "none" is a chain without anchor.
+      memory: the kind of memory that holds the anchor.
+    """
+
+    name: str = "sgd"
+    options: tuple[tuple[str, float], ...] = ()
+    max_grad_norm: float | None = None
+    penalty: str = "none"
+    arithmetic: str = "float32"
+    ema_decay: float | None = None
+    memory: str = "device"
+
+    @classmethod
+    def of(cls, config: Any) -> "Chain":
+        """A run's; `config` as for `build_optimizer`."""
+        optim, anchor = config.optim, config.optim.anchor
+        options = ((name, getattr(optim, name)) for name in OPTIONS.get(optim.name, ()))
+        return cls(
+            optim.name,
+            tuple((name, value) for name, value in options if value is not None),
+            optim.max_grad_norm,
+            anchor.penalty,
+            "param" if config.es.noise == "shared_seed" else "float32",  # as published: all in the weights' dtype
+            anchor.ema_decay,
+            anchor.memory,
+        )
+
+    def transformation(self, rates: Any, anchor_sharding: Any = None) -> optax.GradientTransformationExtraArgs:
+        """With the rates (α, αλ) of a step, which may be traced; `anchor_sharding`: of `anchored_weight_decay`."""
+        step, pull = rates
+        optimizer: Any = OPTIMIZERS[self.name](step, **dict(self.options))
+        if self.max_grad_norm is not None:
+            optimizer = optax.chain(optax.clip_by_global_norm(self.max_grad_norm), optimizer)
+        optimizer = _separated(optimizer)
+        if self.penalty == "none":
+            return optimizer
+        decay = anchored_weight_decay(
+            pull,
+            penalty=self.penalty,
+            arithmetic=self.arithmetic,
+            ema_decay=self.ema_decay,
+            anchor_sharding=anchor_sharding,
+        )
+        return optax.chain(optimizer, decay)
 
 
 def build_optimizer(
@@ -39,34 +93,34 @@ def build_optimizer(
     sgd with learning rate 0.0005, no anchor.
     """
     del params  # no rule depends on the leaves yet
-    rate, penalty, strength = config.optim.learning_rate, config.optim.anchor.penalty, config.anchor_strength
-    step, pull = (rate, rate * strength) if rates is None else rates
-    given = {name: getattr(config.optim, name) for name in OPTIONS.get(config.optim.name, ())}
-    given = {name: value for name, value in given.items() if value is not None}
-    optimizer: Any = OPTIMIZERS[config.optim.name](step, **given)
-    sentence = f"{config.optim.name} with learning rate {rate:g}{_by(config.optim.schedule)}"
-    sentence += "".join(f", {name} {value:g}" for name, value in given.items())
-    if config.optim.max_grad_norm is not None:
-        optimizer = optax.chain(optax.clip_by_global_norm(config.optim.max_grad_norm), optimizer)
-        sentence = f"gradients clipped at norm {config.optim.max_grad_norm:g}, {sentence}"
-    optimizer = _separated(optimizer)
-    if penalty == "none":
-        return optimizer, f"{sentence}, no anchor."
-    anchor = config.optim.anchor
-    sentence += f", then {penalty} anchored weight decay with strength λ = {strength:g}{_by(anchor.schedule)}"
-    sentence += f" (αλ = {rate * strength:g}"
-    if (drift := config.anchor_kappa) is not None:
-        if penalty == "l2":  # λ follows from κ as if αλ were small; this is where the walk ends
-            drift *= (1 - rate * strength) / math.sqrt(1 - rate * strength / 2)
-        sentence += f"; in the long run a weight drifts κ = {drift:.2f} σ"
-    arithmetic = "param" if config.es.noise == "shared_seed" else "float32"  # as published: all in the weights' dtype
-    decay = anchored_weight_decay(
-        pull, penalty=penalty, arithmetic=arithmetic, ema_decay=anchor.ema_decay, anchor_sharding=anchor_sharding
+    rate = config.optim.learning_rate
+    rates = (rate, rate * config.anchor_strength) if rates is None else rates
+    return Chain.of(config).transformation(rates, anchor_sharding), describe(config)
+
+
+def describe(config: Any) -> str:
+    """One sentence on the optimizer of a run; `config` as for `build_optimizer`."""
+    chain, rate, strength, anchor = (
+        Chain.of(config),
+        config.optim.learning_rate,
+        config.anchor_strength,
+        config.optim.anchor,
     )
-    kept = "" if anchor.source is None else f" to {anchor.source}"
-    if anchor.ema_decay is not None:
-        kept += f" to an average of the weights over about {1 / (1 - anchor.ema_decay):.0f} steps"
-    return optax.chain(optimizer, decay), f"{sentence}){kept}."
+    sentence = "" if chain.max_grad_norm is None else f"gradients clipped at norm {chain.max_grad_norm:g}, "
+    sentence += f"{chain.name} with learning rate {rate:g}{_by(config.optim.schedule)}"
+    sentence += "".join(f", {name} {value:g}" for name, value in chain.options)
+    if chain.penalty == "none":
+        return f"{sentence}, no anchor."
+    sentence += f", then {chain.penalty} anchored weight decay with strength λ = {strength:g}{_by(anchor.schedule)}"
+    sentence += f" (αλ = {rate * strength:g}"
+    if (kappa := config.anchor_kappa) is not None:
+        if chain.penalty == "l2":  # λ follows from κ as if αλ were small; this is where the walk ends
+            kappa *= (1 - rate * strength) / math.sqrt(1 - rate * strength / 2)
+        sentence += f"; in the long run a weight drifts κ = {kappa:.2f} σ"
+    target = "" if anchor.source is None else f" to {anchor.source}"
+    if chain.ema_decay is not None:
+        target += f" to an average of the weights over about {1 / (1 - chain.ema_decay):.0f} steps"
+    return f"{sentence}){target}."
 
 
 def _by(schedule: str) -> str:
@@ -74,7 +128,7 @@ def _by(schedule: str) -> str:
 
 
 def _separated(optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """The optimizer, its float32 updates kept apart from the sum behind them: see `es_jax.core.threefry_normal.rounded`.
+    """The optimizer, its float32 updates kept apart from the sum after them: see `es_jax.core.threefry_normal.rounded`.
 
     Without it the weights' last bits depend on how a device's slice is cut.
     """

@@ -49,12 +49,12 @@ def parse(text: str) -> tuple[str, float, int]:
     if shape == "constant" and end:
         raise ValueError(f"schedule {text!r}: constant has no end; leave it out, as in constant::{warmup or 20}")
     try:
-        found = float(end or 0), int(warmup or 0)
+        last, steps = float(end or 0), int(warmup or 0)
     except ValueError:
         raise ValueError(f"schedule {text!r}: end must be a number and warmup a whole number of steps") from None
-    if not 0 <= found[0] < math.inf or found[1] < 0:
+    if not 0 <= last < math.inf or steps < 0:
         raise ValueError(f"schedule {text!r}: end must be finite, and neither end nor warmup negative")
-    return shape, *found
+    return shape, last, steps
 
 
 def largest(text: str) -> float:

@@ -8,6 +8,7 @@ from es_jax.core.chips import GIB
 from es_jax.core.mesh import GROUPS, MODEL
 from es_jax.planning.hlo import Collective
 from es_jax.planning.plan import Outcome, Plan
+from es_jax.training.method import METHODS
 
 _LINKS_SHOWN = 4  # kinds of collectives a program is told with; the rest are added up
 
@@ -73,10 +74,9 @@ def _remedies(plan: Plan, worst: Outcome) -> Iterator[str]:
 
 def _heading(plan: Plan) -> str:
     topology, model, config = plan.topology, plan.config.model, plan.config
-    what = f"ES with N = {config.es.population}" if config.method == "es" else f"{config.method.upper()} with "
-    what += "" if config.method == "es" else f"{config.grpo.rollouts} rollouts a prompt"
+    size = METHODS[config.method].size.format(config=config)
     return (
-        f"{what} of {model.source}, computed in {model.dtype}, weights in {model.param_dtype}, on "
+        f"{size} of {model.source}, computed in {model.dtype}, weights in {model.param_dtype}, on "
         f"{topology.name}: {len(topology.devices)} devices of {_gib(topology.chip.memory)} GiB, "
         f"groups {plan.mesh[GROUPS]} × model {plan.mesh[MODEL]}, {plan.slots} slots"
     )

@@ -6,18 +6,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from es_jax.core import rng
-from es_jax.core.mesh import GROUPS, MODEL, over_pop, replicated
+from es_jax.core.chunked_map import ceil_div
+from es_jax.core.mesh import GROUPS, over_pop, replicated
 from es_jax.generate.sampling import Temperature
-from es_jax.generate.slots import Queue
 from es_jax.models.transformer import matrix_weights
-from es_jax.planning.costs import Work, cache_bytes, decode_flops, decode_memory, prefill_flops
-from es_jax.planning.programs import Held, Program, Programs, array
-from es_jax.training.es_step import of_update
-from es_jax.training.grpo import AT_ONCE
-from es_jax.training.grpo_step import Policy, Rows
+from es_jax.planning.costs import Work, prefill_flops
+from es_jax.planning.programs import Bytes, Program, Programs, array
+from es_jax.training.grpo import AT_ONCE, Policy, Rows
 
 _PASSES = 4  # over a layer, of an update: forward, forward again for the gradient, and twice as much backward
 
@@ -36,7 +33,7 @@ class PolicyPrograms(Programs):
         """What the run compiles; `GRPO` makes the same."""
         evaluator, grpo = self.evaluator, self.config.grpo
         engine = dataclasses.replace(evaluator.engine, sampler=Temperature(grpo.temperature))
-        return Policy(engine, self.mesh, evaluator.dtype, of_update(self.config), grpo)
+        return Policy(engine, self.mesh, evaluator.dtype, self.spec.chain, grpo)
 
     @property
     def rows(self) -> int:
@@ -45,27 +42,18 @@ class PolicyPrograms(Programs):
 
     def rollout(self) -> Program:
         """The completions that the groups sample in one call."""
-        groups, policy, new = self.mesh.shape[GROUPS], self.policy, self.config.decode.max_new_tokens
-        each = min(-(-self.rows // groups), AT_ONCE * policy.engine.slots)
-        queue = Queue(policy.engine, None, np.empty((each, self.width)), None, None, None, axis_name=None)
+        groups, policy = self.mesh.shape[GROUPS], self.policy
+        each = min(ceil_div(self.rows, groups), AT_ONCE * policy.engine.slots)
         keys = jax.eval_shape(lambda: jax.vmap(rng.key)(jnp.zeros(groups * each, jnp.uint32)).reshape(groups, each))
-        where, share = over_pop(self.mesh), self.mesh.shape[MODEL]
+        where, prefix = over_pop(self.mesh), array((0,), jnp.int32, replicated(self.mesh))
         tokens, keys = array((groups, each, self.width), jnp.int32, where), array(keys.shape, keys.dtype, where)
-        prefix = array((0,), jnp.int32, replicated(self.mesh))
-        size = jnp.dtype(self.config.model.dtype).itemsize
-        copy = sum(matrix_weights(self.model)) * size
-        steps = -(-each // queue.rows) * new
-        memory = decode_memory(self.model, each, self.width, new, steps=steps, copy=copy, itemsize=size)
-        flops = prefill_flops(self.model, each, self.width) + decode_flops(self.model, each, self.width, new)
-        cache = cache_bytes(self.model, queue.rows * queue.places, size) // share
-        return Program(
+        return self._completions(
             "rollout",
             lambda: Policy.rollout.lower(policy, self.params, tokens, tokens, keys, prefix),
-            times=-(-self.rows // (groups * each)),
-            turns=queue.turns(),
-            parts=self._held() | {"compute copy": self._copy(), "KV cache": Held(cache)},
-            own=frozenset({"parameters", "compute copy", "KV cache"}),
-            work=Work(flops / share, memory / share),
+            engine=policy.engine,
+            prompts=each,
+            times=ceil_div(self.rows, groups * each),
+            own={"parameters"},
         )
 
     def score(self) -> Program:
@@ -77,9 +65,9 @@ class PolicyPrograms(Programs):
             lambda: Policy.logprobs.lower(policy, self.params, tokens, tokens, self.config.decode.max_new_tokens),
             times=2 if self.config.grpo.kl_coef else 1,
             turns={},
-            parts=self._held(),
+            parts=self._resident(),
             own=frozenset({"parameters"}),
-            work=Work(self._forward(self.rows), Held.of(self.params).device * tokens.shape[0]),
+            work=Work(self._forward(self.rows), Bytes.of(self.params).device * tokens.shape[0]),
         )
 
     def update(self) -> Program:
@@ -87,27 +75,28 @@ class PolicyPrograms(Programs):
         policy, grpo, everywhere = self.policy, self.config.grpo, replicated(self.mesh)
         many = min(grpo.mini_batch, self.prompts) * grpo.rollouts
         shape = self._micro(many)
-        behind = (*shape[:2], self.config.decode.max_new_tokens)
+        completions = (*shape[:2], self.config.decode.max_new_tokens)
         arrays: list[Any] = [array(shape, jnp.int32, everywhere)] * 2
-        arrays += [array(behind, jnp.float32, everywhere), array(shape[:2], jnp.float32, everywhere)]
-        arrays += [array(behind, jnp.float32, everywhere)] * 2
-        count, held = array((), jnp.int32, everywhere), self._held()
-        gradient = Held(Held.of(self.params).device)
-        moved = sum(part.device + part.host for part in held.values())
+        arrays += [array(completions, jnp.float32, everywhere), array(shape[:2], jnp.float32, everywhere)]
+        arrays += [array(completions, jnp.float32, everywhere)] * 2
+        count, rates = array((), jnp.int32, everywhere), array((2,), jnp.float32, everywhere)
+        resident = self._resident()
+        gradient = Bytes(Bytes.of(self.params).device)
+        moved = sum(part.device + part.host for part in resident.values())
         return Program(
             "update",
-            lambda: Policy.update.lower(policy, self.params, self.opt_state, self.base, Rows(*arrays), count),
-            times=-(-self.prompts // grpo.mini_batch),
+            lambda: Policy.update.lower(policy, self.params, self.opt_state, self.start, Rows(*arrays), count, rates),
+            times=ceil_div(self.prompts, grpo.mini_batch),
             turns={"": shape[0]},
-            parts=held | {"gradient": gradient},
-            own=frozenset({*held, "gradient"}),
+            parts=resident | {"gradient": gradient},
+            own=frozenset({*resident, "gradient"}),
             work=Work(_PASSES * self._forward(many), 2.0 * moved + 3.0 * gradient.device * shape[0]),
         )
 
     def _micro(self, rows: int) -> tuple[int, int, int]:
         """The shape of that many rows in micro-batches, [M, m, P + L]."""
         size = self.policy.micro_batch
-        return -(-rows // size), size, self.width + self.config.decode.max_new_tokens
+        return ceil_div(rows, size), size, self.width + self.config.decode.max_new_tokens
 
     def _forward(self, rows: int) -> float:
         """Operations of one device for one pass over rows of full length, logits of the completions among them."""

@@ -15,8 +15,7 @@ from es_jax.core.mesh import GROUPS, MODEL
 from es_jax.models.config import TransformerConfig
 from es_jax.planning.costs import Work
 from es_jax.planning.hlo import Collective, collectives
-from es_jax.planning.methods import programs_of
-from es_jax.planning.programs import Program
+from es_jax.planning.programs import Program, programs_of
 from es_jax.planning.topology import Topology
 from es_jax.training.config import RunConfig
 

@@ -3,9 +3,10 @@
 import dataclasses
 from collections.abc import Callable, Iterator
 
+from es_jax.core.chunked_map import ceil_div
 from es_jax.models.config import TransformerConfig
-from es_jax.planning.methods import programs_of
 from es_jax.planning.plan import Plan, make_plan
+from es_jax.planning.programs import programs_of
 from es_jax.planning.topology import Topology
 from es_jax.training.config import RunConfig
 
@@ -71,7 +72,7 @@ def _variants(config: RunConfig, model: TransformerConfig, devices: int) -> Iter
             continue
         mesh = dataclasses.replace(config.mesh, groups=devices // width, model=width)
         for batches in (2**i for i in range(prompts.bit_length())):
-            decode = dataclasses.replace(config.decode, slots=-(-prompts // batches))
+            decode = dataclasses.replace(config.decode, slots=ceil_div(prompts, batches))
             yield dataclasses.replace(config, mesh=mesh, decode=decode)
 
 

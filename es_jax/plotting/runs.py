@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from es_jax.rundir import directory
 from es_jax.rundir.metrics import read_jsonl
-from es_jax.training.config import RunConfig
+from es_jax.training.config import RunConfig, read_config
 
 # What may differ within a series: the seed, and what no step depends on.
 ALIKE = (
@@ -130,7 +131,7 @@ class Run:
         """
         made = ("task.seed",) if self.config.task.data_dir is None else ()
         skipped = (*ALIKE, *made, "grpo." if self.config.method == "es" else "es.")
-        fields = directory.flat(dataclasses.asdict(self.config))
+        fields = flatten_dict(dataclasses.asdict(self.config), sep=".")
         flat = {name: value for name, value in fields.items() if not name.startswith(skipped)}
         if any(not fields[name].startswith("constant") for name in SCHEDULES):
             flat["train.steps"] = self.config.train.steps
@@ -199,7 +200,7 @@ def read_run(folder: str | Path) -> Run:
     files = {path.stem: _rows(path) for path in sorted((folder / "evals").glob("*.jsonl"))}
     return Run(
         folder,
-        directory.read_config(folder),
+        read_config(folder),
         facts,
         metrics=_rows(folder / "metrics.jsonl"),
         evals={name: rows for name, rows in files.items() if name not in NEEDED and rows},

@@ -1,35 +1,97 @@
-"""What the trace of a step tells that the host's clock cannot: prefill apart from decode, which are one program.
+"""Traces of steps, and what they tell that the host's clock cannot: prefill apart from decode, which are one program.
 
-The operations of prefill carry the scope `fill` of `es_jax.generate.slots`. Read from traces of CPUs (jax 0.10); not
-yet run on a trace of a TPU or GPU. Estimate and optimizer cannot be told apart so: XLA fuses the two (dev/LOG.md), and
-`State.estimate_seconds` times the estimate alone.
+The operations of prefill carry the scope `fill` of `es_jax.generate.loop_sizes`. Read from traces of CPUs (jax 0.10);
+not yet run on a trace of a TPU or GPU. Estimate and optimizer cannot be told apart so: XLA fuses the two (dev/LOG.md),
+and `State.estimate_seconds` times the estimate alone.
 """
 
+import contextlib
+import json
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax.profiler import ProfileData
 
-from es_jax.generate.slots import FILL
+from es_jax.generate.loop_sizes import FILL
 
 PROGRAMS = {"_perturb": "perturb", "_decode": "decode", "rollout": "decode", "update": "update"}  # names of jit → part
 
 
-def newest(folder: Path) -> Path:
-    """The last trace that `jax.profiler` wrote below a folder."""
-    return max(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
+_COLUMNS = ("seconds", "prompt_tokens", "tokens", "seconds_grade")
 
 
-def part_seconds(path: Path) -> dict[str, float]:
-    """Seconds of the devices in perturb, prefill, decode and update, of all steps in a trace together; devices' mean.
+class Profile:
+    """A TensorBoard trace of the steps from `start` up to, not including, `stop`, and what it tells: profile.json.
+
+    `last`: the run's last step, with which the trace ends at the latest.
+    """
+
+    def __init__(self, steps: tuple[int, ...], workdir: Path, *, last: int):
+        self._steps, self._workdir, self._running, self._last = steps, workdir, False, last
+        self._done: list[tuple[float, ...]] = []  # of each traced step: what _COLUMNS names
+
+    def step(self, step: int) -> contextlib.AbstractContextManager:
+        """To be entered around a step."""
+        if self._steps and not self._running and self._steps[0] <= step < self._steps[1]:
+            jax.profiler.start_trace(str(self._workdir / "tb"))
+            self._running = True
+        return jax.profiler.StepTraceAnnotation("step", step_num=step)
+
+    def done(self, step: int, spent: Mapping[str, Any], inside: Callable[[], Mapping[str, float]]) -> str | None:
+        """A step has ended; `spent` has its seconds and tokens. Behind the last one of the trace: what it tells.
+
+        `inside`: seconds of what is part of another program, so that no trace tells it; called by all processes.
+        """
+        if not self._running:
+            return None
+        self._done.append(tuple(spent[name] for name in _COLUMNS))
+        if step < min(self._steps[1] - 1, self._last):
+            return None
+        self.close()
+        within = inside()
+        return self._told(step, within) if jax.process_index() == 0 else None
+
+    def _told(self, step: int, within: Mapping[str, float]) -> str:
+        """Writes profile.json: means of the traced steps, of the devices that this process sees."""
+        count = len(self._done)
+        total, prompt, new, grade = (sum(column) / count for column in zip(*self._done, strict=True))
+        try:
+            parts = part_seconds(self._workdir / "tb")
+        except Exception as error:  # a format that is not known yet: no reason to end a run
+            return f"the trace of steps {step - count + 1} to {step} could not be read: {error!r}"
+        if not parts:
+            return f"the trace of steps {step - count + 1} to {step} names none of the run's programs"
+        parts = {part: value / count for part, value in parts.items()}
+        parts["wait"] = max(total - sum(parts.values()), 0.0)
+        parts |= {"grade": grade, **within}  # beside the devices' work, or inside of it: no parts of the sum
+        row: dict[str, Any] = {"first": step - count + 1, "last": step, "seconds": total}
+        row |= {f"seconds_{part}": value for part, value in parts.items()}
+        row |= {f"share_{part}": value / total for part, value in parts.items()}
+        row |= {"prompt_tokens": prompt, "tokens": new}
+        for part, tokens in (("prefill", prompt), ("decode", new)):
+            row[f"{part}_tokens_per_second"] = tokens / parts[part] if parts[part] else None
+        (self._workdir / "profile.json").write_text(json.dumps(row, indent=2) + "\n")
+        shares = ", ".join(f"{part} {value / total:.1%}" for part, value in parts.items())
+        return f"steps {row['first']} to {step} traced, {total:.2f} s each: {shares}; profile.json"
+
+    def close(self) -> None:
+        if self._running:
+            self._running = False
+            jax.profiler.stop_trace()
+
+
+def part_seconds(folder: Path) -> dict[str, float]:
+    """Seconds of the devices in perturb, prefill, decode and update, of all steps in the last trace that
+    `jax.profiler` wrote below a folder; devices' mean.
 
     Only what began within a step (`jax.profiler.StepTraceAnnotation` of the name "step") counts. What runs side by side
     counts once. {} where the trace names no program that is known.
     """
-    data = path.read_bytes()
+    data = max(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime).read_bytes()
     scopes = {at: scope for plane in _fields(data, 1) for at, scope in _scopes(plane)}
     planes = list(ProfileData.from_serialized_xspace(data).planes)
     steps = [_span(e) for plane in planes for line in plane.lines for e in line.events if e.name == "step"]

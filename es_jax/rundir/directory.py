@@ -1,7 +1,6 @@
 """A run's directory: whose it is, what it was started with, and that only one process trains in it."""
 
 import contextlib
-import dataclasses
 import fcntl
 import importlib.metadata
 import json
@@ -15,33 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from es_jax.core import processes
-from es_jax.training.config import RunConfig, freeze
+from es_jax.core.names import RENAMED
 
 # What may change between the start and the resumption of a run: nothing that a step's bits depend on.
 CHANGEABLE = (
-    *(
-        "train.steps",
-        "train.checkpoint_every",
-        "train.keep_checkpoints",
-        "train.samples",
-        "train.profile",
-        "evals.every",
-    ),
-    *("mesh.groups", "mesh.model", "optim.anchor.memory"),
+    *("train.steps", "train.checkpoint_every", "train.keep_checkpoints", "train.samples", "train.profile"),
+    *("evals.every", "mesh.groups", "mesh.model", "optim.anchor.memory"),
 )
-PACKAGES = (
-    "es_jax",
-    "jax",
-    "jaxlib",
-    "flax",
-    "optax",
-    "orbax-checkpoint",
-    "transformers",
-    "datasets",
-    "numpy",
-)
+PACKAGES = ["es_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy"]
 
 
 def claim(workdir: Path) -> Any:
@@ -86,12 +69,12 @@ def _lock(workdir: Path) -> Any:
     return lock
 
 
-def settle(workdir: Path, config: RunConfig, *, identity: dict[str, Any], started: bool) -> None:
+def settle(workdir: Path, config: dict[str, Any], *, identity: dict[str, Any], started: bool) -> None:
     """Write config.json, or check that the run that is there is this one.
 
     Args:
       workdir: the run's directory.
-      config: its config.
+      config: its fields, as nested dicts.
       identity: what else a run is, by name: digests of base weights and of prompts, the compute dtype, …
       started: whether it has a finished step. Without one the directory is taken over, whatever it was meant for.
 
@@ -102,7 +85,7 @@ def settle(workdir: Path, config: RunConfig, *, identity: dict[str, Any], starte
         the first one; what differs is named.
     """
     if processes.first():
-        _settle(workdir, config, identity=identity, started=started)
+        _settle(workdir, json.loads(json.dumps(config)), identity, started)  # as it is read back: lists for tuples
     processes.barrier()
     there = identity if processes.first() else read(workdir)
     differing = [f"{k} is {there.get(k)!r} there and {v!r} here" for k, v in identity.items() if there.get(k) != v]
@@ -113,13 +96,13 @@ def settle(workdir: Path, config: RunConfig, *, identity: dict[str, Any], starte
         )
 
 
-def _settle(workdir: Path, config: RunConfig, *, identity: dict[str, Any], started: bool) -> None:
-    fields = json.loads(json.dumps(dataclasses.asdict(config)))  # as they are read back: lists for tuples
-    versions, path = _versions(), workdir / "config.json"
+def _settle(workdir: Path, config: dict[str, Any], identity: dict[str, Any], started: bool) -> None:
+    path, versions = workdir / "config.json", _versions()
+    anew = {"config": config, **identity, "versions": versions}
     if not (path.exists() or started):
-        return write_json(path, {"config": fields, **identity, "versions": versions}, indent=2)
+        return write_json(path, anew, indent=2)
     then = read(workdir)
-    old, new = flat(then["config"]), flat(fields)
+    old, new = (flatten_dict(fields, sep=".") for fields in (then["config"], config))
     changed = [name for name in new if name not in CHANGEABLE and old.get(name) != new[name]]
     differing = [f"{name} was {old.get(name)!r} and is {new[name]!r}" for name in changed]
     differing += [f"{k} was {then.get(k)!r} and is {v!r}" for k, v in identity.items() if then.get(k) != v]
@@ -130,12 +113,12 @@ def _settle(workdir: Path, config: RunConfig, *, identity: dict[str, Any], start
         )
     if differing:
         shutil.rmtree(workdir / "evals", ignore_errors=True)  # of the weights before the first step, for that config
-        return write_json(path, {"config": fields, **identity, "versions": versions}, indent=2)
-    write_json(path, {**then, "config": fields, "resumed": [*then.get("resumed", []), versions]}, indent=2)
+        return write_json(path, anew, indent=2)
+    write_json(path, {**then, "config": config, "resumed": [*then.get("resumed", []), versions]}, indent=2)
 
 
 def read(workdir: Path) -> dict[str, Any]:
-    """The content of config.json.
+    """The content of config.json, with the fields' names of today.
 
     Raises:
       FileNotFoundError: there is no run here.  ValueError: the file is damaged.
@@ -145,21 +128,42 @@ def read(workdir: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path} does not exist: {workdir} is not a run's directory")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        content["config"].get("es", {}).setdefault("generator", "threefry")  # of all runs before the field was there
-        return {**content, "config": content["config"], "digest": content["digest"]}
+        fields = {RENAMED.get(name, name): value for name, value in flatten_dict(content["config"], sep=".").items()}
+        fields.setdefault("es.generator", "threefry")  # of all runs before the field was there
+        return {**content, "config": unflatten_dict(fields, sep="."), "digest": content["digest"]}
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is damaged ({error!r}): restore it, or choose another --workdir") from None
-
-
-def read_config(workdir: Path) -> RunConfig:
-    """The config that the run in the directory was started with."""
-    return freeze(read(workdir)["config"])
 
 
 def check_base(workdir: Path, source: str, digest: str) -> None:
     """Raises ValueError unless base weights of that digest are those of the run."""
     if digest != read(workdir)["digest"]:
         raise ValueError(f"model.source {source!r} is not what {workdir} was trained from: digests differ")
+
+
+@contextlib.contextmanager
+def compilation_cache(folder: Path) -> Iterator[None]:
+    """Compiled programs are kept in the folder and found there again, also where it was moved or copied to, unless the
+    user has a cache already.
+
+    What `JAX_COMPILATION_CACHE_DIR` or `jax_compilation_cache_dir` say is left as it is ("" is no cache at all). JAX
+    writes programs that took more than `jax_persistent_cache_min_compile_time_secs` to compile, from process 0 alone.
+    """
+    from jax.experimental.compilation_cache import compilation_cache as cache
+
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
+        yield
+        return
+    cache.reset_cache()  # JAX looks for a cache once, at the first compilation
+    inner = jax.config.jax_persistent_cache_enable_xla_caches  # type: ignore[attr-defined]
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # their paths would be part of programs' keys
+    try:
+        yield
+    finally:
+        jax.config.update("jax_compilation_cache_dir", None)
+        jax.config.update("jax_persistent_cache_enable_xla_caches", inner)
+        cache.reset_cache()
 
 
 @contextlib.contextmanager
@@ -207,18 +211,6 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested fields by dotted name.
-
-    >>> flat({"es": {"sigma": 0.1}})
-    {'es.sigma': 0.1}
-    """
-    out: dict[str, Any] = {}
-    for name, value in tree.items():
-        out |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return out
 
 
 def _versions() -> dict[str, str | None]:

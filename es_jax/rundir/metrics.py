@@ -16,6 +16,8 @@ from tqdm.auto import tqdm
 from es_jax.core import processes
 from es_jax.rundir.directory import writing
 
+LAST = 2**62  # a step after every step
+
 
 class Jsonl:
     """A file of JSON rows, each with a `step`. Rows of steps that did not finish are dropped when it is opened.

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -11,7 +12,6 @@ import numpy as np
 from es_jax.core import processes
 from es_jax.es.population import Members
 from es_jax.rundir.directory import sync_folder, writing
-from es_jax.training.config import Rates, RunConfig
 
 NAME = "seedlog.jsonl"
 
@@ -40,19 +40,19 @@ class Entry:
 
     @classmethod
     def of(
-        cls, step: int, members: Members, *, rewards: np.ndarray, weights: np.ndarray, rates: Rates | None = None
+        cls,
+        step: int,
+        members: Members,
+        *,
+        rewards: np.ndarray,
+        weights: np.ndarray,
+        rates: Iterable[float] = (),
     ) -> "Entry":
-        """`rates`: of the step, for methods that have them."""
+        """`rates`: α, σ and λ of the step, for methods that have them."""
         signs = [int(sign) for sign in np.asarray(members.sign)]
         finite = [float(r) if np.isfinite(r) else None for r in rewards]
         seeds = np.asarray(members.seed).tolist()
-        return cls(step, seeds, signs, members.paired, finite, weights.tolist(), *(rates or ()))
-
-    def rates(self, config: RunConfig) -> Rates:
-        """α, σ and λ of the step; the config's constants where an old log does not tell."""
-        if self.learning_rate is None or self.sigma is None or self.strength is None:
-            return Rates(config.optim.learning_rate, config.es.sigma, config.anchor_strength)
-        return Rates(self.learning_rate, self.sigma, self.strength)
+        return cls(step, seeds, signs, members.paired, finite, weights.tolist(), *rates)
 
     @property
     def members(self) -> Members:

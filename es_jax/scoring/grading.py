@@ -16,7 +16,7 @@ from es_jax.weights.model import Model
 
 @dataclasses.dataclass(frozen=True)
 class Graded:
-    """One completion: its text without the stop token, its score, how many tokens, and whether max_new_tokens cut it."""
+    """A completion: its text without the stop token, its score, how many tokens, and whether max_new_tokens cut it."""
 
     example: Example
     text: str
@@ -43,17 +43,16 @@ class Grader:
     def __call__(self, indices: Sequence[int], tokens: np.ndarray, length: np.ndarray) -> list[Pending]:
         """Completions of the examples with those indices: tokens [B, L], length [B]. Scored, or on their way to be."""
         with host("grade"):
-            kept, stopped = [], []
-            for i in range(len(indices)):
-                row = tokens[i, : length[i]].tolist()
-                stopped.append(bool(row) and row[-1] in self.model.stop_token_ids)
-                kept.append(row[:-1] if stopped[-1] else row)
+            rows = [row[:n].tolist() for _, row, n in zip(indices, tokens, length, strict=False)]
+            stopped = [bool(row) and row[-1] in self.model.stop_token_ids for row in rows]
             texts = self.model.tokenizer.batch_decode(
-                kept, skip_special_tokens=True, clean_up_tokenization_spaces=False
+                [row[:-1] if stop else row for row, stop in zip(rows, stopped, strict=True)],
+                skip_special_tokens=True,
+                clean_up_tokenization_spaces=False,
             )
             return [
-                self._scored(self.examples[i], text, int(n), truncated=not stop)
-                for i, text, n, stop in zip(indices, texts, length, stopped, strict=False)
+                self._scored(self.examples[i], text, len(row), truncated=not stop)
+                for i, text, row, stop in zip(indices, texts, rows, stopped, strict=True)
             ]
 
     def _scored(self, example: Example, text: str, length: int, *, truncated: bool) -> Pending:
@@ -74,30 +73,29 @@ class Grader:
         with host("grade"):
             own = processes.wait(lambda: {n: (at, [one() for one in ones]) for n, (at, ones) in pending.items()})
         if jax.process_count() == 1:
-            return {number: own[number][1] for number in sorted(own)}
+            return {n: own[n][1] for n in sorted(own)}
         packed = {n: [list(at), [_packed(g, text=n in texts) for g in graded]] for n, (at, graded) in own.items()}
         return {
-            n: own[n][1] if n in own else [_unpacked(self.examples[i], row) for i, row in zip(at, rows, strict=True)]
+            n: own[n][1] if n in own else [_unpacked(self.examples[i], *row) for i, row in zip(at, rows, strict=True)]
             for n, (at, rows) in processes.exchange(packed).items()
         }
 
 
 def _packed(graded: Graded, *, text: bool) -> list[Any]:
     score = graded.score
-    return [score.reward, dict(score.parts), graded.length, graded.truncated, graded.text if text else ""]
+    return [graded.text if text else "", [score.reward, dict(score.parts)], graded.length, graded.truncated]
 
 
-def _unpacked(example: Example, row: list[Any]) -> Graded:
-    reward, parts, length, truncated, text = row
-    return Graded(example, text, Score(reward, parts), length, truncated)
+def _unpacked(example: Example, text: str, score: list, length: int, truncated: bool) -> Graded:
+    return Graded(example, text, Score(*score), length, truncated)
 
 
 def means(graded: Sequence[Graded]) -> dict[str, float]:
     """Mean reward, mean of each part of the score, mean length, and the share cut at max_new_tokens."""
-    parts = graded[0].score.parts
-    return {
-        "reward": float(np.mean([g.score.reward for g in graded])),
-        **{part: float(np.mean([g.score.parts[part] for g in graded])) for part in parts},
-        "mean_length": float(np.mean([g.length for g in graded])),
-        "truncated": float(np.mean([g.truncated for g in graded])),
+    columns = {
+        "reward": [g.score.reward for g in graded],
+        **{part: [g.score.parts[part] for g in graded] for part in graded[0].score.parts},
+        "mean_length": [g.length for g in graded],
+        "truncated": [g.truncated for g in graded],
     }
+    return {name: float(np.mean(values)) for name, values in columns.items()}

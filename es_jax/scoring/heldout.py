@@ -1,24 +1,26 @@
 """Evaluation of the unperturbed model on held-out rows: all tasks of a step together, by one set of programs."""
 
 import dataclasses
-import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from es_jax.generate.options import score_options
+from es_jax.generate.engine import Engine
+from es_jax.generate.prompts import Prompts
+from es_jax.generate.score import score_options
 from es_jax.models.config import TransformerConfig
 from es_jax.scoring.grading import Graded, Grader
-from es_jax.scoring.row_results import Verdicts
+from es_jax.scoring.row_results import RowResults
 from es_jax.scoring.workers import workers_of
 from es_jax.tasks.task import ChoiceTask, Example, PaperParts, Task
-from es_jax.training.es_step import Evaluator
 from es_jax.weights.model import Model
 from es_jax.weights.tokenizer import encode_prompt
 
@@ -62,20 +64,34 @@ def checked_prompt(model: Model, task: str, example: Example, max_prompt_tokens:
     ids = encode_prompt(model.tokenizer, example.prompt)
     if not 1 <= len(ids) <= max_prompt_tokens:
         raise ValueError(
-            f"prompt {example.id!r} of task {task!r} has {len(ids)} tokens: it must "
-            f"have 1 to decode.max_prompt_tokens = {max_prompt_tokens}; raise decode.max_prompt_tokens or take the row out"
+            f"prompt {example.id!r} of task {task!r} has {len(ids)} tokens: it must have 1 to "
+            f"decode.max_prompt_tokens = {max_prompt_tokens}; raise decode.max_prompt_tokens or take the row out"
         )
     return ids
 
 
+class Decoder(Protocol):
+    """What decodes θ itself, such as `es_jax.training.es.Evaluator`."""
+
+    @property
+    def engine(self) -> Engine: ...
+    @property
+    def mesh(self) -> Mesh: ...
+    @property
+    def dtype(self) -> jnp.dtype: ...
+    def unperturbed(
+        self, params: Any, queues: Iterable[Prompts]
+    ) -> Iterator[dict[int, tuple[range, np.ndarray, np.ndarray]]]: ...
+
+
 def evaluate(
-    evaluator: Evaluator,
+    evaluator: Decoder,
     model: Model,
     params: Any,
     tasks: Sequence[HeldOut],
     *,
     done: Callable[[int], None] = lambda rows: None,
-) -> Iterator[tuple[HeldOut, Verdicts]]:
+) -> Iterator[tuple[HeldOut, RowResults]]:
     """Greedy completions of all tasks' rows and the likelihoods of options, graded; a task while the others decode.
 
     `done` is told how many more rows are graded.
@@ -86,22 +102,24 @@ def evaluate(
     for held in tasks:
         task = PaperParts(held.task)
         with workers_of(task) as submit:  # which start while the devices decode
-            grader, lanes = Grader(task, model, held.examples, submit), next(decoded).values()
-            dealt = [zip(rows, grader(rows, tokens, length), strict=True) for rows, tokens, length in lanes]
-            own = {row: ([row], [one]) for lane in dealt for row, one in lane}
+            grader = Grader(task, model, held.examples, submit)
+            own = {
+                row: ([row], [pending])
+                for rows, tokens, length in next(decoded).values()
+                for row, pending in zip(rows, grader(rows, tokens, length), strict=True)
+            }
             graded = [one for (one,) in grader.shared(own).values()]
         likely = likeliest(model.config, params, held.options, dtype=evaluator.dtype, mesh=evaluator.mesh)
         done(len(graded))
-        yield held, _verdicts(graded, likely)
+        yield held, _results(graded, likely)
 
 
-def _verdicts(graded: Sequence[Graded], likely: np.ndarray | None) -> Verdicts:
-    scores = [g.score for g in graded]
-    names = [name for name in scores[0].parts if name not in ("answer", "strict")]
-    parts = {name: np.array([s.parts[name] for s in scores], float) for name in names}
-    return Verdicts(
-        right=np.array([s.parts["answer"] for s in scores], float),
-        strict=np.array([s.parts.get("strict", s.parts["answer"]) for s in scores], float),
+def _results(graded: Sequence[Graded], likely: np.ndarray | None) -> RowResults:
+    parts = {name: np.array([g.score.parts[name] for g in graded], float) for name in graded[0].score.parts}
+    right = parts.pop("answer")
+    return RowResults(
+        right=right,
+        strict=parts.pop("strict", right),
         loglik=likely,
         well_formed=(parts["format"] >= 1).astype(float) if "format" in parts else None,
         truncated=np.array([g.truncated for g in graded], float),
@@ -117,13 +135,16 @@ def _options(task: ChoiceTask, example: Example, model: Model) -> tuple[list[int
     options = [model.tokenizer.encode(text, add_special_tokens=False) for text in choices.options]
     if not prompt or not all(options):
         raise ValueError(f"row {example.id!r} of task {task.name!r} has an option or a prompt without tokens")
-    room = model.config.max_positions - len(prompt)
-    if max(map(len, options)) > room:
+    longest, context = max(map(len, options)), model.config.max_positions
+    if len(prompt) + longest > context:
         raise ValueError(
             f"row {example.id!r} of task {task.name!r} has {len(prompt)} tokens of prompt and options of up to "
-            f"{max(map(len, options))}, more than the model's context of {room + len(prompt)}: take the row out"
+            f"{longest}, more than the model's context of {context}: take the row out"
         )
     return prompt, options, choices.right
+
+
+cast = jax.jit(optax.tree_utils.tree_cast, static_argnums=1)  # the weights in the dtype that they compute in
 
 
 def likeliest(
@@ -142,9 +163,3 @@ def likeliest(
         return None
     scores = score_options(config, cast(params, dtype), [(prompt, options) for prompt, options, _ in rows], mesh=mesh)
     return np.array([float(np.argmax(own) == right) for own, (_, _, right) in zip(scores, rows, strict=True)])
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def cast(params: Any, dtype: DTypeLike) -> Any:
-    """The weights in the dtype they compute in."""
-    return jax.tree.map(lambda leaf: leaf.astype(dtype), params)

@@ -1,4 +1,4 @@
-"""What was said of each held-out row, and what follows: accuracies, their errors, and what a drop is made of.
+"""The results of held-out rows, what follows from them, and evals/<task>.jsonl, which training and evaluation write.
 
 docs/evaluate.md explains every column.
 """
@@ -6,17 +6,21 @@ docs/evaluate.md explains every column.
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
-VIEWS = {"accuracy": "right", "strict": "strict", "loglik": "loglik"}  # column → the verdict that it averages
+from es_jax.rundir.metrics import LAST, Jsonl, read_jsonl
+
+VIEWS = {"accuracy": "right", "strict": "strict", "loglik": "loglik"}  # column → the result that it averages
 REASONS = ("format", "truncation", "knowledge")
 
 
 @dataclasses.dataclass(frozen=True)
-class Verdicts:
-    """The verdicts on the n rows of a task, in their order.
+class RowResults:
+    """The results of the n rows of a task, in their order.
 
     Attributes:
       right: [n] 0 or 1, by the published grader.
@@ -39,32 +43,25 @@ class Verdicts:
     parts: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        plain = {
-            name: None if x is None else np.asarray(x).tolist() for name, x in vars(self).items() if name != "parts"
-        }
-        return plain | {"parts": {name: np.asarray(x).tolist() for name, x in self.parts.items()}}
+        plain = lambda x: None if x is None else np.asarray(x).tolist()  # noqa: E731
+        columns = {name: plain(x) for name, x in vars(self).items() if name != "parts"}
+        return columns | {"parts": {name: plain(x) for name, x in self.parts.items()}}
 
     @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> "Verdicts":
-        names = [field.name for field in dataclasses.fields(cls) if field.name != "parts"]
-        plain: dict[str, Any] = {
-            name: None if fields[name] is None else np.array(fields[name], float) for name in names
-        }
-        return cls(**plain, parts={name: np.array(x, float) for name, x in fields["parts"].items()})
+    def from_json(cls, fields: Mapping[str, Any]) -> "RowResults":
+        own = {field.name: fields[field.name] for field in dataclasses.fields(cls)}
+        return cls(**jax.tree.map(lambda x: np.array(x, float), own, is_leaf=lambda x: isinstance(x, list)))
 
 
-def summary(step: int, now: Verdicts, base: Verdicts | None) -> dict[str, Any]:
-    """A row of evals/<task>.jsonl. `base`: the verdicts of the base model on the same rows, if they are known."""
+def summary(step: int, now: RowResults, base: RowResults | None) -> dict[str, Any]:
+    """A row of evals/<task>.jsonl. `base`: the results of the base model on the same rows, if they are known."""
     row: dict[str, Any] = {"step": step, "n": len(now.right)}
     for column, field in VIEWS.items():
-        mine, theirs = getattr(now, field), None if base is None else getattr(base, field)
-        if mine is not None:
-            row |= accuracy(column, mine, theirs)
-    for column in ("accuracy", "strict"):
+        if getattr(now, field) is not None:
+            row |= accuracy(column, getattr(now, field), None if base is None else getattr(base, field))
+    for view, prefix in (("right", "lost_"), ("strict", "strict_lost_")):
         if base is not None:
-            parts = split_drop(base, now, VIEWS[column])
-            prefix = "lost_" if column == "accuracy" else "strict_lost_"
-            row |= {prefix + reason: value for reason, value in parts.items()}
+            row |= {prefix + reason: value for reason, value in split_drop(base, now, view).items()}
     row |= {name: float(np.mean(value)) for name, value in now.parts.items()}
     row |= {} if now.well_formed is None else {"well_formed": float(np.mean(now.well_formed))}
     row |= {"truncated": float(np.mean(now.truncated)), "mean_length": float(np.mean(now.length))}
@@ -90,27 +87,83 @@ def standard_error(values: Sequence[float] | np.ndarray) -> float | None:
     return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
 
 
-def split_drop(base: Verdicts, now: Verdicts, view: str = "right") -> dict[str, float]:
+def split_drop(base: RowResults, now: RowResults, view: str = "right") -> dict[str, float]:
     """The drop in accuracy from `base` to `now`, as the sum of three parts.
 
     Every row that is right in one and wrong in the other is booked under the reason why the wrong one is wrong:
-    "truncation" if it was cut at max_new_tokens, otherwise "format" if it is not in the asked form, otherwise "knowledge".
+    "truncation" if it was cut at max_new_tokens, else "format" if it is not in the asked form, else "knowledge".
     A row that was lost counts +1/n, a row that was gained −1/n.
 
-    >>> wrong = Verdicts(*(np.zeros(1), np.zeros(1), None, np.zeros(1), np.zeros(1), np.ones(1), np.zeros(1)))
+    >>> wrong = RowResults(*(np.zeros(1), np.zeros(1), None, np.zeros(1), np.zeros(1), np.ones(1), np.zeros(1)))
     >>> right = dataclasses.replace(wrong, right=np.ones(1), well_formed=np.ones(1))
     >>> split_drop(right, wrong)
     {'format': 1.0, 'truncation': 0.0, 'knowledge': 0.0}
     """
-    was, is_ = np.asarray(getattr(base, view)) > 0, np.asarray(getattr(now, view)) > 0
-    lost, gained = was & ~is_, is_ & ~was
-    return {
-        reason: float((np.sum(lost & _because(now, reason)) - np.sum(gained & _because(base, reason))) / len(was))
-        for reason in REASONS
-    }
+    was, is_ = getattr(base, view) > 0, getattr(now, view) > 0
+    lost, gained = _reasons(now, was & ~is_), _reasons(base, is_ & ~was)
+    return {reason: (lost[reason] - gained[reason]) / len(was) for reason in REASONS}
 
 
-def _because(verdicts: Verdicts, reason: str) -> np.ndarray:
-    cut = np.asarray(verdicts.truncated) > 0
-    formed = np.ones_like(cut) if verdicts.well_formed is None else np.asarray(verdicts.well_formed) > 0
-    return {"truncation": cut, "format": ~cut & ~formed, "knowledge": ~cut & formed}[reason]
+def _reasons(results: RowResults, rows: np.ndarray) -> dict[str, float]:
+    """How many of the rows are wrong for each reason."""
+    cut, formed = results.truncated > 0, np.True_ if results.well_formed is None else results.well_formed > 0
+    masks = {"truncation": cut, "format": ~cut & ~formed, "knowledge": ~cut & formed}
+    return {reason: float(np.sum(rows & mask)) for reason, mask in masks.items()}
+
+
+class EvalsFile:
+    """The evaluations of one task, a row a step.
+
+    The results of single rows stand in evals/verdicts/<task>.jsonl: with those of step 0, of the base model, later
+    steps are compared row by row. Rows are appended as they come; `read_evals` puts them in order.
+
+    Args:
+      folder: the run's evals/.
+      task: its name.
+      last_step: rows of later steps, which did not finish, are dropped.
+
+    Attributes:
+      last: the row of the latest step; None when there is none.
+      steps: the steps that are evaluated.
+    """
+
+    def __init__(self, folder: Path, task: str, *, last_step: int = LAST):
+        self._rows = Jsonl(folder / f"{task}.jsonl", last_step=last_step)
+        self._results = Jsonl(folder / "verdicts" / f"{task}.jsonl", last_step=last_step)
+        self.steps = self._rows.steps
+        self.last: dict[str, Any] | None = max(read_evals(self._rows.path), key=lambda row: row["step"], default=None)
+
+    def check(self, *, digest: str, max_new_tokens: int, n: int) -> None:
+        """Raises ValueError where the file's rows were made from other held-out rows, now n, or with another limit."""
+        for row in read_jsonl(self._rows.path):
+            if row.get("rows") != digest:
+                raise ValueError(
+                    f"{self._rows.path} was made from {row.get('n')} rows with digest {row.get('rows')!r}, and this "
+                    f"evaluation has {n} with {digest!r}: use the same --rows and --data_dir, or another --out"
+                )
+            if row.get("max_new") != max_new_tokens:
+                raise ValueError(
+                    f"{self._rows.path} was made with max_new_tokens = {row.get('max_new')}, and this evaluation has "
+                    f"{max_new_tokens}: use the same --max_new_tokens, or another --out"
+                )
+
+    def add(self, step: int, results: RowResults, *, digest: str, max_new_tokens: int) -> dict[str, Any]:
+        """Write a step's row, and give it back."""
+        base = results if step == 0 else self._base(digest, max_new_tokens)
+        row = summary(step, results, base) | {"max_new": max_new_tokens, "rows": digest}
+        self._results.write({"step": step, "max_new": max_new_tokens, "rows": digest, **results.to_json()})
+        self._rows.write(row)
+        self.last = row if self.last is None or step >= self.last["step"] else self.last
+        return row
+
+    def _base(self, digest: str, max_new_tokens: int) -> RowResults | None:
+        for fields in read_jsonl(self._results.path):
+            if (fields["step"], fields["rows"], fields["max_new"]) == (0, digest, max_new_tokens):
+                return RowResults.from_json(fields)
+        return None
+
+
+def read_evals(path: Path) -> list[dict[str, Any]]:
+    """The rows of evals/<task>.jsonl, of evals/kl.jsonl or evals/drift.jsonl, in order of steps; the last of equals."""
+    rows = {(row["step"], row.get("task")): row for row in read_jsonl(path)}
+    return [rows[key] for key in sorted(rows, key=lambda key: (key[0], key[1] or ""))]

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 
 from es_jax.tasks.task import Example, Score, Scorer
 
@@ -37,17 +37,17 @@ def workers_of(task: Scorer) -> Iterator[Submit | None]:
     def submit(example: Example, completion: str) -> Callable[[], Score]:
         with _named(task, example):  # here, once another of the pool's processes has died
             future = pool.submit(_score, example, completion)
-        return lambda: _result(task, example, future)
+
+        def result() -> Score:
+            with _named(task, example):
+                return future.result()
+
+        return result
 
     try:
         yield submit
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _result(task: Scorer, example: Example, future: Future[Score]) -> Score:
-    with _named(task, example):
-        return future.result()
 
 
 @contextlib.contextmanager

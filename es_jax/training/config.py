@@ -3,26 +3,29 @@
 import dataclasses
 import types
 import typing
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from ml_collections import config_dict
 
 from es_jax.core.names import unknown
 from es_jax.es import theory
-from es_jax.optim.schedules import largest, make_schedule
+from es_jax.optim.schedules import largest, make_schedule, parse
+from es_jax.rundir import directory
+from es_jax.rundir.seed_log import Entry
 from es_jax.training.fields import (
     DecodeConfig,
     ESConfig,
     EvalsConfig,
+    GRPOConfig,
     MeshConfig,
     ModelConfig,
     OptimConfig,
     TaskConfig,
     TrainConfig,
 )
-from es_jax.training.grpo_fields import GRPOConfig
-
-METHODS = ("es", "grpo")
+from es_jax.training.method import METHODS
 
 TUPLES: dict[type, str] = {str: "names", int: "whole numbers"}
 
@@ -57,13 +60,16 @@ class RunConfig:
     def __post_init__(self):
         if self.method not in METHODS:
             raise ValueError(unknown("method", self.method, METHODS))
-        if self.method == "grpo":
-            self._check_grpo()
+        if not METHODS[self.method].perturbs:
+            self._check_gradients()
         for field, text in self._schedules.items():
             try:
                 make_schedule(text, self.train.steps)
             except ValueError as error:
                 raise ValueError(f"{field}: {error}") from None
+        text = self.es.schedule
+        if text.startswith(("linear", "cosine")) and not parse(text)[1] > 0:
+            raise ValueError(f"es.schedule is {text!r}: σ must stay above 0, so give an end, as in linear:0.1")
         highest = largest(self.optim.schedule) * largest(self.optim.anchor.schedule)
         rate = self.optim.learning_rate * self.anchor_strength * highest
         if self.optim.anchor.penalty == "l2" and not rate < 1:
@@ -73,20 +79,22 @@ class RunConfig:
                 + ": the l2 anchor needs it below 1; lower optim.anchor.strength, or raise optim.anchor.kappa"
             )
 
-    def _check_grpo(self) -> None:
+    def _check_gradients(self) -> None:
         if self.model.param_dtype != "float32":
             raise ValueError(
-                f"model.param_dtype is {self.model.param_dtype!r} with method 'grpo': gradients, moments and weights "
-                "are kept in float32; set model.dtype for what the model computes in"
+                f"model.param_dtype is {self.model.param_dtype!r} with method {self.method!r}: gradients, moments and "
+                "weights are kept in float32; set model.dtype for what the model computes in"
             )
         if self.optim.anchor.kappa is not None:
             raise ValueError(
-                f"optim.anchor.kappa is {self.optim.anchor.kappa} with method 'grpo': the drift of a weight is known "
-                "in closed form for ES alone; set optim.anchor.strength instead"
+                f"optim.anchor.kappa is {self.optim.anchor.kappa} with method {self.method!r}: the drift of a weight "
+                "is known in closed form for ES alone; set optim.anchor.strength instead"
             )
         for field, text in self._schedules.items():
             if text != "constant":
-                raise ValueError(f"{field} is {text!r} with method 'grpo': schedules are for ES; set it to 'constant'")
+                raise ValueError(
+                    f"{field} is {text!r} with method {self.method!r}: schedules are for ES; set it to 'constant'"
+                )
 
     @property
     def _schedules(self) -> dict[str, str]:
@@ -103,6 +111,12 @@ class RunConfig:
         base = (self.optim.learning_rate, self.es.sigma, self.anchor_strength)
         return Rates(*(value * factor for value, factor in zip(base, factors, strict=True)))
 
+    def logged_rates(self, entry: Entry) -> Rates:
+        """α, σ and λ of a step of the seed log; the config's constants where an old log does not tell."""
+        if entry.learning_rate is None or entry.sigma is None or entry.strength is None:
+            return Rates(self.optim.learning_rate, self.es.sigma, self.anchor_strength)
+        return Rates(entry.learning_rate, entry.sigma, entry.strength)
+
     @property
     def anchor_strength(self) -> float:
         """λ: as set, or what the wanted drift κ needs; 0 without an anchor."""
@@ -112,7 +126,9 @@ class RunConfig:
     @property
     def anchor_kappa(self) -> float | None:
         """κ, the long-run drift of a weight in units of σ; None where the weights wander freely or it is not known."""
-        moving = self.optim.name != "sgd" or self.method != "es" or self.optim.anchor.ema_decay is not None
+        moving = (
+            self.optim.name != "sgd" or not METHODS[self.method].perturbs or self.optim.anchor.ema_decay is not None
+        )
         if not self.anchor_strength or moving:
             return None
         return self.optim.anchor.kappa or self._theory(theory.drift_for_strength, self.anchor_strength)
@@ -131,14 +147,13 @@ def default_config() -> config_dict.ConfigDict:
     """All fields with their defaults, as the locked ConfigDict that config files start from."""
 
     def convert(kind: Any) -> config_dict.ConfigDict:
-        out = config_dict.ConfigDict()
-        for name, hint in typing.get_type_hints(kind).items():
-            default = next(f.default for f in dataclasses.fields(kind) if f.name == name)
+        fields, hints = config_dict.ConfigDict(), typing.get_type_hints(kind)
+        for field in dataclasses.fields(kind):
+            hint = hints[field.name]
             optional = isinstance(hint, types.UnionType)
-            out[name] = convert(hint) if dataclasses.is_dataclass(hint) else default
-            if optional:
-                out[name] = config_dict.placeholder(next(t for t in typing.get_args(hint) if t is not type(None)))
-        return out.lock()
+            default = config_dict.placeholder(typing.get_args(hint)[0]) if optional else field.default
+            fields[field.name] = convert(hint) if dataclasses.is_dataclass(hint) else default
+        return fields.lock()
 
     return convert(RunConfig)
 
@@ -155,38 +170,43 @@ def freeze(config: config_dict.ConfigDict | dict) -> RunConfig:
     """
     problems: list[str] = []
     values = config.to_dict() if isinstance(config, config_dict.ConfigDict) else config
-    frozen = _build(RunConfig, values, "", problems)
+    build = _checked(values, RunConfig, "", problems)
     if problems:
         raise ValueError("; ".join(problems))
-    return frozen()
+    return build()
 
 
-def _build(kind: type, values: dict, prefix: str, problems: list[str]) -> Any:
-    """A function that makes the dataclass: it is called only when no field anywhere has a problem."""
-    hints, made = typing.get_type_hints(kind), {}
-    for name, value in values.items():
-        if name not in hints:
-            problems.append(unknown("config field", prefix + name, [prefix + known for known in hints]))
-        elif dataclasses.is_dataclass(hints[name]):
-            if isinstance(value, dict):
-                made[name] = _build(typing.cast(type, hints[name]), value, f"{prefix}{name}.", problems)
-            else:
-                problems.append(f"{prefix}{name} is {value!r}: it is a group of fields")
-        else:
-            made[name] = _checked(value, hints[name], prefix + name, problems)
-    return lambda: kind(**{name: make() for name, make in made.items()})
+def read_config(workdir: Path) -> RunConfig:
+    """The config that the run in the directory was started with."""
+    return freeze(directory.read(workdir)["config"])
 
 
-def _checked(value: Any, hint: Any, name: str, problems: list[str]) -> Any:
+def _checked(value: Any, hint: Any, name: str, problems: list[str]) -> Callable[[], Any]:
+    """A function that makes the field, to be called when no field anywhere has a problem."""
+    if dataclasses.is_dataclass(hint):
+        return _checked_group(value, hint, name, problems)
     if typing.get_origin(hint) is tuple:
         kind = typing.get_args(hint)[0]
         if not isinstance(value, list | tuple) or not all(type(item) is kind for item in value):
             problems.append(f"{name} is {value!r}: it must be a tuple of {TUPLES[kind]}")
         return lambda: tuple(value)
     allowed = typing.get_args(hint) or (hint,)
-    if float in allowed and isinstance(value, int) and not isinstance(value, bool):
+    if float in allowed and type(value) is int:
         value = float(value)
     if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
         names = " or ".join("None" if t is type(None) else t.__name__ for t in allowed)
         problems.append(f"{name} is {value!r}: it must be {names}")
     return lambda: value
+
+
+def _checked_group(values: Any, kind: Any, group: str, problems: list[str]) -> Callable[[], Any]:
+    if not isinstance(values, dict):
+        problems.append(f"{group} is {values!r}: it is a group of fields")
+        return kind
+    hints, prefix, fields = typing.get_type_hints(kind), group and f"{group}.", {}
+    for name, value in values.items():
+        if name in hints:
+            fields[name] = _checked(value, hints[name], prefix + name, problems)
+        else:
+            problems.append(unknown("config field", prefix + name, [prefix + known for known in hints]))
+    return lambda: kind(**{name: make() for name, make in fields.items()})

@@ -24,16 +24,16 @@ def diagnose(entry: Entry, *, learning_rate: float, sigma: float) -> dict[str, f
     0.025
     """
     rewards, weights = np.array(entry.rewards, float), np.array(entry.weights, float)
-    found: dict[str, float | None] = {"expected_gain": None, "tied_members": None, "linear_to_curvature": None}
+    numbers: dict[str, float | None] = {"expected_gain": None, "tied_members": None, "linear_to_curvature": None}
     if not np.isfinite(rewards).all():
-        return found
+        return numbers
     _, counts = np.unique(rewards, return_counts=True)
-    found["tied_members"] = float(counts[counts > 1].sum() / len(rewards))
+    numbers["tied_members"] = float(counts[counts > 1].sum() / len(rewards))
     linear = rewards - rewards.mean()
     if entry.paired:
         odd, even = (rewards[::2] - rewards[1::2]) / 2, (rewards[::2] + rewards[1::2]) / 2
         linear = np.repeat(odd, 2) * np.array(entry.signs, float)
         if even.std() > 0:
-            found["linear_to_curvature"] = float(np.sqrt(np.mean(odd**2)) / even.std())
-    found["expected_gain"] = float(learning_rate / sigma * np.mean(weights * linear))
-    return found
+            numbers["linear_to_curvature"] = float(np.sqrt(np.mean(odd**2)) / even.std())
+    numbers["expected_gain"] = float(learning_rate / sigma * np.mean(weights * linear))
+    return numbers

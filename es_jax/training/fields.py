@@ -2,36 +2,40 @@
 
 import dataclasses
 import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from es_jax.core import rng
 from es_jax.core.names import unknown
-from es_jax.core.rng import check_seed
 from es_jax.es import theory
 from es_jax.es.noise import NOISES
 from es_jax.es.population import Population
 from es_jax.es.shaping import SHAPINGS
 from es_jax.optim.chains import OPTIMIZERS, OPTIONS
-from es_jax.optim.schedules import parse
 from es_jax.tasks import TASKS
 
 MEMORIES = ("device", "pinned_host")
 DTYPES = ("float32", "bfloat16", "float16")
+AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
+
+
+def _require(config: Any, group: str, must: str, holds: Callable[[Any], bool], *fields: str) -> None:
+    """Raises ValueError for the first of the fields that is set and of which `holds` is not true."""
+    for field in fields:
+        value = getattr(config, field)
+        if value is not None and not holds(value):
+            raise ValueError(f"{group}.{field} is {value}: it must be {must}")
 
 
 def _positive(config: Any, group: str, *fields: str) -> None:
-    for field in fields:
-        value = getattr(config, field)
-        if value is not None and value < 1:
-            raise ValueError(f"{group}.{field} is {value}: it must be at least 1")
+    _require(config, group, "at least 1", lambda x: x >= 1, *fields)
 
 
-def check_schedule(field: str, text: str) -> None:
-    """Raises ValueError with the field's name where the text is no schedule."""
-    try:
-        parse(text)
-    except ValueError as error:
-        raise ValueError(f"{field}: {error}") from None
+def _choose(config: Any, group: str, **known: Iterable[str]) -> None:
+    """Raises ValueError for the first field whose value is not a known one."""
+    for field, names in known.items():
+        if getattr(config, field) not in names:
+            raise ValueError(unknown(f"{group}.{field}", getattr(config, field), names))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +53,7 @@ class ModelConfig:
     param_dtype: str = "float32"
 
     def __post_init__(self):
-        if self.dtype not in ("auto", *DTYPES):
-            raise ValueError(unknown("model.dtype", self.dtype, ("auto", *DTYPES)))
-        if self.param_dtype not in DTYPES:
-            raise ValueError(unknown("model.param_dtype", self.param_dtype, DTYPES))
+        _choose(self, "model", dtype=("auto", *DTYPES), param_dtype=DTYPES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,19 +116,56 @@ class ESConfig:
         Population(self.population, seed=0, antithetic=self.antithetic)
         if not (self.sigma > 0 and math.isfinite(self.sigma)):
             raise ValueError(f"es.sigma is {self.sigma}: the noise scale must be above 0 (the papers use 1e-3)")
-        check_schedule("es.schedule", self.schedule)
-        if self.schedule.startswith(("linear", "cosine")) and not parse(self.schedule)[1] > 0:
-            raise ValueError(f"es.schedule is {self.schedule!r}: σ must stay above 0, so give an end, as in linear:0.1")
-        choices = {
-            "noise": NOISES,
-            "generator": rng.GENERATORS,
-            "shaping": SHAPINGS,
-            "rewards": ("task", "random"),
-            "nan_rewards": ("error", "worst"),
-        }
-        for field, known in choices.items():
-            if getattr(self, field) not in known:
-                raise ValueError(unknown(f"es.{field}", getattr(self, field), known))
+        _choose(self, "es", noise=NOISES, generator=rng.GENERATORS, shaping=SHAPINGS)
+        _choose(self, "es", rewards=("task", "random"), nan_rewards=("error", "worst"))
+
+
+@dataclasses.dataclass(frozen=True)
+class GRPOConfig:
+    """GRPO (arXiv 2402.03300), for method="grpo"; the defaults are the settings that arXiv 2605.30148 compares with.
+
+    Attributes:
+      rollouts: n ≥ 2 completions of each prompt a step.
+      temperature: > 0, of the rollouts and of the log-probabilities.
+      mini_batch: prompts an optimizer step learns from; a step's last mini-batch may be smaller.
+      micro_batch: rows that a device differentiates at once; a matter of memory alone.
+      clip_low, clip_high: ε: the ratio counts within 1 − clip_low .. 1 + clip_high.
+      dual_clip: c > 1: a token of negative advantage loses at most c times its advantage.
+      kl_coef: ≥ 0, of the k3 estimate of KL(π ‖ π_ref) in the loss; at 0 no reference is scored.
+      entropy: of the entropy bonus.
+      aggregation: how tokens' losses become one; see `grpo.token_weights`.
+      scale_by_std: divide advantages by their group's std; False is Dr. GRPO (arXiv 2503.20783).
+      std_eps: ≥ 0, added to that std.
+      log_ratio_limit: > 0: log-ratios are clamped to ± this before they are raised.
+      kl_limit: > 0: the estimate of a token's KL is clamped to ± this.
+    """
+
+    rollouts: int = 30
+    temperature: float = 1.0
+    mini_batch: int = 32
+    micro_batch: int = 8
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float = 3.0
+    kl_coef: float = 1e-3
+    entropy: float = 0.0
+    aggregation: str = "token-mean"
+    scale_by_std: bool = True
+    std_eps: float = 1e-6
+    log_ratio_limit: float = 20.0
+    kl_limit: float = 10.0
+
+    def __post_init__(self):
+        _choose(self, "grpo", aggregation=AGGREGATIONS)
+        _require(self, "grpo", "finite and at least 2", lambda x: 2 <= x < math.inf, "rollouts")
+        _require(self, "grpo", "finite and at least 1", lambda x: 1 <= x < math.inf, "mini_batch", "micro_batch")
+        not_negative = ("kl_coef", "std_eps", "clip_low", "clip_high")
+        _require(self, "grpo", "finite and at least 0", lambda x: 0 <= x < math.inf, *not_negative)
+        above_0 = ("temperature", "log_ratio_limit", "kl_limit")
+        _require(self, "grpo", "finite and above 0", lambda x: 0 < x < math.inf, *above_0)
+        _require(self, "grpo", "finite and above 1", lambda x: 1 < x < math.inf, "dual_clip")
+        _require(self, "grpo", "at most 1, for a ratio is never negative", lambda x: x <= 1, "clip_low")
+        _require(self, "grpo", "finite", math.isfinite, "entropy")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +179,8 @@ class AnchorConfig:
       schedule: what λ is multiplied by, step by step: `es_jax.optim.schedules`.
       source: the model to be pulled to, where it is not the one that training starts from (model.source): in a
         sequence of tasks, the base of the first.
-      ema_decay: β of an anchor that follows the weights, an exponential average over about 1/(1 − β) steps; None: fixed.
+      ema_decay: β of an anchor that follows the weights, their exponential average over about 1/(1 − β) steps; None:
+        it is fixed.
       memory: where the starting weights are kept: "device", or "pinned_host" to bring them leaf by leaf each step.
     """
 
@@ -154,27 +193,22 @@ class AnchorConfig:
     memory: str = "device"
 
     def __post_init__(self):
-        if self.memory not in MEMORIES:
-            raise ValueError(unknown("optim.anchor.memory", self.memory, MEMORIES))
-        if self.penalty not in theory.PENALTIES:
-            raise ValueError(unknown("optim.anchor.penalty", self.penalty, theory.PENALTIES))
-        given = [name for name in ("strength", "kappa") if getattr(self, name) is not None]
-        if self.penalty == "none" and given:
+        _choose(self, "optim.anchor", memory=MEMORIES, penalty=theory.PENALTIES)
+        strengths = [name for name in ("strength", "kappa") if getattr(self, name) is not None]
+        if self.penalty == "none" and strengths:
             raise ValueError(
-                f"optim.anchor.{given[0]} is set but optim.anchor.penalty is 'none': set the penalty to 'l2' or 'l1'"
+                f"optim.anchor.{strengths[0]} is set but optim.anchor.penalty is 'none': set the penalty to 'l2' or "
+                "'l1'"
             )
-        if self.penalty != "none" and len(given) != 1:
+        if self.penalty != "none" and len(strengths) != 1:
             raise ValueError(
-                f"optim.anchor.penalty is {self.penalty!r} with {' and '.join(given) or 'no strength'}: set either "
+                f"optim.anchor.penalty is {self.penalty!r} with {' and '.join(strengths) or 'no strength'}: set either "
                 "optim.anchor.strength (λ of the paper) or optim.anchor.kappa (κ, in σ per weight)"
             )
         moved = [name for name in ("source", "ema_decay") if getattr(self, name) is not None]
         if self.penalty == "none" and moved:
             raise ValueError(f"optim.anchor.{moved[0]} is set but optim.anchor.penalty is 'none': set that")
-        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
-            raise ValueError(
-                f"optim.anchor.ema_decay is {self.ema_decay}: it must be at least 0 and below 1, such as 0.99"
-            )
+        _require(self, "optim.anchor", "at least 0 and below 1, such as 0.99", lambda x: 0 <= x < 1, "ema_decay")
         if self.ema_decay is not None and self.kappa is not None:
             raise ValueError(
                 f"optim.anchor.kappa is {self.kappa} with optim.anchor.ema_decay: weights that are pulled to their own "
@@ -182,11 +216,8 @@ class AnchorConfig:
             )
         if self.ema_decay is not None and self.memory != "device":
             raise ValueError(f"optim.anchor.memory is {self.memory!r} with optim.anchor.ema_decay: set it to 'device'")
-        check_schedule("optim.anchor.schedule", self.schedule)
-        if self.strength is not None and not 0 <= self.strength < math.inf:
-            raise ValueError(f"optim.anchor.strength is {self.strength}: it must be finite and not negative")
-        if self.kappa is not None and not 0 < self.kappa < math.inf:
-            raise ValueError(f"optim.anchor.kappa is {self.kappa}: it must be finite and above 0")
+        _require(self, "optim.anchor", "finite and not negative", lambda x: 0 <= x < math.inf, "strength")
+        _require(self, "optim.anchor", "finite and above 0", lambda x: 0 < x < math.inf, "kappa")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,20 +244,16 @@ class OptimConfig:
     anchor: AnchorConfig = AnchorConfig()
 
     def __post_init__(self):
-        if self.name not in OPTIMIZERS:
-            raise ValueError(unknown("optim.name", self.name, OPTIMIZERS))
-        check_schedule("optim.schedule", self.schedule)
-        if not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"optim.learning_rate is {self.learning_rate}: it must be finite and above 0")
-        for field, most in {"b1": 1, "b2": 1, "weight_decay": math.inf}.items():
+        _choose(self, "optim", name=OPTIMIZERS)
+        _require(self, "optim", "finite and above 0", lambda x: 0 < x < math.inf, "learning_rate")
+        _require(self, "optim", "at least 0 and below 1", lambda x: 0 <= x < 1, "b1", "b2")
+        _require(self, "optim", "at least 0 and below inf", lambda x: 0 <= x < math.inf, "weight_decay")
+        for field in ("b1", "b2", "weight_decay"):
             value = getattr(self, field)
-            if value is not None and not 0 <= value < most:
-                raise ValueError(f"optim.{field} is {value}: it must be at least 0 and below {most}")
             if value is not None and field not in OPTIONS.get(self.name, ()):
                 takers = " or ".join(repr(name) for name, taken in OPTIONS.items() if field in taken)
                 raise ValueError(f"optim.{field} is {value}, but {self.name!r} has none: set optim.name to {takers}")
-        if self.max_grad_norm is not None and not 0 < self.max_grad_norm < math.inf:
-            raise ValueError(f"optim.max_grad_norm is {self.max_grad_norm}: it must be finite and above 0, or None")
+        _require(self, "optim", "finite and above 0, or None", lambda x: 0 < x < math.inf, "max_grad_norm")
         if self.anchor.kappa is not None and self.name != "sgd":
             raise ValueError(
                 f"optim.anchor.kappa is {self.anchor.kappa} with optim.name {self.name!r}: the drift of a weight is "
@@ -279,7 +306,7 @@ class TrainConfig:
         _positive(self, "train", "steps", "checkpoint_every", "keep_checkpoints")
         if self.profile and not (len(self.profile) == 2 and 1 <= self.profile[0] < self.profile[1]):
             raise ValueError(
-                f"train.profile is {self.profile}: give the first step of the trace and the one behind its last, "
+                f"train.profile is {self.profile}: give the first step of the trace and the one after its last, "
                 "1 ≤ start < stop, such as (3, 5)"
             )
         if self.profile and self.profile[0] > self.steps:
@@ -290,7 +317,7 @@ class TrainConfig:
         if self.samples < 0:
             raise ValueError(f"train.samples is {self.samples}: it must not be negative")
         try:
-            check_seed(self.seed)
+            rng.check_seed(self.seed)
         except ValueError as error:
             raise ValueError(f"train.{error}") from None
 
@@ -317,8 +344,7 @@ class EvalsConfig:
         for name in self.tasks:
             if name not in TASKS:
                 raise ValueError(unknown("task in evals.tasks", name, TASKS))
-        if self.every < 0:
-            raise ValueError(f"evals.every is {self.every}: it must be 0 (never) or more")
+        _require(self, "evals", "0 (never) or more", lambda x: x >= 0, "every")
 
 
 @dataclasses.dataclass(frozen=True)

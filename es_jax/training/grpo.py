@@ -1,101 +1,238 @@
-"""GRPO as a method of the loop: rollouts → rewards → advantages within each prompt's group → clipped steps.
+"""GRPO: rollouts → rewards → advantages within each prompt's group → clipped steps; tokens, losses and programs.
+
+Source of the objective: Shao et al. 2024, arXiv 2402.03300 (groups, clipped ratio, KL in the loss), with dual clipping
+(Ye et al. 2020, arXiv 1912.09729), a higher upper clip as in arXiv 2503.14476, and the k3 estimator of the KL
+divergence (Schulman 2020).
 
 It shares model, tasks, prompts, engine, evaluation and records with ES. A step's tokens follow from the weights and
 from (run seed, step, row), so a line of the log does not rebuild its step without rollouts. A run that stopped goes on
-from its last checkpoint and makes the steps behind it again, with the same bits on the same mesh.
+from its last checkpoint and makes the steps after it again, with the same bits on the same mesh.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float, Float32, Integer
 
 from es_jax.core import processes, rng
-from es_jax.core.mesh import GROUPS, over_pop, own_rows, place, replicated
-from es_jax.es.shaping import group_relative
+from es_jax.core.chunked_map import ceil_div, in_blocks
+from es_jax.core.mesh import GROUPS, MODEL, over_pop, own_rows, place, replicated
+from es_jax.es.shaping import finite_rewards
 from es_jax.generate.engine import Engine
 from es_jax.generate.prompts import WIDTH_STEP, Packing
 from es_jax.generate.sampling import Temperature
+from es_jax.models.sharding import param_shardings
+from es_jax.models.transformer import Transformer
+from es_jax.optim.chains import Chain
 from es_jax.profiling.clock import launched
 from es_jax.rundir.seed_log import Entry
 from es_jax.scoring.grading import Graded, Grader, Pending
 from es_jax.training.config import RunConfig
-from es_jax.training.es_step import Evaluator, of_update
-from es_jax.training.grpo_step import METRICS, Policy, Rows, token_weights
-from es_jax.training.state import State
+from es_jax.training.es import Evaluator, one_ahead
+from es_jax.training.fields import GRPOConfig
+from es_jax.training.state import State, start_of, stepped
 
 AT_ONCE = 4  # times the slots: rollouts that a group decodes in one call, while those of the last call are graded
+TOKENS_AT_ONCE = 512  # tokens whose logits over the whole vocabulary are held at the same time
+METRICS = ("loss", "tokens", "kl", "entropy", "ratio", "clip_fraction", "dual_clip_fraction")
 
 
-@dataclasses.dataclass(frozen=True)
-class Collected:
-    """A step's R = prompts · n rows, those of one prompt together.
+def group_relative(
+    rewards: Float[np.ndarray, " n"], groups: Integer[np.ndarray, " n"], *, scale: bool = True, eps: float = 1e-6
+) -> np.ndarray:
+    """(r − mean) / (std + eps) within each group, ddof 1, float32 [N]: the advantage of GRPO (arXiv 2402.03300).
+
+    `scale=False` leaves r − mean, the advantage of Dr. GRPO (arXiv 2503.20783). A group of equal rewards, or of one,
+    gets zeros.
+
+    >>> group_relative(np.array([0.0, 2.0, 5.0, 5.0]), np.array([0, 0, 1, 1])).round(2)
+    array([-0.71,  0.71,  0.  ,  0.  ], dtype=float32)
+    """
+    rewards, groups = finite_rewards(rewards), np.asarray(groups)
+    if groups.shape != rewards.shape:
+        raise ValueError(f"groups have shape {groups.shape} for {len(rewards)} rewards: give each reward its group")
+    out = np.zeros(len(rewards))
+    for group in np.unique(groups):
+        mine = groups == group
+        if mine.sum() > 1 and np.ptp(rewards[mine]) > 0:
+            centred = rewards[mine] - rewards[mine].mean()
+            out[mine] = centred / (rewards[mine].std(ddof=1) + eps) if scale else centred
+    return out.astype(np.float32)
+
+
+class Rows(NamedTuple):
+    """Prompts with their completions, R rows; with leading axes where they are cut into micro-batches.
 
     Attributes:
-      tokens, positions: int32 [R, P + N], as in `Rows`.
-      counted: [R, N], which completion tokens there are.
+      tokens, positions: int32 [R, P + N], a prompt at the right end of the first P, a completion at the left end of the
+        last N; positions count on over both and are -1 at padding.
+      weight: float32 [R, N], what each completion token weighs in the loss, from `token_weights`; 0 at padding.
       advantage: float32 [R].
+      old, reference: float32 [R, N], log-probabilities before the step's first update, and of the starting weights.
     """
 
-    tokens: np.ndarray
-    positions: np.ndarray
-    counted: np.ndarray
-    advantage: np.ndarray
+    tokens: Any
+    positions: Any
+    weight: Any
+    advantage: Any
+    old: Any
+    reference: Any
+
+
+PADDING = Rows(0, -1, 0, 0, 0, 0)
+
+
+def token_weights(
+    counted: Bool[np.ndarray, "R N"], aggregation: str, *, max_new_tokens: int
+) -> Float32[np.ndarray, "R N"]:
+    """What each token weighs, so that a mini-batch's loss is the weighted sum over its tokens.
+
+    Args:
+      counted: the tokens of the mini-batch's completions. A row without any is not a sequence.
+      aggregation: "token-mean": 1 / tokens. "seq-mean-token-sum": 1 / sequences. "seq-mean-token-mean":
+        1 / (sequences · tokens of the row). "seq-mean-token-sum-norm": 1 / (sequences · max_new_tokens), the unbiased
+        form of Dr. GRPO (arXiv 2503.20783).
+      max_new_tokens: the longest completion allowed.
+
+    >>> token_weights(np.array([[True, True], [True, False]]), "seq-mean-token-mean", max_new_tokens=2).tolist()
+    [[0.25, 0.25], [0.5, 0.0]]
+    """
+    lengths = counted.sum(axis=1, keepdims=True)
+    sequences = max((lengths > 0).sum(), 1)
+    per_row = {
+        "token-mean": np.full(lengths.shape, max(lengths.sum(), 1)),
+        "seq-mean-token-sum": np.full(lengths.shape, sequences),
+        "seq-mean-token-mean": sequences * np.maximum(lengths, 1),
+        "seq-mean-token-sum-norm": np.full(lengths.shape, sequences * max_new_tokens),
+    }[aggregation]
+    return (counted / per_row).astype(np.float32)
+
+
+def policy_loss(
+    logprob: Float[Array, "R N"], old: Float[Array, "R N"], advantage: Float[Array, " R"], grpo: GRPOConfig
+) -> tuple[Array, Array, Array, Array]:
+    """The clipped loss of every token, its ratio π/π_old, whether it was clipped, and whether the dual clip held.
+
+    −min(ρA, clip(ρ, 1 − ε_low, 1 + ε_high)A); where A < 0 no more than −cA. All [R, N].
+    """
+    a = jnp.broadcast_to(advantage[:, None], logprob.shape)
+    ratio = jnp.exp(jnp.clip(logprob - old, -grpo.log_ratio_limit, grpo.log_ratio_limit))
+    free, clipped = -a * ratio, -a * jnp.clip(ratio, 1 - grpo.clip_low, 1 + grpo.clip_high)
+    worst, ceiling = jnp.maximum(free, clipped), -a * grpo.dual_clip
+    dual = (a < 0) & (worst > ceiling)
+    return jnp.where(dual, ceiling, worst), ratio, clipped > free, dual
+
+
+def kl_k3(logprob: Float[Array, "R N"], reference: Float[Array, "R N"], grpo: GRPOConfig) -> Float[Array, "R N"]:
+    """exp(k) − k − 1 with k = log π_ref − log π: an unbiased estimate of KL(π ‖ π_ref), never negative."""
+    k = jnp.clip(reference - logprob, -grpo.log_ratio_limit, grpo.log_ratio_limit)
+    return jnp.clip(jnp.exp(k) - k - 1, -grpo.kl_limit, grpo.kl_limit)
 
 
 class GRPO:
-    """Group-relative policy optimisation (arXiv 2402.03300); the objective is in `grpo_step`."""
+    """Group-relative policy optimisation (arXiv 2402.03300); the objective is in `Policy.loss`."""
 
-    replayable, models = False, 1
+    models = 1
 
     def __init__(self, config: RunConfig, evaluator: Evaluator, state: State, packing: Packing):
         self._config, self._state, self._packing = config, state, packing
         engine: Engine = dataclasses.replace(evaluator.engine, sampler=Temperature(config.grpo.temperature))
-        self._policy = Policy(engine, evaluator.mesh, evaluator.dtype, of_update(config), config.grpo)
+        self._policy = Policy(engine, evaluator.mesh, evaluator.dtype, state.spec.chain, config.grpo)
         prompts = config.task.prompts_per_step or config.task.train_size
         self.unit = ("rollout", prompts * config.grpo.rollouts)
-        self._collected: Collected | None = None
 
-    def collect(
+    def step(
         self, step: int, prompts: Sequence[Sequence[int]], grade: Grader, done: Callable[[int], None]
-    ) -> tuple[Entry, list[list[Graded]]]:
-        """n sampled completions of every prompt. The entry holds all rewards, those of one prompt together."""
-        g, owner = self._config.grpo, [i for i in range(len(prompts)) for _ in range(self._config.grpo.rollouts)]
+    ) -> tuple[Entry, list[list[Graded]], dict[str, float | None]]:
+        """n sampled completions of every prompt, and an optimizer step for each mini-batch of them.
+
+        The entry holds all rewards, those of one prompt together.
+        """
+        g, n = self._config.grpo, self._config.grpo.rollouts
+        prompt_of_row = [i for i in range(len(prompts)) for _ in range(n)]
+        repeated = [prompts[i] for i in prompt_of_row]
         calls: list[Any] = []
         own: dict[int, tuple[list[int], list[Pending]]] = {}
-        for outputs, rows, tokens, length in self._rollouts(step, [prompts[i] for i in owner]):
+        for outputs, rows, tokens, length in self._rollouts(step, repeated):
             calls.append(outputs)
-            at = [owner[row] for row in rows]
-            own |= {row: ([i], [one]) for row, i, one in zip(rows, at, grade(at, tokens, length), strict=True)}
+            indices = [prompt_of_row[row] for row in rows]
+            scores = grade(indices, tokens, length)
+            own |= {row: ([i], [score]) for row, i, score in zip(rows, indices, scores, strict=True)}
             done(len(rows))
-        firsts = range(0, len(owner), g.rollouts)  # of which the samples are
-        graded = [one for (one,) in grade.shared(own, texts=firsts).values()]
-        done(len(owner) - len(own))  # by other processes
+        graded = [one for (one,) in grade.shared(own, texts=range(0, len(repeated), n)).values()]
+        done(len(repeated) - len(own))  # by other processes
         rewards = np.array([one.score.reward for one in graded])
-        advantage = group_relative(rewards, np.array(owner), scale=g.scale_by_std, eps=g.std_eps)
-        tokens, length = _everyones(calls, len(owner))
+        advantage = group_relative(rewards, np.array(prompt_of_row), scale=g.scale_by_std, eps=g.std_eps)
+        tokens, length = _everyones(calls, len(repeated))
         limit = self._policy.engine.max_prompt_tokens
-        self._collected = laid_out([prompts[i] for i in owner], tokens, length, advantage, max_prompt_tokens=limit)
+        scored = self._scored(*side_by_side(repeated, tokens, length, max_prompt_tokens=limit), advantage)
+        metrics = self._learn(scored, self._state.rates(self._config.rates(step)))
         entry = Entry(step, seeds=[], signs=[], paired=False, rewards=rewards.tolist(), weights=[])
-        return entry, [graded[j :: g.rollouts] for j in range(g.rollouts)]
+        return entry, [graded[j::n] for j in range(n)], metrics
 
-    def inside(self, entry: Entry) -> dict[str, float]:
+    def seconds_alone(self, entry: Entry) -> dict[str, float]:
         """Nothing."""
         return {}
 
-    def learn(self, entry: Entry) -> dict[str, float]:
-        """One optimizer step for each mini-batch of what was collected; means over the step's tokens and updates."""
-        assert self._collected is not None
-        rows, self._collected = self._scored(self._collected), None
-        each = self._config.grpo.mini_batch * self._config.grpo.rollouts
-        found = []
+    def _rollouts(self, step: int, prompts: list) -> Iterator[tuple[Any, list[int], np.ndarray, np.ndarray]]:
+        """(outputs of a call, rows, tokens [B, L], length [B]), one call decoding while another is graded. In a run of
+        several processes, the rows that this one's devices decode."""
+        engine, mesh = self._policy.engine, self._policy.mesh
+        key, groups = rng.sampling_key(self._config.train.seed, step), mesh.shape[GROUPS]
+        each = min(ceil_div(len(prompts), groups), AT_ONCE * engine.slots)
+
+        def calls() -> Iterator[tuple[int, Any]]:
+            for first in range(0, len(prompts), groups * each):
+                rows = self._packing.pack(prompts[first : first + groups * each], rows=groups * each)
+                index = jnp.arange(first, first + groups * each, dtype=jnp.uint32)
+                keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
+                parts = (rows.tokens, rows.positions, np.asarray(jax.random.key_data(keys)))
+                in_groups = tuple(x.reshape(groups, each, *x.shape[1:]) for x in parts)
+                tokens, positions, data = place(in_groups, over_pop(mesh))
+                keys = jax.random.wrap_key_data(data, impl=jax.random.key_impl(keys))
+                arguments = (tokens, positions, keys, place(rows.prefix, replicated(mesh)))
+                yield first, launched("decode", processes.launch(self._policy.rollout, self._state.params, *arguments))
+
+        for first, outputs in one_ahead(calls()):
+            tokens, length = processes.wait(functools.partial(jax.tree.map, own_rows, outputs))
+            rows = {g: range(first + g * each, min(first + (g + 1) * each, len(prompts))) for g in tokens}
+            arrays = (np.concatenate([x[g][: len(own)] for g, own in rows.items()]) for x in (tokens, length))
+            yield outputs, [row for own in rows.values() for row in own], *arrays
+
+    def _scored(self, tokens: np.ndarray, positions: np.ndarray, counted: np.ndarray, advantage: np.ndarray) -> Rows:
+        """The rows with what the policy, before it moves, and the reference make of them, on the host."""
+        width, count, each = counted.shape[1], len(tokens), self._policy.mini_batch
+        on_devices = self._micro_batches(tokens, 0), self._micro_batches(positions, -1)
+
+        def score(params: Any) -> np.ndarray:
+            logprobs = launched("update", self._policy.logprobs(params, *on_devices, width))
+            return processes.fetch(logprobs).reshape(-1, width)[:count]
+
+        old = score(self._state.params)
+        reference = score(self._state.base) if self._config.grpo.kl_coef else old
+        aggregation, longest = self._config.grpo.aggregation, self._config.decode.max_new_tokens
+        batches = np.split(counted, range(each, count, each))
+        weight = np.concatenate([token_weights(batch, aggregation, max_new_tokens=longest) for batch in batches])
+        return Rows(tokens, positions, weight, advantage, old, reference)
+
+    def _learn(self, rows: Rows, rates: jax.Array) -> dict[str, float | None]:
+        """One optimizer step for each mini-batch; means over the tokens and updates of all."""
+        each, values = self._policy.mini_batch, []
         for first in range(0, len(rows.tokens), each):
-            piece = jax.tree.map(lambda leaf, first=first: leaf[first : first + each], rows)
-            found.append(self._update(piece, each))
-        values = processes.fetch(found)
+            batch = Rows(*(x[first : first + each] for x in rows))
+            # every mini-batch has the same shape; the rest of a smaller one is not computed
+            count = np.int32(ceil_div(len(batch.tokens), self._policy.micro_batch))
+            padded = Rows(*(self._micro_batches(x, fill, each) for x, fill in zip(batch, PADDING, strict=True)))
+            count = place(count, replicated(self._policy.mesh))
+            values.append(launched("update", self._state.advance(self._policy.update, padded, count, rates)))
+        values = processes.fetch(values)
         tokens = max(sum(v["tokens"] for v in values), 1)
         means = {name: float(sum(v[name] for v in values) / tokens) for name in METRICS[2:]}
         if not self._config.grpo.kl_coef:
@@ -104,114 +241,185 @@ class GRPO:
         loss = float(np.mean([v["loss"] for v in values]))
         return {"loss": loss, **means, "gradient_norm": float(np.mean(norms)), "gradient_norm_max": max(norms)}
 
-    def _rollouts(self, step: int, prompts: list) -> Iterator[tuple[Any, list[int], np.ndarray, np.ndarray]]:
-        """(outputs of a call, rows, tokens [B, L], length [B]), one call decoding while another is graded. In a run of
-        several processes, the rows that this one's devices decode."""
-        engine, mesh = self._policy.engine, self._policy.mesh
-        key, groups = rng.sampling_key(self._config.train.seed, step), mesh.shape[GROUPS]
-        each = min(-(-len(prompts) // groups), AT_ONCE * engine.slots)
-        pending: list[tuple[int, Any]] = []
-        for first in range(0, len(prompts), groups * each):
-            rows = self._packing.pack(prompts[first : first + groups * each], rows=groups * each)
-            index = jnp.arange(first, first + groups * each, dtype=jnp.uint32)
-            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
-            parts = (rows.tokens, rows.positions, np.asarray(jax.random.key_data(keys)))
-            tokens, positions, data = place(tuple(x.reshape(groups, each, *x.shape[1:]) for x in parts), over_pop(mesh))
-            placed = (
-                tokens,
-                positions,
-                jax.random.wrap_key_data(data, impl=jax.random.key_impl(keys)),
-                place(rows.prefix, replicated(mesh)),
-            )
-            rolled = processes.launch(self._policy.rollout, self._state.params, *placed)
-            pending.append((first, launched("decode", rolled)))
-            if len(pending) > 1:
-                yield _unpacked(*pending.pop(0), len(prompts))
-        for item in pending:
-            yield _unpacked(*item, len(prompts))
-
-    def _scored(self, all_rows: Collected) -> Rows:
-        """The rows with what the policy, before it moves, and the reference make of them, on the host."""
+    def _micro_batches(self, x: np.ndarray, fill: int, rows: int = 0) -> jax.Array:
+        """[R, …] as micro-batches [M, m, …] on the devices, of at least so many rows: padding comes last."""
         size = self._policy.micro_batch
-        tokens, positions = (self._cut(x, size, fill) for x, fill in ((all_rows.tokens, 0), (all_rows.positions, -1)))
-        width, count = all_rows.counted.shape[1], len(all_rows.tokens)
-
-        def score(params: Any) -> np.ndarray:
-            found = launched("update", self._policy.logprobs(params, tokens, positions, width))
-            return processes.fetch(found).reshape(-1, width)[:count]
-
-        old = score(self._state.params)
-        base = score(self._state.base) if self._config.grpo.kl_coef else old
-        weight = np.concatenate(
-            [
-                token_weights(part, self._config.grpo.aggregation, max_new_tokens=self._config.decode.max_new_tokens)
-                for part in np.split(all_rows.counted, self._cuts(count))
-            ]
-        )
-        return Rows(all_rows.tokens, all_rows.positions, weight, all_rows.advantage, old, base)
-
-    def _cuts(self, count: int) -> list[int]:
-        each = self._config.grpo.mini_batch * self._config.grpo.rollouts
-        return list(range(each, count, each))
-
-    def _update(self, rows: Rows, each: int) -> dict[str, jax.Array]:
-        """One optimizer step; every mini-batch has the same shape, the rest of a smaller one is not computed."""
-        size, state = self._policy.micro_batch, self._state
-        count = np.int32(-(-len(rows.tokens) // size))
-        fills = Rows(0, -1, 0, 0, 0, 0)
-        cut = Rows(*(self._cut(x, size, fill, rows=each) for x, fill in zip(rows, fills, strict=True)))
-        base = state.base if self._config.optim.anchor.penalty == "none" else None
-        state.params, state.opt_state, state.drift, metrics = self._policy.update(
-            state.params, state.opt_state, base, cut, place(count, replicated(self._policy.mesh))
-        )
-        return launched("update", metrics)
-
-    def _cut(self, x: np.ndarray, size: int, fill: int, *, rows: int | None = None) -> jax.Array:
-        """[R, …] as micro-batches [M, m, …] on the devices, with rows of padding behind."""
-        total = -(-max(rows or 0, len(x)) // size) * size
+        total = ceil_div(max(rows, len(x)), size) * size
         padded = np.concatenate([x, np.full((total - len(x), *x.shape[1:]), fill, x.dtype)])
         return place(padded.reshape(-1, size, *x.shape[1:]), replicated(self._policy.mesh))
 
 
-def _unpacked(first: int, outputs: Any, total: int) -> tuple[Any, list[int], np.ndarray, np.ndarray]:
-    """A call's outputs, [G, Q, L] and [G, Q], and of them the rows of this process; row `first` is the call's first."""
-    tokens, length = processes.wait(lambda: [own_rows(x) for x in outputs])
-    each = outputs[1].shape[1]
-    kept = {group: range(first + group * each, min(first + (group + 1) * each, total)) for group in tokens}
-    made = (np.concatenate([x[group][: len(rows)] for group, rows in kept.items()]) for x in (tokens, length))
-    return outputs, [row for rows in kept.values() for row in rows], *made
-
-
 def _everyones(calls: Sequence[Any], total: int) -> tuple[np.ndarray, np.ndarray]:
     """Tokens [R, L] and lengths [R] of all rows, whichever process decoded them."""
-    found = processes.wait(lambda: processes.fetch(list(calls)))
-    tokens = np.concatenate([tokens.reshape(-1, tokens.shape[-1]) for tokens, _ in found])
-    return tokens[:total], np.concatenate([length.reshape(-1) for _, length in found])[:total]
+    outputs = processes.wait(lambda: processes.fetch(list(calls)))
+    tokens = np.concatenate([tokens.reshape(-1, tokens.shape[-1]) for tokens, _ in outputs])
+    return tokens[:total], np.concatenate([length.reshape(-1) for _, length in outputs])[:total]
 
 
-def laid_out(
-    prompts: Sequence[Sequence[int]],
-    tokens: np.ndarray,
-    length: np.ndarray,
-    advantage: np.ndarray,
-    *,
-    max_prompt_tokens: int,
-) -> Collected:
-    """Prompts and their completions side by side, both padded to a multiple of 32 tokens: few programs are made.
+def side_by_side(
+    prompts: Sequence[Sequence[int]], tokens: np.ndarray, length: np.ndarray, *, max_prompt_tokens: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """R prompts beside their completions, both padded to a multiple of 32 tokens: few programs are made.
 
     `max_prompt_tokens`: the longest prompt of the run, for short ones are not padded beyond it.
 
-    >>> out = laid_out([[5, 6]], np.array([[7, 0]]), np.array([1]), np.zeros(1, np.float32), max_prompt_tokens=3)
-    >>> out.tokens.tolist(), out.positions.tolist(), out.counted.tolist()
-    ([[0, 5, 6, 7, 0]], [[-1, 0, 1, 2, -1]], [[True, False]])
+    Returns:
+      tokens and positions, int32 [R, P + N], as in `Rows`; which completion tokens there are, [R, N].
+
+    >>> out = side_by_side([[5, 6]], np.array([[7, 0]]), np.array([1]), max_prompt_tokens=3)
+    >>> [x.tolist() for x in out]
+    [[[0, 5, 6, 7, 0]], [[-1, 0, 1, 2, -1]], [[True, False]]]
     """
-    longest = max(int(length.max()), 1)
-    width = min(-(-longest // WIDTH_STEP) * WIDTH_STEP, tokens.shape[1])
-    left, total = min(-(-max(map(len, prompts)) // WIDTH_STEP) * WIDTH_STEP, max_prompt_tokens), len(prompts)
+
+    def padded(longest: int, limit: int) -> int:
+        return min(ceil_div(longest, WIDTH_STEP) * WIDTH_STEP, limit)
+
+    width = padded(max(int(length.max()), 1), tokens.shape[1])
+    left, total = padded(max(map(len, prompts)), max_prompt_tokens), len(prompts)
     out, positions = np.zeros((total, left + width), np.int32), np.full((total, left + width), -1, np.int32)
     for row, (prompt, n) in enumerate(zip(prompts, length, strict=True)):
         start = left - len(prompt)
         out[row, start:left], out[row, left : left + n] = prompt, tokens[row, :n]
         positions[row, start : left + n] = np.arange(len(prompt) + n)
-    counted = np.arange(width)[None] < length[:, None]
-    return Collected(out, positions, counted, advantage)
+    return out, positions, np.arange(width)[None] < length[:, None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """The compiled programs of GRPO, for one model on one mesh; each can be lowered from shapes alone.
+
+    `rollout` samples, `logprobs` scores, `update` steps: `Policy.update.lower(policy, params, …)` with
+    `jax.ShapeDtypeStruct`s is what a plan compiles.
+
+    Attributes:
+      engine: of the rollouts; it holds the model's config and a sampler.
+      mesh: its devices share the rows of a micro-batch, and each holds a part of every master weight and moment.
+      dtype: what the model computes in. Weights are cast layer by layer, and each layer is computed again for its
+        gradient, so that neither a whole copy of the weights nor the activations of more than one layer are held.
+      chain: its optimizer.
+      grpo: its fields.
+    """
+
+    engine: Engine
+    mesh: Mesh
+    dtype: jnp.dtype
+    chain: Chain
+    grpo: GRPOConfig
+
+    @property
+    def mini_batch(self) -> int:
+        """Rows that an optimizer step learns from."""
+        return self.grpo.mini_batch * self.grpo.rollouts
+
+    @property
+    def micro_batch(self) -> int:
+        """Rows that are differentiated at once: grpo.micro_batch for each device, or a mini-batch where it is less."""
+        devices = self.mesh.size
+        return min(self.grpo.micro_batch, ceil_div(self.mini_batch, devices)) * devices
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def rollout(self, params: Any, tokens: Array, positions: Array, keys: Array, prefix: Array) -> tuple[Array, Array]:
+        """Sampled completions: tokens [G, Q, L] and lengths [G, Q] of prompts [G, Q, P], one part for each group.
+
+        All prompts begin with `prefix` [C], which `tokens` leaves out, as in `Prompts`. A completion depends on its
+        prompt and its key alone.
+        """
+
+        def group(params, tokens, positions, keys, prefix):
+            weights = self.engine.layout(optax.tree.cast(params, self.dtype))
+            out = self.engine.decode(weights, tokens[0], positions[0], keys[0], prefix=prefix)
+            return out.tokens[None], out.length[None]
+
+        parts = (PartitionSpec(), *(PartitionSpec(GROUPS),) * 3, PartitionSpec())
+        return jax.shard_map(
+            group, mesh=self.mesh, in_specs=parts, out_specs=PartitionSpec(GROUPS), axis_names={GROUPS}, check_vma=False
+        )(params, tokens, positions, keys, prefix)
+
+    @functools.partial(jax.jit, static_argnums=(0, 4))
+    def logprobs(self, params: Any, tokens: Array, positions: Array, width: int) -> Array:
+        """Log-probabilities [M, m, N] of the last `width` tokens of M micro-batches of rows [M, m, P + N].
+
+        `params` may be an anchor that is kept in host memory.
+        """
+        params = jax.tree.map(jax.device_put, params, param_shardings(self.mesh, params))
+
+        def one(rows: tuple[Array, Array]) -> Array:
+            tokens, positions = self._shared(rows)
+            return self._score(params, tokens, positions, width)[0]
+
+        return jax.lax.map(one, (tokens, positions))
+
+    @functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
+    def update(
+        self, params: Any, opt_state: Any, start: Any, rows: Rows, count: Array, rates: Array
+    ) -> tuple[Any, Any, Array, dict[str, Array]]:
+        """One optimizer step on a mini-batch: (params, opt_state, drift ‖θ − θ₀‖, metrics).
+
+        Args:
+          params, opt_state: float32; donated.
+          start: θ₀, or None where the optimizer's anchor is θ₀.
+          rows: [M, m, …].
+          count: how many of the M micro-batches hold rows; the rest are not computed.
+          rates: (α, αλ) of the step.
+        """
+        gradient, sums = self.gradient(params, rows, count)
+        params, opt_state = stepped(self.chain, self.mesh, params, opt_state, gradient, rates)
+        drift = optax.tree.norm(optax.tree.sub(params, start_of(self.mesh, opt_state, start)))
+        return params, opt_state, drift, {**sums, "gradient_norm": optax.tree.norm(gradient)}
+
+    def gradient(self, params: Any, rows: Rows, count: Array) -> tuple[Any, dict[str, Array]]:
+        """The gradient of the mini-batch's loss, float32 and cut like the weights, and its metrics."""
+        shardings = param_shardings(self.mesh, params)
+
+        def micro(i: Array, carry: tuple) -> tuple:
+            piece = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False), rows)
+            (_, sums), gradient = jax.value_and_grad(self.loss, has_aux=True)(params, piece)
+            gradient, sums = optax.tree.add(carry, (gradient, sums))
+            return jax.lax.with_sharding_constraint(gradient, shardings), sums
+
+        zeros = jax.lax.with_sharding_constraint(optax.tree.zeros_like(params, jnp.float32), shardings)
+        start = (zeros, dict.fromkeys(METRICS, jnp.float32(0)))
+        return jax.lax.fori_loop(0, count, micro, start)
+
+    def loss(self, params: Any, rows: Rows) -> tuple[Array, dict[str, Array]]:
+        """The weighted loss of one micro-batch [m, …], and METRICS: but for the loss, sums over its tokens."""
+        g, rows = self.grpo, self._shared(rows)
+        logprob, entropy = self._score(params, rows.tokens, rows.positions, rows.weight.shape[-1])
+        policy, ratio, clipped, dual = policy_loss(logprob, rows.old, rows.advantage, g)
+        kl = kl_k3(logprob, rows.reference, g)
+        mean = lambda x: jnp.sum(jnp.where(rows.weight > 0, x, 0.0) * rows.weight)  # noqa: E731
+        loss = mean(policy)
+        loss = loss + g.kl_coef * mean(kl) if g.kl_coef else loss
+        loss = loss - g.entropy * mean(entropy) if g.entropy else loss
+        parts = (jnp.ones_like(kl), kl, entropy, ratio, clipped.astype(jnp.float32), dual.astype(jnp.float32))
+        sums = (jnp.sum(jnp.where(rows.weight > 0, part, 0.0)) for part in parts)
+        return loss, jax.lax.stop_gradient(dict(zip(METRICS, (loss, *sums), strict=True)))
+
+    def _score(self, params: Any, tokens: Array, positions: Array, width: int) -> tuple[Array, Array]:
+        """Log-probability and entropy, float32 [m, N], at each of the last `width` tokens, at the run's temperature."""
+        model = Transformer(self.engine.config)
+        outer = {name: leaf for name, leaf in params.items() if name != "layers"}
+        hidden, _ = model.hidden(
+            {**self._gathered(outer), "layers": params["layers"]}, tokens, positions=positions, around=self._around
+        )
+        before, target = hidden[:, -width - 1 : -1], tokens[:, -width:]
+
+        def score(before: Array, target: Array) -> tuple[Array, Array]:
+            logits = model.logits(self._gathered(outer), before) / self.grpo.temperature
+            total = jax.nn.logsumexp(logits, axis=-1)
+            chosen = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
+            return chosen - total, total - jnp.sum(jax.nn.softmax(logits) * logits, axis=-1)
+
+        flat = before.reshape(1, -1, before.shape[-1]), target.reshape(1, -1)
+        return jax.tree.map(lambda x: x.reshape(target.shape), in_blocks(score, *flat, block=TOKENS_AT_ONCE))
+
+    def _around(self, block: Callable) -> Callable:
+        """A layer on weights that are gathered and cast when it runs, and that runs again for its gradient."""
+        return jax.checkpoint(lambda x, layer, view, kv: block(x, self._gathered(layer), view, kv), prevent_cse=False)
+
+    def _gathered(self, params: Any) -> Any:
+        return jax.lax.with_sharding_constraint(optax.tree.cast(params, self.dtype), replicated(self.mesh))
+
+    def _shared(self, rows: Any) -> Any:
+        """Rows cut over all devices."""
+        return jax.lax.with_sharding_constraint(rows, NamedSharding(self.mesh, PartitionSpec((GROUPS, MODEL))))

@@ -1,13 +1,27 @@
-"""The training loop: members → rewards → weights → estimate and update → seed log."""
+"""The training loop. A step t = 1..T of Evolution Strategies with Anchored Weight Decay (θ₀ the base weights):
+
+    seeds and signs of N members               a function of (run seed, t): Population.members
+    for each round of members:                 Evaluator.members in es.py, a group of devices a member
+        θ + signₙ σ εₙ                         made where it decodes: es/noise.py
+        completions of the step's prompts      greedy, on the group: generate/
+        rₙ, their mean reward                  on the host, while the next round decodes: scoring/grading.py
+    wₙ, the shaped rewards                     z-scores, on the host: es/shaping.py
+    g = −1/N Σ wₙ signₙ εₙ                     state.update: each device makes ε again for its own slice of θ, and
+    θ ← θ − α g;  θ ← θ₀ + (1 − αλ)(θ − θ₀)    nothing is sent: optim/chains.py, and optim/anchored.py for the anchor
+    metrics.jsonl, samples.jsonl, tb/          the first process: recorder.py
+    seedlog.jsonl: seeds, rewards, weights     on disk: now the step is finished, and a kill does not undo it
+    ckpt/ and evals/, where they are due       with the last step in any case
+
+GRPO (grpo.py) takes the place of what comes before the metrics. A killed run goes on as weights_at.resume says.
+"""
 
 import dataclasses
 import functools
 import hashlib
 import itertools
 import json
-import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +29,14 @@ from ml_collections import config_dict
 
 from es_jax.core import processes, rng
 from es_jax.core.tree import count
-from es_jax.generate.engine import Engine, check_context
+from es_jax.generate.engine import Engine, engine_for
 from es_jax.models.sharding import param_shardings
-from es_jax.profiling.clock import Clock, Profile, Work, compilation_cache, split
+from es_jax.profiling.clock import Clock, split
+from es_jax.profiling.trace import Profile
+from es_jax.profiling.utilisation import utilisation
 from es_jax.rundir import directory
-from es_jax.rundir.checkpoints import Checkpoints, abstract, nbytes
-from es_jax.rundir.recorder import Recorder
+from es_jax.rundir.checkpoints import Checkpoints, nbytes
+from es_jax.rundir.directory import compilation_cache
 from es_jax.rundir.seed_log import Entry, SeedLog
 from es_jax.scoring.grading import Graded, Grader
 from es_jax.scoring.heldout import HeldOut, checked_prompt, evaluate
@@ -29,19 +45,17 @@ from es_jax.tasks import get_task
 from es_jax.tasks.data import rows_folder
 from es_jax.tasks.task import Example, Task
 from es_jax.training.config import RunConfig, freeze
-from es_jax.training.es_step import Evaluator, compute_dtype
-from es_jax.training.grpo import GRPO
-from es_jax.training.method import Evolution, Method
-from es_jax.training.state import State, base_config, load_base, mesh_of
+from es_jax.training.es import Evaluator
+from es_jax.training.method import METHODS
+from es_jax.training.recorder import Recorder
+from es_jax.training.state import State, base_config, compute_dtype, load_base, mesh_of
+from es_jax.training.weights_at import resume
 from es_jax.weights.model import load_outline
-
-logger = logging.getLogger(__name__)
-METHODS: dict[str, Callable[..., Method]] = {"es": Evolution, "grpo": GRPO}
 
 
 @dataclasses.dataclass(frozen=True)
 class RunResult:
-    """What `run` leaves behind.
+    """What `run` leaves.
 
     Attributes:
       workdir: the run's directory.
@@ -118,15 +132,15 @@ class _Run:
             HeldOut.of(tasks[name], rows, self.model, max_prompt_tokens=limit) for name, rows in tests.items()
         ]
         self.log = SeedLog(workdir)
-        directory.settle(workdir, config, identity=self._identity(), started=bool(self.log.entries))
+        directory.settle(workdir, dataclasses.asdict(config), identity=self._identity(), started=bool(self.log.entries))
         engine = self._engine()
         self.evaluator = Evaluator.of(config, engine, self.mesh)
         self.checkpoints = Checkpoints(workdir, keep=config.train.keep_checkpoints)
         self.state = State(config, self.mesh, model.params)
         del model
         self.packing = engine.packing(self.prompts)
-        self.method = METHODS[config.method](config, self.evaluator, self.state, self.packing)
-        self._resume()
+        self.method = METHODS[config.method].make(config, self.evaluator, self.state, self.packing)
+        resume(config, workdir, self.state, self.log, self.checkpoints)
         directory.check_space(workdir, nbytes(self.state.params, self.state.opt_state))
         self.recorder = Recorder(
             config,
@@ -176,50 +190,55 @@ class _Run:
             clock.restart()
             with self.profile.step(step):
                 began = time.monotonic()
-                entry, graded = self._collect(step)
-                learnt = self.method.learn(entry)
+                entry, graded, learnt = self._step(step)
                 drift = float(self.state.drift)
                 now = time.monotonic()
             first = {"seconds_to_first_step": now - asked} if step == start + 1 else {}
             spent = self._spent(step, clock.seconds(), graded, total=now - began)
             self.recorder.step(entry, graded, drift=drift, spent={**spent, **first}, learnt=learnt)
             self.log.append(entry)
-            if told := self.profile.done(step, spent, functools.partial(self.method.inside, entry)):
-                self.recorder.progress.say(told)
+            if message := self.profile.done(step, spent, functools.partial(self.method.seconds_alone, entry)):
+                self.recorder.progress.say(message)
             self._finish_step(step)
 
     def _spent(
         self, step: int, seconds: dict[str, float], graded: list[list[Graded]], *, total: float
     ) -> dict[str, Any]:
         """Where a step's time went, and what it made of the machine."""
-        prompts, new = [self.prompts[i] for i in self._rows(step)], sum(g.length for mine in graded for g in mine)
+        prompts, engine = [self.prompts[i] for i in self._rows(step)], self.evaluator.engine
         times, models = len(graded), self.method.models
-        prefill = self.packing.prefilled(prompts, times=times, models=models)
-        prompt = times * sum(map(len, prompts))
-        engine, busy = self.evaluator.engine, seconds.get("decode", 0.0)
-        work = Work(engine.config, compute_dtype(self.config).itemsize, engine.slots, self.mesh.size)
-        used = {"prefill": prefill, "new": new, "completions": times * len(prompts), "models": models}
+        prompt, new = times * sum(map(len, prompts)), sum(one.length for one in itertools.chain(*graded))
+        used = utilisation(
+            engine.config,
+            itemsize=compute_dtype(self.config).itemsize,
+            slots=engine.slots,
+            devices=self.mesh.size,
+            prefill=self.packing.prefilled(prompts, times=times, models=models),
+            new=new,
+            completions=times * len(prompts),
+            models=models,
+            seconds=seconds.get("decode", 0.0),
+        )
         return {
             "tokens": new,
             "prompt_tokens": prompt,
             "tokens_per_second": new / total,
             "prompt_tokens_per_second": prompt / total,
-            **work.utilisation(**used, seconds=busy),
+            **used,
             "seconds": total,
             **split(seconds, total=total),
         }
 
-    def _collect(self, step: int) -> tuple[Entry, list[list[Graded]]]:
-        """The method's completions of the step's prompts, graded."""
-        rows, task = self._rows(step), self.tasks[self.config.task.name]
-
-        grader = Grader(task, self.model, [self.examples[i] for i in rows], self.submit)
-        return self.method.collect(step, [self.prompts[i] for i in rows], grader, self.recorder.progress.advance)
+    def _step(self, step: int) -> tuple[Entry, list[list[Graded]], Mapping[str, float | None]]:
+        """The method's step, on the prompts whose turn it is."""
+        rows = self._rows(step)
+        grader = Grader(self.tasks[self.config.task.name], self.model, [self.examples[i] for i in rows], self.submit)
+        return self.method.step(step, [self.prompts[i] for i in rows], grader, self.recorder.progress.advance)
 
     def _identity(self) -> dict[str, Any]:
         """What a run is besides its fields, as config.json keeps it."""
         rows = [[e.prompt, e.answer, dict(e.meta)] for e in self.examples]
-        tests = {held.name: held.prompts for held in self.tests}
+        tests, anchor = {test.name: test.prompts for test in self.tests}, self.config.optim.anchor.source
         content = json.dumps([rows, self.prompts, tests], default=str).encode()
         return {
             "digest": self.model.digest,
@@ -227,49 +246,19 @@ class _Run:
             "compute_dtype": str(compute_dtype(self.config)),
             "parameters": self.dim,
             "stop_ids": list(self.model.stop_token_ids),
-            **self._anchor_identity(),
+            **({} if anchor is None else {"anchor_digest": load_outline(anchor).digest}),
         }
-
-    def _anchor_identity(self) -> dict[str, str]:
-        source = self.config.optim.anchor.source
-        return {} if source is None else {"anchor_digest": load_outline(source).digest}
 
     def _engine(self) -> Engine:
         decode, total = self.config.decode, self.config.task.prompts_per_step or len(self.examples)
-        longest = max(len(ids) for ids in itertools.chain(self.prompts, *(held.prompts for held in self.tests)))
-        check_context(self.model.config, longest, decode.max_new_tokens, field="decode.max_new")
-        return Engine(
+        return engine_for(
             self.model.config,
+            [*self.prompts, *(ids for test in self.tests for ids in test.prompts)],
             slots=min(decode.slots, total),
-            max_prompt_tokens=longest,
             max_new_tokens=decode.max_new_tokens,
             stop_token_ids=self.model.stop_token_ids,
+            field="decode.max_new_tokens",
         )
-
-    def _resume(self) -> None:
-        """Bring the state to the last finished step: the newest checkpoint, then the log's steps since."""
-        done, saved = len(self.log.entries), self.checkpoints.latest()
-        if done > self.config.train.steps:
-            raise ValueError(
-                f"train.steps is {self.config.train.steps} but {self.workdir} has {done} finished steps: "
-                "set train.steps at least as high"
-            )
-        if saved is not None and saved > done:
-            raise ValueError(
-                f"{self.workdir} has a checkpoint of step {saved}, but its seed log ends at step {done}: restore "
-                "seedlog.jsonl, or delete the newer checkpoints"
-            )
-        if saved is not None:
-            like = abstract((self.state.params, self.state.opt_state))
-            self.state.params = self.state.opt_state = None  # their memory is the checkpoint's now
-            self.state.params, self.state.opt_state = self.checkpoints.restore(saved, *like)
-        if not self.method.replayable and done > (saved or 0):
-            logger.info("resumed at step %d, the last checkpoint's: steps to %d are made again", saved or 0, done)
-            self.log.cut(saved or 0)
-        for entry in self.log.entries[saved or 0 :]:
-            self.state.apply(entry)
-        if done and self.method.replayable:
-            logger.info("resumed at step %d: checkpoint of step %s, the rest replayed", done, saved or 0)
 
     def _rows(self, step: int) -> Sequence[int]:
         """Which examples a step uses: all, or the next ones of a seeded order that goes through all in turn."""
@@ -290,6 +279,6 @@ class _Run:
         final = step == train.steps
         if final or step % train.checkpoint_every == 0:
             self._save(step)
-        due = [held for held in self.tests if step not in self.recorder.heldout[held.name].steps]
+        due = [test for test in self.tests if step not in self.recorder.heldout[test.name].steps]
         if due and (final or step % every == 0):
             self.recorder.evaluations(step, evaluate(self.evaluator, self.model, self.state.params, due))

@@ -7,6 +7,7 @@ import numpy as np
 from es_jax.es import theory
 from es_jax.rundir.seed_log import Entry
 from es_jax.training.config import RunConfig
+from es_jax.training.method import METHODS
 
 STRONG = 0.1  # l1 pull over the step of a weight, above which the continuous form is more than 2 % off
 
@@ -32,9 +33,9 @@ class Walk:
 
     def add(self, entry: Entry) -> None:
         """One more step."""
-        if self._config.method != "es":
+        if not METHODS[self._config.method].perturbs:
             return
-        rates, anchor = entry.rates(self._config), self._config.optim.anchor
+        rates, anchor = self._config.logged_rates(entry), self._config.optim.anchor
         variance = theory.step_variance(np.array(entry.weights), paired=entry.paired)
         step = rates.learning_rate**2 * self._dim * variance
         q = 1 - rates.learning_rate * rates.strength if anchor.penalty == "l2" else 1.0
@@ -52,7 +53,7 @@ class Walk:
         """The prediction; None where there is no closed form: for other methods and optimizers, and for an l1 anchor
         that is elsewhere, or moves, or has a schedule, or pulls hard beside the step."""
         config = self._config
-        if config.method != "es" or config.optim.name != "sgd":
+        if not METHODS[config.method].perturbs or config.optim.name != "sgd":
             return None
         if config.optim.anchor.penalty != "l1":
             return math.sqrt(self._xx + (self._towards * self._offset) ** 2)

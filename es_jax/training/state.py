@@ -1,39 +1,46 @@
-"""The weights of a run, moved by entries of its seed log: live, on resuming and in a replay alike."""
+"""The weights of a run and the program that moves them: live, on resuming and in a replay alike."""
 
+import dataclasses
+import functools
 import math
 import time
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from es_jax.core import processes
 from es_jax.core.mesh import make_mesh, place, replicated
-from es_jax.core.tree import named_leaves
+from es_jax.core.tree import map_named, named_leaves
+from es_jax.es.noise import NOISES, GaussianNoise, SharedSeedNoise
+from es_jax.es.population import Members
 from es_jax.models.config import TransformerConfig
-from es_jax.models.sharding import check_heads, leaf_sharding, members_spread
+from es_jax.models.sharding import check_heads, leaf_sharding, members_spread, param_shardings
 from es_jax.models.transformer import param_shapes
+from es_jax.optim.chains import Chain, describe
 from es_jax.profiling.clock import launched
-from es_jax.rundir import directory
-from es_jax.rundir.checkpoints import abstract, restore_params, saved_steps
-from es_jax.rundir.seed_log import Entry, SeedLog
-from es_jax.training.config import RunConfig
-from es_jax.training.es_step import (
-    compute_dtype,
-    distance,
-    estimate_square,
-    of_rated_update,
-    optimizer,
-    placed_weights,
-    state_shardings,
-    update,
-)
+from es_jax.rundir.checkpoints import abstract
+from es_jax.rundir.seed_log import Entry
+from es_jax.training.config import Rates, RunConfig
 from es_jax.weights.model import Model, config_only, load_model
+
+
+def make_noise(config: RunConfig) -> GaussianNoise:
+    """The run's noise. Stacked layers count as the parameters they are made of."""
+    if config.es.noise == "shared_seed":
+        return SharedSeedNoise(config.es.generator, stacked="layers/")
+    return NOISES[config.es.noise](config.es.generator)
+
+
+def compute_dtype(config: RunConfig) -> jnp.dtype:
+    """model.dtype, with "auto" resolved: bfloat16 on accelerators, float32 on CPU."""
+    if config.model.dtype != "auto":
+        return jnp.dtype(config.model.dtype)
+    return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
 
 
 def mesh_of(
@@ -57,9 +64,21 @@ def mesh_of(
     return make_mesh(config.mesh.groups, spread, devices=devices)
 
 
-def load_base(config: RunConfig, mesh: Mesh) -> Model:
-    """The base model of a run, its weights in model.param_dtype and cut over all devices of the mesh."""
-    return _load(config.model.source, config, mesh)
+def base_config(config: RunConfig) -> TransformerConfig:
+    """The shape of the run's base model. Raises ValueError when model.source is empty, or what cannot be read."""
+    if not config.model.source:
+        raise ValueError("model.source is empty: set it to a Hugging Face folder, a .gguf file or a hub name")
+    return config_only(config.model.source)
+
+
+def load_base(config: RunConfig, mesh: Mesh, *, source: str | None = None) -> Model:
+    """The base model of a run, or of another `source`, in model.param_dtype and cut over all devices of the mesh."""
+    return load_model(
+        config.model.source if source is None else source,
+        mesh=mesh,
+        dtype=jnp.dtype(config.model.param_dtype),
+        shardings=lambda name, shape: leaf_sharding(mesh, name, shape),
+    )
 
 
 def load_anchor(config: RunConfig, mesh: Mesh, params: Any) -> Any:
@@ -69,37 +88,134 @@ def load_anchor(config: RunConfig, mesh: Mesh, params: Any) -> Any:
       ValueError: another model's, by the shapes.
     """
     source = str(config.optim.anchor.source)
-    anchor = _load(source, config, mesh).params
+    anchor = load_base(config, mesh, source=source).params
     shapes = [{name: leaf.shape for name, leaf in named_leaves(tree)} for tree in (anchor, params)]
     if shapes[0] != shapes[1]:
         raise ValueError(f"optim.anchor.source {source!r} has other parameters than model.source: give the same model")
     return anchor
 
 
-def _load(source: str, config: RunConfig, mesh: Mesh) -> Model:
-    return load_model(
-        source,
-        mesh=mesh,
-        dtype=jnp.dtype(config.model.param_dtype),
-        shardings=lambda name, shape: leaf_sharding(mesh, name, shape),
-    )
+@dataclasses.dataclass(frozen=True)
+class UpdateSpec:
+    """All that `update` depends on beside shapes and the mesh: runs whose α, σ, λ or N differ share the program."""
+
+    noise: GaussianNoise
+    chain: Chain
+
+    @classmethod
+    def of(cls, config: RunConfig) -> "UpdateSpec":
+        return cls(make_noise(config), Chain.of(config))
 
 
-def base_config(config: RunConfig) -> TransformerConfig:
-    """The shape of the run's base model. Raises ValueError when model.source is empty, or what cannot be read."""
-    if not config.model.source:
-        raise ValueError("model.source is empty: set it to a Hugging Face folder, a .gguf file or a hub name")
-    return config_only(config.model.source)
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
+def update(
+    spec: UpdateSpec,
+    mesh: Mesh,
+    params: Any,
+    opt_state: Any,
+    start: Any,
+    members: Members,
+    weights: jax.Array,
+    rates: jax.Array,
+) -> tuple[Any, Any, jax.Array]:
+    """One step of the weights: (params, opt_state, squares). Parameters and optimizer state are donated.
+
+    Every device makes all members' noise for its own slice, and nothing is sent or reduced: `squares` [groups, model]
+    holds each device's part of ‖θ − θ₀‖², which `distance` adds up. θ₀ is `start`, or the anchor where that is None.
+    `rates`: (α, αλ) of the step.
+    """
+    gradient = _gradient(spec.noise, mesh, params, members, weights)
+    params, opt_state = stepped(spec.chain, mesh, params, opt_state, gradient, rates)
+    return params, opt_state, _squares(mesh, params, start_of(mesh, opt_state, start))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def estimate_square(noise: GaussianNoise, mesh: Mesh, params: Any, members: Members, weights: jax.Array) -> jax.Array:
+    """The square of `update`'s estimate, which is made as there, and held nowhere: to time it."""
+    return optax.tree.norm(_gradient(noise, mesh, params, members, weights), squared=True)
+
+
+def _gradient(noise: GaussianNoise, mesh: Mesh, params: Any, members: Members, weights: jax.Array) -> Any:
+    return jax.lax.with_sharding_constraint(noise.estimate(params, members, weights), param_shardings(mesh, params))
+
+
+def stepped(chain: Chain, mesh: Mesh, params: Any, opt_state: Any, gradient: Any, rates: jax.Array) -> tuple[Any, Any]:
+    """One step of the optimizer, everything left where it belongs; inside jit. `rates`: as of `update`."""
+    where = param_shardings(mesh, params)
+    tx = transformation(chain, mesh, params, rates.astype(jax.tree.leaves(gradient)[0].dtype))
+    updates, opt_state = tx.update(gradient, opt_state, params)
+    params = jax.lax.with_sharding_constraint(optax.apply_updates(params, updates), where)
+
+    def stays(leaf: jax.Array, where: NamedSharding) -> jax.Array:
+        """The leaf where it belongs; one in host memory is what came in, and stays as it is."""
+        return leaf if where.memory_kind == "pinned_host" else jax.lax.with_sharding_constraint(leaf, where)
+
+    return params, jax.tree.map(stays, opt_state, state_shardings(chain, mesh, opt_state))
+
+
+def transformation(
+    chain: Chain, mesh: Mesh, params: Any, rates: Any = (0.0, 0.0)
+) -> optax.GradientTransformationExtraArgs:
+    """The chain, its anchor where `chain.memory` says; `init` does not depend on the rates."""
+    if chain.memory == "device":
+        return chain.transformation(rates)
+    where = jax.tree.map(lambda s: s.with_memory_kind(chain.memory), param_shardings(mesh, params))
+    return chain.transformation(rates, where)
+
+
+def state_shardings(chain: Chain, mesh: Mesh, opt_state: Any) -> Any:
+    """Where the optimizer's state lives: cut like the parameters, the anchor in its own memory."""
+
+    def where(name: str, sharding: NamedSharding) -> NamedSharding:
+        pinned = chain.memory != "device" and "anchor" in name.split("/")
+        return sharding.with_memory_kind(chain.memory) if pinned else sharding
+
+    return map_named(where, param_shardings(mesh, opt_state))
+
+
+def start_of(mesh: Mesh, opt_state: Any, start: Any) -> Any:
+    """θ₀ on the devices: `start`, or the optimizer's anchor where that is None; inside jit."""
+    if start is not None:
+        return start
+    anchor = optax.tree.get(opt_state, "anchor")
+    return jax.tree.map(jax.device_put, anchor, param_shardings(mesh, anchor))
+
+
+def _squares(mesh: Mesh, params: Any, start: Any) -> jax.Array:
+    specs = jax.tree.map(lambda sharding: sharding.spec, param_shardings(mesh, params))
+
+    def part(param: jax.Array, start: jax.Array, spec: PartitionSpec) -> jax.Array:
+        copies = [jax.lax.axis_index(axis) for axis in mesh.axis_names if axis not in spec]
+        # a leaf held several times counts once
+        return jnp.where(sum(copies, jnp.int32(0)) == 0, _square(param, start), 0.0)
+
+    def local(params: Any, start: Any) -> jax.Array:
+        return sum(jax.tree.leaves(jax.tree.map(part, params, start, specs)), jnp.float32(0))[None, None]
+
+    out = PartitionSpec(*mesh.axis_names)
+    return jax.shard_map(local, mesh=mesh, in_specs=(specs, specs), out_specs=out, check_vma=False)(params, start)
+
+
+@jax.jit
+def distance(squares: jax.Array) -> jax.Array:
+    """‖θ − θ₀‖, a scalar, from the parts of its square that `update` gives: the one sum over devices of a step."""
+    return jnp.sqrt(jnp.sum(squares))
+
+
+@jax.jit
+def _square(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.square(a.astype(jnp.float32) - b.astype(jnp.float32)))
 
 
 class State:
-    """Weights and optimizer state.
+    """Weights and optimizer state. `apply`, `advance` and `restore` move them, and nothing else does.
 
     Attributes:
-      params: θ; `apply` donates them, so keep no reference across it.
+      params: θ; each move donates them, so keep no reference across it.
       opt_state: of the optax chain, the anchor among it.
-      drift: ‖θ − θ₀‖, a device scalar.
+      drift: ‖θ − θ₀‖ after the last step, a device scalar.
       offset: ‖anchor − θ₀‖ at the start; 0 where training begins at the anchor.
+      spec: of `update`.
       sentence: what the optimizer is.
     """
 
@@ -107,53 +223,77 @@ class State:
         if not jax.config.jax_threefry_partitionable:  # type: ignore[attr-defined]
             raise ValueError("jax_threefry_partitionable is off, which changes the noise: unset it and start again")
         check_memory(config, mesh)
-        self._run, self._config, self._mesh = config, of_rated_update(config), mesh
-        tx, self.sentence = optimizer(config, mesh, params)
-        anchor = config.optim.anchor
-        stays = anchor.penalty != "none" and anchor.ema_decay is None and anchor.source is None
-        self._base = None if stays else jax.tree.map(jnp.copy, params)
-        self.params = params
-        where = state_shardings(config, mesh, jax.eval_shape(tx.init, params))
+        self._config, self._mesh, self.spec = config, mesh, UpdateSpec.of(config)
+        self.sentence = describe(config)
+        self._start = None if anchor_stays(config) else jax.tree.map(jnp.copy, params)
+        self.params, chain = params, self.spec.chain
+        tx = transformation(chain, mesh, params)
+        where = state_shardings(chain, mesh, jax.eval_shape(tx.init, params))
         self.opt_state = jax.jit(tx.init, out_shardings=where)(params)
         self.drift: jax.Array | float = 0.0
         self.offset = 0.0
-        if anchor.source is not None:
+        if config.optim.anchor.source is not None:
             other = load_anchor(config, mesh, params)
             self.offset = math.sqrt(sum(float(x) for x in jax.tree.leaves(jax.tree.map(_square, other, params))))
-            kept = jax.tree.map(lambda leaf: leaf.sharding, optax.tree_utils.tree_get(self.opt_state, "anchor"))
-            self.opt_state = optax.tree_utils.tree_set(self.opt_state, anchor=jax.device_put(other, kept))
+            anchors = jax.tree.map(lambda leaf: leaf.sharding, optax.tree.get(self.opt_state, "anchor"))
+            self.opt_state = optax.tree.set(self.opt_state, anchor=jax.device_put(other, anchors))
 
     @property
     def base(self) -> Any:
         """θ₀: a copy of its own, or the optimizer's anchor."""
-        return optax.tree_utils.tree_get(self.opt_state, "anchor") if self._base is None else self._base
+        return optax.tree.get(self.opt_state, "anchor") if self._start is None else self._start
 
     def apply(self, entry: Entry) -> None:
-        """Move the weights from step − 1 to the entry's step. Nothing else ever moves them."""
-        members, weights = placed_weights(self._mesh, entry.members, np.array(entry.weights, np.float32))
-        rates = entry.rates(self._run)
-        steps = np.array([rates.learning_rate, rates.learning_rate * rates.strength], np.float32)
-        steps = place(steps, replicated(self._mesh))
-        self.params, self.opt_state, squares = update(
-            self._config, self._mesh, self.params, self.opt_state, self._base, members, weights, steps
-        )
+        """The step of the entry, from the weights of the step before it: `update`, as in every run and replay of ES."""
+        self.params, self.opt_state, squares = update(*self.update_arguments(entry))
         self.drift = distance(launched("update", squares))
 
+    def advance(self, program: Callable[..., tuple], *arguments: Any) -> Any:
+        """A step of another program, (params, opt_state, θ₀ or None as in `update`, *arguments) → (params, opt_state,
+        drift, something that is returned). It may donate the first two."""
+        self.params, self.opt_state, self.drift, rest = program(self.params, self.opt_state, self._start, *arguments)
+        return rest
+
+    def restore(self, read: Callable[[Any, Any], tuple[Any, Any]]) -> None:
+        """Take weights and optimizer state from `read`, which is given their shapes when the old ones are gone."""
+        like = abstract((self.params, self.opt_state))
+        self.params = self.opt_state = None
+        self.params, self.opt_state = read(*like)
+
+    def update_arguments(self, entry: Entry) -> tuple:
+        """What `update` is called with for a step of the seed log."""
+        members, weights = self._on_devices(entry)
+        rates = self.rates(self._config.logged_rates(entry))
+        return self.spec, self._mesh, self.params, self.opt_state, self._start, members, weights, rates
+
+    def rates(self, rates: Rates) -> jax.Array:
+        """(α, αλ) of a step, on every device."""
+        pair = np.array([rates.learning_rate, rates.learning_rate * rates.strength], np.float32)
+        return place(pair, replicated(self._mesh))
+
     def estimate_seconds(self, entry: Entry) -> float:
-        """How long the estimate of a step takes alone, at best of three times behind the one that compiles it.
+        """How long the estimate of a step takes alone, the best of three times after the one that compiles it.
 
         Raises:
           Preempted: the run is to stop.
         """
-        given = placed_weights(self._mesh, entry.members, np.array(entry.weights, np.float32))
+        arguments = (self.spec.noise, self._mesh, self.params, *self._on_devices(entry))
         seconds = []
         for _ in range(4):
             began = time.monotonic()
-            processes.wait(
-                lambda: jax.block_until_ready(estimate_square(self._config, self._mesh, self.params, *given))
-            )
+            processes.wait(lambda: jax.block_until_ready(estimate_square(*arguments)))
             seconds.append(time.monotonic() - began)
         return min(seconds[1:])
+
+    def _on_devices(self, entry: Entry) -> tuple[Members, jax.Array]:
+        """Members and weights on every device, always from the host: live steps and replays are one program."""
+        return place((entry.members, np.array(entry.weights, np.float32)), replicated(self._mesh))
+
+
+def anchor_stays(config: RunConfig) -> bool:
+    """Whether the optimizer's anchor is θ₀ as long as the run goes on, so that θ₀ needs no copy of its own."""
+    anchor = config.optim.anchor
+    return anchor.penalty != "none" and anchor.ema_decay is None and anchor.source is None
 
 
 def check_memory(config: RunConfig, mesh: Mesh) -> None:
@@ -164,64 +304,3 @@ def check_memory(config: RunConfig, mesh: Mesh) -> None:
         raise ValueError(
             f"optim.anchor.memory is {wanted!r}, but {device.device_kind} has {', '.join(known)}: set it to 'device'"
         )
-
-
-@jax.jit
-def _square(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.square(a.astype(jnp.float32) - b.astype(jnp.float32)))
-
-
-def replay(
-    workdir: str | Path, *, steps: Sequence[int] | None = None, mesh: Mesh | None = None
-) -> Iterator[tuple[int, Any]]:
-    """The weights of a run's steps, rebuilt from base weights and seed log alone, bit for bit, on any mesh.
-
-    Args:
-      workdir: a run's directory; only config.json and seedlog.jsonl are read.
-      steps: which to yield, 0 (the base weights) to the last; all by default. They come in order. Of a GRPO run,
-        whose log does not hold what its steps were made of, those with a checkpoint, and 0.
-      mesh: where to rebuild; all devices by default.
-
-    Yields:
-      (step, params). Copy the parameters if you keep them: the next step reuses their memory.
-
-    Raises:
-      ValueError: a step that the log does not hold, or base weights that are not those of the run.
-      FileNotFoundError: no run in the directory.
-    """
-    workdir = Path(workdir)
-    config = directory.read_config(workdir)
-    log = SeedLog(workdir, writable=False)
-    wanted = sorted(set(range(len(log.entries) + 1) if steps is None else steps))
-    if wanted and not 0 <= wanted[0] <= wanted[-1] <= len(log.entries):
-        raise ValueError(f"steps are {wanted[0]} to {wanted[-1]}, but {workdir} holds steps 0 to {len(log.entries)}")
-    if config.method != "es":
-        saved = saved_steps(workdir)
-        wanted = [0, *saved] if steps is None else wanted
-        _check_saved(workdir, wanted, saved)
-    mesh = make_mesh() if mesh is None else mesh
-    model = load_base(config, mesh)
-    directory.check_base(workdir, config.model.source, model.digest)
-    if config.method != "es":
-        like = abstract(model.params)
-        yield from ((step, restore_params(workdir, step, like) if step else model.params) for step in wanted)
-        return
-    state = State(config, mesh, model.params)
-    del model
-    if 0 in wanted:
-        yield 0, state.params
-    for entry in log.entries[: wanted[-1] if wanted else 0]:
-        state.apply(entry)
-        if entry.step in wanted:
-            yield entry.step, state.params
-
-
-def _check_saved(workdir: Path, wanted: Sequence[int], saved: Sequence[int]) -> None:
-    """Raises ValueError for a step, other than 0, that has no checkpoint."""
-    for step in wanted:
-        if step and step not in saved:
-            raise ValueError(
-                f"step {step} of {workdir} cannot be rebuilt: the log of a GRPO run does not hold its completions, and "
-                f"there are checkpoints of steps {', '.join(map(str, saved)) or 'none'} alone; raise train.keep_checkpoints, or "
-                "lower train.checkpoint_every, to have more of them"
-            )

@@ -3,7 +3,8 @@ import logging
 import numpy as np
 import pytest
 
-from es_jax.es.shaping import SHAPINGS, centered_rank, group_relative, z_score
+from es_jax.es.shaping import SHAPINGS, centered_rank, z_score
+from es_jax.training.grpo import group_relative
 
 
 def test_z_score_uses_the_population_std():

@@ -17,7 +17,7 @@ from es_jax.core.tree import named_leaves
 from es_jax.evals.export_step import export_run
 from es_jax.generate.engine import Engine
 from es_jax.training.loop import run
-from es_jax.training.state import replay
+from es_jax.training.weights_at import replay
 from es_jax.weights.model import load_model
 from es_jax.weights.tokenizer import encode_prompt
 from tests.helpers import config_of, same

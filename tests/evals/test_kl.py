@@ -49,7 +49,9 @@ def test_it_is_the_naive_sum(models, held, monkeypatch):
 
 
 def test_the_estimates_agree_and_the_exact_one_varies_less(models):
-    rows = sample(CONFIG, models[0], [[i % 30 + 1, i % 7] for i in range(96)], stop=(0,), slots=32, max_new_tokens=12)
+    rows = sample(
+        CONFIG, models[0], [[i % 30 + 1, i % 7] for i in range(96)], stop_token_ids=(0,), slots=32, max_new_tokens=12
+    )
     row = kl(CONFIG, *models, rows)
     error = (row["kl_token_se"] ** 2 + row["kl_exact_token_se"] ** 2) ** 0.5
     assert abs(row["kl_token"] - row["kl_exact_token"]) < 4 * error
@@ -59,9 +61,11 @@ def test_the_estimates_agree_and_the_exact_one_varies_less(models):
 
 def test_continuations_are_the_same_again_and_other_with_another_seed(models):
     prompts = [[1, 2, 3], [4], [5, 6]]
-    first, again = (sample(CONFIG, models[0], prompts, stop=(0,), slots=slots, max_new_tokens=9) for slots in (3, 2))
+    first, again = (
+        sample(CONFIG, models[0], prompts, stop_token_ids=(0,), slots=slots, max_new_tokens=9) for slots in (3, 2)
+    )
     assert first == again
-    assert sample(CONFIG, models[0], prompts, stop=(0,), slots=3, max_new_tokens=9, seed=1) != first
+    assert sample(CONFIG, models[0], prompts, stop_token_ids=(0,), slots=3, max_new_tokens=9, seed=1) != first
     assert all(1 <= len(row.tokens) <= 9 for row in first)
 
 

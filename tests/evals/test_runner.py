@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import pytest
 
 from configs.lab import get_config
+from es_jax.core.flags import parser
 from es_jax.evals import runner
 from es_jax.evals.export_step import export_run
 from es_jax.evals.runner import Options, evaluate_run
-from es_jax.evaluate import report, whole_numbers
-from es_jax.scoring.evals_file import read_evals
+from es_jax.evaluate import RENAMED, report, whole_numbers
 from es_jax.scoring.heldout import likeliest
+from es_jax.scoring.row_results import read_evals
 from es_jax.tasks.lab import Lab
 from es_jax.tasks.task import Choices
 from es_jax.training.loop import run
@@ -57,7 +58,7 @@ def test_replay_gives_the_rows_that_training_wrote(whole, tmp_path):
 
 def test_a_finished_task_and_step_is_not_done_again(whole, tmp_path, monkeypatch):
     workdir = bare(whole, tmp_path / "bare")
-    ask = dict(tasks=["lab-add"], steps=[1], kl=True, drift=True, options=Options(size=8, kl_tokens=4))
+    ask = dict(tasks=["lab-add"], steps=[1], kl=True, drift=True, options=Options(rows=8, kl_tokens=4))
     first = evaluate_run(workdir, **ask)
     files = {path: path.read_bytes() for path in sorted((workdir / "evals").rglob("*.json*"))}
     assert {path.name for path in files} >= {"lab-add.jsonl", "kl.jsonl", "drift.jsonl", "lab-add.json"}
@@ -75,7 +76,7 @@ def test_a_finished_task_and_step_is_not_done_again(whole, tmp_path, monkeypatch
 
 def test_an_evaluation_that_died_goes_on(whole, tmp_path, monkeypatch):
     workdir, calls = bare(whole, tmp_path / "bare"), []
-    ask = dict(tasks=list(TASKS), steps=[2], options=Options(size=8))
+    ask = dict(tasks=list(TASKS), steps=[2], options=Options(rows=8))
     original = runner.EvalsFile.add
 
     def dying(self, *args, **kwargs):
@@ -94,7 +95,7 @@ def test_an_evaluation_that_died_goes_on(whole, tmp_path, monkeypatch):
 
 def test_an_exported_step_is_evaluated_beside_its_base(whole, tmp_path):
     export_run(whole, tmp_path / "out", step=4)
-    options = Options(size=24, max_prompt_tokens=16, max_new_tokens=6)
+    options = Options(rows=24, max_prompt_tokens=16, max_new_tokens=6)
     result = evaluate_run(
         tmp_path / "out", base="lab", tasks=TASKS, drift=True, out=tmp_path / "evals", options=options
     )
@@ -113,7 +114,7 @@ def test_an_exported_step_is_evaluated_beside_its_base(whole, tmp_path):
 
 def test_rows_of_two_runs_are_not_mixed(whole, tmp_path):
     """Neither of other fields nor of another log; rows of step 0 are the base model's, and go with any run of it."""
-    ask = dict(tasks=["lab-add"], options=Options(size=8))
+    ask = dict(tasks=["lab-add"], options=Options(rows=8))
     one, two = bare(whole, tmp_path / "one"), bare(whole, tmp_path / "two")
     config = json.loads((two / "config.json").read_text())
     config["config"]["train"]["seed"] = 5
@@ -134,7 +135,7 @@ def test_rows_of_two_runs_are_not_mixed(whole, tmp_path):
 
 
 def test_a_run_that_went_on_keeps_its_rows(whole, tmp_path):
-    ask, workdir = dict(tasks=["lab-add"], options=Options(size=8)), bare(whole, tmp_path / "bare")
+    ask, workdir = dict(tasks=["lab-add"], options=Options(rows=8)), bare(whole, tmp_path / "bare")
     lines = (whole / "seedlog.jsonl").read_bytes().splitlines(keepends=True)
     config = json.loads((workdir / "config.json").read_text())
     config["config"]["train"]["steps"] = 2
@@ -158,7 +159,7 @@ def test_a_grpo_run_is_evaluated_at_its_checkpoints_alone(tmp_path):
     assert [row["step"] for row in result["tasks"]["lab-add"]] == [0, 2]
     assert result["drift"][0]["norm"] > 0
     assert result["drift"][0]["predicted"] is None and result["drift"][0]["kappa"] is None
-    with pytest.raises(ValueError, match=r"steps \[1\] of .* have no checkpoint"):
+    with pytest.raises(ValueError, match=r"step 1 of .* cannot be rebuilt: .* checkpoints of steps 2 alone"):
         evaluate_run(tmp_path, tasks=["lab-add"], steps=[1])
 
 
@@ -166,12 +167,12 @@ def test_a_grpo_run_is_evaluated_at_its_checkpoints_alone(tmp_path):
     ("ask", "message"),
     [
         ({"steps": [5]}, "--steps has 5, but there are steps 0 to 4"),
-        ({"options": Options(size=8)}, r"from 24 rows .* has 8 .*--size and --data_dir, or another --out"),
-        ({"options": Options(max_new_tokens=5)}, "max_new = 6, and this evaluation has 5"),
+        ({"options": Options(rows=8)}, r"from 24 rows .* has 8 .*--rows and --data_dir, or another --out"),
+        ({"options": Options(max_new_tokens=5)}, "max_new_tokens = 6, and this evaluation has 5"),
         ({"tasks": ["lab-ad"]}, "did you mean 'lab-add'"),
         ({"base": "lab"}, "leave base out"),
         ({"options": Options(max_new_tokens=2000)}, "set max_new_tokens to at most"),
-        ({"options": Options(max_prompt_tokens=3)}, "raise decode.max_prompt"),
+        ({"options": Options(max_prompt_tokens=3)}, "raise decode.max_prompt_tokens"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_work(whole, ask, message, monkeypatch):
@@ -185,8 +186,8 @@ def test_a_model_alone_has_no_kl_and_no_tasks_of_its_own(tmp_path):
         evaluate_run("lab", tasks=["lab-add"], kl=True, out=tmp_path)
     with pytest.raises(ValueError, match="name them"):
         evaluate_run("lab", out=tmp_path)
-    with pytest.raises(ValueError, match="size is 0"):
-        Options(size=0)
+    with pytest.raises(ValueError, match="rows is 0"):
+        Options(rows=0)
 
 
 @pytest.mark.parametrize(
@@ -211,6 +212,21 @@ def test_steps_must_be_numbers():
         whole_numbers(["0", "a"])
 
 
+@pytest.mark.parametrize(
+    ("flag", "now"),
+    [
+        ("size=8", "rows"),
+        ("max_new=8", "max_new_tokens"),
+        ("max_prompt=8", "max_prompt_tokens"),
+        ("kl_size=8", "kl_rows"),
+    ],
+)
+def test_a_flag_of_an_earlier_version_is_refused_with_its_new_name(flag, now):
+    parse = parser("es_jax.evaluate", renamed=RENAMED)
+    with pytest.raises(SystemExit, match=f"es_jax.evaluate: --{flag[:-2]} is called --{now} now: use that name"):
+        parse(["evaluate.py", "--workdir=run", f"--{flag}"])
+
+
 def test_the_likeliest_option_is_found():
     """By a model that knows the answers: reversed digits, and which of two numbers is smaller."""
     model = load_model("lab")
@@ -229,6 +245,6 @@ def test_a_task_with_options_is_scored_without_generation_too(whole, tmp_path, m
         return Choices(example.prompt, (wrong, example.answer), 1)
 
     monkeypatch.setattr(Lab, "choices", choices, raising=False)
-    result = evaluate_run(bare(whole, tmp_path / "bare"), tasks=["lab-maximum"], steps=[4], options=Options(size=16))
+    result = evaluate_run(bare(whole, tmp_path / "bare"), tasks=["lab-maximum"], steps=[4], options=Options(rows=16))
     row = result["tasks"]["lab-maximum"][-1]
     assert row["loglik"] >= 0.9 and row["loglik_change_se"] is not None

@@ -13,14 +13,14 @@ from es_jax.core import rng
 from es_jax.core.mesh import make_mesh
 from es_jax.es.population import Population
 from es_jax.generate.engine import Engine, Generation
+from es_jax.generate.loop_sizes import CHUNK
 from es_jax.generate.prompts import Packing
 from es_jax.generate.sampling import Greedy, Temperature, TopK, TopP
 from es_jax.generate.score import score_tokens
-from es_jax.generate.slots import CHUNK
 from es_jax.models.config import TransformerConfig
 from es_jax.models.transformer import Transformer
 from es_jax.training.config import freeze
-from es_jax.training.es_step import Evaluator
+from es_jax.training.es import Evaluator
 
 COMMON = dict(vocab_size=40, width=32, layers=2, heads=4, head_dim=8, mlp_dim=48)
 CONFIGS = {

@@ -10,11 +10,11 @@ import pytest
 from configs import conciseness, countdown, lab
 from es_jax.evals.export_step import export_run
 from es_jax.rundir.metrics import read_jsonl
-from es_jax.rundir.recorder import Recorder
 from es_jax.rundir.seed_log import SeedLog
 from es_jax.training.config import freeze
 from es_jax.training.loop import run
-from es_jax.training.state import replay
+from es_jax.training.recorder import Recorder
+from es_jax.training.weights_at import replay
 from es_jax.weights.model import load_model
 from tests.helpers import config_of, host, same
 

@@ -3,10 +3,10 @@
 import pytest
 
 from es_jax.rundir.checkpoints import Checkpoints
-from es_jax.rundir.recorder import Recorder
 from es_jax.rundir.seed_log import SeedLog
-from es_jax.scoring.evals_file import EvalsFile
+from es_jax.scoring.row_results import EvalsFile
 from es_jax.training.loop import run
+from es_jax.training.recorder import Recorder
 from es_jax.training.state import State
 from tests.helpers import Killed, check_resumed
 

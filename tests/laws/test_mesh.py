@@ -1,6 +1,7 @@
 """The laws of the mesh: every leaf has its place, members fit on several devices, and the bits are the same on all."""
 
 import dataclasses
+import hashlib
 import logging
 import math
 import re
@@ -20,9 +21,12 @@ from es_jax.models.config import TransformerConfig
 from es_jax.models.layers import Transposed
 from es_jax.models.sharding import RULES, check_heads, members_spread, param_shardings
 from es_jax.models.transformer import Transformer, param_shapes
-from es_jax.training.es_step import Evaluator, distance, of_update, placed_weights, update
+from es_jax.planning.programs import Programs
+from es_jax.rundir.seed_log import Entry
+from es_jax.training.es import Evaluator
 from es_jax.training.loop import run
-from es_jax.training.state import State, mesh_of, replay
+from es_jax.training.state import State, mesh_of, update
+from es_jax.training.weights_at import replay
 from es_jax.weights.model import Model, load_model, save_model
 from tests.helpers import config_of, host, same
 
@@ -212,6 +216,34 @@ def test_decoding_sends_nothing_between_groups_and_keeps_the_cache_cut(params):
     assert wq.sharding.spec == PartitionSpec(GROUPS, None, None, MODEL)
 
 
+def entry_of(config, step):
+    members = Population(6, seed=0, antithetic=config.es.antithetic).members(step)
+    return Entry.of(step, members, rewards=np.zeros(6), weights=np.arange(6.0), rates=config.rates(step))
+
+
+def test_a_plan_compiles_the_update_that_a_run_compiles(qwen, params):
+    """Also of runs that differ in σ, α, λ, N and schedules, where N is in the shapes alone."""
+    mesh, digests = make_mesh(4, 2), set()
+    for optim, es in (
+        ({"anchor": {"penalty": "l2", "kappa": 1.0}}, {}),
+        (
+            {"anchor": {"penalty": "l2", "strength": 3.0, "schedule": "linear:0.5"}, "learning_rate": 0.02},
+            {"sigma": 0.1},
+        ),
+        ({"name": "adam", "anchor": {"penalty": "l1", "strength": 1.0, "ema_decay": 0.9}}, {"antithetic": True}),
+        ({"name": "momentum", "max_grad_norm": 1.0, "anchor": {"penalty": "none"}}, {"noise": "shared_seed"}),
+    ):
+        config = config_of(qwen, FIELDS, optim=optim, es=es)
+        with jax.numpy_dtype_promotion("standard"):  # optax's adam needs it
+            state = State(config, mesh, placed(params, mesh))
+            run = update.lower(*state.update_arguments(entry_of(config, 1)))
+            plan = Programs(config, SMALL, mesh).update().lower()
+        run, plan = (hashlib.sha256(lowered.as_text().encode()).hexdigest() for lowered in (run, plan))
+        assert run == plan
+        digests.add(run)
+    assert len(digests) == 3  # the first two are one program
+
+
 @pytest.mark.parametrize("penalty", ["l2", "none"])
 @pytest.mark.unchecked  # `lower` puts descriptions where arrays stand
 def test_the_update_sends_nothing_and_works_in_place(params, penalty):
@@ -219,18 +251,17 @@ def test_the_update_sends_nothing_and_works_in_place(params, penalty):
     anchor = {"penalty": penalty} | ({"strength": 1.0} if penalty != "none" else {})
     config = config_of("", FIELDS, optim={"learning_rate": 0.01, "anchor": anchor})
     state = State(config, mesh, placed(params, mesh))
-    members, weights = placed_weights(mesh, Population(6, seed=0).members(1), np.arange(6.0))
-    arguments = (of_update(config), mesh, state.params, state.opt_state, state._base, members, weights)
+    arguments = state.update_arguments(entry_of(config, 1))
     assert traffic(update.lower(*arguments).compile()) == []
     leaf = lambda: dict(named_leaves(state.params))["layers/mlp/up/kernel"]  # noqa: E731
     where = [shard.data.unsafe_buffer_pointer() for shard in leaf().addressable_shards]
     before = state.params
-    state.params, state.opt_state, squares = update(*arguments)
+    state.apply(entry_of(config, 1))
     assert [shard.data.unsafe_buffer_pointer() for shard in leaf().addressable_shards] == where
     assert [name for name, x in named_leaves(before) if not x.is_deleted()] == []
     moved = [np.asarray(leaf, np.float64) - start[name] for name, leaf in named_leaves(state.params)]
     expected = np.sqrt(sum(np.sum(np.square(x)) for x in moved))
-    assert float(distance(squares)) == pytest.approx(expected, rel=1e-5)
+    assert float(state.drift) == pytest.approx(expected, rel=1e-5)
 
 
 def test_an_anchor_in_host_memory_gives_the_same_bits(params, tmp_path):
@@ -240,10 +271,7 @@ def test_an_anchor_in_host_memory_gives_the_same_bits(params, tmp_path):
         config = config_of("", FIELDS, optim={"name": "momentum", "learning_rate": 0.01, "anchor": anchor})
         state = State(config, mesh, placed(params, mesh))
         for step in (1, 2):
-            members, weights = placed_weights(mesh, Population(6, seed=0).members(step), np.arange(6.0))
-            state.params, state.opt_state, _ = update(
-                state._config, mesh, state.params, state.opt_state, state._base, members, weights
-            )
+            state.apply(entry_of(config, step))
             held = {leaf.sharding.memory_kind for name, leaf in named_leaves(state.opt_state) if "anchor/" in name}
             assert held == {memory}
         ends.append(host(state.params))

@@ -9,9 +9,10 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from es_jax.core import rng
-from es_jax.core.mesh import GROUPS, MODEL, make_mesh, shardings
+from es_jax.core.mesh import GROUPS, MODEL, make_mesh
 from es_jax.es.noise import NOISES, GaussianNoise, SharedSeedNoise
 from es_jax.es.population import Population
+from es_jax.models.sharding import param_shardings
 
 PARAMS = {
     "embed": jnp.linspace(-1, 1, 48 * 40).reshape(48, 40),
@@ -62,7 +63,7 @@ def test_same_bits_on_1_2_4_and_8_devices(noise, antithetic):
     estimates, perturbed = [], []
     for n, model in ((1, 1), (2, 1), (4, 1), (4, 2), (8, 1), (8, 4)):
         mesh = make_mesh(None, model, devices=jax.devices()[:n])
-        where = shardings(mesh, PARAMS, RULES)
+        where = param_shardings(mesh, PARAMS, rules=RULES)
         params = jax.device_put(PARAMS, where)
         estimates.append(jax.jit(noise.estimate, out_shardings=where)(params, members, weights))
         apply = jax.jit(lambda p: noise.apply(p, members[1], sigma=0.1), out_shardings=where)
@@ -74,7 +75,7 @@ def test_same_bits_on_1_2_4_and_8_devices(noise, antithetic):
 @every_noise
 def test_estimate_needs_no_communication(noise):
     mesh = make_mesh()
-    where = shardings(mesh, PARAMS, RULES)
+    where = param_shardings(mesh, PARAMS, rules=RULES)
     members = Population(6, seed=3).members(1)
     compiled = jax.jit(noise.estimate, in_shardings=(where, None, None), out_shardings=where).lower(
         PARAMS, members, jnp.ones(6)

@@ -24,7 +24,7 @@ from es_jax.rundir.checkpoints import saved_steps
 from es_jax.rundir.metrics import read_jsonl
 from es_jax.rundir.seed_log import SeedLog
 from es_jax.training.loop import run
-from es_jax.training.state import replay
+from es_jax.training.weights_at import replay
 from es_jax.weights.model import load_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -149,10 +149,10 @@ def test_two_processes_leave_what_one_does(trained, tmp_path):
 @pytest.mark.slow
 def test_two_processes_evaluate_what_one_does(trained, cache, tmp_path):
     """A replayed step and one that has a checkpoint; sums over devices have no order, so theirs may differ a little."""
-    ask = ["--tasks=lab-countdown,lab-add", "--steps=3,5", "--kl", "--drift", "--size=20", "--kl_tokens=4"]
+    ask = ["--tasks=lab-countdown,lab-add", "--steps=3,5", "--kl", "--drift", "--rows=20", "--kl_tokens=4"]
     status, out = Pair(trained, cache, "es_jax.evaluate", *ask, f"--out={tmp_path}/two").ended()
     assert status == [0, 0] and "rows in" in out[0] and "rows in" not in out[1], "\n".join(out)
-    options, tasks = Options(size=20, kl_tokens=4), ["lab-countdown", "lab-add"]
+    options, tasks = Options(rows=20, kl_tokens=4), ["lab-countdown", "lab-add"]
     evaluate_run(trained, tasks=tasks, steps=[3, 5], kl=True, drift=True, out=tmp_path / "one", options=options)
     for name in ("lab-countdown.jsonl", "lab-add.jsonl", "verdicts/lab-add.jsonl", "continuations/lab-add.json"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name

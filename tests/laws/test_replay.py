@@ -8,7 +8,7 @@ import pytest
 
 from es_jax.core.mesh import make_mesh
 from es_jax.training.loop import run
-from es_jax.training.state import replay
+from es_jax.training.weights_at import replay
 from tests.helpers import STEPS, config_of, host, same
 
 VARIANTS = {

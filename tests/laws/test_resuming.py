@@ -15,7 +15,8 @@ from es_jax.core.processes import Preempted
 from es_jax.rundir.checkpoints import saved_steps
 from es_jax.rundir.seed_log import SeedLog
 from es_jax.training.loop import run
-from es_jax.training.state import State, replay
+from es_jax.training.state import State
+from es_jax.training.weights_at import replay
 from tests.helpers import STEPS, Killed, check_resumed, config_of, host, same
 
 

@@ -10,10 +10,11 @@ import pytest
 
 from es_jax.core.mesh import make_mesh
 from es_jax.rundir.metrics import read_jsonl
-from es_jax.rundir.recorder import Recorder
 from es_jax.rundir.seed_log import SeedLog
 from es_jax.training.loop import run
-from es_jax.training.state import State, replay
+from es_jax.training.recorder import Recorder
+from es_jax.training.state import State
+from es_jax.training.weights_at import replay
 from tests.helpers import STEPS, config_of, host, same
 
 

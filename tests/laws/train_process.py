@@ -26,18 +26,18 @@ def main() -> None:
     rank, step = map(int, os.environ.get("FAIL_AT", "-1 -1").split())
     if workers := int(os.environ.get("WORKERS", 0)):
         loop.make_task = lambda config: LabWithWorkers(config.task.name.removeprefix("lab-"), workers=workers)
-    now, collect, grade = [0], _Run._collect, Grader.__call__
+    now, original, grade = [0], _Run._step, Grader.__call__
 
-    def collecting(self, step):
+    def stepping(self, step):
         now[0] = step
-        return collect(self, step)
+        return original(self, step)
 
     def grading(self, *args):
         if (jax.process_index(), now[0]) == (rank, step):
             raise ValueError("the grader broke")
         return grade(self, *args)
 
-    _Run._collect, Grader.__call__ = collecting, grading
+    _Run._step, Grader.__call__ = stepping, grading
     train.entry()
 
 

@@ -16,11 +16,9 @@ from es_jax.core.chips import chip
 from es_jax.core.mesh import make_mesh
 from es_jax.models.config import TransformerConfig
 from es_jax.planning.describe import fields, words
-from es_jax.planning.methods import programs_of
 from es_jax.planning.plan import compile_program, make_plan
-from es_jax.planning.programs import Held
+from es_jax.planning.programs import Bytes, find_shape, programs_of
 from es_jax.planning.search import candidates
-from es_jax.planning.shape import find_shape
 from es_jax.planning.topology import Topology, topology
 from es_jax.training.config import freeze
 
@@ -126,7 +124,7 @@ def test_parts_of_what_a_device_holds():
     assert held["parameters"] == held["anchor"]
     assert 0 < held["parameters"].device / (4 * weights / 8) - 1 < 0.1  # small leaves are whole
     assert held["compute copy"].device >= 2 * weights
-    assert held["KV cache"] == Held(2 * 2 * 8 * (32 + 7) * 2 * 32 * 2)  # one prefill of 32 and one chunk of 7 steps
+    assert held["KV cache"] == Bytes(2 * 2 * 8 * (32 + 7) * 2 * 32 * 2)  # one prefill of 32 and one chunk of 7 steps
 
 
 def test_the_search_ranks_meshes_and_slots():
@@ -137,13 +135,14 @@ def test_the_search_ranks_meshes_and_slots():
 
 
 def test_shapes_come_from_files_and_then_from_the_table(tiny_model):
-    assert find_shape(str(tiny_model))[1] == "files"
-    shape, origin = find_shape("Qwen/Qwen2.5-7B-Instruct")
+    of = lambda source: freeze({"model": {"source": str(source)}})  # noqa: E731
+    assert find_shape(of(tiny_model))[1] == "files"
+    shape, origin = find_shape(of("Qwen/Qwen2.5-7B-Instruct"))
     assert (shape.layers, origin) == (28, "published")
     with pytest.raises(FileNotFoundError, match=r"Qwen2\.5-7B"):
-        find_shape("Qwen/Qwen2.5-9B")
+        find_shape(of("Qwen/Qwen2.5-9B"))
     with pytest.raises(ValueError, match=r"model\.source is empty"):
-        find_shape("")
+        find_shape(of(""))
 
 
 def test_a_mistake_ends_the_command_with_a_sentence():

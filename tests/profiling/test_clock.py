@@ -14,8 +14,10 @@ from configs.lab import get_config
 from es_jax.core.chips import Chip
 from es_jax.models.config import TransformerConfig
 from es_jax.models.transformer import matrix_weights
-from es_jax.profiling import clock
-from es_jax.profiling.clock import Clock, Profile, Work, compilation_cache, host, launched, split
+from es_jax.profiling import utilisation
+from es_jax.profiling.clock import Clock, host, launched, split
+from es_jax.profiling.trace import Profile
+from es_jax.rundir.directory import compilation_cache
 from es_jax.rundir.metrics import read_jsonl
 from es_jax.training.fields import TrainConfig
 from es_jax.training.loop import run
@@ -78,14 +80,13 @@ def test_utilisation_is_of_the_published_peak_and_unknown_on_a_cpu(monkeypatch):
         family="llama", vocab_size=10, width=4, layers=2, heads=1, kv_heads=1, head_dim=4, mlp_dim=8,
         tied_embeddings=False,
     )  # fmt: skip
-    work = Work(model, itemsize=2, slots=8, devices=4)
-    assert matrix_weights(work.model) == (320, 40)
+    assert matrix_weights(model) == (320, 40)
     assert matrix_weights(dataclasses.replace(model, tied_embeddings=True))[0] == 320
-    step = dict(prefill=1000, new=900, completions=100, models=4, seconds=2.0)
-    assert work.utilisation(**step) == {"flop_utilisation": None, "bandwidth_utilisation": None}
+    step = dict(prefill=1000, new=900, completions=100, models=4, seconds=2.0, itemsize=2, slots=8, devices=4)
+    assert utilisation.utilisation(model, **step) == {"flop_utilisation": None, "bandwidth_utilisation": None}
     chip = Chip("x", "x", flops=1e6, bandwidth=1e5, memory=1, interconnect=1.0)
-    monkeypatch.setattr(clock, "find_chip", lambda kind: chip)
-    found = work.utilisation(**step)
+    monkeypatch.setattr(utilisation, "find_chip", lambda kind: chip)
+    found = utilisation.utilisation(model, **step)
     assert found["flop_utilisation"] == pytest.approx(2 * (320 * 1800 + 40 * 900) / (2 * 4 * 1e6))
     assert found["bandwidth_utilisation"] == pytest.approx(360 * 2 * (4 + 100) / (2 * 4 * 1e5))
 

@@ -39,5 +39,8 @@ def test_the_death_of_a_worker_is_told_with_the_example_by_all_that_wait():
 
 @pytest.mark.parametrize("workers", [-1, 2.0, True])
 def test_a_wrong_number_of_workers_is_refused(workers):
-    with pytest.raises(ValueError, match=rf"has workers {workers}: set it to a whole number"), workers_of(Slow(workers=workers)):
+    with (
+        pytest.raises(ValueError, match=rf"has workers {workers}: set it to a whole number"),
+        workers_of(Slow(workers=workers)),
+    ):
         pass

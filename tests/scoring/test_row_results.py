@@ -6,14 +6,14 @@ import math
 import numpy as np
 import pytest
 
-from es_jax.scoring.row_results import REASONS, Verdicts, accuracy, split_drop, summary
+from es_jax.scoring.row_results import REASONS, RowResults, accuracy, split_drop, summary
 
 
 def verdicts(text):
     """A row a letter: R right, r right by a fall-back of the loose grader only, K wrong, F malformed, T cut."""
     letters = np.array(list(text))
     of = lambda which: np.isin(letters, list(which)).astype(float)  # noqa: E731
-    return Verdicts(
+    return RowResults(
         right=of("Rr"),
         strict=of("R"),
         loglik=None,
@@ -77,7 +77,7 @@ def test_without_a_base_nothing_is_compared_and_without_a_format_nothing_drifts(
 
 def test_verdicts_survive_their_file():
     before = dataclasses.replace(verdicts("RrKFT"), loglik=np.ones(5), parts={"format": np.arange(5.0)})
-    after = Verdicts.from_json(before.to_json())
+    after = RowResults.from_json(before.to_json())
     assert all(np.array_equal(getattr(before, name), getattr(after, name)) for name in vars(before) if name != "parts")
     assert np.array_equal(after.parts["format"], np.arange(5.0))
     assert summary(1, after, before) == summary(1, before, before)

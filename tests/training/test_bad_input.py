@@ -86,13 +86,15 @@ def test_a_prompt_that_is_too_long(tiny_model, tmp_path):
 
 
 def test_an_empty_or_too_small_data_set(tiny_model, tmp_path):
-    refuse(config_of(tiny_model, FIELDS, task={"train_size": 1000}), tmp_path / "run", "n is 1000, but .* ask for at most")
+    refuse(
+        config_of(tiny_model, FIELDS, task={"train_size": 1000}), tmp_path / "run", "n is 1000, but .* ask for at most"
+    )
     (tmp_path / "rows").mkdir()
     (tmp_path / "rows/train.jsonl").write_text("")
     rows = {"data_dir": str(tmp_path / "rows")}
     refuse(config_of(tiny_model, FIELDS, task=rows), tmp_path / "run", "train.jsonl has no rows: it needs at least one")
     nowhere = {"data_dir": str(tmp_path / "no")}
-    refuse(config_of(tiny_model, FIELDS, task=nowhere), tmp_path / "run", "which does not exist: looked there for")
+    refuse(config_of(tiny_model, FIELDS, task=nowhere), tmp_path / "run", "which does not exist: looked there")
 
 
 def test_a_workdir_that_cannot_be_made(tiny_model, tmp_path):

@@ -7,8 +7,7 @@ from ml_collections import config_dict
 from configs import conciseness, countdown, gsm8k, lab, proofwriter
 from es_jax.es.theory import anchored_norm
 from es_jax.optim.chains import OPTIMIZERS, build_optimizer
-from es_jax.rundir import directory
-from es_jax.training.config import RunConfig, default_config, freeze
+from es_jax.training.config import RunConfig, default_config, freeze, read_config
 
 
 def test_the_door_and_the_inside_have_the_same_fields_and_defaults():
@@ -117,7 +116,7 @@ def test_the_sentence_says_where_a_strong_anchor_ends_the_walk():
 def test_runs_from_before_the_generator_was_a_field_keep_theirs(tmp_path):
     content = {"digest": "0", "config": {"es": {"sigma": 0.01}}}
     (tmp_path / "config.json").write_text(json.dumps(content))
-    assert directory.read_config(tmp_path).es.generator == "threefry"
+    assert read_config(tmp_path).es.generator == "threefry"
     content["config"]["es"]["generator"] = "threefry13"
     (tmp_path / "config.json").write_text(json.dumps(content))
-    assert directory.read_config(tmp_path).es.generator == "threefry13"
+    assert read_config(tmp_path).es.generator == "threefry13"

@@ -9,14 +9,12 @@ import numpy as np
 import pytest
 
 from es_jax.core.mesh import make_mesh
-from es_jax.es.shaping import group_relative
 from es_jax.generate.engine import Engine
 from es_jax.generate.sampling import Temperature
-from es_jax.training import grpo_step
-from es_jax.training.config import RunConfig
-from es_jax.training.grpo import laid_out
-from es_jax.training.grpo_fields import AGGREGATIONS, GRPOConfig
-from es_jax.training.grpo_step import Policy, Rows, kl_k3, policy_loss, token_weights
+from es_jax.optim.chains import Chain
+from es_jax.training import grpo
+from es_jax.training.fields import AGGREGATIONS, GRPOConfig
+from es_jax.training.grpo import Policy, Rows, group_relative, kl_k3, policy_loss, side_by_side, token_weights
 from es_jax.weights import convert
 from es_jax.weights.model import load_model
 
@@ -91,7 +89,7 @@ def policy_of(model, devices=8, **fields):
         model.config, slots=4, max_prompt_tokens=64, max_new_tokens=8, stop_token_ids=(1,), sampler=Temperature(1.0)
     )
     mesh = make_mesh(devices=jax.devices()[:devices])
-    return Policy(engine, mesh, jnp.dtype("float32"), RunConfig(), GRPOConfig(**({"micro_batch": 1} | fields)))
+    return Policy(engine, mesh, jnp.dtype("float32"), Chain(), GRPOConfig(**({"micro_batch": 1} | fields)))
 
 
 PROMPTS = [[5, 6, 7]] * 4 + [list(range(40, 75))] * 4
@@ -105,11 +103,10 @@ def rows_of(aggregation="token-mean", advantage=ADVANTAGE, far=2.5):
     """Eight rows with padding on both sides, and old and reference log-probabilities that reach every clip."""
     draw = np.random.default_rng(0)
     tokens = draw.integers(2, 258, (8, 8)).astype(np.int32)
-    rows = laid_out(PROMPTS, tokens, LENGTHS, advantage, max_prompt_tokens=64)
-    shape = rows.counted.shape
-    old, reference = (-5.5 + far * draw.standard_normal(shape).astype(np.float32) for _ in range(2))
-    weight = token_weights(rows.counted, aggregation, max_new_tokens=8)
-    return Rows(rows.tokens, rows.positions, weight, rows.advantage, old, reference)
+    tokens, positions, counted = side_by_side(PROMPTS, tokens, LENGTHS, max_prompt_tokens=64)
+    old, reference = (-5.5 + far * draw.standard_normal(counted.shape).astype(np.float32) for _ in range(2))
+    weight = token_weights(counted, aggregation, max_new_tokens=8)
+    return Rows(tokens, positions, weight, advantage, old, reference)
 
 
 def micro(rows, size):
@@ -169,7 +166,7 @@ def test_loss_and_gradients_are_those_of_the_formulas_on_transformers_model(aggr
 
 
 def test_equal_rewards_give_no_gradient_and_no_nan(model):
-    policy = policy_of(model, kl=0.0)
+    policy = policy_of(model, kl_coef=0.0)
     rows = rows_of(advantage=np.zeros(8, np.float32), far=30.0)
     gradient, sums = gradient_of(policy, model, rows)
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(gradient))
@@ -211,22 +208,22 @@ def test_logprobs_are_those_of_the_engine(model):
     policy = policy_of(model)
     engine = dataclasses.replace(policy.engine, logprobs=True)
     out = engine.generate(model.params, PROMPTS, key=jax.random.key(3))
-    rows = laid_out(PROMPTS, np.asarray(out.tokens), np.asarray(out.length), ADVANTAGE, max_prompt_tokens=35)
-    cut = (jnp.asarray(x.reshape(1, 8, -1)) for x in (rows.tokens, rows.positions))
-    ours = np.asarray(policy.logprobs(model.params, *cut, rows.counted.shape[1]))[0]
-    theirs = np.asarray(out.logprob)[:, : rows.counted.shape[1]]
-    np.testing.assert_allclose(np.where(rows.counted, ours, 0), theirs, atol=1e-5)
+    *arrays, counted = side_by_side(PROMPTS, np.asarray(out.tokens), np.asarray(out.length), max_prompt_tokens=35)
+    cut = (jnp.asarray(x.reshape(1, 8, -1)) for x in arrays)
+    ours = np.asarray(policy.logprobs(model.params, *cut, counted.shape[1]))[0]
+    theirs = np.asarray(out.logprob)[:, : counted.shape[1]]
+    np.testing.assert_allclose(np.where(counted, ours, 0), theirs, atol=1e-5)
 
 
 def test_weights_and_moments_are_cut_over_the_devices_and_no_logits_are_held(model, monkeypatch):
     """The memory of the compiled gradient is below what the logits of one micro-batch alone would take."""
     wide = dataclasses.replace(model.config, vocab_size=8192)
-    monkeypatch.setattr(grpo_step, "TOKENS_AT_ONCE", 64)
+    monkeypatch.setattr(grpo, "TOKENS_AT_ONCE", 64)
     engine = Engine(
         wide, slots=4, max_prompt_tokens=64, max_new_tokens=256, stop_token_ids=(1,), sampler=Temperature(1.0)
     )
-    policy = Policy(engine, make_mesh(devices=jax.devices()[:1]), jnp.dtype("float32"), RunConfig(), GRPOConfig())
-    params = jax.eval_shape(grpo_step.Transformer(wide).init, jax.random.key(0))
+    policy = Policy(engine, make_mesh(devices=jax.devices()[:1]), jnp.dtype("float32"), Chain(), GRPOConfig())
+    params = jax.eval_shape(grpo.Transformer(wide).init, jax.random.key(0))
     shape = lambda kind, *dims: jax.ShapeDtypeStruct((2, 8, *dims), kind)  # noqa: E731
     i, f = jnp.int32, jnp.float32
     rows = Rows(shape(i, 320), shape(i, 320), shape(f, 256), shape(f), shape(f, 256), shape(f, 256))

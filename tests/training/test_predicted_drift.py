@@ -67,5 +67,5 @@ def test_nothing_is_predicted_where_there_is_no_closed_form():
 def test_an_old_log_has_the_constants_of_its_config():
     config = freeze({"optim": {"learning_rate": 0.1}})
     entry = Entry(1, [1, 2], [1, 1], False, [0.0, 1.0], [-1.0, 1.0])
-    assert entry.rates(config) == (0.1, 1e-3, 0.0)
+    assert config.logged_rates(entry) == (0.1, 1e-3, 0.0)
     assert dataclasses.asdict(entry)["sigma"] is None

@@ -1,12 +1,11 @@
-"""Options scored behind a prompt that is read once: equal to scoring each of them whole."""
+"""Options scored after a prompt that is read once: equal to scoring each of them whole."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from es_jax.generate.options import score_options
-from es_jax.generate.score import score_tokens
+from es_jax.generate.score import score_options, score_tokens
 from es_jax.models.config import TransformerConfig
 from es_jax.models.transformer import Transformer
 

@@ -9,11 +9,11 @@ import numpy as np
 
 from es_jax.rundir.metrics import Jsonl, Metrics, Progress
 from es_jax.rundir.seed_log import Entry
-from es_jax.scoring.evals_file import EvalsFile
 from es_jax.scoring.grading import Graded, means
 from es_jax.scoring.heldout import HeldOut
-from es_jax.scoring.row_results import Verdicts
+from es_jax.scoring.row_results import EvalsFile, RowResults
 from es_jax.training.config import RunConfig
+from es_jax.training.method import METHODS
 from es_jax.training.predicted_drift import Walk
 
 
@@ -75,7 +75,7 @@ class Recorder:
         self._samples.write(*(_sample(entry.step, g) for g in graded[0][: self._config.train.samples]))
         self.progress.step(row)
 
-    def evaluations(self, step: int, done: Iterable[tuple[HeldOut, Verdicts]]) -> None:
+    def evaluations(self, step: int, done: Iterable[tuple[HeldOut, RowResults]]) -> None:
         """A row of held-out accuracy for each task, on disk as soon as it is there, and one line on the screen."""
         rows, max_new_tokens = {}, self._config.decode.max_new_tokens
         for held, verdicts in done:
@@ -89,9 +89,9 @@ class Recorder:
 
     def _kappa(self, drift: float, entry: Entry) -> float | None:
         """The drift of a weight in σ, for a method that has a σ."""
-        if self._config.method != "es":
+        if not METHODS[self._config.method].perturbs:
             return None
-        return drift / math.sqrt(self._dim) / entry.rates(self._config).sigma
+        return drift / math.sqrt(self._dim) / self._config.logged_rates(entry).sigma
 
     def close(self) -> None:
         self._metrics.close()

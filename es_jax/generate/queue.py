@@ -1,0 +1,325 @@
+"""The device side of an engine: a queue of prompts runs through a fixed number of slots, in one program.
+
+Time passes in turns: free slots are filled from the queue by a prefill of a fixed number of rows, then the live slots
+take up to CHUNK decode steps. A step writes to a small cache of the chunk, at one place for all slots, and only reads
+the slots' own caches; after the chunk it is merged into them, each slot where it ended. So nothing is copied from step
+to step. A chunk decodes only as many slots, and attends only as many places, as are in use, in a few compiled sizes.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float32, Int32
+
+from es_jax.generate.decode_spec import DecodeSpec
+from es_jax.generate.loop_sizes import FILL, STEPS, LoopSizes
+from es_jax.generate.score import token_logprobs
+from es_jax.models.cache import KVCache, Past, PerLayer
+from es_jax.models.transformer import Transformer
+
+KV = tuple[PerLayer, PerLayer]
+Chosen = tuple[Array, Array | None]  # tokens, and their log-probabilities where they are asked for
+
+
+class Generation(NamedTuple):
+    """What was generated for Q prompts.
+
+    Attributes:
+      tokens: int32 [Q, L], the completion, its stop token included; 0 after it.
+      length: int32 [Q], how many tokens of the row count, 0..L. Below L, or with a stop token last, the row stopped
+        by itself; otherwise it was cut at L = max_new_tokens.
+      logprob: float32 [Q, L], each token's log-probability under the model at temperature 1; None if not asked for.
+    """
+
+    tokens: Int32[Array, "Q L"]
+    length: Int32[Array, " Q"]
+    logprob: Float32[Array, "Q L"] | None
+
+
+class _Queue(NamedTuple):
+    """What a call is given, and what follows from that alone: the same in all turns of the loops."""
+
+    spec: DecodeSpec
+    sizes: LoopSizes
+    model: Transformer
+    params: Any
+    tokens: Int32[Array, "Q P"]
+    keys: Array | None  # [Q]
+    limits: Array | int  # tokens after which a completion is cut: of each prompt, or of all
+    axis_name: str | None
+    lengths: Int32[Array, " Q"]  # tokens of each prompt after the prefix; 0 for padding
+    total: Array  # how many prompts there are
+    order: Int32[Array, " Q"]  # in which they are taken: longest first, so that those filled together are alike
+    past: tuple[Past, ...]  # the prefix, computed once for all prompts
+    shared: int  # tokens of the prefix
+
+    def agree(self, x: Array) -> Array:
+        """The largest (of bools: whether any) of all that run in step. It is one for all, so loops and branches on it
+        stay loops and branches under vmap, where a mapped one would turn into a choice between whole caches.
+        """
+        return x if self.axis_name is None else lax.pmax(x.astype(jnp.int32), self.axis_name).astype(x.dtype)
+
+
+class _Slots(NamedTuple):
+    """The prompts being decoded, one a slot."""
+
+    prompt: Int32[Array, " B"]  # its index in the queue; Q where there is none
+    token: Int32[Array, " B"]  # chosen last, not yet fed
+    length: Int32[Array, " B"]  # tokens in the slot's cache, those of the prefix not counted
+    generated: Int32[Array, " B"]  # how many tokens
+    live: Bool[Array, " B"]
+
+
+class _State(NamedTuple):
+    kv: KV  # the slots' caches
+    slots: _Slots
+    taken: Array  # prompts taken from the queue
+    out: Generation
+    filling: Array  # whether slots are to be filled; agreed, like `more`
+    more: Array  # whether anything is left to do
+
+
+class _Chunk(NamedTuple):
+    cache: KVCache
+    slots: _Slots
+    chosen: Chosen  # [b, K]
+    going: Array
+
+
+def decode(
+    spec: DecodeSpec,
+    params: Any,
+    tokens: Int32[Array, "Q P"],
+    positions: Int32[Array, "Q P"],
+    keys: Array | None,
+    prefix: Int32[Array, " C"],
+    axis_name: str | None,
+    *,
+    limits: Array | None = None,
+) -> Generation:
+    """All prompts, decoded; `Engine.decode` says what the arguments are. `limits` [Q]: in place of max_new_tokens."""
+    sizes, model = LoopSizes.of(spec, *tokens.shape), Transformer(spec.config)
+    lengths = jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
+    total = _count(lengths > 0)
+    order = jnp.argsort(-lengths, stable=True).astype(jnp.int32)
+    past = _prefix_past(model, params, prefix)
+    limit = spec.max_new_tokens if limits is None else limits
+    queue = _Queue(spec, sizes, model, params, tokens, keys, limit, axis_name, lengths, total, order, past, len(prefix))
+
+    cache = model.empty_cache(params, sizes.slots, 0 if sizes.single else sizes.places - sizes.steps)
+    shape, none = (sizes.prompts, spec.max_new_tokens), jnp.zeros(sizes.slots, jnp.int32)
+    logprob = jnp.zeros(shape, jnp.float32) if spec.logprobs else None
+    out = Generation(jnp.zeros(shape, jnp.int32), jnp.zeros(sizes.prompts, jnp.int32), logprob)
+    any_prompt = queue.agree(total > 0)
+    slots = _Slots(none + sizes.prompts, none, none, none, none > 0)
+    state = _State(cache.kv, slots, jnp.int32(0), out, filling=any_prompt, more=any_prompt)
+    if not sizes.single:
+        return lax.while_loop(lambda state: state.more, partial(_turn, queue), state).out
+    with jax.named_scope(FILL):
+        state = _fill(queue, state)
+    return _chunk(queue, state, slots=sizes.slots, places=sizes.width).out if sizes.steps else state.out
+
+
+def _prefix_past(model: Transformer, params: Any, prefix: Array) -> tuple[Past, ...]:
+    if not len(prefix):
+        return ()
+    positions = jnp.arange(len(prefix), dtype=jnp.int32)[None]
+    cache = model.empty_cache(params, 1, len(prefix))
+    with jax.named_scope(FILL):
+        _, past = model.hidden(params, prefix[None], positions=positions, cache=cache)
+    assert past is not None
+    return (past,)
+
+
+def _count(flags: Array) -> Array:
+    return jnp.sum(flags, dtype=jnp.int32)
+
+
+def _turn(queue: _Queue, state: _State) -> _State:
+    with jax.named_scope(FILL):
+        state = lax.while_loop(lambda state: state.filling, partial(_fill, queue), state)
+    if queue.sizes.steps:
+        state = _sized_chunk(queue, state)
+    filling = queue.agree(_fill_is_due(queue, state.slots.live, state.taken))
+    return state._replace(filling=filling, more=filling | queue.agree(jnp.any(state.slots.live)))
+
+
+def _fill_is_due(queue: _Queue, live: Array, taken: Array) -> Array:
+    """Whether so many slots are free that a prefill is due."""
+    left, sizes = queue.total - taken, queue.sizes
+    return (left > 0) & (sizes.slots - _count(live) >= jnp.minimum(left, sizes.fill_rows))
+
+
+def _fill(queue: _Queue, state: _State) -> _State:
+    """Prefill the next prompts of the queue into free slots, as many as there are of both."""
+    sizes, live, row = queue.sizes, state.slots.live, jnp.arange(queue.sizes.fill_rows, dtype=jnp.int32)
+    free = sizes.slots - _count(live)
+    valid = (row < free) & (state.taken + row < queue.total)
+    prompt = jnp.where(valid, queue.order[jnp.minimum(state.taken + row, sizes.prompts - 1)], sizes.prompts)
+    tokens, length = (jnp.take(x, prompt, axis=0, mode="clip") for x in (queue.tokens, queue.lengths))
+    none = jnp.zeros_like(prompt)
+    new = _Slots(prompt, prompt, jnp.where(valid, length, 0), none, valid)
+    logits, kv = _prefill(queue, tokens, new.length)
+    new, chosen = _choose(queue, logits, new)
+    out = _record(state.out, new, none, jax.tree.map(lambda x: x[:, None], chosen))
+    taken = state.taken + _count(valid)
+    if sizes.single:
+        return state._replace(kv=kv, slots=new, taken=taken, out=out)
+    slot = jnp.where(valid, jnp.argsort(live, stable=True)[: sizes.fill_rows].astype(jnp.int32), sizes.slots)
+    slots = jax.tree.map(lambda all, some: all.at[slot].set(some, mode="drop"), state.slots, new)
+    filling = queue.agree(_fill_is_due(queue, slots.live, taken))
+    return _State(_written(state.kv, kv, slot, none), slots, taken, out, filling, state.more)
+
+
+def _prefill(queue: _Queue, tokens: Array, length: Array) -> tuple[Array, KV]:
+    """Logits after each row [R, V], and its keys and values at P places."""
+    widths = queue.sizes.widths
+
+    def of_width(width: int) -> Any:
+        place = jnp.arange(width, dtype=jnp.int32)[None]
+        logits, cache = queue.model.apply(
+            queue.params,
+            tokens[:, :width],
+            positions=jnp.where(place < length[:, None], place + queue.shared, -1),
+            cache=queue.model.empty_cache(queue.params, len(tokens), width, past=queue.past),
+            logits_at=jnp.maximum(length - 1, 0),
+        )
+        assert cache is not None
+        return logits, _resized(cache.kv, queue.sizes.width)
+
+    size = _count(queue.agree(jnp.max(length)) > np.array(widths))
+    branches = [partial(of_width, width) for width in widths]
+    return lax.switch(size, branches) if len(branches) > 1 else branches[0]()
+
+
+def _sized_chunk(queue: _Queue, state: _State) -> _State:
+    """A chunk of the smallest compiled size that holds all live slots, and all slots while prompts wait."""
+    sizes, live = queue.sizes, state.slots.live
+    slots = jnp.where(state.taken < queue.total, sizes.slots, _count(live))
+    places = jnp.max(jnp.where(live, state.slots.length, 0))
+    i, j = (
+        _count(queue.agree(used) > np.array(compiled))
+        for used, compiled in ((slots, sizes.slot_sizes), (places, sizes.place_sizes))
+    )
+    branches = [
+        partial(_chunk, queue, slots=slots, places=places)
+        for slots, places in itertools.product(sizes.slot_sizes, sizes.place_sizes)
+    ]
+    return lax.switch(i * len(sizes.place_sizes) + j, branches, state)
+
+
+def _chunk(queue: _Queue, state: _State, *, slots: int, places: int) -> _State:
+    """Up to K decode steps of so many slots that attend the first `places` of their caches."""
+    if slots == queue.sizes.slots:
+        slot, begin, kv = jnp.arange(slots, dtype=jnp.int32), state.slots, state.kv
+    else:
+        slot = jnp.argsort(~state.slots.live, stable=True)[:slots].astype(jnp.int32)
+        begin = jax.tree.map(lambda x: x[slot], state.slots)
+        kv = jax.tree.map(lambda x: jnp.take(x, slot, axis=-4), state.kv)
+    place = jnp.arange(places, dtype=jnp.int32)[None]
+    past = Past(*_resized(kv, places), jnp.where(place < begin.length[:, None], place + queue.shared, -1))
+    end = _steps(queue, begin, (*queue.past, past), state.taken)
+    after = jax.tree.map(lambda all, some: all.at[slot].set(some), state.slots, end.slots)
+    out = _record(state.out, end.slots, begin.generated, end.chosen)
+    if not queue.sizes.single:
+        state = state._replace(kv=_written(state.kv, end.cache.kv, slot, begin.length))
+    return state._replace(slots=after, out=out)
+
+
+def _steps(queue: _Queue, slots: _Slots, past: tuple[Past, ...], taken: Array) -> _Chunk:
+    """The loop of a chunk; it ends early where all slots have stopped or a prefill is due."""
+    sizes, model, shape = queue.sizes, queue.model, (len(slots.prompt), queue.sizes.steps)
+
+    def step(chunk: _Chunk) -> _Chunk:
+        index, slots = chunk.cache.index, chunk.slots
+        position = jnp.where(slots.live, slots.length + queue.shared, -1)[:, None]
+        whole = dataclasses.replace(chunk.cache, past=past)
+        logits, cache = model.apply(queue.params, slots.token[:, None], positions=position, cache=whole)
+        assert cache is not None
+        slots = slots._replace(length=slots.length + slots.live.astype(jnp.int32))
+        slots, new = _choose(queue, logits[:, 0], slots)
+        chosen = jax.tree.map(lambda x, y: lax.dynamic_update_slice(x, y[:, None], (0, index)), chunk.chosen, new)
+        going = queue.agree(jnp.any(slots.live)) & (index + 1 < sizes.steps)
+        if sizes.prompts > sizes.slots:
+            going &= ~queue.agree(_fill_is_due(queue, slots.live, taken))
+        return _Chunk(dataclasses.replace(cache, past=()), slots, chosen, going)
+
+    logprob = jnp.zeros(shape, jnp.float32) if queue.spec.logprobs else None
+    chosen, going = (jnp.zeros(shape, jnp.int32), logprob), queue.agree(jnp.any(slots.live))
+    with jax.named_scope(STEPS):
+        start = _Chunk(model.empty_cache(queue.params, *shape), slots, chosen, going)
+        return lax.while_loop(lambda chunk: chunk.going, step, start)
+
+
+def _choose(queue: _Queue, logits: Array, slots: _Slots) -> tuple[_Slots, Chosen]:
+    """Each live slot's next token, and its log-probability; slots that stop live no longer."""
+    spec, logprob = queue.spec, None
+    if queue.keys is None:
+        token = jax.vmap(lambda row: spec.sampler(row, None))(logits)
+    else:
+        keys = jnp.take(queue.keys, slots.prompt, axis=0, mode="clip")
+        token = jax.vmap(spec.sampler)(logits, jax.vmap(jax.random.fold_in)(keys, slots.generated))
+    token = jnp.where(slots.live, token, 0)
+    if spec.logprobs:
+        logprob = jnp.where(slots.live, token_logprobs(logits, token), 0.0)
+    generated = slots.generated + slots.live.astype(jnp.int32)
+    stopped = jnp.any(token[:, None] == np.array(spec.stop_token_ids, np.int32)[None, :], axis=1)
+    limit = queue.limits if isinstance(queue.limits, int) else jnp.take(queue.limits, slots.prompt, mode="clip")
+    return slots._replace(token=token, generated=generated, live=slots.live & ~stopped & (generated < limit)), (
+        token,
+        logprob,
+    )
+
+
+def _record(out: Generation, slots: _Slots, begin: Array, chosen: Chosen) -> Generation:
+    """Write down `chosen` [b, n], whose first are each prompt's tokens number `begin`."""
+    number = begin[:, None] + jnp.arange(chosen[0].shape[1], dtype=jnp.int32)[None]
+    tokens, logprob = jax.tree.map(
+        lambda all, some: all.at[slots.prompt[:, None], number].set(some, mode="drop"),
+        (out.tokens, out.logprob),
+        chosen,
+    )
+    return Generation(tokens, out.length.at[slots.prompt].set(slots.generated, mode="drop"), logprob)
+
+
+def _map_kv(function: Callable[..., Array], *caches: KV) -> KV:
+    """`function(*arrays, axis)` of keys and of values, in all layers; `axis` is that of the places, from the end."""
+    keys, values = zip(*caches, strict=True)
+    return (
+        jax.tree.map(partial(function, axis=-1), *keys),
+        jax.tree.map(partial(function, axis=-2), *values),
+    )
+
+
+def _resized(kv: KV, places: int) -> KV:
+    """Caches cut or padded to so many places."""
+
+    def fit(x: Array, axis: int) -> Array:
+        more = places - x.shape[axis]
+        if more <= 0:
+            return lax.slice_in_dim(x, 0, places, axis=axis)
+        return jnp.pad(x, [(0, more if i == x.ndim + axis else 0) for i in range(x.ndim)])
+
+    return _map_kv(fit, kv)
+
+
+def _written(kv: Any, new: Any, slots: Int32[Array, " b"], begin: Int32[Array, " b"]) -> Any:
+    """Caches with `new` written to some of their slots, each from its own place on; others are left out."""
+    index = jnp.stack([slots, begin], axis=1)
+
+    def write(whole: Array, some: Array, axis: int) -> Array:
+        if whole.ndim == 5:
+            return jax.vmap(partial(write, axis=axis))(whole, some)
+        numbers = lax.ScatterDimensionNumbers(
+            update_window_dims=(1, 2, 3), inserted_window_dims=(0,), scatter_dims_to_operand_dims=(0, 4 + axis)
+        )
+        return lax.scatter(whole, index, some, numbers, mode=lax.GatherScatterMode.FILL_OR_DROP, unique_indices=False)
+
+    return _map_kv(write, kv, new)

@@ -1,0 +1,301 @@
+"""Evolution Strategies: members are perturbed and decoded, and their rewards move the weights (arXiv 2509.24372)."""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+
+from es_jax.core import processes, rng
+from es_jax.core.chunked_map import ceil_div
+from es_jax.core.mesh import GROUPS, MODEL, leaf_spec, only, over_pop, own_rows, place, replicated
+from es_jax.core.tree import map_named
+from es_jax.es.noise import GaussianNoise
+from es_jax.es.population import Members, Population
+from es_jax.es.shaping import SHAPINGS
+from es_jax.generate.engine import Engine
+from es_jax.generate.prompts import Packing, Prompts
+from es_jax.models.sharding import RULES
+from es_jax.profiling.clock import launched
+from es_jax.rundir.seed_log import Entry
+from es_jax.scoring.grading import Graded, Grader
+from es_jax.training.config import RunConfig
+from es_jax.training.diagnostics import diagnose
+from es_jax.training.state import State, compute_dtype, make_noise
+
+T = TypeVar("T")
+LANE = "lane"  # the axis of the members that a group evaluates at once
+
+
+class Evolution:
+    """Members → rewards → weights → estimate and update (arXiv 2509.24372)."""
+
+    def __init__(self, config: RunConfig, evaluator: "Evaluator", state: State, packing: Packing):
+        self._config, self._evaluator, self._state, self._packing = config, evaluator, state, packing
+        self._population = Population(config.es.population, seed=config.train.seed, antithetic=config.es.antithetic)
+        self.unit, self.models = ("member", config.es.population), config.es.population
+
+    def step(
+        self, step: int, prompts: Sequence[Sequence[int]], grade: Grader, done: Callable[[int], None]
+    ) -> tuple[Entry, list[list[Graded]], dict[str, float | None]]:
+        """The step that `Method` describes; docs/diagnostics.md explains what it records."""
+        es, rates, members = self._config.es, self._config.rates(step), self._population.members(step)
+        scaled = dataclasses.replace(members, sign=members.sign * np.float32(rates.sigma / es.sigma))
+        graded = self._graded(scaled, prompts, grade, done)
+        rewards = np.array([_mean_reward(completions) for completions in graded])
+        gap = self._curvature_gap(step, prompts, grade, rewards)
+        if es.rewards == "random":
+            rewards = rng.random_rewards(self._config.train.seed, step, len(members))
+        weights = SHAPINGS[es.shaping](rewards, nan_rewards=es.nan_rewards)
+        entry = Entry.of(step, members, rewards=rewards, weights=weights, rates=rates)
+        self._state.apply(entry)
+        metrics = diagnose(entry, learning_rate=rates.learning_rate, sigma=rates.sigma)
+        if self._config.optim.name != "sgd" or es.rewards == "random":
+            metrics["expected_gain"] = None
+        return entry, graded, {**metrics, "curvature_gap": gap, **rates._asdict()}
+
+    def seconds_alone(self, entry: Entry) -> dict[str, float]:
+        """The estimate, which XLA fuses with the optimizer."""
+        return {"estimate": self._state.estimate_seconds(entry)}
+
+    def _curvature_gap(
+        self, step: int, prompts: Sequence[Sequence[int]], grade: Grader, rewards: np.ndarray
+    ) -> float | None:
+        """Mean reward of the members minus that of the model between them, at the steps after an evaluation."""
+        every = self._config.evals.every
+        if not every or (step - 1) % every or self._config.es.rewards != "task":
+            return None
+        (centre,) = self._graded(_unperturbed_members(1), prompts, grade, lambda n: None)
+        return float(rewards.mean() - _mean_reward(centre))
+
+    def _graded(
+        self, members: Members, prompts: Sequence[Sequence[int]], grade: Grader, done: Callable[[int], None]
+    ) -> list[list[Graded]]:
+        """All members' completions, in the order of the prompts, whichever process decoded them."""
+        rows, own, everyone = self._packing.pack(prompts, rows=len(prompts)), {}, range(len(prompts))
+        for member, tokens, length in self._evaluator.members(self._state.params, members, rows):
+            own[member] = everyone, grade(everyone, tokens, length)
+            done(1)
+        graded = list(grade.shared(own).values())
+        done(len(members) - len(own))  # by other processes
+        return graded
+
+
+def _mean_reward(completions: list[Graded]) -> float:
+    return float(np.mean([completion.score.reward for completion in completions]))
+
+
+def _unperturbed_members(count: int) -> Members:
+    return Members(jnp.zeros(count, jnp.uint32), jnp.zeros(count, jnp.float32))
+
+
+def one_ahead(items: Iterable[T]) -> Iterator[T]:
+    """The items, each after the next one is made: the devices work on that one while the host reads this one."""
+    for item, _ in itertools.pairwise(itertools.chain(items, [None])):
+        yield item  # type: ignore[misc]
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+    """Perturbs and decodes members, a group of devices each, several at once where the model is small.
+
+    A *lane* is one member with its own prompts; a call runs `lanes` of them. `perturb` makes the lanes' weights and
+    `_decode` runs a queue of prompts through the slots of each.
+    """
+
+    engine: Engine
+    mesh: Mesh
+    noise: GaussianNoise
+    sigma: float
+    dtype: jnp.dtype
+    at_once: int
+
+    @classmethod
+    def of(cls, config: RunConfig, engine: Engine, mesh: Mesh) -> "Evaluator":
+        """A run's. It holds no more of the config than its programs need, so that runs of one process share them.
+
+        A group takes no more members at once than its share of the population, so that all groups have some.
+        """
+        noise, dtype = make_noise(config), compute_dtype(config)
+        at_once = min(config.decode.members_at_once, ceil_div(config.es.population, mesh.shape[GROUPS]))
+        return cls(engine, mesh, noise=noise, sigma=config.es.sigma, dtype=dtype, at_once=at_once)
+
+    @property
+    def lanes(self) -> int:
+        return self.mesh.shape[GROUPS] * self.at_once
+
+    @property
+    def apart(self) -> bool:
+        """Whether a member's layers are made one by one, as the engine wants them, all by one small program.
+
+        To make the stacked leaves and cut them up would write all weights twice.
+        """
+        return self.engine.unrolled and self.at_once == 1 and self.noise.rows_alone
+
+    def perturb(self, params: Any, members: Members, old: Any = None) -> Any:
+        """The weights of a round of members, in the engine's layout; where layers are made apart, in the memory of an
+        `old` round's, which are gone then. Fresh memory costs a CPU as much as the noise."""
+        if not self.apart:
+            return self._perturb(params, members)
+        rest, layers = {name: leaf for name, leaf in params.items() if name != "layers"}, {"layers": params["layers"]}
+        count = len(jax.tree.leaves(layers)[0])
+        spare = [None] * count if old is None else [{"layers": layer} for layer in old["layers"]]
+        out = self._perturb(rest, members, None, None if old is None else {name: old[name] for name in rest})
+        each = (self._perturb(layers, members, np.int32(i), spare[i])["layers"] for i in range(count))
+        return {**out, "layers": tuple(each)}
+
+    @functools.partial(jax.jit, static_argnums=0, donate_argnums=4, keep_unused=True)
+    def _perturb(self, params: Any, members: Members, layer: jax.Array | None = None, old: Any = None) -> Any:
+        """All of it in one program; with `layer`, that layer alone, of params that are nothing but layers."""
+        specs = map_named(lambda name, leaf: leaf_spec(self.mesh, name, leaf.shape, RULES), params)
+
+        def one(params: Any, member: Members, layer: jax.Array | None) -> Any:
+            out = map_named(functools.partial(self._perturbed_leaf, member=member, layer=layer), params, specs)
+            return self.engine.layout(out) if layer is None and "layers" in params else self.engine.turned(out)
+
+        parts = jax.tree.map(lambda spec: only(spec, GROUPS), specs)
+        in_specs = (parts, PartitionSpec(GROUPS), PartitionSpec())
+        return self._grouped(one, in_specs=in_specs, mapped=(None, 0, None))(params, members, layer)
+
+    def _perturbed_leaf(
+        self, name: str, part: jax.Array, spec: PartitionSpec, member: Members, layer: jax.Array | None
+    ) -> jax.Array:
+        """A member's leaf, from its parts over `groups`; of one that is cut, a layer at most is gathered at once."""
+        cut, size = only(spec, MODEL), self.mesh.shape[GROUPS]
+
+        def perturbed(part: jax.Array, row: tuple | None = None) -> jax.Array:
+            whole = {name: _gathered(self.mesh, part, spec)}
+            leaf = self.noise.apply(whole, member, sigma=self.sigma, dtype=self.dtype, row=row)[name]
+            return jax.lax.with_sharding_constraint(leaf, cut)
+
+        def alone(i: jax.Array) -> jax.Array:
+            return perturbed(jax.lax.dynamic_slice_in_dim(part, i, 1), (i, len(part)))
+
+        if layer is not None:
+            return alone(layer)[0]
+        if size == 1 or GROUPS not in spec or not name.startswith("layers/") or not self.noise.rows_alone:
+            return perturbed(part)
+
+        def stacked(i: jax.Array, stack: jax.Array) -> jax.Array:
+            stack = jax.lax.dynamic_update_slice_in_dim(stack, alone(i), i, 0)
+            return jax.lax.with_sharding_constraint(stack, cut)
+
+        shape = [n * size if entry == GROUPS else n for n, entry in zip(part.shape, spec, strict=True)]
+        return jax.lax.fori_loop(0, len(part), stacked, jnp.zeros(shape, self.dtype))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def _decode(self, params: Any, prompts: Prompts) -> Any:
+        def one(params, tokens, positions, prefix):
+            lane = LANE if self.at_once > 1 else None
+            generation = self.engine.decode(params, tokens, positions, prefix=prefix, axis_name=lane)
+            return generation.tokens, generation.length
+
+        specs = (PartitionSpec(GROUPS),) * 3 + (PartitionSpec(),)
+        return self._grouped(one, in_specs=specs, mapped=(0, 0, 0, None))(params, *prompts)
+
+    def _grouped(self, one: Any, *, in_specs: tuple, mapped: tuple) -> Any:
+        """`one` over lanes: shard_map over groups of devices, vmap over the lanes of a group."""
+
+        def group(*args):
+            if self.at_once > 1:
+                return jax.vmap(one, in_axes=mapped, axis_name=LANE)(*args)
+            args = (
+                arg if axis is None else jax.tree.map(lambda x: x[0], arg)
+                for arg, axis in zip(args, mapped, strict=True)
+            )
+            return jax.tree.map(lambda x: x[None], one(*args))
+
+        return jax.shard_map(
+            group,
+            mesh=self.mesh,
+            in_specs=in_specs,
+            out_specs=PartitionSpec(GROUPS),
+            axis_names={GROUPS},
+            check_vma=False,
+        )
+
+    def members(self, params: Any, members: Members, prompts: Prompts) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """Every member on all prompts: (member, tokens [Q, L], length [Q]), graded while the next ones decode.
+        In a run of several processes, those that this one's devices decode.
+
+        A round is dispatched before the one before it is handed out, so the devices have work while the host grades.
+        Where lanes are left over in the last round, their rows are padding and they decode nothing. The weights of one
+        round are gone before those of the next are made, or give them their memory, except where members are small and
+        run several at once.
+        """
+        count = len(members)
+
+        def rounds() -> Iterator[tuple[np.ndarray, Any]]:
+            perturbed = outputs = None
+            for first in range(0, count, self.lanes):
+                index = np.arange(first, first + self.lanes)
+                lanes = members[np.minimum(index, count - 1)]
+                if self.at_once == 1:  # a member's weights are large: those of the round before are to be gone
+                    processes.wait(functools.partial(jax.block_until_ready, outputs))
+                lanes = place(lanes, over_pop(self.mesh))
+                perturbed = launched("perturb", processes.launch(self.perturb, params, lanes, perturbed))
+                live = (index < count)[:, None, None]
+                tokens = np.repeat(prompts.tokens[None], self.lanes, 0)
+                rows = self._rows(tokens, np.where(live, prompts.positions[None], np.int32(-1)), prompts.prefix)
+                outputs = launched("decode", processes.launch(self._decode, perturbed, rows))
+                perturbed = perturbed if self.apart else None
+                yield index[index < count], outputs
+
+        for lanes, outputs in one_ahead(rounds()):
+            yield from _unpack(lanes, outputs)
+
+    def unperturbed(
+        self, params: Any, queues: Iterable[Prompts]
+    ) -> Iterator[dict[int, tuple[range, np.ndarray, np.ndarray]]]:
+        """θ itself on several queues of prompts, each dealt out to the lanes: of each, lane → (rows, tokens, length).
+
+        A queue is dispatched before the one before it is handed out, so the devices have work while the host grades; no
+        more than two hold caches, since a CPU would run all that there are side by side. Queues of the same width and
+        prefix share a program with one another, and with the members where these have as many prompts a lane. In a run
+        of several processes, each has the lanes of its own devices.
+        """
+        if not (queues := list(queues)):
+            return
+
+        def calls() -> Iterator[tuple[list[range], Any]]:
+            nobody = place(_unperturbed_members(self.lanes), over_pop(self.mesh))
+            weights = processes.launch(self.perturb, params, nobody)
+            for prompts in queues:
+                count, width = prompts.tokens.shape
+                each = ceil_div(count, self.lanes * self.engine.slots) * self.engine.slots
+                tokens = np.zeros((self.lanes, each, width), np.int32)
+                positions = np.full_like(tokens, -1)
+                rows = [range(lane, count, self.lanes) for lane in range(min(self.lanes, count))]
+                for lane, own in enumerate(rows):
+                    tokens[lane, : len(own)], positions[lane, : len(own)] = prompts.tokens[own], prompts.positions[own]
+                yield rows, processes.launch(self._decode, weights, self._rows(tokens, positions, prompts.prefix))
+
+        for rows, outputs in one_ahead(calls()):
+            completions = _unpack(range(len(rows)), outputs)
+            yield {lane: (rows[lane], tokens, length) for lane, tokens, length in completions}
+
+    def _rows(self, tokens: np.ndarray, positions: np.ndarray, prefix: np.ndarray) -> Prompts:
+        tokens, positions = place((tokens, positions), over_pop(self.mesh))
+        return Prompts(tokens, positions, place(prefix, replicated(self.mesh)))
+
+
+def _gathered(mesh: Mesh, part: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """The leaf from its parts over `groups`, each device its own cut over `model`; inside a shard_map over `groups`."""
+    if GROUPS not in spec or mesh.shape[GROUPS] == 1:
+        return part
+    gather = functools.partial(jax.lax.all_gather, axis_name=GROUPS, axis=list(spec).index(GROUPS), tiled=True)
+    cut = only(spec, MODEL)  # by hand: the partitioner would gather over `model` too
+    return jax.shard_map(gather, in_specs=cut, out_specs=cut, axis_names={MODEL}, check_vma=False)(part)
+
+
+def _unpack(members: Iterable[int], outputs: Any) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """(member, tokens, length) of a round's lanes: those that this process holds."""
+    tokens, length = processes.wait(lambda: [own_rows(output) for output in outputs])
+    for lane, member in enumerate(members):
+        if lane in tokens:
+            yield int(member), tokens[lane], length[lane]

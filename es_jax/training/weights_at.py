@@ -1,0 +1,132 @@
+"""The weights of a step of a run: its checkpoint where there is one, else a replay of the seed log, else why not."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import unflatten_dict
+from jax.sharding import Mesh
+
+from es_jax.core.mesh import make_mesh
+from es_jax.models.sharding import leaf_sharding
+from es_jax.models.transformer import param_shapes
+from es_jax.rundir import directory
+from es_jax.rundir.checkpoints import Checkpoints, restore_params, saved_steps
+from es_jax.rundir.seed_log import Entry, SeedLog
+from es_jax.training.config import RunConfig, read_config
+from es_jax.training.method import METHODS
+from es_jax.training.state import State, base_config, load_base
+
+logger = logging.getLogger(__name__)
+
+
+def replay(
+    workdir: str | Path, *, steps: Sequence[int] | None = None, mesh: Mesh | None = None
+) -> Iterator[tuple[int, Any]]:
+    """The weights of a run's steps, rebuilt from base weights and seed log alone, bit for bit, on any mesh.
+
+    Args:
+      workdir: a run's directory; only config.json and seedlog.jsonl are read.
+      steps: which to yield, 0 (the base weights) to the last; all by default. They come in order. Of a GRPO run,
+        whose log does not hold what its steps were made of, those with a checkpoint, and 0.
+      mesh: where to rebuild; all devices by default.
+
+    Yields:
+      (step, params). Copy the parameters if you keep them: the next step reuses their memory.
+
+    Raises:
+      ValueError: a step that the log does not hold, or base weights that are not those of the run.
+      FileNotFoundError: no run in the directory.
+    """
+    return weights_at(workdir, steps, mesh=mesh, checkpoints=False)
+
+
+def weights_at(
+    workdir: str | Path, steps: Sequence[int] | None, *, mesh: Mesh | None = None, checkpoints: bool = True
+) -> Iterator[tuple[int, Any]]:
+    """As `replay`, but a step that has a checkpoint is read from it, unless `checkpoints` is False and the seed log
+    can be replayed. Nothing in the directory is changed.
+
+    Raises:
+      ValueError: also a step of a run that cannot be replayed, without a checkpoint.
+      OSError: a checkpoint that is damaged.
+    """
+    workdir = Path(workdir)
+    config, entries = read_config(workdir), SeedLog(workdir, writable=False).entries
+    replayable = METHODS[config.method].replayable
+    saved = saved_steps(workdir) if checkpoints or not replayable else []
+    every = range(len(entries) + 1) if replayable else [0, *saved]
+    wanted = sorted(set(every if steps is None else steps))
+    if wanted and not 0 <= wanted[0] <= wanted[-1] <= len(entries):
+        raise ValueError(f"steps are {wanted[0]} to {wanted[-1]}, but {workdir} holds steps 0 to {len(entries)}")
+    for step in wanted:
+        if step not in every:
+            raise ValueError(
+                f"step {step} of {workdir} cannot be rebuilt: the log of a {METHODS[config.method].title} run does not "
+                f"hold its completions, and there are checkpoints of steps {', '.join(map(str, saved)) or 'none'} "
+                "alone; raise train.keep_checkpoints, or lower train.checkpoint_every, to have more of them"
+            )
+    mesh = make_mesh() if mesh is None else mesh
+    rebuilt = _rebuilt(workdir, config, mesh, entries, [step for step in wanted if step not in saved])
+    for step in wanted:
+        yield step, _restored(workdir, config, step, mesh) if step in saved else next(rebuilt)
+
+
+def _restored(workdir: Path, config: RunConfig, step: int, mesh: Mesh) -> Any:
+    """The weights of a step that has a checkpoint, cut over the devices of the mesh."""
+    dtype = jnp.dtype(config.model.param_dtype)
+    like = {
+        path: jax.ShapeDtypeStruct(shape, dtype, sharding=leaf_sharding(mesh, path, shape))
+        for path, shape in param_shapes(base_config(config)).items()
+    }
+    return restore_params(workdir, step, unflatten_dict(like, sep="/"))
+
+
+def _rebuilt(workdir: Path, config: RunConfig, mesh: Mesh, entries: list[Entry], steps: list[int]) -> Iterator[Any]:
+    """The weights of the steps, which ascend, from the base weights and the log."""
+    model = load_base(config, mesh)
+    directory.check_base(workdir, config.model.source, model.digest)
+    if not any(steps):
+        yield from [model.params] * len(steps)
+        return
+    state = State(config, mesh, model.params)
+    del model
+    if 0 in steps:
+        yield state.params
+    for entry in entries[: steps[-1]]:
+        state.apply(entry)
+        if entry.step in steps:
+            yield state.params
+
+
+def resume(config: RunConfig, workdir: Path, state: State, log: SeedLog, checkpoints: Checkpoints) -> None:
+    """Bring the state of a run to its last finished step: the newest checkpoint, then the log's steps since. Where the
+    log cannot be replayed, the run goes back to the checkpoint, and the steps after it are made again.
+
+    Raises:
+      ValueError: fewer steps wanted than there are, or a checkpoint that is newer than the log.
+    """
+    last, saved = len(log.entries), checkpoints.latest() or 0
+    if last > config.train.steps:
+        raise ValueError(
+            f"train.steps is {config.train.steps} but {workdir} has {last} finished steps: "
+            "set train.steps at least as high"
+        )
+    if saved > last:
+        raise ValueError(
+            f"{workdir} has a checkpoint of step {saved}, but its seed log ends at step {last}: restore "
+            "seedlog.jsonl, or delete the newer checkpoints"
+        )
+    if saved:
+        state.restore(lambda *like: checkpoints.restore(saved, *like))
+    if METHODS[config.method].replayable:
+        for entry in log.entries[saved:]:
+            state.apply(entry)
+        if last:
+            logger.info("resumed at step %d: checkpoint of step %s, the rest replayed", last, saved)
+    elif last > saved:
+        logger.info("resumed at step %d, the last checkpoint's: steps to %d are made again", saved, last)
+        log.cut(saved)
