@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +70,7 @@ def checked_prompt(model: Model, task: str, example: Example, max_prompt_tokens:
     return ids
 
 
+@runtime_checkable
 class Decoder(Protocol):
     """What decodes θ itself, such as `es_jax.training.es.Evaluator`."""
 
