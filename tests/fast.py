@@ -14,6 +14,7 @@ FAST: dict[str, tuple[str, ...]] = {
     "laws/test_processes.py": ("test_a_process_that_cannot_listen_ends_all_the_same",),
     "laws/test_replay.py": ("test_replay_needs_only_config_and_seed_log",),
     "laws/test_resuming.py": ("test_a_half_written_line_is_no_finished_step", "test_a_finished_run_started_again"),
+    "laws/test_root.py": ("test_every_root_is_rounded_to_nearest_from_a_start_one_step_off",),
     "laws/test_runs.py": ("test_drift_is_what_theory_says", "test_live_diagnostics_are_in_the_metrics"),
     "laws/test_transformations.py": ("test_equals_the_definition_in_float64", "test_schedule_counts_updates"),
     "models/test_families.py": ("test_round_trip", "test_refused_by_name"),

@@ -233,7 +233,7 @@ def test_a_plan_compiles_the_update_that_a_run_compiles(qwen, params):
         ({"name": "adam", "anchor": {"penalty": "l1", "strength": 1.0, "ema_decay": 0.9}}, {"antithetic": True}),
         ({"name": "momentum", "max_grad_norm": 1.0, "anchor": {"penalty": "none"}}, {"noise": "shared_seed"}),
     ):
-        config = config_of(qwen, optim=optim, es=es)
+        config = config_of(qwen, FIELDS, optim=optim, es=es)
         with jax.numpy_dtype_promotion("standard"):  # optax's adam needs it
             state = State(config, mesh, placed(params, mesh))
             run = update.lower(*state.update_arguments(entry_of(config, 1)))

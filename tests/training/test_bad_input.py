@@ -94,7 +94,7 @@ def test_an_empty_or_too_small_data_set(tiny_model, tmp_path):
     rows = {"data_dir": str(tmp_path / "rows")}
     refuse(config_of(tiny_model, FIELDS, task=rows), tmp_path / "run", "train.jsonl has no rows: it needs at least one")
     nowhere = {"data_dir": str(tmp_path / "no")}
-    refuse(config_of(tiny_model, FIELDS, task=nowhere), tmp_path / "run", "which does not exist: looked there for")
+    refuse(config_of(tiny_model, FIELDS, task=nowhere), tmp_path / "run", "which does not exist: looked there")
 
 
 def test_a_workdir_that_cannot_be_made(tiny_model, tmp_path):
