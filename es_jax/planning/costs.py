@@ -1,8 +1,7 @@
 """What an iteration must compute and move at least, counted from shapes, and how long that takes at published peaks.
 
-Everything here is a bound: it takes each completion to its full length, each chip at its peak, and lets arithmetic,
-memory and links work at the same time. Drawing the noise is vector work, for which no peak is published, so it is left
-out; a run takes longer than the bound.
+A run takes longer than this bound: each completion has its full length, each chip its peak, arithmetic, memory and
+links work at the same time, and the noise, vector work for which no peak is published, is left out.
 """
 
 import dataclasses

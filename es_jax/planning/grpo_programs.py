@@ -2,14 +2,13 @@
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from es_jax.core import rng
 from es_jax.core.chunked_map import ceil_div
-from es_jax.core.mesh import GROUPS, over_pop, replicated
+from es_jax.core.mesh import GROUPS, over_pop
 from es_jax.generate.sampling import Temperature
 from es_jax.models.transformer import matrix_weights
 from es_jax.planning.costs import Work, prefill_flops
@@ -35,71 +34,60 @@ class PolicyPrograms(Programs):
         engine = dataclasses.replace(evaluator.engine, sampler=Temperature(grpo.temperature))
         return Policy(engine, self.mesh, evaluator.dtype, self.spec.chain, grpo)
 
-    @property
-    def rows(self) -> int:
-        """Rollouts of an iteration."""
-        return self.prompts * self.config.grpo.rollouts
-
     def rollout(self) -> Program:
         """The completions that the groups sample in one call."""
-        groups, policy = self.mesh.shape[GROUPS], self.policy
-        each = min(ceil_div(self.rows, groups), AT_ONCE * policy.engine.slots)
+        groups, policy, rows = self.mesh.shape[GROUPS], self.policy, self.prompts * self.config.grpo.rollouts
+        each = min(ceil_div(rows, groups), AT_ONCE * policy.engine.slots)
         keys = jax.eval_shape(lambda: jax.vmap(rng.key)(jnp.zeros(groups * each, jnp.uint32)).reshape(groups, each))
-        where, prefix = over_pop(self.mesh), array((0,), jnp.int32, replicated(self.mesh))
+        where, prefix = over_pop(self.mesh), array((0,), jnp.int32, self.everywhere)
         tokens, keys = array((groups, each, self.width), jnp.int32, where), array(keys.shape, keys.dtype, where)
-        return self._completions(
-            "rollout",
-            lambda: Policy.rollout.lower(policy, self.params, tokens, tokens, keys, prefix),
-            engine=policy.engine,
-            prompts=each,
-            times=ceil_div(self.rows, groups * each),
-            own={"parameters"},
-        )
+        lower = lambda: Policy.rollout.lower(policy, self.params, tokens, tokens, keys, prefix)  # noqa: E731
+        times = ceil_div(rows, groups * each)
+        return self._completions("rollout", lower, prompts=each, times=times, own={"parameters"})
 
     def score(self) -> Program:
         """Log-probabilities of all rollouts before the policy moves; again for the reference where there is one."""
-        policy = self.policy
-        tokens = array(self._micro(self.rows), jnp.int32, replicated(self.mesh))
+        policy, rows = self.policy, self.prompts * self.config.grpo.rollouts
+        tokens = array(self._micro_batches(rows), jnp.int32, self.everywhere)
         return Program(
             "score",
             lambda: Policy.logprobs.lower(policy, self.params, tokens, tokens, self.config.decode.max_new_tokens),
             times=2 if self.config.grpo.kl_coef else 1,
-            turns={},
-            parts=self._resident(),
-            own=frozenset({"parameters"}),
-            work=Work(self._forward(self.rows), Bytes.of(self.params).device * tokens.shape[0]),
+            parts=self.resident,
+            own={"parameters"},
+            work=Work(self._forward(rows), self.resident["parameters"].device * tokens.shape[0]),
         )
 
     def update(self) -> Program:
         """One optimizer step on a mini-batch."""
-        policy, grpo, everywhere = self.policy, self.config.grpo, replicated(self.mesh)
-        many = min(grpo.mini_batch, self.prompts) * grpo.rollouts
-        shape = self._micro(many)
-        completions = (*shape[:2], self.config.decode.max_new_tokens)
-        arrays: list[Any] = [array(shape, jnp.int32, everywhere)] * 2
-        arrays += [array(completions, jnp.float32, everywhere), array(shape[:2], jnp.float32, everywhere)]
-        arrays += [array(completions, jnp.float32, everywhere)] * 2
-        count, rates = array((), jnp.int32, everywhere), array((2,), jnp.float32, everywhere)
-        resident = self._resident()
-        gradient = Bytes(Bytes.of(self.params).device)
-        moved = sum(part.device + part.host for part in resident.values())
+        policy, grpo = self.policy, self.config.grpo
+        rows = min(grpo.mini_batch, self.prompts) * grpo.rollouts
+        shape = self._micro_batches(rows)
+        tokens = array(shape, jnp.int32, self.everywhere)
+        advantage = array(shape[:2], jnp.float32, self.everywhere)
+        of_tokens = array((*shape[:2], self.config.decode.max_new_tokens), jnp.float32, self.everywhere)
+        batch = Rows(tokens, tokens, of_tokens, advantage, of_tokens, of_tokens)
+        arguments = self.start, batch, array((), jnp.int32, self.everywhere), self.rates
+        gradient = Bytes(self.resident["parameters"].device)
+        parts = self.resident | {"gradient": gradient}
+        moved = sum(part.device + part.host for part in self.resident.values())
         return Program(
             "update",
-            lambda: Policy.update.lower(policy, self.params, self.opt_state, self.start, Rows(*arrays), count, rates),
+            lambda: Policy.update.lower(policy, self.params, self.opt_state, *arguments),
             times=ceil_div(self.prompts, grpo.mini_batch),
+            parts=parts,
+            own=parts.keys(),
+            work=Work(_PASSES * self._forward(rows), 2.0 * moved + 3.0 * gradient.device * shape[0]),
             turns={"": shape[0]},
-            parts=resident | {"gradient": gradient},
-            own=frozenset({*resident, "gradient"}),
-            work=Work(_PASSES * self._forward(many), 2.0 * moved + 3.0 * gradient.device * shape[0]),
         )
 
-    def _micro(self, rows: int) -> tuple[int, int, int]:
+    def _micro_batches(self, rows: int) -> tuple[int, int, int]:
         """The shape of that many rows in micro-batches, [M, m, P + L]."""
         size = self.policy.micro_batch
         return ceil_div(rows, size), size, self.width + self.config.decode.max_new_tokens
 
     def _forward(self, rows: int) -> float:
         """Operations of one device for one pass over rows of full length, logits of the completions among them."""
-        width, new = self.width + self.config.decode.max_new_tokens, self.config.decode.max_new_tokens
+        new = self.config.decode.max_new_tokens
         _, head = matrix_weights(self.model)
-        return (prefill_flops(self.model, rows, width) + 2.0 * head * rows * (new - 1)) / self.mesh.size
+        return (prefill_flops(self.model, rows, self.width + new) + 2.0 * head * rows * (new - 1)) / self.mesh.size

@@ -34,22 +34,13 @@ class _Instruction(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One kind of exchange of a program.
+    """One kind of exchange of a program."""
 
-    Attributes:
-      op: one of `OPS`.
-      bytes: of its result on one device, each time.
-      times: how often a run of the program does it.
-      axes: the mesh axes that it goes along; empty where its groups are single devices.
-      groups: how many groups of devices exchange, each for itself.
-      group_size: devices in a group.
-    """
-
-    op: str
-    bytes: int
-    times: int
-    axes: tuple[str, ...]
-    groups: int
+    op: str  # one of `OPS`
+    bytes: int  # of its result on one device, each time
+    times: int  # that a run of the program does it
+    axes: tuple[str, ...]  # of the mesh, that it goes along; none where its groups are single devices
+    groups: int  # of devices, that exchange each for itself
     group_size: int
 
     @property
@@ -62,16 +53,13 @@ class Collective:
 
 
 def collectives(text: str, axes: dict[str, int], *, turns: Mapping[str, float]) -> list[Collective]:
-    """The exchanges of a compiled program, equal ones added up, largest first.
+    """The exchanges of a compiled program, equal ones added up, largest first; of branches, the one that sends most.
 
     Args:
       text: of `Compiled.as_text()`.
       axes: the mesh's axes with their sizes, in its order; devices count through them, the last one fastest.
       turns: of the loops whose number the compiler does not know, by a scope (`jax.named_scope`) that they are in, the
-        innermost that is known; "" is for all others. Of branches, the one that sends most is taken.
-
-    Raises:
-      ValueError: groups of devices in a form that is not known.
+        innermost that is known; "" is for all others.
     """
     bodies, entry = _computations(text)
 
@@ -119,19 +107,17 @@ def _turns(loop: str, bodies: Mapping[str, list[_Instruction]], turns: Mapping[s
     condition = re.search(r"condition=%?([\w.\-]+)", loop)
     instructions = bodies.get(condition[1], []) if condition else []
     bounds = [one.rest.partition(")")[0] for one in instructions if one.op == "constant"]
-    if len(bounds) == 1 and any(
-        one.root and one.op == "compare" and "direction=LT" in one.rest for one in instructions
-    ):
+    counts_up = any(one.root and one.op == "compare" and "direction=LT" in one.rest for one in instructions)
+    if len(bounds) == 1 and counts_up:
         return int(bounds[0])
     scope = re.search(r'op_name="([^"]*)"', loop)
-    depths = {name: scope[1].rfind(name) for name in turns if name and name in scope[1]} if scope else {}
-    return turns.get(max(depths, key=lambda name: depths[name], default=""), 1)
+    path = scope[1] if scope else ""
+    return turns.get(max((name for name in turns if name and name in path), key=path.rfind, default=""), 1)
 
 
 def _collective(instruction: _Instruction, axes: dict[str, int]) -> Collective:
     """The exchange of one instruction. But for all-reduce, its "-start" gives what leaves before what arrives."""
-    op = instruction.op.removesuffix("-start")
-    arrays = _ARRAY.findall(instruction.shape)
+    op, arrays = instruction.op.removesuffix("-start"), _ARRAY.findall(instruction.shape)
     sizes = [int(bits or 8) * math.prod(_numbers(shape)) // 8 for bits, shape in arrays]
     if op == instruction.op or op == "all-reduce":
         arriving = sum(sizes)  # perhaps several arrays at once

@@ -9,7 +9,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
@@ -20,7 +20,7 @@ from es_jax.core.mesh import GROUPS, MODEL
 from es_jax.models.config import TransformerConfig
 from es_jax.planning.costs import Work
 from es_jax.planning.hlo import Collective, collectives
-from es_jax.planning.programs import Program, programs_of
+from es_jax.planning.programs import Program, placed, programs_of
 from es_jax.planning.topology import Topology
 from es_jax.training.config import RunConfig
 from es_jax.training.method import METHODS
@@ -30,30 +30,17 @@ _NAMED = 4  # kinds of collectives of a program that have words of their own; th
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What compiling one program showed. The fields are those of --json.
-
-    Attributes:
-      name: of the program.
-      peak_bytes: of a device while it runs, with all that the run holds beside it.
-      own_bytes: of these, the program's own.
-      host_bytes: of pinned host memory, for one device.
-      parts: what the peak is made of, in bytes of a device; the last is "rest".
-      collectives: what it sends between devices.
-      compile_seconds: compiling took.
-      runs: how often an iteration runs it; 0 for "load".
-      work: of one run of it on a device.
-      error: why it did not compile.
-    """
+    """What compiling one program showed. The fields are those of --json, see `es_jax.plan`."""
 
     name: str
     peak_bytes: int
     own_bytes: int
     host_bytes: int
-    parts: dict[str, int]
+    parts: dict[str, int]  # what the peak is made of; the last is "rest"
     collectives: list[Collective]
     compile_seconds: float
     runs: int
-    work: Work
+    work: Work  # of one run on a device
     error: str | None
 
 
@@ -90,12 +77,9 @@ def make_plan(
     say: Callable[[str], None] = lambda line: None,
     compiled: dict[Any, Any] | None = None,
 ) -> Plan:
-    """Compile every program of the run.
+    """Compile every program of the run, for a model of that shape.
 
     Args:
-      config: of the run.
-      model: the model's shape.
-      topology: what to compile for.
       say: gets a line on each program when it is compiled.
       compiled: what earlier plans of the same model and topology compiled; it is used, and added to.
 
@@ -116,7 +100,7 @@ def make_plan(
         if program.name == "perturb":
             if outcome.error:
                 break  # where decode would find the members' weights is not known
-            programs.place_copy(shardings)
+            programs.copy = placed(programs.copy, shardings)
     return Plan(programs.config, topology, axes, slots, tuple(outcomes))
 
 
@@ -173,51 +157,40 @@ def _needed(error: str) -> int:
     return int(float(number) * {"K": 2**10, "M": 2**20, "G": GIB}[unit])
 
 
-@dataclasses.dataclass(frozen=True)
-class Candidate:
-    """A config with a mesh and a slot count, and what is known of it before anything is compiled.
-
-    Attributes:
-      seconds: the bound on an iteration without what is sent between devices.
-      least: bytes of a device that it needs at least.
-    """
+class Candidate(NamedTuple):
+    """A config with a mesh and a slot count, and what is known of it before anything is compiled."""
 
     config: RunConfig
-    seconds: float
-    least: int
+    seconds: float  # the bound on an iteration, without what is sent between devices
+    least: int  # bytes of a device that it needs
 
 
 def search(
     config: RunConfig, model: TransformerConfig, topology: Topology, *, say: Callable[[str], None] = lambda line: None
 ) -> Plan:
-    """The plan with the lowest bound on an iteration's time among those that fit.
+    """The plan with the lowest bound on an iteration's time among those that fit, else the one nearest to fitting.
 
     All meshes of the devices and 1, 1/2, 1/4, … of a step's prompts as slots are candidates, the most promising first.
-    Where nothing fits, the plan that is nearest to fitting.
 
     Raises:
       ValueError: no mesh suits the model and the topology.
     """
     compiled: dict = {}
     plans: list[Plan] = []
-    best: Plan | None = None
-    for candidate in candidates(config, model, topology):
-        mesh, slots = candidate.config.mesh, candidate.config.decode.slots
-        if best is not None and candidate.seconds >= best.seconds:
+    for variant, seconds, least in candidates(config, model, topology):
+        if any(plan.fits and plan.seconds <= seconds for plan in plans):
             break
-        report = lambda line, mesh=mesh, slots=slots: say(  # noqa: E731
-            f"groups {mesh.groups} × model {mesh.model}, {slots} slots: {line}"
-        )
-        if candidate.least > topology.chip.memory:
-            report(f"needs more than {candidate.least / GIB:.2f} GiB, not compiled")
+        name = f"groups {variant.mesh.groups} × model {variant.mesh.model}, {variant.decode.slots} slots"
+        report = lambda line, name=name: say(f"{name}: {line}")  # noqa: E731
+        if least > topology.chip.memory:
+            report(f"needs more than {_gib(least)} GiB, not compiled")
             continue
-        plan = make_plan(candidate.config, model, topology, say=report, compiled=compiled)
+        plan = make_plan(variant, model, topology, say=report, compiled=compiled)
         report(f"{'fits' if plan.fits else 'does not fit'}, at least {plan.seconds:.4g} s an iteration")
         plans.append(plan)
-        best = min((plan for plan in plans if plan.fits), key=lambda plan: plan.seconds, default=None)
     if not plans:
         raise ValueError(f"no mesh of {topology.name} has room for a member of this model: take chips with more memory")
-    return best or min(plans, key=lambda plan: plan.short)
+    return min(plans, key=lambda plan: (not plan.fits, plan.seconds if plan.fits else plan.short))
 
 
 def candidates(config: RunConfig, model: TransformerConfig, topology: Topology) -> list[Candidate]:
@@ -228,7 +201,7 @@ def candidates(config: RunConfig, model: TransformerConfig, topology: Topology) 
         seconds = sum(program.times * program.work.seconds(topology.chip) for program in programs)
         least = max(sum(part.device for part in program.parts.values()) for program in programs)
         results.append(Candidate(variant, seconds, least))
-    return sorted(results, key=lambda one: (one.seconds, one.config.mesh.model))
+    return sorted(results, key=lambda candidate: (candidate.seconds, candidate.config.mesh.model))
 
 
 def _variants(config: RunConfig, model: TransformerConfig, devices: int) -> Iterator[RunConfig]:
@@ -247,9 +220,7 @@ def words(plan: Plan) -> str:
     """Several lines: what was compiled, a row a program, what it sends, the bound on an iteration, the verdict."""
     config, chip, devices = plan.config, plan.topology.chip, len(plan.topology.devices)
     size = METHODS[config.method].size.format(config=config)
-    cells: list[tuple[str, ...]] = [
-        ("program", "runs", "compile", "GiB a device, and what of", "GiB pinned", "TFLOP", "bound")
-    ]
+    cells = [("program", "runs", "compile", "GiB a device, and what of", "GiB pinned", "TFLOP", "bound")]
     for outcome in plan.programs:
         parts = " + ".join(f"{name} {_gib(size)}" for name, size in outcome.parts.items() if size >= GIB / 200)
         cells.append((
@@ -327,8 +298,8 @@ def _sent(kinds: list[Collective]) -> str:
     parts = []
     for kind in kinds[:_NAMED]:
         groups = f"{kind.groups} groups of {kind.group_size}" if kind.groups > 1 else "all devices"
-        axes = " and ".join(kind.axes)
-        parts.append(f"{kind.times} × {kind.op} of {kind.bytes / 1e6:.4g} MB over {axes} ({groups})")
+        exchange = f"{kind.times} × {kind.op} of {kind.bytes / 1e6:.4g} MB"
+        parts.append(f"{exchange} over {' and '.join(kind.axes)} ({groups})")
     if rest := kinds[_NAMED:]:
         megabytes = sum(kind.sent for kind in rest) / 1e6
         parts.append(f"{len(rest)} smaller kind{'s' if len(rest) > 1 else ''}, {megabytes:.3g} MB")

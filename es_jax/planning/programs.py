@@ -62,47 +62,30 @@ class Bytes:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """One program of an iteration.
-
-    Attributes:
-      name: "load", "perturb", "decode" or "update".
-      lower: lowers it for the topology.
-      times: how often an iteration runs it; 0 for "load".
-      turns: of its loops, as `es_jax.planning.hlo.collectives` takes them.
-      parts: what the device holds while it runs, by name: of these `own` are the program's arguments, results and
-        temporaries, and the others are the run's.
-      own: names of parts that the compiler's figures contain.
-      work: of a run of it, on one device, without what is sent.
-    """
+    """One program of an iteration; the names are those of `Programs`' methods."""
 
     name: str
-    lower: Callable[[], Any]
-    times: int
-    turns: Mapping[str, float]
-    parts: Mapping[str, Bytes]
-    own: frozenset[str]
-    work: Work
+    lower: Callable[[], Any]  # for the topology
+    times: int  # that an iteration runs it; 0 for "load"
+    parts: Mapping[str, Bytes]  # what the device holds while it runs
+    own: Set[str]  # the parts that the compiler's figures contain; the others are the run's
+    work: Work  # of one device in a run of it, without what is sent
+    turns: Mapping[str, float] = dataclasses.field(default_factory=dict)  # as `hlo.collectives` takes them
 
 
 class Programs:
-    """A run's programs on a mesh.
-
-    Args:
-      config: of the run; model.dtype must not be "auto".
-      model: the model's shape.
-      mesh: of the devices to compile for.
-    """
+    """A run's programs on a mesh of devices to compile for; config.model.dtype must not be "auto"."""
 
     def __init__(self, config: RunConfig, model: TransformerConfig, mesh: Mesh):
-        self.config, self.model, self.mesh = config, model, mesh
+        self.config, self.model, self.mesh, self.everywhere = config, model, mesh, replicated(mesh)
         params = jax.eval_shape(Transformer(model).init, rng.key(0))
         dtype = jnp.dtype(config.model.param_dtype)
         params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), params)
-        self.params = _placed(params, param_shardings(mesh, params))
+        self.params = placed(params, param_shardings(mesh, params))
         self.spec = UpdateSpec.of(config)
         self.tx = transformation(self.spec.chain, mesh, self.params)
         state = jax.eval_shape(self.tx.init, self.params)
-        self.opt_state = _placed(state, state_shardings(self.spec.chain, mesh, state))
+        self.opt_state = placed(state, state_shardings(self.spec.chain, mesh, state))
         self.start = None if anchor_stays(config) else self.params
         self.prompts = config.task.prompts_per_step or config.task.train_size
         longest = config.decode.max_prompt_tokens
@@ -116,8 +99,21 @@ class Programs:
             unroll=False,
         )
         self.evaluator = Evaluator.of(config, engine, mesh)
+        self.rounds = ceil_div(config.es.population, self.evaluator.lanes)  # of members in an iteration
         self.members = _members(self.evaluator.lanes, over_pop(mesh))
         self.copy = jax.eval_shape(self.evaluator._perturb, self.params, self.members)
+        self.compute_copy = Bytes(
+            sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.copy)) // mesh.size
+        )
+        self.resident = self._resident()
+        self.rates = array((2,), jnp.float32, self.everywhere)  # (α, αλ) of a step
+
+    def _resident(self) -> dict[str, Bytes]:
+        """What a run has on its devices at any time."""
+        anchor, moments = self.start, self.opt_state
+        if anchor is None:
+            anchor, moments = optax.tree.get(self.opt_state, "anchor"), optax.tree.set(self.opt_state, anchor=None)
+        return {"parameters": Bytes.of(self.params), "anchor": Bytes.of(anchor), "moments": Bytes.of(moments)}
 
     def __iter__(self) -> Iterator[Program]:
         yield self.load()
@@ -128,117 +124,71 @@ class Programs:
     def load(self) -> Program:
         """From the weights, which are read leaf by leaf, to the optimizer's state."""
         where = jax.tree.map(lambda leaf: leaf.sharding, self.opt_state)
-        resident = self._resident()
         return Program(
             "load",
             lambda: jax.jit(self.tx.init, out_shardings=where).lower(self.params),
             times=0,
-            turns={},
-            parts=resident,
-            own=frozenset({"parameters", "moments"} | ({"anchor"} if self.start is None else set())),
-            work=Work(memory=2.0 * sum(part.device for part in resident.values())),
+            parts=self.resident,
+            own=self.resident.keys() if self.start is None else {"parameters", "moments"},
+            work=Work(memory=2.0 * sum(part.device for part in self.resident.values())),
         )
 
     def perturb(self) -> Program:
         """The weights of one round of members."""
-        copy = self._copy()
         return Program(
             "perturb",
             lambda: Evaluator._perturb.lower(self.evaluator, self.params, self.members),
             times=self.rounds,
-            turns={},
-            parts=self._resident() | {"compute copy": copy},
-            own=frozenset({"parameters", "compute copy"}),
-            work=Work(memory=Bytes.of(self.params).device + copy.device),
+            parts=self.resident | {"compute copy": self.compute_copy},
+            own={"parameters", "compute copy"},
+            work=Work(memory=self.resident["parameters"].device + self.compute_copy.device),
         )
 
     def decode(self) -> Program:
-        """Prefill and completions of one round of members, a slotful of prompts at a time; `place_copy` comes first."""
+        """Prefill and completions of one round of members, a slotful of prompts at a time, with `copy` placed where the
+        compiled `perturb` leaves it."""
         tokens = array((self.evaluator.lanes, self.prompts, self.width), jnp.int32, over_pop(self.mesh))
-        rows = Prompts(tokens, tokens, array((0,), jnp.int32, replicated(self.mesh)))  # no shared prefix: a bound
-        return self._completions(
-            "decode",
-            lambda: Evaluator._decode.lower(self.evaluator, self.copy, rows),
-            engine=self.evaluator.engine,
-            prompts=self.prompts,
-            lanes=self.evaluator.at_once,
-            times=self.rounds,
-        )
+        rows = Prompts(tokens, tokens, array((0,), jnp.int32, self.everywhere))  # no shared prefix: a bound
+        lower = lambda: Evaluator._decode.lower(self.evaluator, self.copy, rows)  # noqa: E731
+        return self._completions("decode", lower, prompts=self.prompts, times=self.rounds, lanes=self.evaluator.at_once)
 
     def _completions(
-        self,
-        name: str,
-        lower: Callable[[], Any],
-        *,
-        engine: Engine,
-        prompts: int,
-        times: int,
-        lanes: int = 1,
+        self, name: str, lower: Callable[[], Any], *, prompts: int, times: int, lanes: int = 1,
         own: Set[str] = frozenset(),
-    ) -> Program:
+    ) -> Program:  # fmt: skip
         """A program that completes so many prompts on each of a group's lanes."""
         new, share = self.config.decode.max_new_tokens, self.mesh.shape[MODEL]
-        sizes, itemsize = LoopSizes.of(engine, prompts, self.width), jnp.dtype(self.config.model.dtype).itemsize
-        cache = lanes * cache_bytes(self.model, sizes.slots * sizes.places, itemsize) // share
+        sizes = LoopSizes.of(self.evaluator.engine, prompts, self.width)
+        itemsize = jnp.dtype(self.config.model.dtype).itemsize
+        cache = Bytes(lanes * cache_bytes(self.model, sizes.slots * sizes.places, itemsize) // share)
         flops = prefill_flops(self.model, prompts, self.width) + decode_flops(self.model, prompts, self.width, new)
-        memory = decode_memory(
-            self.model,
-            prompts,
-            self.width,
-            new,
-            steps=ceil_div(prompts, sizes.slots) * new,
-            copy=sum(matrix_weights(self.model)) * itemsize,
-            itemsize=itemsize,
-        )
+        steps, copy = ceil_div(prompts, sizes.slots) * new, sum(matrix_weights(self.model)) * itemsize
+        memory = decode_memory(self.model, prompts, self.width, new, steps=steps, copy=copy, itemsize=itemsize)
         return Program(
             name,
             lower,
             times=times,
-            turns=sizes.turns,
-            parts=self._resident() | {"compute copy": self._copy(), "KV cache": Bytes(cache)},
-            own=frozenset({"compute copy", "KV cache", *own}),
+            parts=self.resident | {"compute copy": self.compute_copy, "KV cache": cache},
+            own={"compute copy", "KV cache", *own},
             work=Work(flops * lanes / share, memory * lanes / share),
+            turns=sizes.turns,
         )
 
     def update(self) -> Program:
         """Estimate and step."""
-        n, everywhere = self.config.es.population, replicated(self.mesh)
-        members = dataclasses.replace(_members(n, everywhere), paired=self.config.es.antithetic)
-        weights, rates = array((n,), jnp.float32, everywhere), array((2,), jnp.float32, everywhere)
-        resident = self._resident()
-        total = sum(part.device + part.host for part in resident.values())
+        n = self.config.es.population
+        members = dataclasses.replace(_members(n, self.everywhere), paired=self.config.es.antithetic)
+        arguments = self.start, members, array((n,), jnp.float32, self.everywhere), self.rates
+        total = sum(part.device + part.host for part in self.resident.values())
         return Program(
             "update",
-            lambda: update.lower(
-                self.spec, self.mesh, self.params, self.opt_state, self.start, members, weights, rates
-            ),
+            lambda: update.lower(self.spec, self.mesh, self.params, self.opt_state, *arguments),
             times=1,
+            parts=self.resident,
+            own=self.resident.keys(),
+            work=Work(memory=total + self.resident["parameters"].device),
             turns={"": n},
-            parts=resident,
-            own=frozenset(resident),
-            work=Work(memory=total + resident["parameters"].device),
         )
-
-    @property
-    def rounds(self) -> int:
-        """Rounds of members in an iteration."""
-        return ceil_div(self.config.es.population, self.evaluator.lanes)
-
-    def place_copy(self, shardings: Any) -> None:
-        """Take the members' weights where the compiled `perturb` leaves them."""
-        self.copy = _placed(self.copy, shardings)
-
-    def _resident(self) -> dict[str, Bytes]:
-        """What a run has on its devices at any time."""
-        anchor = optax.tree.get(self.opt_state, "anchor", None) if self.start is None else self.start
-        moments = Bytes.of(self.opt_state)
-        if self.start is None:
-            moments = Bytes(moments.device - Bytes.of(anchor).device, moments.host - Bytes.of(anchor).host)
-        return {"parameters": Bytes.of(self.params), "anchor": Bytes.of(anchor), "moments": moments}
-
-    def _copy(self) -> Bytes:
-        sizes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.copy))
-        return Bytes(sizes // self.mesh.size)
 
 
 def array(shape: tuple[int, ...], dtype: Any, sharding: Any) -> Any:
@@ -250,18 +200,14 @@ def _members(n: int, sharding: Any) -> Members:
     return Members(array((n,), jnp.uint32, sharding), array((n,), jnp.float32, sharding))
 
 
-def _placed(tree: Any, shardings: Any) -> Any:
+def placed(tree: Any, shardings: Any) -> Any:
+    """A tree of shapes, at those places."""
     return jax.tree.map(lambda leaf, where: array(leaf.shape, leaf.dtype, where), tree, shardings)
 
 
 def find_shape(config: RunConfig) -> tuple[TransformerConfig, str]:
     """The shape of a run's base model, and where it was found: "files" (a folder with a config.json, a .gguf, the hub
-    or its cache), or "published" (`es_jax.models.known_configs`) where a hub name cannot be had.
-
-    Raises:
-      ValueError: an empty model.source, or a config that asks for what is not implemented.
-      FileNotFoundError, PermissionError: it is not here, not on the hub or not to be had, and not in the table.
-    """
+    or its cache), or "published" (`es_jax.models.known_configs`) where a hub name cannot be had."""
     try:
         return base_config(config), "files"
     except (FileNotFoundError, PermissionError) as error:
@@ -272,11 +218,7 @@ def find_shape(config: RunConfig) -> tuple[TransformerConfig, str]:
 
 
 def programs_of(config: RunConfig, model: TransformerConfig, topology: Topology) -> Programs:
-    """A run's programs, on the mesh that it asks for; model.dtype "auto" is bfloat16, as on any accelerator.
-
-    Raises:
-      ValueError: a mesh that the topology or the model does not allow.
-    """
+    """A run's programs, on the mesh that it asks for; model.dtype "auto" is bfloat16, as on any accelerator."""
     if config.model.dtype == "auto":
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bfloat16"))
     mesh = mesh_of(config, model, devices=list(topology.devices), memory=topology.chip.memory)

@@ -29,25 +29,17 @@ _QUIET = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Devices that programs can be compiled for.
-
-    Attributes:
-      name: as given, "v5e:4x4".
-      chip: what they are.
-      devices: to make a mesh of; they compute nothing.
-    """
+    """Devices that programs can be compiled for."""
 
     name: str
     chip: Chip
-    devices: tuple[Any, ...]
+    devices: tuple[Any, ...]  # to make a mesh of; they compute nothing
 
 
 def topology(name: str, *, slices: int = 1) -> Topology:
-    """The devices of a name such as "v5e:4x4", "v5p:4x4x4" or "h100:1x1x8".
+    """The devices of a name: a chip of `es_jax.core.chips` and a shape, such as "v5p:4x4x4" or "h100:1x1x8".
 
-    Args:
-      name: a chip of `es_jax.core.chips` and a shape.
-      slices: TPU slices of that shape, joined by the data-centre network.
+    `slices`: TPU slices of that shape, joined by the data-centre network.
 
     Raises:
       ValueError: an unknown chip, a shape that the compiler does not take, or a compiler that is not installed.
@@ -56,30 +48,28 @@ def topology(name: str, *, slices: int = 1) -> Topology:
     if not colon or not re.fullmatch(r"\d+(x\d+){0,2}", shape):
         raise ValueError(f"topology is {name!r}: it must be a chip and a shape, such as v5e:4x4, v5p:4x4x4, h100:1x1x8")
     device = chip(kind)
-    make = _gpus if device.kind.startswith("NVIDIA") else _tpus
+    options = (_gpus if device.kind.startswith("NVIDIA") else _tpus)(device, name, shape, slices)
     try:
-        return Topology(
-            name if slices == 1 else f"{slices} slices of {name}", device, tuple(make(device, name, shape, slices))
-        )
-    except (jax.errors.JaxRuntimeError, NotImplementedError, RuntimeError) as error:
+        devices = topologies.get_topology_desc(topology_name=name, **options).devices
+    except RuntimeError as error:  # also JAX's own, and NotImplementedError
         reason = str(error).splitlines()[0]
         raise ValueError(f"topology is {name!r}, which the compiler does not take: {reason}") from error
+    return Topology(name if slices == 1 else f"{slices} slices of {name}", device, tuple(devices))
 
 
-def _tpus(device: Chip, name: str, shape: str, slices: int) -> list[Any]:
+def _tpus(device: Chip, name: str, shape: str, slices: int) -> dict[str, Any]:
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError(
             f"topology is {name!r}, but libtpu, its compiler, is not installed: pip install 'es_jax[plan]'"
         )
     for variable, value in _QUIET.items():
         os.environ.setdefault(variable, value)
-    options: dict[str, Any] = {} if slices == 1 else {"num_slices": slices}
-    if device.name == "v4":
-        options["chip_config_name"] = "megacore"
-    return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
+    joined = {} if slices == 1 else {"num_slices": slices}
+    cores = {"chip_config_name": "megacore"} if device.name == "v4" else {}
+    return {"platform": "tpu"} | joined | cores
 
 
-def _gpus(device: Chip, name: str, shape: str, slices: int) -> list[Any]:
+def _gpus(device: Chip, name: str, shape: str, slices: int) -> dict[str, Any]:
     if not (importlib.util.find_spec("jax_plugins") and importlib.util.find_spec("jax_plugins.xla_cuda12")):
         raise ValueError(
             f"topology is {name!r}, and the CUDA compiler is not installed: "
@@ -87,17 +77,13 @@ def _gpus(device: Chip, name: str, shape: str, slices: int) -> list[Any]:
         )
     if slices != 1 or len(shape.split("x")) != 3:
         raise ValueError(f"topology is {name!r}: of GPUs it is slices × hosts × GPUs, such as {device.name}:1x1x8")
-    return topologies.get_topology_desc(
-        platform="cuda", topology_name=name, topology=shape, target_config=_target(device)
-    ).devices
+    return {"platform": "cuda", "topology": shape, "target_config": _target(device)}
 
 
 def _target(device: Chip) -> str:
     """The GPU as XLA describes one: NVIDIA's tuning guides of the Ampere and Hopper architectures, tables of limits."""
-    hopper = (132, 228, 227, 50, 1.98, 9, 128)
-    cores, shared, block, cache, clock, major, units = (
-        hopper if device.name == "h100" else (108, 164, 163, 40, 1.41, 8, 64)
-    )
+    limits = {"a100": (108, 164, 163, 40, 1.41, 8, 64), "h100": (132, 228, 227, 50, 1.98, 9, 128)}
+    cores, shared, block, cache, clock, major, units = limits[device.name]
     return f"""
       gpu_device_info {{
         cuda_compute_capability {{ major: {major} minor: 0 }}

@@ -18,8 +18,7 @@ __all__ = ["Run", "Series", "accuracies", "prior_accuracy", "read_run", "target_
 def accuracies(workdir: str | Path, *tasks: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps [n] and mean held-out accuracies [n] of tasks, at the steps at which all of them were evaluated.
 
-    Raises:
-      FileNotFoundError: there is no such step.
+    Raises FileNotFoundError where there is no such step.
     """
     accuracy = read_run(workdir).accuracy(tasks)
     if not accuracy:
@@ -40,11 +39,8 @@ def target_against_prior(runs: Mapping[str, str | Path], path: str | Path, *, pr
 
     Args:
       runs: label → run directory.
-      path: of the image; its ending chooses the format.
+      path: of the image; its ending chooses the format. It is returned.
       prior: names of tasks that all runs evaluated.
-
-    Returns:
-      The path.
 
     Raises:
       ValueError: no run has evaluated its target and the prior tasks.

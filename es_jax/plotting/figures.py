@@ -5,6 +5,7 @@ They are readable in grey: lines differ in marker, dash and darkness, and hatche
 
 import csv
 import textwrap
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,19 +32,13 @@ HATCHES = ("", "///", "...", "xx", "\\\\\\")
 
 @dataclass(frozen=True)
 class Plot:
-    """A finished figure.
+    """A finished figure."""
 
-    Attributes:
-      name: of its files.  title: of its section.  figure: the drawing.
-      data: what was drawn, a row a mark, as the CSV has it.
-      caption: how to read it; the runs' settings are not in here.
-    """
-
-    name: str
-    title: str
+    name: str  # of its files
+    title: str  # of its section
     figure: Figure
-    data: Rows
-    caption: str
+    data: Rows  # what was drawn, a row a mark, as the CSV has it
+    caption: str  # how to read it, without the runs' settings
 
     def save(self, folder: Path) -> dict[str, Path]:
         """Writes name.png, name.pdf and name.csv; their paths by ending."""
@@ -116,14 +111,14 @@ def accuracy_over_iterations(series: Sequence[Series]) -> Plot | None:
     data: Rows = []
     for axes, one in zip(panels, series, strict=True):
         for i, task in enumerate(tasks):
-            points = one.curve([task])
+            rows = [{"series": one.label, "task": task} | x.columns("accuracy") for x in one.curve([task])]
             style = line(i) | ({"linewidth": 2.8} if task == one.first.target else {})
-            steps, means = [point.step for point in points], [point.mean for point in points]
-            axes.plot(steps, means, label=task, markevery=max(len(steps) // 12, 1), **style)
-            if band := [(p.step, p.mean - p.error, p.mean + p.error) for p in points if p.error is not None]:
-                x, low, high = zip(*band, strict=True)
-                axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
-            data += [{"series": one.label, "task": task} | point.columns("accuracy") for point in points]
+            x, y = _columns(rows, "step", "accuracy")
+            axes.plot(x, y, label=task, markevery=max(len(x) // 12, 1), **style)
+            if known := [row for row in rows if row["accuracy_se"] is not None]:
+                x, y, errors = map(np.array, _columns(known, "step", "accuracy", "accuracy_se"))
+                axes.fill_between(x, y - errors, y + errors, color=style["color"], alpha=0.15, linewidth=0)
+            data += rows
         axes.set_title(text(one.label), fontsize=9)
         axes.set(xlabel="iteration", ylim=(-0.03, 1.03))
     legend(figure, panels[0], columns=5)
@@ -132,12 +127,8 @@ def accuracy_over_iterations(series: Sequence[Series]) -> Plot | None:
 
 
 def target_against_prior(series: Sequence[Series], prior: Sequence[str]) -> Plot | None:
-    """Target accuracy against mean prior accuracy, a line a series, its points coloured by iteration.
-
-    Args:
-      series: what to show, a panel for each target and model.
-      prior: the tasks whose mean is the prior accuracy. None is returned where there are none.
-    """
+    """Target accuracy against mean accuracy on the prior tasks, a panel for each target and model, a line a series, its
+    points coloured by iteration; None where there are no prior tasks, or none was evaluated."""
     paths = [(one, one.curve([one.first.target]), one.curve(prior)) for one in series] if prior else []
     paths = [path for path in paths if path[1] and path[2]]
     if not paths:
@@ -152,23 +143,24 @@ def target_against_prior(series: Sequence[Series], prior: Sequence[str]) -> Plot
             if (one.first.target, one.first.model) != (target, model):
                 continue
             pairs = together([{point.step: point for point in curve} for curve in curves])
-            x, y = ([pair[i].mean for pair in pairs.values()] for i in range(2))
+            rows = [
+                {"series": one.label, "step": step, "target": a.mean, "target_se": a.error, "prior": b.mean,
+                 "prior_se": b.error, "runs": a.runs}
+                for step, (a, b) in pairs.items()
+            ]  # fmt: skip
+            data += rows
+            x, y, steps = _columns(rows, "target", "prior", "step")
             style = line(len(samples))
             path = {"color": "0.6", "linewidth": 1, "linestyle": style["linestyle"]}
             axes.plot(x, y, zorder=1, **path)
             points = axes.scatter(
-                x, y, c=list(pairs), cmap="viridis", vmin=0, vmax=last, s=34, marker=style["marker"],
+                x, y, c=steps, cmap="viridis", vmin=0, vmax=last, s=34, marker=style["marker"],
                 edgecolors="black", linewidths=0.6, zorder=2,
             )  # fmt: skip
             sample = Line2D(  # white: its colour would be an iteration's
                 [], [], **path, marker=style["marker"], markersize=6, markerfacecolor="white", markeredgecolor="black"
             )
             samples.append((sample, text(one.label, width=44)))
-            data += [
-                {"series": one.label, "step": step, "target": a.mean, "target_se": a.error, "prior": b.mean,
-                 "prior_se": b.error, "runs": a.runs}
-                for step, (a, b) in pairs.items()
-            ]  # fmt: skip
         axes.set(xlabel=text(f"accuracy on the target, {target}", width=60))
         axes.tick_params(labelbottom=True)
         axes.set_ylabel(f"mean accuracy on {len(prior)} prior task{'s' * (len(prior) != 1)}")
@@ -184,22 +176,19 @@ def target_against_prior(series: Sequence[Series], prior: Sequence[str]) -> Plot
 
 
 def drift_against_theory(series: Sequence[Series]) -> Plot | None:
-    """Measured ‖θ − θ₀‖ and its closed form over iterations, and their ratio where any run has a closed form.
-
-    None where no step is finished.
-    """
-    series = [one for one in series if any(run.metrics for run in one.runs)]
-    if not series:
+    """Measured ‖θ − θ₀‖ and its closed form over iterations, and their ratio where any run has a closed form; None
+    where no step is finished."""
+    drifts = [(one.label, _drift(one)) for one in series if any(run.metrics for run in one.runs)]
+    if not drifts:
         return None
-    data = [row for one in series for row in _drift(one)]
+    data = [row for _, rows in drifts for row in rows]
     theories = any(row["theory"] for row in data)
     figure = canvas(7.2, 6.0 if theories else 4.2)
     panels = figure.subplots(1 + theories, 1, sharex=True, height_ratios=(3, 2)[: 1 + theories], squeeze=False)[:, 0]
-    for i, one in enumerate(series):
-        rows = _drift(one)
+    for i, (label, rows) in enumerate(drifts):
         style, every = line(i), max(len(rows) // 15, 1)
         steps, drift = _columns(rows, "step", "drift")
-        panels[0].plot(steps, drift, label=one.label, markevery=every, **(style | {"linestyle": "none"}))
+        panels[0].plot(steps, drift, label=label, markevery=every, **(style | {"linestyle": "none"}))
         if predicted := [row for row in rows if row["theory"]]:
             steps, theory, ratio = _columns(predicted, "step", "theory", "ratio")
             panels[0].plot(steps, theory, color=style["color"], linewidth=1.2)
@@ -236,18 +225,16 @@ def _drift(one: Series) -> Rows:
 
 def prior_change(series: Sequence[Series], prior: Sequence[str]) -> Plot | None:
     """Change in accuracy from the base, a value for each run and prior task, as boxes by target, family and size."""
-    data: Rows = []
     few = len({one.first.variant() for one in series}) <= 5  # kinds of boxes, with λ
-    values = [(one.label, run, task) for one in series for run in one.runs for task in prior]
-    for label, run, task in values:
-        accuracy = run.accuracy([task])
-        if 0 in accuracy and len(accuracy) > 1:
-            end = max(accuracy)
-            data.append({
-                "target": run.target, "family of the model": run.family, "size of the model": _size(run.size),
-                "run": run.folder.name, "series": label, "variant": run.variant(strength=few), "task": task,
-                "step": end, "change": accuracy[end][0] - accuracy[0][0],
-            })  # fmt: skip
+    data = [
+        {
+            "target": run.target, "family of the model": run.family, "size of the model": _size(run.size),
+            "run": run.folder.name, "series": one.label, "variant": run.variant(strength=few), "task": task,
+            "step": (end := max(accuracy)), "change": accuracy[end][0] - accuracy[0][0],
+        }
+        for one in series for run in one.runs for task in prior
+        if 0 in (accuracy := run.accuracy([task])) and len(accuracy) > 1
+    ]  # fmt: skip
     if not data:
         return None
     names = distinct(row["variant"] for row in data)
@@ -255,10 +242,8 @@ def prior_change(series: Sequence[Series], prior: Sequence[str]) -> Plot | None:
     for axes, dimension in zip(figure.subplots(1, len(DIMENSIONS), sharey=True), DIMENSIONS, strict=True):
         _boxes(axes, data, dimension, names)
     figure.axes[0].set_ylabel("change in prior accuracy since step 0")
-    figure.legend(
-        handles=[Patch(label=text(name), **bar(i)) for i, name in enumerate(names)],
-        loc="outside lower center", ncols=min(len(names), 4), fontsize=8,
-    )  # fmt: skip
+    patches = [Patch(label=text(name), **bar(i)) for i, name in enumerate(names)]
+    figure.legend(handles=patches, loc="outside lower center", ncols=min(len(names), 4), fontsize=8)
     caption = (
         f"Each box is over runs and the {len(prior)} prior tasks, at each run's last evaluation: quartiles, median "
         f"(line), mean (diamond); whiskers reach the extremes. Prior tasks: {', '.join(prior)}."
@@ -297,16 +282,17 @@ def kl_map(series: Sequence[Series]) -> Plot | None:
     data: Rows = []
     for one in series:
         for task in distinct(row["task"] for run in one.runs for row in run.kl):
-            rows = [[row for row in run.kl if row["task"] == task] for run in one.runs]
-            kl = [{row["step"]: (row["kl_exact"], row.get("kl_exact_se")) for row in of_run} for of_run in rows]
+            kl = [
+                {row["step"]: (row["kl_exact"], row.get("kl_exact_se")) for row in run.kl if row["task"] == task}
+                for run in one.runs
+            ]
             if point := last_average(kl):
                 data.append({"series": one.label, "task": task} | point.columns("kl"))
     if not data:
         return None
     names, tasks = (distinct(row[key] for row in data) for key in ("series", "task"))
-    table = np.full((len(names), len(tasks)), np.nan)
-    for row in data:
-        table[names.index(row["series"]), tasks.index(row["task"])] = row["kl"]
+    values = {(row["series"], row["task"]): row["kl"] for row in data}
+    table = np.array([[values.get((name, task), np.nan) for task in tasks] for name in names])
     figure = canvas(max(3.2 + 1.0 * len(tasks), 6.0), max(1.8 + 0.55 * len(names), 3.2))
     axes, top = figure.subplots(), float(np.nanmax(table))
     image = axes.imshow(table, cmap=colormaps["Greys"].with_extremes(bad="white"), aspect="auto", vmin=0, vmax=top or 1)
@@ -328,11 +314,12 @@ def kl_map(series: Sequence[Series]) -> Plot | None:
 
 def drop_parts(series: Sequence[Series], prior: Sequence[str]) -> Plot | None:
     """What the drop in prior accuracy is made of: lost format, truncation, lost knowledge; None if it was not split."""
-    data: Rows = []
-    for one in series:
-        for reason in REASONS:
-            if point := last_average([_lost(run, prior, reason) for run in one.runs]):
-                data.append({"series": one.label, "reason": reason} | point.columns("lost"))
+    data = [
+        {"series": one.label, "reason": reason} | point.columns("lost")
+        for one in series
+        for reason in REASONS
+        if (point := last_average([_lost(run, prior, reason) for run in one.runs]))
+    ]
     if not data:
         return None
     names = distinct(row["series"] for row in data)
@@ -373,12 +360,8 @@ def strength_sweep(series: Sequence[Series], prior: Sequence[str]) -> Plot | Non
         if one.last([one.first.target]) and (not prior or one.last(prior)):
             settings = one.first.settings() | {"λ": None, "optim.anchor.penalty": None}
             groups.setdefault(repr(sorted(settings.items())), []).append(one)
-    sweeps = [
-        (penalty, group)
-        for group in groups.values()
-        for penalty in distinct(one.first.penalty for one in group)
-        if penalty != "none" and sum(one.first.penalty == penalty for one in group) > 1
-    ]
+    counts = ((group, Counter(one.first.penalty for one in group)) for group in groups.values())
+    sweeps = [(x, group) for group, count in counts for x in count if x != "none" and count[x] > 1]
     if not sweeps:
         return None
     figure, panels = grid(len(sweeps), columns=2, width=5.0, height=3.6, ylabel="held-out accuracy")

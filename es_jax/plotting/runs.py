@@ -18,6 +18,7 @@ from flax.traverse_util import flatten_dict
 from es_jax.rundir import directory
 from es_jax.rundir.metrics import read_jsonl
 from es_jax.training.config import RunConfig, read_config
+from es_jax.training.method import METHODS
 
 ERRORS = "Errors are one standard error: over seeds, or over rows where a series is a single run."
 # What may differ within a series: the seed, and what no step depends on.
@@ -125,12 +126,7 @@ class Run:
 
     @property
     def seed_label(self) -> str:
-        """The seed, and that of the task's rows where it is another.
-
-        >>> from es_jax.training.config import freeze
-        >>> Run(Path("a"), freeze({"train": {"seed": 1}, "task": {"seed": 2}}), {}).seed_label
-        '1 (task.seed = 2)'
-        """
+        """The seed, and that of the task's rows where it is another: "1 (task.seed = 2)"."""
         own, rows = self.seed
         return str(own) if rows in (None, own) else f"{own} (task.seed = {rows})"
 
@@ -169,7 +165,7 @@ class Run:
         """
         fields = flatten_dict(dataclasses.asdict(self.config), sep=".")
         seed = ("task.seed",) if self.config.task.data_dir is None else ()
-        skipped = (*ALIKE, *seed, *({"es.", "grpo."} - {f"{self.config.method}."}))
+        skipped = (*ALIKE, *seed, *(f"{name}." for name in METHODS if name != self.config.method))
         settings = {name: value for name, value in fields.items() if not name.startswith(skipped)}
         if any(not fields[name].startswith("constant") for name in SCHEDULES):
             settings["train.steps"] = self.config.train.steps
@@ -249,12 +245,8 @@ def _mean_error(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
 
 
 def read_run(folder: str | Path) -> Run:
-    """A run's directory, whatever it holds so far.
-
-    Raises:
-      FileNotFoundError: there is no run.
-      ValueError: a file is damaged; it is named.
-    """
+    """A run's directory, whatever it holds so far. Raises FileNotFoundError where there is no run, and ValueError where
+    a file is damaged."""
     folder = Path(folder)
     facts, config = directory.read(folder), read_config(folder)
     files = {path.stem: _rows(path) for path in sorted((folder / "evals").glob("*.jsonl"))}
@@ -279,18 +271,12 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 def prior_tasks(runs: Sequence[Run]) -> list[str]:
     """The tasks that every run evaluated and none was trained on, in the order of the first run's config."""
-    if not runs:
-        return []
     common = set.intersection(*(set(run.evals) for run in runs)) - {run.target for run in runs}
     return distinct(task for task in (*runs[0].config.evals.tasks, *sorted(common)) if task in common)
 
 
 def incomparable(runs: Sequence[Run]) -> dict[Path, str]:
-    """Why a run cannot be set beside the earlier ones: it has other data, another grader or another max_new_tokens.
-
-    Returns:
-      folder → the first difference, for those runs.
-    """
+    """Folder → why its run cannot be set beside the earlier ones: the first difference, such as another grader."""
     reasons: dict[Path, str] = {}
     first: dict[tuple, tuple[Any, Run]] = {}
     for run in runs:
@@ -324,9 +310,7 @@ def _compared(run: Run) -> Iterator[tuple[str, tuple, Any]]:
 def group(runs: Sequence[Run], marks: Mapping[Path, str] | None = None) -> list[Series]:
     """The series of some runs, in the order in which their first runs are given.
 
-    Args:
-      runs: any runs.
-      marks: folder → why the run cannot be compared; such a run is a series of its own, and its label says so.
+    `marks`: folder → why the run cannot be compared; such a run is a series of its own, and its label says so.
 
     Raises:
       ValueError: two directories hold the same run: everything that a step depends on is equal, the seed included.
@@ -337,15 +321,14 @@ def group(runs: Sequence[Run], marks: Mapping[Path, str] | None = None) -> list[
         same = groups.setdefault((repr(sorted(run.settings().items())), marks.get(run.folder)), [])
         for other in same:
             if other.seed == run.seed:
-                steps = [str(each.config.train.steps) for each in (other, run)]
-                both = f"differ in train.steps alone ({' and '.join(steps)}, both with seed {run.seed_label})"
-                how = both if steps[0] != steps[1] else f"are the same run (seed {run.seed_label})"
+                before, now = other.config.train.steps, run.config.train.steps
+                both = f"differ in train.steps alone ({before} and {now}, both with seed {run.seed_label})"
+                how = both if before != now else f"are the same run (seed {run.seed_label})"
                 raise ValueError(f"{other.folder} and {run.folder} {how}: leave one out; standard errors need runs "
                                  "with different seeds")  # fmt: skip
         same.append(run)
-    firsts = [run for run, *_ in groups.values()]
-    labels = (_label(run, firsts, run.folder in marks) for run in firsts)
-    return [Series(label, tuple(same)) for label, same in zip(labels, groups.values(), strict=True)]
+    firsts = [first for first, *_ in groups.values()]
+    return [Series(_label(same[0], firsts, same[0].folder in marks), tuple(same)) for same in groups.values()]
 
 
 def _label(run: Run, others: Sequence[Run], marked: bool) -> str:

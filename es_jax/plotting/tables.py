@@ -23,30 +23,24 @@ VIEWS = {
 
 @dataclass(frozen=True)
 class Table:
-    """A table of texts.
+    """A table of texts."""
 
-    Attributes:
-      name: of its files.  title: of its section.  columns: the head.  rows: the cells, a tuple a row.
-      caption: how to read it.
-    """
-
-    name: str
-    title: str
+    name: str  # of its files
+    title: str  # of its section
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
-    caption: str = ERRORS
+    caption: str = ERRORS  # how to read it
 
     def markdown(self) -> str:
         """As a Markdown table; cells are text, whatever they hold."""
         head, *rows = self._escaped(MARKDOWN)
-        return "".join("| " + " | ".join(line) + " |\n" for line in (head, ["---"] * len(head), *rows))
+        return "".join(f"| {' | '.join(line)} |\n" for line in (head, ["---"] * len(head), *rows))
 
     def latex(self) -> str:
         """As a tabular environment of booktabs; cells are text, whatever they hold."""
         head, *rows = (" & ".join(line) + r" \\" for line in self._escaped(LATEX))
-        form = "l" + "r" * (len(self.columns) - 1)
-        body = "\n".join([r"\toprule", head, r"\midrule", *rows, r"\bottomrule"])
-        return f"\\begin{{tabular}}{{{form}}}\n{body}\n\\end{{tabular}}\n"
+        begin = rf"\begin{{tabular}}{{l{'r' * (len(self.columns) - 1)}}}"
+        return "\n".join([begin, r"\toprule", head, r"\midrule", *rows, r"\bottomrule", r"\end{tabular}", ""])
 
     def _escaped(self, signs: dict[str, Any]) -> list[list[str]]:
         """The head and the rows."""
@@ -56,10 +50,10 @@ class Table:
     def save(self, folder: Path) -> dict[str, Path]:
         """Writes name.md and name.tex; their paths by ending."""
         folder.mkdir(parents=True, exist_ok=True)
-        texts = {"md": self.markdown(), "tex": self.latex()}
-        for ending, text in texts.items():
-            (folder / f"{self.name}.{ending}").write_text(text, encoding="utf-8")
-        return {ending: folder / f"{self.name}.{ending}" for ending in texts}
+        paths = {ending: folder / f"{self.name}.{ending}" for ending in ("md", "tex")}
+        paths["md"].write_text(self.markdown(), encoding="utf-8")
+        paths["tex"].write_text(self.latex(), encoding="utf-8")
+        return paths
 
 
 def with_error(point: Point | None) -> str:
