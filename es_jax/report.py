@@ -16,14 +16,15 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
+
+import jinja2
 
 from es_jax.plotting import figures as draw
 from es_jax.plotting import tables
 from es_jax.plotting.figures import Plot
-from es_jax.plotting.runs import Run, Series, caption, distinct, group, incomparable, prior_tasks, read_run
+from es_jax.plotting.runs import Series, caption, distinct, group, incomparable, prior_tasks, read_run
 from es_jax.plotting.tables import Table
 
 TYPES = {"png": "image/png", "pdf": "application/pdf", "csv": "text/csv", "md": "text/markdown", "tex": "text/x-tex"}
@@ -50,18 +51,22 @@ def write_report(workdirs: Sequence[str | Path], out: str | Path, *, mark: bool 
         raise ValueError(f"these runs cannot be compared ({reasons}): leave them out, or show them marked with --mark")
     series, prior = group(runs, marks), prior_tasks(runs)
     plots, absent = _plots(series, prior)
-    figures = [(plot, plot.save(out / "figures")) for plot in plots]
     results = tables.results(series, prior)
     accuracies = tables.accuracies(series, distinct([*(run.target for run in runs), *prior]))
-    others = [(table, table.save(out / "tables")) for table in (results, accuracies, tables.views(series)) if table]
-    page = _page(runs, series, marks, absent, figures=figures, tables=others)
+    texts = [table for table in (results, accuracies, tables.views(series)) if table]
+    kinds: dict[str, Sequence[Plot | Table]] = {"figures": plots, "tables": texts}
+    parts = {kind: [(part, part.save(out / kind)) for part in of_kind] for kind, of_kind in kinds.items()}
+    labels, settings = {run.folder: one.label for one in series for run in one.runs}, caption(runs)
+    sections = {kind: [_section(*pair, settings) for pair in pairs] for kind, pairs in parts.items()}
+    page = _template().render(runs=runs, labels=labels, marks=marks, absent=absent, **sections)
     (out / "report.tmp").write_text(page, encoding="utf-8")
     os.replace(out / "report.tmp", out / "report.html")
-    names = lambda parts: {part.name: {k: str(path) for k, path in paths.items()} for part, paths in parts}  # noqa: E731
     return {
         "page": str(out / "report.html"),
-        "figures": names(figures),
-        "tables": names(others),
+        **{
+            kind: {part.name: {ending: str(path) for ending, path in paths.items()} for part, paths in pairs}
+            for kind, pairs in parts.items()
+        },
         "absent": absent,
         "series": {one.label: [str(run.folder) for run in one.runs] for one in series},
         "marked": {str(folder): reason for folder, reason in marks.items()},
@@ -83,27 +88,23 @@ def _plots(series: Sequence[Series], prior: Sequence[str]) -> tuple[list[Plot], 
     return [plot for plot in plots.values() if plot], [name for name, plot in plots.items() if not plot]
 
 
-def _page(
-    runs: Sequence[Run], series: Sequence[Series], marks: Mapping[Path, str], absent: Sequence[str],
-    **parts: Sequence[tuple[Plot | Table, Mapping[str, Path]]],
-) -> str:  # fmt: skip
-    import jinja2
-
-    source = resources.files("es_jax.plotting").joinpath("report.html.j2").read_text(encoding="utf-8")
-    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(source)
-    labels, settings = {run.folder: one.label for one in series for run in one.runs}, caption(runs)
-    sections = {kind: [_section(*part, settings) for part in pairs] for kind, pairs in parts.items()}
-    return template.render(runs=runs, labels=labels, marks=marks, absent=absent, **sections)
+def _template() -> jinja2.Template:
+    loader = jinja2.FileSystemLoader(Path(draw.__file__).parent)
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
+    return environment.get_template("report.html.j2")
 
 
 def _section(part: Plot | Table, paths: Mapping[str, Path], settings: str) -> dict[str, Any]:
     """A figure or a table; its files are data: addresses, so that the page needs nothing beside it."""
-    data = {
-        ending: f"data:{TYPES[ending]};base64,{base64.b64encode(path.read_bytes()).decode()}"
+    files = {
+        ending: {
+            "name": path.name,
+            "data": f"data:{TYPES[ending]};base64,{base64.b64encode(path.read_bytes()).decode()}",
+        }
         for ending, path in paths.items()
     }
-    files = [{"name": path.name, "data": data[ending]} for ending, path in paths.items() if ending != "png"]
-    return vars(part) | {"caption": f"{part.caption} {settings}", "image": data.get("png"), "files": files}
+    image = files.pop("png", {}).get("data")
+    return vars(part) | {"caption": f"{part.caption} {settings}", "image": image, "files": list(files.values())}
 
 
 def main() -> None:

@@ -78,9 +78,8 @@ class Programs:
 
     def __init__(self, config: RunConfig, model: TransformerConfig, mesh: Mesh):
         self.config, self.model, self.mesh, self.everywhere = config, model, mesh, replicated(mesh)
-        params = jax.eval_shape(Transformer(model).init, rng.key(0))
         dtype = jnp.dtype(config.model.param_dtype)
-        params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), params)
+        params = jax.eval_shape(lambda: optax.tree.cast(Transformer(model).init(rng.key(0)), dtype))
         self.params = placed(params, param_shardings(mesh, params))
         self.spec = UpdateSpec.of(config)
         self.tx = transformation(self.spec.chain, mesh, self.params)

@@ -129,24 +129,23 @@ def accuracy_over_iterations(series: Sequence[Series]) -> Plot | None:
 def target_against_prior(series: Sequence[Series], prior: Sequence[str]) -> Plot | None:
     """Target accuracy against mean accuracy on the prior tasks, a panel for each target and model, a line a series, its
     points coloured by iteration; None where there are no prior tasks, or none was evaluated."""
-    paths = [(one, one.curve([one.first.target]), one.curve(prior)) for one in series] if prior else []
-    paths = [path for path in paths if path[1] and path[2]]
-    if not paths:
+    groups: dict[tuple[str, str], list[tuple[str, list[list[Point]]]]] = {}
+    for one in series:
+        curves = [one.curve(tasks) for tasks in ([one.first.target], prior)]
+        if all(curves):
+            groups.setdefault((one.first.target, one.first.model), []).append((one.label, curves))
+    if not groups:
         return None
-    kinds = distinct((one.first.target, one.first.model) for one, *_ in paths)
-    figure, panels = grid(len(kinds), width=5.2, height=4.0, columns=2, sharex=True)
-    last = max(1, *(points[-1].step for _, points, _ in paths))
+    figure, panels = grid(len(groups), width=5.2, height=4.0, columns=2, sharex=True)
+    last = max(1, *(curves[0][-1].step for group in groups.values() for _, curves in group))
     data: Rows = []
-    for axes, (target, model) in zip(panels, kinds, strict=True):
-        samples: list[tuple[Line2D, str]] = []
-        for one, *curves in paths:
-            if (one.first.target, one.first.model) != (target, model):
-                continue
-            pairs = together([{point.step: point for point in curve} for curve in curves])
+    for axes, ((target, model), group) in zip(panels, groups.items(), strict=True):
+        samples: list[Line2D] = []
+        for label, curves in group:
             rows = [
-                {"series": one.label, "step": step, "target": a.mean, "target_se": a.error, "prior": b.mean,
+                {"series": label, "step": step, "target": a.mean, "target_se": a.error, "prior": b.mean,
                  "prior_se": b.error, "runs": a.runs}
-                for step, (a, b) in pairs.items()
+                for step, (a, b) in together([{point.step: point for point in curve} for curve in curves]).items()
             ]  # fmt: skip
             data += rows
             x, y, steps = _columns(rows, "target", "prior", "step")
@@ -157,19 +156,17 @@ def target_against_prior(series: Sequence[Series], prior: Sequence[str]) -> Plot
                 x, y, c=steps, cmap="viridis", vmin=0, vmax=last, s=34, marker=style["marker"],
                 edgecolors="black", linewidths=0.6, zorder=2,
             )  # fmt: skip
-            sample = Line2D(  # white: its colour would be an iteration's
-                [], [], **path, marker=style["marker"], markersize=6, markerfacecolor="white", markeredgecolor="black"
-            )
-            samples.append((sample, text(one.label, width=44)))
+            samples.append(Line2D(  # white: its colour would be an iteration's
+                [], [], **path, marker=style["marker"], markersize=6, markerfacecolor="white", markeredgecolor="black",
+                label=text(label, width=44),
+            ))  # fmt: skip
         axes.set(xlabel=text(f"accuracy on the target, {target}", width=60))
         axes.tick_params(labelbottom=True)
         axes.set_ylabel(f"mean accuracy on {len(prior)} prior task{'s' * (len(prior) != 1)}")
-        if len(kinds) > 1:
+        if len(groups) > 1:
             axes.set_title(text(model), fontsize=9)
-        axes.legend(
-            *zip(*samples, strict=True), fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16),
-            ncols=1 if len(samples) < 4 else 2,
-        )  # fmt: skip
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16)}
+        axes.legend(handles=samples, fontsize=7, ncols=1 if len(samples) < 4 else 2, **below)
     figure.colorbar(points, ax=panels, label="iteration", shrink=1 / -(-len(panels) // 2), aspect=25)
     caption = f"Up and right is better: the target learnt, the rest kept. Prior tasks: {', '.join(prior)}."
     return Plot("target_against_prior", "Target against prior accuracy", figure, data, caption)
