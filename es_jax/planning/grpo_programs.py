@@ -22,10 +22,7 @@ class PolicyPrograms(Programs):
     """As `Programs`, of a run with method="grpo"."""
 
     def __iter__(self) -> Iterator[Program]:
-        yield self.load()
-        yield self.rollout()
-        yield self.score()
-        yield self.update()
+        return iter((self.load(), self.rollout(), self.score(), self.update()))
 
     @property
     def policy(self) -> Policy:

@@ -115,10 +115,7 @@ class Programs:
         return {"parameters": Bytes.of(self.params), "anchor": Bytes.of(anchor), "moments": Bytes.of(moments)}
 
     def __iter__(self) -> Iterator[Program]:
-        yield self.load()
-        yield self.perturb()
-        yield self.decode()
-        yield self.update()
+        return iter((self.load(), self.perturb(), self.decode(), self.update()))
 
     def load(self) -> Program:
         """From the weights, which are read leaf by leaf, to the optimizer's state."""

@@ -236,8 +236,21 @@ def prior_change(series: Sequence[Series], prior: Sequence[str]) -> Plot | None:
         return None
     names = distinct(row["variant"] for row in data)
     figure = canvas(11.0, 4.2)
+    width = 0.8 / len(names)
     for axes, dimension in zip(figure.subplots(1, len(DIMENSIONS), sharey=True), DIMENSIONS, strict=True):
-        _boxes(axes, data, dimension, names)
+        groups = distinct(row[dimension] for row in data)
+        for i, name in enumerate(names):
+            offset, rows = (i - (len(names) - 1) / 2) * width, [row for row in data if row["variant"] == name]
+            values = {g + offset: [row["change"] for row in rows if row[dimension] == x] for g, x in enumerate(groups)}
+            axes.boxplot(
+                list(values.values()), positions=list(values), widths=0.85 * width, whis=(0, 100), patch_artist=True,
+                boxprops=bar(i), medianprops={"color": "black", "linewidth": 1.6}, showmeans=True,
+                meanprops={"marker": "D", "markerfacecolor": "white", "markeredgecolor": "black", "markersize": 4},
+            )  # fmt: skip
+        axes.axhline(0, color="black", linewidth=0.8, linestyle=":")
+        axes.set_xticks(range(len(groups)), [text(name, width=16) for name in groups], fontsize=8)
+        axes.set(xlabel=dimension, xlim=(-0.6, len(groups) - 0.4))
+        axes.grid(alpha=0.3, axis="y")
     figure.axes[0].set_ylabel("change in prior accuracy since step 0")
     patches = [Patch(label=text(name), **bar(i)) for i, name in enumerate(names)]
     figure.legend(handles=patches, loc="outside lower center", ncols=min(len(names), 4), fontsize=8)
@@ -254,24 +267,6 @@ def _size(weights: int | None) -> str:
     units = ((1e9, "B"), (1e6, "M"), (1e3, "k"))
     unit, name = next((unit for unit in units if weights >= unit[0]), (1, ""))
     return f"{weights / unit:.3g}{name}"
-
-
-def _boxes(axes: Axes, data: Rows, dimension: str, variants: Sequence[str]) -> None:
-    groups = distinct(row[dimension] for row in data)
-    width = 0.8 / len(variants)
-    for i, variant in enumerate(variants):
-        offset = (i - (len(variants) - 1) / 2) * width
-        rows = [row for row in data if row["variant"] == variant]
-        values = {g + offset: [row["change"] for row in rows if row[dimension] == x] for g, x in enumerate(groups)}
-        axes.boxplot(
-            list(values.values()), positions=list(values), widths=0.85 * width, whis=(0, 100), patch_artist=True,
-            boxprops=bar(i), medianprops={"color": "black", "linewidth": 1.6}, showmeans=True,
-            meanprops={"marker": "D", "markerfacecolor": "white", "markeredgecolor": "black", "markersize": 4},
-        )  # fmt: skip
-    axes.axhline(0, color="black", linewidth=0.8, linestyle=":")
-    axes.set_xticks(range(len(groups)), [text(name, width=16) for name in groups], fontsize=8)
-    axes.set(xlabel=dimension, xlim=(-0.6, len(groups) - 0.4))
-    axes.grid(alpha=0.3, axis="y")
 
 
 def kl_map(series: Sequence[Series]) -> Plot | None:

@@ -8,7 +8,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +66,9 @@ class Run:
     folder: Path
     config: RunConfig
     facts: Mapping[str, Any]
-    metrics: list[dict[str, Any]] = field(default_factory=list)
-    evals: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    kl: list[dict[str, Any]] = field(default_factory=list)
+    metrics: list[dict[str, Any]]
+    evals: dict[str, list[dict[str, Any]]]
+    kl: list[dict[str, Any]]
 
     @property
     def step(self) -> int:

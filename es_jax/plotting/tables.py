@@ -19,6 +19,7 @@ VIEWS = {
     "accuracy": "accuracy", "strict": "strict", "loglik": "likeliest", "well_formed": "well-formed",
     "truncated": "truncated", "mean_length": "tokens",
 }  # fmt: skip
+FORMS = [".1f" if name == "mean_length" else ".3f" for name in VIEWS]
 
 
 @dataclass(frozen=True)
@@ -115,11 +116,10 @@ def views(series: Sequence[Series]) -> Table | None:
     for one in series:
         for task in distinct(task for run in one.runs for task in run.evals):
             steps = together([by_step(run.evals.get(task, [])) for run in one.runs])
-            for step in distinct([*list(steps)[:1], *list(steps)[-1:]]):
+            for step in sorted({min(steps), max(steps)} if steps else ()):
                 if all("strict" in row for row in steps[step]):
-                    values = {name: [x for row in steps[step] if (x := row.get(name)) is not None] for name in VIEWS}
-                    means = (_mean(x, ".1f" if name == "mean_length" else ".3f") for name, x in values.items())
-                    rows.append((one.label, task, str(step), *means))
+                    values = ([x for row in steps[step] if (x := row.get(name)) is not None] for name in VIEWS)
+                    rows.append((one.label, task, str(step), *map(_mean, values, FORMS)))
     head = ("series", "task", "step", *VIEWS.values())
     return Table("views", "Each task by every view", head, tuple(rows)) if rows else None
 
