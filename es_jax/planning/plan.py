@@ -5,6 +5,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import re
 import time
@@ -195,25 +196,20 @@ def search(
 
 def candidates(config: RunConfig, model: TransformerConfig, topology: Topology) -> list[Candidate]:
     """All that suit, the lowest bound first; of equal ones that which cuts members over fewer devices."""
-    results = []
-    for variant in _variants(config, model, len(topology.devices)):
+    prompts, devices = config.task.prompts_per_step or config.task.train_size, len(topology.devices)
+    shares, results = (model.heads, model.kv_heads, model.mlp_dim, model.vocab_size, devices), []
+    powers = ([2**i for i in range(number.bit_length())] for number in (devices, prompts))
+    for width, batches in itertools.product(*powers):
+        if any(size % width for size in shares):
+            continue
+        mesh = dataclasses.replace(config.mesh, groups=devices // width, model=width)
+        decode = dataclasses.replace(config.decode, slots=ceil_div(prompts, batches))
+        variant = dataclasses.replace(config, mesh=mesh, decode=decode)
         programs = list(programs_of(variant, model, topology))
         seconds = sum(program.times * program.work.seconds(topology.chip) for program in programs)
         least = max(sum(part.device for part in program.parts.values()) for program in programs)
         results.append(Candidate(variant, seconds, least))
     return sorted(results, key=lambda candidate: (candidate.seconds, candidate.config.mesh.model))
-
-
-def _variants(config: RunConfig, model: TransformerConfig, devices: int) -> Iterator[RunConfig]:
-    prompts = config.task.prompts_per_step or config.task.train_size
-    shares = (model.heads, model.kv_heads, model.mlp_dim, model.vocab_size, devices)
-    for width in (2**i for i in range(devices.bit_length())):
-        if any(size % width for size in shares):
-            continue
-        mesh = dataclasses.replace(config.mesh, groups=devices // width, model=width)
-        for batches in (2**i for i in range(prompts.bit_length())):
-            decode = dataclasses.replace(config.decode, slots=ceil_div(prompts, batches))
-            yield dataclasses.replace(config, mesh=mesh, decode=decode)
 
 
 def words(plan: Plan) -> str:

@@ -102,7 +102,7 @@ class Programs:
         self.members = _members(self.evaluator.lanes, over_pop(mesh))
         self.copy = jax.eval_shape(self.evaluator._perturb, self.params, self.members)
         self.compute_copy = Bytes(
-            sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.copy)) // mesh.size
+            sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.copy)) // mesh.size
         )
         self.resident = self._resident()
         self.rates = array((2,), jnp.float32, self.everywhere)  # (α, αλ) of a step

@@ -129,7 +129,7 @@ def accuracy_over_iterations(series: Sequence[Series]) -> Plot | None:
 def target_against_prior(series: Sequence[Series], prior: Sequence[str]) -> Plot | None:
     """Target accuracy against mean accuracy on the prior tasks, a panel for each target and model, a line a series, its
     points coloured by iteration; None where there are no prior tasks, or none was evaluated."""
-    groups: dict[tuple[str, str], list[tuple[str, list[list[Point]]]]] = {}
+    groups: dict[tuple, list] = {}
     for one in series:
         curves = [one.curve(tasks) for tasks in ([one.first.target], prior)]
         if all(curves):

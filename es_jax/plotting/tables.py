@@ -75,10 +75,8 @@ def results(series: Sequence[Series], prior: Sequence[str]) -> Table:
     for one in series:
         target = [one.first.target]
         end = one.last(target)
-        cells = [one.label, str(len(one.runs)), str(end.step) if end else "–"]
-        cells += [with_error(end), with_error(one.change(target))]
-        cells += [_at(end, point(prior)) if prior else "–" for point in (one.last, one.change)]
-        rows.append((*cells, *_drift(one, end)))
+        cells = [_at(end, point(tasks)) for tasks in (target, prior) for point in (one.last, one.change)]
+        rows.append((one.label, str(len(one.runs)), str(end.step) if end else "–", *cells, *_drift(one, end)))
     head = ("series", "runs", "step", "target", "Δ target", "prior", "Δ prior", "‖θ − θ₀‖", "measured / theory")
     return Table("results", "Results", head, tuple(rows))
 
