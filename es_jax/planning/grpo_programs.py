@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Iterator
 
-import jax
 import jax.numpy as jnp
 
 from es_jax.core import rng
@@ -35,9 +34,11 @@ class PolicyPrograms(Programs):
         """The completions that the groups sample in one call."""
         groups, policy, rows = self.mesh.shape[GROUPS], self.policy, self.prompts * self.config.grpo.rollouts
         each = min(ceil_div(rows, groups), AT_ONCE * policy.engine.slots)
-        keys = jax.eval_shape(lambda: jax.vmap(rng.key)(jnp.zeros(groups * each, jnp.uint32)).reshape(groups, each))
         where, prefix = over_pop(self.mesh), array((0,), jnp.int32, self.everywhere)
-        tokens, keys = array((groups, each, self.width), jnp.int32, where), array(keys.shape, keys.dtype, where)
+        tokens, keys = (
+            array((groups, each, self.width), jnp.int32, where),
+            array((groups, each), rng.key(0).dtype, where),
+        )
         lower = lambda: Policy.rollout.lower(policy, self.params, tokens, tokens, keys, prefix)  # noqa: E731
         times = ceil_div(rows, groups * each)
         return self._completions("rollout", lower, prompts=each, times=times, own={"parameters"})

@@ -23,6 +23,7 @@ _CALLED = re.compile(
     r"\b(?:calls|to_apply|body|condition|branch_computations|true_computation|false_computation)="
     r"(\{[^}]*\}|%?[\w.\-]+)"
 )
+_ENTRY = "ENTRY"
 
 
 class _Instruction(NamedTuple):
@@ -61,43 +62,41 @@ def collectives(text: str, axes: dict[str, int], *, turns: Mapping[str, float]) 
       turns: of the loops whose number the compiler does not know, by a scope (`jax.named_scope`) that they are in, the
         innermost that is known; "" is for all others.
     """
-    bodies, entry = _computations(text)
+    bodies = _computations(text)
 
     @functools.cache
     def exchanges(name: str) -> Counter:
         """Of one run of a computation: a `Collective` whose own `times` is 1 → how often."""
         total: Counter = Counter()
         for instruction in bodies.get(name, ()):
-            total.update(of_instruction(instruction))
+            if instruction.op.removesuffix("-start") in OPS:
+                kind = _collective(instruction, axes)
+                total.update([kind] if kind.group_size > 1 else [])
+                continue
+            names = re.findall(r"[\w.\-]+", " ".join(_CALLED.findall(instruction.rest)))
+            called = [exchanges(name) for name in names]
+            if instruction.op == "conditional":
+                sent = lambda branch: sum(kind.sent * times for kind, times in branch.items())  # noqa: E731
+                called = [max(called, key=sent, default=Counter())]
+            inside = sum(called, Counter())
+            repeat = _turns(instruction.rest, bodies, turns) if instruction.op == "while" and inside else 1
+            total.update({kind: times * repeat for kind, times in inside.items()})
         return total
 
-    def of_instruction(instruction: _Instruction) -> Counter:
-        if instruction.op.removesuffix("-start") in OPS:
-            kind = _collective(instruction, axes)
-            return Counter({kind: 1} if kind.group_size > 1 else {})
-        names = [name for names in _CALLED.findall(instruction.rest) for name in re.findall(r"[\w.\-]+", names)]
-        called = [exchanges(name) for name in names]
-        if instruction.op == "conditional":
-            return max(called, key=lambda branch: sum(x.sent * times for x, times in branch.items()), default=Counter())
-        total = sum(called, Counter())
-        repeat = _turns(instruction.rest, bodies, turns) if instruction.op == "while" and total else 1
-        return Counter({kind: times * repeat for kind, times in total.items()})
-
-    kinds = [dataclasses.replace(x, times=max(round(times), 1)) for x, times in exchanges(entry).items()]
+    kinds = [dataclasses.replace(x, times=max(round(times), 1)) for x, times in exchanges(_ENTRY).items()]
     return sorted(kinds, key=lambda kind: -kind.bytes * kind.times)
 
 
-def _computations(text: str) -> tuple[dict[str, list[_Instruction]], str]:
-    """The instructions of every computation, and the name of the one where the program begins."""
+def _computations(text: str) -> dict[str, list[_Instruction]]:
+    """The instructions of every computation by its name; that in which the program begins is called `_ENTRY`."""
     bodies: dict[str, list[_Instruction]] = {}
-    entry, current = "", None
+    current: list[_Instruction] = []
     for line in text.splitlines():
-        if not line.startswith(" ") and (match := _COMPUTATION.match(line)):
-            current = bodies.setdefault(match[2], [])
-            entry = match[2] if match[1] else entry
-        elif current is not None and (match := _INSTRUCTION.match(line)):
+        if match := _COMPUTATION.match(line):
+            current = bodies.setdefault(_ENTRY if match[1] else match[2], [])
+        elif match := _INSTRUCTION.match(line):
             current.append(_Instruction(bool(match[1]), *match.groups()[1:]))
-    return bodies, entry
+    return bodies
 
 
 def _turns(loop: str, bodies: Mapping[str, list[_Instruction]], turns: Mapping[str, float]) -> float:

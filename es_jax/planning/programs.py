@@ -90,13 +90,9 @@ class Programs:
         longest = config.decode.max_prompt_tokens
         self.width = min(ceil_div(longest, WIDTH_STEP) * WIDTH_STEP, longest)
         engine = Engine(
-            model,
-            slots=min(config.decode.slots, self.prompts),
-            max_prompt_tokens=longest,
-            max_new_tokens=config.decode.max_new_tokens,
-            stop_token_ids=(0,),
-            unroll=False,
-        )
+            model, slots=min(config.decode.slots, self.prompts), max_prompt_tokens=longest,
+            max_new_tokens=config.decode.max_new_tokens, stop_token_ids=(0,), unroll=False,
+        )  # fmt: skip
         self.evaluator = Evaluator.of(config, engine, mesh)
         self.rounds = ceil_div(config.es.population, self.evaluator.lanes)  # of members in an iteration
         self.members = _members(self.evaluator.lanes, over_pop(mesh))

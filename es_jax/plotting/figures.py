@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from es_jax.core.chunked_map import ceil_div
 from es_jax.plotting.runs import ERRORS, Point, Run, Series, average, distinct, last_average, together
 
 Rows = list[dict[str, Any]]
@@ -76,7 +77,7 @@ def grid(
 ) -> tuple[Figure, list[Axes]]:
     """A figure of `count` panels with grid lines, the first of each row with the label."""
     across = min(columns, count)
-    down = -(-count // across)
+    down = ceil_div(count, across)
     figure = canvas(max(width * across, 6.0), height * down + 0.9)
     panels = figure.subplots(down, across, squeeze=False, sharex=sharex, sharey=True).ravel().tolist()
     for i, axes in enumerate(panels):
@@ -111,13 +112,13 @@ def accuracy_over_iterations(series: Sequence[Series]) -> Plot | None:
     data: Rows = []
     for axes, one in zip(panels, series, strict=True):
         for i, task in enumerate(tasks):
-            rows = [{"series": one.label, "task": task} | x.columns("accuracy") for x in one.curve([task])]
+            rows = [{"series": one.label, "task": task} | x.columns("accuracy") for x in one.curve([task]).values()]
             style = line(i) | ({"linewidth": 2.8} if task == one.first.target else {})
             x, y = _columns(rows, "step", "accuracy")
             axes.plot(x, y, label=task, markevery=max(len(x) // 12, 1), **style)
             if known := [row for row in rows if row["accuracy_se"] is not None]:
-                x, y, errors = map(np.array, _columns(known, "step", "accuracy", "accuracy_se"))
-                axes.fill_between(x, y - errors, y + errors, color=style["color"], alpha=0.15, linewidth=0)
+                steps, mean, error = map(np.array, _columns(known, "step", "accuracy", "accuracy_se"))
+                axes.fill_between(steps, mean - error, mean + error, color=style["color"], alpha=0.15, linewidth=0)
             data += rows
         axes.set_title(text(one.label), fontsize=9)
         axes.set(xlabel="iteration", ylim=(-0.03, 1.03))
@@ -137,7 +138,7 @@ def target_against_prior(series: Sequence[Series], prior: Sequence[str]) -> Plot
     if not groups:
         return None
     figure, panels = grid(len(groups), width=5.2, height=4.0, columns=2, sharex=True)
-    last = max(1, *(curves[0][-1].step for group in groups.values() for _, curves in group))
+    last = max(1, *(max(curves[0]) for group in groups.values() for _, curves in group))
     data: Rows = []
     for axes, ((target, model), group) in zip(panels, groups.items(), strict=True):
         samples: list[Line2D] = []
@@ -145,7 +146,7 @@ def target_against_prior(series: Sequence[Series], prior: Sequence[str]) -> Plot
             rows = [
                 {"series": label, "step": step, "target": a.mean, "target_se": a.error, "prior": b.mean,
                  "prior_se": b.error, "runs": a.runs}
-                for step, (a, b) in together([{point.step: point for point in curve} for curve in curves]).items()
+                for step, (a, b) in together(curves).items()
             ]  # fmt: skip
             data += rows
             x, y, steps = _columns(rows, "target", "prior", "step")
@@ -160,14 +161,14 @@ def target_against_prior(series: Sequence[Series], prior: Sequence[str]) -> Plot
                 [], [], **path, marker=style["marker"], markersize=6, markerfacecolor="white", markeredgecolor="black",
                 label=text(label, width=44),
             ))  # fmt: skip
-        axes.set(xlabel=text(f"accuracy on the target, {target}", width=60))
+        mean = f"mean accuracy on {len(prior)} prior task{'s' * (len(prior) != 1)}"
+        axes.set(xlabel=text(f"accuracy on the target, {target}", width=60), ylabel=mean)
         axes.tick_params(labelbottom=True)
-        axes.set_ylabel(f"mean accuracy on {len(prior)} prior task{'s' * (len(prior) != 1)}")
         if len(groups) > 1:
             axes.set_title(text(model), fontsize=9)
-        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16)}
-        axes.legend(handles=samples, fontsize=7, ncols=1 if len(samples) < 4 else 2, **below)
-    figure.colorbar(points, ax=panels, label="iteration", shrink=1 / -(-len(panels) // 2), aspect=25)
+        columns = 1 if len(samples) < 4 else 2
+        axes.legend(handles=samples, fontsize=7, ncols=columns, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+    figure.colorbar(points, ax=panels, label="iteration", shrink=1 / ceil_div(len(panels), 2), aspect=25)
     caption = f"Up and right is better: the target learnt, the rest kept. Prior tasks: {', '.join(prior)}."
     return Plot("target_against_prior", "Target against prior accuracy", figure, data, caption)
 

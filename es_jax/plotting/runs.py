@@ -183,14 +183,15 @@ class Series:
     def first(self) -> Run:
         return self.runs[0]
 
-    def curve(self, tasks: Sequence[str]) -> list[Point]:
-        """Mean accuracy over tasks at every evaluated step; the error is over seeds, or over rows for a single run."""
+    def curve(self, tasks: Sequence[str]) -> dict[int, Point]:
+        """Step → mean accuracy over tasks, where any run has it; its error is over seeds, or over rows for a single
+        run."""
         runs = [run.accuracy(tasks) for run in self.runs]
-        return [average(step, [run[step] for run in runs if step in run]) for step in sorted(set().union(*runs))]
+        return {step: average(step, [run[step] for run in runs if step in run]) for step in sorted(set().union(*runs))}
 
     def last(self, tasks: Sequence[str], *, step: int | None = None) -> Point | None:
         """The last step of the curve that all runs have; or `step`, where all runs have it."""
-        whole = {point.step: point for point in self.curve(tasks) if point.runs == len(self.runs)}
+        whole = {step: point for step, point in self.curve(tasks).items() if point.runs == len(self.runs)}
         return whole[step if step in whole else max(whole)] if whole else None
 
     def change(self, tasks: Sequence[str]) -> Point | None:

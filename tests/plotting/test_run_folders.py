@@ -65,7 +65,7 @@ def test_a_single_run_has_the_error_over_rows(tmp_path: Path) -> None:
 def test_the_last_step_is_one_that_all_runs_have(tmp_path: Path) -> None:
     runs = [read_run(make_run(tmp_path / str(s), seed=s, done=20 - 10 * s)) for s in (0, 1)]
     (one,) = group(runs)
-    assert [(p.step, p.runs) for p in one.curve(["lab-add"])] == [(0, 2), (10, 2), (20, 1)]
+    assert [(p.step, p.runs) for p in one.curve(["lab-add"]).values()] == [(0, 2), (10, 2), (20, 1)]
     end = one.last(["lab-add"])
     assert end is not None and end.step == 10
 
