@@ -27,6 +27,7 @@ from es_jax.plotting.figures import Plot
 from es_jax.plotting.runs import Series, caption, distinct, group, incomparable, prior_tasks, read_run
 from es_jax.plotting.tables import Table
 
+PAGE = "report.html.j2"  # the template, beside the figures
 TYPES = {"png": "image/png", "pdf": "application/pdf", "csv": "text/csv", "md": "text/markdown", "tex": "text/x-tex"}
 
 
@@ -58,7 +59,9 @@ def write_report(workdirs: Sequence[str | Path], out: str | Path, *, mark: bool 
     parts = {kind: [(part, part.save(out / kind)) for part in of_kind] for kind, of_kind in kinds.items()}
     labels, settings = {run.folder: one.label for one in series for run in one.runs}, caption(runs)
     sections = {kind: [_section(*pair, settings) for pair in pairs] for kind, pairs in parts.items()}
-    page = _template().render(runs=runs, labels=labels, marks=marks, absent=absent, **sections)
+    loader = jinja2.FileSystemLoader(Path(draw.__file__).parent)
+    template = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined).get_template(PAGE)
+    page = template.render(runs=runs, labels=labels, marks=marks, absent=absent, **sections)
     (out / "report.tmp").write_text(page, encoding="utf-8")
     os.replace(out / "report.tmp", out / "report.html")
     return {
@@ -86,12 +89,6 @@ def _plots(series: Sequence[Series], prior: Sequence[str]) -> tuple[list[Plot], 
         "λ sweep (it needs two λ above 0 that differ in nothing else)": draw.strength_sweep(series, prior),
     }
     return [plot for plot in plots.values() if plot], [name for name, plot in plots.items() if not plot]
-
-
-def _template() -> jinja2.Template:
-    loader = jinja2.FileSystemLoader(Path(draw.__file__).parent)
-    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
-    return environment.get_template("report.html.j2")
 
 
 def _section(part: Plot | Table, paths: Mapping[str, Path], settings: str) -> dict[str, Any]:

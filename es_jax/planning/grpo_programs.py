@@ -68,7 +68,7 @@ class PolicyPrograms(Programs):
         arguments = self.start, batch, array((), jnp.int32, self.everywhere), self.rates
         gradient = Bytes(self.resident["parameters"].device)
         parts = self.resident | {"gradient": gradient}
-        moved = sum(part.device + part.host for part in self.resident.values())
+        moved = sum(sum(part) for part in self.resident.values())
         return Program(
             "update",
             lambda: Policy.update.lower(policy, self.params, self.opt_state, *arguments),

@@ -118,10 +118,10 @@ def compile_program(program: Program, axes: dict[str, int]) -> tuple[Outcome, An
     seconds = time.monotonic() - began
     own = _peak(compiled.memory_analysis()) if compiled else _needed(str(error))
     kinds = collectives(compiled.as_text(), axes, turns=program.turns) if compiled else []
-    parts = {name: held.device for name, held in program.parts.items() if held.device}
+    parts = {name: part.device for name, part in program.parts.items() if part.device}
     peak = own + sum(size for name, size in parts.items() if name not in program.own)
     outcome = Outcome(
-        program.name, peak, own, sum(held.host for held in program.parts.values()),
+        program.name, peak, own, sum(part.host for part in program.parts.values()),
         parts | {"rest": peak - sum(parts.values())}, kinds, seconds, program.times,
         dataclasses.replace(program.work, sent=program.work.sent + sum(kind.sent for kind in kinds)),
         error and error.splitlines()[0],

@@ -8,7 +8,7 @@ import dataclasses
 import math
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Set
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,8 +42,7 @@ from es_jax.training.state import (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Bytes:
+class Bytes(NamedTuple):
     """Bytes of arrays on one device, and of its share in the host's pinned memory."""
 
     device: int = 0
@@ -171,7 +170,7 @@ class Programs:
         n = self.config.es.population
         members = dataclasses.replace(_members(n, self.everywhere), paired=self.config.es.antithetic)
         arguments = self.start, members, array((n,), jnp.float32, self.everywhere), self.rates
-        total = sum(part.device + part.host for part in self.resident.values())
+        total = sum(sum(part) for part in self.resident.values())
         return Program(
             "update",
             lambda: update.lower(self.spec, self.mesh, self.params, self.opt_state, *arguments),

@@ -19,9 +19,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from es_jax.core.chunked_map import ceil_div
-from es_jax.plotting.runs import ERRORS, Point, Run, Series, average, distinct, last_average, together
+from es_jax.plotting.runs import ERRORS, Point, Rows, Run, Series, average, distinct, last_average, together
 
-Rows = list[dict[str, Any]]
 DIMENSIONS = ("target", "family of the model", "size of the model")  # of the runs, by which changes are boxed
 REASONS = {"format": "format drift", "truncation": "truncation", "knowledge": "knowledge lost"}
 COLORS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")  # Okabe and Ito's
@@ -82,8 +81,7 @@ def grid(
     panels = figure.subplots(down, across, squeeze=False, sharex=sharex, sharey=True).ravel().tolist()
     for i, axes in enumerate(panels):
         axes.grid(alpha=0.3)
-        axes.set_visible(i < count)
-        axes.set_ylabel("" if i % across else ylabel)
+        axes.set(visible=i < count, ylabel="" if i % across else ylabel)
     return figure, panels[:count]
 
 

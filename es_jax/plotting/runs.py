@@ -20,6 +20,8 @@ from es_jax.rundir.metrics import read_jsonl
 from es_jax.training.config import RunConfig, read_config
 from es_jax.training.method import METHODS
 
+Rows = list[dict[str, Any]]
+Value = tuple[float, float | None]  # with its standard error, where that is known
 ERRORS = "Errors are one standard error: over seeds, or over rows where a series is a single run."
 # What may differ within a series: the seed, and what no step depends on.
 ALIKE = (
@@ -56,19 +58,14 @@ class Point:
 
 @dataclass(frozen=True)
 class Run:
-    """One run's directory. Lists hold rows in the order of their steps.
-
-    Attributes:
-      folder: the directory.  config: its fields.  facts: the rest of config.json.
-      metrics: rows of metrics.jsonl.  evals: rows of evals/<task>.jsonl by task.  kl: rows of evals/kl.jsonl.
-    """
+    """One run's directory. Rows are in the order of their steps."""
 
     folder: Path
     config: RunConfig
-    facts: Mapping[str, Any]
-    metrics: list[dict[str, Any]]
-    evals: dict[str, list[dict[str, Any]]]
-    kl: list[dict[str, Any]]
+    facts: Mapping[str, Any]  # the rest of config.json
+    metrics: Rows  # of metrics.jsonl
+    evals: dict[str, Rows]  # of evals/<task>.jsonl, by task
+    kl: Rows  # of evals/kl.jsonl
 
     @property
     def step(self) -> int:
@@ -102,7 +99,7 @@ class Run:
 
     @property
     def method(self) -> str:
-        """ "ES" or "GRPO"."""
+        """What labels call it: "ES"."""
         return self.config.method.upper()
 
     @property
@@ -135,18 +132,18 @@ class Run:
         """Step → its metrics, where the drift was measured."""
         return by_step(row for row in self.metrics if row.get("drift") is not None)
 
-    def rows(self, tasks: Sequence[str]) -> dict[int, list[dict[str, Any]]]:
+    def rows(self, tasks: Sequence[str]) -> dict[int, Rows]:
         """Step → the evaluations of the tasks, in their order, where all of them were evaluated."""
         return together([by_step(self.evals.get(task, [])) for task in tasks])
 
-    def accuracy(self, tasks: Sequence[str]) -> dict[int, tuple[float, float | None]]:
+    def accuracy(self, tasks: Sequence[str]) -> dict[int, Value]:
         """Step → mean accuracy over tasks and its standard error over rows, where all of them were evaluated."""
         return {
             step: (float(np.mean([row["accuracy"] for row in rows])), _mean_error(rows, "accuracy_se"))
             for step, rows in self.rows(tasks).items()
         }
 
-    def change(self, tasks: Sequence[str], step: int) -> tuple[float, float | None]:
+    def change(self, tasks: Sequence[str], step: int) -> Value:
         """Change in mean accuracy over tasks from step 0, and its standard error: over the same rows, paired.
 
         Rows of evaluations that did not pair them have the error of two independent means, which is larger.
@@ -222,7 +219,7 @@ def together(runs: Sequence[Mapping[int, Any]]) -> dict[int, list[Any]]:
     return {step: [run[step] for run in runs] for step in steps}
 
 
-def average(step: int, values: Sequence[tuple[float, float | None]]) -> Point:
+def average(step: int, values: Sequence[Value]) -> Point:
     """The mean of (value, its own error) over runs: the error over runs, or the value's own where there is one run.
 
     >>> average(5, [(0.2, 0.1), (0.4, 0.1)])
@@ -233,7 +230,7 @@ def average(step: int, values: Sequence[tuple[float, float | None]]) -> Point:
     return Point(step, float(np.mean(means)), None if error is None else round(error, 12), len(values))
 
 
-def last_average(runs: Sequence[Mapping[int, tuple[float, float | None]]]) -> Point | None:
+def last_average(runs: Sequence[Mapping[int, Value]]) -> Point | None:
     """The average at the last step that all runs have, not counting runs that have none."""
     steps = together([run for run in runs if run])
     return average(max(steps), steps[max(steps)]) if steps else None
@@ -256,7 +253,7 @@ def read_run(folder: str | Path) -> Run:
     return Run(folder, config, facts, _rows(folder / "metrics.jsonl"), evals, files.get("kl", []))
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def _rows(path: Path) -> Rows:
     """A file's rows by step and task; of rows that were written twice the later one."""
     rows = {}
     for number, row in enumerate(read_jsonl(path), 1):
@@ -335,13 +332,13 @@ def group(runs: Sequence[Run], marks: Mapping[Path, str] | None = None) -> list[
 def _label(run: Run, others: Sequence[Run], marked: bool) -> str:
     """What tells a run from the others: always the method and the anchor, and the fields that vary."""
     words = [getattr(run, name) for name in ("target", "model") if len({getattr(one, name) for one in others}) > 1]
-    words.append(run.variant())
     settings = [other.settings() for other in others if other.method == run.method]
-    for name, value in run.settings().items():
-        values = {repr(other[name]) for other in settings if name in other}
-        if value is not None and name not in SKIPPED and len(values) > 1:
-            words.append(f"{SYMBOLS.get(name, name)} = {_number(value)}")
-    return ", ".join(words) + (" [not comparable]" if marked else "")
+    varied = (
+        f"{SYMBOLS.get(name, name)} = {_number(value)}"
+        for name, value in run.settings().items()
+        if value is not None and name not in SKIPPED and len({repr(other.get(name, value)) for other in settings}) > 1
+    )
+    return ", ".join([*words, run.variant(), *varied]) + (" [not comparable]" if marked else "")
 
 
 def caption(runs: Sequence[Run]) -> str:
@@ -356,9 +353,9 @@ def caption(runs: Sequence[Run]) -> str:
         strengths = _list(run.strength for run in runs if run.penalty == penalty)
         parts.append("no penalty (λ = 0)" if penalty == "none" else f"penalty {penalty} with λ = {strengths}")
     parts.append(f"seeds {_list(run.seed_label for run in sorted(runs, key=lambda run: run.config.train.seed))}")
-    progress = [f"{steps} iterations"] if (steps := _list(x.config.train.steps for x in runs if x.finished)) else []
-    late = [f"{run.folder.name} is at {run.step} of {run.config.train.steps}" for run in runs if not run.finished]
-    parts.append(", ".join([*progress, "not finished: " + ", ".join(late)] if late else progress))
+    steps = _list(run.config.train.steps for run in runs if run.finished)
+    late = ", ".join(f"{x.folder.name} is at {x.step} of {x.config.train.steps}" for x in runs if not x.finished)
+    parts.append(", ".join(filter(None, (steps and f"{steps} iterations", late and f"not finished: {late}"))))
     if rows := [rows[-1] for run in runs for rows in run.evals.values()]:
         counts, limits = (f"{row['n']} rows a task" for row in rows), (row["max_new_tokens"] for row in rows)
         graders = _list(run.config.task.grader or "paper" for run in runs)
