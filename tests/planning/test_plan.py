@@ -1,6 +1,7 @@
 """The planner, on the smallest TPU slices: what it says of a run, and what it says when the run does not fit."""
 
 import dataclasses
+import functools
 import importlib.util
 import itertools
 import json
@@ -35,10 +36,17 @@ needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install -e '.[plan]'"
 )
 
+pytestmark = pytest.mark.unchecked  # the planner puts descriptions where arrays stand
 
-@pytest.fixture(scope="module")
-def plan():
+
+@functools.cache
+def small_plan():
     return make_plan(freeze(CONFIG), SMALL, topology("v5e:2x2"))
+
+
+@pytest.fixture
+def plan(annotations):
+    return small_plan()
 
 
 @needs_libtpu
