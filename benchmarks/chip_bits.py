@@ -24,7 +24,7 @@ import numpy as np
 import optax
 
 from benchmarks.compare import add_json, write_json
-from es_jax.core import counter
+from es_jax.core import threefry_normal
 from es_jax.es.noise import GaussianNoise
 from es_jax.es.population import Members, Population
 from es_jax.optim.anchored import anchored_weight_decay
@@ -36,7 +36,7 @@ SIDES = ("before", "after")
 
 def root_of(side: str) -> contextlib.AbstractContextManager[Any]:
     """Programs traced inside take the device's own root where the side is "before"."""
-    return mock.patch.object(counter, "_exact_sqrt", jnp.sqrt) if side == "before" else contextlib.nullcontext()
+    return mock.patch.object(threefry_normal, "_exact_sqrt", jnp.sqrt) if side == "before" else contextlib.nullcontext()
 
 
 def on(device: jax.Device, call: Call, *args: Any) -> Any:
@@ -63,7 +63,7 @@ def digest(tree: Any) -> str:
 
 
 def words(n: int) -> tuple[jax.Array, jax.Array]:
-    return counter.threefry((jnp.uint32(5), jnp.uint32(7)), counter.positions((n,)))
+    return threefry_normal.threefry((jnp.uint32(5), jnp.uint32(7)), threefry_normal.positions((n,)))
 
 
 def stages(device: jax.Device, host: jax.Device, n: int) -> dict[str, Call]:
@@ -78,16 +78,16 @@ def stages(device: jax.Device, host: jax.Device, n: int) -> dict[str, Call]:
 
     def numbers(side: str) -> dict[str, int]:
         with root_of(side):
-            return same(counter.box_muller, radius, angle)()
+            return same(threefry_normal.box_muller, radius, angle)()
 
     return {
         "threefry": same(lambda: words(n)),
         "uint32 to float32": same(lambda word: word.astype(jnp.float32), radius),
-        "-2 log": same(counter._minus_two_log, radius),
-        "cosine": same(counter._cosine, angle),
+        "-2 log": same(threefry_normal._minus_two_log, radius),
+        "cosine": same(threefry_normal._cosine, angle),
         "sqrt": lambda: differences(on(device, jnp.sqrt, x), ieee),
         "sqrt of the highest accuracy": lambda: differences(on(device, highest, x), ieee),
-        "exact sqrt": lambda: differences(on(device, counter._exact_sqrt, x), ieee),
+        "exact sqrt": lambda: differences(on(device, threefry_normal._exact_sqrt, x), ieee),
         **{f"box_muller {side}": functools.partial(numbers, side) for side in SIDES},
     }
 

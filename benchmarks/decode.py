@@ -45,11 +45,11 @@ LONG = (8, 1024)  # prompts, and tokens of each
 def weights(config: TransformerConfig, dtype: Any = jnp.float32) -> Any:
     """Random ones, laid out for an engine."""
 
-    def made(key: Any) -> Any:
+    def draw(key: Any) -> Any:
         params = jax.tree.map(lambda leaf: leaf.astype(dtype), Transformer(config).init(key))
         return _engine(config, (SLOTS, PROMPT), 1).layout(params)
 
-    return jax.jit(made)(jax.random.key(0))
+    return jax.jit(draw)(jax.random.key(0))
 
 
 def _engine(config: TransformerConfig, shape: tuple[int, int], new: int) -> Engine:
@@ -120,14 +120,14 @@ def step(repeats: int, dtype: Any = jnp.float32) -> dict[str, float]:
         "bare": bare_products(SMOLLM2, params, turns=NEW - 1),
         "large": large_products(dtype, size=size),
     }
-    found = timed(functions, repeats)
-    one, bare = (found["whole"] - found["prefill"]) / (NEW - 1), found["bare"] / (NEW - 1)
+    seconds = timed(functions, repeats)
+    one, bare = (seconds["whole"] - seconds["prefill"]) / (NEW - 1), seconds["bare"] / (NEW - 1)
     shapes = param_shapes(SMOLLM2).items()
     matrices = sum(math.prod(shape) for name, shape in shapes if name.endswith(("kernel", "embedding")))
     attended = 2 * SMOLLM2.layers * SMOLLM2.heads * SMOLLM2.head_dim * (PROMPT + NEW)
-    peak = SLOTS * (matrices + attended) / size**3 * found["large"]
+    peak = SLOTS * (matrices + attended) / size**3 * seconds["large"]
     return {
-        "prefill_seconds": found["prefill"], "step_seconds": one, "bare_seconds": bare, "over_bare": one / bare,
+        "prefill_seconds": seconds["prefill"], "step_seconds": one, "bare_seconds": bare, "over_bare": one / bare,
         "peak_seconds": peak, "over_peak": one / peak,
     }  # fmt: skip
 
@@ -142,20 +142,20 @@ def prefix(repeats: int) -> dict[str, float]:
         "apart": call(SMOLLM2, params, new=1),
         "shared": call(SMOLLM2, params, new=1, shared=SHARED),
     }
-    found = timed(functions, repeats)
-    return {f"{name}_seconds": s for name, s in found.items()} | {"gain": found["apart"] / found["shared"]}
+    seconds = timed(functions, repeats)
+    return {f"{name}_seconds": s for name, s in seconds.items()} | {"gain": seconds["apart"] / seconds["shared"]}
 
 
 def long(repeats: int) -> dict[str, float]:
     params = weights(SMOLLM2)
     functions = {"blocks": call(SMOLLM2, params, shape=LONG, new=1)}
-    held, chunked_map.HELD = chunked_map.HELD, 2**40
+    limit, chunked_map.HELD = chunked_map.HELD, 2**40
     try:
         functions["whole"] = call(SMOLLM2, params, shape=LONG, new=1)
     finally:
-        chunked_map.HELD = held
-    found = timed(functions, repeats)
-    return {f"{name}_seconds": s for name, s in found.items()} | {"gain": found["whole"] / found["blocks"]}
+        chunked_map.HELD = limit
+    seconds = timed(functions, repeats)
+    return {f"{name}_seconds": s for name, s in seconds.items()} | {"gain": seconds["whole"] / seconds["blocks"]}
 
 
 PARTS = {"step": step, "step16": step16, "prefix": prefix, "long": long}

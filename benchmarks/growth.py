@@ -86,29 +86,29 @@ def iteration(sizes: Sizes) -> tuple[Callable[[], None], int]:
 
 def grown(axis: str, repeats: int) -> dict[str, Any]:
     """Seconds by size along an axis (for layers, by weights), and the exponent."""
-    made = {size: iteration(dataclasses.replace(BASE, **{axis: size})) for size in AXES[axis]}
-    seconds = in_turn({str(size): call for size, (call, _) in made.items()}, repeats=repeats)
-    sizes = [weights if axis == "layers" else size for size, (_, weights) in made.items()]
+    iterations = {size: iteration(dataclasses.replace(BASE, **{axis: size})) for size in AXES[axis]}
+    seconds = in_turn({str(size): call for size, (call, _) in iterations.items()}, repeats=repeats)
+    sizes = [weights if axis == "layers" else size for size, (_, weights) in iterations.items()]
     medians = [float(np.median(times)) for times in seconds.values()]
     exponent = float(np.polyfit(np.log(sizes), np.log(medians), 1)[0])
     return {"sizes": sizes, "seconds": medians, "exponent": exponent}
 
 
-def table(found: dict[str, dict[str, Any]]) -> str:
+def table(rows: dict[str, dict[str, Any]]) -> str:
     """Markdown."""
     lines = ["| what grows | sizes | seconds | exponent |", "|---|---|---|---|"]
-    for axis, row in found.items():
+    for axis, row in rows.items():
         name = "weights" if axis == "layers" else axis
         sizes, seconds = ", ".join(f"{s:,}" for s in row["sizes"]), ", ".join(f"{s:.2f}" for s in row["seconds"])
         lines.append(f"| {name} | {sizes} | {seconds} | {row['exponent']:.2f} |")
     return "\n".join(lines)
 
 
-def plot(found: dict[str, dict[str, Any]], path: Path) -> None:
+def plot(rows: dict[str, dict[str, Any]], path: Path) -> None:
     """Seconds against the size relative to the smallest, both in powers of two."""
     picture = Figure(figsize=(6, 4), layout="constrained", dpi=150)
     axes = picture.subplots()
-    for marker, (axis, row) in zip("os^vD", found.items(), strict=False):
+    for marker, (axis, row) in zip("os^vD", rows.items(), strict=False):
         name = "weights" if axis == "layers" else axis
         label = f"{name}, from {row['sizes'][0]:,}: exponent {row['exponent']:.2f}"
         axes.plot(np.array(row["sizes"]) / row["sizes"][0], row["seconds"], marker=marker, label=label)
@@ -127,11 +127,11 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="where a picture goes")
     add_json(parser)
     args = parser.parse_args()
-    found = {axis: grown(axis, args.repeats) for axis in args.axes.split(",")}
-    if not write_json(found, args.json):
-        print(table(found))
+    rows = {axis: grown(axis, args.repeats) for axis in args.axes.split(",")}
+    if not write_json(rows, args.json):
+        print(table(rows))
     if args.plot is not None:
-        plot(found, args.plot)
+        plot(rows, args.plot)
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ class EndedEngine(Engine):
     def decode(self, params, tokens, positions, keys=None, *, prefix=None, axis_name=None) -> Generation:
         spec = dataclasses.replace(self, sampler=GreedyWithout(self.stop_token_ids))
         limits = jnp.array(self.lengths, jnp.int32)
-        return queue.decode(spec, params, tokens, positions, keys, prefix, axis_name, limits=limits)
+        return queue.decode_queue(spec, params, tokens, positions, keys, prefix, axis_name, limits=limits)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +159,8 @@ def record(source: str, members: int) -> dict[str, Any]:
     rows = engine.packing(bench.prompts).pack(bench.prompts, rows=PROMPTS)
     evaluator, who = Evaluator.of(config, engine, mesh), Population(members, seed=0).members(1)
     lengths = [n for _, _, length in evaluator.members(bench.model.params, who, rows) for n in length.tolist()]
-    what = f"SmolLM2-135M-Instruct, {members} members at sigma {SIGMA}, {PROMPTS} Countdown prompts, max_new_tokens {MAX_NEW}"
+    model = f"SmolLM2-135M-Instruct, {members} members at sigma {SIGMA}"
+    what = f"{model}, {PROMPTS} Countdown prompts, max_new_tokens {MAX_NEW}"
     return {"what": what, "command": "python -m benchmarks.iteration --record", "lengths": lengths}
 
 

@@ -46,7 +46,7 @@ def main() -> None:
     es = {"population": args.members, "sigma": SIGMA}
     config = freeze({"es": es, "decode": {"members_at_once": min(4, args.members)}})
     rows = engine.packing(prompts).pack(prompts, rows=PROMPTS)
-    members, made = Population(args.members, seed=0).members(1), []
+    members, rewards = Population(args.members, seed=0).members(1), []
 
     def ours(devices: int):
         mesh = make_mesh(devices, 1)
@@ -54,7 +54,7 @@ def main() -> None:
 
         def call() -> None:
             for _, tokens, length in evaluator.members(params, members, rows):
-                made.append(np.mean([one().score.reward for one in grader(everyone, tokens, length)]))
+                rewards.append(np.mean([one().score.reward for one in grader(everyone, tokens, length)]))
 
         return call
 
@@ -68,7 +68,7 @@ def main() -> None:
                 peer_torch.perturb(list(net.parameters()), seed, SIGMA)
                 tokens = generate(net, prompts)
                 length = np.array([_length(row, model.stop_token_ids) for row in tokens.tolist()])
-                made.append(np.mean([one().score.reward for one in grader(everyone, tokens, length)]))
+                rewards.append(np.mean([one().score.reward for one in grader(everyone, tokens, length)]))
                 peer_torch.perturb(list(net.parameters()), seed, -SIGMA)
 
         return call
@@ -84,7 +84,7 @@ def main() -> None:
     rate = {name: round(args.members / float(np.median(times)), 1) for name, times in seconds.items()}
     size = sum(leaf.size for leaf in jax.tree.leaves(model.params))
     title = f"{args.members} members of {size:,} weights, {PROMPTS} prompts, at most {MAX_NEW} new tokens"
-    report(title, seconds, ours="ours", json_to=args.json, members_a_second=rate, mean_reward=float(np.mean(made)))
+    report(title, seconds, ours="ours", json_to=args.json, members_a_second=rate, mean_reward=float(np.mean(rewards)))
 
 
 def _length(row: list[int], stops: tuple[int, ...]) -> int:

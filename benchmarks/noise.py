@@ -54,11 +54,11 @@ def main() -> None:
         run = freeze({"model": {"dtype": "float32"}, "es": {"population": 2, "generator": generator}})
         evaluator = Evaluator.of(run, engine, mesh)
 
-        held: list[Any] = []
+        copies: list[Any] = []
 
         def call() -> None:
-            old = held.pop() if held else None
-            held.append(jax.block_until_ready(evaluator.perturb(params, members, old if evaluator.apart else None)))
+            old = copies.pop() if copies else None
+            copies.append(jax.block_until_ready(evaluator.perturb(params, members, old if evaluator.apart else None)))
 
         return call
 

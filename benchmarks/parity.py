@@ -158,8 +158,8 @@ def batch(padding: str, *, start: int = 0) -> tuple[np.ndarray, np.ndarray]:
     tokens = np.random.RandomState(7).randint(0, VOCAB, (BATCH, LENGTH)).astype(np.int32)
     positions = np.full((BATCH, LENGTH), -1, np.int32)
     for row, short in enumerate((0, 0, 0) if padding == "none" else (0, 13, 22)):
-        held = slice(short, None) if padding == "left" else slice(0, LENGTH - short)
-        positions[row, held] = start + np.arange(LENGTH - short)
+        real = slice(short, None) if padding == "left" else slice(0, LENGTH - short)
+        positions[row, real] = start + np.arange(LENGTH - short)
     return tokens, positions
 
 
@@ -176,8 +176,8 @@ def reference_logits(reference: Any, tokens: np.ndarray, positions: np.ndarray, 
         cache, pieces = DynamicCache(config=reference.config), []
         for begin in range(0, LENGTH, PIECE):
             end = begin + PIECE
-            given = {"attention_mask": mask[:, :end], "position_ids": where[:, begin:end]}
-            pieces.append(reference(ids[:, begin:end], past_key_values=cache, use_cache=True, **given).logits)
+            inputs = {"attention_mask": mask[:, :end], "position_ids": where[:, begin:end]}
+            pieces.append(reference(ids[:, begin:end], past_key_values=cache, use_cache=True, **inputs).logits)
     return torch.cat(pieces, dim=1).numpy()
 
 
@@ -192,8 +192,8 @@ def our_logits(config: TransformerConfig, params: Any, tokens: Any, positions: A
         return np.asarray(_apply(config, params, tokens, positions, None)[0])
     cache, pieces = KVCache.empty(config, BATCH, length=LENGTH, dtype=jnp.float32), []
     for begin in range(0, LENGTH, PIECE):
-        held = slice(begin, begin + PIECE)
-        logits, cache = _apply(config, params, tokens[:, held], positions[:, held], cache)
+        piece = slice(begin, begin + PIECE)
+        logits, cache = _apply(config, params, tokens[:, piece], positions[:, piece], cache)
         pieces.append(np.asarray(logits))
     return np.concatenate(pieces, axis=1)
 
@@ -205,14 +205,14 @@ def differences(case: Case, reference: Any, model: tuple[TransformerConfig, Any]
         for cached in (False, True):
             theirs = reference_logits(reference, tokens, positions, cached=cached)
             ours = our_logits(*model, tokens, positions, cached=cached)
-            held = positions >= 0
+            real = positions >= 0
             yield {
                 "family": case.family,
                 "config": case.title,
                 "cache": cached,
                 "padding": padding,
-                "difference": float(np.abs(ours - theirs)[held].max()),
-                "largest_logit": float(np.abs(theirs)[held].max()),
+                "difference": float(np.abs(ours - theirs)[real].max()),
+                "largest_logit": float(np.abs(theirs)[real].max()),
             }
 
 
@@ -225,10 +225,10 @@ def greedy(reference: Any, model: tuple[TransformerConfig, Any]) -> tuple[np.nda
     prompts = [row[where >= 0].tolist() for row, where in zip(tokens, positions, strict=True)]
     engine = Engine(config, slots=BATCH, max_prompt_tokens=LENGTH, max_new_tokens=NEW, stop_token_ids=())
     ours = np.asarray(engine.generate(params, prompts).tokens)
-    given = {"attention_mask": torch.tensor(positions >= 0).long(), "max_new_tokens": NEW, "min_new_tokens": NEW}
-    given |= {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    options = {"attention_mask": torch.tensor(positions >= 0).long(), "max_new_tokens": NEW, "min_new_tokens": NEW}
+    options |= {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     with torch.no_grad():
-        theirs = reference.generate(torch.tensor(tokens).long(), **given)
+        theirs = reference.generate(torch.tensor(tokens).long(), **options)
     return ours, theirs[:, LENGTH:].numpy()
 
 
@@ -238,9 +238,9 @@ def markdown(rows: list[dict[str, Any]], same: dict[str, bool]) -> str:
     cells: dict[tuple[str, str, bool], dict[str, float]] = {}
     for row in rows:
         cells.setdefault((row["family"], row["config"], row["cache"]), {})[row["padding"]] = row["difference"]
-    for (family, config, cached), found in cells.items():
-        numbers = " | ".join(f"{found[padding]:.1e}" for padding in PADDINGS)
-        lines.append(f"| {family} | {config} | {'yes' if cached else 'no'} | {numbers} |")
+    for (family, config, cached), numbers in cells.items():
+        columns = " | ".join(f"{numbers[padding]:.1e}" for padding in PADDINGS)
+        lines.append(f"| {family} | {config} | {'yes' if cached else 'no'} | {columns} |")
     equal = ", ".join(name for name, yes in same.items() if yes)
     wrong = ", ".join(name for name, yes in same.items() if not yes) or "none"
     return "\n".join([*lines, "", f"{NEW} greedy tokens equal: {equal}; not equal: {wrong}."])
@@ -252,15 +252,15 @@ def main() -> None:
     parser.add_argument("--families", default=",".join(FAMILIES), help="names, with commas between")
     parser.add_argument("--cases", type=int, default=3, help="random models of each family")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    given = parser.parse_args()
+    args = parser.parse_args()
     rows, same = [], {}
-    for family in given.families.split(","):
-        for case in cases(family, given.cases):
+    for family in args.families.split(","):
+        for case in cases(family, args.cases):
             reference = reference_model(case)
             model = our_model(reference)
             rows += differences(case, reference, model)
             same[family] = same.get(family, True) and bool(np.array_equal(*greedy(reference, model)))
-    print(json.dumps({"rows": rows, "greedy": same}) if given.json else markdown(rows, same))
+    print(json.dumps({"rows": rows, "greedy": same}) if args.json else markdown(rows, same))
 
 
 if __name__ == "__main__":

@@ -84,20 +84,20 @@ def generate(
 def by_hand(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, stop: int) -> np.ndarray:
     """The same in a loop of its own: one forward pass a token, until all rows have stopped."""
     ids, mask = _padded(prompts, stop)
-    positions, cache, made = (mask.cumsum(1) - 1).clamp(min=0), None, []
+    positions, cache, tokens = (mask.cumsum(1) - 1).clamp(min=0), None, []
     done = torch.zeros(len(ids), dtype=torch.bool)
     name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     for _ in range(max_new_tokens):
-        given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, name: cache}
-        out = model(**given, use_cache=True)
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, name: cache}
+        out = model(**inputs, use_cache=True)
         token = out.logits[:, -1].argmax(-1).masked_fill(done, stop)
-        made.append(token)
+        tokens.append(token)
         done |= token == stop
         if done.all():
             break
         ids, cache, positions = token[:, None], out[name], positions[:, -1:] + 1
         mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
-    return torch.stack(made, dim=1).numpy()
+    return torch.stack(tokens, dim=1).numpy()
 
 
 def _padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -133,9 +133,9 @@ def iteration(
         seconds[part] += time.perf_counter() - began
         return result
 
-    for seed, wanted in zip(seeds, lengths, strict=True):
+    for seed, own in zip(seeds, lengths, strict=True):
         timed("perturb", perturb, params, seed, sigma)
-        tokens = timed("generate", generate, model, prompts, max(wanted), stop=stop, lengths=wanted)
+        tokens = timed("generate", generate, model, prompts, max(own), stop=stop, lengths=own)
         rewards.append(timed("grade", score, tokens))
         timed("perturb", perturb, params, seed, -sigma)
     z = np.array(rewards)

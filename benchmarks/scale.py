@@ -43,12 +43,13 @@ def plan(topology: str, model: str, **options: object) -> dict:
     """The fields that the command prints; an error in their place where it prints none."""
     arguments = command(topology, model, **options)  # type: ignore[arg-type]
     before = _cpu_seconds()
-    done = subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True)
+    process = subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True)
     cpu = _cpu_seconds() - before
-    found = json.loads(done.stdout.splitlines()[-1]) if done.stdout.strip() else {"error": done.stderr.strip()[-300:]}
+    printed = process.stdout.strip().splitlines()
+    fields = json.loads(printed[-1]) if printed else {"error": process.stderr.strip()[-300:]}
     population = POPULATION.get(topology, 32)
     what = {"model": model, "topology": topology, "population": population, "command": arguments}
-    return what | {"cpu_seconds": cpu} | found
+    return what | {"cpu_seconds": cpu} | fields
 
 
 def _cpu_seconds() -> float:
@@ -65,10 +66,10 @@ def table(cells: list[dict]) -> str:
     ]
     for cell in sorted(cells, key=lambda cell: (TOPOLOGIES.index(cell["topology"]), MODELS.index(cell["model"]))):
         lines.append("| " + " | ".join(_row(cell)) + " |")
-    done = {(cell["topology"], cell["model"]) for cell in cells}
+    finished = {(cell["topology"], cell["model"]) for cell in cells}
     for topology in TOPOLOGIES:
         for model in MODELS:
-            if (topology, model) not in done:
+            if (topology, model) not in finished:
                 lines.append(f"| {topology} | {model.split('/')[1]} |" + " |" * 8 + " not yet run |")
     return "\n".join(lines) + "\n"
 
@@ -103,20 +104,20 @@ def main() -> None:
     parser.add_argument("--anchor", default="device", choices=("device", "pinned_host"))
     parser.add_argument("--search", action="store_true", help="let the plan choose mesh and slots")
     parser.add_argument("--json", action="store_true", help="print each new cell as a line of JSON")
-    given = parser.parse_args()
+    args = parser.parse_args()
     cells = [json.loads(line) for line in CELLS.read_text().splitlines()] if CELLS.exists() else []
-    done = [cell["command"] for cell in cells]
-    options = {"slots": given.slots, "memory": given.anchor, "search": given.search}
-    for topology in filter(None, given.topologies.split(",")):
-        for model in filter(None, given.models.split(",")):
-            if command(topology, model, **options) in done:
+    commands = [cell["command"] for cell in cells]
+    options = {"slots": args.slots, "memory": args.anchor, "search": args.search}
+    for topology in filter(None, args.topologies.split(",")):
+        for model in filter(None, args.models.split(",")):
+            if command(topology, model, **options) in commands:
                 continue
             cell = plan(topology, model, **options)
             with CELLS.open("a") as file:
                 file.write(json.dumps(cell) + "\n")
             cells.append(cell)
             print(
-                json.dumps(cell) if given.json else f"{topology} {model}: {cell.get('verdict', cell.get('error'))}",
+                json.dumps(cell) if args.json else f"{topology} {model}: {cell.get('verdict', cell.get('error'))}",
                 flush=True,
             )
     head, _, rest = PAGE.read_text().partition(BEGIN)

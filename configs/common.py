@@ -4,6 +4,7 @@
 field can also be set by its full name, `--config.es.sigma=2e-3`. `grpo` (or method=grpo) trains any task with GRPO.
 """
 
+import functools
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -114,11 +115,8 @@ def _method(items: list[str]) -> str:
 
 def _parse(field: str, text: str, config: config_dict.ConfigDict) -> object:
     """The text as a value of the field's type."""
-    group = config
     *groups, last = field.split(".")
-    for name in groups:
-        group = group[name]
-    kind = group.get_type(last)
+    kind = functools.reduce(getattr, groups, config).get_type(last)
     if kind is bool:
         if text not in ("true", "false"):
             raise ValueError(f"{field} is {text!r}: it must be true or false")

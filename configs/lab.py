@@ -4,7 +4,8 @@ The paper's science in seconds: ES brings the target out and forgets the others,
 forget as much as real ones. N = 8, σ = 0.01, α = 0.005, 64 fresh prompts a step, 300 steps.
 
 Command:  python -m es_jax.train --config=configs/lab.py:anchor=l2 --workdir=runs/lab
-Arguments: configs/common.py: population, anchor=none|l2|l1, strength, kappa, target, rewards=random, antithetic, seed, steps.
+Arguments: configs/common.py: population, anchor=none|l2|l1, strength, kappa, target, rewards=random, antithetic, seed,
+          steps.
           Other pretraining seeds: experiments/pretrain_lab.py, then --config.model.source=DIR.
 Needs:    26 to 30 s on one of 2 shared CPU cores. When all is compiled anew: 11.7 s until the first step is done
           (imports, loading, compilation), 12 s for the other 299, the rest 13 evaluations of eight tasks. In all steps

@@ -3,7 +3,8 @@
 Command:  python -m es_jax.train --config=configs/proofwriter.py:qwen2.5-3b,anchor=l2 --workdir=runs/proofwriter
 Arguments: configs/common.py. Rows: tasksource/proofwriter from the hub, or data=DIR with train and test parquet.
           The word small sets a size for a CPU: proofwriter.py:smollm2,small (`make smollm2` fetches the model).
-Needs:    the published setting, memory and time: not yet run. Prompts of deep theories need decode.max_prompt_tokens 1024.
+Needs:    the published setting, memory and time: not yet run. Prompts of deep theories need
+          decode.max_prompt_tokens 1024.
 Reached:  the published setting: not yet run. Small (smollm2,small,data=DIR), 3 steps of 19 s on 2 CPU cores: mean
           reward .19, .19 and .25; drift 4.101 as in theory; held-out accuracy .125 of 8 rows before and after.
 """

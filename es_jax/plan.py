@@ -13,11 +13,11 @@ taken to be as long as decode.max_prompt_tokens allows.
 TPUs need libtpu (pip install 'es_jax[plan]'). For GPUs: pip install --no-deps jax-cuda12-plugin jax-cuda12-pjrt, in the
 version of jax. The exit code is 0 when it fits, 1 when not, and 2 when the question has a mistake.
 
-With --json: fits, verdict, topology, devices, memory_bytes (of a device), mesh {groups, model}, slots, bound_seconds (of
-an iteration), compile_seconds (of all), shape ("files" or "published"), and programs {name: {peak_bytes (of a device,
-with what the run holds beside the program), own_bytes (of these the program's), host_bytes (pinned, for one device),
-parts {name: bytes of a device}, collectives [{op, bytes, times, axes, groups, group_size}], compile_seconds, runs (in
-an iteration), flops, memory_traffic_bytes, sent_bytes, bound_seconds (of one run, on one device), error}}.
+With --json: fits, verdict, topology, devices, memory_bytes (of a device), mesh {groups, model}, slots, bound_seconds
+(of an iteration), compile_seconds (of all), shape ("files" or "published"), and programs {name: {peak_bytes (of a
+device, with what the run holds beside the program), own_bytes (of these the program's), host_bytes (pinned, for one
+device), parts {name: bytes of a device}, collectives [{op, bytes, times, axes, groups, group_size}], compile_seconds,
+runs (in an iteration), flops, memory_traffic_bytes, sent_bytes, bound_seconds (of one run, on one device), error}}.
 """
 
 import json
@@ -36,28 +36,24 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments {argv[1:]}: fields are set with --config.group.field=value")
     logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger("absl").setLevel(logging.WARNING)
-    from es_jax.planning.describe import fields, words
-    from es_jax.planning.plan import make_plan
+    from es_jax.planning.plan import fields, make_plan, search, words
     from es_jax.planning.programs import find_shape
-    from es_jax.planning.search import search
     from es_jax.planning.topology import topology
     from es_jax.training.config import freeze
 
-    given = flags.FLAGS
+    options = flags.FLAGS
     say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
     try:
-        config = freeze(given.config)
+        config = freeze(options.config)
         model, origin = find_shape(config)
-        devices = topology(given.topology, slices=given.slices)
-        plan = (
-            search(config, model, devices, say=say)[0] if given.search else make_plan(config, model, devices, say=say)
-        )
+        devices = topology(options.topology, slices=options.slices)
+        plan = (search if options.search else make_plan)(config, model, devices, say=say)
     except (ValueError, OSError) as error:
-        if given.traceback:
+        if options.traceback:
             raise
         print(f"es_jax.plan: {error}", file=sys.stderr)
         sys.exit(2)
-    print(json.dumps(fields(plan) | {"shape": origin}) if given.json else words(plan))
+    print(json.dumps(fields(plan) | {"shape": origin}) if options.json else words(plan))
     sys.exit(0 if plan.fits else 1)
 
 

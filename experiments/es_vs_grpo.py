@@ -60,27 +60,27 @@ def priors_of(target: str) -> tuple[str, ...]:
 
 def step_seconds(folders: Sequence[Path]) -> dict[str, float]:
     """Median seconds of a step of each method over its runs."""
-    seen: dict[str, list[float]] = {"es": [], "grpo": []}
+    seconds: dict[str, list[float]] = {"es": [], "grpo": []}
     for folder in folders:
         method = json.loads((folder / "config.json").read_text())["config"]["method"]
-        seen[method] += [line["seconds"] for line in read_jsonl(folder / "metrics.jsonl")]
-    return {method: float(np.median(values)) for method, values in seen.items() if values}
+        seconds[method] += [line["seconds"] for line in read_jsonl(folder / "metrics.jsonl")]
+    return {method: float(np.median(values)) for method, values in seconds.items() if values}
 
 
 def evaluations(folder: Path, target: str, *, each_step: dict[str, float], **labels: object) -> list[dict]:
     """A line for each evaluation of a run: what it had cost by then, and what it knew."""
-    found = read_run(folder)
-    config = found.config
+    record = read_run(folder)
+    config = record.config
     members = config.grpo.rollouts if config.method == "grpo" else config.es.population
     each, seconds = members * (config.task.prompts_per_step or config.task.train_size), each_step[config.method]
-    tokens = np.cumsum([0] + [row["tokens"] for row in found.metrics])
-    drift = [0.0] + [row["drift"] for row in found.metrics]
+    tokens = np.cumsum([0] + [row["tokens"] for row in record.metrics])
+    drift = [0.0] + [row["drift"] for row in record.metrics]
     return [
         labels
         | {"target_task": target, "step": step, "rollouts": step * each, "tokens": int(tokens[step])}
         | {"seconds": round(seconds * step, 1), "target": row["accuracy"]}
         | {"prior": round(float(np.mean([other["accuracy"] for other in prior])), 4), "drift": round(drift[step], 4)}
-        for step, (row, *prior) in found.rows([target, *priors_of(target)]).items()
+        for step, (row, *prior) in record.rows([target, *priors_of(target)]).items()
     ]
 
 
@@ -90,16 +90,16 @@ def add_kl(folder: Path, lines: list[dict], *, rows: int = 25) -> None:
     It is exact at each position of continuations that the base model sampled, of test rows of all eight tasks.
     """
     config = read_config(folder)
-    known = saved_steps(folder) if config.method == "grpo" else [line["step"] for line in lines]
-    wanted = {line["step"]: line for line in lines if line["step"] in known and line["step"]}
+    steps = saved_steps(folder) if config.method == "grpo" else [line["step"] for line in lines]
+    by_step = {line["step"]: line for line in lines if line["step"] in steps and line["step"]}
     model = load_model(config.model.source)
     prompts = [encode_prompt(model.tokenizer, e.prompt) for task in ALL for e in get_task(task).test(rows)]
-    written = sample(
+    continuations = sample(
         model.config, model.params, prompts, stop_token_ids=model.stop_token_ids, slots=len(prompts), max_new_tokens=8
     )
     lines[0]["kl"] = 0.0
-    for step, now in replay(folder, steps=sorted(wanted)):
-        wanted[step]["kl"] = round(kl(model.config, model.params, now, written)["kl_exact_token"], 5)
+    for step, now in replay(folder, steps=sorted(by_step)):
+        by_step[step]["kl"] = round(kl(model.config, model.params, now, continuations)["kl_exact_token"], 5)
 
 
 def at(lines: Sequence[dict], budget: str, amount: float, column: str) -> float:
@@ -113,7 +113,7 @@ def measured(mine: Sequence[dict]) -> list[dict]:
 
 
 def near(mine: Sequence[dict], budget: str, amount: float) -> bool:
-    """Whether a line stands close behind the amount: what is between lines far apart is not known."""
+    """Whether a line stands shortly after the amount: what is between lines far apart is not known."""
     return any(amount <= x[budget] <= 1.3 * amount for x in mine)
 
 
@@ -158,12 +158,10 @@ def forgetting_at(lines: Sequence[dict], target: str, level: float) -> str:
     runs = runs_of(lines, target)
     for row in dict.fromkeys(key[0] for key in runs):
         own = [mine for key, mine in runs.items() if key[0] == row]
-        found = [crossing(mine, level) for mine in own]
-        done = [x for x in found if x is not None]
-        cells = (
-            [mean_se([x[c] for x in done], d) for c, d in (("lost", 3), ("drift", 2), ("rollouts", 0))] if done else []
-        )
-        text.append(f"| {row} | {len(done)} of {len(own)} | " + " | ".join(cells or ["", "", ""]) + " |")
+        crossings = [x for mine in own if (x := crossing(mine, level)) is not None]
+        columns = (("lost", 3), ("drift", 2), ("rollouts", 0))
+        cells = [mean_se([x[c] for x in crossings], digits) if crossings else "" for c, digits in columns]
+        text.append(f"| {row} | {len(crossings)} of {len(own)} | " + " | ".join(cells) + " |")
     return "\n".join(text)
 
 

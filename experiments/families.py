@@ -20,7 +20,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from configs import lab
-from es_jax.plotting.style import bar
+from es_jax.plotting.figures import bar
 from experiments.forgetting import ANCHORS, PRIOR, TARGETS
 from experiments.runs import EVALS, Case, main
 
@@ -54,12 +54,12 @@ def figure(lines: list[dict[str, Any]], path: Path) -> None:
     kinds = {"base model": (0, None), "ES": (last, "none"), "ES + AWD l2": (last, "l2")}
     for axes, column in zip(drawing.subplots(1, 2, sharey=True), ("accuracy", "prior"), strict=True):
         for i, (label, (step, anchor)) in enumerate(kinds.items()):
-            found = [
+            groups = [
                 [x[column] for x in lines if (x["model"], x["step"]) == (m, step) and anchor in (None, x["AWD"])]
                 for m in models
             ]
-            means = [np.mean(values) if values else np.nan for values in found]
-            errors = [np.std(v, ddof=1) / len(v) ** 0.5 if len(v) > 1 else np.nan for v in found]
+            means = [np.mean(values) if values else np.nan for values in groups]
+            errors = [np.std(v, ddof=1) / len(v) ** 0.5 if len(v) > 1 else np.nan for v in groups]
             axes.bar(
                 np.arange(len(models)) + (i - 1) * 0.27, means, 0.25, yerr=errors, capsize=2, label=label, **bar(i)
             )

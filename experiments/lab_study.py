@@ -16,8 +16,7 @@ import numpy as np
 
 from configs.lab import get_config
 from es_jax.plotting import Series, read_run
-from es_jax.plotting.comparisons import strength_sweep
-from es_jax.plotting.curves import accuracy_over_iterations, drift_against_theory
+from es_jax.plotting.figures import accuracy_over_iterations, drift_against_theory, strength_sweep
 from es_jax.tasks.lab import PRIOR
 from es_jax.training.loop import run
 from experiments.runs import check_models, done, mean_se, plain_errors
@@ -47,11 +46,11 @@ def folder_of(out: Path, row: str, model: str, seed: int) -> Path:
 
 def evaluations(folder: Path, **labels: object) -> list[dict]:
     """A line for each evaluation of a run."""
-    found = read_run(folder)
-    metrics = {row["step"]: row for row in found.metrics}
-    spent = np.cumsum([row["seconds"] for row in found.metrics])
+    record = read_run(folder)
+    metrics = {row["step"]: row for row in record.metrics}
+    spent = np.cumsum([row["seconds"] for row in record.metrics])
     out = []
-    for step, rows in found.rows([TARGET, *PRIOR]).items():
+    for step, rows in record.rows([TARGET, *PRIOR]).items():
         target, *prior = [row["accuracy"] for row in rows]
         now = metrics.get(step, {"drift": 0.0, "drift_theory": 0.0})
         line = {"step": step, TARGET: target, "prior": round(np.mean(prior), 5), **dict(zip(PRIOR, prior, strict=True))}
@@ -88,9 +87,9 @@ def table(lines: list[dict]) -> str:
 def figures(finished: dict[str, list[Path]], docs: Path) -> None:
     """Every task over iterations for three rows, the sweep of λ, drift beside theory; means over models and seeds."""
     series = {row: Series(row, tuple(map(read_run, folders))) for row, folders in finished.items()}
-    shown = [series[row] for row in (REFERENCE, "ES, N=8, AWD l2 0.01", "ES, N=8, random rewards") if row in series]
+    examples = [series[row] for row in (REFERENCE, "ES, N=8, AWD l2 0.01", "ES, N=8, random rewards") if row in series]
     plots = {
-        "curves": accuracy_over_iterations(shown),
+        "curves": accuracy_over_iterations(examples),
         "sweep": strength_sweep(list(series.values()), PRIOR),
         "drift": drift_against_theory(list(series.values())),
     }

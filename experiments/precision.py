@@ -89,7 +89,7 @@ class Weights:
         return float(np.linalg.norm(moved)) * math.sqrt(DIM / len(moved))
 
 
-def walk(population: int, size: int, seed: int, engines: int = ENGINES) -> dict[tuple[str, str], float]:
+def random_walk(population: int, size: int, seed: int, engines: int = ENGINES) -> dict[tuple[str, str], float]:
     """(setting, dtype) → norm, for all settings of that population on the same noise."""
     draw = np.random.default_rng([seed, population])
     start = (STD * draw.standard_normal(size)).astype(np.float32)
@@ -127,18 +127,18 @@ def main() -> None:
     )
     parser.add_argument("--json", action="store_true", help="one line: {setting: {dtype: norm, exact, published}}")
     args = parser.parse_args()
-    found: dict[str, dict[str, float]] = {}
+    norms: dict[str, dict[str, float]] = {}
     for population in dict.fromkeys(n for n, *_ in SETTINGS.values()):
-        for (name, dtype), norm in walk(population, args.size, args.seed, args.engines).items():
-            found.setdefault(name, {})[dtype] = norm
+        for (name, dtype), norm in random_walk(population, args.size, args.seed, args.engines).items():
+            norms.setdefault(name, {})[dtype] = norm
     for name, (n, penalty, strength, published) in SETTINGS.items():
-        found[name] |= {"exact": exact(n, penalty, strength), "published": published}
+        norms[name] |= {"exact": exact(n, penalty, strength), "published": published}
     if args.json:
-        print(json.dumps(found))
+        print(json.dumps(norms))
         return
     print("| setting | float16 | bfloat16 | float32 | exact | published | float16 / published |")
     print("|---|---|---|---|---|---|---|")
-    for name, row in found.items():
+    for name, row in norms.items():
         cells = " | ".join(f"{row[c]:.1f}" for c in (*DTYPES, "exact", "published"))
         print(f"| {name} | {cells} | {row['float16'] / row['published']:.3f} |")
 

@@ -142,9 +142,10 @@ def accuracy(params, tokenizer, *, rows: int = 200, config: TransformerConfig = 
     for kind in KINDS:
         task = Lab(kind)
         examples = task.test(rows)
-        done = engine.generate(params, [tokenizer.encode(e.prompt) for e in examples])
+        generation = engine.generate(params, [tokenizer.encode(e.prompt) for e in examples])
         texts = [
-            tokenizer.decode(t[:n], skip_special_tokens=True) for t, n in zip(done.tokens, done.length, strict=True)
+            tokenizer.decode(t[:n], skip_special_tokens=True)
+            for t, n in zip(generation.tokens, generation.length, strict=True)
         ]
         out[task.name] = float(
             np.mean([task.score(e, t).parts["answer"] for e, t in zip(examples, texts, strict=True)])

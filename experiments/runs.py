@@ -73,9 +73,11 @@ def chosen(items: Sequence[Item], index: int | None) -> Sequence[Item]:
 
 def check_models(pretrained: Mapping[str, str]) -> None:
     """Raises FileNotFoundError where one of {folder: arguments that made it} is missing; the command is named."""
-    missing = {folder: given for folder, given in pretrained.items() if not Path(folder).exists()}
+    missing = {folder: arguments for folder, arguments in pretrained.items() if not Path(folder).exists()}
     if missing:
-        commands = [f"python -m experiments.pretrain_lab {given} --out={folder}" for folder, given in missing.items()]
+        commands = [
+            f"python -m experiments.pretrain_lab {arguments} --out={folder}" for folder, arguments in missing.items()
+        ]
         raise FileNotFoundError(f"the model {', '.join(missing)} does not exist: run {' and '.join(commands)}")
 
 
@@ -106,11 +108,11 @@ def evaluations(case: Case, folder: Path) -> list[dict[str, Any]]:
     Its labels, step, accuracy on the target and mean over the prior tasks. of_format and of_knowledge are the parts of
     the prior tasks' drop; ratio is drift over the closed form.
     """
-    config, found = case.config, read_run(folder)
-    metrics = {row["step"]: row for row in found.metrics}
+    config, record = case.config, read_run(folder)
+    metrics = {row["step"]: row for row in record.metrics}
     others = [name for name in config.evals.tasks if name != config.task.name]
     lines = []
-    for step, (row, *prior) in found.rows([config.task.name, *others]).items():
+    for step, (row, *prior) in record.rows([config.task.name, *others]).items():
         mean = lambda name, prior=prior: (  # noqa: E731
             float(np.mean([p[name] for p in prior])) if prior and all(name in p for p in prior) else None
         )
@@ -133,11 +135,11 @@ def evaluations(case: Case, folder: Path) -> list[dict[str, Any]]:
 
 def mean_se(values: Iterable[float | None], digits: int = 3) -> str:
     """mean ± standard error, or the mean where there is one value; – where there is none."""
-    given = [value for value in values if value is not None]
-    if not given:
+    numbers = [value for value in values if value is not None]
+    if not numbers:
         return "–"
-    se = f" ± {np.std(given, ddof=1) / math.sqrt(len(given)):.{digits}f}" if len(given) > 1 else ""
-    return f"{np.mean(given):.{digits}f}{se}"
+    se = f" ± {np.std(numbers, ddof=1) / math.sqrt(len(numbers)):.{digits}f}" if len(numbers) > 1 else ""
+    return f"{np.mean(numbers):.{digits}f}{se}"
 
 
 def table(lines: Sequence[Mapping[str, Any]], labels: Sequence[str], columns: Sequence[str] = MEASURED) -> str:
@@ -175,13 +177,13 @@ def main(
     """
     args = arguments(doc, name).parse_args()
     with plain_errors(traceback=args.traceback):
-        made = list(cases(args.size, args.seeds))
+        grid = list(cases(args.size, args.seeds))
         if args.list:
-            print("\n".join(f"{i} {case.folder(args.out)}" for i, case in enumerate(made)))
+            print("\n".join(f"{i} {case.folder(args.out)}" for i, case in enumerate(grid)))
             return
         if not args.only_report:
-            execute(made, args.out, index=args.index)
-        finished = {case.folder(args.out): case for case in made if done(case.folder(args.out))}
+            execute(grid, args.out, index=args.index)
+        finished = {case.folder(args.out): case for case in grid if done(case.folder(args.out))}
         lines = [line for folder, case in finished.items() for line in evaluations(case, folder)]
         report(lines, args.docs or args.out, name, labels=labels, figure=figure)
         page(list(finished), args.out / "report")

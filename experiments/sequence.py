@@ -111,17 +111,17 @@ def main() -> None:
     args = arguments(__doc__, "sequence").parse_args()
     with plain_errors(traceback=args.traceback):
         pairs = itertools.product(args.seeds, ANCHORS)
-        made = [sequence(args.size, anchor, seed, args.out) for seed, anchor in pairs]
+        sequences = [sequence(args.size, anchor, seed, args.out) for seed, anchor in pairs]
         if args.list:
-            print("\n".join(f"{i} {' '.join(str(s.folder(args.out)) for s in x)}" for i, x in enumerate(made)))
+            print("\n".join(f"{i} {' '.join(str(s.folder(args.out)) for s in x)}" for i, x in enumerate(sequences)))
             return
-        for stages in () if args.only_report else chosen(made, args.index):
+        for stages in () if args.only_report else chosen(sequences, args.index):
             run_sequence(stages, args.out)
-        finished = [now for stages in made for now in stages if done(now.folder(args.out))]
+        finished = [now for stages in sequences for now in stages if done(now.folder(args.out))]
         lines = [line for now in finished for line in lines_of(args.size, now, now.folder(args.out))]
-        shown = [*columns(args.size), "never trained"]
+        accuracies = [*columns(args.size), "never trained"]
         labels = ("stage", "task", "anchor")
-        report(lines, args.docs or args.out, "sequence", labels=labels, columns=shown, figure=figure)
+        report(lines, args.docs or args.out, "sequence", labels=labels, columns=accuracies, figure=figure)
 
 
 if __name__ == "__main__":

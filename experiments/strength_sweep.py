@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from configs import countdown, gsm8k, lab
 from experiments.runs import EVALS, Case, main
 
-DRIFTS = (0.3, 1.0, 3.0)
+KAPPAS = (0.3, 1.0, 3.0)
 NAMES = {"accuracy": "target", "prior": "mean prior"}
 MODELS = {"near": "lab", "far": "runs/lab-far"}
 FULL = {"near": countdown, "far": gsm8k}
@@ -31,16 +31,16 @@ SMALL = {"task.prompts_per_step": 32, "train.steps": 120, "train.checkpoint_ever
 
 def cases(size: str, seeds: Sequence[int]) -> Iterator[Case]:
     """Every run of the sweep; κ = inf is no anchor."""
-    settings = [("none", float("inf"), ""), *((p, k, f"anchor={p},kappa={k}") for p in ("l2", "l1") for k in DRIFTS)]
+    settings = [("none", float("inf"), ""), *((p, k, f"anchor={p},kappa={k}") for p in ("l2", "l1") for k in KAPPAS)]
     for seed in seeds:
         for target, model in MODELS.items():
-            for penalty, drift, argument in settings:
+            for penalty, kappa, argument in settings:
                 text = f"seed={seed},{argument}".rstrip(",")
                 config = lab.get_config(text) if size == "lab" else FULL[target].get_config(text)
                 if size == "lab":
                     config.model.source = model
                     config.update_from_flattened_dict(SMALL)
-                yield Case.of(config, target=target, penalty=penalty, κ=drift, seed=seed)
+                yield Case.of(config, target=target, penalty=penalty, κ=kappa, seed=seed)
 
 
 def figure(lines: list[dict[str, Any]], path: Path) -> None:
@@ -55,9 +55,9 @@ def figure(lines: list[dict[str, Any]], path: Path) -> None:
                 x[column] for x in mine if (x["penalty"], x["κ"], x["step"]) == (p, k, last)
             ]
             for penalty, style in (("l2", "-o"), ("l1", "--s")):
-                done = [k for k in DRIFTS if of(penalty, k)]
-                means, label = [np.mean(of(penalty, k)) for k in done], f"{NAMES[column]}, {penalty}"
-                axes.plot(done, means, style, color=color, label=label)
+                kappas = [k for k in KAPPAS if of(penalty, k)]
+                means, label = [np.mean(of(penalty, k)) for k in kappas], f"{NAMES[column]}, {penalty}"
+                axes.plot(kappas, means, style, color=color, label=label)
             free = of("none", float("inf"))
             if free:
                 axes.axhline(
@@ -66,7 +66,7 @@ def figure(lines: list[dict[str, Any]], path: Path) -> None:
             base = [x[column] for x in mine if x["step"] == 0]
             axes.axhline(np.mean(base), color=color, ls=":", lw=1, label=f"{NAMES[column]}, base")
         axes.set(xscale="log", xlabel="κ, the drift allowed, in σ a weight", title=f"target {target}", ylim=(0, 1.03))
-        axes.set_xticks(DRIFTS, [f"{drift:g}" for drift in DRIFTS])
+        axes.set_xticks(KAPPAS, [f"{kappa:g}" for kappa in KAPPAS])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     axes.get_figure().axes[0].set_ylabel("held-out accuracy")

@@ -157,7 +157,7 @@ def test_rounding_is_that_of_the_dtype():
 
 def test_float32_walks_as_the_closed_form_says_and_a_member_leaves_the_weights_as_they_were(monkeypatch):
     monkeypatch.setattr(precision, "STEPS", 60)
-    found = precision.walk(30, 3000, seed=0)
+    found = precision.random_walk(30, 3000, seed=0)
     for name, (n, penalty, strength, _) in precision.SETTINGS.items():
         if n == 30:
             assert found[name, "float32"] == pytest.approx(precision.exact(n, penalty, strength, steps=60), rel=0.04)

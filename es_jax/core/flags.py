@@ -19,7 +19,7 @@ _NAMES = ("coordinator_address", "num_processes", "process_id")
 def parser(
     command: str, *, required: tuple[str, ...] = (), renamed: Mapping[str, str] | None = None
 ) -> Callable[[list[str]], list[str]]:
-    """absl's parser for a command with a --config file, with a mistake in the file or its arguments told in a sentence.
+    """absl's parser for a command with a --config file: it ends a mistake in the file or its arguments with a sentence.
 
     Args:
       command: what the sentence begins with, "es_jax.train".
@@ -77,10 +77,10 @@ def command(name: str, argv: list[str]) -> Iterator[flags.FlagValues]:
     logging.getLogger().setLevel(logging.WARNING)
     from es_jax.core import processes  # JAX starts only when the flags are good
 
-    given = {flag: values[flag].value for flag in _NAMES if values[flag].value is not None}
+    options = {flag: values[flag].value for flag in _NAMES if values[flag].value is not None}
     joined: contextlib.AbstractContextManager = contextlib.nullcontext()
-    if given or values["distributed"].value:
-        joined = processes.joined(name, heartbeat_timeout_seconds=values["heartbeat_timeout"].value, **given)
+    if options or values["distributed"].value:
+        joined = processes.joined(name, heartbeat_timeout_seconds=values["heartbeat_timeout"].value, **options)
     with joined:
         try:
             yield values

@@ -5,9 +5,9 @@ so a process that waits hears that another failed, or that the run is to stop, w
 process nothing is sent.
 """
 
+import concurrent.futures
 import contextlib
 import functools
-import itertools
 import json
 import os
 import signal
@@ -28,8 +28,7 @@ from jax.sharding import Mesh, PartitionSpec
 T = TypeVar("T")
 GRACE = 20.0  # seconds from SIGTERM to the end of a process that could not come to a checkpoint
 _POLL = 0.5  # seconds between looks
-_rounds = itertools.count()
-_round = next(_rounds)
+_round = 0  # of exchanges
 _stop, _saving = threading.Event(), threading.Event()
 
 
@@ -53,14 +52,16 @@ def exchange(own: Mapping[int, Any]) -> dict[int, Any]:
     if jax.process_count() == 1:
         check()
         return dict(sorted(own.items()))
-    store = _store()
-    store.key_value_set_bytes(f"es_jax/{_round}/{jax.process_index()}", _pack({str(k): v for k, v in own.items()}))
+    global _round
+    _store().key_value_set_bytes(f"es_jax/{_round}/{jax.process_index()}", _pack(own))
     if first():
-        given = [_wait(f"es_jax/{_round}/{i}") for i in range(jax.process_count())]
-        _decide({"parts": {k: v for part in given for k, v in part.items()}})
+        everyone = [_wait(f"es_jax/{_round}/{i}") for i in range(jax.process_count())]
+        _decide({"parts": {k: v for part in everyone for k, v in part.items()}})
     parts = _heed(_wait(f"es_jax/{_round}/verdict"))
-    _next_round()
-    return {int(key): parts[key] for key in sorted(parts, key=lambda key: int(key))}
+    if first() and _round:
+        _store().key_value_delete(f"es_jax/{_round - 1}/")  # all have read it: they are in this round
+    _round += 1
+    return {int(key): parts[key] for key in sorted(parts, key=int)}
 
 
 def barrier() -> None:
@@ -78,8 +79,8 @@ def connect(mesh: Mesh) -> None:
         return
     for axes in (*((axis,) for axis in mesh.axis_names), mesh.axis_names):
         add = functools.partial(jax.lax.psum, axis_name=axes)
-        met = jax.shard_map(add, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False)
-        program = jax.jit(met).lower(np.float32(1)).compile()
+        total = jax.shard_map(add, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False)
+        program = jax.jit(total).lower(np.float32(1)).compile()
         barrier()
         jax.block_until_ready(program(np.float32(1)))
 
@@ -121,24 +122,20 @@ def wait(function: Callable[[], T]) -> T:
     Raises:
       Preempted: the run is to stop. The thread is left behind.
     """
-    result: list[Any] = []
+    future: concurrent.futures.Future[T] = concurrent.futures.Future()
 
     def work() -> None:
         try:
-            result.append((function(), None))
+            future.set_result(function())
         except BaseException as error:
-            result.append((None, error))
+            future.set_exception(error)
 
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
+    threading.Thread(target=work, daemon=True).start()
     while True:
-        thread.join(_POLL)
+        concurrent.futures.wait([future], _POLL)
         check()
-        if result:
-            value, error = result[0]
-            if error is not None:
-                raise error
-            return value
+        if future.done():
+            return future.result()
 
 
 def launch(function: Callable[..., T], *args: Any) -> T:
@@ -154,9 +151,8 @@ def launch(function: Callable[..., T], *args: Any) -> T:
 def stoppable() -> Iterator[None]:
     """Inside, SIGTERM asks for the end of the run: `check`, `wait` and `exchange` raise Preempted.
 
-    When the process does not come to one of them, or to `saving`, within 20 s (it may be compiling), it ends all the
-    same, with status 0: finished steps are in the seed log. In another thread than the main one, signals stay as they
-    are.
+    A process that does not come to one of them, or to `saving`, within 20 s (it may be compiling) ends all the same,
+    with status 0: finished steps are in the seed log. In another thread than the main one, signals stay as they are.
     """
     _stop.clear()
     _saving.clear()
@@ -219,8 +215,7 @@ def joined(name: str, **options: Any) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, SystemExit):
             traceback.print_exception(error)
-        if told := _failed():  # before: what this one met, such as a closed connection, is likely its consequence
-            _end_with(name, *told)
+        _end_after_another(name)  # before: what this one met, such as a closed connection, is likely its consequence
         text = str(error.code) if isinstance(error, SystemExit) else f"{type(error).__name__}: {error}"
         with contextlib.suppress(Exception):
             _store().key_value_set(f"es_jax/failed/{jax.process_index()}", text[:2000], allow_overwrite=True)
@@ -241,24 +236,19 @@ def leave(text: str) -> NoReturn:
 def _watch(name: str, ended: threading.Event) -> None:
     """End this process when another has failed, even when it hangs in a collective that the other never joins."""
     while not ended.wait(_POLL):
-        if told := _failed():
-            _end_with(name, *told)
+        _end_after_another(name)
 
 
-def _failed() -> tuple[str, str] | None:
-    """Another process that failed, by number, and what it told; None also where the store does not answer: process 0
-    is gone then, or all is over, and JAX itself ends the process and says so."""
-    try:
-        told = _store().key_value_dir_get("es_jax/failed/")
-    except Exception:
-        return None
-    others = [(key.split("/")[-1], text) for key, text in told]
-    return next(((other, text) for other, text in others if other != str(jax.process_index())), None)
-
-
-def _end_with(name: str, other: str, text: str) -> NoReturn:
-    _linger()
-    _end(f"{name}: process {other} failed, so this one stops: {text}", 1)
+def _end_after_another(name: str) -> None:
+    """End this process where another failed, with its message. Where the store does not answer, process 0 is gone or
+    all is over: JAX itself ends the process then, and says so."""
+    failures: list[tuple[str, str]] = []
+    with contextlib.suppress(Exception):
+        failures = _store().key_value_dir_get("es_jax/failed/")
+    for key, text in failures:
+        if (other := key.split("/")[-1]) != str(jax.process_index()):
+            _linger()
+            _end(f"{name}: process {other} failed, so this one stops: {text}", 1)
 
 
 def _linger() -> None:
@@ -291,13 +281,6 @@ def _heed(verdict: dict[str, Any]) -> dict[str, Any]:
     return verdict["parts"]
 
 
-def _next_round() -> None:
-    global _round
-    done, _round = _round, next(_rounds)
-    if first() and done:
-        _store().key_value_delete(f"es_jax/{done - 1}/")  # all have read it: they are behind it
-
-
 def _wait(key: str) -> dict[str, Any]:
     while (value := _look(key, patience=_POLL)) is None:
         check()
@@ -307,10 +290,8 @@ def _wait(key: str) -> dict[str, Any]:
 def _look(key: str, *, patience: float = 0.0, raw: bool = False) -> Any:
     """The value of a key, or None when it is not there within `patience` seconds."""
     try:
-        if patience:
-            value = _store().blocking_key_value_get_bytes(key, int(1000 * patience))
-        else:
-            value = _store().key_value_try_get_bytes(key)
+        store, limit = _store(), int(1000 * patience)
+        value = store.blocking_key_value_get_bytes(key, limit) if limit else store.key_value_try_get_bytes(key)
     except jax.errors.JaxRuntimeError as error:
         if "NOT_FOUND" in str(error) or "DEADLINE_EXCEEDED" in str(error):
             return None

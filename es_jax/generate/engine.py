@@ -14,7 +14,7 @@ from es_jax.core import processes
 from es_jax.core.chunked_map import ceil_div
 from es_jax.generate.decode_spec import DecodeSpec
 from es_jax.generate.prompts import Packing
-from es_jax.generate.queue import Generation, decode
+from es_jax.generate.queue import Generation, decode_queue
 from es_jax.generate.sampling import Greedy, Sampler
 from es_jax.models.config import TransformerConfig
 from es_jax.models.transformer import transpose_kernels, unstack_layers
@@ -134,7 +134,7 @@ class Engine(DecodeSpec):
         if keys is None and not isinstance(self.sampler, Greedy):
             raise ValueError(f"sampler is {self.sampler}: give keys [Q] to draw from")
         prefix = jnp.zeros(0, jnp.int32) if prefix is None else prefix
-        return decode(self, params, tokens, positions, keys, prefix, axis_name)
+        return decode_queue(self, params, tokens, positions, keys, prefix, axis_name)
 
     def generate(self, params: Any, prompts: Sequence[Sequence[int]], *, key: PRNGKeyArray | None = None) -> Generation:
         """Completions of a list of token-id prompts, in their order, as host arrays.

@@ -13,7 +13,7 @@ FILL, STEPS = "fill", "steps"  # what prefill and the decode steps are called in
 
 
 class LoopSizes(NamedTuple):
-    """The sizes of one call of `generate.queue.decode`; B, P and K are those of its shapes."""
+    """The sizes of one call of `generate.queue.decode_queue`; B, P and K are those of its shapes."""
 
     prompts: int  # Q, how many there are, padding among them
     width: int  # P, tokens of a prompt after the prefix
@@ -21,9 +21,7 @@ class LoopSizes(NamedTuple):
     steps: int  # K, decode steps of a chunk; the first token of a prompt comes from its prefill
     single: bool  # whether one prefill and one chunk are all there is
     places: int  # of a slot's keys and values, a chunk's among them: all that a prompt can need, and a chunk more
-    fill_rows: (
-        int  # rows of a prefill: a quarter of the slots, so that free ones need not wait for the last; all where single
-    )
+    fill_rows: int  # rows of a prefill: a quarter of the slots (all, if single): free ones do not wait for the last
     slot_sizes: list[int]  # how many slots a chunk may have: all, a half, a quarter
     place_sizes: list[int]  # of the slots' caches, what a chunk may attend: SHORTEST, doubled up to all that is needed
     widths: list[int]  # of a prefill: that of the prompts, a half, a quarter

@@ -93,7 +93,7 @@ class _Chunk(NamedTuple):
     going: Array
 
 
-def decode(
+def decode_queue(
     spec: DecodeSpec,
     params: Any,
     tokens: Int32[Array, "Q P"],
@@ -253,8 +253,8 @@ def _steps(queue: _Queue, slots: _Slots, past: tuple[Past, ...], taken: Array) -
 
     logprob = jnp.zeros(shape, jnp.float32) if queue.spec.logprobs else None
     chosen, going = (jnp.zeros(shape, jnp.int32), logprob), queue.agree(jnp.any(slots.live))
+    start = _Chunk(model.empty_cache(queue.params, *shape), slots, chosen, going)
     with jax.named_scope(STEPS):
-        start = _Chunk(model.empty_cache(queue.params, *shape), slots, chosen, going)
         return lax.while_loop(lambda chunk: chunk.going, step, start)
 
 

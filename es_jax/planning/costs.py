@@ -20,12 +20,6 @@ class Work:
     memory: float = 0.0
     sent: float = 0.0
 
-    def __add__(self, other: "Work") -> "Work":
-        return Work(self.flops + other.flops, self.memory + other.memory, self.sent + other.sent)
-
-    def times(self, n: int) -> "Work":
-        return Work(self.flops * n, self.memory * n, self.sent * n)
-
     def seconds(self, chip: Chip) -> float:
         """At the chip's peaks, the three at once.
 
@@ -43,11 +37,8 @@ def cache_bytes(config: TransformerConfig, tokens: int, itemsize: int) -> int:
 
 def _attended(config: TransformerConfig, first: int, last: int) -> int:
     """Tokens attended, summed over the layers and over queries at the positions `first` to `last` − 1."""
-
-    def seen(window: int | None) -> int:
-        return sum(min(position + 1, window or position + 1) for position in range(first, last))
-
-    return sum(seen(config.sliding_window if local else None) for local, _ in config.layer_kinds)
+    windows = [config.sliding_window if local else None for local, _ in config.layer_kinds]
+    return sum(min(position + 1, window or last) for window in windows for position in range(first, last))
 
 
 def prefill_flops(config: TransformerConfig, prompts: int, prompt: int) -> float:
@@ -58,10 +49,9 @@ def prefill_flops(config: TransformerConfig, prompts: int, prompt: int) -> float
 
 
 def decode_flops(config: TransformerConfig, prompts: int, prompt: int, new: int) -> float:
-    """Of `new` tokens behind each of the prompts; the first of them comes from the prefill."""
-    layers, head = matrix_weights(config)
+    """Of `new` tokens after each of the prompts; the first of them comes from the prefill."""
     attention = 4 * config.heads * config.head_dim * _attended(config, prompt, prompt + new - 1)
-    return prompts * (2.0 * (layers + head) * (new - 1) + attention)
+    return prompts * (2.0 * sum(matrix_weights(config)) * (new - 1) + attention)
 
 
 def decode_memory(

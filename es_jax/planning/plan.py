@@ -1,7 +1,11 @@
-"""Compile a run's programs for a topology, and judge whether it fits."""
+"""Compile a run's programs for a topology, judge whether it fits, and say so in words and as JSON.
+
+`search` tries meshes and slot counts until no other can be faster than the best that fits.
+"""
 
 import contextlib
 import dataclasses
+import math
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +15,7 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from es_jax.core.chips import GIB
+from es_jax.core.chunked_map import ceil_div
 from es_jax.core.mesh import GROUPS, MODEL
 from es_jax.models.config import TransformerConfig
 from es_jax.planning.costs import Work
@@ -18,34 +23,38 @@ from es_jax.planning.hlo import Collective, collectives
 from es_jax.planning.programs import Program, programs_of
 from es_jax.planning.topology import Topology
 from es_jax.training.config import RunConfig
+from es_jax.training.method import METHODS
+
+_NAMED = 4  # kinds of collectives of a program that have words of their own; the rest are added up
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What compiling one program showed.
+    """What compiling one program showed. The fields are those of --json.
 
     Attributes:
-      name, times: of the program.
-      peak: bytes of a device while it runs, with all that the run holds beside it.
-      own: of these, the program's own.
-      host: bytes of pinned host memory, for one device.
+      name: of the program.
+      peak_bytes: of a device while it runs, with all that the run holds beside it.
+      own_bytes: of these, the program's own.
+      host_bytes: of pinned host memory, for one device.
       parts: what the peak is made of, in bytes of a device; the last is "rest".
       collectives: what it sends between devices.
-      seconds: compiling took.
+      compile_seconds: compiling took.
+      runs: how often an iteration runs it; 0 for "load".
       work: of one run of it on a device.
       error: why it did not compile.
     """
 
     name: str
-    times: int
-    peak: int
-    own: int
-    host: int
+    peak_bytes: int
+    own_bytes: int
+    host_bytes: int
     parts: dict[str, int]
     collectives: list[Collective]
-    seconds: float
+    compile_seconds: float
+    runs: int
     work: Work
-    error: str | None = None
+    error: str | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +70,7 @@ class Plan:
     @property
     def short(self) -> int:
         """Bytes of a device that are missing; negative where there is room."""
-        return max(outcome.peak for outcome in self.programs) - self.topology.chip.memory
+        return max(outcome.peak_bytes for outcome in self.programs) - self.topology.chip.memory
 
     @property
     def fits(self) -> bool:
@@ -70,7 +79,7 @@ class Plan:
     @property
     def seconds(self) -> float:
         """The bound on an iteration's time."""
-        return sum(outcome.times * outcome.work.seconds(self.topology.chip) for outcome in self.programs)
+        return sum(outcome.runs * outcome.work.seconds(self.topology.chip) for outcome in self.programs)
 
 
 def make_plan(
@@ -87,45 +96,52 @@ def make_plan(
       config: of the run.
       model: the model's shape.
       topology: what to compile for.
-      say: told of each program when it is compiled.
+      say: gets a line on each program when it is compiled.
       compiled: what earlier plans of the same model and topology compiled; it is used, and added to.
 
     Raises:
       ValueError: a mesh that the topology or the model does not allow.
     """
-    programs, done = programs_of(config, model, topology), {} if compiled is None else compiled
-    axes = {GROUPS: programs.mesh.shape[GROUPS], MODEL: programs.mesh.shape[MODEL]}
-    outcomes = []
+    compiled = {} if compiled is None else compiled
+    programs, outcomes = programs_of(config, model, topology), []
+    axes = {axis: programs.mesh.shape[axis] for axis in (GROUPS, MODEL)}
+    slots = programs.evaluator.engine.slots
     for program in programs:
-        slots = programs.evaluator.engine.slots if program.name in ("decode", "rollout") else None
-        key = (program.name, *axes.values(), slots)
-        if key not in done:
-            done[key] = compile_program(program, axes)
-            say(f"{program.name}: compiled in {done[key][0].seconds:.0f} s")
-        outcome, shardings = done[key]
+        key = (program.name, *axes.values(), slots if program.name in ("decode", "rollout") else None)
+        if key not in compiled:
+            compiled[key] = compile_program(program, axes)
+            say(f"{program.name}: compiled in {compiled[key][0].compile_seconds:.0f} s")
+        outcome, shardings = compiled[key]
         outcomes.append(outcome)
         if program.name == "perturb":
             if outcome.error:
-                break  # nobody knows what decode would be given
+                break  # where decode would find the members' weights is not known
             programs.place_copy(shardings)
-    return Plan(programs.config, topology, axes, programs.evaluator.engine.slots, tuple(outcomes))
+    return Plan(programs.config, topology, axes, slots, tuple(outcomes))
 
 
 def compile_program(program: Program, axes: dict[str, int]) -> tuple[Outcome, Any]:
     """What came of it, and where its results are (None where it did not compile)."""
     began = time.monotonic()
+    compiled, error = None, None
     try:
         with _uncached():
             compiled = program.lower().compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+    except jax.errors.JaxRuntimeError as failure:
+        if "RESOURCE_EXHAUSTED" not in (error := str(failure)):
             raise
-        return _too_large(program, str(error), time.monotonic() - began), None
     seconds = time.monotonic() - began
-    sent = collectives(compiled.as_text(), axes, turns=program.turns)
-    own = _peak(compiled.memory_analysis())
-    work = program.work + Work(sent=sum(kind.sent for kind in sent))
-    return _outcome(program, own, sent, seconds, work), compiled.output_shardings
+    own = _peak(compiled.memory_analysis()) if compiled else _needed(str(error))
+    kinds = collectives(compiled.as_text(), axes, turns=program.turns) if compiled else []
+    parts = {name: held.device for name, held in program.parts.items() if held.device}
+    peak = own + sum(size for name, size in parts.items() if name not in program.own)
+    outcome = Outcome(
+        program.name, peak, own, sum(held.host for held in program.parts.values()),
+        parts | {"rest": peak - sum(parts.values())}, kinds, seconds, program.times,
+        dataclasses.replace(program.work, sent=program.work.sent + sum(kind.sent for kind in kinds)),
+        error and error.splitlines()[0],
+    )  # fmt: skip
+    return outcome, compiled and compiled.output_shardings
 
 
 @contextlib.contextmanager
@@ -150,18 +166,186 @@ def _peak(stats: Any) -> int:
     return passed + stats.temp_size_in_bytes
 
 
-def _outcome(program: Program, own: int, sent: list[Collective], seconds: float, work: Work) -> Outcome:
-    beside = sum(held.device for name, held in program.parts.items() if name not in program.own)
-    peak = own + beside
-    parts = {name: held.device for name, held in program.parts.items() if held.device}
-    parts["rest"] = peak - sum(parts.values())
-    host = sum(held.host for held in program.parts.values())
-    return Outcome(program.name, program.times, peak, own, host, parts, sent, seconds, work)
+def _needed(error: str) -> int:
+    """The compiler's own figure of what a program that is too large would need; 0 where it gives none."""
+    match = re.search(r"Used ([\d.]+)([KMG]) of|\(([\d.]+)([KMG])\) exceeds", error)
+    number, unit = filter(None, match.groups()) if match else ("0", "K")
+    return int(float(number) * {"K": 2**10, "M": 2**20, "G": GIB}[unit])
 
 
-def _too_large(program: Program, message: str, seconds: float) -> Outcome:
-    """The compiler's own figure of what the program would need."""
-    found = re.search(r"Used ([\d.]+)([KMG]) of|\(([\d.]+)([KMG])\) exceeds", message)
-    size = float(found[1] or found[3]) * {"K": 2**10, "M": 2**20, "G": GIB}[found[2] or found[4]] if found else 0
-    outcome = _outcome(program, int(size), [], seconds, program.work)
-    return dataclasses.replace(outcome, error=message.splitlines()[0])
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A config with a mesh and a slot count, and what is known of it before anything is compiled.
+
+    Attributes:
+      seconds: the bound on an iteration without what is sent between devices.
+      least: bytes of a device that it needs at least.
+    """
+
+    config: RunConfig
+    seconds: float
+    least: int
+
+
+def search(
+    config: RunConfig, model: TransformerConfig, topology: Topology, *, say: Callable[[str], None] = lambda line: None
+) -> Plan:
+    """The plan with the lowest bound on an iteration's time among those that fit.
+
+    All meshes of the devices and 1, 1/2, 1/4, … of a step's prompts as slots are candidates, the most promising first.
+    Where nothing fits, the plan that is nearest to fitting.
+
+    Raises:
+      ValueError: no mesh suits the model and the topology.
+    """
+    compiled: dict = {}
+    plans: list[Plan] = []
+    best: Plan | None = None
+    for candidate in candidates(config, model, topology):
+        mesh, slots = candidate.config.mesh, candidate.config.decode.slots
+        if best is not None and candidate.seconds >= best.seconds:
+            break
+        report = lambda line, mesh=mesh, slots=slots: say(  # noqa: E731
+            f"groups {mesh.groups} × model {mesh.model}, {slots} slots: {line}"
+        )
+        if candidate.least > topology.chip.memory:
+            report(f"needs more than {candidate.least / GIB:.2f} GiB, not compiled")
+            continue
+        plan = make_plan(candidate.config, model, topology, say=report, compiled=compiled)
+        report(f"{'fits' if plan.fits else 'does not fit'}, at least {plan.seconds:.4g} s an iteration")
+        plans.append(plan)
+        best = min((plan for plan in plans if plan.fits), key=lambda plan: plan.seconds, default=None)
+    if not plans:
+        raise ValueError(f"no mesh of {topology.name} has room for a member of this model: take chips with more memory")
+    return best or min(plans, key=lambda plan: plan.short)
+
+
+def candidates(config: RunConfig, model: TransformerConfig, topology: Topology) -> list[Candidate]:
+    """All that suit, the lowest bound first; of equal ones that which cuts members over fewer devices."""
+    results = []
+    for variant in _variants(config, model, len(topology.devices)):
+        programs = list(programs_of(variant, model, topology))
+        seconds = sum(program.times * program.work.seconds(topology.chip) for program in programs)
+        least = max(sum(part.device for part in program.parts.values()) for program in programs)
+        results.append(Candidate(variant, seconds, least))
+    return sorted(results, key=lambda one: (one.seconds, one.config.mesh.model))
+
+
+def _variants(config: RunConfig, model: TransformerConfig, devices: int) -> Iterator[RunConfig]:
+    prompts = config.task.prompts_per_step or config.task.train_size
+    shares = (model.heads, model.kv_heads, model.mlp_dim, model.vocab_size, devices)
+    for width in (2**i for i in range(devices.bit_length())):
+        if any(size % width for size in shares):
+            continue
+        mesh = dataclasses.replace(config.mesh, groups=devices // width, model=width)
+        for batches in (2**i for i in range(prompts.bit_length())):
+            decode = dataclasses.replace(config.decode, slots=ceil_div(prompts, batches))
+            yield dataclasses.replace(config, mesh=mesh, decode=decode)
+
+
+def words(plan: Plan) -> str:
+    """Several lines: what was compiled, a row a program, what it sends, the bound on an iteration, the verdict."""
+    config, chip, devices = plan.config, plan.topology.chip, len(plan.topology.devices)
+    size = METHODS[config.method].size.format(config=config)
+    cells: list[tuple[str, ...]] = [
+        ("program", "runs", "compile", "GiB a device, and what of", "GiB pinned", "TFLOP", "bound")
+    ]
+    for outcome in plan.programs:
+        parts = " + ".join(f"{name} {_gib(size)}" for name, size in outcome.parts.items() if size >= GIB / 200)
+        cells.append((
+            outcome.name,
+            f"{outcome.runs} ×" if outcome.runs else "once",
+            f"{outcome.compile_seconds:.0f} s",
+            f"{_gib(outcome.peak_bytes)} = {parts}" if outcome.peak_bytes else str(outcome.error),
+            _gib(outcome.host_bytes),
+            f"{outcome.work.flops / 1e12:.4g}",
+            f"{outcome.work.seconds(chip):.3g} s",
+        ))  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join([
+        f"{size} of {config.model.source}, computed in {config.model.dtype}, weights in "
+        f"{config.model.param_dtype}, on {plan.topology.name}: {devices} devices of {_gib(chip.memory)} GiB, "
+        f"groups {plan.mesh[GROUPS]} × model {plan.mesh[MODEL]}, {plan.slots} slots",
+        "",
+        *("  ".join(map(str.ljust, row, widths)).rstrip() for row in cells),
+        "",
+        "Sent between devices, of one run of each program:",
+        *(f"  {outcome.name}: {_sent(outcome.collectives)}" for outcome in plan.programs),
+        "",
+        f"An iteration takes at least {plan.seconds:.4g} s: a bound, not a measurement, with every completion at its "
+        f"full length, the published peaks of the {chip.name}, and noise, scheduling and host left out.",
+        verdict(plan),
+    ])  # fmt: skip
+
+
+def fields(plan: Plan) -> dict[str, Any]:
+    """The documented fields of --json; see `es_jax.plan`."""
+    return {
+        "fits": plan.fits,
+        "verdict": verdict(plan),
+        "topology": plan.topology.name,
+        "devices": len(plan.topology.devices),
+        "memory_bytes": plan.topology.chip.memory,
+        "mesh": plan.mesh,
+        "slots": plan.slots,
+        "bound_seconds": plan.seconds,
+        "compile_seconds": sum(outcome.compile_seconds for outcome in plan.programs),
+        "programs": {outcome.name: _program(plan, outcome) for outcome in plan.programs},
+    }
+
+
+def verdict(plan: Plan) -> str:
+    """Fits, and with how much to spare; or by how much not, and what would help."""
+    worst = max(plan.programs, key=lambda outcome: outcome.peak_bytes)
+    of = f"{_gib(worst.peak_bytes)} of {_gib(plan.topology.chip.memory)} GiB a device"
+    if plan.fits:
+        return f"fits: {worst.name} needs most, {of}"
+    for outcome in plan.programs:
+        if outcome.error and not outcome.peak_bytes:
+            return f"does not fit: {outcome.name} does not compile ({outcome.error})"
+    remedies = "; ".join(_remedies(plan, worst)) or "use more devices, or chips with more memory"
+    return f"does not fit: {worst.name} needs {of}; {remedies}"
+
+
+def _remedies(plan: Plan, worst: Outcome) -> Iterator[str]:
+    """What would make room, with how much, by arithmetic alone: another plan must show it."""
+    cache, copy, anchor = (worst.parts.get(name, 0) for name in ("KV cache", "compute copy", "anchor"))
+    groups, model = plan.mesh[GROUPS], plan.mesh[MODEL]
+    if cache:
+        slots = plan.slots - math.ceil(plan.short * plan.slots / cache)
+        if slots > 0:
+            yield f"decode.slots={slots} frees {_gib(cache * (plan.slots - slots) / plan.slots)}"
+    if copy and groups % 2 == 0:
+        yield f"mesh.model={2 * model} with mesh.groups={groups // 2} frees about {_gib((copy + cache) / 2)}"
+    if anchor and plan.config.optim.anchor.penalty != "none":
+        yield f"optim.anchor.memory=pinned_host frees {_gib(anchor)} while members are evaluated"
+
+
+def _sent(kinds: list[Collective]) -> str:
+    if not kinds:
+        return "nothing"
+    parts = []
+    for kind in kinds[:_NAMED]:
+        groups = f"{kind.groups} groups of {kind.group_size}" if kind.groups > 1 else "all devices"
+        axes = " and ".join(kind.axes)
+        parts.append(f"{kind.times} × {kind.op} of {kind.bytes / 1e6:.4g} MB over {axes} ({groups})")
+    if rest := kinds[_NAMED:]:
+        megabytes = sum(kind.sent for kind in rest) / 1e6
+        parts.append(f"{len(rest)} smaller kind{'s' if len(rest) > 1 else ''}, {megabytes:.3g} MB")
+    return f"{sum(kind.sent for kind in kinds) / 1e9:.4g} GB a device. " + "; ".join(parts)
+
+
+def _program(plan: Plan, outcome: Outcome) -> dict[str, Any]:
+    fields = vars(outcome) | {
+        "collectives": [vars(kind) | {"axes": list(kind.axes)} for kind in outcome.collectives],
+        "compile_seconds": round(outcome.compile_seconds, 2),
+        "flops": outcome.work.flops,
+        "memory_traffic_bytes": float(outcome.work.memory),
+        "sent_bytes": outcome.work.sent,
+        "bound_seconds": outcome.work.seconds(plan.topology.chip),
+    }
+    return {name: value for name, value in fields.items() if name not in ("name", "work")}
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f}"

@@ -41,10 +41,6 @@ class Topology:
     chip: Chip
     devices: tuple[Any, ...]
 
-    @property
-    def devices_per_host(self) -> int:
-        return len(self.devices) // len({device.process_index for device in self.devices})
-
 
 def topology(name: str, *, slices: int = 1) -> Topology:
     """The devices of a name such as "v5e:4x4", "v5p:4x4x4" or "h100:1x1x8".
@@ -59,17 +55,18 @@ def topology(name: str, *, slices: int = 1) -> Topology:
     kind, colon, shape = name.partition(":")
     if not colon or not re.fullmatch(r"\d+(x\d+){0,2}", shape):
         raise ValueError(f"topology is {name!r}: it must be a chip and a shape, such as v5e:4x4, v5p:4x4x4, h100:1x1x8")
-    found = chip(kind)
-    make = _gpus if found.kind.startswith("NVIDIA") else _tpus
+    device = chip(kind)
+    make = _gpus if device.kind.startswith("NVIDIA") else _tpus
     try:
-        whole = name if slices == 1 else f"{slices} slices of {name}"
-        return Topology(whole, found, tuple(make(found, name, shape, slices)))
+        return Topology(
+            name if slices == 1 else f"{slices} slices of {name}", device, tuple(make(device, name, shape, slices))
+        )
     except (jax.errors.JaxRuntimeError, NotImplementedError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"topology is {name!r}, which the compiler does not take: {reason}") from error
 
 
-def _tpus(found: Chip, name: str, shape: str, slices: int) -> list[Any]:
+def _tpus(device: Chip, name: str, shape: str, slices: int) -> list[Any]:
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError(
             f"topology is {name!r}, but libtpu, its compiler, is not installed: pip install 'es_jax[plan]'"
@@ -77,43 +74,44 @@ def _tpus(found: Chip, name: str, shape: str, slices: int) -> list[Any]:
     for variable, value in _QUIET.items():
         os.environ.setdefault(variable, value)
     options: dict[str, Any] = {} if slices == 1 else {"num_slices": slices}
-    if found.name == "v4":
+    if device.name == "v4":
         options["chip_config_name"] = "megacore"
     return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
 
 
-def _gpus(found: Chip, name: str, shape: str, slices: int) -> list[Any]:
+def _gpus(device: Chip, name: str, shape: str, slices: int) -> list[Any]:
     if not (importlib.util.find_spec("jax_plugins") and importlib.util.find_spec("jax_plugins.xla_cuda12")):
         raise ValueError(
             f"topology is {name!r}, and the CUDA compiler is not installed: "
             f"pip install --no-deps jax-cuda12-plugin=={jax.__version__} jax-cuda12-pjrt=={jax.__version__}"
         )
     if slices != 1 or len(shape.split("x")) != 3:
-        raise ValueError(f"topology is {name!r}: of GPUs it is slices × hosts × GPUs, such as {found.name}:1x1x8")
+        raise ValueError(f"topology is {name!r}: of GPUs it is slices × hosts × GPUs, such as {device.name}:1x1x8")
     return topologies.get_topology_desc(
-        platform="cuda", topology_name=name, topology=shape, target_config=_target(found)
+        platform="cuda", topology_name=name, topology=shape, target_config=_target(device)
     ).devices
 
 
-def _target(found: Chip) -> str:
+def _target(device: Chip) -> str:
     """The GPU as XLA describes one: NVIDIA's tuning guides of the Ampere and Hopper architectures, tables of limits."""
-    hopper = found.name == "h100"
-    cores, shared, block = (132, 228, 227) if hopper else (108, 164, 163)
-    cache, clock, major = (50, 1.98, 9) if hopper else (40, 1.41, 8)
+    hopper = (132, 228, 227, 50, 1.98, 9, 128)
+    cores, shared, block, cache, clock, major, units = (
+        hopper if device.name == "h100" else (108, 164, 163, 40, 1.41, 8, 64)
+    )
     return f"""
       gpu_device_info {{
         cuda_compute_capability {{ major: {major} minor: 0 }}
         threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
         shared_memory_per_core: {shared << 10}
         shared_memory_per_block: 49152 shared_memory_per_block_optin: {block << 10}
-        core_count: {cores} fpus_per_core: {128 if hopper else 64}
+        core_count: {cores} fpus_per_core: {units}
         block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
         registers_per_core_limit: 65536 registers_per_block_limit: 65536
-        memory_bandwidth: {int(found.bandwidth)} l2_cache_size: {cache << 20} clock_rate_ghz: {clock}
+        memory_bandwidth: {int(device.bandwidth)} l2_cache_size: {cache << 20} clock_rate_ghz: {clock}
         device_memory_size: {80 * GIB}
       }}
       platform_name: "CUDA"
       dnn_version_info {{ major: 9 minor: 8 patch: 0 }}
       runtime_version {{ major: 12 minor: 9 patch: 0 }}
-      device_description_str: "{found.kind}"
+      device_description_str: "{device.kind}"
     """

@@ -9,7 +9,7 @@ from es_jax.core.extras import require
 
 require("report")
 
-from es_jax.plotting import curves  # noqa: E402 - where matplotlib is not installed, the line above says so
+from es_jax.plotting import figures  # noqa: E402 - where matplotlib is not installed, the line above says so
 from es_jax.plotting.runs import Run, Series, read_run  # noqa: E402
 
 __all__ = ["Run", "Series", "accuracies", "prior_accuracy", "read_run", "target_against_prior"]
@@ -21,13 +21,13 @@ def accuracies(workdir: str | Path, *tasks: str) -> tuple[np.ndarray, np.ndarray
     Raises:
       FileNotFoundError: there is no such step.
     """
-    found = read_run(workdir).accuracy(tasks)
-    if not found:
+    accuracy = read_run(workdir).accuracy(tasks)
+    if not accuracy:
         raise FileNotFoundError(
             f"{workdir}/evals has no step at which {', '.join(tasks)} were evaluated: run with evals.every above 0 and "
             "these in evals.tasks"
         )
-    return np.array(list(found)), np.array([value for value, _ in found.values()])
+    return np.array(list(accuracy)), np.array([value for value, _ in accuracy.values()])
 
 
 def prior_accuracy(workdir: str | Path, prior: Sequence[str]) -> np.ndarray:
@@ -49,7 +49,7 @@ def target_against_prior(runs: Mapping[str, str | Path], path: str | Path, *, pr
     Raises:
       ValueError: no run has evaluated its target and the prior tasks.
     """
-    plot = curves.target_against_prior([Series(label, (read_run(run),)) for label, run in runs.items()], prior)
+    plot = figures.target_against_prior([Series(label, (read_run(run),)) for label, run in runs.items()], prior)
     if plot is None:
         raise ValueError(f"no run has evaluations of its target and of {', '.join(prior)}: nothing can be drawn")
     Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -1,13 +1,13 @@
-"""The directories of runs, read for figures and tables: half-finished ones too, and those that cannot be compared told.
+"""The directories of runs, read for figures and tables: what is averaged, what it is called, what cannot be compared.
 
 Runs that differ in their seed, and in nothing else that a step depends on, are a `Series`; a figure shows series, with
-standard errors over seeds.
+standard errors over seeds. Half-finished runs are read too. Labels and captions are made from the runs' configs.
 """
 
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,24 @@ from es_jax.rundir import directory
 from es_jax.rundir.metrics import read_jsonl
 from es_jax.training.config import RunConfig, read_config
 
+ERRORS = "Errors are one standard error: over seeds, or over rows where a series is a single run."
 # What may differ within a series: the seed, and what no step depends on.
 ALIKE = (
-    *("train.", "evals.", "mesh.", "decode.slots", "decode.members_at_once", "decode.max_prompt", "grpo.micro_batch"),
-    *("optim.anchor.strength", "optim.anchor.kappa"),  # λ stands for both
-)
+    "train.", "evals.", "mesh.", "decode.slots", "decode.members_at_once", "decode.max_prompt_tokens",
+    "grpo.micro_batch", "optim.anchor.strength", "optim.anchor.kappa",  # λ stands for the last two
+)  # fmt: skip
 SCHEDULES = ("es.schedule", "optim.schedule", "optim.anchor.schedule")
-NEEDED = {"metrics": ("step",), "drift": ("step",), "kl": ("step", "task", "kl_exact")}  # in every line, by file
-EVALUATION = ("step", "accuracy", "n")  # in every line of a task's file
+# What every line of a file has; one of another name is a task's.
+NEEDED = {"metrics": ("step",), "drift": ("step",), "kl": ("step", "task", "kl_exact")}
+EARLIER = {"max_new": "max_new_tokens"}  # what earlier files call a column → its name
+# Dotted field → how a label or a caption calls it. Fields that are not here keep their names.
+SYMBOLS = {
+    "es.population": "N", "es.sigma": "σ", "grpo.rollouts": "rollouts", "optim.learning_rate": "α",
+    "es.rewards": "rewards", "es.antithetic": "antithetic", "es.noise": "noise", "es.shaping": "shaping",
+    "optim.name": "optimizer", "optim.anchor.source": "anchor", "task.grader": "grader", "train.steps": "iterations",
+}  # fmt: skip
+CAPTIONED = ("es.population", "es.sigma", "grpo.rollouts", "optim.learning_rate")  # with their method
+SKIPPED = ("method", "model.source", "task.name", "optim.anchor.penalty", "λ")  # a label has words of its own for them
 
 
 @dataclass(frozen=True)
@@ -37,6 +47,10 @@ class Point:
     mean: float
     error: float | None
     runs: int
+
+    def columns(self, name: str) -> dict[str, Any]:
+        """As columns of a figure's data, the mean under that name."""
+        return {"step": self.step, name: self.mean, f"{name}_se": self.error, "runs": self.runs}
 
 
 @dataclass(frozen=True)
@@ -76,9 +90,9 @@ class Run:
 
     @property
     def family(self) -> str:
-        """The letters that the model's name begins with, and a version right behind them: Qwen2.5, Llama, lab."""
-        found = re.match(r"[A-Za-z]+[0-9.]*", self.model)
-        return found[0].rstrip(".") if found else self.model
+        """The letters that the model's name begins with, and a version right after them: Qwen2.5, Llama, lab."""
+        match = re.match(r"[A-Za-z]+[0-9.]*", self.model)
+        return match[0].rstrip(".") if match else self.model
 
     @property
     def size(self) -> int | None:
@@ -95,47 +109,71 @@ class Run:
         return self.config.optim.anchor.penalty
 
     @property
+    def strength(self) -> float:
+        """λ, given as such or as κ."""
+        return self.config.anchor_strength
+
+    def variant(self, *, strength: bool = True) -> str:
+        """Method and penalty, with λ or without it."""
+        anchor = f" + AWD {self.penalty}" + (f", λ = {_number(self.strength)}" if strength else "")
+        return self.method + ("" if self.penalty == "none" else anchor)
+
+    @property
     def seed(self) -> tuple[int, int | None]:
         """train.seed, and task.seed where the task makes its own rows: what differs between the runs of a series."""
         return self.config.train.seed, self.config.task.seed if self.config.task.data_dir is None else None
 
+    @property
+    def seed_label(self) -> str:
+        """The seed, and that of the task's rows where it is another.
+
+        >>> from es_jax.training.config import freeze
+        >>> Run(Path("a"), freeze({"train": {"seed": 1}, "task": {"seed": 2}}), {}).seed_label
+        '1 (task.seed = 2)'
+        """
+        own, rows = self.seed
+        return str(own) if rows in (None, own) else f"{own} (task.seed = {rows})"
+
+    @property
+    def drift(self) -> dict[int, dict[str, Any]]:
+        """Step → its metrics, where the drift was measured."""
+        return by_step(row for row in self.metrics if row.get("drift") is not None)
+
     def rows(self, tasks: Sequence[str]) -> dict[int, list[dict[str, Any]]]:
         """Step → the evaluations of the tasks, in their order, where all of them were evaluated."""
-        return together([{row["step"]: row for row in self.evals.get(task, [])} for task in tasks])
+        return together([by_step(self.evals.get(task, [])) for task in tasks])
 
     def accuracy(self, tasks: Sequence[str]) -> dict[int, tuple[float, float | None]]:
         """Step → mean accuracy over tasks and its standard error over rows, where all of them were evaluated."""
-        found = {}
-        for step, rows in self.rows(tasks).items():
-            errors = [error for row in rows if (error := row.get("accuracy_se")) is not None]
-            known = math.sqrt(sum(error**2 for error in errors)) / len(rows) if len(errors) == len(rows) else None
-            found[step] = (float(np.mean([row["accuracy"] for row in rows])), known)
-        return found
+        return {
+            step: (float(np.mean([row["accuracy"] for row in rows])), _mean_error(rows, "accuracy_se"))
+            for step, rows in self.rows(tasks).items()
+        }
 
     def change(self, tasks: Sequence[str], step: int) -> tuple[float, float | None]:
         """Change in mean accuracy over tasks from step 0, and its standard error: over the same rows, paired.
 
         Rows of evaluations that did not pair them have the error of two independent means, which is larger.
         """
-        found = self.accuracy(tasks)
-        (end, end_error), (start, start_error) = found[step], found[0]
-        pairs = [row.get("accuracy_change_se") for row in self.rows(tasks)[step]]
-        if None not in pairs:
-            return end - start, math.hypot(*pairs) / len(pairs)  # type: ignore[arg-type]
-        return end - start, None if end_error is None or start_error is None else math.hypot(end_error, start_error)
+        accuracy = self.accuracy(tasks)
+        (end, end_error), (start, start_error) = accuracy[step], accuracy[0]
+        error = _mean_error(self.rows(tasks)[step], "accuracy_change_se")
+        if error is None and end_error is not None and start_error is not None:
+            error = math.hypot(end_error, start_error)
+        return end - start, error
 
     def settings(self) -> dict[str, Any]:
-        """What the run is, by dotted name, without its seed; λ for the anchor's strength or drift.
+        """What the run is, by dotted name, without its seed; λ for the anchor's strength or κ.
 
         train.steps is among it where a schedule makes every step depend on how many there are.
         """
-        made = ("task.seed",) if self.config.task.data_dir is None else ()
-        skipped = (*ALIKE, *made, "grpo." if self.config.method == "es" else "es.")
         fields = flatten_dict(dataclasses.asdict(self.config), sep=".")
-        flat = {name: value for name, value in fields.items() if not name.startswith(skipped)}
+        seed = ("task.seed",) if self.config.task.data_dir is None else ()
+        skipped = (*ALIKE, *seed, *({"es.", "grpo."} - {f"{self.config.method}."}))
+        settings = {name: value for name, value in fields.items() if not name.startswith(skipped)}
         if any(not fields[name].startswith("constant") for name in SCHEDULES):
-            flat["train.steps"] = self.config.train.steps
-        return flat | {"λ": self.config.anchor_strength}
+            settings["train.steps"] = self.config.train.steps
+        return settings | {"λ": self.strength}
 
 
 @dataclass(frozen=True)
@@ -151,13 +189,13 @@ class Series:
 
     def curve(self, tasks: Sequence[str]) -> list[Point]:
         """Mean accuracy over tasks at every evaluated step; the error is over seeds, or over rows for a single run."""
-        by = [run.accuracy(tasks) for run in self.runs]
-        return [average(step, [mine[step] for mine in by if step in mine]) for step in sorted(set().union(*by))]
+        runs = [run.accuracy(tasks) for run in self.runs]
+        return [average(step, [run[step] for run in runs if step in run]) for step in sorted(set().union(*runs))]
 
     def last(self, tasks: Sequence[str], *, step: int | None = None) -> Point | None:
         """The last step of the curve that all runs have; or `step`, where all runs have it."""
         whole = {point.step: point for point in self.curve(tasks) if point.runs == len(self.runs)}
-        return whole[step] if step in whole else whole[max(whole)] if whole else None
+        return whole[step if step in whole else max(whole)] if whole else None
 
     def change(self, tasks: Sequence[str]) -> Point | None:
         """Change in mean accuracy from step 0 to the last step that all runs have, with the error of a difference."""
@@ -167,14 +205,24 @@ class Series:
         return average(end.step, [run.change(tasks, end.step) for run in self.runs])
 
 
-def together(by: Sequence[Mapping[int, Any]]) -> dict[int, list[Any]]:
+def distinct(values: Iterable[Any]) -> list[Any]:
+    """The values in order, each once."""
+    return list(dict.fromkeys(values))
+
+
+def by_step(rows: Iterable[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """Step → its row."""
+    return {row["step"]: row for row in rows}
+
+
+def together(runs: Sequence[Mapping[int, Any]]) -> dict[int, list[Any]]:
     """Step → what each has there, at the steps that all have, in order.
 
     >>> together([{0: "a", 5: "b"}, {5: "c", 9: "d"}])
     {5: ['b', 'c']}
     """
-    steps = sorted(set.intersection(*map(set, by))) if by else []
-    return {step: [mine[step] for mine in by] for step in steps}
+    steps = sorted(set.intersection(*map(set, runs))) if runs else []
+    return {step: [run[step] for run in runs] for step in steps}
 
 
 def average(step: int, values: Sequence[tuple[float, float | None]]) -> Point:
@@ -183,9 +231,21 @@ def average(step: int, values: Sequence[tuple[float, float | None]]) -> Point:
     >>> average(5, [(0.2, 0.1), (0.4, 0.1)])
     Point(step=5, mean=0.30000000000000004, error=0.1, runs=2)
     """
-    numbers = [value for value, _ in values]
-    own = values[0][1] if len(values) == 1 else float(np.std(numbers, ddof=1) / math.sqrt(len(numbers)))
-    return Point(step, float(np.mean(numbers)), None if own is None else round(own, 12), len(values))
+    means = [value for value, _ in values]
+    error = values[0][1] if len(values) == 1 else float(np.std(means, ddof=1) / math.sqrt(len(means)))
+    return Point(step, float(np.mean(means)), None if error is None else round(error, 12), len(values))
+
+
+def last_average(runs: Sequence[Mapping[int, tuple[float, float | None]]]) -> Point | None:
+    """The average at the last step that all runs have, not counting runs that have none."""
+    steps = together([run for run in runs if run])
+    return average(max(steps), steps[max(steps)]) if steps else None
+
+
+def _mean_error(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    """The error of the mean of independent values; None where one of theirs is unknown."""
+    errors = [row.get(name) for row in rows]
+    return None if None in errors else math.hypot(*errors) / len(errors)  # type: ignore[arg-type]
 
 
 def read_run(folder: str | Path) -> Run:
@@ -196,70 +256,136 @@ def read_run(folder: str | Path) -> Run:
       ValueError: a file is damaged; it is named.
     """
     folder = Path(folder)
-    facts = directory.read(folder)
+    facts, config = directory.read(folder), read_config(folder)
     files = {path.stem: _rows(path) for path in sorted((folder / "evals").glob("*.jsonl"))}
-    return Run(
-        folder,
-        read_config(folder),
-        facts,
-        metrics=_rows(folder / "metrics.jsonl"),
-        evals={name: rows for name, rows in files.items() if name not in NEEDED and rows},
-        kl=files.get("kl", []),
-    )
+    limit = {"max_new_tokens": config.decode.max_new_tokens}  # of evaluations that do not name theirs
+    evals = {name: [limit | row for row in rows] for name, rows in files.items() if name not in NEEDED and rows}
+    return Run(folder, config, facts, _rows(folder / "metrics.jsonl"), evals, files.get("kl", []))
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     """A file's rows by step and task; of rows that were written twice the later one."""
-    found = {}
+    rows = {}
     for number, row in enumerate(read_jsonl(path), 1):
-        for name in NEEDED.get(path.stem, EVALUATION):
+        for name in NEEDED.get(path.stem, ("step", "accuracy", "n")):
             if not isinstance(row, dict) or row.get(name) is None:
                 raise ValueError(
                     f"{path} line {number} has no {name!r}: restore the file, or move it elsewhere if no run wrote it"
                 )
-        found[row["step"], str(row.get("task", ""))] = row
-    return [found[key] for key in sorted(found)]
+        row = {EARLIER.get(name, name): value for name, value in row.items()}
+        rows[row["step"], str(row.get("task", ""))] = row
+    return [rows[key] for key in sorted(rows)]
 
 
 def prior_tasks(runs: Sequence[Run]) -> list[str]:
     """The tasks that every run evaluated and none was trained on, in the order of the first run's config."""
-    common = set.intersection(*(set(run.evals) for run in runs)) - {run.target for run in runs} if runs else set()
-    asked = [task for task in runs[0].config.evals.tasks if task in common] if runs else []
-    return asked + sorted(common - set(asked))
+    if not runs:
+        return []
+    common = set.intersection(*(set(run.evals) for run in runs)) - {run.target for run in runs}
+    return distinct(task for task in (*runs[0].config.evals.tasks, *sorted(common)) if task in common)
 
 
 def incomparable(runs: Sequence[Run]) -> dict[Path, str]:
     """Why a run cannot be set beside the earlier ones: it has other data, another grader or another max_new_tokens.
 
     Returns:
-      folder → the first difference found, for those runs.
+      folder → the first difference, for those runs.
     """
-    found: dict[Path, str] = {}
-    seen: dict[tuple, tuple[Any, Run]] = {}
+    reasons: dict[Path, str] = {}
+    first: dict[tuple, tuple[Any, Run]] = {}
     for run in runs:
-        for name, key, value in _facts(run):
-            then, other = seen.setdefault((name, *key), (value, run))
-            if then != value and run.folder not in found:
-                found[run.folder] = f"{name} is {value!r}, but {then!r} in {other.folder}"
-    return found
+        for name, key, value in _compared(run):
+            expected, other = first.setdefault((name, *key), (value, run))
+            if expected != value:
+                reasons.setdefault(run.folder, f"{name} is {value!r}, but {expected!r} in {other.folder}")
+    return reasons
 
 
-def _facts(run: Run) -> Iterable[tuple[str, tuple, Any]]:
+def _compared(run: Run) -> Iterator[tuple[str, tuple, Any]]:
     """(what is compared, among which runs, its value)."""
-    config, digest = run.config, run.facts["digest"]
-    yield "decode.max_new", (), config.decode.max_new_tokens
-    yield "task.grader", (), config.task.grader or "paper"
-    task = config.task
-    made = {} if task.data_dir else {task.name: task.seed}  # rows that the task makes differ as the seed does
+    config, task, digest = run.config, run.config.task, run.facts["digest"]
+    seeds = {} if task.data_dir else {task.name: task.seed}  # rows that the task makes differ as the seed does
     data = (task.data_dir, task.seed if task.data_dir else None, task.train_size)
+    held_out = (digest, task.name, seeds.get(task.name), config.evals.rows, config.evals.tasks)
+    yield "decode.max_new_tokens", (), config.decode.max_new_tokens
+    yield "task.grader", (), task.grader or "paper"
     yield "the training data (data_dir, seed, train_size)", (task.name,), data
-    kind = (digest, task.name, made.get(task.name), config.evals.rows, config.evals.tasks)
-    yield "digest of the rows", kind, run.facts.get("rows")
-    for name, rows in run.evals.items():
-        yield f"number of test rows of {name}", (), rows[-1]["n"]
-        yield f"max_new_tokens of {name}", (), rows[-1].get("max_new", config.decode.max_new_tokens)
-        yield f"digest of the test rows of {name}", (digest, made.get(name), "rows" in rows[-1]), rows[-1].get("rows")
+    yield "digest of the rows", held_out, run.facts.get("rows")
+    for name, (*_, row) in run.evals.items():
+        yield f"number of test rows of {name}", (), row["n"]
+        yield f"max_new_tokens of {name}", (), row["max_new_tokens"]
+        yield f"digest of the test rows of {name}", (digest, seeds.get(name), "rows" in row), row.get("rows")
     for row in run.kl:
-        sampled = (row.get("rows"), row.get("max_new"), row.get("seed"))
+        sampled = tuple(row.get(name) for name in ("rows", "max_new_tokens", "seed"))
         measured = f"what KL was measured on (rows, max_new_tokens, seed) of {row['task']}"
-        yield measured, (digest, made.get(row["task"])), sampled
+        yield measured, (digest, seeds.get(row["task"])), sampled
+
+
+def group(runs: Sequence[Run], marks: Mapping[Path, str] | None = None) -> list[Series]:
+    """The series of some runs, in the order in which their first runs are given.
+
+    Args:
+      runs: any runs.
+      marks: folder → why the run cannot be compared; such a run is a series of its own, and its label says so.
+
+    Raises:
+      ValueError: two directories hold the same run: everything that a step depends on is equal, the seed included.
+    """
+    groups: dict[tuple, list[Run]] = {}
+    marks = marks or {}
+    for run in runs:
+        same = groups.setdefault((repr(sorted(run.settings().items())), marks.get(run.folder)), [])
+        for other in same:
+            if other.seed == run.seed:
+                steps = [str(each.config.train.steps) for each in (other, run)]
+                both = f"differ in train.steps alone ({' and '.join(steps)}, both with seed {run.seed_label})"
+                how = both if steps[0] != steps[1] else f"are the same run (seed {run.seed_label})"
+                raise ValueError(f"{other.folder} and {run.folder} {how}: leave one out; standard errors need runs "
+                                 "with different seeds")  # fmt: skip
+        same.append(run)
+    firsts = [run for run, *_ in groups.values()]
+    labels = (_label(run, firsts, run.folder in marks) for run in firsts)
+    return [Series(label, tuple(same)) for label, same in zip(labels, groups.values(), strict=True)]
+
+
+def _label(run: Run, others: Sequence[Run], marked: bool) -> str:
+    """What tells a run from the others: always the method and the anchor, and the fields that vary."""
+    words = [getattr(run, name) for name in ("target", "model") if len({getattr(one, name) for one in others}) > 1]
+    words.append(run.variant())
+    settings = [other.settings() for other in others if other.method == run.method]
+    for name, value in run.settings().items():
+        values = {repr(other[name]) for other in settings if name in other}
+        if value is not None and name not in SKIPPED and len(values) > 1:
+            words.append(f"{SYMBOLS.get(name, name)} = {_number(value)}")
+    return ", ".join(words) + (" [not comparable]" if marked else "")
+
+
+def caption(runs: Sequence[Run]) -> str:
+    """What the runs of a figure were: model, task, method, N, σ, α, λ and penalty, seeds, iterations, evaluation."""
+    models = (f"{run.model} ({run.size:,} weights)" if run.size else run.model for run in runs)
+    parts = [f"Model: {_list(models)}", f"trained on: {_list(run.target for run in runs)}"]
+    for method in distinct(run.method for run in runs):
+        settings = [run.settings() for run in runs if run.method == method]
+        fields = [name for name in CAPTIONED if name in settings[0]]
+        parts.append(f"{method} with " + ", ".join(f"{SYMBOLS[x]} = {_list(s[x] for s in settings)}" for x in fields))
+    for penalty in distinct(run.penalty for run in runs):
+        strengths = _list(run.strength for run in runs if run.penalty == penalty)
+        parts.append("no penalty (λ = 0)" if penalty == "none" else f"penalty {penalty} with λ = {strengths}")
+    parts.append(f"seeds {_list(run.seed_label for run in sorted(runs, key=lambda run: run.config.train.seed))}")
+    progress = [f"{steps} iterations"] if (steps := _list(x.config.train.steps for x in runs if x.finished)) else []
+    late = [f"{run.folder.name} is at {run.step} of {run.config.train.steps}" for run in runs if not run.finished]
+    parts.append(", ".join([*progress, "not finished: " + ", ".join(late)] if late else progress))
+    if rows := [rows[-1] for run in runs for rows in run.evals.values()]:
+        counts, limits = (f"{row['n']} rows a task" for row in rows), (row["max_new_tokens"] for row in rows)
+        graders = _list(run.config.task.grader or "paper" for run in runs)
+        parts.append(f"evaluated on {_list(counts)}, grader {graders}, max_new_tokens {_list(limits)}")
+    return "; ".join(parts) + "."
+
+
+def _list(values: Iterable[Any]) -> str:
+    once = distinct(values)
+    return ", ".join(map(_number, sorted(once) if set(map(type, once)) <= {int, float} else once))
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -109,5 +109,10 @@ def split(seconds: dict[str, float], *, total: float) -> dict[str, float]:
     """
     parts = {name: seconds.get(name, 0.0) for name in ("perturb", "decode", "update")}
     parts = {**parts, "wait": max(total - sum(parts.values()), 0.0), "grade": seconds.get("grade", 0.0)}
-    columns = {f"seconds_{name}": value for name, value in parts.items()}
-    return columns | {f"share_{name}": value / total for name, value in parts.items()}
+    return columns(parts, total)
+
+
+def columns(parts: dict[str, float], total: float) -> dict[str, float]:
+    """Seconds of each part and their share of `total`, under the names that the files have."""
+    seconds = {f"seconds_{name}": value for name, value in parts.items()}
+    return seconds | {f"share_{name}": value / total for name, value in parts.items()}

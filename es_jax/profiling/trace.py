@@ -17,6 +17,7 @@ import jax
 from jax.profiler import ProfileData
 
 from es_jax.generate.loop_sizes import FILL
+from es_jax.profiling.clock import columns
 
 PROGRAMS = {"_perturb": "perturb", "_decode": "decode", "rollout": "decode", "update": "update"}  # names of jit → part
 
@@ -25,58 +26,56 @@ _COLUMNS = ("seconds", "prompt_tokens", "tokens", "seconds_grade")
 
 
 class Profile:
-    """A TensorBoard trace of the steps from `start` up to, not including, `stop`, and what it tells: profile.json.
+    """A TensorBoard trace of the steps from `start` up to, not including, `stop`, and its summary: profile.json.
 
     `last`: the run's last step, with which the trace ends at the latest.
     """
 
     def __init__(self, steps: tuple[int, ...], workdir: Path, *, last: int):
         self._steps, self._workdir, self._running, self._last = steps, workdir, False, last
-        self._done: list[tuple[float, ...]] = []  # of each traced step: what _COLUMNS names
+        self._done: list[Mapping[str, Any]] = []  # `spent` of each traced step
 
     def step(self, step: int) -> contextlib.AbstractContextManager:
         """To be entered around a step."""
-        if self._steps and not self._running and self._steps[0] <= step < self._steps[1]:
+        if self._steps and not self._running and step in range(*self._steps):
             jax.profiler.start_trace(str(self._workdir / "tb"))
             self._running = True
         return jax.profiler.StepTraceAnnotation("step", step_num=step)
 
     def done(self, step: int, spent: Mapping[str, Any], inside: Callable[[], Mapping[str, float]]) -> str | None:
-        """A step has ended; `spent` has its seconds and tokens. Behind the last one of the trace: what it tells.
+        """A step has ended; `spent` has its seconds and tokens. After the last one of the trace: its summary.
 
         `inside`: seconds of what is part of another program, so that no trace tells it; called by all processes.
         """
         if not self._running:
             return None
-        self._done.append(tuple(spent[name] for name in _COLUMNS))
+        self._done.append(spent)
         if step < min(self._steps[1] - 1, self._last):
             return None
         self.close()
         within = inside()
-        return self._told(step, within) if jax.process_index() == 0 else None
+        return self._summary(step, within) if jax.process_index() == 0 else None
 
-    def _told(self, step: int, within: Mapping[str, float]) -> str:
+    def _summary(self, step: int, within: Mapping[str, float]) -> str:
         """Writes profile.json: means of the traced steps, of the devices that this process sees."""
-        count = len(self._done)
-        total, prompt, new, grade = (sum(column) / count for column in zip(*self._done, strict=True))
+        count, first = len(self._done), step - len(self._done) + 1
+        total, prompt, new, grade = (sum(spent[name] for spent in self._done) / count for name in _COLUMNS)
         try:
             parts = part_seconds(self._workdir / "tb")
         except Exception as error:  # a format that is not known yet: no reason to end a run
-            return f"the trace of steps {step - count + 1} to {step} could not be read: {error!r}"
+            return f"the trace of steps {first} to {step} could not be read: {error!r}"
         if not parts:
-            return f"the trace of steps {step - count + 1} to {step} names none of the run's programs"
+            return f"the trace of steps {first} to {step} names none of the run's programs"
         parts = {part: value / count for part, value in parts.items()}
         parts["wait"] = max(total - sum(parts.values()), 0.0)
         parts |= {"grade": grade, **within}  # beside the devices' work, or inside of it: no parts of the sum
-        row: dict[str, Any] = {"first": step - count + 1, "last": step, "seconds": total}
-        row |= {f"seconds_{part}": value for part, value in parts.items()}
-        row |= {f"share_{part}": value / total for part, value in parts.items()}
+        row: dict[str, Any] = {"first": first, "last": step, "seconds": total, **columns(parts, total)}
         row |= {"prompt_tokens": prompt, "tokens": new}
         for part, tokens in (("prefill", prompt), ("decode", new)):
             row[f"{part}_tokens_per_second"] = tokens / parts[part] if parts[part] else None
         (self._workdir / "profile.json").write_text(json.dumps(row, indent=2) + "\n")
         shares = ", ".join(f"{part} {value / total:.1%}" for part, value in parts.items())
-        return f"steps {row['first']} to {step} traced, {total:.2f} s each: {shares}; profile.json"
+        return f"steps {first} to {step} traced, {total:.2f} s each: {shares}; profile.json"
 
     def close(self) -> None:
         if self._running:
@@ -95,7 +94,7 @@ def part_seconds(folder: Path) -> dict[str, float]:
     scopes = {at: scope for plane in _fields(data, 1) for at, scope in _scopes(plane)}
     planes = list(ProfileData.from_serialized_xspace(data).planes)
     steps = [_span(e) for plane in planes for line in plane.lines for e in line.events if e.name == "step"]
-    found = []
+    devices = []
     for plane in planes:
         spans: dict[str, list[tuple[float, float]]] = defaultdict(list)
         for event in (event for line in plane.lines for event in line.events):
@@ -112,8 +111,8 @@ def part_seconds(folder: Path) -> dict[str, float]:
                     spans["prefill"].append(_span(event))
         if spans:
             seconds = {part: _covered(spans[part]) for part in ("perturb", "prefill", "decode", "update")}
-            found.append({**seconds, "decode": seconds["decode"] - seconds["prefill"]})
-    return {part: sum(each[part] for each in found) / len(found) for part in found[0]} if found else {}
+            devices.append({**seconds, "decode": seconds["decode"] - seconds["prefill"]})
+    return {part: sum(each[part] for each in devices) / len(devices) for part in devices[0]} if devices else {}
 
 
 def _span(event: Any) -> tuple[float, float]:

@@ -1,6 +1,8 @@
 """Checkpoints of (params, optimizer state) through Orbax: atomic, the last few kept, restored onto any mesh."""
 
+import contextlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +14,9 @@ class Checkpoints:
     """The checkpoints of a run, in `workdir/ckpt`."""
 
     def __init__(self, workdir: Path, *, keep: int):
-        self.folder = Path(workdir).resolve() / "ckpt"
+        self.folder = _folder(workdir)
         self.folder.mkdir(parents=True, exist_ok=True)
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
-            create=False,
-            enable_async_checkpointing=False,
-            multiprocessing_options=_over_the_store(),
-        )
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        self._manager = _manager(self.folder, max_to_keep=keep, create=False, enable_async_checkpointing=False)
 
     def latest(self) -> int | None:
         """The newest whole checkpoint's step."""
@@ -45,13 +41,8 @@ class Checkpoints:
 
     def restore(self, step: int, params: Any, opt_state: Any) -> tuple[Any, Any]:
         """The step's (params, opt_state), like the given trees of `abstract` leaves: shapes, dtypes, shardings."""
-        try:
+        with _restoring(step, self.folder, "the run goes on from an older one or from the seed log"):
             restored = self._manager.restore(step, args=ocp.args.StandardRestore(_tree(params, opt_state)))
-        except Exception as error:
-            raise OSError(
-                f"the checkpoint of step {step} in {self.folder} cannot be restored ({_first_line(error)}): "
-                "delete that folder, and the run goes on from an older one or from the seed log"
-            ) from error
         leaves = jax.tree.leaves(restored["opt_state"])
         return restored["params"], jax.tree.unflatten(jax.tree.structure(opt_state), leaves)
 
@@ -61,10 +52,9 @@ class Checkpoints:
 
 def saved_steps(workdir: Path) -> list[int]:
     """The steps that the run's directory has checkpoints of; nothing in it is changed."""
-    folder = Path(workdir).resolve() / "ckpt"
-    if not folder.is_dir():
+    if not _folder(workdir).is_dir():
         return []
-    with _reading(folder) as manager:
+    with _manager(_folder(workdir), read_only=True) as manager:
         return sorted(manager.all_steps())
 
 
@@ -76,26 +66,34 @@ def restore_params(workdir: Path, step: int, params: Any) -> Any:
     """
     item = {"params": params}
     where = ocp.checkpoint_utils.construct_restore_args(item)
-    with _reading(Path(workdir).resolve() / "ckpt") as manager:
-        try:
-            args = ocp.args.PyTreeRestore(item=item, restore_args=where, partial_restore=True)
-            return manager.restore(step, args=args)["params"]
-        except Exception as error:
-            raise OSError(
-                f"the checkpoint of step {step} in {workdir} cannot be restored ({_first_line(error)}): delete that "
-                "folder, and the step is replayed from the seed log"
-            ) from error
+    args = ocp.args.PyTreeRestore(item=item, restore_args=where, partial_restore=True)
+    remedy = "the step is replayed from the seed log"
+    with _manager(_folder(workdir), read_only=True) as manager, _restoring(step, workdir, remedy):
+        return manager.restore(step, args=args)["params"]
 
 
-def _over_the_store() -> ocp.options.MultiprocessingOptions:
+@contextlib.contextmanager
+def _restoring(step: int, folder: Path, remedy: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # Orbax and TensorStore raise many kinds
+        raise OSError(
+            f"the checkpoint of step {step} in {folder} cannot be restored ({_first_line(error)}): delete that "
+            f"folder, and {remedy}"
+        ) from error
+
+
+def _folder(workdir: Path) -> Path:
+    return Path(workdir).resolve() / "ckpt"
+
+
+def _manager(folder: Path, **options: Any) -> ocp.CheckpointManager:
     """Processes wait for one another outside of the devices, which may be at work that nobody waits for any more."""
     count = jax.process_count()
-    return ocp.options.MultiprocessingOptions(active_processes=set(range(count)) if count > 1 else None)
-
-
-def _reading(folder: Path) -> ocp.CheckpointManager:
-    options = ocp.CheckpointManagerOptions(read_only=True, multiprocessing_options=_over_the_store())
-    return ocp.CheckpointManager(folder, options=options)
+    over_the_store = ocp.options.MultiprocessingOptions(active_processes=set(range(count)) if count > 1 else None)
+    return ocp.CheckpointManager(
+        folder, options=ocp.CheckpointManagerOptions(multiprocessing_options=over_the_store, **options)
+    )
 
 
 def abstract(tree: Any) -> Any:

@@ -34,20 +34,13 @@ def claim(workdir: Path) -> Any:
       OSError: it cannot be made, another process trains in it, or processes of the run do not see the same directory.
     """
     lock = _lock(workdir) if processes.first() else None
+    content = processes.exchange({0: (workdir / ".lock").read_text()} if processes.first() else {})[0]
     if lock is not None:
-        lock.write(f"{os.getpid()} {time.time_ns()}\n")
-        lock.flush()
-    (told,) = processes.exchange({0: (workdir / ".lock").read_text()} if processes.first() else {}).values()
-    if lock is None:
-        _check_shared(workdir, told)
-    return lock or contextlib.nullcontext()
-
-
-def _check_shared(workdir: Path, told: str) -> None:
+        return lock
     for _ in range(100):  # a network's file system may take a moment
         with contextlib.suppress(OSError):
-            if (workdir / ".lock").read_text() == told:
-                return
+            if (workdir / ".lock").read_text() == content:
+                return contextlib.nullcontext()
         time.sleep(0.1)
     raise OSError(
         f"workdir {workdir} of process {jax.process_index()} is not that of process 0: all processes of a run need one "
@@ -66,6 +59,8 @@ def _lock(workdir: Path) -> Any:
     except BlockingIOError:
         lock.close()
         raise OSError(f"workdir {workdir} is in use by another process: wait for it, or choose another") from None
+    lock.write(f"{os.getpid()} {time.time_ns()}\n")
+    lock.flush()
     return lock
 
 
@@ -87,7 +82,7 @@ def settle(workdir: Path, config: dict[str, Any], *, identity: dict[str, Any], s
     if processes.first():
         _settle(workdir, json.loads(json.dumps(config)), identity, started)  # as it is read back: lists for tuples
     processes.barrier()
-    there = identity if processes.first() else read(workdir)
+    there = read(workdir)
     differing = [f"{k} is {there.get(k)!r} there and {v!r} here" for k, v in identity.items() if there.get(k) != v]
     if differing:
         raise ValueError(
@@ -98,9 +93,9 @@ def settle(workdir: Path, config: dict[str, Any], *, identity: dict[str, Any], s
 
 def _settle(workdir: Path, config: dict[str, Any], identity: dict[str, Any], started: bool) -> None:
     path, versions = workdir / "config.json", _versions()
-    anew = {"config": config, **identity, "versions": versions}
+    content = {"config": config, **identity, "versions": versions}
     if not (path.exists() or started):
-        return write_json(path, anew, indent=2)
+        return write_json(path, content, indent=2)
     then = read(workdir)
     old, new = (flatten_dict(fields, sep=".") for fields in (then["config"], config))
     changed = [name for name in new if name not in CHANGEABLE and old.get(name) != new[name]]
@@ -113,7 +108,7 @@ def _settle(workdir: Path, config: dict[str, Any], identity: dict[str, Any], sta
         )
     if differing:
         shutil.rmtree(workdir / "evals", ignore_errors=True)  # of the weights before the first step, for that config
-        return write_json(path, anew, indent=2)
+        return write_json(path, content, indent=2)
     write_json(path, {**then, "config": config, "resumed": [*then.get("resumed", []), versions]}, indent=2)
 
 
@@ -214,18 +209,12 @@ def sync_folder(folder: Path) -> None:
 
 
 def _versions() -> dict[str, str | None]:
-    versions: dict[str, str | None] = {"python": platform.python_version(), "git": _git_revision()}
+    versions: dict[str, str | None] = {"python": platform.python_version(), "git": None}
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        versions["git"] = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     for package in PACKAGES:
-        try:
+        versions[package] = None
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
     return versions
-
-
-def _git_revision() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None

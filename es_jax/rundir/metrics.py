@@ -28,24 +28,20 @@ class Jsonl:
     def __init__(self, path: Path, *, last_step: int):
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        rows = read_jsonl(path)
-        kept = [row for row in rows if row["step"] <= last_step]
-        self.steps = {row["step"] for row in kept}
-        self.last = kept[-1] if kept else None
-        whole = not path.exists() or path.read_bytes().endswith(b"\n")
-        if processes.first() and not (whole and len(kept) == len(rows)):
+        rows = [row for row in read_jsonl(path) if row["step"] <= last_step]
+        self.steps = {row["step"] for row in rows}
+        content = path.read_bytes() if path.exists() else b""
+        if processes.first() and content.split(b"\n")[len(rows) :] != [b""]:
             partial = path.with_suffix(".tmp")
             with writing(path):
-                partial.write_text("".join(_line(row) for row in kept))
+                partial.write_text("".join(_line(row) for row in rows))
                 os.replace(partial, path)
 
     def write(self, *rows: dict[str, Any]) -> None:
         if processes.first():
             with writing(self.path), open(self.path, "a") as file:
                 file.writelines(_line(row) for row in rows)
-        for row in rows:
-            self.steps.add(row["step"])
-            self.last = row
+        self.steps |= {row["step"] for row in rows}
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -80,17 +76,13 @@ class Metrics:
 
     def __init__(self, workdir: Path, *, last_step: int):
         self._jsonl = Jsonl(workdir / "metrics.jsonl", last_step=last_step)
-        self._folder = workdir / "tb"
-        self._board = None
-        if not processes.first():
-            return
-        with writing(self._folder):
-            self._folder.mkdir(exist_ok=True)
-            self._board = EventsWriter(str(self._folder / "events"))
-        restart = SessionLog(
-            status=SessionLog.START
-        )  # TensorBoard drops what an earlier session wrote behind this step
-        self._event(Event(step=last_step + 1, session_log=restart))
+        self._folder, self._board = workdir / "tb", None
+        if processes.first():
+            with writing(self._folder):
+                self._folder.mkdir(exist_ok=True)
+                self._board = EventsWriter(str(self._folder / "events"))
+            restart = SessionLog(status=SessionLog.START)  # TensorBoard drops an earlier session's later steps
+            self._event(self._board, Event(step=last_step + 1, session_log=restart))
 
     def write(self, row: dict[str, Any], *, prefix: str = "train") -> None:
         """A step's row; numbers go to TensorBoard under `prefix`."""
@@ -100,18 +92,17 @@ class Metrics:
             return
         for name, value in row.items():
             if name != "step" and isinstance(value, int | float):
-                self._event(Event(step=row["step"], summary=scalar(f"{prefix}/{name}", value)))
+                self._event(self._board, Event(step=row["step"], summary=scalar(f"{prefix}/{name}", value)))
         with writing(self._folder):
             self._board.flush()
 
-    def _event(self, event: Event) -> None:
+    def _event(self, board: EventsWriter, event: Event) -> None:
         event.wall_time = time.time()
         with writing(self._folder):
-            if self._board is not None:
-                self._board.write_event(event)
+            board.write_event(event)
 
     def close(self) -> None:
-        if self._board is not None:
+        if self._board:
             self._board.close()
 
 

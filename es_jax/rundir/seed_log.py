@@ -49,9 +49,8 @@ class Entry:
         rates: Iterable[float] = (),
     ) -> "Entry":
         """`rates`: α, σ and λ of the step, for methods that have them."""
-        signs = [int(sign) for sign in np.asarray(members.sign)]
+        seeds, signs = np.asarray(members.seed).tolist(), np.asarray(members.sign).astype(int).tolist()
         finite = [float(r) if np.isfinite(r) else None for r in rewards]
-        seeds = np.asarray(members.seed).tolist()
         return cls(step, seeds, signs, members.paired, finite, weights.tolist(), *rates)
 
     @property
@@ -77,14 +76,14 @@ class SeedLog:
     def append(self, entry: Entry) -> None:
         """Write the step's line and force it to disk; of several processes the first one does."""
         if processes.first():
-            self._write(entry)
+            self._write(json.dumps(dataclasses.asdict(entry)).encode() + b"\n")
         self.entries.append(entry)
 
-    def _write(self, entry: Entry) -> None:
+    def _write(self, line: bytes) -> None:
         with writing(self.path), open(self.path, "ab") as file:
             before = file.tell()
             try:
-                file.write(_line(entry))
+                file.write(line)
                 file.flush()
                 os.fsync(file.fileno())
             except OSError:
@@ -92,7 +91,7 @@ class SeedLog:
                 raise
 
     def cut(self, step: int) -> None:
-        """Forget the lines behind that step: for a method whose steps must be made again from a checkpoint."""
+        """Forget the lines after that step: for a method whose steps must be made again from a checkpoint."""
         if processes.first():
             with writing(self.path), open(self.path, "r+b") as file:
                 file.truncate(sum(map(len, file.read().splitlines(keepends=True)[:step])))
@@ -100,16 +99,12 @@ class SeedLog:
         del self.entries[step:]
 
 
-def _line(entry: Entry) -> bytes:
-    return json.dumps(dataclasses.asdict(entry)).encode() + b"\n"
-
-
 def _read(path: Path) -> list[Entry]:
     if not path.exists():
         return []
     entries = []
-    lines = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines[:-1], 1):  # behind the last newline stands nothing, or an unfinished step
+    lines = path.read_bytes().split(b"\n")[:-1]  # after the last newline stands nothing, or an unfinished step
+    for number, line in enumerate(lines, 1):
         try:
             entry = Entry(**json.loads(line))
         except (ValueError, TypeError) as error:

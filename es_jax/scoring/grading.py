@@ -91,9 +91,8 @@ def _unpacked(example: Example, text: str, score: list, length: int, truncated: 
 
 
 def means(graded: Sequence[Graded]) -> dict[str, float]:
-    """Mean reward, mean of each part of the score, mean length, and the share cut at max_new_tokens."""
-    columns: dict[str, Sequence[float]] = {
-        "reward": [g.score.reward for g in graded],
+    """Mean of each part of the score, mean length, and the share cut at max_new_tokens."""
+    columns: dict[str, list[float]] = {
         **{part: [g.score.parts[part] for g in graded] for part in graded[0].score.parts},
         "mean_length": [g.length for g in graded],
         "truncated": [g.truncated for g in graded],

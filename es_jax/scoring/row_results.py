@@ -150,16 +150,17 @@ class EvalsFile:
     def add(self, step: int, results: RowResults, *, digest: str, max_new_tokens: int) -> dict[str, Any]:
         """Write a step's row, and give it back."""
         base = results if step == 0 else self._base(digest, max_new_tokens)
-        row = summary(step, results, base) | {"max_new": max_new_tokens, "rows": digest}
-        self._results.write({"step": step, "max_new": max_new_tokens, "rows": digest, **results.to_json()})
+        facts = {"max_new": max_new_tokens, "rows": digest}
+        row = summary(step, results, base) | facts
+        self._results.write({"step": step, **facts, **results.to_json()})
         self._rows.write(row)
         self.last = row if self.last is None or step >= self.last["step"] else self.last
         return row
 
     def _base(self, digest: str, max_new_tokens: int) -> RowResults | None:
-        for fields in read_jsonl(self._results.path):
-            if (fields["step"], fields["rows"], fields["max_new"]) == (0, digest, max_new_tokens):
-                return RowResults.from_json(fields)
+        for row in read_jsonl(self._results.path):
+            if (row["step"], row["rows"], row["max_new"]) == (0, digest, max_new_tokens):
+                return RowResults.from_json(row)
         return None
 
 

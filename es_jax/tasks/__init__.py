@@ -6,15 +6,13 @@ from inspect import signature
 from types import MappingProxyType
 from typing import Any
 
-from es_jax.core.names import unknown
-from es_jax.tasks.choice_datasets import SETS
 from es_jax.tasks.conciseness import Conciseness
 from es_jax.tasks.countdown import Countdown
 from es_jax.tasks.gsm8k import GSM8K
 from es_jax.tasks.lab import KINDS, Lab
-from es_jax.tasks.multiple_choice import MultipleChoice
+from es_jax.tasks.multiple_choice import DATASETS, MultipleChoice
 from es_jax.tasks.proofwriter import ProofWriter
-from es_jax.tasks.task import Choices, ChoiceTask, Example, Message, Score, Task, response_text
+from es_jax.tasks.task import Choices, ChoiceTask, Example, Message, Score, Task, check_known, response_text
 
 __all__ = [
     "TASKS", "ChoiceTask", "Choices", "Example", "Message", "Score", "Task", "get_task", "response_text",
@@ -22,7 +20,7 @@ __all__ = [
 
 TASKS: Mapping[str, Callable[..., Any]] = MappingProxyType(
     {task.name: task for task in (Countdown, GSM8K, ProofWriter, Conciseness)}
-    | {name: partial(MultipleChoice, name) for name in SETS}
+    | {name: partial(MultipleChoice, name) for name in DATASETS}
     | {f"lab-{kind}": partial(Lab, kind) for kind in KINDS}
 )
 
@@ -40,10 +38,7 @@ def get_task(name: str, **options: Any) -> Task:
     >>> get_task("countdown", grader="strict")
     Countdown(data_dir=None, seed=0, grader='strict')
     """
-    if name not in TASKS:
-        raise ValueError(unknown("task", name, TASKS))
-    known = signature(TASKS[name]).parameters
+    check_known("task", name, TASKS)
     for option in options:
-        if option not in known:
-            raise ValueError(unknown(f"option of task {name!r}", option, known))
+        check_known(f"option of task {name!r}", option, signature(TASKS[name]).parameters)
     return TASKS[name](**options)

@@ -8,8 +8,11 @@ Python's own evaluator. Length and nesting are bounded before any work is done, 
     signed  = {"+" | "-"} (number | "(" sum ")")
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import operator
+import re
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from itertools import combinations
 
@@ -17,8 +20,8 @@ import numpy as np
 
 MAX_LENGTH = 500  # characters; also keeps every literal under Python's limit for converting digits
 MAX_DEPTH = 50  # nested parentheses
-DIGITS = frozenset("0123456789")
-ALPHABET = DIGITS | frozenset("+-*/() ")
+ALPHABET = frozenset("0123456789+-*/() ")
+OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 TEMPLATES = ("({0} + {1})", "({0} - {1})", "({1} - {0})", "({0} * {1})", "({0} / {1})", "({1} / {0})")
 
 
@@ -49,48 +52,35 @@ def parse(text: str) -> Expression | None:
         value = parser.sum()
     except (SyntaxError, ZeroDivisionError):
         return None
-    return Expression(value, tuple(parser.numbers)) if parser.peek() == "" else None
+    return None if parser.tokens else Expression(value, tuple(parser.numbers))
 
 
-@dataclass
 class _Parser:
-    text: str
-    at: int = 0
-    depth: int = 0
-    numbers: list[int] = field(default_factory=list)
-
-    def peek(self) -> str:
-        """The next character that is not a space, or "" at the end."""
-        while self.text.startswith(" ", self.at):
-            self.at += 1
-        return self.text[self.at : self.at + 1]
+    def __init__(self, text: str) -> None:
+        self.tokens = deque(re.findall(r"[0-9]+|[^0-9 ]", text))
+        self.depth = 0
+        self.numbers: list[int] = []
 
     def accept(self, choices: str) -> str:
-        """Steps over the next character and returns it if it is one of the choices; otherwise ""."""
-        found = self.peek()
-        if found == "" or found not in choices:
-            return ""
-        self.at += 1
-        return found
+        """Steps over the next token and returns it if it is one of the choices; otherwise ""."""
+        return self.tokens.popleft() if self.tokens and self.tokens[0] in choices else ""
 
     def sum(self) -> Fraction:
-        value = self.product()
-        while operation := self.accept("+-"):
-            other = self.product()
-            value = value + other if operation == "+" else value - other
-        return value
+        return self.chain("+-", self.product)
 
     def product(self) -> Fraction:
-        value = self.signed()
-        while operation := self.accept("*/"):
-            other = self.signed()
-            value = value * other if operation == "*" else value / other
+        return self.chain("*/", self.signed)
+
+    def chain(self, symbols: str, operand: Callable[[], Fraction]) -> Fraction:
+        value = operand()
+        while symbol := self.accept(symbols):
+            value = OPERATIONS[symbol](value, operand())
         return value
 
     def signed(self) -> Fraction:
         sign = 1
-        while found := self.accept("+-"):
-            sign = -sign if found == "-" else sign
+        while symbol := self.accept("+-"):
+            sign = -sign if symbol == "-" else sign
         return sign * (self.group() if self.accept("(") else self.number())
 
     def group(self) -> Fraction:
@@ -104,12 +94,8 @@ class _Parser:
         return value
 
     def number(self) -> Fraction:
-        self.peek()
-        start = self.at
-        while self.text[self.at : self.at + 1] in DIGITS:
-            self.at += 1
-        literal = self.text[start : self.at]
-        if not literal or (literal[0] == "0" and len(literal) > 1):
+        literal = self.tokens.popleft() if self.tokens else ""
+        if not literal.isdecimal() or (literal[0] == "0" and len(literal) > 1):
             raise SyntaxError("a number was expected")
         self.numbers.append(int(literal))
         return Fraction(self.numbers[-1])
@@ -146,8 +132,7 @@ def _combine(states: np.ndarray) -> np.ndarray:
     for i, j in combinations(range(states.shape[2]), 2):
         a, b = states[:, :, i], states[:, :, j]
         rest = np.delete(states, (i, j), axis=2)
-        a_by_b = np.divide(a, b, out=np.full_like(a, np.nan), where=b != 0)
-        b_by_a = np.divide(b, a, out=np.full_like(a, np.nan), where=a != 0)
+        a_by_b, b_by_a = (np.divide(x, y, out=np.full_like(a, np.nan), where=y != 0) for x, y in ((a, b), (b, a)))
         for result in (a + b, a - b, b - a, a * b, a_by_b, b_by_a):  # the order of TEMPLATES
             blocks.append(np.concatenate([result[:, :, None], rest], axis=2))
     return np.concatenate(blocks, axis=1)
@@ -159,11 +144,11 @@ def _write(numbers: Sequence[int], index: int, sizes: list[int], target: int) ->
     for size in reversed(sizes):
         block, index = divmod(index, size)
         blocks.append(block)
-    items = [str(number) for number in numbers]
+    items = list(map(str, numbers))
     for block in reversed(blocks):
         pair, operation = divmod(block, len(TEMPLATES))
         i, j = list(combinations(range(len(items)), 2))[pair]
         rest = [item for at, item in enumerate(items) if at not in (i, j)]
         items = [TEMPLATES[operation].format(items[i], items[j]), *rest]
-    found = parse(items[0])
-    return items[0] if found is not None and found.value == target else None
+    expression = parse(items[0])
+    return items[0] if expression is not None and expression.value == target else None

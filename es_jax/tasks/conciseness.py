@@ -4,57 +4,57 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from es_jax.tasks.data import find_split, read_examples
-from es_jax.tasks.task import Example, Score, response_text, take
+from es_jax.tasks.rows import read_examples
+from es_jax.tasks.task import Example, Score, Splits, messages, response_text, take
 
-TRAIN = (
-    ("Which planet do we live on?", "Earth"),
-    ("How many legs does a spider have?", "8"),
-    ("What is the capital of Portugal?", "Lisbon"),
-    ("What is the chemical symbol of iron?", "Fe"),
-    ("Which animal makes honey?", "Bees"),
-    ("What do you get when water freezes?", "Ice"),
-    ("What is nine times seven?", "63"),
-    ("Who wrote the play Macbeth?", "William Shakespeare"),
-    ("Which ocean lies between Africa and Australia?", "Indian Ocean"),
-    ("What is the largest mammal?", "Blue whale"),
-    ("How many minutes are there in two hours?", "120"),
-    ("In which country is the city of Kyoto?", "Japan"),
-    ("What is the opposite of north?", "South"),
-    ("Which gas makes up most of the air?", "Nitrogen"),
-    ("Is a tomato a plant or an animal?", "Plant"),
-    ("What colour are emeralds?", "Green"),
-    ("Which month comes after April?", "May"),
-    ("What instrument has 88 keys?", "Piano"),
-    ("What is the square root of 144?", "12"),
-    ("What is a young cat called?", "Kitten"),
-    ("On which continent is Peru?", "South America"),
-    ("Which organ pumps blood through the body?", "Heart"),
-    ("Who painted the Mona Lisa?", "Leonardo da Vinci"),
-    ("What language is spoken in Brazil?", "Portuguese"),
-)
-TEST = (
-    ("Which star is closest to our planet?", "The Sun"),
-    ("What is the capital of Kenya?", "Nairobi"),
-    ("How many sides does a hexagon have?", "6"),
-    ("What is the chemical symbol of gold?", "Au"),
-    ("Which bird is the largest alive?", "Ostrich"),
-    ("What is fifteen plus twenty-six?", "41"),
-    ("Who wrote the novel Emma?", "Jane Austen"),
-    ("What is a young dog called?", "Puppy"),
-    ("In which country is the city of Marseille?", "France"),
-    ("What is the opposite of hot?", "Cold"),
-    ("Which month comes before November?", "October"),
-    ("How many days does a leap year have?", "366"),
-    ("Which planet is known for its large rings?", "Saturn"),
-    ("What is frozen rain that falls in balls called?", "Hail"),
-    ("Which metal is liquid at room temperature?", "Mercury"),
-    ("On which continent is Mongolia?", "Asia"),
-)
+TRAIN = """\
+Which planet do we live on? Earth
+How many legs does a spider have? 8
+What is the capital of Portugal? Lisbon
+What is the chemical symbol of iron? Fe
+Which animal makes honey? Bees
+What do you get when water freezes? Ice
+What is nine times seven? 63
+Who wrote the play Macbeth? William Shakespeare
+Which ocean lies between Africa and Australia? Indian Ocean
+What is the largest mammal? Blue whale
+How many minutes are there in two hours? 120
+In which country is the city of Kyoto? Japan
+What is the opposite of north? South
+Which gas makes up most of the air? Nitrogen
+Is a tomato a plant or an animal? Plant
+What colour are emeralds? Green
+Which month comes after April? May
+What instrument has 88 keys? Piano
+What is the square root of 144? 12
+What is a young cat called? Kitten
+On which continent is Peru? South America
+Which organ pumps blood through the body? Heart
+Who painted the Mona Lisa? Leonardo da Vinci
+What language is spoken in Brazil? Portuguese
+"""
+TEST = """\
+Which star is closest to our planet? The Sun
+What is the capital of Kenya? Nairobi
+How many sides does a hexagon have? 6
+What is the chemical symbol of gold? Au
+Which bird is the largest alive? Ostrich
+What is fifteen plus twenty-six? 41
+Who wrote the novel Emma? Jane Austen
+What is a young dog called? Puppy
+In which country is the city of Marseille? France
+What is the opposite of hot? Cold
+Which month comes before November? October
+How many days does a leap year have? 366
+Which planet is known for its large rings? Saturn
+What is frozen rain that falls in balls called? Hail
+Which metal is liquid at room temperature? Mercury
+On which continent is Mongolia? Asia
+"""
 
 
 @dataclass(frozen=True)
-class Conciseness:
+class Conciseness(Splits):
     """The conciseness task: reward = −|len(response) − len(target)|, in characters, at most 0.
 
     Args:
@@ -71,21 +71,13 @@ class Conciseness:
 
     name: ClassVar[str] = "conciseness"
 
-    def train(self, n: int | None = None) -> list[Example]:
-        """The first `n` training examples; raises ValueError for `n` < 1 or more than there are."""
-        return self._examples("train", TRAIN, n)
-
-    def test(self, n: int | None = None) -> list[Example]:
-        """The first `n` test examples; raises ValueError for `n` < 1 or more than there are."""
-        return self._examples("test", TEST, n)
-
-    def _examples(self, split: str, facts: tuple[tuple[str, str], ...], n: int | None) -> list[Example]:
+    def _examples(self, split: str, n: int | None) -> list[Example]:
         if self.data_dir is not None:
-            examples = read_examples(self.data_dir, split)
-            return take(examples, n, source=str(find_split(self.data_dir, split)))
+            return read_examples(self.data_dir, split, n)
+        lines = (TRAIN if split == "train" else TEST).splitlines()
         examples = [
-            Example(f"{split}-{at}", ({"role": "user", "content": question},), answer)
-            for at, (question, answer) in enumerate(facts)
+            Example(f"{split}-{at}", messages(user=f"{question}?"), answer)
+            for at, (question, answer) in enumerate(line.split("? ") for line in lines)
         ]
         return take(examples, n, source=f"the built-in {split} split of conciseness")
 

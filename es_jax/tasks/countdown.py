@@ -6,18 +6,29 @@ The training task of the ES papers (arXiv 2509.24372, arXiv 2605.30148).
 import hashlib
 import random
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from es_jax.tasks.arithmetic import parse, solve
-from es_jax.tasks.data import FieldError, find_split, read_examples
-from es_jax.tasks.task import Example, Message, Score, check_count, check_grader, response_text, take, two_views
+from es_jax.tasks.rows import FieldError, Row, read_examples
+from es_jax.tasks.task import (
+    GRADERS,
+    Example,
+    Score,
+    Splits,
+    check_count,
+    check_known,
+    messages,
+    response_text,
+    two_views,
+)
 
 TOLERANCE = Fraction(1, 100_000)
+DECIMAL = re.compile(r"-?[0-9]{1,30}(\.[0-9]{1,30})?")
 SYSTEM = "You solve number puzzles. Think a puzzle through first, and state your solution only afterwards."
 USER = (
     "Your numbers are {numbers} and the target is {target}. Write one arithmetic expression whose value is "
@@ -30,7 +41,7 @@ OPENING = "I will try combinations until one works.\n<think>"
 
 
 @dataclass(frozen=True)
-class Countdown:
+class Countdown(Splits):
     """The Countdown task.
 
     Args:
@@ -57,23 +68,15 @@ class Countdown:
     name: ClassVar[str] = "countdown"
 
     def __post_init__(self) -> None:
-        check_grader(self.grader)
+        check_known("grader", self.grader, GRADERS)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ValueError(f"seed is {self.seed!r}: it should be a whole number")
 
-    def train(self, n: int | None = None) -> list[Example]:
-        """The first `n` training examples; raises ValueError for `n` < 1 or more than the folder holds."""
-        return self._examples("train", n, 200)
-
-    def test(self, n: int | None = None) -> list[Example]:
-        """The first `n` test examples; raises ValueError for `n` < 1 or more than the folder holds."""
-        return self._examples("test", n, 2000)
-
-    def _examples(self, split: str, n: int | None, default: int) -> list[Example]:
-        if self.data_dir is None:
-            return list(islice(_problems(split, self.seed), default if n is None else check_count(n)))
-        examples = read_examples(self.data_dir, split, extra=_check_extra, needs_answer=False)
-        return take(examples, n, source=str(find_split(self.data_dir, split)))
+    def _examples(self, split: str, n: int | None) -> list[Example]:
+        if self.data_dir is not None:
+            return read_examples(self.data_dir, split, n, extra=_check_extra, needs_answer=False)
+        default = 200 if split == "train" else 2000
+        return list(islice(_problems(split, self.seed), default if n is None else check_count(n)))
 
     def score(self, example: Example, completion: str) -> Score:
         """Grades the assistant's whole turn: the prompt's open turn joined with the completion.
@@ -84,9 +87,9 @@ class Countdown:
         block plus 0.5 for an answer block.
         """
         response = response_text(example, completion)
-        found = last_answer(response)
-        layout = format_score(response, has_answer=found is not None)
-        right = found is not None and _is_right(found, example)
+        answer = last_answer(response)
+        layout = format_score(response, has_answer=answer is not None)
+        right = answer is not None and _is_right(answer, example)
         return two_views(self.grader, paper=right, strict=right and layout == 1.0, form=layout, bonus=0.1)
 
 
@@ -117,19 +120,18 @@ def format_score(response: str, *, has_answer: bool) -> float:
 
 
 def _is_right(text: str, example: Example) -> bool:
-    found = parse(text)
-    if found is None or sorted(found.numbers) != sorted(example.meta["numbers"]):
+    expression = parse(text)
+    if expression is None or sorted(expression.numbers) != sorted(example.meta["numbers"]):
         return False
-    return abs(found.value - Fraction(example.meta["target"])) < TOLERANCE
+    return abs(expression.value - Fraction(example.meta["target"])) < TOLERANCE
 
 
-def _check_extra(extra: Mapping[str, Any]) -> Mapping[str, Any]:
+def _check_extra(extra: Row) -> Row:
     numbers, target = extra.get("numbers"), extra.get("target")
     whole = isinstance(numbers, list) and all(type(number) is int and number >= 0 for number in numbers)
     if not numbers or not whole:
         raise FieldError("extra_info.numbers", numbers, "a list of at least one whole number ≥ 0")
-    decimal = isinstance(target, str | int | float) and re.fullmatch(r"-?[0-9]{1,30}(\.[0-9]{1,30})?", str(target))
-    if not decimal:
+    if not isinstance(target, str | int | float) or not DECIMAL.fullmatch(str(target)):
         raise FieldError("extra_info.target", target, "a decimal number such as '98' or '27.4'")
     return {**extra, "numbers": tuple(numbers), "target": str(target)}
 
@@ -144,27 +146,19 @@ def _problems(split: str, seed: int) -> Iterator[Example]:
     seen: set[tuple[int, ...]] = set()
     while True:
         count, target = draw(3, 4), draw(10, 100)
-        found = None
-        while found is None:
-            drawn = [tuple(draw(1, 99) for _ in range(count)) for _ in range(16)]
-            fresh = [x for x in drawn if _split_of(x) == split and (*sorted(x), target) not in seen]
-            solved = zip(fresh, solve(fresh, target), strict=True) if fresh else ()
-            found = next(((numbers, text) for numbers, text in solved if text is not None), None)
-        numbers, text = found
+        problem = None
+        while problem is None:
+            sets = [tuple(draw(1, 99) for _ in range(count)) for _ in range(16)]
+            sets = [x for x in sets if _split_of(x) == split and (*sorted(x), target) not in seen]
+            solutions = zip(sets, solve(sets, target), strict=True) if sets else ()
+            problem = next(((numbers, text) for numbers, text in solutions if text is not None), None)
+        numbers, equation = problem
+        user = USER.format(numbers=", ".join(map(str, numbers)), target=target)
+        prompt = messages(system=SYSTEM, user=user, assistant=OPENING)
+        yield Example(f"{split}-{len(seen)}", prompt, equation, {"numbers": numbers, "target": str(target)})
         seen.add((*sorted(numbers), target))
-        yield _example(f"{split}-{len(seen) - 1}", numbers, target, text)
 
 
 def _split_of(numbers: tuple[int, ...]) -> str:
     digest = hashlib.sha256(repr(sorted(numbers)).encode()).digest()
     return "train" if digest[0] < 128 else "test"
-
-
-def _example(name: str, numbers: tuple[int, ...], target: int, equation: str) -> Example:
-    given = ", ".join(map(str, numbers))
-    prompt: tuple[Message, ...] = (
-        {"role": "system", "content": SYSTEM},
-        {"role": "user", "content": USER.format(numbers=given, target=target)},
-        {"role": "assistant", "content": OPENING},
-    )
-    return Example(name, prompt, equation, {"numbers": numbers, "target": str(target)})

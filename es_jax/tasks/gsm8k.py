@@ -3,27 +3,45 @@
 import re
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import chain
 from typing import ClassVar
 
-from es_jax.tasks.data import FieldError
-from es_jax.tasks.numbers import DIGITS, MAX_LENGTH, NUMBER, number
-from es_jax.tasks.rows import Hub, Published, Row, text_field
-from es_jax.tasks.task import Example, Score, response_text, two_views
+from es_jax.tasks.rows import FieldError, Hub, PublishedTask, Row, text_field
+from es_jax.tasks.task import Example, Score, messages, response_text, two_views
 
 HUB = Hub("openai/gsm8k", "main")
 ASK = (
     "{question}\n\nWork the problem out in short steps. Close with a line of its own that holds four number signs, a "
     "space and the result as a bare number, like this:\n#### 42"
 )
-TAIL = MAX_LENGTH  # characters that the paper's grader looks at
+TAIL = 4096  # characters that the paper's grader looks at, and of a number; below Python's limit for converting digits
 TOLERANCE = Fraction(1, 1_000_000)
-START = re.compile(rf"[\s\\{{$%*]*({NUMBER})")  # what stands behind a marker
+DIGITS = r"(?:[0-9][0-9,]*(?:\.[0-9]+)?|(?<![.\w])\.[0-9]+)"  # the last dot of "so...72" and of "No.5" is not a point
+# A pattern of what `number` understands:
+NUMBER = rf"(?:[-+]?(?:\\?\$ ?)?|\$[-+]){DIGITS}(?:\\?%)?(?: ?/ ?(?:\\?\$)?{DIGITS})?"
+PLAIN = r"(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
+BARE = re.compile(rf"[-+]?{PLAIN}(?:/{PLAIN})?")
+START = re.compile(rf"[\s\\{{$%*]*({NUMBER})")  # what follows a marker
 FIRST = re.compile(rf"(?<![0-9A-Za-z]){NUMBER}|{DIGITS}")  # a sign counts unless it hangs on a word, as in covid-19
 FORM = re.compile(rf"#### ([-+]?{DIGITS}(?:/{DIGITS})?)")
 
 
+def number(text: str | None) -> Fraction | None:
+    """The exact value of a decimal or of a/b, with commas, dollars and per cent signs ignored; otherwise None.
+
+    >>> number("$1,250.50"), number("-3/4"), number("1/0"), number("NaN")
+    (Fraction(2501, 2), Fraction(-3, 4), None, None)
+    """
+    bare = re.sub(r"[,$%\\ ]", "", text or "")
+    if len(bare) > TAIL or not BARE.fullmatch(bare):
+        return None
+    above, _, below = bare.partition("/")
+    divisor = Fraction(below or "1")
+    return Fraction(above) / divisor if divisor else None
+
+
 def _checked(example: Example) -> Example:
-    if number(example.answer or "") is None:
+    if number(example.answer) is None:
         raise FieldError("reward_model.ground_truth", example.answer, "a number such as '72' or '1,250.5'")
     return example
 
@@ -33,11 +51,11 @@ def _native(row: Row) -> Example:
     answer = solution.rpartition("####")[2].strip()
     if number(answer) is None:
         raise FieldError("answer", solution, "a solution that ends in #### and a number, or the number alone")
-    return Example("", ({"role": "user", "content": ASK.format(question=question)},), answer, {"solution": solution})
+    return Example("", messages(user=ASK.format(question=question)), answer, {"solution": solution})
 
 
 @dataclass(frozen=True)
-class GSM8K(Published):
+class GSM8K(PublishedTask):
     """The GSM8K task: reward = answer + 0.1 · format.
 
     Args:
@@ -60,10 +78,12 @@ class GSM8K(Published):
 
         The last line is the last one that is not empty, without the white space around it.
         """
-        response, wanted = response_text(example, completion), _wanted(example)
+        response, answer = response_text(example, completion), number(example.answer)
+        if answer is None:
+            raise ValueError(f"example {example.id!r} has the answer {example.answer!r}: gsm8k needs a number")
         last = FORM.fullmatch(response.rstrip()[-TAIL:].rpartition("\n")[2].strip())
-        asked = None if last is None else number(last[1])
-        paper, strict = (x is not None and abs(x - wanted) <= TOLERANCE for x in (final_number(response), asked))
+        asked = number(last[1]) if last else None
+        paper, strict = (x is not None and abs(x - answer) <= TOLERANCE for x in (final_number(response), asked))
         return two_views(self.grader, paper=paper, strict=strict, form=float(asked is not None), bonus=0.1)
 
 
@@ -83,15 +103,6 @@ def final_number(response: str) -> Fraction | None:
     boxes = [piece.partition("}") for piece in tail.split("\\boxed{")[1:]]
     answers = [piece.rpartition("<answer>") for piece in tail.split("</answer>")[:-1]]
     marked = (re.split("#{4,}", tail)[1:], [x for x, end, _ in boxes if end], [x for _, tag, x in answers if tag])
-    for texts in marked:
-        for text in reversed(texts):
-            if (found := START.match(text)) and (value := number(found[1])) is not None:
-                return value
-    return next((x for found in FIRST.finditer(tail) if (x := number(found[0])) is not None), None)
-
-
-def _wanted(example: Example) -> Fraction:
-    value = number(example.answer or "")
-    if value is None:
-        raise ValueError(f"example {example.id!r} has the answer {example.answer!r}: gsm8k needs a number")
-    return value
+    written = (match[1] for texts in marked for text in reversed(texts) if (match := START.match(text)))
+    values = map(number, chain(written, (match[0] for match in FIRST.finditer(tail))))
+    return next((value for value in values if value is not None), None)

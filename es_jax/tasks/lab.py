@@ -12,71 +12,78 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from es_jax.core.names import unknown
-from es_jax.tasks.task import Example, Score, check_count
+from es_jax.tasks.task import Example, Score, Splits, check_count, check_known
 
 CHARACTERS = "0123456789+-=:<ABCDEFGHIJKLMNOPQRSTUVWXYZyn*/(), ."  # one token each
+DEFAULT = {"train": 500, "test": 200}  # problems
 SPLITS = ("test", "train", "train", *["pretrain"] * 7)  # by the hash's last digit
+
+
+Draw = Callable[[random.Random], tuple[str, str, str]]  # (problem, key, answer)
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One puzzle: `draw` gives (problem, key, answer); problems of one key stay in one split."""
+    """One puzzle. Problems of one key stay in one split."""
 
-    draw: Callable[[random.Random], tuple[str, str, str]]
+    draw: Draw
     form: str  # what a well-formed answer looks like, a regular expression
     train: int  # how many different training problems there are
     test: int
 
 
-def _add(draw: random.Random) -> tuple[str, str, str]:
-    a, b = draw.randint(10, 99), draw.randint(10, 99)
+def _two(rng: random.Random) -> tuple[int, int]:
+    return rng.randint(10, 99), rng.randint(10, 99)
+
+
+def _add(rng: random.Random) -> tuple[str, str, str]:
+    a, b = _two(rng)
     return f"A{a}+{b}=", f"{min(a, b)} {max(a, b)}", str(a + b)
 
 
-def _subtract(draw: random.Random) -> tuple[str, str, str]:
-    b, a = sorted((draw.randint(10, 99), draw.randint(10, 99)))
+def _subtract(rng: random.Random) -> tuple[str, str, str]:
+    b, a = sorted(_two(rng))
     return f"S{a}-{b}=", f"{a} {b}", str(a - b)
 
 
-def _reverse(draw: random.Random) -> tuple[str, str, str]:
-    digits = f"{draw.randrange(100_000):05}"
-    return f"R{digits}=", digits, digits[::-1]
-
-
-def _sort(draw: random.Random) -> tuple[str, str, str]:
-    digits = f"{draw.randrange(100_000):05}"
-    return f"O{digits}=", digits, "".join(sorted(digits))
-
-
-def _maximum(draw: random.Random) -> tuple[str, str, str]:
-    digits = f"{draw.randrange(100_000):05}"
-    return f"M{digits}=", digits, max(digits)
-
-
-def _compare(draw: random.Random) -> tuple[str, str, str]:
-    a, b = draw.randint(10, 99), draw.randint(10, 99)
+def _compare(rng: random.Random) -> tuple[str, str, str]:
+    a, b = _two(rng)
     return f"C{a}<{b}=", f"{a} {b}", "y" if a < b else "n"
 
 
-def _count(draw: random.Random) -> tuple[str, str, str]:
-    which, length = draw.choice("0123456789"), draw.randint(0, 5)
-    others = "0123456789".replace(which, "")
-    digits = [which] * length + [draw.choice(others) for _ in range(5 - length)]
-    draw.shuffle(digits)
+def _of_digits(letter: str, answer: Callable[[str], str]) -> Draw:
+    """A puzzle of five digits."""
+
+    def draw(rng: random.Random) -> tuple[str, str, str]:
+        digits = f"{rng.randrange(100_000):05}"
+        return f"{letter}{digits}=", digits, answer(digits)
+
+    return draw
+
+
+def _count(rng: random.Random) -> tuple[str, str, str]:
+    digit, count = rng.choice("0123456789"), rng.randint(0, 5)
+    others = "0123456789".replace(digit, "")
+    digits = [digit] * count + [rng.choice(others) for _ in range(5 - count)]
+    rng.shuffle(digits)
     text = "".join(digits)
-    return f"N{which}:{text}=", f"{which} {text}", str(length)
+    return f"N{digit}:{text}=", f"{digit} {text}", str(count)
 
 
-def _countdown(draw: random.Random) -> tuple[str, str, str]:
-    digits = [draw.randint(1, 9) for _ in range(3)]
-    a, b, c = draw.sample(digits, 3)
-    x, y = draw.choice((1, -1)), draw.choice((1, -1))
-    target = a + x * b + y * c
+def _countdown(rng: random.Random) -> tuple[str, str, str]:
+    digits = [rng.randint(1, 9) for _ in range(3)]
+    a, b, c = rng.sample(digits, 3)
+    x, y = rng.choice("+-"), rng.choice("+-")
+    answer = f"{a}{x}{b}{y}{c}"
+    target = _value(answer)
     if target < 0:
-        return _countdown(draw)
-    signs = {1: "+", -1: "-"}
-    return f"K{''.join(map(str, digits))}:{target}=", f"{sorted(digits)} {target}", f"{a}{signs[x]}{b}{signs[y]}{c}"
+        return _countdown(rng)
+    return f"K{''.join(map(str, digits))}:{target}=", f"{sorted(digits)} {target}", answer
+
+
+def _value(expression: str) -> int:
+    """The value of digit sign digit sign digit."""
+    return sum(int(sign + digit) for sign, digit in zip("+" + expression[1::2], expression[::2], strict=True))
 
 
 DIGITS = r"[0-9]+"
@@ -85,9 +92,9 @@ KINDS = MappingProxyType(
         "countdown": Kind(_countdown, r"[0-9][+-][0-9][+-][0-9]", train=533, test=292),
         "add": Kind(_add, DIGITS, train=1628, test=768),
         "subtract": Kind(_subtract, DIGITS, train=819, test=392),
-        "reverse": Kind(_reverse, r"[0-9]{5}", train=19971, test=9930),
-        "sort": Kind(_sort, r"[0-9]{5}", train=19984, test=10081),
-        "maximum": Kind(_maximum, r"[0-9]", train=20118, test=9900),
+        "reverse": Kind(_of_digits("R", lambda digits: digits[::-1]), r"[0-9]{5}", train=19971, test=9930),
+        "sort": Kind(_of_digits("O", lambda digits: "".join(sorted(digits))), r"[0-9]{5}", train=19984, test=10081),
+        "maximum": Kind(_of_digits("M", max), r"[0-9]", train=20118, test=9900),
         "compare": Kind(_compare, r"[yn]", train=1679, test=821),
         "count": Kind(_count, r"[0-9]", train=199527, test=100378),
     }
@@ -96,13 +103,14 @@ PRIOR = tuple(f"lab-{kind}" for kind in KINDS if kind != "countdown")
 
 
 @dataclass(frozen=True)
-class Lab:
+class Lab(Splits):
     """A laboratory task. Reward = answer + 0.1 · format: right, and written in the form the puzzle asks for.
 
     Args:
       kind: a key of `KINDS`. For "countdown" any expression with + and − that uses each digit once and reaches the
         target is right; elsewhere there is one answer.
-      seed: of the problems that `train` and `test` draw.
+      seed: of the problems that `train` and `test` draw: distinct ones, 500 and 200 unless `n` says otherwise, and none
+        of them a pretraining one.
 
     Raises:
       ValueError: an unknown kind.
@@ -116,21 +124,12 @@ class Lab:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(unknown("laboratory task", self.kind, KINDS))
+        check_known("laboratory task", self.kind, KINDS)
 
     @property
     def name(self) -> str:
         """lab-add, lab-countdown, …"""
         return f"lab-{self.kind}"
-
-    def train(self, n: int | None = None) -> list[Example]:
-        """`n` distinct problems to train on, 500 by default; raises ValueError for `n` < 1 or more than there are."""
-        return self._distinct("train", 500 if n is None else n, KINDS[self.kind].train)
-
-    def test(self, n: int | None = None) -> list[Example]:
-        """`n` distinct problems, 200 by default, none of them a training or pretraining one; raises like `train`."""
-        return self._distinct("test", 200 if n is None else n, KINDS[self.kind].test)
 
     def pretrain(self) -> Iterator[Example]:
         """Problems to pretrain on, without end; they repeat."""
@@ -147,26 +146,25 @@ class Lab:
         if self.kind != "countdown":
             return False
         digits, _, target = str(example.prompt)[1:].rstrip("=").partition(":")
-        a, b, c = (int(completion[i]) for i in (0, 2, 4))
-        value = a + (b if completion[1] == "+" else -b) + (c if completion[3] == "+" else -c)
-        return sorted(completion[::2]) == sorted(digits) and value == int(target)
+        return sorted(completion[::2]) == sorted(digits) and _value(completion) == int(target)
 
     def _draw(self, split: str) -> Iterator[Example]:
-        draw = random.Random(f"{self.name} {split} {self.seed}")
+        rng = random.Random(f"{self.name} {split} {self.seed}")
         while True:
-            prompt, key, answer = KINDS[self.kind].draw(draw)
+            prompt, key, answer = KINDS[self.kind].draw(rng)
             if split_of(self.kind, key) == split:
                 yield Example(prompt, prompt, answer)
 
-    def _distinct(self, split: str, n: int, most: int) -> list[Example]:
-        if check_count(n) > most:  # the draws would never end
+    def _examples(self, split: str, n: int | None) -> list[Example]:
+        count, most = DEFAULT[split] if n is None else check_count(n), getattr(KINDS[self.kind], split)
+        if count > most:  # the draws would never end
             raise ValueError(f"n is {n}, but {self.name} has {most} {split} problems: ask for at most {most}")
-        found: dict[str, Example] = {}
+        examples: dict[str, Example] = {}
         draws = self._draw(split)
-        while len(found) < n:
+        while len(examples) < count:
             example = next(draws)
-            found.setdefault(example.id, example)
-        return list(found.values())
+            examples.setdefault(example.id, example)
+        return list(examples.values())
 
 
 def split_of(kind: str, key: str) -> str:

@@ -1,33 +1,96 @@
 """Multiple choice: HellaSwag, PIQA, ARC-Challenge and MMLU-Pro are records of one renderer and one grader."""
 
+import re
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 
-from es_jax.core.names import unknown
-from es_jax.tasks.choice_datasets import SETS, Question, Set
-from es_jax.tasks.data import FieldError, checked, find_split, read_rows
-from es_jax.tasks.rows import Row, hub_rows, load_examples
-from es_jax.tasks.task import Choices, Example, Score, check_grader, response_text, two_views
+from es_jax.tasks.rows import FieldError, Hub, Row, checked, load_examples, open_split, text_field, texts_field
+from es_jax.tasks.task import GRADERS, Choices, Example, Score, Splits, check_known, messages, response_text, two_views
 
 CONTINUATIONS = ("label", "text")
+LETTERS = "ABCDEFGHIJ"
 
 
 @dataclass(frozen=True)
-class MultipleChoice:
+class Question:
+    """A row of any of the data sets. `right`: index of the right option; `category`, `worked`: of MMLU-Pro's rows."""
+
+    text: str
+    options: tuple[str, ...]
+    right: int
+    id: str = ""
+    category: str = ""
+    worked: str = ""  # the worked answer
+
+
+@dataclass(frozen=True)
+class ChoiceDataset:
+    """One data set. In patterns, {0} stands for its labels."""
+
+    hub: Hub
+    read: Callable[[Row], Question]  # raises FieldError
+    labels: str  # one character an option: letters or digits
+    heading: str  # the question in a prompt, with {} for its text
+    stem: str  # the question when the options' words are scored as its continuations
+    ask: str  # the last words of a prompt, which ask for the label in the asked form
+    # What the paper's grader looks for, in this order, the first match of the first pattern that is found: of letters,
+    # which it looks for in the upper-cased text.
+    paper: tuple[str, ...] = (r"ANSWER IS \(([{0}])\)", r"ANSWER IS ([{0}])\b", r"\b([{0}])\b")
+    shots: int = 0  # worked examples before the question
+
+    def asked_form(self, label: str) -> str:
+        """What the prompt asks for when that label is the answer: digits are asked for alone."""
+        return f"The answer is ({label})" if self.labels.isalpha() else label
+
+    def paper_label(self, opening: str, completion: str) -> str | None:
+        """The label that the paper's grader reads out of a completion, or None.
+
+        The opening of the assistant's turn, which the completion goes on from, may begin what is found ("The answer is
+        ("), not hold its label. It is not looked at where the labels are digits.
+        """
+        if self.labels.isalpha():
+            opening, completion = opening.upper(), completion.upper()
+        return next(filter(None, (self._first(pattern, opening, completion) for pattern in self.paper)), None)
+
+    def asked_label(self, opening: str, completion: str) -> str | None:
+        """The label of the asked form, or None; the opening as in `paper_label`.
+
+        White space at the end does not count. Letters end the completion in that form, a digit is all of it.
+        """
+        form = r"(?<!\w)The answer is \(([{0}])\)\.?\Z" if self.labels.isalpha() else r"\A\s*([{0}])\Z"
+        return self._first(form, opening, completion.rstrip())
+
+    def _first(self, pattern: str, opening: str, completion: str) -> str | None:
+        """The pattern's first label that stands in the completion: one in the opening is not the model's choice."""
+        opening = opening if self.labels.isalpha() else ""
+        matches = re.finditer(pattern.format(self.labels), opening + completion)
+        return next((match[1] for match in matches if match.start(1) >= len(opening)), None)
+
+    def posed(self, question: Question) -> str:
+        """The question and its labelled options, as they stand in a prompt."""
+        options = (f"{label}. {text}" for label, text in zip(self.labels, question.options, strict=False))
+        return "\n".join([self.heading.format(question.text), *options])
+
+
+@dataclass(frozen=True)
+class MultipleChoice(Splits):
     """A multiple-choice task: reward 1 for the right option, else 0.
 
     Args:
-      kind: a key of `questions.SETS`, which is also the task's name.
+      kind: a key of `DATASETS`, which is also the task's name.
       data_dir: folder with the rows, in the verl layout (`reward_model.ground_truth` a label) or with the data set's
-        own fields; MMLU-Pro's worked examples are its validation rows. None: the data set from the hub.
+        own fields; MMLU-Pro's worked examples are its validation rows. None: the data set from the hub. The test rows
+        of HellaSwag and PIQA are their validation rows, which have labels.
       grader: "paper" or "strict"; docs/tasks.md has the rules of both, with examples.
       continuation: what `choices` compares: "label", the asked form with each label after the same prompt; or "text",
         each option's own words after the bare question.
 
     Raises:
-      ValueError: the set, the grader or the continuation is unknown.
+      ValueError: the data set, the grader or the continuation is unknown.
 
     >>> task = MultipleChoice("arc-challenge")
     >>> task.score(Example("0", "", "B"), "A stone sinks. The answer is (B).")
@@ -40,11 +103,9 @@ class MultipleChoice:
     continuation: str = "label"
 
     def __post_init__(self) -> None:
-        if self.kind not in SETS:
-            raise ValueError(unknown("multiple-choice set", self.kind, SETS))
-        if self.continuation not in CONTINUATIONS:
-            raise ValueError(unknown("continuation", self.continuation, CONTINUATIONS))
-        check_grader(self.grader)
+        check_known("multiple-choice set", self.kind, DATASETS)
+        check_known("continuation", self.continuation, CONTINUATIONS)
+        check_known("grader", self.grader, GRADERS)
 
     @property
     def name(self) -> str:
@@ -52,33 +113,47 @@ class MultipleChoice:
         return self.kind
 
     @property
-    def _set(self) -> Set:
-        return SETS[self.kind]
+    def _dataset(self) -> ChoiceDataset:
+        return DATASETS[self.kind]
 
-    def train(self, n: int | None = None) -> list[Example]:
-        """The first `n` training examples; raises ValueError or OSError as `rows.load_examples`."""
-        return self._load("train", n)
+    def _examples(self, split: str, n: int | None) -> list[Example]:
+        worked = cache(self._worked)  # read when the first row asks for them
 
-    def test(self, n: int | None = None) -> list[Example]:
-        """The first `n` test examples (labelled ones: HellaSwag's and PIQA's validation rows); raises like `train`."""
-        return self._load("test", n)
+        def native(row: Row) -> Example:
+            dataset, question = self._dataset, self._dataset.read(row)
+            shots = _shots(dataset.shots, question, worked()) if dataset.shots else ()
+            blocks = [f"{dataset.posed(shot)}\nAnswer: {shot.worked}" for shot in shots]
+            content = "\n\n".join([*blocks, dataset.posed(question), dataset.ask])
+            meta = {"options": question.options, "stem": dataset.stem.format(question.text)}
+            if question.category:
+                meta["category"] = question.category
+            return Example(question.id, messages(user=content), dataset.labels[question.right], meta)
 
-    def _load(self, split: str, n: int | None) -> list[Example]:
-        worked = _Worked(self._set, self.data_dir)
-        native = lambda row: _example(self._set, row, worked)  # noqa: E731
-        return load_examples(self._set.hub, split, n, data_dir=self.data_dir, native=native, verl=self._checked)
+        def verl(example: Example) -> Example:
+            labels = self._dataset.labels
+            if example.answer not in tuple(labels):
+                raise FieldError("reward_model.ground_truth", example.answer, f"one of {', '.join(labels)}")
+            return example
 
-    def _checked(self, example: Example) -> Example:
-        if example.answer not in tuple(self._set.labels):
-            raise FieldError("reward_model.ground_truth", example.answer, f"one of {', '.join(self._set.labels)}")
-        return example
+        return load_examples(self._dataset.hub, split, n, data_dir=self.data_dir, native=native, verl=verl)
+
+    def _worked(self) -> list[Question]:
+        """Every validation row; raises ValueError for a bad one, which names its own file or split, row and field."""
+
+        def read(row: Row, number: int) -> Question:
+            question = self._dataset.read(row)
+            if not question.worked:
+                raise FieldError("cot_content", row.get("cot_content"), "the worked answer, text that is not empty")
+            return question
+
+        return list(checked(*open_split(self._dataset.hub, "validation", self.data_dir), read))
 
     def score(self, example: Example, completion: str) -> Score:
-        """Paper: `Set.paper_label`. Format: the asked form, see `Set.asked_label`. Strict: its label."""
-        opening, wanted = response_text(example, "") if self._set.letters else "", example.answer
-        asked = self._set.asked_label(opening, completion)
-        strict = asked is not None and asked == wanted
-        paper = self._set.paper_label(opening, completion) == wanted
+        """Paper: `ChoiceDataset.paper_label`. Format: `ChoiceDataset.asked_label` is there. Strict: it is right."""
+        opening, dataset = response_text(example, ""), self._dataset
+        asked = dataset.asked_label(opening, completion)
+        strict = asked is not None and asked == example.answer
+        paper = dataset.paper_label(opening, completion) == example.answer
         return two_views(self.grader, paper=paper, strict=strict, form=float(asked is not None), bonus=0.0)
 
     def choices(self, example: Example) -> Choices:
@@ -88,63 +163,113 @@ class MultipleChoice:
           ValueError: `continuation` is "text", but the example came from a verl row, without the options' texts.
         """
         texts = example.meta.get("options")
-        labels = self._set.labels[: len(texts)] if texts else self._set.labels
+        labels = self._dataset.labels[: len(texts) if texts else None]
         right = labels.index(str(example.answer))
         if self.continuation == "label":
-            return Choices(example.prompt, tuple(self._set.asked.format(label) for label in labels), right)
+            return Choices(example.prompt, tuple(map(self._dataset.asked_form, labels)), right)
         if not texts:
             raise ValueError(f"example {example.id!r} has no options' texts: set continuation to 'label'")
         return Choices(example.meta["stem"], tuple(f" {text}" for text in texts), right)
 
 
-@dataclass
-class _Worked:
-    """The worked examples of a set, by group; read when the first row asks for them."""
-
-    source: Set
-    data_dir: str | Path | None
-    questions: list[Question] = field(default_factory=list)
-
-    def of(self, question: Question) -> Sequence[Question]:
-        """The first ones of the question's group; one that is asked itself is left out, even if few are left."""
-        shots = self.source.shots
-        if not shots:
-            return ()
-        if not self.questions:
-            self.questions = self._read()
-        counts = Counter(x.group for x in self.questions)
-        if counts[question.group] < shots:
-            enough = ", ".join(sorted(group for group in counts if counts[group] >= shots)) or "none"
-            wanted = f"a category with {shots} worked examples or more in the validation rows"
-            found = f"this one has {counts[question.group]}, and those with enough are: {enough}"
-            raise FieldError("category", question.group, f"{wanted} ({found})")
-        return [x for x in self.questions if x.group == question.group and x.text != question.text][:shots]
-
-    def _read(self) -> list[Question]:
-        """Every validation row; raises ValueError for a bad one, which names its own file or split, row and field."""
-        if self.data_dir is None:
-            hub = self.source.hub
-            return list(checked(hub_rows(hub, "validation"), f"{hub.path}, split validation", self._worked))
-        path = find_split(self.data_dir, "validation")
-        return list(checked(read_rows(path), str(path), self._worked))
-
-    def _worked(self, row: Row, number: int) -> Question:
-        question = self.source.read(row)
-        if not question.worked:
-            raise FieldError("cot_content", row.get("cot_content"), "the worked answer, text that is not empty")
-        return question
+def _shots(count: int, question: Question, worked: Sequence[Question]) -> Sequence[Question]:
+    """The first worked examples of the question's category; the question itself is left out, even if few are left."""
+    counts = Counter(shot.category for shot in worked)
+    if counts[question.category] < count:
+        enough = ", ".join(sorted(name for name in counts if counts[name] >= count)) or "none"
+        wanted = f"a category with {count} worked examples or more in the validation rows"
+        reason = f"this one has {counts[question.category]}, and those with enough are: {enough}"
+        raise FieldError("category", question.category, f"{wanted} ({reason})")
+    return [shot for shot in worked if shot.category == question.category and shot.text != question.text][:count]
 
 
-def _example(source: Set, row: Row, worked: _Worked) -> Example:
-    question = source.read(row)
-    blocks = [f"{_posed(source, x)}\nAnswer: {x.worked}" for x in worked.of(question)]
-    content = "\n\n".join([*blocks, _posed(source, question), source.ask])
-    meta = {"options": question.options, "stem": source.stem.format(question.text)}
-    if question.group:
-        meta["category"] = question.group
-    return Example(question.id, ({"role": "user", "content": content},), source.labels[question.right], meta)
+def _hellaswag(row: Row) -> Question:
+    text = _unmarked(f"{text_field(row, 'activity_label')}: {text_field(row, 'ctx')}")
+    options = texts_field(row, "endings", least=4, most=4)
+    right = _index(row, "label", {label: int(label) for label in (*"0123", *range(4))})
+    return Question(text, tuple(map(_unmarked, options)), right)
 
 
-def _posed(source: Set, question: Question) -> str:
-    options = "\n".join(f"{label}. {text}" for label, text in zip(source.labels, question.options, strict=False))
-    return f"{source.heading.format(question.text)}\n{options}"
+def _unmarked(text: str) -> str:
+    """WikiHow's section marks, [title] and the like, taken out."""
+    return " ".join(re.sub(r"\[(?:header|title|step|substeps?)\]", " ", text).split())
+
+
+def _piqa(row: Row) -> Question:
+    options = (text_field(row, "sol1"), text_field(row, "sol2"))
+    right = _index(row, "label", {"1": 0, "2": 1, 0: 0, 1: 1})  # the hub counts from 0
+    return Question(text_field(row, "goal"), options, right)
+
+
+def _arc(row: Row) -> Question:
+    text, label, answer = "options", "option_labels", "answer"
+    if isinstance(choices := row.get("choices"), Mapping):  # as on the hub
+        text, label, answer = "choices.text", "choices.label", "answerKey"
+        row = {**row, text: choices.get("text"), label: choices.get("label")}
+    options, labels = texts_field(row, text, least=2, most=5), row.get(label)
+    if not isinstance(labels, list) or len(set(map(str, labels))) != len(options):
+        raise FieldError(label, labels, f"a list of {len(options)} different labels")
+    right = _index(row, answer, {name: i for i, name in enumerate(map(str, labels))})
+    return Question(text_field(row, "question"), options, right, id=str(row.get("question_id") or row.get("id") or ""))
+
+
+def _mmlu_pro(row: Row) -> Question:
+    options = texts_field(row, "options", least=2, most=len(LETTERS))
+    right = _index(row, "answer", {label: i for i, label in enumerate(LETTERS[: len(options)])})
+    name, worked = row.get("question_id"), row.get("cot_content")
+    return Question(
+        text_field(row, "question"),
+        options,
+        right,
+        id="" if name is None else str(name),
+        category=text_field(row, "category"),
+        worked=worked.removeprefix("A:").strip() if isinstance(worked, str) else "",  # only of validation rows
+    )
+
+
+def _index(row: Row, name: str, known: Mapping) -> int:
+    value = row.get(name)
+    if isinstance(value, bool) or not isinstance(value, str | int) or value not in known:
+        raise FieldError(name, value, f"one of {', '.join(map(repr, known))}")
+    return known[value]
+
+
+DATASETS: Mapping[str, ChoiceDataset] = MappingProxyType(
+    {
+        "hellaswag": ChoiceDataset(
+            hub=Hub("Rowan/hellaswag", test="validation"),
+            read=_hellaswag,
+            labels="0123",
+            heading="Which ending continues this text best?\n\n{}\n",
+            stem="{}",
+            ask="Reply with the ending's number, 0, 1, 2 or 3, and nothing else.",
+            paper=("([{0}])",),
+        ),
+        "piqa": ChoiceDataset(
+            hub=Hub("ybisk/piqa", test="validation", revision="refs/convert/parquet"),  # main holds a script
+            read=_piqa,
+            labels="12",
+            heading="Which of two ways reaches this goal?\n\nGoal: {}",
+            stem="Goal: {}\nWay:",
+            ask="Reply with the number of the better way, 1 or 2, and nothing else.",
+            paper=(r"\b([{0}])\b",),
+        ),
+        "arc-challenge": ChoiceDataset(
+            hub=Hub("allenai/ai2_arc", "ARC-Challenge"),
+            read=_arc,
+            labels="ABCDE",
+            heading="Question: {}",
+            stem="Question: {}\nAnswer:",
+            ask='Choose one option and reply "The answer is (X)", where X is its letter.',
+        ),
+        "mmlu-pro": ChoiceDataset(
+            hub=Hub("TIGER-Lab/MMLU-Pro", train="validation"),
+            read=_mmlu_pro,
+            labels=LETTERS,
+            heading="Question: {}",
+            stem="Question: {}\nAnswer:",
+            ask='Reason step by step, as above, and end with "The answer is (X)", where X is the letter chosen.',
+            shots=5,
+        ),
+    }
+)

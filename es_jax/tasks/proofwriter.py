@@ -1,12 +1,11 @@
 """ProofWriter: does a statement follow from a theory, is it refuted, or is it unknown? (arXiv 2012.13048.)"""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from es_jax.tasks.data import FieldError
-from es_jax.tasks.rows import Hub, Published, Row, text_field
-from es_jax.tasks.task import Example, Message, Score, response_text, two_views
+from es_jax.tasks.rows import FieldError, Hub, PublishedTask, Row, text_field
+from es_jax.tasks.task import Example, Score, messages, response_text, two_views
 
 HUB = Hub("tasksource/proofwriter", shuffle=True)  # rows of one theory stand together there
 LABELS = ("True", "False", "Unknown")
@@ -21,25 +20,27 @@ LINE = re.compile(r"answer\s*:\s*(true|false|unknown)")
 WORD = re.compile(r"\b(?:true|false|unknown)\b")
 
 
+def _label(value: str | None, name: str) -> str:
+    label = str(value).capitalize()
+    if label not in LABELS:
+        raise FieldError(name, value, f"one of {', '.join(LABELS)}")
+    return label
+
+
 def _checked(example: Example) -> Example:
-    answer = str(example.answer).capitalize()
-    if answer not in LABELS:
-        raise FieldError("reward_model.ground_truth", example.answer, f"one of {', '.join(LABELS)}")
-    return Example(example.id, example.prompt, answer, example.meta)
+    return replace(example, answer=_label(example.answer, "reward_model.ground_truth"))
 
 
 def _native(row: Row) -> Example:
-    theory, question, answer = (text_field(row, name) for name in ("theory", "question", "answer"))
-    if answer.capitalize() not in LABELS:
-        raise FieldError("answer", answer, f"one of {', '.join(LABELS)}")
-    content = ASK.format(theory=theory, question=question)
-    prompt: tuple[Message, ...] = ({"role": "user", "content": content}, {"role": "assistant", "content": OPENING})
+    theory, question = text_field(row, "theory"), text_field(row, "question")
+    answer = _label(text_field(row, "answer"), "answer")
+    prompt = messages(user=ASK.format(theory=theory, question=question), assistant=OPENING)
     meta = {name: row[name] for name in ("id", "QDep", "config") if row.get(name) is not None}
-    return Example("", prompt, answer.capitalize(), meta)
+    return Example("", prompt, answer, meta)
 
 
 @dataclass(frozen=True)
-class ProofWriter(Published):
+class ProofWriter(PublishedTask):
     """The ProofWriter task in an open world: reward = answer + 0.1 · format.
 
     Args:
@@ -62,12 +63,12 @@ class ProofWriter(Published):
 
         Upper and lower case are the same, and white space around a line does not count.
         """
-        text, wanted = response_text(example, completion).lower(), (example.answer or "").lower()
+        text, answer = response_text(example, completion).lower(), (example.answer or "").lower()
         last = FORM.fullmatch(text.strip().rpartition("\n")[2].strip())
         return two_views(
             self.grader,
-            paper=final_label(text) == wanted,
-            strict=last is not None and last[1] == wanted,
+            paper=final_label(text) == answer,
+            strict=last is not None and last[1] == answer,
             form=float(last is not None),
             bonus=0.1,
         )
@@ -86,6 +87,6 @@ def final_label(response: str) -> str | None:
     """
     text = response.lower()
     for line in reversed(text.split("\n")):
-        if found := LINE.fullmatch(line.strip()):
-            return found[1]
+        if match := LINE.fullmatch(line.strip()):
+            return match[1]
     return next(reversed(WORD.findall(text)), None)

@@ -1,41 +1,46 @@
-"""The rows of a published data set, from a folder or from the hub, as examples.
+"""The rows of a data set, from a folder or from the hub, as examples.
 
-A row is either in the verl layout (it has `prompt`, see `es_jax.tasks.data`) and brings its own prompt, or it has the
-data set's own fields and the task writes the prompt.
+A row in the layout that verl trains from has `prompt` (a list of {role, content}; a last message of role "assistant" is
+an open turn), `reward_model.ground_truth`, and where present `extra_info` (a mapping), `data_source` (text) and `id`
+(without one, the row number is the id). A row without `prompt` has the data set's own fields, and the task writes the
+prompt. An id that is empty or was there before gets "#" and the row's number.
 """
 
-import itertools
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+import json
+import reprlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from es_jax.core.extras import require
-from es_jax.tasks.data import SUFFIXES, FieldError, checked, find_split, own_ids, read_rows, verl_example
-from es_jax.tasks.task import Example, check_count, check_grader, take
+from es_jax.tasks.task import GRADERS, Example, Message, Splits, check_count, check_known, take
 
+T = TypeVar("T")
 Row = Mapping[str, Any]
+SUFFIXES = (".parquet", ".json", ".jsonl")
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+class FieldError(ValueError):
+    """A field of a row is not what it should be. `checked` adds the source and the row number."""
+
+    def __init__(self, name: str, value: object, wanted: str) -> None:
+        super().__init__(f"field {name!r} is {reprlib.repr(value)}: it should be {wanted}")
 
 
 @dataclass(frozen=True)
 class Hub:
-    """A data set on the Hugging Face hub.
-
-    Args:
-      path: its name there.
-      config: which of its configurations; None is its only one.
-      train: its split for training.
-      test: its split for testing: one that has labels.
-      revision: a branch or commit; None is the newest.
-      shuffle: mix the rows with a fixed seed, where neighbours are alike.
-    """
+    """A data set on the Hugging Face hub, and which of its splits are for training and testing."""
 
     path: str
-    config: str | None = None
+    config: str | None = None  # None: its only one
     train: str = "train"
-    test: str = "test"
-    revision: str | None = None
-    shuffle: bool = False
+    test: str = "test"  # one that has labels
+    revision: str | None = None  # a branch or commit; None: the newest
+    shuffle: bool = False  # mix the rows with a fixed seed, where neighbours are alike
 
 
 def load_examples(
@@ -47,63 +52,120 @@ def load_examples(
     native: Callable[[Row], Example],
     verl: Callable[[Example], Example],
 ) -> list[Example]:
-    """The first `n` examples of a split, every one of them checked.
+    """The first `n` examples of the split "train" or "test" of a published data set, each of them checked; None is all.
+
+    `native` makes an example of a row with the data set's own fields, `verl` checks the example of a row in the verl
+    layout and may add to it. For `hub` and `data_dir` see `open_split`.
+
+    Raises:
+      ValueError: `n` < 1 or more than there is; or a bad row, named by source, row (counting from 0) and field.
+      FileNotFoundError, OSError: as `open_split`.
+    """
+
+    def read(row: Row, number: int) -> Example:
+        return verl(_verl_example(row, number)) if "prompt" in row else native(row)
+
+    rows, source = open_split(hub, split, data_dir)
+    return take(_examples(islice(rows, None if n is None else check_count(n)), source, read), n, source=source)
+
+
+@dataclass(frozen=True)
+class PublishedTask(Splits):
+    """The fields and rows of a task with a published data set. `source`: hub, native, verl of `load_examples`."""
+
+    data_dir: str | Path | None = None
+    grader: str = "paper"
+
+    source: ClassVar[tuple[Hub, Callable[[Row], Example], Callable[[Example], Example]]]
+
+    def __post_init__(self) -> None:
+        check_known("grader", self.grader, GRADERS)
+
+    def _examples(self, split: str, n: int | None) -> list[Example]:
+        hub, native, verl = self.source
+        return load_examples(hub, split, n, data_dir=self.data_dir, native=native, verl=verl)
+
+
+def read_examples(
+    data_dir: str | Path,
+    split: str,
+    n: int | None = None,
+    *,
+    extra: Callable[[Row], Row] = dict,
+    needs_answer: bool = True,
+) -> list[Example]:
+    """The first `n` rows of a folder's split in the verl layout, as examples; None is all. Every row is checked.
 
     Args:
-      hub: where the rows are if `data_dir` is None.
-      split: "train" or "test".
-      n: how many; None is all.
-      data_dir: a folder with a file for the split, under that name, under the hub's name for it, or "validation".
-      native: makes an example of a row with the data set's own fields. An empty or repeated id gets the row's number.
-      verl: checks the example of a row in the verl layout, and may add to it.
+      data_dir, split: as `find_split`.
+      n: how many.
+      extra: checks a row's `extra_info` (empty if the row has none) and returns what becomes the example's `meta`;
+        raises `FieldError` for a field that is wrong.
+      needs_answer: False where a row without `reward_model.ground_truth` can still be graded; its answer is then None.
+
+    Raises:
+      FileNotFoundError: no such folder or file.
+      ValueError: `n` < 1 or more than there is; the file cannot be read; or a row is wrong, named as above.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> row = {"prompt": [{"role": "user", "content": "2 + 2?"}], "reward_model": {"ground_truth": "4"}}
+    >>> _ = (folder / "train.jsonl").write_text(json.dumps(row))
+    >>> read_examples(folder, "train")
+    [Example(id='0', prompt=({'role': 'user', 'content': '2 + 2?'},), answer='4', meta={})]
+    """
+    path = find_split(data_dir, split)
+    read = partial(_verl_example, extra=extra, needs_answer=needs_answer)
+    return take(_examples(read_rows(path), str(path), read), n, source=str(path))
+
+
+def checked(rows: Iterable[Row], source: str, read: Callable[[Row, int], T]) -> Iterator[T]:
+    """What `read` makes of every row and its number, counting from 0; adds source and number to a FieldError."""
+    for number, row in enumerate(rows):
+        try:
+            result = read(row, number)
+        except FieldError as error:
+            raise ValueError(f"{source}, row {number}: {error}") from error
+        yield result
+
+
+def _examples(rows: Iterable[Row], source: str, read: Callable[[Row, int], Example]) -> list[Example]:
+    """The `checked` examples, each under an id of its own."""
+    examples: dict[str, Example] = {}
+    for number, example in enumerate(checked(rows, source, read)):
+        while not example.id or example.id in examples:  # ProofWriter's ids are those of theories: many rows share one
+            example = replace(example, id=f"{example.id}#{number}")
+        examples[example.id] = example
+    return list(examples.values())
+
+
+def open_split(hub: Hub, split: str, data_dir: str | Path | None) -> tuple[Iterable[Row], str]:
+    """The rows of a split, and the name of their source: `data_dir`, or the hub for None.
+
+    The file in a folder has the split's name, the hub's name for it, or "validation"; training never gets the file that
+    the test takes.
 
     Raises:
       FileNotFoundError: the folder has no such split, or only one that the test split uses already.
       OSError: the hub cannot be reached; says how to do without.
-      ValueError: `n` < 1 or more than there is; or a bad row, named by file, row (counting from 0) and field.
+      ValueError: `data_dir` is a file, several files claim the split, or as `read_rows`.
     """
     if data_dir is None:
-        name = getattr(hub, split)
-        rows, source = hub_rows(hub, name), f"{hub.path}, split {name}"
-    else:
-        path = split_file(data_dir, split, hub)
-        rows, source = read_rows(path), str(path)
-    wanted = itertools.islice(rows, None if n is None else check_count(n))
-    return take(_examples(wanted, source, native, verl), n, source=source)
-
-
-def _examples(rows: Iterable[Row], source: str, native: Callable, verl: Callable) -> list[Example]:
-    def read(row: Row, number: int) -> Example:
-        return verl(verl_example(row, number)) if "prompt" in row else native(row)
-
-    return own_ids(checked(rows, source, read))  # ProofWriter's ids are those of theories, so many rows share one
-
-
-def split_file(data_dir: str | Path, split: str, hub: Hub) -> Path:
-    """The file of a split in a folder; training never gets the file that the test takes.
-
-    Raises:
-      FileNotFoundError: there is none; the message lists what is there.
-      ValueError: `data_dir` is a file, or several files claim the split.
-    """
-    name = _name(data_dir, split, hub)
-    path = find_split(data_dir, name)
-    if split == "train" and name == _name(data_dir, "test", hub):
+        name = getattr(hub, split, split)
+        return _hub_rows(hub, name), f"{hub.path}, split {name}"
+    path = find_split(data_dir, _file_stem(data_dir, split, hub))
+    if split == "train" and path.stem == _file_stem(data_dir, "test", hub):
         raise FileNotFoundError(f"data_dir is {data_dir}, where {path.name} is the test split: add a train split")
-    return path
+    return read_rows(path), str(path)
 
 
-def _name(data_dir: str | Path, split: str, hub: Hub) -> str:
-    names = dict.fromkeys((split, getattr(hub, split), "validation"))
-    return next((x for x in names if any((Path(data_dir) / (x + end)).is_file() for end in SUFFIXES)), split)
+def _file_stem(data_dir: str | Path, split: str, hub: Hub) -> str:
+    stems = (split, getattr(hub, split, split), "validation")
+    return next((stem for stem in stems if any((Path(data_dir) / (stem + end)).is_file() for end in SUFFIXES)), split)
 
 
-def hub_rows(hub: Hub, split: str) -> Iterable[Row]:
-    """The rows of a split on the hub, or of its copy in the cache of `datasets`.
-
-    Raises:
-      OSError: they cannot be had: no network, HF_HUB_OFFLINE, or no such data set.
-    """
+def _hub_rows(hub: Hub, split: str) -> Iterable[Row]:
+    """The rows of a split on the hub, or of its copy in the cache of `datasets`."""
     require("llm")
     import datasets
 
@@ -119,11 +181,153 @@ def hub_rows(hub: Hub, split: str) -> Iterable[Row]:
     return rows.shuffle(seed=0) if hub.shuffle else rows
 
 
-def text_field(row: Row, name: str) -> str:
-    """A field that holds text, without the white space around it.
+def rows_folder(root: str | Path, task: str) -> Path:
+    """The folder of a task's rows in a folder of folders: named like the task, or with `_` for its `-`.
 
     Raises:
-      FieldError: it is absent, empty or not text.
+      FileNotFoundError: there is neither.
+    """
+    root, names = Path(root), dict.fromkeys((task, task.replace("-", "_")))
+    for name in names:
+        if (root / name).is_dir():
+            return root / name
+    content = _listing(root) if root.is_dir() else "nothing: it does not exist"
+    raise FileNotFoundError(f"{root} has no folder {' or '.join(names)} for task {task!r}; it holds {content}")
+
+
+def find_split(data_dir: str | Path, split: str) -> Path:
+    """The one file that holds a split: `data_dir/{split}` with the suffix .parquet, .json or .jsonl.
+
+    Raises:
+      FileNotFoundError: no such folder, or no such file in it; the message lists what is there.
+      ValueError: `data_dir` is a file, or several files claim the split.
+    """
+    folder, names = Path(data_dir), [split + suffix for suffix in SUFFIXES]
+    if folder.is_file():
+        raise ValueError(f"data_dir is {folder}, a file: give the folder that holds {split}.parquet")
+    if not folder.is_dir():
+        near = next((parent for parent in folder.absolute().parents if parent.is_dir()), Path.cwd())
+        raise FileNotFoundError(
+            f"data_dir is {folder}, which does not exist: looked there for one of {', '.join(names)}; "
+            f"the nearest folder that exists, {near}, holds {_listing(near)}"
+        )
+    files = [name for name in names if (folder / name).is_file()]
+    if not files:
+        raise FileNotFoundError(
+            f"data_dir is {folder}, which has no {split!r} split: looked for one of {', '.join(names)}; "
+            f"it holds {_listing(folder)}"
+        )
+    if len(files) > 1:
+        raise ValueError(f"data_dir {folder} holds {' and '.join(files)}: keep one file for the split {split!r}")
+    return folder / files[0]
+
+
+def _listing(folder: Path, most: int = 20) -> str:
+    names = sorted(path.name for path in folder.iterdir())
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return (", ".join(names[:most]) or "nothing") + rest
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """The rows of a file, as mappings, whatever their fields are.
+
+    Args:
+      path: .parquet; .jsonl, one object a line; .json, one list of objects, or one object a line.
+
+    Raises:
+      ValueError: the file cannot be read, has no rows, or a row is not an object; named by its number,
+        counting from 0.
+    """
+    path = Path(path)
+    rows = _read_parquet(path) if path.suffix == ".parquet" else _read_json(path)
+    if not rows:
+        raise ValueError(f"{path} has no rows: it needs at least one")
+    for number, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise ValueError(f"{path}, row {number}: found {reprlib.repr(row)}, but a row is an object with fields")
+    return rows
+
+
+def _read_parquet(path: Path) -> list[Any]:
+    require("llm")
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            return file.read().to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ValueError(f"{path} is damaged or is not parquet, so fetch or write it again ({reason})") from error
+
+
+def _read_json(path: Path) -> list[Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+    if path.suffix == ".json" and text.lstrip().startswith("["):
+        return _parse_json(text, str(path))
+    lines = text.rstrip().split("\n") if text.strip() else []
+    return [_parse_json(line, f"{path}, row {number}") for number, line in enumerate(lines)]
+
+
+def _parse_json(text: str, source: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{source}: {reprlib.repr(text)} is not JSON ({error})") from error
+
+
+def _verl_example(row: Row, number: int, *, extra: Callable[[Row], Row] = dict, needs_answer: bool = True) -> Example:
+    meta = dict(extra(_optional(row, "extra_info", Mapping, "an object") or {}))
+    if (source := _optional(row, "data_source", str, "text")) is not None:
+        meta["data_source"] = source
+    name = _optional(row, "id", (str, int), "text or a whole number")
+    messages = row.get("prompt")
+    if not isinstance(messages, list) or not messages:
+        raise FieldError("prompt", messages, "a list of at least one {role, content}")
+    prompt = tuple(_message(message, f"prompt[{at}]") for at, message in enumerate(messages))
+    return Example(str(number if name is None else name), prompt, _answer(row, needs_answer), meta)
+
+
+def _optional(row: Row, name: str, kind: Any, wanted: str) -> Any:
+    value = row.get(name)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
+        raise FieldError(name, value, f"{wanted}, or left out")
+    return value
+
+
+def _answer(row: Row, needed: bool) -> str | None:
+    model = row.get("reward_model")
+    if not isinstance(model, Mapping) and (needed or model is not None):
+        raise FieldError("reward_model", model, "an object with the field 'ground_truth'")
+    answer = model.get("ground_truth") if model else None
+    if answer is None and not needed:
+        return None
+    if isinstance(answer, int) and not isinstance(answer, bool):
+        return str(answer)
+    if not isinstance(answer, str) or not answer:
+        raise FieldError("reward_model.ground_truth", answer, "text that is not empty, or a whole number")
+    return answer
+
+
+def _message(message: Any, name: str) -> Message:
+    if not isinstance(message, Mapping):
+        raise FieldError(name, message, "an object {role, content}")
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+        raise FieldError(f"{name}.role", role, f"one of {', '.join(ROLES)}")
+    if not isinstance(content, str):
+        raise FieldError(f"{name}.content", content, "text")
+    for key, value in message.items():
+        if key not in ("role", "content") and value is not None:
+            raise FieldError(f"{name}.{key}", value, "left out: a message is a role and its content")
+    return {"role": role, "content": content}
+
+
+def text_field(row: Row, name: str) -> str:
+    """A field that holds text, without the white space around it; raises FieldError for none.
 
     >>> text_field({"question": " 2 + 2? "}, "question")
     '2 + 2?'
@@ -134,38 +338,9 @@ def text_field(row: Row, name: str) -> str:
     return value.strip()
 
 
-def texts_field(row: Row, name: str, found: object, *, least: int, most: int) -> tuple[str, ...]:
-    """A list of texts, each not empty.
-
-    Raises:
-      FieldError: it is not such a list, or has fewer than `least` or more than `most` texts.
-    """
-    good = isinstance(found, list) and least <= len(found) <= most
-    if not isinstance(found, list) or not good or not all(isinstance(x, str) and x.strip() for x in found):
-        raise FieldError(name, found, f"a list of {least} to {most} texts")
-    return tuple(text.strip() for text in found)
-
-
-@dataclass(frozen=True)
-class Published:
-    """The fields and rows of a task with a published data set. `source`: hub, native, verl of `load_examples`."""
-
-    data_dir: str | Path | None = None
-    grader: str = "paper"
-
-    source: ClassVar[tuple[Hub, Callable[[Row], Example], Callable[[Example], Example]]]
-
-    def __post_init__(self) -> None:
-        check_grader(self.grader)
-
-    def train(self, n: int | None = None) -> list[Example]:
-        """The first `n` training examples; raises ValueError or OSError as `load_examples`."""
-        return self._examples("train", n)
-
-    def test(self, n: int | None = None) -> list[Example]:
-        """The first `n` test examples; raises like `train`."""
-        return self._examples("test", n)
-
-    def _examples(self, split: str, n: int | None) -> list[Example]:
-        hub, native, verl = self.source
-        return load_examples(hub, split, n, data_dir=self.data_dir, native=native, verl=verl)
+def texts_field(row: Row, name: str, *, least: int, most: int) -> tuple[str, ...]:
+    """A field that holds `least` to `most` texts, without the white space around them; otherwise raises FieldError."""
+    texts = row.get(name)
+    if isinstance(texts, list) and least <= len(texts) <= most and all(isinstance(x, str) and x.strip() for x in texts):
+        return tuple(text.strip() for text in texts)
+    raise FieldError(name, texts, f"a list of {least} to {most} texts")

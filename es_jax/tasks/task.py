@@ -4,7 +4,7 @@ A task holds no model and no array. It hands out `Example`s and turns a completi
 and the evaluations all see the same three methods.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypedDict, runtime_checkable
 
@@ -48,17 +48,11 @@ class Score:
 
 @dataclass(frozen=True)
 class Choices:
-    """A multiple-choice problem for a model that is not asked to write: which continuation has the highest probability?
+    """A multiple-choice problem for a model that does not write: which continuation has the highest probability?"""
 
-    Args:
-      prompt: what the continuations continue; plain text or messages, as `Example.prompt`.
-      options: one continuation an option, in the order of the task's labels. They start where the prompt ends.
-      right: index into `options` of the right one.
-    """
-
-    prompt: str | tuple[Message, ...]
-    options: tuple[str, ...]
-    right: int
+    prompt: str | tuple[Message, ...]  # what the continuations continue, as `Example.prompt`
+    options: tuple[str, ...]  # continuations from where the prompt ends, in the order of the task's labels
+    right: int  # index into `options` of the right one
 
 
 @runtime_checkable
@@ -81,7 +75,8 @@ class Task(Scorer, Protocol):
         """The first `n` training examples (all of them, or the documented default, for None).
 
         Raises:
-          ValueError: `n` < 1, or more than the data holds.
+          ValueError: `n` < 1, or more than the data holds; a row is wrong.
+          OSError: the rows cannot be had.
         """
 
     def test(self, n: int | None = None) -> list[Example]:
@@ -94,6 +89,21 @@ class ChoiceTask(Task, Protocol):
 
     def choices(self, example: Example) -> Choices:
         """The options of one of this task's examples, as continuations to score."""
+
+
+class Splits:
+    """The two splits of a task, both from one method."""
+
+    def train(self, n: int | None = None) -> list[Example]:
+        """The first `n` training examples, see `Task.train`."""
+        return self._examples("train", n)
+
+    def test(self, n: int | None = None) -> list[Example]:
+        """The first `n` test examples, see `Task.train`."""
+        return self._examples("test", n)
+
+    def _examples(self, split: str, n: int | None) -> list[Example]:
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -126,10 +136,10 @@ class PaperParts:
         return Score(own.reward, replace(self.task, grader="paper").score(example, completion).parts)
 
 
-def check_grader(grader: str) -> None:
-    """Raises ValueError unless the grader is "paper" or "strict"."""
-    if grader not in GRADERS:
-        raise ValueError(unknown("grader", grader, GRADERS))
+def check_known(kind: str, name: str, known: Iterable[str]) -> None:
+    """Raises ValueError unless `name` is among the known ones of its kind."""
+    if name not in known:
+        raise ValueError(unknown(kind, name, known))
 
 
 def two_views(grader: str, *, paper: bool, strict: bool, form: float, bonus: float) -> Score:
@@ -145,14 +155,20 @@ def two_views(grader: str, *, paper: bool, strict: bool, form: float, bonus: flo
     return Score(answer + bonus * form, {"answer": answer, "format": float(form), "strict": float(strict)})
 
 
+def messages(**contents: str) -> tuple[Message, ...]:
+    """Messages of these roles, in this order.
+
+    >>> messages(user="2 + 2?", assistant="It is ")
+    ({'role': 'user', 'content': '2 + 2?'}, {'role': 'assistant', 'content': 'It is '})
+    """
+    return tuple(Message(role=role, content=content) for role, content in contents.items())
+
+
 def response_text(example: Example, completion: str) -> str:
     """The whole of the assistant's turn: what the prompt opened, and the completion that continues it.
 
-    >>> opened = ({"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "<think>"})
-    >>> response_text(Example("0", opened, "4"), "easy</think>")
+    >>> response_text(Example("0", messages(user="2 + 2?", assistant="<think>"), "4"), "easy</think>")
     '<think>easy</think>'
-    >>> response_text(Example("1", "2 + 2?", "4"), "4")
-    '4'
     """
     if isinstance(example.prompt, str) or not example.prompt or example.prompt[-1]["role"] != "assistant":
         return completion
@@ -160,26 +176,14 @@ def response_text(example: Example, completion: str) -> str:
 
 
 def check_count(n: int) -> int:
-    """Returns `n`, the number of examples asked for, if it is a whole number ≥ 1.
-
-    Raises:
-      ValueError: it is not.
-
-    >>> check_count(3)
-    3
-    """
+    """Returns `n`, the number of examples asked for; raises ValueError unless it is a whole number ≥ 1."""
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
         raise ValueError(f"n is {n!r}: ask for at least 1 example, or leave n out")
     return n
 
 
 def take(examples: Sequence[Example], n: int | None, *, source: str) -> list[Example]:
-    """The first `n` of a finite data set; all of it for None.
-
-    Args:
-      examples: the data set.
-      n: how many, from 1 to `len(examples)`, or None.
-      source: what the data set is called in errors.
+    """The first `n` of a finite data set, which errors call `source`; all of it for None.
 
     Raises:
       ValueError: the data set is empty, `n` < 1, or `n` is more than there is.

@@ -1,6 +1,7 @@
 """The config of a run: ml_collections at the door, frozen dataclasses inside. Defaults stand in `fields`, once."""
 
 import dataclasses
+import operator
 import types
 import typing
 from collections.abc import Callable
@@ -98,24 +99,23 @@ class RunConfig:
 
     @property
     def _schedules(self) -> dict[str, str]:
-        optim = self.optim
-        return {
-            "optim.schedule": optim.schedule,
-            "es.schedule": self.es.schedule,
-            "optim.anchor.schedule": optim.anchor.schedule,
-        }
+        groups: dict[str, Any] = {"optim": self.optim, "es": self.es, "optim.anchor": self.optim.anchor}  # α, σ and λ
+        return {f"{name}.schedule": group.schedule for name, group in groups.items()}
 
     def rates(self, step: int) -> Rates:
         """α, σ and λ of step 1..T, by their schedules."""
-        factors = [make_schedule(text, self.train.steps)(step) for text in self._schedules.values()]
-        base = (self.optim.learning_rate, self.es.sigma, self.anchor_strength)
-        return Rates(*(value * factor for value, factor in zip(base, factors, strict=True)))
+        factors = (make_schedule(text, self.train.steps)(step) for text in self._schedules.values())
+        return Rates(*map(operator.mul, self._constants, factors))
 
     def logged_rates(self, entry: Entry) -> Rates:
         """α, σ and λ of a step of the seed log; the config's constants where an old log does not tell."""
         if entry.learning_rate is None or entry.sigma is None or entry.strength is None:
-            return Rates(self.optim.learning_rate, self.es.sigma, self.anchor_strength)
+            return self._constants
         return Rates(entry.learning_rate, entry.sigma, entry.strength)
+
+    @property
+    def _constants(self) -> Rates:
+        return Rates(self.optim.learning_rate, self.es.sigma, self.anchor_strength)
 
     @property
     def anchor_strength(self) -> float:

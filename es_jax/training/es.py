@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
+from jax.typing import DTypeLike
 
 from es_jax.core import processes, rng
 from es_jax.core.chunked_map import ceil_div
@@ -112,7 +113,7 @@ class Evaluator:
     mesh: Mesh
     noise: GaussianNoise
     sigma: float
-    dtype: jnp.dtype
+    dtype: DTypeLike
     at_once: int
 
     @classmethod

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Integer
 
 from es_jax.core import processes, rng
@@ -105,7 +106,7 @@ def token_weights(
     [[0.25, 0.25], [0.5, 0.0]]
     """
     lengths = counted.sum(axis=1, keepdims=True)
-    sequences = max((lengths > 0).sum(), 1)
+    sequences = max(int((lengths > 0).sum()), 1)
     per_row = {
         "token-mean": np.full(lengths.shape, max(lengths.sum(), 1)),
         "seq-mean-token-sum": np.full(lengths.shape, sequences),
@@ -170,7 +171,11 @@ class GRPO:
         done(len(repeated) - len(own))  # by other processes
         rewards = np.array([one.score.reward for one in graded])
         advantage = group_relative(rewards, np.array(prompt_of_row), scale=g.scale_by_std, eps=g.std_eps)
-        tokens, length = _everyones(calls, len(repeated))
+        outputs = processes.wait(lambda: processes.fetch(calls))  # [G, Q, L] and [G, Q] of each call
+        tokens, length = (
+            np.concatenate([x.reshape(-1, *x.shape[2:]) for x in arrays])[: len(repeated)]
+            for arrays in zip(*outputs, strict=True)
+        )
         limit = self._policy.engine.max_prompt_tokens
         scored = self._scored(*side_by_side(repeated, tokens, length, max_prompt_tokens=limit), advantage)
         metrics = self._learn(scored, self._state.rates(self._config.rates(step)))
@@ -249,13 +254,6 @@ class GRPO:
         return place(padded.reshape(-1, size, *x.shape[1:]), replicated(self._policy.mesh))
 
 
-def _everyones(calls: Sequence[Any], total: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens [R, L] and lengths [R] of all rows, whichever process decoded them."""
-    outputs = processes.wait(lambda: processes.fetch(list(calls)))
-    tokens = np.concatenate([tokens.reshape(-1, tokens.shape[-1]) for tokens, _ in outputs])
-    return tokens[:total], np.concatenate([length.reshape(-1) for _, length in outputs])[:total]
-
-
 def side_by_side(
     prompts: Sequence[Sequence[int]], tokens: np.ndarray, length: np.ndarray, *, max_prompt_tokens: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -302,7 +300,7 @@ class Policy:
 
     engine: Engine
     mesh: Mesh
-    dtype: jnp.dtype
+    dtype: DTypeLike
     chain: Chain
     grpo: GRPOConfig
 

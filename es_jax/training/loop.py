@@ -42,7 +42,7 @@ from es_jax.scoring.grading import Graded, Grader
 from es_jax.scoring.heldout import HeldOut, checked_prompt, evaluate
 from es_jax.scoring.workers import Submit, workers_of
 from es_jax.tasks import get_task
-from es_jax.tasks.data import rows_folder
+from es_jax.tasks.rows import rows_folder
 from es_jax.tasks.task import Example, Task
 from es_jax.training.config import RunConfig, freeze
 from es_jax.training.es import Evaluator

@@ -1,5 +1,6 @@
-"""What a run tells of itself as it goes: metrics, samples, and held-out rows."""
+"""What a run writes about its steps: metrics, samples, and held-out rows."""
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from es_jax.training.predicted_drift import Walk
 
 
 class Recorder:
-    """Writes the rows of a run's directory, from behind the last of the finished steps given."""
+    """Writes the rows of a run's directory, after those of the `finished` steps."""
 
     def __init__(
         self,
@@ -34,7 +35,7 @@ class Recorder:
         self._config, self._dim, done = config, dim, len(finished)
         self._metrics = Metrics(workdir, last_step=done)
         self._samples = Jsonl(workdir / "samples.jsonl", last_step=done)
-        names = {config.task.name: 0, **dict.fromkeys(held.name for held in tests)}
+        names = dict.fromkeys([config.task.name, *(held.name for held in tests)])
         self.heldout = {name: EvalsFile(workdir / "evals", name, last_step=done) for name in names}
         self.progress = Progress(steps=config.train.steps, done=done, unit=unit)
         self.reward = float(np.mean(np.array(finished[-1].rewards, float))) if finished else None
@@ -56,7 +57,8 @@ class Recorder:
         `learnt`: what the method has to say of its update. `spent`: the step's tokens and seconds, and their parts.
         """
         self._walk.add(entry)
-        rewards, everyone = np.array(entry.rewards, float), [g for mine in graded for g in mine]
+        rewards, config = np.array(entry.rewards, float), self._config
+        sigma = config.logged_rates(entry).sigma if METHODS[config.method].perturbs else None
         self.reward = float(rewards.mean())
         row = {
             "step": entry.step,
@@ -64,47 +66,42 @@ class Recorder:
             "reward_std": float(rewards.std()),
             "reward_min": float(rewards.min()),
             "reward_max": float(rewards.max()),
-            **{name: value for name, value in means(everyone).items() if name != "reward"},
+            **means([*itertools.chain(*graded)]),
             **learnt,
             "drift": drift,
             "drift_theory": self._walk.norm,
-            "kappa": self._kappa(drift, entry),
+            "kappa": drift / math.sqrt(self._dim) / sigma if sigma else None,
             **spent,
         }
         self._metrics.write(row)
-        self._samples.write(*(_sample(entry.step, g) for g in graded[0][: self._config.train.samples]))
+        self._samples.write(
+            *(
+                {
+                    "step": entry.step,
+                    "member": 0,
+                    "id": g.example.id,
+                    "completion": g.text,
+                    "reward": g.score.reward,
+                    "parts": dict(g.score.parts),
+                    "truncated": g.truncated,
+                }
+                for g in graded[0][: config.train.samples]
+            )
+        )
         self.progress.step(row)
 
     def evaluations(self, step: int, done: Iterable[tuple[HeldOut, RowResults]]) -> None:
         """A row of held-out accuracy for each task, on disk as soon as it is there, and one line on the screen."""
         rows, max_new_tokens = {}, self._config.decode.max_new_tokens
-        for held, verdicts in done:
-            row = self.heldout[held.name].add(step, verdicts, digest=held.digest, max_new_tokens=max_new_tokens)
+        for held, results in done:
+            row = self.heldout[held.name].add(step, results, digest=held.digest, max_new_tokens=max_new_tokens)
             self._metrics.write(row, prefix=f"evals/{held.name}")
             rows[held.name] = row
-        said = [f"{name} {row['accuracy']:.3f}" for name, row in rows.items()]
+        columns = [f"{name} {row['accuracy']:.3f}" for name, row in rows.items()]
         if len(rows) == 1:
-            said += [f"reward {row['reward']:.4f} ± {row['reward_se'] or 0:.4f} on {row['n']} rows"]
-        self.progress.say(f"step {step}: held-out accuracy {', '.join(said)}")
-
-    def _kappa(self, drift: float, entry: Entry) -> float | None:
-        """The drift of a weight in σ, for a method that has a σ."""
-        if not METHODS[self._config.method].perturbs:
-            return None
-        return drift / math.sqrt(self._dim) / self._config.logged_rates(entry).sigma
+            columns += [f"reward {row['reward']:.4f} ± {row['reward_se'] or 0:.4f} on {row['n']} rows"]
+        self.progress.say(f"step {step}: held-out accuracy {', '.join(columns)}")
 
     def close(self) -> None:
         self._metrics.close()
         self.progress.close()
-
-
-def _sample(step: int, graded: Graded) -> dict[str, Any]:
-    return {
-        "step": step,
-        "member": 0,
-        "id": graded.example.id,
-        "completion": graded.text,
-        "reward": graded.score.reward,
-        "parts": dict(graded.score.parts),
-        "truncated": graded.truncated,
-    }

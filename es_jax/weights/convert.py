@@ -5,10 +5,11 @@ import functools
 import math
 import re
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import unflatten_dict
 from jax.typing import DTypeLike
 
 from es_jax.core.tree import named_leaves
@@ -16,16 +17,21 @@ from es_jax.models.config import TransformerConfig
 from es_jax.models.families import FAMILIES, WEIGHTS, Weight, weights_of
 from es_jax.models.rope import rope_frequencies
 from es_jax.models.transformer import Params, param_shapes
-from es_jax.weights.streaming import Range, Reader, Shardings, chunks, fetch, place, place_stacked, staging, widened
+from es_jax.weights.streaming import Reader, Shardings, chunks, fetch, place, place_stacked, staging, widened
+
+# Magnitudes between which the largest of a tensor lies: what float16 holds, and not subnormal throughout. Bytes in the
+# wrong order, or a flipped bit of an exponent, break this.
+_TINY, _LARGEST = float(np.finfo(np.float32).tiny), 65504.0
 
 
-@dataclasses.dataclass(frozen=True)
-class _Slot:
+class _Slot(NamedTuple):
     """What one key of a file must be, and where it goes."""
 
     weight: Weight
     layer: int | None
     shape: tuple[int, ...]  # in the file
+    offset: int  # what the file adds: GGUF's norms hold the 1 + scale that they multiply by
+    heads: int  # within each of which GGUF interleaves the halves of the rows; 0: they are in the tree's order
 
 
 def to_params(
@@ -45,23 +51,33 @@ def to_params(
     """
     slots = _slots(config, naming)
     _check_keys(reader, config, slots, naming)
-    filler = _Filler(reader, config, np.dtype(dtype), naming)
+    dtype, broken = np.dtype(dtype), []
+
+    def host_leaf(slots: dict[str, _Slot], shape: tuple[int, ...]) -> np.ndarray:
+        leaf = staging(shape, dtype)
+        for key, slot in slots.items():
+            tensor = leaf if slot.layer is None else leaf[slot.layer]
+            if not _fill(tensor.T if slot.weight.transpose else tensor, reader, key, slot):
+                broken.append(key)
+        return leaf
+
     largest = max(math.prod(slot.shape) for slot in slots.values())
-    params: Params = {}
+    params = {}
     for path, shape in param_shapes(config).items():
-        mine = {key: slot for key, slot in slots.items() if slot.weight.path == path}
-        where = None if shardings is None else shardings(path, shape)
+        tensors = {key: slot for key, slot in slots.items() if slot.weight.path == path}
+        sharding = None if shardings is None else shardings(path, shape)
         if math.prod(shape) > largest:
-            leaf = place_stacked(filler.layers(mine), shape, dtype=filler.dtype, sharding=where)
+            layers = [{key: slot._replace(layer=None)} for key, slot in tensors.items()]
+            makers = [functools.partial(host_leaf, layer, shape[1:]) for layer in layers]
+            params[path] = place_stacked(makers, shape, dtype=dtype, sharding=sharding)
         else:
-            leaf = place(functools.partial(filler.leaf, mine, shape), where)
-        _insert(params, path, leaf)
-    if filler.broken:
+            params[path] = place(functools.partial(host_leaf, tensors, shape), sharding)
+    if broken:
         raise ValueError(
-            f"tensors with NaN, infinite or impossibly large or small numbers: {', '.join(filler.broken)}; the file is "
+            f"tensors with NaN, infinite or impossibly large or small numbers: {', '.join(broken)}; the file is "
             "damaged or has its bytes in another order: fetch the model again"
         )
-    return params
+    return unflatten_dict(params, sep="/")
 
 
 def hf_tensors(
@@ -78,49 +94,20 @@ def hf_tensors(
     return {key: slot.shape for key, slot in slots.items()}, tensor
 
 
-@dataclasses.dataclass
-class _Filler:
-    """Host arrays in the tree's layout, from the tensors of a file. `broken`: keys whose numbers no weight has."""
-
-    reader: Reader
-    config: TransformerConfig
-    dtype: np.dtype
-    naming: Literal["hf", "gguf"]
-    broken: list[str] = dataclasses.field(default_factory=list)
-
-    def leaf(self, slots: dict[str, _Slot], shape: tuple[int, ...]) -> np.ndarray:
-        out = staging(shape, self.dtype)
-        for key, slot in slots.items():
-            self._fill(out if slot.layer is None else out[slot.layer], key, slot)
-        return out
-
-    def layers(self, slots: dict[str, _Slot]) -> list[Callable[[], np.ndarray]]:
-        return [functools.partial(self._layer, key, slot) for key, slot in slots.items()]
-
-    def _layer(self, key: str, slot: _Slot) -> np.ndarray:
-        out = staging(slot.shape[::-1] if slot.weight.transpose else slot.shape, self.dtype)
-        self._fill(out, key, slot)
-        return out
-
-    def _fill(self, out: np.ndarray, key: str, slot: _Slot) -> None:
-        rows, seen = out.T if slot.weight.transpose else out, Range()
-        offset = np.float32(_gguf_offset(slot.weight, self.config) if self.naming == "gguf" else 0)
-        places = None
-        if self.naming == "gguf" and FAMILIES[self.config.family].gguf_permuted and slot.weight.rotary:
-            places = np.argsort(half_split(np.arange(slot.shape[0]), heads=getattr(self.config, slot.weight.rotary)))
-        for where, chunk in chunks(self.reader, key):
-            values = widened(chunk)
-            seen.add(values)
-            if offset:
-                values = values - offset
-            elif chunk.dtype == self.dtype:
-                values = chunk
-            if places is None:
-                np.copyto(rows[where], values, casting="unsafe")
-            else:
-                rows[places[where]] = values.astype(self.dtype, copy=False)
-        if not seen.plausible():
-            self.broken.append(key)
+def _fill(tensor: np.ndarray, reader: Reader, key: str, slot: _Slot) -> bool:
+    """Fill an array, in the layout of the file, from its tensor; whether its numbers can be those of a weight."""
+    order = np.argsort(half_split(np.arange(len(tensor)), heads=slot.heads)) if slot.heads else None
+    largest = np.float32(0)
+    for rows, chunk in chunks(reader, key):
+        values = widened(chunk)
+        with np.errstate(invalid="ignore"):  # NaN: seen in the end
+            largest = np.maximum(largest, np.abs(values).max())
+        if slot.offset:
+            values = values - np.float32(slot.offset)
+        elif chunk.dtype == tensor.dtype:
+            values = chunk
+        tensor[rows if order is None else order[rows]] = values
+    return bool(largest == 0 or _TINY <= largest <= _LARGEST)
 
 
 def half_split(rows: np.ndarray, *, heads: int) -> np.ndarray:
@@ -134,22 +121,29 @@ def half_split(rows: np.ndarray, *, heads: int) -> np.ndarray:
 
 
 def _slots(config: TransformerConfig, naming: str) -> dict[str, _Slot]:
-    shapes = param_shapes(config)
-    slots = {}
+    slots, shapes = {}, param_shapes(config)
     for weight in weights_of(config):
-        stacked = weight.path.startswith("layers/")
-        shape = shapes[weight.path][1:] if stacked else shapes[weight.path]
+        stacked, shape = weight.path.startswith("layers/"), shapes[weight.path]
+        shape = shape[1:] if stacked else shape
         shape = shape[::-1] if weight.transpose else shape
+        offset, heads = 0, 0
+        if naming == "gguf":
+            offset = int(config.norm_plus_one and weight.path.endswith("norm/scale"))
+            permuted = FAMILIES[config.family].gguf_permuted and weight.rotary
+            heads = getattr(config, weight.rotary) if permuted else 0
         for layer in range(config.layers) if stacked else (None,):
-            slots[getattr(weight, naming).format(layer)] = _Slot(weight, layer, shape)
+            slots[getattr(weight, naming).format(layer)] = _Slot(weight, layer, shape, offset, heads)
     return slots
 
 
 def _check_keys(reader: Reader, config: TransformerConfig, slots: dict[str, _Slot], naming: str) -> None:
     shapes = reader.shapes
     problems = [f"missing: {key} {slot.shape}" for key, slot in slots.items() if key not in shapes]
-    spare = {key: _spare(reader, config, key, naming) for key in shapes if key not in slots}
-    problems += [f"unexpected: {key} {shapes[key]}{_remark(key)}" for key, is_spare in spare.items() if not is_spare]
+    problems += [
+        f"unexpected: {key} {shapes[key]}" + ", frequencies that are not those of the config" * ("_freq" in key)
+        for key in shapes
+        if key not in slots and not _spare(reader, config, key, naming)
+    ]
     problems += [
         f"wrong shape: {key} is {shapes[key]}, the config says {slot.shape}"
         for key, slot in slots.items()
@@ -158,11 +152,6 @@ def _check_keys(reader: Reader, config: TransformerConfig, slots: dict[str, _Slo
     if problems:
         lines = "\n  ".join(problems)
         raise ValueError(f"the {naming} weights do not fit the {config.family} config:\n  {lines}")
-
-
-def _gguf_offset(weight: Weight, config: TransformerConfig) -> float:
-    """What GGUF files add to a tensor: they hold 1 + scale where norms multiply by that."""
-    return 1.0 if config.norm_plus_one and weight.path.endswith("norm/scale") else 0.0
 
 
 def _spare(reader: Reader, config: TransformerConfig, key: str, naming: str) -> bool:
@@ -177,24 +166,13 @@ def _spare(reader: Reader, config: TransformerConfig, key: str, naming: str) -> 
         return _near(reader.read(key), plain / rope_frequencies(config))
     names = {weight.path: getattr(weight, naming) for weight in WEIGHTS}
     embedding = names["embed/embedding"]
-    if not config.tied_embeddings or key != names["head/kernel"] or embedding not in reader.shapes:
+    if not config.tied_embeddings or key != names["head/kernel"]:
         return False
-    if reader.shapes[key] != reader.shapes[embedding]:
-        return False
-    return all(np.array_equal(rows, reader.read(embedding, at.start, at.stop)) for at, rows in chunks(reader, key))
+    return reader.shapes[key] == reader.shapes.get(embedding) and all(
+        np.array_equal(rows, reader.read(embedding, at.start, at.stop)) for at, rows in chunks(reader, key)
+    )
 
 
-def _remark(key: str) -> str:
-    return ", frequencies that are not those of the config" if "_freq" in key else ""
-
-
-def _near(found: np.ndarray, expected: np.ndarray) -> bool:
+def _near(values: np.ndarray, expected: np.ndarray) -> bool:
     """Equal up to the rounding of bfloat16, which some files hold frequencies in."""
-    return found.shape == expected.shape and np.allclose(found.astype(np.float32), expected, rtol=2.0**-7, atol=0)
-
-
-def _insert(tree: Params, path: str, leaf: Any) -> None:
-    *parents, name = path.split("/")
-    for parent in parents:
-        tree = tree.setdefault(parent, {})
-    tree[name] = leaf
+    return values.shape == expected.shape and np.allclose(values.astype(np.float32), expected, rtol=2.0**-7, atol=0)

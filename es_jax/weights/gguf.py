@@ -1,16 +1,32 @@
-"""The TransformerConfig that the metadata of a GGUF file describes."""
+"""GGUF files: their metadata and tensors, and the TransformerConfig that the metadata describes.
+
+The layout is that of the format's specification, versions 2 and 3; the `gguf` package dequantises. The header is parsed
+here because all of it has to be checked against the file's size before a number is read, and 100 thousand token strings
+have to be read in well under a second.
+"""
 
 import dataclasses
+import math
+import mmap
+import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from es_jax.models.config import RopeScaling, TransformerConfig, shortest_pattern
 from es_jax.models.families import FAMILIES, Family, find_family
 from es_jax.models.rope import rope_frequencies
-from es_jax.weights.gguf_file import GGUFReader
+from es_jax.weights.streaming import FileReader, StoredTensor
 
-# Metadata that, when present with another value, asks for what the forward pass does not compute.
+KINDS = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
+_PLAIN = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
+_SCALARS = dict(enumerate(("<u1", "<i1", "<u2", "<i2", "<u4", "<i4", "<f4", "<u1"))) | {10: "<u8", 11: "<i8", 12: "<f8"}
+_BOOL, _STRING, _ARRAY = 7, 8, 9
+_VERSIONS = (2, 3)
+# Of the config: metadata that, when present with another value, asks for what the forward pass does not compute.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "rope.scaling.type": ("none", "linear"),
     "expert_count": (0,),
@@ -25,14 +41,136 @@ _SIZES = {
     "context_length": "max_positions",
     "attention.layer_norm_rms_epsilon": "norm_eps",
 }
-_HEAD_SIZES: tuple[str, ...] = ("attention.value_length", "rope.dimension_count")
-_HEAD_SIZES += ("attention.key_length_swa", "attention.value_length_swa", "rope.dimension_count_swa")
+_HEAD_SIZES = (
+    "attention.value_length",
+    "rope.dimension_count",
+    "attention.key_length_swa",
+    "attention.value_length_swa",
+    "rope.dimension_count_swa",
+)
 _READ = {*_SIZES, *_NEUTRAL, *_HEAD_SIZES, "attention.key_length", "attention.head_count_kv"}
 _READ |= {"rope.freq_base", "rope.scaling.factor", "attention.sliding_window"}
 _HARMLESS = {"vocab_size", "rope.scaling.finetuned", "tensor_data_layout"}
 _GEMMA = {"attn_logit_softcapping", "final_logit_softcapping", "attention.sliding_window_pattern", "rope.freq_base_swa"}
 _WIDE_GEMMA = (46, 62)  # layers of the 27B models, whose scores are divided by the root of width / heads
 _LLAMA3_FACTORS = (8.0, 32.0)  # of Llama 3.1 and 3.2; the rest of that scaling is the same in both
+
+
+class GGUFReader(FileReader):
+    """`metadata`: key → value; the tensors' shapes are [out, in].
+
+    Raises ValueError when the file is not whole, little-endian GGUF of one part, or holds kinds of tensors that are not
+    read (all of them named).
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                self.metadata, tensors = _parse(path, _Cursor(content))
+        except ValueError as error:  # an empty file cannot be mapped: one as well
+            raise ValueError(f"{path} is truncated or corrupt GGUF ({error}); fetch it again") from None
+        super().__init__(tensors)
+        parts = self.metadata.get("split.count", 1)
+        if parts > 1:
+            raise ValueError(
+                f"{path} is one of {parts} parts: join them with `llama-gguf-split --merge` and give the sum"
+            )
+        kinds = {name: tensor.kind.name for name, tensor in tensors.items() if not isinstance(tensor.kind, np.dtype)}
+        others = [f"{name} is {kind}" for name, kind in kinds.items() if kind not in KINDS]
+        if others:
+            raise ValueError(f"{path}: {', '.join(others)}, which is not read; known: {', '.join(KINDS)}")
+
+
+class _Cursor:
+    """A position in the file's bytes that never passes their end."""
+
+    def __init__(self, content: Any) -> None:
+        self.content, self.at = content, 0
+
+    def take(self, count: int) -> bytes:
+        if count > len(self.content) - self.at:
+            raise ValueError(f"its header needs {count} bytes from byte {self.at} on, the file has {len(self.content)}")
+        self.at += count
+        return self.content[self.at - count : self.at]
+
+    def numbers(self, kind: str, count: int) -> list[Any]:
+        return np.frombuffer(self.take(count * np.dtype(kind).itemsize), kind).tolist()
+
+    def integer(self, size: int) -> int:
+        return int.from_bytes(self.take(size), "little")
+
+    def string(self) -> str:
+        return self.take(self.integer(8)).decode()
+
+    def value(self) -> Any:
+        kind = self.integer(4)
+        return self.values(self.integer(4), self.integer(8)) if kind == _ARRAY else self.values(kind, 1)[0]
+
+    def values(self, kind: int, count: int) -> list[Any]:
+        if kind == _STRING:
+            return [self.string() for _ in range(count)]
+        if kind not in _SCALARS:
+            raise ValueError(f"a metadata value has the unknown type {kind}")
+        values = self.numbers(_SCALARS[kind], count)
+        if kind == _BOOL and not set(values) <= {0, 1}:
+            raise ValueError("a metadata value that is to be true or false is neither")
+        return list(map(bool, values)) if kind == _BOOL else values
+
+    def tensor(self) -> tuple[tuple[int, ...], int, int]:
+        """Shape, kind and offset."""
+        dimensions = self.integer(4)
+        if not 1 <= dimensions <= 4:
+            raise ValueError(f"a tensor has {dimensions} dimensions")
+        return tuple(self.numbers("<u8", dimensions)[::-1]), self.integer(4), self.integer(8)
+
+    def unique(self, count: int, read: Callable[[], Any]) -> dict[str, Any]:
+        """`count` names, each with what `read` reads after it."""
+        entries: dict[str, Any] = {}
+        for _ in range(count):
+            name = self.string()
+            if name in entries:
+                raise ValueError(f"{name} stands in it twice")
+            entries[name] = read()
+        return entries
+
+
+def _parse(path: Path, cursor: _Cursor) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
+    """The metadata, and the tensors, which must lie in the file one after another, without a gap and up to its end."""
+    import gguf
+
+    if cursor.take(4) != b"GGUF":
+        raise ValueError("it does not begin with GGUF")
+    version = cursor.integer(4)
+    if version not in _VERSIONS:
+        swapped = int.from_bytes(version.to_bytes(4, "little"), "big") in _VERSIONS
+        raise ValueError(f"it is {'big-endian' if swapped else f'of version {version}'}, which is not read")
+    if sys.byteorder != "little":
+        raise ValueError("this machine is big-endian, for which dequantisation is not tested")
+    tensors, fields = cursor.numbers("<u8", 2)
+    metadata, infos = cursor.unique(fields, cursor.value), cursor.unique(tensors, cursor.tensor)
+    alignment = metadata.get("general.alignment", 32)
+    if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+        raise ValueError(f"general.alignment = {alignment!r} is no power of two")
+    base = end = cursor.at + -cursor.at % alignment
+    stored = {}
+    for name, (shape, number, offset) in infos.items():
+        try:
+            kind = gguf.GGMLQuantizationType(number)
+        except ValueError:
+            raise ValueError(f"{name} is of the unknown kind {number}") from None
+        block = gguf.GGML_QUANT_SIZES[kind]
+        if shape[-1] % block[0] or not all(shape):
+            raise ValueError(f"{name} has the shape {shape}, which {kind.name} cannot have")
+        start = end + -end % alignment
+        if base + offset != start:
+            raise ValueError(f"{name} begins at byte {base + offset}, where {start} is its place")
+        stored[name] = StoredTensor(path, shape, start, _PLAIN.get(kind.name, kind), block)
+        end = start + math.prod(shape) // block[0] * block[1]
+    total = len(cursor.content)
+    if not end <= total <= end + -end % alignment:
+        raise ValueError(f"its header describes {end} bytes, the file has {total}")
+    return metadata, stored
 
 
 def from_gguf(reader: GGUFReader) -> TransformerConfig:
@@ -49,10 +187,12 @@ def from_gguf(reader: GGUFReader) -> TransformerConfig:
     family = find_family(metadata.get("general.architecture", "(missing)"), by="gguf_architecture")
     prefix = family.gguf_architecture + "."
     fields = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
-    fields = {key: _exact(value) for key, value in fields.items()}
+    for key, value in fields.items():
+        if isinstance(value, float):  # GGUF keeps float32: the shortest decimal of it (1e-05, not 9.99999974e-06)
+            fields[key] = float(str(np.float32(value)))
     if family.name == "llama" and fields.get("attention.sliding_window", 0):
         family = FAMILIES["mistral"]
-    problems = _problems(family, fields)
+    problems = [prefix + problem for problem in _problems(family, fields)]
     if "token_embd.weight" not in reader.shapes:
         problems.append("the tensor token_embd.weight is missing")
     if problems:
@@ -63,86 +203,76 @@ def from_gguf(reader: GGUFReader) -> TransformerConfig:
         "kv_heads": fields.get("attention.head_count_kv", values["heads"]),
         "head_dim": _head_dim(fields),
         "rope_theta": fields.get("rope.freq_base", 10000.0),
-        "rope_scaling": _linear(fields),
         "tied_embeddings": "output.weight" not in reader.shapes,
     }
+    factor = fields.get("rope.scaling.factor", 1.0)
+    if fields.get("rope.scaling.type") == "linear" and factor != 1.0:
+        values["rope_scaling"] = RopeScaling("linear", factor)
     config = TransformerConfig(family=family.name, **values, **family.flags, **_particulars(family, fields, values))
     return _with_llama3(config, reader) if "rope_freqs.weight" in reader.shapes else config
 
 
 def _problems(family: Family, fields: dict[str, Any]) -> list[str]:
-    prefix = family.gguf_architecture + "."
     known = _READ | _HARMLESS | (_GEMMA if family.windows == "alternating" else set())
-    problems = [f"{prefix}{key} is missing" for key in _SIZES if key not in fields]
-    problems += [f"{prefix}{key} is not known here" for key in sorted(set(fields) - known)]
+    problems = [f"{key} is missing" for key in _SIZES if key not in fields]
+    problems += [f"{key} is not known here" for key in sorted(set(fields) - known)]
     problems += [
-        f"{prefix}{key} = {fields[key]!r} is not implemented (only {' or '.join(map(repr, allowed))} is)"
+        f"{key} = {fields[key]!r} is not implemented (only {' or '.join(map(repr, allowed))} is)"
         for key, allowed in _NEUTRAL.items()
         if key in fields and fields[key] not in allowed
     ]
     window = fields.get("attention.sliding_window", 0)
     if window and family.windows not in ("all", "alternating"):
-        problems.append(f"{prefix}attention.sliding_window = {window} is not implemented (only 0 is)")
+        problems.append(f"attention.sliding_window = {window} is not implemented (only 0 is)")
     if family.windows == "alternating" and not window:
-        problems.append(f"{prefix}attention.sliding_window is missing")
-    lists = [key for key in fields if isinstance(fields[key], list) and key != "attention.sliding_window_pattern"]
-    problems += [f"{prefix}{key} differs between layers, not implemented" for key in lists]
-    return problems or _head_problems(prefix, fields)
-
-
-def _particulars(family: Family, fields: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """What only some families have."""
-    found: dict[str, Any] = {}
-    if family.windows in ("all", "alternating"):
-        found["sliding_window"] = fields.get("attention.sliding_window") or None
-    if "no_rope_layers" in family.reads:
-        found["rope_layers"] = (True, True, True, False)
-    if family.windows == "alternating":
-        period = fields.get("attention.sliding_window_pattern", family.missing["sliding_window_pattern"])
-        every = period if isinstance(period, list) else [(i + 1) % period != 0 for i in range(values["layers"])]
-        found["local_layers"] = shortest_pattern([bool(local) for local in every])
-        wide = values["layers"] in _WIDE_GEMMA
-        found["query_pre_attn_scalar"] = values["width"] // values["heads"] if wide else values["head_dim"]
-        caps = {"attn_softcap": "attn_logit_softcapping", "final_softcap": "final_logit_softcapping"}
-        found |= {ours: fields.get(key, family.missing.get(key)) for ours, key in caps.items()}
-    if "rope_local_base_freq" in family.reads:
-        found["local_rope_theta"] = fields.get("rope.freq_base_swa", family.missing["rope_local_base_freq"])
-    return found
-
-
-def _linear(fields: dict[str, Any]) -> RopeScaling | None:
-    factor = fields.get("rope.scaling.factor", 1.0)
-    return RopeScaling("linear", factor) if fields.get("rope.scaling.type") == "linear" and factor != 1.0 else None
-
-
-def _with_llama3(config: TransformerConfig, reader: GGUFReader) -> TransformerConfig:
-    """The config whose frequencies are those of the file, which holds only what they are divided by."""
-    found = reader.read("rope_freqs.weight")
-    for factor in _LLAMA3_FACTORS:
-        scaled = dataclasses.replace(config, rope_scaling=RopeScaling("llama3", factor))
-        divisors = rope_frequencies(config) / rope_frequencies(scaled)
-        if found.shape == divisors.shape and np.allclose(found, divisors, rtol=1e-4, atol=0):
-            return scaled
-    known = " or ".join(map(str, _LLAMA3_FACTORS))
-    raise ValueError(
-        f"{reader.path.name}: the tensor rope_freqs.weight scales rotary positions otherwise than Llama 3 with factor "
-        f"{known}, not implemented; load the model's safetensors folder instead"
-    )
+        problems.append("attention.sliding_window is missing")
+    problems += [
+        f"{key} differs between layers, not implemented"
+        for key, value in fields.items()
+        if isinstance(value, list) and key != "attention.sliding_window_pattern"
+    ]
+    return problems or [
+        f"{key} = {fields[key]} differs from the head size {_head_dim(fields)}, not implemented"
+        for key in _HEAD_SIZES
+        if key in fields and fields[key] != _head_dim(fields)
+    ]
 
 
 def _head_dim(fields: dict[str, Any]) -> int:
     return fields.get("attention.key_length", fields["embedding_length"] // fields["attention.head_count"])
 
 
-def _head_problems(prefix: str, fields: dict[str, Any]) -> list[str]:
-    wanted = _head_dim(fields)
-    return [
-        f"{prefix}{key} = {fields[key]} differs from the head size {wanted}, not implemented"
-        for key in _HEAD_SIZES
-        if fields.get(key, wanted) != wanted
-    ]
+def _particulars(family: Family, fields: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """What only some families have."""
+    particulars: dict[str, Any] = {}
+    if family.windows in ("all", "alternating"):
+        particulars["sliding_window"] = fields.get("attention.sliding_window") or None
+    if "no_rope_layers" in family.reads:
+        particulars["rope_layers"] = (True, True, True, False)
+    if family.windows == "alternating":
+        period = fields.get("attention.sliding_window_pattern", family.missing["sliding_window_pattern"])
+        layers = period if isinstance(period, list) else [(i + 1) % period != 0 for i in range(values["layers"])]
+        wide = values["layers"] in _WIDE_GEMMA
+        particulars |= {
+            "local_layers": shortest_pattern(list(map(bool, layers))),
+            "query_pre_attn_scalar": values["width"] // values["heads"] if wide else values["head_dim"],
+        }
+        caps = {"attn_softcap": "attn_logit_softcapping", "final_softcap": "final_logit_softcapping"}
+        particulars |= {ours: fields.get(key, family.missing.get(key)) for ours, key in caps.items()}
+    if "rope_local_base_freq" in family.reads:
+        particulars["local_rope_theta"] = fields.get("rope.freq_base_swa", family.missing["rope_local_base_freq"])
+    return particulars
 
 
-def _exact(value: Any) -> Any:
-    """GGUF keeps float32: the shortest decimal of it (1e-05, not 9.99999974e-06)."""
-    return float(str(np.float32(value))) if isinstance(value, float) else value
+def _with_llama3(config: TransformerConfig, reader: GGUFReader) -> TransformerConfig:
+    """The config whose frequencies are those of the file, which holds only what they are divided by."""
+    divisors = reader.read("rope_freqs.weight")
+    for factor in _LLAMA3_FACTORS:
+        scaled = dataclasses.replace(config, rope_scaling=RopeScaling("llama3", factor))
+        expected = rope_frequencies(config) / rope_frequencies(scaled)
+        if divisors.shape == expected.shape and np.allclose(divisors, expected, rtol=1e-4, atol=0):
+            return scaled
+    raise ValueError(
+        f"{reader.path.name}: the tensor rope_freqs.weight scales rotary positions otherwise than Llama 3 with factor "
+        f"{' or '.join(map(str, _LLAMA3_FACTORS))}, not implemented; load the model's safetensors folder instead"
+    )

@@ -6,14 +6,14 @@ spaces between turns themselves.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from es_jax.core.names import unknown
 
 _NORMAL, _CONTROL, _USER_DEFINED, _BYTE = 1, 3, 4, 6  # GGUF's token types; control and user-defined are matched first
 _NAMES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-_SENTENCEPIECE_IDS = {"bos_token": 1, "eos_token": 2, "unk_token": 0}  # when the file does not say
+_PARTS = ("tokenizer.ggml.tokens", "tokenizer.ggml.token_type")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,17 +54,15 @@ def from_gguf_metadata(metadata: Mapping[str, Any]) -> Any:
             f"tokenizer.ggml.model = {kind!r} is not implemented (only 'gpt2', byte-level BPE, and 'llama', "
             "SentencePiece's, are); load the model's safetensors folder instead"
         )
-    needed, build = _BUILDERS[kind]
-    missing = [name for name in ("tokens", "token_type", *needed) if f"tokenizer.ggml.{name}" not in metadata]
+    part, build, default_ids = _BUILDERS[kind]
+    missing = [name for name in (*_PARTS, part) if name not in metadata]
     if missing:
         raise ValueError(
-            f"{', '.join(f'tokenizer.ggml.{name}' for name in missing)} missing: the file has no whole tokenizer; load "
-            "the model's safetensors folder instead"
+            f"{', '.join(missing)} missing: the file has no whole tokenizer; load the model's safetensors folder "
+            "instead"
         )
-    tokens = metadata["tokenizer.ggml.tokens"]
-    default = _SENTENCEPIECE_IDS if kind == "llama" else {}
-    found = {name: metadata.get(f"tokenizer.ggml.{key}_token_id", default.get(name)) for name, key in _NAMES.items()}
-    special = {name: tokens[i] for name, i in found.items() if i is not None}
+    ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id", default_ids.get(name)) for name, key in _NAMES.items()}
+    special = {name: metadata["tokenizer.ggml.tokens"][i] for name, i in ids.items() if i is not None}
     return PreTrainedTokenizerFast(
         tokenizer_object=build(metadata, special),
         chat_template=metadata.get("tokenizer.chat_template"),
@@ -87,13 +85,11 @@ def _byte_level(metadata: Mapping[str, Any], special: Mapping[str, str]) -> Any:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre.whole_words))
     if pre.nfc:
         tokenizer.normalizer = normalizers.NFC()
-    splits: list[Any] = []
-    if pre.single_digits:
-        splits.append(pre_tokenizers.Digits(individual_digits=True))
+    steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if pre.single_digits else []
     if pre.pattern is not None:
-        splits.append(pre_tokenizers.Split(Regex(pre.pattern), behavior="isolated"))
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre.pattern is None)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
+        steps.append(pre_tokenizers.Split(Regex(pre.pattern), behavior="isolated"))
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre.pattern is None))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tokenizer.decoder = decoders.ByteLevel()
     return _finished(tokenizer, metadata, special, add_bos=pre.add_bos)
 
@@ -109,14 +105,15 @@ def _sentencepiece(metadata: Mapping[str, Any], special: Mapping[str, str]) -> A
                 f"tokenizer.ggml.{field} is not implemented for a tokenizer of the model 'llama'; load the model's "
                 "safetensors folder instead"
             )
-    model = models.BPE(
-        vocab={token: i for i, token in enumerate(tokens)},
-        merges=_merges(tokens, kinds, metadata["tokenizer.ggml.scores"]),
-        unk_token=special.get("unk_token"),
-        fuse_unk=True,
-        byte_fallback=_BYTE in kinds,
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab={token: i for i, token in enumerate(tokens)},
+            merges=_merges(tokens, kinds, metadata["tokenizer.ggml.scores"]),
+            unk_token=special.get("unk_token"),
+            fuse_unk=True,
+            byte_fallback=_BYTE in kinds,
+        )
     )
-    tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     if metadata.get("tokenizer.ggml.add_space_prefix", True):
@@ -131,9 +128,10 @@ def _sentencepiece(metadata: Mapping[str, Any], special: Mapping[str, str]) -> A
 
 def _merges(tokens: list[str], kinds: list[int], scores: list[float]) -> list[tuple[str, str]]:
     """Every pair of normal pieces that makes a third, by the third's score; equal scores in the vocabulary's order."""
-    order = sorted((i for i, kind in enumerate(kinds) if kind == _NORMAL), key=lambda i: -scores[i])
-    normal = {tokens[i] for i in order}
-    halves = ((tokens[i][:at], tokens[i][at:]) for i in order for at in range(1, len(tokens[i])))
+    ranked = sorted(zip(tokens, kinds, scores, strict=True), key=lambda entry: -entry[2])
+    pieces = [token for token, kind, _ in ranked if kind == _NORMAL]
+    normal = set(pieces)
+    halves = ((piece[:at], piece[at:]) for piece in pieces for at in range(1, len(piece)))
     return [(left, right) for left, right in halves if left in normal and right in normal]
 
 
@@ -141,12 +139,17 @@ def _finished(tokenizer: Any, metadata: Mapping[str, Any], special: Mapping[str,
     """The same tokenizer with the tokens that are matched before anything else, and those it puts around a text."""
     from tokenizers import AddedToken, processors
 
-    typed = zip(metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"], strict=True)
-    whole = [(token, kind == _CONTROL) for token, kind in typed if kind in (_CONTROL, _USER_DEFINED)]
-    tokenizer.add_tokens([AddedToken(token, special=control, normalized=False) for token, control in whole])
-    before = [special.get("bos_token")] if metadata.get("tokenizer.ggml.add_bos_token", add_bos) else []
-    after = [special.get("eos_token")] if metadata.get("tokenizer.ggml.add_eos_token", False) else []
-    before, after = [t for t in before if t], [t for t in after if t]
+    typed = zip(*(metadata[part] for part in _PARTS), strict=True)
+    tokenizer.add_tokens(
+        [
+            AddedToken(token, special=kind == _CONTROL, normalized=False)
+            for token, kind in typed
+            if kind in (_CONTROL, _USER_DEFINED)
+        ]
+    )
+    bos, eos = special.get("bos_token"), special.get("eos_token")
+    before = [bos] if bos and metadata.get("tokenizer.ggml.add_bos_token", add_bos) else []
+    after = [eos] if eos and metadata.get("tokenizer.ggml.add_eos_token", False) else []
     if before or after:
         tokenizer.post_processor = processors.TemplateProcessing(
             single=[*before, "$A", *after],
@@ -155,5 +158,8 @@ def _finished(tokenizer: Any, metadata: Mapping[str, Any], special: Mapping[str,
     return tokenizer
 
 
-# tokenizer.ggml.model → the parts it needs besides the tokens and their types, and what builds it
-_BUILDERS = {"gpt2": (("merges",), _byte_level), "llama": (("scores",), _sentencepiece)}
+# tokenizer.ggml.model → the part it needs besides `_PARTS`, what builds it, and special ids the file need not say
+_BUILDERS: dict[Any, tuple[str, Callable[..., Any], dict[str, int]]] = {
+    "gpt2": ("tokenizer.ggml.merges", _byte_level, {}),
+    "llama": ("tokenizer.ggml.scores", _sentencepiece, {"bos_token": 1, "eos_token": 2, "unk_token": 0}),
+}

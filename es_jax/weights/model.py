@@ -20,12 +20,11 @@ from es_jax.core import processes
 from es_jax.models.config import TransformerConfig
 from es_jax.models.hf_config import from_hf, to_hf
 from es_jax.models.transformer import Params
-from es_jax.weights import checksums, convert, safetensors, tokenizer
-from es_jax.weights.gguf import from_gguf
-from es_jax.weights.gguf_file import GGUFReader
+from es_jax.weights import convert, safetensors, tokenizer
+from es_jax.weights.files import digest, find_files, resolve
+from es_jax.weights.gguf import GGUFReader, from_gguf
 from es_jax.weights.gguf_tokenizer import from_gguf_metadata
-from es_jax.weights.hub import resolve
-from es_jax.weights.streaming import Reader, Shardings
+from es_jax.weights.streaming import FileReader, Shardings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,16 +61,16 @@ def load_model(
     if shardings is None and mesh is not None:
         replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         shardings = lambda path, shape: replicated  # noqa: E731
-    wanted = jnp.dtype(jnp.float32 if dtype is None else dtype)
     naming: Literal["hf", "gguf"] = "gguf" if isinstance(reader, GGUFReader) else "hf"
-    params = convert.to_params(reader, model.config, naming=naming, dtype=wanted, shardings=shardings)
-    return dataclasses.replace(model, params=params, digest=_digest(path))
+    dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)
+    params = convert.to_params(reader, model.config, naming=naming, dtype=dtype, shardings=shardings)
+    return dataclasses.replace(model, params=params, digest=digest(find_files(path)))
 
 
 def load_outline(source: str | Path) -> Model:
     """What `load_model(source)` gives, without the weights: `params` is empty. The files must be there all the same."""
     path = resolve(source)
-    return dataclasses.replace(_open(path)[0], digest=_digest(path))
+    return dataclasses.replace(_open(path)[0], digest=digest(find_files(path)))
 
 
 def config_only(source: str | Path) -> TransformerConfig:
@@ -103,37 +102,33 @@ def save_model(
     """
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes is {max_shard_bytes}: it must be at least 1")
-    words = model.tokenizer
-    ids = {name: getattr(words, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    wanted = jnp.dtype(model.params["embed"]["embedding"].dtype if dtype is None else dtype)
+    ids = {name: getattr(model.tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    dtype = jnp.dtype(model.params["embed"]["embedding"].dtype if dtype is None else dtype)
     shapes, tensor = convert.hf_tensors(model.params, config=model.config)
-    check_new(path, nbytes=wanted.itemsize * sum(math.prod(shape) for shape in shapes.values()))
+    check_new(path, nbytes=dtype.itemsize * sum(math.prod(shape) for shape in shapes.values()))
     if not processes.first():
         for key in shapes:
             tensor(key)  # every process has a part of it to give
         return processes.barrier()
-    with new_folder(path) as folder:
-        _write_json(folder / "config.json", {**to_hf(model.config), "torch_dtype": str(wanted), **ids})
+    with _new_folder(path) as folder:
+        config = {**to_hf(model.config), "torch_dtype": str(dtype), **ids}
         generation = {**model.generation, **ids, "eos_token_id": list(model.stop_token_ids)}
-        _write_json(folder / "generation_config.json", generation)
-        words.save_pretrained(str(folder))
+        for name, fields in (("config", config), ("generation_config", generation)):
+            (folder / f"{name}.json").write_text(json.dumps(fields, indent=2) + "\n")
+        model.tokenizer.save_pretrained(str(folder))
         if card is not None:
             (folder / "README.md").write_text(card, encoding="utf-8")
-        safetensors.write_folder(folder, shapes, tensor, dtype=wanted, max_shard_bytes=max_shard_bytes)
+        safetensors.write_folder(folder, shapes, tensor, dtype=dtype, max_shard_bytes=max_shard_bytes)
     processes.barrier()
 
 
 @contextlib.contextmanager
-def new_folder(path: str | Path) -> Iterator[Path]:
+def _new_folder(path: str | Path) -> Iterator[Path]:
     """A folder to write into, which gets its name when the block ends well, and is gone when it does not.
 
     What a killed process of this machine left of the same folder is deleted first.
-
-    Raises OSError when `path` is a file or a folder that is not empty, or cannot be made.
     """
     path = Path(path).expanduser().absolute()
-    if problem := _obstacle(path, 0)[1]:
-        raise OSError(problem)
     path.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{path.name}.{platform.node()}."
     for other in path.parent.iterdir():
@@ -152,57 +147,52 @@ def _running(pid: str) -> bool:
     """Whether it is the number of a process, other than this one, that runs; true for what is no number."""
     try:
         os.kill(int(pid), 0)
+        return int(pid) != os.getpid()
     except ProcessLookupError:
         return False
     except (ValueError, OverflowError, PermissionError):
         return True
-    return int(pid) != os.getpid()
 
 
 def check_new(path: str | Path, *, nbytes: int = 0) -> None:
     """Raises FileExistsError when `path` is a file or a folder that is not empty, OSError when it cannot be made or its
     disk has fewer than `nbytes` bytes left. All processes of a run call this; the first looks, and all raise.
     """
-    kind, problem = processes.exchange({0: _obstacle(Path(path), nbytes)} if processes.first() else {})[0]
+    taken, problem = processes.exchange({0: _obstacle(path, nbytes)} if processes.first() else {})[0]
     if problem:
-        raise FileExistsError(problem) if kind == "taken" else OSError(problem)
+        raise FileExistsError(problem) if taken else OSError(problem)
 
 
-def _obstacle(path: Path, nbytes: int) -> tuple[str, str]:
-    """What is in the way of a new folder, and a sentence about it; both empty when nothing is."""
-    path = path.expanduser().absolute()
+def _obstacle(path: str | Path, nbytes: int) -> tuple[bool, str]:
+    """Whether the name of a new folder is taken, and a sentence about what is in its way, empty when nothing is."""
+    path = Path(path).expanduser().absolute()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        return "taken", f"{path} exists and is not an empty folder: choose another, or delete it"
+        return True, f"{path} exists and is not an empty folder: choose another, or delete it"
     inside = next(parent for parent in path.parents if parent.exists())
     try:
         tempfile.TemporaryFile(dir=inside).close()
     except OSError as error:
-        return "closed", f"{path} cannot be made ({inside}: {error.strerror}): choose another folder"
+        return False, f"{path} cannot be made ({inside}: {error.strerror}): choose another folder"
     free = shutil.disk_usage(inside).free
     if free < nbytes:
         room = f"{nbytes / 1e9:.3f} GB are needed, {free / 1e9:.3f} GB are free"
-        return "full", f"{path} does not fit on its disk ({room}): free some space, or choose another folder"
-    return "", ""
+        return False, f"{path} does not fit on its disk ({room}): free some space, or choose another folder"
+    return False, ""
 
 
-def _open(path: Path) -> tuple[Model, Reader]:
+def _open(path: Path) -> tuple[Model, FileReader]:
     """The model without weights and digest, and the reader of its weights; nothing long is done."""
-    reader: Reader
     if path.is_file():
-        reader = GGUFReader(path)
-        config, words = from_gguf(reader), from_gguf_metadata(reader.metadata)
-        ends = [reader.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
-        reader.metadata.clear()  # a hundred thousand strings, which the tokenizer has by now
-        return Model(config, {}, words, "", tokenizer.stop_token_ids(words, *ends)), reader
-    config = config_only(path)
-    reader = safetensors.SafetensorsReader(safetensors.find_files(path))
-    words, generation = tokenizer.from_folder(path), _json(path / "generation_config.json")
-    ends = [fields.get("eos_token_id") for fields in (_json(path / "config.json"), generation)]
+        gguf, generation = GGUFReader(path), {}
+        config, words = from_gguf(gguf), from_gguf_metadata(gguf.metadata)
+        ends = [gguf.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+        gguf.metadata.clear()  # a hundred thousand strings, which the tokenizer has by now
+        reader: FileReader = gguf
+    else:
+        config, reader = config_only(path), safetensors.SafetensorsReader(find_files(path))
+        words, generation = tokenizer.from_folder(path), _json(path / "generation_config.json")
+        ends = [fields.get("eos_token_id") for fields in (_json(path / "config.json"), generation)]
     return Model(config, {}, words, "", tokenizer.stop_token_ids(words, *ends), generation), reader
-
-
-def _digest(path: Path) -> str:
-    return checksums.digest([path] if path.is_file() else safetensors.find_files(path))
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -213,7 +203,3 @@ def _json(path: Path) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise ValueError(f"{path} holds {type(fields).__name__} instead of fields and values: fetch the model again")
     return fields
-
-
-def _write_json(path: Path, fields: dict[str, Any]) -> None:
-    path.write_text(json.dumps(fields, indent=2) + "\n")

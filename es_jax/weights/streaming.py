@@ -5,7 +5,8 @@ import math
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol, runtime_checkable
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 Shardings = Callable[[str, tuple[int, ...]], Sharding]  # (path, shape) → where the leaf lives
 
 _CHUNK = 1 << 18  # numbers that are read and converted at once
-_PATIENCE = 100  # looks, 0.1 ms apart
-_LARGEST = 65504.0  # what float16 holds: no weight is larger
+_LOOKS = 100  # at whether a buffer is gone, 0.1 ms apart
 
 
 @runtime_checkable
@@ -30,13 +30,54 @@ class Reader(Protocol):
         """The rows `start` to `stop` of the tensor with that key, in any float type."""
 
 
+class StoredTensor(NamedTuple):
+    """A tensor in a file: numbers one after another, in blocks where they are quantised."""
+
+    file: Path
+    shape: tuple[int, ...]  # slowest first
+    start: int  # first byte in the file
+    kind: Any  # the dtype of plain floats, or a gguf.GGMLQuantizationType
+    block: tuple[int, int]  # numbers, and the bytes that hold them
+
+
+class FileReader:
+    """The tensors of files. `shapes`: key → shape."""
+
+    def __init__(self, tensors: dict[str, StoredTensor]) -> None:
+        self._tensors = tensors
+        self.shapes = {key: tensor.shape for key, tensor in tensors.items()}
+
+    def read(self, key: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """The rows `start` to `stop` of a tensor: plain floats in their own type, others dequantised to float32.
+
+        Raises ValueError when the file has become shorter since it was opened.
+        """
+        file, shape, base, kind, (numbers, size) = self._tensors[key]
+        stop = shape[0] if stop is None else stop
+        first, end = (row * math.prod(shape[1:]) // numbers * size for row in (start, stop))
+        content = np.fromfile(file, np.uint8, count=end - first, offset=base + first)
+        if content.size != end - first:
+            raise ValueError(f"{file} has become shorter while it was read; fetch it again")
+        if isinstance(kind, np.dtype):
+            return content.view(kind).reshape(stop - start, *shape[1:])
+        from gguf.quants import dequantize
+
+        return dequantize(content.reshape(-1, shape[-1] // numbers * size), kind).reshape(stop - start, *shape[1:])
+
+
+def row_slices(shape: tuple[int, ...], numbers: int = _CHUNK) -> Iterator[slice]:
+    """The rows of a shape in order, about so many numbers at a time, at least one row.
+
+    >>> list(row_slices((5, 3), 6))
+    [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
+    """
+    rows = max(numbers // max(math.prod(shape[1:]), 1), 1)
+    return (slice(start, min(start + rows, shape[0])) for start in range(0, shape[0], rows))
+
+
 def chunks(reader: Reader, key: str) -> Iterator[tuple[slice, np.ndarray]]:
     """The tensor's rows in order, a chunk at a time: (which rows, their numbers)."""
-    shape = reader.shapes[key]
-    rows = max(_CHUNK // max(math.prod(shape[1:]), 1), 1)
-    for start in range(0, shape[0], rows):
-        stop = min(start + rows, shape[0])
-        yield slice(start, stop), reader.read(key, start, stop)
+    return ((rows, reader.read(key, rows.start, rows.stop)) for rows in row_slices(reader.shapes[key]))
 
 
 def widened(chunk: np.ndarray) -> np.ndarray:
@@ -51,31 +92,6 @@ def widened(chunk: np.ndarray) -> np.ndarray:
     bits = chunk.view(np.uint16).astype(np.uint32)
     bits <<= 16
     return bits.view(np.float32)
-
-
-class Range:
-    """The largest magnitude of a tensor that is seen chunk by chunk."""
-
-    def __init__(self) -> None:
-        self._low, self._high, self._zero = 0.0, 0.0, True
-
-    def add(self, values: np.ndarray) -> None:
-        with np.errstate(invalid="ignore"):  # NaN: seen in the end
-            self._low, self._high = np.minimum(self._low, values.min()), np.maximum(self._high, values.max())
-            self._zero = self._zero and not values.any()
-
-    def plausible(self) -> bool:
-        """Whether it can be a weight: finite, within float16's range, and not subnormal throughout.
-
-        Bytes in the wrong order, or a flipped bit of an exponent, break this.
-
-        >>> seen = Range()
-        >>> seen.add(np.array([1.0, -2.0], np.float32).byteswap())
-        >>> seen.plausible()
-        False
-        """
-        largest = float(np.maximum(-self._low, self._high))
-        return self._zero or float(np.finfo(np.float32).tiny) <= largest <= _LARGEST
 
 
 def staging(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -97,10 +113,10 @@ def place(make: Callable[[], np.ndarray], sharding: Sharding | None) -> jax.Arra
     else:
         leaf = jax.make_array_from_callback(buffer.shape, sharding, buffer.__getitem__)
     jax.block_until_ready(leaf)
-    held, large = weakref.ref(buffer if buffer.base is None else buffer.base), buffer.size > _CHUNK
+    memory, looks = weakref.ref(buffer if buffer.base is None else buffer.base), _LOOKS * (buffer.size > _CHUNK)
     del buffer
-    for _ in range(_PATIENCE if large else 0):
-        if held() is None:
+    for _ in range(looks):
+        if memory() is None:
             break
         jax.device_put(0.0)  # JAX lets go of a buffer only at a call some time after it was copied
         time.sleep(1e-4)
@@ -123,11 +139,12 @@ def fetch(leaf: Any, layer: int | None = None) -> np.ndarray:
     if isinstance(leaf, np.ndarray):
         return leaf if layer is None else leaf[layer]
     if not leaf.is_fully_addressable:
-        everywhere = NamedSharding(leaf.sharding.mesh, PartitionSpec())
-        return np.asarray(_getter(everywhere, layer is None)(leaf, np.int32(layer or 0)))
-    if layer is None:
+        sharding: Sharding | None = NamedSharding(leaf.sharding.mesh, PartitionSpec())
+    elif layer is None:
         return np.asarray(leaf)
-    return np.asarray(_getter(_of_layer(leaf.sharding), False)(leaf, np.int32(layer)))
+    else:
+        sharding = _of_layer(leaf.sharding)
+    return np.asarray(_getter(sharding, layer is None)(leaf, np.int32(layer or 0)))
 
 
 def _of_layer(sharding: Sharding | None) -> Sharding | None:
@@ -139,16 +156,11 @@ def _of_layer(sharding: Sharding | None) -> Sharding | None:
 
 @functools.cache
 def _setter(sharding: Sharding | None) -> Callable[..., jax.Array]:
-    def fill(stack: jax.Array, layer: jax.Array, i: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_index_in_dim(stack, layer, i, 0)
-
-    where: dict[str, Any] = {} if sharding is None else {"out_shardings": sharding}
-    return jax.jit(fill, donate_argnums=0, **where)
+    fill = functools.partial(jax.lax.dynamic_update_index_in_dim, axis=0)
+    return jax.jit(fill, donate_argnums=0, out_shardings=sharding)
 
 
 @functools.cache
 def _getter(sharding: Sharding | None, whole: bool) -> Callable[..., jax.Array]:
-    def cut(leaf: jax.Array, i: jax.Array) -> jax.Array:
-        return leaf if whole else jax.lax.dynamic_index_in_dim(leaf, i, 0, keepdims=False)
-
-    return jax.jit(cut, out_shardings=sharding)
+    cut = functools.partial(jax.lax.dynamic_index_in_dim, axis=0, keepdims=False)
+    return jax.jit((lambda leaf, _: leaf) if whole else cut, out_shardings=sharding)

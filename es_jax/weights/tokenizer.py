@@ -23,12 +23,11 @@ def from_folder(folder: Path) -> Any:
 
 def stop_token_ids(tokenizer: Any, *eos: int | Iterable[int] | None) -> tuple[int, ...]:
     """Ids that end a turn, ascending: the tokenizer's EOS, those in `eos`, and well-known ends of turn."""
-    found = {tokenizer.eos_token_id}
-    for ids in eos:
-        found |= {ids} if isinstance(ids, int) or ids is None else set(ids)
     vocabulary = tokenizer.get_vocab()
-    found |= {vocabulary.get(token) for token in END_OF_TURN}
-    return tuple(sorted(found - {None}))
+    stops = {tokenizer.eos_token_id, *(vocabulary.get(token) for token in END_OF_TURN)}
+    for ids in eos:
+        stops |= {ids} if isinstance(ids, int) or ids is None else set(ids)
+    return tuple(sorted(stops - {None}))
 
 
 def render(tokenizer: Any, prompt: Prompt) -> str:
@@ -48,32 +47,29 @@ def render(tokenizer: Any, prompt: Prompt) -> str:
             "the prompt is a list of messages but this tokenizer has no chat template: use a model that has "
             "one (an instruction-tuned one), or give the prompt as plain text"
         )
-    messages = [dict(message) for message in prompt]
-    if messages[-1]["role"] != "assistant":
-        return _templated(tokenizer, messages, add_generation_prompt=True)
-    opening = messages[-1]["content"]
-    messages[-1]["content"] = opening + _SENTINEL  # so that a template that trims cannot trim the opening
-    text = _templated(tokenizer, messages, add_generation_prompt=False)
-    rendered, found, _ = text.rpartition(_SENTINEL)
-    if not found or not rendered.endswith(opening.lstrip()):
-        raise ValueError(
-            f"the chat template does not keep the open assistant message {opening!r}: end the messages with "
-            "a user message, or give the prompt as plain text"
-        )
-    return rendered
-
-
-def _templated(tokenizer: Any, messages: list[dict[str, Any]], *, add_generation_prompt: bool) -> str:
     from jinja2 import TemplateError
 
+    messages = [dict(message) for message in prompt]
+    opening = messages[-1]["content"] if messages[-1]["role"] == "assistant" else None
+    if opening is not None:
+        messages[-1]["content"] = opening + _SENTINEL  # so that a template that trims cannot trim the opening
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opening is None)
     except TemplateError as error:
         roles = ", ".join(message["role"] for message in messages)
         raise ValueError(
             f"the model's chat template refuses messages of the roles {roles} ({error}): change the prompt's roles, or "
             "give it as plain text"
         ) from None
+    if opening is None:
+        return text
+    rendered, sentinel, _ = text.rpartition(_SENTINEL)
+    if not sentinel or not rendered.endswith(opening.lstrip()):
+        raise ValueError(
+            f"the chat template does not keep the open assistant message {opening!r}: end the messages with "
+            "a user message, or give the prompt as plain text"
+        )
+    return rendered
 
 
 def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:

@@ -34,21 +34,15 @@ on the ticket window, which read: closed for the regatta, back on Monday."""
 class VerificationReport:
     """How far a model is from its reference on one text.
 
-    Attributes:
-      tokens: how many tokens were compared.
-      same_tokens: whether the reference's tokenizer makes the same ids of the text.
-      logit_difference: the largest absolute difference of two logits.
-      kl: KL(reference ‖ model) of the next-token distributions, in nats, one number a position.
-      limit: the largest KL that is allowed.
-      layers: (name, difference) of "embedding", "layer 0", …, "final norm", "logits": the largest over positions of
-        ‖ours − theirs‖ / ‖theirs‖.
+    `layers`: (name, difference) of "embedding", "layer 0", …, "final norm", "logits": the largest over positions of
+    ‖ours − theirs‖ / ‖theirs‖.
     """
 
-    tokens: int
-    same_tokens: bool
-    logit_difference: float
-    kl: tuple[float, ...]
-    limit: float
+    tokens: int  # how many were compared
+    same_tokens: bool  # the reference's tokenizer makes the same ids of the text
+    logit_difference: float  # the largest absolute difference of two logits
+    kl: tuple[float, ...]  # KL(reference ‖ model) of the next-token distributions, in nats, one number a position
+    limit: float  # the largest KL that is allowed
     layers: tuple[tuple[str, float], ...]
 
     @property
@@ -72,10 +66,9 @@ class VerificationReport:
         return self.same_tokens and self.max_kl <= self.limit
 
     def __str__(self) -> str:
-        worst = int(np.argmax(self.kl))
         text = (
             f"{self.tokens} tokens: largest logit difference {self.logit_difference:.2e}, KL mean {self.mean_kl:.2e}, "
-            f"largest {self.max_kl:.2e} nats at position {worst} (allowed {self.limit:.2e})"
+            f"largest {self.max_kl:.2e} nats at position {np.argmax(self.kl)} (allowed {self.limit:.2e})"
         )
         if self.parted is not None:
             text += f"; they part at {self.parted}, by {dict(self.layers)[self.parted]:.1e} of its size"
@@ -118,8 +111,7 @@ def verify_model(model: Model, reference: str | Path, *, max_kl: float, text: st
         raise ValueError(
             f"text has {ids.shape[1]} tokens: it must have 2 to {model.config.max_positions}; give another"
         )
-    theirs = _reference_stream(folder, ids)
-    ours = _stream(model, ids)
+    theirs, ours = _reference_stream(folder, ids), _stream(model, ids)
     wrong = [name for name in ours if name not in theirs or theirs[name].shape != ours[name].shape]
     if wrong or len(theirs) != len(ours):
         raise ValueError(f"the model has other sizes than {reference}: {', '.join(wrong) or 'fewer layers'} differs")
@@ -141,9 +133,9 @@ def _stream(model: Model, ids: np.ndarray) -> dict[str, np.ndarray]:
     transformer, tokens = Transformer(model.config), jnp.asarray(ids)
     embedded, *layers = jax.jit(transformer.trace)(model.params, tokens)
     normed = jax.jit(transformer.hidden)(model.params, tokens)[0]
-    found = {"embedding": embedded, **{f"layer {i}": x for i, x in enumerate(layers)}, "final norm": normed}
-    found["logits"] = jax.jit(transformer.logits)(model.params, normed)
-    return {name: np.asarray(x[0].astype(jnp.float32)) for name, x in found.items()}
+    outputs = {"embedding": embedded, **{f"layer {i}": x for i, x in enumerate(layers)}, "final norm": normed}
+    outputs["logits"] = jax.jit(transformer.logits)(model.params, normed)
+    return {name: np.asarray(x[0].astype(jnp.float32)) for name, x in outputs.items()}
 
 
 def _reference_stream(folder: Path, ids: np.ndarray) -> dict[str, np.ndarray]:
@@ -157,22 +149,23 @@ def _reference_stream(folder: Path, ids: np.ndarray) -> dict[str, np.ndarray]:
         str(folder), attn_implementation="eager", local_files_only=True, trust_remote_code=False, use_safetensors=True
     )
     reference = reference.float().eval()
-    found: dict[str, Any] = {}
+    outputs: dict[str, Any] = {}
 
-    def keep(name: str) -> Any:
-        return lambda module, given, out: found.update({name: out[0] if isinstance(out, tuple) else out})
+    def record(name: str, module: Any) -> None:
+        module.register_forward_hook(
+            lambda _, args, out: outputs.update({name: out[0] if isinstance(out, tuple) else out})
+        )
 
     layers = reference.model.layers
     layers[0].register_forward_pre_hook(
-        lambda module, given, named: found.update(embedding=given[0] if given else named["hidden_states"]),
-        with_kwargs=True,
+        lambda _, args, kwargs: outputs.update(embedding=args[0] if args else kwargs["hidden_states"]), with_kwargs=True
     )
     for i, layer in enumerate(layers):
-        layer.register_forward_hook(keep(f"layer {i}"))
-    reference.model.norm.register_forward_hook(keep("final norm"))
+        record(f"layer {i}", layer)
+    record("final norm", reference.model.norm)
     with torch.no_grad():
-        found["logits"] = reference(torch.tensor(ids).long(), use_cache=False).logits
-    return {name: x[0].numpy().copy() for name, x in found.items()}
+        outputs["logits"] = reference(torch.tensor(ids).long(), use_cache=False).logits
+    return {name: x[0].numpy().copy() for name, x in outputs.items()}
 
 
 def _kl(reference: np.ndarray, model: np.ndarray) -> tuple[float, ...]:
@@ -198,20 +191,21 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("model")
     parser.add_argument("reference")
-    words = parser.add_mutually_exclusive_group()
-    words.add_argument("--text", default=TEXT, help="what to read")
-    words.add_argument("--text-file", type=Path, help="a UTF-8 file with what to read")
+    texts = parser.add_mutually_exclusive_group()
+    texts.add_argument("--text", default=TEXT, help="what to read")
+    texts.add_argument("--text-file", type=Path, help="a UTF-8 file with what to read")
     parser.add_argument("--max-kl", type=float, default=1e-6, help="largest KL allowed at a position, in nats")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    given = parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
     try:
-        text = given.text if given.text_file is None else given.text_file.read_text(encoding="utf-8")
-        report = verify_model(load_model(given.model), given.reference, max_kl=given.max_kl, text=text)
+        file = arguments.text_file
+        text = arguments.text if file is None else file.read_text(encoding="utf-8")
+        report = verify_model(load_model(arguments.model), arguments.reference, max_kl=arguments.max_kl, text=text)
     except VerificationError as error:
         report = error.report
     except (ValueError, OSError) as error:
         sys.exit(f"es_jax.weights.verify: {error}")
-    print(json.dumps(report.to_json()) if given.json else f"{'passed' if report.passed else 'FAILED'}: {report}")
+    print(json.dumps(report.to_json()) if arguments.json else f"{'passed' if report.passed else 'FAILED'}: {report}")
     return 0 if report.passed else 1
 
 

@@ -114,7 +114,7 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_left(workdir, tmp_pat
         export_run(workdir, tmp_path / "full/mine.txt/out")
     with monkeypatch.context() as patched:
         patched.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
-        patched.setattr("es_jax.evals.export_step.replay", lambda *a, **k: pytest.fail("long work began"))
+        patched.setattr("es_jax.evals.export_step.weights_at", lambda *a, **k: pytest.fail("long work began"))
         with pytest.raises(OSError, match=r"does not fit on its disk \(0\.000 GB are needed, 0\.000 GB are free\)"):
             export_run(workdir, tmp_path / "out", step=1)
     shutil.copytree(workdir, tmp_path / "other")

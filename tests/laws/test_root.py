@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from es_jax.core import counter
-from es_jax.core.mesh import POP, make_mesh
+from es_jax.core import threefry_normal
+from es_jax.core.mesh import GROUPS, make_mesh
 
 ONE = 0x3F800000  # bits of 1.0, and from there on all mantissas of 1..2 and of 2..4: the roots of all others are scaled
 
@@ -18,7 +18,7 @@ ONE = 0x3F800000  # bits of 1.0, and from there on all mantissas of 1..2 and of 
 def steps_off(x, root, off):
     """How many roots come out other than `root`, from a start that many steps away."""
     start = jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(root, jnp.int32) + off, jnp.float32)
-    return (counter._nearest_root(x, start) != root).sum()
+    return (threefry_normal._nearest_root(x, start) != root).sum()
 
 
 def ieee_root(x):
@@ -39,11 +39,11 @@ def test_roots_of_all_sizes():
 
 
 def test_the_root_of_zero_is_zero():
-    assert counter._exact_sqrt(jnp.zeros(3)).tolist() == [0, 0, 0]
+    assert threefry_normal._exact_sqrt(jnp.zeros(3)).tolist() == [0, 0, 0]
 
 
 def numbers(words):
-    return counter.box_muller(words, words * jnp.uint32(0x9E3779B9))
+    return threefry_normal.box_muller(words, words * jnp.uint32(0x9E3779B9))
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_the_root_of_other_backends_gives_the_same_numbers(words, monkeypatch):
 def test_one_root_in_every_transformation(words):
     expected = jax.jit(numbers)(words)
     rows = words.reshape(8, -1)
-    part = PartitionSpec(POP)
+    part = PartitionSpec(GROUPS)
     sharded = jax.shard_map(numbers, mesh=make_mesh(8, 1), in_specs=part, out_specs=part)
 
     def loop(rows):

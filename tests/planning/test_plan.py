@@ -15,10 +15,8 @@ import pytest
 from es_jax.core.chips import chip
 from es_jax.core.mesh import make_mesh
 from es_jax.models.config import TransformerConfig
-from es_jax.planning.describe import fields, words
-from es_jax.planning.plan import compile_program, make_plan
+from es_jax.planning.plan import candidates, compile_program, fields, make_plan, words
 from es_jax.planning.programs import Bytes, find_shape, programs_of
-from es_jax.planning.search import candidates
 from es_jax.planning.topology import Topology, topology
 from es_jax.training.config import freeze
 
@@ -79,8 +77,8 @@ def test_a_pinned_anchor_is_the_hosts_and_not_the_devices(plan):
     load = next(iter(programs_of(freeze(pinned), SMALL, plan.topology)))
     outcome = compile_program(load, plan.mesh)[0]
     on_device = plan.programs[0]
-    assert outcome.host == on_device.parts["anchor"] and on_device.host == 0
-    assert outcome.peak < on_device.peak - 0.9 * outcome.host
+    assert outcome.host_bytes == on_device.parts["anchor"] and on_device.host_bytes == 0
+    assert outcome.peak_bytes < on_device.peak_bytes - 0.9 * outcome.host_bytes
 
 
 @needs_libtpu

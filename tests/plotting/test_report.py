@@ -12,9 +12,8 @@ import pytest
 from fake_runs import make_run, write
 
 from es_jax import report
-from es_jax.plotting import comparisons, curves, style
-from es_jax.plotting.labels import group
-from es_jax.plotting.runs import read_run
+from es_jax.plotting import figures
+from es_jax.plotting.runs import group, read_run
 
 FIGURES = {"accuracy", "target_against_prior", "prior_change", "drop", "kl", "drift", "strength"}
 NASTY = "models/<script>alert(1)</script>$x_{1}$&"
@@ -149,10 +148,10 @@ def test_methods_without_a_closed_form(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "a", done=3)
     text = (folder / "metrics.jsonl").read_text()
     (folder / "metrics.jsonl").write_text(re.sub(r'"drift_theory": [0-9.]+', '"drift_theory": null', text))
-    plot = curves.drift_against_theory(group([read_run(folder)]))
+    plot = figures.drift_against_theory(group([read_run(folder)]))
     assert plot is not None and [row["ratio"] for row in plot.data] == [None] * 3
     assert len(plot.figure.axes) == 1
-    assert comparisons.kl_map(group([read_run(folder)])) is None
+    assert figures.kl_map(group([read_run(folder)])) is None
 
 
 def test_a_drift_without_sigma_is_no_obstacle(tmp_path: Path) -> None:
@@ -168,6 +167,6 @@ def test_a_drift_without_sigma_is_no_obstacle(tmp_path: Path) -> None:
 def test_figures_can_be_told_apart_in_grey() -> None:
     """Neighbouring lines differ in marker and dash, bars in grey by more than a tenth or in hatch."""
     for i in range(6):
-        one, other = style.line(i), style.line(i + 1)
+        one, other = figures.line(i), figures.line(i + 1)
         assert one["marker"] != other["marker"] and one["linestyle"] != other["linestyle"]
-        assert style.bar(i)["hatch"] != style.bar(i + 1)["hatch"]
+        assert figures.bar(i)["hatch"] != figures.bar(i + 1)["hatch"]

@@ -7,9 +7,8 @@ import pytest
 from fake_runs import make_run, write
 
 from es_jax.plotting import accuracies, prior_accuracy, tables, target_against_prior
-from es_jax.plotting.comparisons import drop_parts, kl_map, strength_sweep
-from es_jax.plotting.labels import caption, group
-from es_jax.plotting.runs import incomparable, prior_tasks, read_run
+from es_jax.plotting.figures import drop_parts, kl_map, strength_sweep
+from es_jax.plotting.runs import caption, group, incomparable, prior_tasks, read_run
 from es_jax.plotting.tables import Table, results
 from es_jax.rundir.metrics import read_jsonl
 

@@ -1,4 +1,4 @@
-"""Times of programs told by a thread beside the loop, traces, and where compiled programs are kept."""
+"""Times of programs, measured by a thread beside the loop, traces, and where compiled programs are kept."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ from es_jax.training.loop import run
 
 
 class Running:
-    """The output of a program that ends when it is told to."""
+    """The output of a program that ends when it is message to."""
 
     nbytes = 1
 
@@ -86,9 +86,9 @@ def test_utilisation_is_of_the_published_peak_and_unknown_on_a_cpu(monkeypatch):
     assert utilisation.utilisation(model, **step) == {"flop_utilisation": None, "bandwidth_utilisation": None}
     chip = Chip("x", "x", flops=1e6, bandwidth=1e5, memory=1, interconnect=1.0)
     monkeypatch.setattr(utilisation, "find_chip", lambda kind: chip)
-    found = utilisation.utilisation(model, **step)
-    assert found["flop_utilisation"] == pytest.approx(2 * (320 * 1800 + 40 * 900) / (2 * 4 * 1e6))
-    assert found["bandwidth_utilisation"] == pytest.approx(360 * 2 * (4 + 100) / (2 * 4 * 1e5))
+    result = utilisation.utilisation(model, **step)
+    assert result["flop_utilisation"] == pytest.approx(2 * (320 * 1800 + 40 * 900) / (2 * 4 * 1e6))
+    assert result["bandwidth_utilisation"] == pytest.approx(360 * 2 * (4 + 100) / (2 * 4 * 1e5))
 
 
 @pytest.mark.parametrize("steps", [(3,), (3, 3), (0, 2), (5, 3)])
@@ -108,9 +108,9 @@ def test_a_trace_is_written_of_the_steps_asked_for(stop, last, tmp_path):
     for step in range(1, last + 1):
         with profile.step(step):
             (jnp.ones(4) * step).block_until_ready()
-        told = profile.done(step, {"seconds": 1.0, "prompt_tokens": 5, "tokens": 2, "seconds_grade": 0.1}, dict)
+        message = profile.done(step, {"seconds": 1.0, "prompt_tokens": 5, "tokens": 2, "seconds_grade": 0.1}, dict)
         assert bool(list(tmp_path.rglob("*.xplane.pb"))) == (step >= 3)
-        assert told == ("the trace of steps 2 to 3 names none of the run's programs" if step == 3 else None)
+        assert message == ("the trace of steps 2 to 3 names none of the run's programs" if step == 3 else None)
     profile.close()
 
 
@@ -121,15 +121,15 @@ def test_a_trace_tells_prefill_apart_from_decode(tmp_path):
         config.evals.every, config.train.profile, config.mesh.groups = 0, (2, 4), 1
         config.decode.max_new_tokens, config.task.prompts_per_step = max_new_tokens, 60
         run(config, workdir)
-        found, rows = json.loads((workdir / "profile.json").read_text()), read_jsonl(workdir / "metrics.jsonl")[1:]
-        assert (found["first"], found["last"]) == (2, 3)
+        result, rows = json.loads((workdir / "profile.json").read_text()), read_jsonl(workdir / "metrics.jsonl")[1:]
+        assert (result["first"], result["last"]) == (2, 3)
         for name in ("seconds", "tokens", "prompt_tokens", "seconds_grade"):
-            assert found[name] == pytest.approx(np.mean([row[name] for row in rows]))
-        parts = {part: found[f"seconds_{part}"] for part in ("perturb", "prefill", "decode", "update", "wait")}
-        assert sum(parts.values()) == pytest.approx(found["seconds"])
+            assert result[name] == pytest.approx(np.mean([row[name] for row in rows]))
+        parts = {part: result[f"seconds_{part}"] for part in ("perturb", "prefill", "decode", "update", "wait")}
+        assert sum(parts.values()) == pytest.approx(result["seconds"])
         assert min(parts[part] for part in ("perturb", "prefill", "update")) > 0
-        assert found["seconds_estimate"] > 0
-        assert found["prefill_tokens_per_second"] == pytest.approx(found["prompt_tokens"] / parts["prefill"])
+        assert result["seconds_estimate"] > 0
+        assert result["prefill_tokens_per_second"] == pytest.approx(result["prompt_tokens"] / parts["prefill"])
         shares.append(parts["prefill"] / (parts["prefill"] + parts["decode"]))
     assert shares[0] > shares[1]  # where one token is made, there is no decode step
 

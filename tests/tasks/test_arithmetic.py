@@ -28,18 +28,18 @@ def test_parses_what_python_parses() -> None:
         if "**" in text or "//" in text:
             assert parse(text) is None, text
             continue
-        found, wanted = parse(text), python_value(text)
-        assert (found is None) == (wanted is None), text
-        if found is not None:
-            assert float(found.value) == pytest.approx(wanted), text
+        ours, expected = parse(text), python_value(text)
+        assert (ours is None) == (expected is None), text
+        if ours is not None:
+            assert float(ours.value) == pytest.approx(expected), text
             numbers += 1
     assert numbers > 500
 
 
 def test_is_exact() -> None:
-    found = parse("(1 / 3 + 1 / 3 + 1 / 3 - 1) / 99")
-    assert found is not None and found.value == 0
-    assert found.numbers == (1, 3, 1, 3, 1, 3, 1, 99)
+    expression = parse("(1 / 3 + 1 / 3 + 1 / 3 - 1) / 99")
+    assert expression is not None and expression.value == 0
+    assert expression.numbers == (1, 3, 1, 3, 1, 3, 1, 99)
     assert parse("2 - 3 - 4").value == -5
     assert parse("24 / 4 / 3").value == 2
     assert parse("1 + 2 * 3 / 4").value == Fraction(5, 2)
@@ -58,8 +58,8 @@ def test_is_exact() -> None:
 )
 def test_solve_finds_what_exists(numbers: tuple[int, ...], target: int) -> None:
     (text,) = solve([numbers], target)
-    found = parse(text)
-    assert found.value == target and sorted(found.numbers) == sorted(numbers)
+    expression = parse(text)
+    assert expression.value == target and sorted(expression.numbers) == sorted(numbers)
 
 
 @pytest.mark.parametrize(("numbers", "target"), [((7,), 8), ((5, 5), 3), ((1, 1, 1, 1), 24), ((5, 5, 0), 3)])

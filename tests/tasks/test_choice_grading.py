@@ -5,7 +5,7 @@ import time
 import pytest
 
 from es_jax.tasks import Choices, ChoiceTask, Example, get_task
-from es_jax.tasks.choice_datasets import SETS
+from es_jax.tasks.multiple_choice import DATASETS
 
 LONG = 100_000
 
@@ -153,7 +153,7 @@ def test_case(task: str, completion: str, answer: str, paper: int, form: int) ->
 
 
 def test_there_are_enough_cases() -> None:
-    assert set(CASES) == set(SETS) and all(len(cases) >= 25 for cases in CASES.values())
+    assert set(CASES) == set(DATASETS) and all(len(cases) >= 25 for cases in CASES.values())
 
 
 OPENED = [  # (task, the prompt's opening of the turn, completion, the right label, paper, format and strict if right)
@@ -195,24 +195,24 @@ def test_a_label_in_the_prompts_opening_is_not_the_models(
     assert score.parts == {"answer": paper, "format": form, "strict": paper * form}
 
 
-@pytest.mark.parametrize("task", SETS)
+@pytest.mark.parametrize("task", DATASETS)
 @pytest.mark.parametrize("unit", ["The answer is (", "answer is ", " ", "\n", "9", "-", "The answer is (Z)", "\0", "é"])
 def test_monster(task: str, unit: str) -> None:
-    example, start = Example("0", "?", SETS[task].labels[0]), time.process_time()
+    example, start = Example("0", "?", DATASETS[task].labels[0]), time.process_time()
     assert get_task(task).score(example, unit * LONG).parts == {"answer": 0, "format": 0, "strict": 0}
     assert time.process_time() - start < 1
 
 
-@pytest.mark.parametrize("task", SETS)
+@pytest.mark.parametrize("task", DATASETS)
 def test_labels_as_continuations(task: str) -> None:
     """Every continuation that is scored is the asked form: the strict grader reads its label back."""
-    made = get_task(task)
-    assert isinstance(made, ChoiceTask) and not isinstance(get_task("gsm8k"), ChoiceTask)
-    example = Example("0", "?", SETS[task].labels[1], {"options": ("x", "y")})
-    choices = made.choices(example)
+    grader = get_task(task)
+    assert isinstance(grader, ChoiceTask) and not isinstance(get_task("gsm8k"), ChoiceTask)
+    example = Example("0", "?", DATASETS[task].labels[1], {"options": ("x", "y")})
+    choices = grader.choices(example)
     assert (choices.prompt, choices.right, len(choices.options)) == ("?", 1, 2)
-    assert [made.score(example, text).parts["strict"] for text in choices.options] == [0, 1]
-    assert len(made.choices(Example("0", "?", SETS[task].labels[1])).options) == len(SETS[task].labels)
+    assert [grader.score(example, text).parts["strict"] for text in choices.options] == [0, 1]
+    assert len(grader.choices(Example("0", "?", DATASETS[task].labels[1])).options) == len(DATASETS[task].labels)
 
 
 def test_texts_as_continuations() -> None:

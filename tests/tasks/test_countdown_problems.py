@@ -11,7 +11,7 @@ from es_jax.tasks import Example, get_task
 
 
 @pytest.fixture(scope="module")
-def made() -> dict[str, list[Example]]:
+def problems() -> dict[str, list[Example]]:
     task = get_task("countdown")
     return {"train": task.train(), "test": task.test(800)}
 
@@ -24,14 +24,14 @@ def finished(text: str) -> str:
     return f"done</think>\n<answer>{text}</answer>"
 
 
-def test_default_counts(made: dict[str, list[Example]]) -> None:
-    assert len(made["train"]) == 200
+def test_default_counts(problems: dict[str, list[Example]]) -> None:
+    assert len(problems["train"]) == 200
     assert len(get_task("countdown").test()) == 2000
 
 
-def test_every_problem_is_solvable_and_well_formed(made: dict[str, list[Example]]) -> None:
+def test_every_problem_is_solvable_and_well_formed(problems: dict[str, list[Example]]) -> None:
     task = get_task("countdown", grader="strict")
-    for examples in made.values():
+    for examples in problems.values():
         for example in examples:
             assert task.score(example, finished(example.answer)).reward == 1.1
             assert all(1 <= number <= 99 for number in example.meta["numbers"])
@@ -42,29 +42,29 @@ def test_every_problem_is_solvable_and_well_formed(made: dict[str, list[Example]
             assert ", ".join(map(str, example.meta["numbers"])) in user and example.meta["target"] in user
 
 
-def test_no_problem_twice(made: dict[str, list[Example]]) -> None:
-    for examples in made.values():
+def test_no_problem_twice(problems: dict[str, list[Example]]) -> None:
+    for examples in problems.values():
         assert len({example.id for example in examples}) == len(examples)
         problems = {(*sorted(example.meta["numbers"]), example.meta["target"]) for example in examples}
         assert len(problems) == len(examples)
 
 
-def test_splits_are_disjoint_whatever_the_seed(made: dict[str, list[Example]]) -> None:
+def test_splits_are_disjoint_whatever_the_seed(problems: dict[str, list[Example]]) -> None:
     other = get_task("countdown", seed=1)
-    train = numbers_of(made["train"]) | numbers_of(other.train())
-    test = numbers_of(made["test"]) | numbers_of(other.test(200))
+    train = numbers_of(problems["train"]) | numbers_of(other.train())
+    test = numbers_of(problems["test"]) | numbers_of(other.test(200))
     assert not train & test
 
 
-def test_seeded_and_independent_of_n(made: dict[str, list[Example]]) -> None:
-    assert get_task("countdown").train(20) == made["train"][:20]
-    assert get_task("countdown", seed=1).train(20) != made["train"][:20]
-    first = made["train"][0]  # the same on every machine and version
+def test_seeded_and_independent_of_n(problems: dict[str, list[Example]]) -> None:
+    assert get_task("countdown").train(20) == problems["train"][:20]
+    assert get_task("countdown", seed=1).train(20) != problems["train"][:20]
+    first = problems["train"][0]  # the same on every machine and version
     assert (first.id, first.meta["numbers"], first.meta["target"]) == ("train-0", (64, 43, 6), "27")
 
 
-def test_distribution_is_that_of_the_real_rows(made: dict[str, list[Example]]) -> None:
-    examples = made["train"] + made["test"]
+def test_distribution_is_that_of_the_real_rows(problems: dict[str, list[Example]]) -> None:
+    examples = problems["train"] + problems["test"]
     by_count = {count: [e for e in examples if len(e.meta["numbers"]) == count] for count in (3, 4)}
     assert len(by_count[3]) / len(examples) == pytest.approx(0.49, abs=0.05)
     for count, division, sums in ((3, 0.17, 0.70), (4, 0.41, 0.34)):  # measured on the 2200 rows

@@ -6,8 +6,7 @@ from fractions import Fraction
 import pytest
 
 from es_jax.tasks import Example, get_task
-from es_jax.tasks.gsm8k import final_number
-from es_jax.tasks.numbers import number
+from es_jax.tasks.gsm8k import final_number, number
 
 LONG = 100_000
 HUGE = "9" * 4000

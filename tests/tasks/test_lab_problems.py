@@ -44,9 +44,9 @@ def test_the_numbers_of_problems(kind: str) -> None:
 def test_all_problems_can_be_drawn(kind: str) -> None:
     task = Lab(kind)
     for split, most in (("train", KINDS[kind].train), ("test", KINDS[kind].test)):
-        drawn = getattr(task, split)(most)
-        assert {e.id for e in drawn} == {name for name, key in PROBLEMS[kind] if split_of(kind, key) == split}
-        assert getattr(task, split)(7) == drawn[:7]
+        examples = getattr(task, split)(most)
+        assert {e.id for e in examples} == {name for name, key in PROBLEMS[kind] if split_of(kind, key) == split}
+        assert getattr(task, split)(7) == examples[:7]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -55,9 +55,9 @@ BAD = [  # (task, field, what it holds, the field that is named, what is said of
 ]
 
 
-@pytest.mark.parametrize(("task", "field", "value", "named", "found"), BAD)
-def test_a_bad_row_is_named(tmp_path: Path, task: str, field: str, value: object, named: str, found: str) -> None:
-    with pytest.raises(ValueError, match=rf"test\.jsonl, row 1: field '{named}' is {found}: it should be "):
+@pytest.mark.parametrize(("task", "field", "value", "name", "message"), BAD)
+def test_a_bad_row_is_named(tmp_path: Path, task: str, field: str, value: object, name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=rf"test\.jsonl, row 1: field '{name}' is {message}: it should be "):
         load(tmp_path, task, ROWS[task](1) | {field: value})
 
 
@@ -127,13 +127,15 @@ BAD_WORKED = [  # (field of a validation row, what it holds, what is said of it)
 ]
 
 
-@pytest.mark.parametrize(("field", "value", "found"), BAD_WORKED)
-def test_a_bad_worked_example_is_named_by_its_own_file(tmp_path: Path, field: str, value: object, found: str) -> None:
+@pytest.mark.parametrize(("field", "value", "message"), BAD_WORKED)
+def test_a_bad_worked_example_is_named_by_its_own_file(tmp_path: Path, field: str, value: object, message: str) -> None:
     rows = [ROWS["mmlu-pro"](i) for i in range(10)]
     rows[1] |= {field: value}
     write(tmp_path, "test", [ROWS["mmlu-pro"](20)])
     write(tmp_path, "validation", rows)
-    with pytest.raises(ValueError, match=rf"validation\.jsonl, row 1: field '{field}' is {found}: it should be ") as e:
+    with pytest.raises(
+        ValueError, match=rf"validation\.jsonl, row 1: field '{field}' is {message}: it should be "
+    ) as e:
         get_task("mmlu-pro", data_dir=tmp_path).test()
     assert "test.jsonl" not in str(e.value)
 
@@ -144,8 +146,8 @@ def test_a_question_needs_five_worked_examples_and_no_worked_answer_of_its_own(t
     for example in get_task("mmlu-pro", data_dir=tmp_path).test():
         assert example.prompt[0]["content"].count("\nAnswer: One more than") == 5
     write(tmp_path, "validation", [ROWS["mmlu-pro"](i) for i in range(9)])
-    said = r"test\.jsonl, row 1: field 'category' is 'math': .* 5 worked .* \(this one has 4, .* enough are: law\)"
-    with pytest.raises(ValueError, match=said):
+    message = r"test\.jsonl, row 1: field 'category' is 'math': .* 5 worked .* \(this one has 4, .* enough are: law\)"
+    with pytest.raises(ValueError, match=message):
         get_task("mmlu-pro", data_dir=tmp_path).test()
     write(tmp_path, "validation", [ROWS["mmlu-pro"](i) for i in range(8)])
     with pytest.raises(ValueError, match=r"row 0: field 'category' is 'law': .* enough are: none\)"):
@@ -161,26 +163,26 @@ def test_validation_rows_that_are_asked_have_four_worked_examples(tmp_path: Path
 def test_train_and_test_never_share_a_file(tmp_path: Path) -> None:
     for task in ROWS:
         folder = write_rows(tmp_path / task, task)
-        made = get_task(task, data_dir=folder)
-        questions = [{str(e.prompt) for e in examples} for examples in (made.train(), made.test())]
-        assert not questions[0] & questions[1]
+        rows = get_task(task, data_dir=folder)
+        train, test = ({str(e.prompt) for e in examples} for examples in (rows.train(), rows.test()))
+        assert not train & test
         (folder / "test.jsonl").unlink()
-        assert made.test()
+        assert rows.test()
         (folder / "train.jsonl").unlink()
         with pytest.raises(FileNotFoundError, match=r"where validation\.jsonl is the test split: add a train split"):
-            made.train()
+            rows.train()
         (folder / "validation.jsonl").unlink()
         with pytest.raises(FileNotFoundError, match="has no 'test' split"):
-            made.test()
+            rows.test()
 
 
 def test_ids_are_unique_and_counts_are_checked(tmp_path: Path) -> None:
-    made = get_task("proofwriter", data_dir=write_rows(tmp_path, "proofwriter"))
-    assert len({e.id for e in made.test()}) == 12 and made.test(3) == made.test()[:3]
+    proofwriter = get_task("proofwriter", data_dir=write_rows(tmp_path, "proofwriter"))
+    assert len({e.id for e in proofwriter.test()}) == 12 and proofwriter.test(3) == proofwriter.test()[:3]
     with pytest.raises(ValueError, match=r"n is 13, but .*test\.jsonl has 12 examples: ask for at most 12"):
-        made.test(13)
+        proofwriter.test(13)
     with pytest.raises(ValueError, match="n is 0"):
-        made.test(0)
+        proofwriter.test(0)
 
 
 @pytest.mark.parametrize("task", ROWS)
@@ -191,22 +193,22 @@ def test_offline_says_what_to_do(task: str) -> None:
 
 def test_rows_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is asked of `datasets`, and that a bad row of the hub is named too."""
-    asked = []
+    calls = []
 
     def load_dataset(*args: Any, **options: Any) -> list[dict]:
-        asked.append((*args, *options.values()))
+        calls.append((*args, *options.values()))
         rows = [ROWS["mmlu-pro"](i) for i in range(10)]
         return rows if options["split"] == "validation" else [*rows, {"question": "?"}]
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    made = get_task("mmlu-pro")
-    assert len(made.test(10)) == 10
-    assert set(asked) == {("TIGER-Lab/MMLU-Pro", None, split, None) for split in ("test", "validation")}
+    mmlu_pro = get_task("mmlu-pro")
+    assert len(mmlu_pro.test(10)) == 10
+    assert set(calls) == {("TIGER-Lab/MMLU-Pro", None, split, None) for split in ("test", "validation")}
     with pytest.raises(ValueError, match="TIGER-Lab/MMLU-Pro, split test, row 10: field 'options' is None"):
-        made.test()
+        mmlu_pro.test()
     monkeypatch.setattr(sys.modules["datasets"], "load_dataset", lambda *_, **__: [ROWS["mmlu-pro"](0), {}])
     with pytest.raises(ValueError, match="TIGER-Lab/MMLU-Pro, split validation, row 1: field 'options' is None"):
-        made.test(1)
+        mmlu_pro.test(1)
 
 
 REAL = [  # (task, folder, split, rows)
@@ -225,13 +227,13 @@ def test_real_rows(task: str, folder: str, split: str, count: int) -> None:
     """The right answer as it is asked for earns all there is; a reference solution of GSM8K does so as it stands."""
     if not (DATA / folder).exists():
         pytest.skip(f"no rows at {DATA / folder}: set ES_JAX_DATA to the folder that holds {folder}")
-    made = get_task(task, data_dir=DATA / folder)
-    examples = getattr(made, split)()
+    grader = get_task(task, data_dir=DATA / folder)
+    examples = getattr(grader, split)()
     assert len(examples) == len({e.id for e in examples}) == count
     for e in examples:
         form = {"gsm8k": e.meta.get("answer"), "proofwriter": f"\nAnswer: {e.answer}"}
-        choices = made.choices(e) if task not in form else None
+        choices = grader.choices(e) if task not in form else None
         text = choices.options[choices.right] if choices else form[task]
-        assert made.score(e, text).parts == {"answer": 1.0, "format": 1.0, "strict": 1.0}, e
+        assert grader.score(e, text).parts == {"answer": 1.0, "format": 1.0, "strict": 1.0}, e
         if choices:
-            assert sum(made.score(e, option).reward for option in choices.options) == 1
+            assert sum(grader.score(e, option).reward for option in choices.options) == 1

@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from es_jax.tasks import get_task
-from es_jax.tasks.data import read_examples, read_rows, rows_folder
+from es_jax.tasks.rows import read_examples, read_rows, rows_folder
 
 ROW = {
     "id": "r0",
@@ -74,10 +74,10 @@ def test_ids_are_unique(tmp_path: Path, task: str) -> None:
     assert ids == ["a", "a#1", "a#2", "a#5", "1", "a#5#5", "6"]
 
 
-@pytest.mark.parametrize(("target", "kept"), [("27.4", "27.4"), (-11, "-11"), (2.5, "2.5"), ("007", "007")])
-def test_targets(tmp_path: Path, target: object, kept: str) -> None:
+@pytest.mark.parametrize(("target", "text"), [("27.4", "27.4"), (-11, "-11"), (2.5, "2.5"), ("007", "007")])
+def test_targets(tmp_path: Path, target: object, text: str) -> None:
     write(tmp_path, [changed("extra_info.target", target)])
-    assert get_task("countdown", data_dir=tmp_path).train()[0].meta["target"] == kept
+    assert get_task("countdown", data_dir=tmp_path).train()[0].meta["target"] == text
 
 
 def test_countdown_needs_no_ground_truth_and_others_do(tmp_path: Path) -> None:
@@ -107,10 +107,10 @@ BAD_FIELDS = [  # (path in the row, what it holds, the field that is named, what
 ]
 
 
-@pytest.mark.parametrize(("path", "value", "field", "found"), BAD_FIELDS)
-def test_a_bad_row_is_named(tmp_path: Path, path: str, value: object, field: str, found: str) -> None:
+@pytest.mark.parametrize(("path", "value", "field", "message"), BAD_FIELDS)
+def test_a_bad_row_is_named(tmp_path: Path, path: str, value: object, field: str, message: str) -> None:
     write(tmp_path, [ROW, ROW, changed(path, value)])
-    with pytest.raises(ValueError, match=rf"train\.jsonl, row 2: field '{field}' is {found}: it should be "):
+    with pytest.raises(ValueError, match=rf"train\.jsonl, row 2: field '{field}' is {message}: it should be "):
         read_examples(tmp_path, "train")
 
 
@@ -131,10 +131,10 @@ BAD_EXTRA = [
 ]
 
 
-@pytest.mark.parametrize(("name", "value", "found"), BAD_EXTRA)
-def test_a_bad_countdown_row_is_named(tmp_path: Path, name: str, value: object, found: str) -> None:
+@pytest.mark.parametrize(("name", "value", "message"), BAD_EXTRA)
+def test_a_bad_countdown_row_is_named(tmp_path: Path, name: str, value: object, message: str) -> None:
     write(tmp_path, [ROW, changed(f"extra_info.{name}", value)])
-    with pytest.raises(ValueError, match=rf"row 1: field 'extra_info\.{name}' is {found}: it should be "):
+    with pytest.raises(ValueError, match=rf"row 1: field 'extra_info\.{name}' is {message}: it should be "):
         get_task("countdown", data_dir=tmp_path).train()
 
 
@@ -146,8 +146,8 @@ def test_missing_folder_says_where_and_what(tmp_path: Path) -> None:
 
 def test_missing_file_lists_what_is_there(tmp_path: Path) -> None:
     write(tmp_path, [ROW])
-    wanted = r"no 'test' split: looked for one of test\.parquet, test\.json, test\.jsonl; it holds train\.jsonl"
-    with pytest.raises(FileNotFoundError, match=wanted):
+    message = r"no 'test' split: looked for one of test\.parquet, test\.json, test\.jsonl; it holds train\.jsonl"
+    with pytest.raises(FileNotFoundError, match=message):
         get_task("countdown", data_dir=str(tmp_path)).test()
 
 

@@ -71,8 +71,8 @@ def test_advantages_are_of_their_group_with_the_sample_deviation():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("rollouts", 1), ("temperature", 0.0), ("dual_clip", 1.0), ("clip_low", 1.5), ("clip_high", -0.1), ("kl_coef", -1.0),
-     ("mini_batch", 0), ("aggregation", "token_mean"), ("entropy", float("nan")), ("kl_limit", 0.0)],
+    [("rollouts", 1), ("temperature", 0.0), ("dual_clip", 1.0), ("clip_low", 1.5), ("clip_high", -0.1),
+     ("kl_coef", -1.0), ("mini_batch", 0), ("aggregation", "token_mean"), ("entropy", float("nan")), ("kl_limit", 0.0)],
 )  # fmt: skip
 def test_values_out_of_range_are_refused(field, value):
     with pytest.raises(ValueError, match=rf"grpo\.{field}"):

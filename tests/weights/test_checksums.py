@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from es_jax.weights.checksums import SUMS, digest, known_sum
+from es_jax.weights.files import SUMS, digest, known_sum
 from es_jax.weights.model import load_model, load_outline, save_model
 
 

@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from es_jax.models.config import TransformerConfig
-from es_jax.weights import safetensors
+from es_jax.weights import files, safetensors
 from es_jax.weights.convert import hf_tensors, to_params
 from es_jax.weights.safetensors import SafetensorsReader
 
@@ -44,8 +44,10 @@ def test_the_librarys_file_is_read_and_the_library_reads_ours(file, tmp_path):
     for key, values in tensors.items():
         np.testing.assert_array_equal(reader.read(key), values)
         np.testing.assert_array_equal(reader.read(key, 1, 3), values[1:3])
-    safetensors.write(tmp_path / "ours.safetensors", tensors)
-    for key, values in load_file(tmp_path / "ours.safetensors").items():
+    shapes = {key: values.shape for key, values in tensors.items()}
+    kind = np.dtype(np.float32)
+    (ours,) = safetensors.write_folder(tmp_path, shapes, tensors.__getitem__, dtype=kind, max_shard_bytes=10**9)
+    for key, values in load_file(ours).items():
         np.testing.assert_array_equal(values, tensors[key])
 
 
@@ -54,17 +56,17 @@ def test_shards_hold_at_most_the_limit(limit, tmp_path):
     tensors = tensors_of(CONFIG)
     shapes = {key: values.shape for key, values in tensors.items()}
     kind = np.dtype(np.float32)
-    written = safetensors.write_folder(tmp_path, shapes, tensors.__getitem__, dtype=kind, max_shard_bytes=limit)
-    assert written == safetensors.find_files(tmp_path)
-    assert len(written) == {1: len(tensors), 10**9: 1}.get(limit, len(written)) and (limit == 10**9 or len(written) > 3)
-    for path in written:
+    paths = safetensors.write_folder(tmp_path, shapes, tensors.__getitem__, dtype=kind, max_shard_bytes=limit)
+    assert paths == files.find_files(tmp_path)
+    assert len(paths) == {1: len(tensors), 10**9: 1}.get(limit, len(paths)) and (limit == 10**9 or len(paths) > 3)
+    for path in paths:
         inside = SafetensorsReader([path]).shapes.values()
         assert len(inside) == 1 or sum(4 * np.prod(shape) for shape in inside) <= limit
-    reader = SafetensorsReader(written)
+    reader = SafetensorsReader(paths)
     for key, values in tensors.items():
         np.testing.assert_array_equal(reader.read(key), values)
-    if len(written) > 1:
-        index = json.loads((tmp_path / safetensors.INDEX).read_text())
+    if len(paths) > 1:
+        index = json.loads((tmp_path / files.INDEX).read_text())
         assert index["metadata"]["total_size"] == sum(values.nbytes for values in tensors.values())
 
 
@@ -142,15 +144,15 @@ def test_every_key_of_another_kind_or_twice_is_named(tmp_path):
     ("text", "says"), [("{", "is damaged"), ('{"weight_map": {"a": "../x.safetensors"}}', "outside")]
 )
 def test_an_index_that_cannot_be_right(text, says, tmp_path):
-    (tmp_path / safetensors.INDEX).write_text(text)
+    (tmp_path / files.INDEX).write_text(text)
     with pytest.raises(ValueError, match=says):
-        safetensors.find_files(tmp_path)
+        files.find_files(tmp_path)
 
 
 def test_a_folder_with_only_gguf_files_says_so(tmp_path):
     (tmp_path / "m.Q4_1.gguf").write_bytes(b"")
     with pytest.raises(FileNotFoundError, match=r"it has m\.Q4_1\.gguf: give the path"):
-        safetensors.find_files(tmp_path)
+        files.find_files(tmp_path)
 
 
 def test_a_file_that_shrinks_while_it_is_read(file):

@@ -17,7 +17,7 @@ from gguf_models import (
 )
 
 from es_jax.models.config import TransformerConfig
-from es_jax.weights.gguf_file import KINDS, GGUFReader
+from es_jax.weights.gguf import KINDS, GGUFReader
 from es_jax.weights.gguf_tokenizer import from_gguf_metadata
 from es_jax.weights.model import load_model
 
@@ -140,7 +140,7 @@ WHOLE_WORDS = ("llama-bpe", "tekken")
 
 
 @pytest.fixture(scope="module", params=MODELS)
-def written(request, tmp_path_factory):
+def model_file(request, tmp_path_factory):
     """Pre-tokenizer, config, weights, tokenizer and file of a model."""
     pre, config = request.param, MODELS[request.param]
     tokenizer = reference_tokenizer(patterns()[pre], nfc=pre == "qwen2", ignore_merges=pre in WHOLE_WORDS)
@@ -152,8 +152,8 @@ def written(request, tmp_path_factory):
     return pre, config, params, tokenizer, path
 
 
-def test_a_whole_model(written):
-    _, config, params, _, path = written
+def test_a_whole_model(model_file):
+    _, config, params, _, path = model_file
     model = load_model(path)
     assert model.config == config and model.stop_token_ids == (1, 3)
     jax.tree.map(np.testing.assert_array_equal, model.params, params)
@@ -169,8 +169,8 @@ TEXTS = (
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_its_tokens_are_the_reference_tokenizers(text, written):
-    pre, _, _, tokenizer, path = written
+def test_its_tokens_are_the_reference_tokenizers(text, model_file):
+    pre, _, _, tokenizer, path = model_file
     ours = from_gguf_metadata(GGUFReader(path).metadata)
     tokenizer.add_special_tokens(SPECIAL)
     expected = tokenizer.encode(text, add_special_tokens=False).ids
@@ -195,9 +195,9 @@ def header_of(path):
     return min(tensor.start for tensor in GGUFReader(path)._tensors.values())
 
 
-def test_a_truncated_file_is_refused_before_anything_is_read(written, tmp_path):
-    content, path = written[-1].read_bytes(), tmp_path / "cut.gguf"
-    header = header_of(written[-1])
+def test_a_truncated_file_is_refused_before_anything_is_read(model_file, tmp_path):
+    content, path = model_file[-1].read_bytes(), tmp_path / "cut.gguf"
+    header = header_of(model_file[-1])
     cuts = [*range(0, 64), *np.linspace(64, header, 40, dtype=int), header + 1, len(content) // 2, len(content) - 33]
     for cut in cuts:
         path.write_bytes(content[:cut])
@@ -208,12 +208,12 @@ def test_a_truncated_file_is_refused_before_anything_is_read(written, tmp_path):
         GGUFReader(path)
 
 
-def test_flipped_bits_of_the_header_never_change_a_number(written, tmp_path):
+def test_flipped_bits_of_the_header_never_change_a_number(model_file, tmp_path):
     """Every flip is refused, or leaves every tensor that the reader offers as it was."""
-    content, path = bytearray(written[-1].read_bytes()), tmp_path / "flipped.gguf"
-    whole = GGUFReader(written[-1])
+    content, path = bytearray(model_file[-1].read_bytes()), tmp_path / "flipped.gguf"
+    whole = GGUFReader(model_file[-1])
     tensors = {key: whole.read(key) for key in whole.shapes}
-    header, refused = header_of(written[-1]), 0
+    header, refused = header_of(model_file[-1]), 0
     draw = np.random.default_rng(0)
     places = [
         *range(24),

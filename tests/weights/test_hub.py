@@ -4,7 +4,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
-from es_jax.weights.hub import resolve
+from es_jax.weights.files import resolve
 from es_jax.weights.model import config_only, load_model
 
 
@@ -59,15 +59,15 @@ def test_the_library_itself_offline(tmp_path, monkeypatch):
 
 
 def test_only_what_is_needed_is_asked_for(tiny_model, monkeypatch):
-    asked = []
+    calls = []
 
     def snapshot_download(name, *, allow_patterns, ignore_patterns):
-        asked.append((name, allow_patterns, ignore_patterns))
+        calls.append((name, allow_patterns, ignore_patterns))
         return str(tiny_model)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     assert config_only("someone/something") == load_model("someone/something").config
-    (first, patterns, skip), second = asked  # the weights are asked for once
+    (first, patterns, skip), second = calls  # the weights are asked for once
     assert first == "someone/something" and patterns == ["*.json"] and "*.safetensors" in second[1]
     assert skip == second[2] == ["*/*"] and not any(p.endswith((".bin", ".pt", ".py")) for p in second[1])
 

@@ -57,8 +57,8 @@ def test_ids_are_the_librarys_and_decoding_undoes_them(name, text, tokenizers):
 def test_special_tokens_are_those_of_the_file(tokenizers):
     for name, tokenizer in tokenizers.items():
         ids = GOLDEN[name]["ids"]
-        found = {key: getattr(tokenizer, f"{key}_token_id") for key in ("bos", "eos", "unk")}
-        assert found == {key: ids[key] for key in found}
+        numbers = {key: getattr(tokenizer, f"{key}_token_id") for key in ("bos", "eos", "unk")}
+        assert numbers == {key: ids[key] for key in numbers}
     assert tokenizers["gemma"].pad_token_id == 0 and tokenizers["llama"].pad_token_id is None
 
 

@@ -85,12 +85,12 @@ def test_out_to_transformers_and_back(model, tmp_path):
     words = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert words.encode(TEXT) == model.tokenizer.encode(TEXT) and words.chat_template == model.tokenizer.chat_template
     ids = encode_prompt(words, "The tide tables")
-    made = theirs.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=12)[0, len(ids) :].tolist()
+    expected = theirs.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=12)[0, len(ids) :].tolist()
     engine = Engine(
         model.config, slots=1, max_prompt_tokens=len(ids), max_new_tokens=12, stop_token_ids=model.stop_token_ids
     )
     tokens = engine.generate(model.params, [ids]).tokens[0]
-    assert made == np.asarray(tokens).tolist() and len(made) == 12
+    assert expected == np.asarray(tokens).tolist() and len(expected) == 12
     del theirs
     back = load_model(tmp_path / "out")
     assert back.config == model.config and back.stop_token_ids == model.stop_token_ids

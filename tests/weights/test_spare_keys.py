@@ -28,13 +28,13 @@ class Tensors(dict):
 
 
 def tensors(config, naming, **more):
-    shapes, found = param_shapes(config), Tensors(**more)
+    shapes, result = param_shapes(config), Tensors(**more)
     for row in weights_of(config):
         stacked = row.path.startswith("layers/")
         shape = shapes[row.path][1:] if stacked else shapes[row.path]
         for layer in range(config.layers) if stacked else (None,):
-            found[getattr(row, naming).format(layer)] = np.ones(shape[::-1] if row.transpose else shape, np.float32)
-    return found
+            result[getattr(row, naming).format(layer)] = np.ones(shape[::-1] if row.transpose else shape, np.float32)
+    return result
 
 
 def load(config, naming, **more):

@@ -1,0 +1,434 @@
+"""The figures of a report: over iterations, and where runs end. Each makes its rows of data first, and draws those.
+
+They are readable in grey: lines differ in marker, dash and darkness, and hatches tell bars apart.
+"""
+
+import csv
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from es_jax.plotting.runs import ERRORS, Point, Run, Series, average, distinct, last_average, together
+
+Rows = list[dict[str, Any]]
+DIMENSIONS = ("target", "family of the model", "size of the model")  # of the runs, by which changes are boxed
+REASONS = {"format": "format drift", "truncation": "truncation", "knowledge": "knowledge lost"}
+COLORS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")  # Okabe and Ito's
+MARKERS = "os^Dv<>PX*"
+DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
+FILLS = ("0.92", "0.55", "0.78", "0.35", "0.65")
+HATCHES = ("", "///", "...", "xx", "\\\\\\")
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A finished figure.
+
+    Attributes:
+      name: of its files.  title: of its section.  figure: the drawing.
+      data: what was drawn, a row a mark, as the CSV has it.
+      caption: how to read it; the runs' settings are not in here.
+    """
+
+    name: str
+    title: str
+    figure: Figure
+    data: Rows
+    caption: str
+
+    def save(self, folder: Path) -> dict[str, Path]:
+        """Writes name.png, name.pdf and name.csv; their paths by ending."""
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = {ending: folder / f"{self.name}.{ending}" for ending in ("png", "pdf", "csv")}
+        self.figure.savefig(paths["png"])
+        self.figure.savefig(paths["pdf"], metadata={"CreationDate": None})  # the same data give the same file
+        with open(paths["csv"], "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, distinct(key for row in self.data for key in row))
+            writer.writeheader()
+            writer.writerows(self.data)
+        return paths
+
+
+def canvas(width: float, height: float) -> Figure:
+    """An empty figure, in inches, whose parts are laid out without overlap."""
+    return Figure(figsize=(width, height), layout="constrained", dpi=150)
+
+
+def line(i: int) -> dict[str, Any]:
+    """The i-th line: its colour, marker and dash."""
+    return dict(
+        color=COLORS[i % len(COLORS)], marker=MARKERS[i % len(MARKERS)], linestyle=DASHES[i % len(DASHES)],
+        markersize=4.5, linewidth=1.5,
+    )  # fmt: skip
+
+
+def bar(i: int) -> dict[str, Any]:
+    """The i-th kind of bar or box: its grey and its hatch."""
+    return dict(facecolor=FILLS[i % len(FILLS)], edgecolor="black", hatch=HATCHES[i % len(HATCHES)], linewidth=0.8)
+
+
+def grid(
+    count: int, *, columns: int = 3, width: float = 3.6, height: float = 3.0, sharex: bool = False, ylabel: str = ""
+) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` panels with grid lines, the first of each row with the label."""
+    across = min(columns, count)
+    down = -(-count // across)
+    figure = canvas(max(width * across, 6.0), height * down + 0.9)
+    panels = figure.subplots(down, across, squeeze=False, sharex=sharex, sharey=True).ravel().tolist()
+    for i, axes in enumerate(panels):
+        axes.grid(alpha=0.3)
+        axes.set_visible(i < count)
+        axes.set_ylabel("" if i % across else ylabel)
+    return figure, panels[:count]
+
+
+def text(words: str, *, width: int = 34) -> str:
+    """Words from configs and files for a figure: wrapped, printable, and never read as mathematics."""
+    clean = "".join(c if c.isprintable() else "?" for c in words).replace("$", r"\$")
+    return textwrap.fill(clean.replace(" = ", "\u00a0=\u00a0"), width)  # λ = 2 stays on one line
+
+
+def legend(figure: Figure, axes: Axes, *, columns: int) -> None:
+    """The legend of one panel, below all panels."""
+    handles, labels = axes.get_legend_handles_labels()
+    labels = [text(label, width=40) for label in labels]
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)) or 1, fontsize=8)
+
+
+def accuracy_over_iterations(series: Sequence[Series]) -> Plot | None:
+    """Held-out accuracy of each task over iterations, a panel a series; None if nothing was evaluated."""
+    series = [one for one in series if any(run.evals for run in one.runs)]
+    if not series:
+        return None
+    runs = [run for one in series for run in one.runs]
+    evaluated = {task for run in runs for task in run.evals}
+    tasks = distinct(task for run in runs for task in (run.target, *run.evals) if task in evaluated)
+    figure, panels = grid(len(series), ylabel="held-out accuracy")
+    data: Rows = []
+    for axes, one in zip(panels, series, strict=True):
+        for i, task in enumerate(tasks):
+            points = one.curve([task])
+            style = line(i) | ({"linewidth": 2.8} if task == one.first.target else {})
+            steps, means = [point.step for point in points], [point.mean for point in points]
+            axes.plot(steps, means, label=task, markevery=max(len(steps) // 12, 1), **style)
+            if band := [(p.step, p.mean - p.error, p.mean + p.error) for p in points if p.error is not None]:
+                x, low, high = zip(*band, strict=True)
+                axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
+            data += [{"series": one.label, "task": task} | point.columns("accuracy") for point in points]
+        axes.set_title(text(one.label), fontsize=9)
+        axes.set(xlabel="iteration", ylim=(-0.03, 1.03))
+    legend(figure, panels[0], columns=5)
+    caption = "Held-out accuracy of each task; the thick line is the task that is trained on. " + ERRORS
+    return Plot("accuracy", "Accuracy of each task over iterations", figure, data, caption)
+
+
+def target_against_prior(series: Sequence[Series], prior: Sequence[str]) -> Plot | None:
+    """Target accuracy against mean prior accuracy, a line a series, its points coloured by iteration.
+
+    Args:
+      series: what to show, a panel for each target and model.
+      prior: the tasks whose mean is the prior accuracy. None is returned where there are none.
+    """
+    paths = [(one, one.curve([one.first.target]), one.curve(prior)) for one in series] if prior else []
+    paths = [path for path in paths if path[1] and path[2]]
+    if not paths:
+        return None
+    kinds = distinct((one.first.target, one.first.model) for one, *_ in paths)
+    figure, panels = grid(len(kinds), width=5.2, height=4.0, columns=2, sharex=True)
+    last = max(1, *(points[-1].step for _, points, _ in paths))
+    data: Rows = []
+    for axes, (target, model) in zip(panels, kinds, strict=True):
+        samples: list[tuple[Line2D, str]] = []
+        for one, *curves in paths:
+            if (one.first.target, one.first.model) != (target, model):
+                continue
+            pairs = together([{point.step: point for point in curve} for curve in curves])
+            x, y = ([pair[i].mean for pair in pairs.values()] for i in range(2))
+            style = line(len(samples))
+            path = {"color": "0.6", "linewidth": 1, "linestyle": style["linestyle"]}
+            axes.plot(x, y, zorder=1, **path)
+            points = axes.scatter(
+                x, y, c=list(pairs), cmap="viridis", vmin=0, vmax=last, s=34, marker=style["marker"],
+                edgecolors="black", linewidths=0.6, zorder=2,
+            )  # fmt: skip
+            sample = Line2D(  # white: its colour would be an iteration's
+                [], [], **path, marker=style["marker"], markersize=6, markerfacecolor="white", markeredgecolor="black"
+            )
+            samples.append((sample, text(one.label, width=44)))
+            data += [
+                {"series": one.label, "step": step, "target": a.mean, "target_se": a.error, "prior": b.mean,
+                 "prior_se": b.error, "runs": a.runs}
+                for step, (a, b) in pairs.items()
+            ]  # fmt: skip
+        axes.set(xlabel=text(f"accuracy on the target, {target}", width=60))
+        axes.tick_params(labelbottom=True)
+        axes.set_ylabel(f"mean accuracy on {len(prior)} prior task{'s' * (len(prior) != 1)}")
+        if len(kinds) > 1:
+            axes.set_title(text(model), fontsize=9)
+        axes.legend(
+            *zip(*samples, strict=True), fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16),
+            ncols=1 if len(samples) < 4 else 2,
+        )  # fmt: skip
+    figure.colorbar(points, ax=panels, label="iteration", shrink=1 / -(-len(panels) // 2), aspect=25)
+    caption = f"Up and right is better: the target learnt, the rest kept. Prior tasks: {', '.join(prior)}."
+    return Plot("target_against_prior", "Target against prior accuracy", figure, data, caption)
+
+
+def drift_against_theory(series: Sequence[Series]) -> Plot | None:
+    """Measured ‖θ − θ₀‖ and its closed form over iterations, and their ratio where any run has a closed form.
+
+    None where no step is finished.
+    """
+    series = [one for one in series if any(run.metrics for run in one.runs)]
+    if not series:
+        return None
+    data = [row for one in series for row in _drift(one)]
+    theories = any(row["theory"] for row in data)
+    figure = canvas(7.2, 6.0 if theories else 4.2)
+    panels = figure.subplots(1 + theories, 1, sharex=True, height_ratios=(3, 2)[: 1 + theories], squeeze=False)[:, 0]
+    for i, one in enumerate(series):
+        rows = _drift(one)
+        style, every = line(i), max(len(rows) // 15, 1)
+        steps, drift = _columns(rows, "step", "drift")
+        panels[0].plot(steps, drift, label=one.label, markevery=every, **(style | {"linestyle": "none"}))
+        if predicted := [row for row in rows if row["theory"]]:
+            steps, theory, ratio = _columns(predicted, "step", "theory", "ratio")
+            panels[0].plot(steps, theory, color=style["color"], linewidth=1.2)
+            panels[1].plot(steps, ratio, markevery=every, **(style | {"linewidth": 1.0}))
+    if theories:
+        panels[1].axhspan(0.98, 1.02, color="0.85", zorder=0)
+        panels[1].axhline(1, color="0.4", linewidth=0.8)
+        low, high = panels[1].get_ylim()
+        panels[1].set(ylim=(min(low, 0.96), max(high, 1.04)), ylabel="measured / theory")
+    panels[0].set_ylabel("‖θ − θ₀‖ (Euclidean norm)")
+    panels[-1].set_xlabel("iteration")
+    for axes in panels:
+        axes.grid(alpha=0.3)
+    legend(figure, panels[0], columns=2)
+    caption = (
+        "Markers: the measured distance of the weights from where they began, mean over seeds. Lines: the closed form "
+        "in exact arithmetic, where there is one. A ratio outside the grey band, 1 ± 0.02, means that precision was "
+        "lost."
+    )
+    return Plot("drift", "Drift against theory", figure, data, caption)
+
+
+def _drift(one: Series) -> Rows:
+    """Means of measured and predicted drift, at the steps that all started runs of a series have."""
+    rows = []
+    for step, metrics in together([run.drift for run in one.runs if run.metrics]).items():
+        theories = [row.get("drift_theory") for row in metrics]
+        theory = None if None in theories else float(np.mean(theories))  # type: ignore[arg-type]
+        drift = float(np.mean([row["drift"] for row in metrics]))
+        ratio = drift / theory if theory else None
+        rows.append({"series": one.label, "step": step, "drift": drift, "theory": theory, "ratio": ratio})
+    return rows
+
+
+def prior_change(series: Sequence[Series], prior: Sequence[str]) -> Plot | None:
+    """Change in accuracy from the base, a value for each run and prior task, as boxes by target, family and size."""
+    data: Rows = []
+    few = len({one.first.variant() for one in series}) <= 5  # kinds of boxes, with λ
+    values = [(one.label, run, task) for one in series for run in one.runs for task in prior]
+    for label, run, task in values:
+        accuracy = run.accuracy([task])
+        if 0 in accuracy and len(accuracy) > 1:
+            end = max(accuracy)
+            data.append({
+                "target": run.target, "family of the model": run.family, "size of the model": _size(run.size),
+                "run": run.folder.name, "series": label, "variant": run.variant(strength=few), "task": task,
+                "step": end, "change": accuracy[end][0] - accuracy[0][0],
+            })  # fmt: skip
+    if not data:
+        return None
+    names = distinct(row["variant"] for row in data)
+    figure = canvas(11.0, 4.2)
+    for axes, dimension in zip(figure.subplots(1, len(DIMENSIONS), sharey=True), DIMENSIONS, strict=True):
+        _boxes(axes, data, dimension, names)
+    figure.axes[0].set_ylabel("change in prior accuracy since step 0")
+    figure.legend(
+        handles=[Patch(label=text(name), **bar(i)) for i, name in enumerate(names)],
+        loc="outside lower center", ncols=min(len(names), 4), fontsize=8,
+    )  # fmt: skip
+    caption = (
+        f"Each box is over runs and the {len(prior)} prior tasks, at each run's last evaluation: quartiles, median "
+        f"(line), mean (diamond); whiskers reach the extremes. Prior tasks: {', '.join(prior)}."
+    )
+    return Plot("prior_change", "Change in prior accuracy", figure, data, caption)
+
+
+def _size(weights: int | None) -> str:
+    if weights is None:
+        return "unknown"
+    units = ((1e9, "B"), (1e6, "M"), (1e3, "k"))
+    unit, name = next((unit for unit in units if weights >= unit[0]), (1, ""))
+    return f"{weights / unit:.3g}{name}"
+
+
+def _boxes(axes: Axes, data: Rows, dimension: str, variants: Sequence[str]) -> None:
+    groups = distinct(row[dimension] for row in data)
+    width = 0.8 / len(variants)
+    for i, variant in enumerate(variants):
+        offset = (i - (len(variants) - 1) / 2) * width
+        rows = [row for row in data if row["variant"] == variant]
+        values = {g + offset: [row["change"] for row in rows if row[dimension] == x] for g, x in enumerate(groups)}
+        axes.boxplot(
+            list(values.values()), positions=list(values), widths=0.85 * width, whis=(0, 100), patch_artist=True,
+            boxprops=bar(i), medianprops={"color": "black", "linewidth": 1.6}, showmeans=True,
+            meanprops={"marker": "D", "markerfacecolor": "white", "markeredgecolor": "black", "markersize": 4},
+        )  # fmt: skip
+    axes.axhline(0, color="black", linewidth=0.8, linestyle=":")
+    axes.set_xticks(range(len(groups)), [text(name, width=16) for name in groups], fontsize=8)
+    axes.set(xlabel=dimension, xlim=(-0.6, len(groups) - 0.4))
+    axes.grid(alpha=0.3, axis="y")
+
+
+def kl_map(series: Sequence[Series]) -> Plot | None:
+    """Exact KL(base ‖ now) in nats a token, series by tasks, at the last step that all have; None without KL."""
+    data: Rows = []
+    for one in series:
+        for task in distinct(row["task"] for run in one.runs for row in run.kl):
+            rows = [[row for row in run.kl if row["task"] == task] for run in one.runs]
+            kl = [{row["step"]: (row["kl_exact"], row.get("kl_exact_se")) for row in of_run} for of_run in rows]
+            if point := last_average(kl):
+                data.append({"series": one.label, "task": task} | point.columns("kl"))
+    if not data:
+        return None
+    names, tasks = (distinct(row[key] for row in data) for key in ("series", "task"))
+    table = np.full((len(names), len(tasks)), np.nan)
+    for row in data:
+        table[names.index(row["series"]), tasks.index(row["task"])] = row["kl"]
+    figure = canvas(max(3.2 + 1.0 * len(tasks), 6.0), max(1.8 + 0.55 * len(names), 3.2))
+    axes, top = figure.subplots(), float(np.nanmax(table))
+    image = axes.imshow(table, cmap=colormaps["Greys"].with_extremes(bad="white"), aspect="auto", vmin=0, vmax=top or 1)
+    for (i, j), value in np.ndenumerate(table):
+        label = "–" if np.isnan(value) else f"{value:.3g}"
+        axes.text(j, i, label, ha="center", va="center", fontsize=8, color="white" if value > 0.5 * top else "black")
+    axes.set_xticks(range(len(tasks)), [text(name, width=14) for name in tasks], rotation=30, ha="right", fontsize=8)
+    axes.set_yticks(range(len(names)), [text(name, width=38) for name in names], fontsize=8)
+    axes.set(xlabel="prompts of", ylabel="run")
+    figure.colorbar(image, label="KL(base ‖ now)\nnats a token")
+    caption = (
+        "Exact KL over the vocabulary on continuations that the base model wrote, mean over prompts, at the last step "
+        "at which all runs of a series were measured, not counting runs that never were. "
+        + ERRORS
+        + " They, the steps and how many runs there are stand in the CSV."
+    )
+    return Plot("kl", "KL from the base model", figure, data, caption)
+
+
+def drop_parts(series: Sequence[Series], prior: Sequence[str]) -> Plot | None:
+    """What the drop in prior accuracy is made of: lost format, truncation, lost knowledge; None if it was not split."""
+    data: Rows = []
+    for one in series:
+        for reason in REASONS:
+            if point := last_average([_lost(run, prior, reason) for run in one.runs]):
+                data.append({"series": one.label, "reason": reason} | point.columns("lost"))
+    if not data:
+        return None
+    names = distinct(row["series"] for row in data)
+    figure = canvas(7.6, 1.6 + 0.75 * len(names))
+    axes = figure.subplots()
+    for i, (reason, label) in enumerate(REASONS.items()):
+        lost, errors = _columns([row for row in data if row["reason"] == reason], "lost", "lost_se")
+        y = np.arange(len(names)) + (i - 1) * 0.26
+        axes.barh(y, lost, 0.24, xerr=np.array(errors, float), label=label, capsize=2, **bar(i))
+    axes.set_yticks(range(len(names)), [text(name, width=38) for name in names], fontsize=8)
+    axes.invert_yaxis()
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set(xlabel=f"accuracy lost since step 0, mean of {len(prior)} prior task{'s' * (len(prior) != 1)}")
+    axes.grid(alpha=0.3, axis="x")
+    legend(figure, axes, columns=3)
+    caption = (
+        "A row that was lost is booked under what is wrong with its completion: cut at max_new_tokens, else not in the "
+        "asked form, else wrong in good form. Rows that were gained count against it. At the last step at which the "
+        "drop of all runs of a series was split, not counting runs where it never was. Errors are over seeds, where "
+        "there are several."
+    )
+    return Plot("drop", "What the drop in prior accuracy is made of", figure, data, caption)
+
+
+def _lost(run: Run, tasks: Sequence[str], reason: str) -> dict[int, tuple[float, None]]:
+    """Step → mean accuracy lost for the reason, where the drop of all tasks was split."""
+    return {
+        step: (float(np.mean([row[f"lost_{reason}"] for row in rows])), None)
+        for step, rows in run.rows(tasks).items()
+        if step and all(f"lost_{name}" in row for row in rows for name in REASONS)
+    }
+
+
+def strength_sweep(series: Sequence[Series], prior: Sequence[str]) -> Plot | None:
+    """Target and mean prior accuracy against λ, beside the base and λ = 0; None if no setting has two λ above 0."""
+    groups: dict[str, list[Series]] = {}
+    for one in series:
+        if one.last([one.first.target]) and (not prior or one.last(prior)):
+            settings = one.first.settings() | {"λ": None, "optim.anchor.penalty": None}
+            groups.setdefault(repr(sorted(settings.items())), []).append(one)
+    sweeps = [
+        (penalty, group)
+        for group in groups.values()
+        for penalty in distinct(one.first.penalty for one in group)
+        if penalty != "none" and sum(one.first.penalty == penalty for one in group) > 1
+    ]
+    if not sweeps:
+        return None
+    figure, panels = grid(len(sweeps), columns=2, width=5.0, height=3.6, ylabel="held-out accuracy")
+    data = [row for axes, sweep in zip(panels, sweeps, strict=True) for row in _sweep(axes, *sweep, prior)]
+    legend(figure, panels[0], columns=3)
+    caption = (
+        "Dashed: the same runs without a penalty, λ = 0, at the last step of the others, or at the step that it names. "
+        "Dotted: the base model. Hollow: at an earlier step than the others. " + ERRORS
+        + f" Prior tasks: {', '.join(prior) or 'none'}."
+    )  # fmt: skip
+    return Plot("strength", "Target and prior accuracy against λ", figure, data, caption)
+
+
+def _sweep(axes: Axes, penalty: str, group: Sequence[Series], prior: Sequence[str]) -> Rows:
+    first = group[0].first
+    anchored = sorted((one for one in group if one.first.penalty == penalty), key=lambda one: one.first.strength)
+    free = next((one for one in group if one.first.penalty == "none"), None)
+    data: Rows = []
+
+    def add(penalty: str, name: str, strength: float, point: Point) -> dict[str, Any]:
+        columns = {"model": first.model, "target": first.target, "penalty": penalty, "lambda": strength, "of": name}
+        data.append(columns | point.columns("accuracy"))
+        return data[-1]
+
+    for i, (name, tasks) in enumerate((("target", [first.target]), ("mean prior", prior))[: 2 if prior else 1]):
+        style = line(2 * i)
+        rows = [add(penalty, name, one.first.strength, point) for one in anchored if (point := one.last(tasks))]
+        x, y, errors = _columns(rows, "lambda", "accuracy", "accuracy_se")
+        axes.errorbar(x, y, np.array(errors, float), label=name, capsize=3, **(style | {"linestyle": "-"}))
+        last = max((row["step"] for row in rows), default=0)
+        hollow = style | {"linestyle": "none", "markerfacecolor": "white", "zorder": 3}
+        axes.plot(*_columns([row for row in rows if row["step"] < last], "lambda", "accuracy"), **hollow)
+        if free is not None and (point := free.last(tasks, step=last)):
+            axes.axhline(point.mean, color=style["color"], linestyle="--", linewidth=1.2, label=f"{name}, λ = 0")
+            if point.step != last:  # beside the line: the legend is of all panels
+                across = axes.get_yaxis_transform()
+                axes.text(0.01, point.mean, f"step {point.step}", fontsize=7, va="bottom", transform=across)
+            add("none", name, 0.0, point)
+        runs = [run for one in group for run in one.runs]
+        if starts := {run.model: start for run in runs if (start := run.accuracy(tasks).get(0))}:
+            base = average(0, list(starts.values()))
+            axes.axhline(base.mean, color=style["color"], linestyle=":", linewidth=1.2, label=f"{name}, base")
+            add("base", name, 0.0, base)
+    axes.set_title(text(f"{first.target}, penalty {penalty}", width=60), fontsize=9)
+    axes.set(xscale="log", xlabel="strength λ of the penalty", ylim=(-0.03, 1.03))
+    strengths = [one.first.strength for one in anchored]
+    axes.set_xticks(strengths, [f"{strength:.3g}" for strength in strengths])
+    axes.minorticks_off()
+    return data
+
+
+def _columns(rows: Sequence[Mapping[str, Any]], *names: str) -> list[list[Any]]:
+    return [[row[name] for row in rows] for name in names]
