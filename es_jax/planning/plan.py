@@ -166,9 +166,7 @@ class Candidate(NamedTuple):
     least: int  # bytes of a device that it needs
 
 
-def search(
-    config: RunConfig, model: TransformerConfig, topology: Topology, *, say: Callable[[str], None] = lambda line: None
-) -> Plan:
+def search(config: RunConfig, model: TransformerConfig, topology: Topology, *, say: Callable[[str], None]) -> Plan:
     """The plan with the lowest bound on an iteration's time among those that fit, else the one nearest to fitting.
 
     All meshes of the devices and 1, 1/2, 1/4, … of a step's prompts as slots are candidates, the most promising first.

@@ -144,10 +144,8 @@ class Run:
         }
 
     def change(self, tasks: Sequence[str], step: int) -> Value:
-        """Change in mean accuracy over tasks from step 0, and its standard error: over the same rows, paired.
-
-        Rows of evaluations that did not pair them have the error of two independent means, which is larger.
-        """
+        """Change in mean accuracy over tasks from step 0, and its standard error: that of paired rows, or if they were
+        not paired that of two independent means, which is larger."""
         accuracy = self.accuracy(tasks)
         (end, end_error), (start, start_error) = accuracy[step], accuracy[0]
         error = _mean_error(self.rows(tasks)[step], "accuracy_change_se")
@@ -156,10 +154,8 @@ class Run:
         return end - start, error
 
     def settings(self) -> dict[str, Any]:
-        """What the run is, by dotted name, without its seed; λ for the anchor's strength or κ.
-
-        train.steps is among it where a schedule makes every step depend on how many there are.
-        """
+        """What the run is, by dotted name, without its seed; λ for the anchor's strength or κ; and train.steps where a
+        schedule makes every step depend on how many there are."""
         fields = flatten_dict(dataclasses.asdict(self.config), sep=".")
         seed = ("task.seed",) if self.config.task.data_dir is None else ()
         skipped = (*ALIKE, *seed, *(f"{name}." for name in METHODS if name != self.config.method))
@@ -181,8 +177,7 @@ class Series:
         return self.runs[0]
 
     def curve(self, tasks: Sequence[str]) -> dict[int, Point]:
-        """Step → mean accuracy over tasks, where any run has it; its error is over seeds, or over rows for a single
-        run."""
+        """Step → mean accuracy over tasks; its error is over seeds, or over rows for a single run."""
         runs = [run.accuracy(tasks) for run in self.runs]
         return {step: average(step, [run[step] for run in runs if step in run]) for step in sorted(set().union(*runs))}
 
@@ -243,8 +238,7 @@ def _mean_error(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
 
 
 def read_run(folder: str | Path) -> Run:
-    """A run's directory, whatever it holds so far. Raises FileNotFoundError where there is no run, and ValueError where
-    a file is damaged."""
+    """A run's directory, whatever it holds so far; ValueError names a file that is damaged."""
     folder = Path(folder)
     facts, config = directory.read(folder), read_config(folder)
     files = {path.stem: _rows(path) for path in sorted((folder / "evals").glob("*.jsonl"))}

@@ -99,7 +99,7 @@ def accuracies(series: Sequence[Series], tasks: Sequence[str]) -> Table:
     rows: list[tuple[str, ...]] = []
     for model in distinct(one.first.model for one in series):
         runs = next(one.runs for one in series if one.first.model == model)  # any seed's: the base is the same
-        starts = [next((x for run in runs if (x := run.accuracy([task]).get(0))), None) for task in tasks]
+        starts = [next(filter(None, (run.accuracy([task]).get(0) for run in runs)), None) for task in tasks]
         rows.append((f"{model}, step 0", *(with_error(start and Point(0, *start, 1)) for start in starts)))
     for one in series:
         ends = [one.last([task]) for task in tasks]
