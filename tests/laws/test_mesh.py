@@ -221,6 +221,7 @@ def entry_of(config, step):
     return Entry.of(step, members, rewards=np.zeros(6), weights=np.arange(6.0), rates=config.rates(step))
 
 
+@pytest.mark.unchecked  # `lower` puts descriptions where arrays stand
 def test_a_plan_compiles_the_update_that_a_run_compiles(qwen, params):
     """Also of runs that differ in σ, α, λ, N and schedules, where N is in the shapes alone."""
     mesh, digests = make_mesh(4, 2), set()
