@@ -24,7 +24,7 @@ def finite_rewards(rewards: Float[np.ndarray, " n"], *, nan_rewards: str = "erro
     if rewards.ndim != 1:
         raise ValueError(f"rewards have shape {rewards.shape}: give one number a member")
     bad = np.flatnonzero(~np.isfinite(rewards))
-    if not len(bad):
+    if not bad.size:
         return rewards
     who = f"member{'s' if len(bad) > 1 else ''} {', '.join(f'{i} ({rewards[i]})' for i in bad)} of {len(rewards)}"
     if nan_rewards == "error" or len(bad) == len(rewards):
@@ -58,10 +58,8 @@ def centered_rank(rewards: Float[np.ndarray, " n"], *, nan_rewards: str = "error
     [0.25, -0.5, 0.25]
     """
     rewards = finite_rewards(rewards, nan_rewards=nan_rewards)
-    below = (rewards[:, None] > rewards[None, :]).sum(1)
-    equal = (rewards[:, None] == rewards[None, :]).sum(1)
-    rank = below + (equal - 1) / 2
-    return (rank / max(len(rewards) - 1, 1) - 0.5).astype(np.float32)
+    below, equal = ((rewards[:, None] > rewards).sum(1), (rewards[:, None] == rewards).sum(1))
+    return ((below + (equal - 1) / 2) / max(len(rewards) - 1, 1) - 0.5).astype(np.float32)
 
 
 SHAPINGS = {"z_score": z_score, "centered_rank": centered_rank}

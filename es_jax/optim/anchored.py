@@ -131,10 +131,10 @@ def _on_devices(anchor, sharding):
 
 def _l2(update, param, anchor, rate):
     # Written as a correction of the update, so that it rounds like the step itself; all the way at rate 1 is exact.
-    return jnp.where(rate == 1, anchor - param, update - _rounded(rate * (param + update - anchor)))
+    return jnp.where(rate == 1, anchor - param, update - rounded(rate * (param + update - anchor)))
 
 
-def _rounded(product):
+def rounded(product):
     """A float32 product less its last bit: no compiler then takes it unrounded into the sum after it."""
     if product.dtype != jnp.float32:
         return product

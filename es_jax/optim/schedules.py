@@ -59,5 +59,4 @@ def parse(text: str) -> tuple[str, float, int]:
 
 def largest(text: str) -> float:
     """The largest factor there ever is."""
-    shape, end, _ = parse(text)
-    return max(1.0, end) if shape != "constant" else 1.0
+    return max(1.0, parse(text)[1])

@@ -32,7 +32,7 @@ TUPLES: dict[type, str] = {str: "names", int: "whole numbers"}
 
 
 class Rates(NamedTuple):
-    """What a step's size depends on: α, σ and λ."""
+    """α, σ and λ of a step."""
 
     learning_rate: float
     sigma: float
@@ -99,19 +99,19 @@ class RunConfig:
 
     @property
     def _schedules(self) -> dict[str, str]:
-        groups: dict[str, Any] = {"optim": self.optim, "es": self.es, "optim.anchor": self.optim.anchor}  # α, σ and λ
+        """Of α, σ and λ."""
+        groups: dict[str, Any] = {"optim": self.optim, "es": self.es, "optim.anchor": self.optim.anchor}
         return {f"{name}.schedule": group.schedule for name, group in groups.items()}
 
     def rates(self, step: int) -> Rates:
-        """α, σ and λ of step 1..T, by their schedules."""
+        """Of step 1..T, by the schedules."""
         factors = (make_schedule(text, self.train.steps)(step) for text in self._schedules.values())
         return Rates(*map(operator.mul, self._constants, factors))
 
     def logged_rates(self, entry: Entry) -> Rates:
-        """α, σ and λ of a step of the seed log; the config's constants where an old log does not tell."""
-        if entry.learning_rate is None or entry.sigma is None or entry.strength is None:
-            return self._constants
-        return Rates(entry.learning_rate, entry.sigma, entry.strength)
+        """Of a step of the seed log; the config's constants where an old log does not tell."""
+        rates = (entry.learning_rate, entry.sigma, entry.strength)
+        return self._constants if None in rates else Rates(*rates)  # type: ignore[arg-type]
 
     @property
     def _constants(self) -> Rates:
@@ -126,12 +126,11 @@ class RunConfig:
     @property
     def anchor_kappa(self) -> float | None:
         """κ, the long-run drift of a weight in units of σ; None where the weights wander freely or it is not known."""
-        moving = (
-            self.optim.name != "sgd" or not METHODS[self.method].perturbs or self.optim.anchor.ema_decay is not None
-        )
-        if not self.anchor_strength or moving:
+        optim, strength = self.optim, self.anchor_strength
+        moving = optim.name != "sgd" or not METHODS[self.method].perturbs or optim.anchor.ema_decay is not None
+        if not strength or moving:
             return None
-        return self.optim.anchor.kappa or self._theory(theory.drift_for_strength, self.anchor_strength)
+        return optim.anchor.kappa or self._theory(theory.drift_for_strength, strength)
 
     def _theory(self, formula: Any, value: float) -> float:
         return formula(
@@ -146,16 +145,16 @@ class RunConfig:
 def default_config() -> config_dict.ConfigDict:
     """All fields with their defaults, as the locked ConfigDict that config files start from."""
 
-    def convert(kind: Any) -> config_dict.ConfigDict:
-        fields, hints = config_dict.ConfigDict(), typing.get_type_hints(kind)
-        for field in dataclasses.fields(kind):
-            hint = hints[field.name]
-            optional = isinstance(hint, types.UnionType)
-            default = config_dict.placeholder(typing.get_args(hint)[0]) if optional else field.default
-            fields[field.name] = convert(hint) if dataclasses.is_dataclass(hint) else default
+    def convert(group: Any) -> config_dict.ConfigDict:
+        fields = config_dict.ConfigDict()
+        for name, hint in typing.get_type_hints(type(group)).items():
+            default = getattr(group, name)
+            if isinstance(hint, types.UnionType):
+                default = config_dict.placeholder(typing.get_args(hint)[0])
+            fields[name] = convert(default) if dataclasses.is_dataclass(hint) else default
         return fields.lock()
 
-    return convert(RunConfig)
+    return convert(RunConfig())
 
 
 def freeze(config: config_dict.ConfigDict | dict) -> RunConfig:

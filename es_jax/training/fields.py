@@ -19,6 +19,14 @@ DTYPES = ("float32", "bfloat16", "float16")
 AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 
 
+def _at_least(low: float) -> Callable[[Any], bool]:
+    return lambda x: low <= x < math.inf
+
+
+def _above(low: float) -> Callable[[Any], bool]:
+    return lambda x: low < x < math.inf
+
+
 def _require(config: Any, group: str, must: str, holds: Callable[[Any], bool], *fields: str) -> None:
     """Raises ValueError for the first of the fields that is set and of which `holds` is not true."""
     for field in fields:
@@ -28,14 +36,14 @@ def _require(config: Any, group: str, must: str, holds: Callable[[Any], bool], *
 
 
 def _positive(config: Any, group: str, *fields: str) -> None:
-    _require(config, group, "at least 1", lambda x: x >= 1, *fields)
+    _require(config, group, "at least 1", _at_least(1), *fields)
 
 
 def _choose(config: Any, group: str, **known: Iterable[str]) -> None:
     """Raises ValueError for the first field whose value is not a known one."""
     for field, names in known.items():
-        if getattr(config, field) not in names:
-            raise ValueError(unknown(f"{group}.{field}", getattr(config, field), names))
+        if (value := getattr(config, field)) not in names:
+            raise ValueError(unknown(f"{group}.{field}", value, names))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +86,7 @@ class TaskConfig:
 
     def __post_init__(self):
         _positive(self, "task", "train_size", "prompts_per_step")
-        if self.prompts_per_step is not None and self.prompts_per_step > self.train_size:
+        if (self.prompts_per_step or 0) > self.train_size:
             raise ValueError(
                 f"task.prompts_per_step is {self.prompts_per_step} of task.train_size {self.train_size}: "
                 "a step cannot use more prompts than there are; raise task.train_size"
@@ -157,13 +165,12 @@ class GRPOConfig:
 
     def __post_init__(self):
         _choose(self, "grpo", aggregation=AGGREGATIONS)
-        _require(self, "grpo", "finite and at least 2", lambda x: 2 <= x < math.inf, "rollouts")
-        _require(self, "grpo", "finite and at least 1", lambda x: 1 <= x < math.inf, "mini_batch", "micro_batch")
+        _require(self, "grpo", "finite and at least 2", _at_least(2), "rollouts")
+        _require(self, "grpo", "finite and at least 1", _at_least(1), "mini_batch", "micro_batch")
         not_negative = ("kl_coef", "std_eps", "clip_low", "clip_high")
-        _require(self, "grpo", "finite and at least 0", lambda x: 0 <= x < math.inf, *not_negative)
-        above_0 = ("temperature", "log_ratio_limit", "kl_limit")
-        _require(self, "grpo", "finite and above 0", lambda x: 0 < x < math.inf, *above_0)
-        _require(self, "grpo", "finite and above 1", lambda x: 1 < x < math.inf, "dual_clip")
+        _require(self, "grpo", "finite and at least 0", _at_least(0), *not_negative)
+        _require(self, "grpo", "finite and above 0", _above(0), "temperature", "log_ratio_limit", "kl_limit")
+        _require(self, "grpo", "finite and above 1", _above(1), "dual_clip")
         _require(self, "grpo", "at most 1, for a ratio is never negative", lambda x: x <= 1, "clip_low")
         _require(self, "grpo", "finite", math.isfinite, "entropy")
 
@@ -194,7 +201,10 @@ class AnchorConfig:
 
     def __post_init__(self):
         _choose(self, "optim.anchor", memory=MEMORIES, penalty=theory.PENALTIES)
-        strengths = [name for name in ("strength", "kappa") if getattr(self, name) is not None]
+        strengths, moving = (
+            [name for name in names if getattr(self, name) is not None]
+            for names in (("strength", "kappa"), ("source", "ema_decay"))
+        )
         if self.penalty == "none" and strengths:
             raise ValueError(
                 f"optim.anchor.{strengths[0]} is set but optim.anchor.penalty is 'none': set the penalty to 'l2' or "
@@ -205,9 +215,8 @@ class AnchorConfig:
                 f"optim.anchor.penalty is {self.penalty!r} with {' and '.join(strengths) or 'no strength'}: set either "
                 "optim.anchor.strength (λ of the paper) or optim.anchor.kappa (κ, in σ per weight)"
             )
-        moved = [name for name in ("source", "ema_decay") if getattr(self, name) is not None]
-        if self.penalty == "none" and moved:
-            raise ValueError(f"optim.anchor.{moved[0]} is set but optim.anchor.penalty is 'none': set that")
+        if self.penalty == "none" and moving:
+            raise ValueError(f"optim.anchor.{moving[0]} is set but optim.anchor.penalty is 'none': set that")
         _require(self, "optim.anchor", "at least 0 and below 1, such as 0.99", lambda x: 0 <= x < 1, "ema_decay")
         if self.ema_decay is not None and self.kappa is not None:
             raise ValueError(
@@ -216,8 +225,8 @@ class AnchorConfig:
             )
         if self.ema_decay is not None and self.memory != "device":
             raise ValueError(f"optim.anchor.memory is {self.memory!r} with optim.anchor.ema_decay: set it to 'device'")
-        _require(self, "optim.anchor", "finite and not negative", lambda x: 0 <= x < math.inf, "strength")
-        _require(self, "optim.anchor", "finite and above 0", lambda x: 0 < x < math.inf, "kappa")
+        _require(self, "optim.anchor", "finite and not negative", _at_least(0), "strength")
+        _require(self, "optim.anchor", "finite and above 0", _above(0), "kappa")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,15 +254,14 @@ class OptimConfig:
 
     def __post_init__(self):
         _choose(self, "optim", name=OPTIMIZERS)
-        _require(self, "optim", "finite and above 0", lambda x: 0 < x < math.inf, "learning_rate")
+        _require(self, "optim", "finite and above 0", _above(0), "learning_rate")
         _require(self, "optim", "at least 0 and below 1", lambda x: 0 <= x < 1, "b1", "b2")
-        _require(self, "optim", "at least 0 and below inf", lambda x: 0 <= x < math.inf, "weight_decay")
+        _require(self, "optim", "at least 0 and below inf", _at_least(0), "weight_decay")
         for field in ("b1", "b2", "weight_decay"):
-            value = getattr(self, field)
-            if value is not None and field not in OPTIONS.get(self.name, ()):
+            if (value := getattr(self, field)) is not None and field not in OPTIONS.get(self.name, ()):
                 takers = " or ".join(repr(name) for name, taken in OPTIONS.items() if field in taken)
                 raise ValueError(f"optim.{field} is {value}, but {self.name!r} has none: set optim.name to {takers}")
-        _require(self, "optim", "finite and above 0, or None", lambda x: 0 < x < math.inf, "max_grad_norm")
+        _require(self, "optim", "finite and above 0, or None", _above(0), "max_grad_norm")
         if self.anchor.kappa is not None and self.name != "sgd":
             raise ValueError(
                 f"optim.anchor.kappa is {self.anchor.kappa} with optim.name {self.name!r}: the drift of a weight is "
@@ -344,7 +352,7 @@ class EvalsConfig:
         for name in self.tasks:
             if name not in TASKS:
                 raise ValueError(unknown("task in evals.tasks", name, TASKS))
-        _require(self, "evals", "0 (never) or more", lambda x: x >= 0, "every")
+        _require(self, "evals", "0 (never) or more", _at_least(0), "every")
 
 
 @dataclasses.dataclass(frozen=True)
