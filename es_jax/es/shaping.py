@@ -9,14 +9,10 @@ logger = logging.getLogger(__name__)
 
 
 def finite_rewards(rewards: Float[np.ndarray, " n"], *, nan_rewards: str = "error") -> Float[np.ndarray, " n"]:
-    """The rewards as float64, none of them NaN or infinite.
+    """The rewards [N] as float64, none of them NaN or infinite.
 
-    Args:
-      rewards: [N].
-      nan_rewards: "error" refuses a NaN or infinite reward; "worst" gives it the lowest finite reward of the step.
-
-    Raises:
-      ValueError: an unknown `nan_rewards`, a reward that is not finite (its members are named), or none that is.
+    Such a reward is refused, its members named, where `nan_rewards` is "error" or no reward is finite; where it is
+    "worst" it counts as the lowest finite reward of the step.
     """
     if nan_rewards not in ("error", "worst"):
         raise ValueError(f"nan_rewards is {nan_rewards!r}: it must be 'error' or 'worst'")

@@ -26,7 +26,7 @@ from es_jax.training.fields import (
     TaskConfig,
     TrainConfig,
 )
-from es_jax.training.method import METHODS
+from es_jax.training.method import METHODS, MethodRecord
 
 TUPLES: dict[type, str] = {str: "names", int: "whole numbers"}
 
@@ -61,7 +61,7 @@ class RunConfig:
     def __post_init__(self):
         if self.method not in METHODS:
             raise ValueError(unknown("method", self.method, METHODS))
-        if not METHODS[self.method].perturbs:
+        if not self.record.perturbs:
             self._check_gradients()
         for field, text in self._schedules.items():
             try:
@@ -98,6 +98,10 @@ class RunConfig:
                 )
 
     @property
+    def record(self) -> MethodRecord:
+        return METHODS[self.method]
+
+    @property
     def _schedules(self) -> dict[str, str]:
         """Of α, σ and λ."""
         groups: dict[str, Any] = {"optim": self.optim, "es": self.es, "optim.anchor": self.optim.anchor}
@@ -127,7 +131,7 @@ class RunConfig:
     def anchor_kappa(self) -> float | None:
         """κ, the long-run drift of a weight in units of σ; None where the weights wander freely or it is not known."""
         optim, strength = self.optim, self.anchor_strength
-        moving = optim.name != "sgd" or not METHODS[self.method].perturbs or optim.anchor.ema_decay is not None
+        moving = optim.name != "sgd" or not self.record.perturbs or optim.anchor.ema_decay is not None
         if not strength or moving:
             return None
         return optim.anchor.kappa or self._theory(theory.drift_for_strength, strength)
@@ -181,28 +185,26 @@ def read_config(workdir: Path) -> RunConfig:
 
 
 def _checked(value: Any, hint: Any, name: str, problems: list[str]) -> Callable[[], Any]:
-    """A function that makes the field, to be called when no field anywhere has a problem."""
-    if dataclasses.is_dataclass(hint):
-        return _checked_group(value, hint, name, problems)
-    if typing.get_origin(hint) is tuple:
-        kind = typing.get_args(hint)[0]
-        if not isinstance(value, list | tuple) or not all(type(item) is kind for item in value):
-            problems.append(f"{name} is {value!r}: it must be a tuple of {TUPLES[kind]}")
-        return lambda: tuple(value)
+    """A function that makes the field or group, to be called when no field anywhere has a problem."""
     allowed = typing.get_args(hint) or (hint,)
-    if float in allowed and type(value) is int:
+    if dataclasses.is_dataclass(hint):
+        if isinstance(value, dict):
+            return _checked_group(value, hint, name and f"{name}.", problems)
+        problems.append(f"{name} is {value!r}: it is a group of fields")
+    elif typing.get_origin(hint) is tuple:
+        if not isinstance(value, list | tuple) or not all(type(item) is allowed[0] for item in value):
+            problems.append(f"{name} is {value!r}: it must be a tuple of {TUPLES[allowed[0]]}")
+        return lambda: tuple(value)
+    elif float in allowed and type(value) is int:
         value = float(value)
-    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+    elif not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
         names = " or ".join("None" if t is type(None) else t.__name__ for t in allowed)
         problems.append(f"{name} is {value!r}: it must be {names}")
     return lambda: value
 
 
-def _checked_group(values: Any, kind: Any, group: str, problems: list[str]) -> Callable[[], Any]:
-    if not isinstance(values, dict):
-        problems.append(f"{group} is {values!r}: it is a group of fields")
-        return kind
-    hints, prefix, fields = typing.get_type_hints(kind), group and f"{group}.", {}
+def _checked_group(values: dict, kind: Any, prefix: str, problems: list[str]) -> Callable[[], Any]:
+    hints, fields = typing.get_type_hints(kind), {}
     for name, value in values.items():
         if name in hints:
             fields[name] = _checked(value, hints[name], prefix + name, problems)

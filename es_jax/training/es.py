@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 import jax
@@ -28,7 +28,7 @@ from es_jax.rundir.seed_log import Entry
 from es_jax.scoring.grading import Graded, Grader
 from es_jax.training.config import RunConfig
 from es_jax.training.diagnostics import diagnose
-from es_jax.training.method import StepResult
+from es_jax.training.method import Progress, StepResult, TokenLists
 from es_jax.training.state import State, compute_dtype, make_noise
 
 T = TypeVar("T")
@@ -43,9 +43,7 @@ class Evolution:
         self._population = Population(config.es.population, seed=config.train.seed, antithetic=config.es.antithetic)
         self.unit, self.models = ("member", config.es.population), config.es.population
 
-    def step(
-        self, step: int, prompts: Sequence[Sequence[int]], grade: Grader, done: Callable[[int], None]
-    ) -> StepResult:
+    def step(self, step: int, prompts: TokenLists, grade: Grader, done: Progress) -> StepResult:
         """The step that `Method` describes; docs/diagnostics.md explains what it records."""
         es, rates, members = self._config.es, self._config.rates(step), self._population.members(step)
         scaled = dataclasses.replace(members, sign=members.sign * np.float32(rates.sigma / es.sigma))
@@ -69,9 +67,7 @@ class Evolution:
         """The estimate, which XLA fuses with the optimizer."""
         return {"estimate": self._state.estimate_seconds(entry)}
 
-    def _graded(
-        self, members: Members, prompts: Sequence[Sequence[int]], grade: Grader, done: Callable[[int], None]
-    ) -> list[list[Graded]]:
+    def _graded(self, members: Members, prompts: TokenLists, grade: Grader, done: Progress) -> list[list[Graded]]:
         """All members' completions, in the order of the prompts."""
         rows, own, everyone = self._packing.pack(prompts, rows=len(prompts)), {}, range(len(prompts))
         for member, tokens, length in self._evaluator.members(self._state.params, members, rows):

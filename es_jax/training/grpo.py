@@ -8,13 +8,14 @@ rebuild it: a run that stopped makes the steps after its last checkpoint again, 
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.lax import with_sharding_constraint
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Integer
@@ -35,7 +36,7 @@ from es_jax.scoring.grading import Grader, Pending
 from es_jax.training.config import RunConfig
 from es_jax.training.es import Evaluator, one_ahead
 from es_jax.training.fields import GRPOConfig
-from es_jax.training.method import StepResult
+from es_jax.training.method import Progress, StepResult, TokenLists
 from es_jax.training.state import State, start_of, stepped
 
 AT_ONCE = 4  # times the slots: rollouts that a group decodes in one call, while those of the last call are graded
@@ -60,7 +61,7 @@ def group_relative(
     out = np.zeros(len(rewards))
     for group in np.unique(groups):
         mine = groups == group
-        if mine.sum() > 1 and np.ptp(rewards[mine]) > 0:
+        if np.ptp(rewards[mine]) > 0:
             centred = rewards[mine] - rewards[mine].mean()
             out[mine] = centred / (rewards[mine].std(ddof=1) + eps) if scale else centred
     return out.astype(np.float32)
@@ -103,10 +104,10 @@ def token_weights(
     lengths = counted.sum(axis=1, keepdims=True)
     sequences = max(int((lengths > 0).sum()), 1)
     per_row = {
-        "token-mean": np.full(lengths.shape, max(lengths.sum(), 1)),
-        "seq-mean-token-sum": np.full(lengths.shape, sequences),
+        "token-mean": max(lengths.sum(), 1),
+        "seq-mean-token-sum": sequences,
         "seq-mean-token-mean": sequences * np.maximum(lengths, 1),
-        "seq-mean-token-sum-norm": np.full(lengths.shape, sequences * max_new_tokens),
+        "seq-mean-token-sum-norm": sequences * max_new_tokens,
     }[aggregation]
     return (counted / per_row).astype(np.float32)
 
@@ -144,9 +145,7 @@ class GRPO:
         prompts = config.task.prompts_per_step or config.task.train_size
         self.unit = ("rollout", prompts * config.grpo.rollouts)
 
-    def step(
-        self, step: int, prompts: Sequence[Sequence[int]], grade: Grader, done: Callable[[int], None]
-    ) -> StepResult:
+    def step(self, step: int, prompts: TokenLists, grade: Grader, done: Progress) -> StepResult:
         """n sampled completions of every prompt, and an optimizer step for each mini-batch of them.
 
         The entry holds all rewards, those of one prompt together.
@@ -234,9 +233,9 @@ class GRPO:
         means = {name: float(sum(v[name] for v in values) / tokens) for name in METRICS[2:]}
         if not self._config.grpo.kl_coef:
             del means["kl"]
-        loss, norms = ([float(v[name]) for v in values] for name in ("loss", "gradient_norm"))
-        average, norm = float(np.mean(loss)), float(np.mean(norms))
-        return {"loss": average, **means, "gradient_norm": norm, "gradient_norm_max": max(norms)}
+        norms = [float(v["gradient_norm"]) for v in values]
+        loss = float(np.mean([v["loss"] for v in values]))
+        return {"loss": loss, **means, "gradient_norm": float(np.mean(norms)), "gradient_norm_max": max(norms)}
 
     def _micro_batches(self, x: np.ndarray, fill: int, rows: int = 0) -> jax.Array:
         """[R, …] as micro-batches [M, m, …] on the devices, of at least so many rows: padding comes last."""
@@ -247,7 +246,7 @@ class GRPO:
 
 
 def side_by_side(
-    prompts: Sequence[Sequence[int]], tokens: np.ndarray, length: np.ndarray, *, max_prompt_tokens: int
+    prompts: TokenLists, tokens: np.ndarray, length: np.ndarray, *, max_prompt_tokens: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Tokens and positions as in `Rows`, and which completion tokens there are, bool [R, N].
 
@@ -263,13 +262,12 @@ def side_by_side(
         return min(ceil_div(longest, WIDTH_STEP) * WIDTH_STEP, limit)
 
     width = padded(max(int(length.max()), 1), tokens.shape[1])
-    left, total = padded(max(map(len, prompts)), max_prompt_tokens), len(prompts)
-    out, positions = np.zeros((total, left + width), np.int32), np.full((total, left + width), -1, np.int32)
-    for row, (prompt, n) in enumerate(zip(prompts, length, strict=True)):
-        start = left - len(prompt)
-        out[row, start:left], out[row, left : left + n] = prompt, tokens[row, :n]
-        positions[row, start : left + n] = np.arange(len(prompt) + n)
-    return out, positions, np.arange(width)[None] < length[:, None]
+    left = padded(max(map(len, prompts)), max_prompt_tokens)
+    counted, before = np.arange(width) < length[:, None], [[0] * (left - len(prompt)) + [*prompt] for prompt in prompts]
+    out = np.concatenate([before, np.where(counted, tokens[:, :width], 0)], axis=1).astype(np.int32)
+    positions = np.arange(left + width) - left + np.array([*map(len, prompts)])[:, None]
+    present = (positions >= 0) & np.concatenate([np.ones_like(before, bool), counted], axis=1)
+    return out, np.where(present, positions, -1).astype(np.int32), counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,7 +320,11 @@ class Policy:
         `params` may be an anchor that is kept in host memory.
         """
         params = jax.tree.map(jax.device_put, params, param_shardings(self.mesh, params))
-        return jax.lax.map(lambda rows: self._score(params, *self._shared(rows), width=width)[0], (tokens, positions))
+
+        def one(rows):
+            return self._score(params, *self._shared(rows), width)[0]
+
+        return jax.lax.map(one, (tokens, positions))
 
     @functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
     def update(
@@ -346,9 +348,9 @@ class Policy:
             piece = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False), rows)
             (_, sums), gradient = jax.value_and_grad(self.loss, has_aux=True)(params, piece)
             gradient, sums = optax.tree.add(carry, (gradient, sums))
-            return jax.lax.with_sharding_constraint(gradient, shardings), sums
+            return with_sharding_constraint(gradient, shardings), sums
 
-        zeros = jax.lax.with_sharding_constraint(optax.tree.zeros_like(params, jnp.float32), shardings)
+        zeros = with_sharding_constraint(optax.tree.zeros_like(params, jnp.float32), shardings)
         return jax.lax.fori_loop(0, count, micro, (zeros, dict.fromkeys(METRICS, jnp.float32(0))))
 
     def loss(self, params: Any, rows: Rows) -> tuple[Array, dict[str, Array]]:
@@ -387,7 +389,7 @@ class Policy:
         return jax.checkpoint(lambda x, layer, view, kv: block(x, self._gathered(layer), view, kv), prevent_cse=False)
 
     def _gathered(self, params: Any) -> Any:
-        return jax.lax.with_sharding_constraint(optax.tree.cast(params, self.dtype), replicated(self.mesh))
+        return with_sharding_constraint(optax.tree.cast(params, self.dtype), replicated(self.mesh))
 
     def _shared(self, rows: Any) -> Any:
-        return jax.lax.with_sharding_constraint(rows, NamedSharding(self.mesh, PartitionSpec((GROUPS, MODEL))))
+        return with_sharding_constraint(rows, NamedSharding(self.mesh, PartitionSpec((GROUPS, MODEL))))

@@ -46,7 +46,7 @@ from es_jax.tasks.rows import rows_folder
 from es_jax.tasks.task import Example, Task
 from es_jax.training.config import RunConfig, freeze
 from es_jax.training.es import Evaluator
-from es_jax.training.method import METHODS, StepResult
+from es_jax.training.method import StepResult
 from es_jax.training.recorder import Recorder
 from es_jax.training.state import State, base_config, compute_dtype, load_base, mesh_of
 from es_jax.training.weights_at import resume
@@ -145,7 +145,7 @@ class _Run:
         self.state = State(config, self.mesh, model.params)
         del model
         self.packing = engine.packing(self.prompts)
-        self.method = METHODS[config.method].make(config, self.evaluator, self.state, self.packing)
+        self.method = config.record.make(config, self.evaluator, self.state, self.packing)
         resume(config, workdir, self.state, self.log, self.checkpoints)
         directory.check_space(workdir, nbytes(self.state.params, self.state.opt_state))
         self.recorder = Recorder(

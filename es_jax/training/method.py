@@ -11,6 +11,8 @@ from typing import Any, Protocol, runtime_checkable
 from es_jax.rundir.seed_log import Entry
 from es_jax.scoring.grading import Graded, Grader
 
+TokenLists = Sequence[Sequence[int]]
+Progress = Callable[[int], None]  # is told how many more units of a step are done
 StepResult = tuple[Entry, list[list[Graded]], Mapping[str, float | None]]
 
 
@@ -26,12 +28,8 @@ class Method(Protocol):
     unit: tuple[str, int]
     models: int
 
-    def step(
-        self, step: int, prompts: Sequence[Sequence[int]], grade: Grader, done: Callable[[int], None]
-    ) -> StepResult:
-        """Make a step's completions and move the weights by their rewards; step is 1, 2, …
-
-        `prompts` are token ids; `done` is called with how many more units there are.
+    def step(self, step: int, prompts: TokenLists, grade: Grader, done: Progress) -> StepResult:
+        """Make the completions of step 1, 2, … and move the weights by their rewards.
 
         Returns:
           The step's line of the seed log; a list of completions for each member or rollout; other metrics of the step.

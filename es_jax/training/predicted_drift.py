@@ -7,7 +7,6 @@ import numpy as np
 from es_jax.es import theory
 from es_jax.rundir.seed_log import Entry
 from es_jax.training.config import RunConfig
-from es_jax.training.method import METHODS
 
 STRONG = 0.1  # l1 pull over the step of a weight, above which the continuous form is more than 2 % off
 
@@ -23,11 +22,14 @@ class PredictedDrift:
 
     def __init__(self, config: RunConfig, dim: int, *, offset: float = 0.0):
         self._config, self._dim, self._offset = config, dim, offset
-        self._xx = self._xa = self._aa = self._walked = 0.0  # E‖x‖², E⟨x, a⟩, E‖a‖² around their means; E‖Σ u‖²
-        self._towards, self._anchored, self._steps = 0.0, 1.0, 0  # means of x and a, in units of the offset
+        self._means, self._moments = (
+            np.array([0.0, 1.0]),
+            np.zeros((2, 2)),
+        )  # of (x, a): in units of offset; around them
+        self._walked, self._steps = 0.0, 0  # E‖Σ u‖²
 
     def add(self, entry: Entry) -> None:
-        if not METHODS[self._config.method].perturbs:
+        if not self._config.record.perturbs:
             return
         rates, anchor = self._config.logged_rates(entry), self._config.optim.anchor
         variance = theory.step_variance(np.array(entry.weights), paired=entry.paired)
@@ -35,22 +37,19 @@ class PredictedDrift:
         q = 1 - rates.learning_rate * rates.strength if anchor.penalty == "l2" else 1.0
         beta = 1.0 if anchor.ema_decay is None else anchor.ema_decay
         self._steps, self._walked = self._steps + 1, self._walked + step
-        xx = q**2 * (self._xx + step) + 2 * q * (1 - q) * self._xa + (1 - q) ** 2 * self._aa
-        xa = q * self._xa + (1 - q) * self._aa
-        self._aa = beta**2 * self._aa + 2 * beta * (1 - beta) * xa + (1 - beta) ** 2 * xx
-        self._xx, self._xa = xx, beta * xa + (1 - beta) * xx
-        self._towards = q * self._towards + (1 - q) * self._anchored
-        self._anchored = beta * self._anchored + (1 - beta) * self._towards
+        linear = np.array([[1, 0], [1 - beta, beta]]) @ np.array([[q, 1 - q], [0, 1]])
+        self._moments[0, 0] += step
+        self._means, self._moments = linear @ self._means, linear @ self._moments @ linear.T
 
     @property
     def norm(self) -> float | None:
         """The prediction; None where there is no closed form: for other methods and optimizers, and for an l1 anchor
         that is elsewhere, or moves, or has a schedule, or pulls hard beside the step."""
         config, optim, anchor = self._config, self._config.optim, self._config.optim.anchor
-        if not METHODS[config.method].perturbs or optim.name != "sgd":
+        if not config.record.perturbs or optim.name != "sgd":
             return None
         if anchor.penalty != "l1":
-            return math.sqrt(self._xx + (self._towards * self._offset) ** 2)
+            return math.sqrt(self._moments[0, 0] + (self._means[0] * self._offset) ** 2)
         moving = anchor.ema_decay is not None or anchor.source or self._offset
         if moving or not anchor.schedule == optim.schedule == "constant":
             return None

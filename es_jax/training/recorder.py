@@ -14,7 +14,6 @@ from es_jax.scoring.grading import Graded, means
 from es_jax.scoring.heldout import HeldOut
 from es_jax.scoring.row_results import EvalsFile, RowResults
 from es_jax.training.config import RunConfig
-from es_jax.training.method import METHODS
 from es_jax.training.predicted_drift import PredictedDrift
 
 
@@ -57,14 +56,12 @@ class Recorder:
         """
         self._predicted.add(entry)
         rewards, config = np.array(entry.rewards, float), self._config
-        sigma = config.logged_rates(entry).sigma if METHODS[config.method].perturbs else None
+        sigma = config.logged_rates(entry).sigma if config.record.perturbs else None
         self.reward = float(rewards.mean())
         row = {
             "step": entry.step,
             "reward_mean": self.reward,
-            "reward_std": float(rewards.std()),
-            "reward_min": float(rewards.min()),
-            "reward_max": float(rewards.max()),
+            **{f"reward_{name}": float(getattr(rewards, name)()) for name in ("std", "min", "max")},
             **means([*itertools.chain(*graded)]),
             **metrics,
             "drift": drift,

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
+from jax.lax import with_sharding_constraint
 from jax.sharding import Mesh, PartitionSpec
 
 from es_jax.core import processes
 from es_jax.core.mesh import make_mesh, place, replicated
-from es_jax.core.tree import map_named, named_leaves
+from es_jax.core.tree import map_named
 from es_jax.es.noise import NOISES, GaussianNoise, SharedSeedNoise
 from es_jax.es.population import Members
 from es_jax.models.config import TransformerConfig
@@ -83,8 +84,7 @@ def load_anchor(config: RunConfig, mesh: Mesh, params: Any) -> Any:
     """The weights of optim.anchor.source, like the run's own; raises ValueError where their shapes differ."""
     source = config.optim.anchor.source
     anchor = load_base(config, mesh, source=source).params
-    wanted, shapes = ({name: leaf.shape for name, leaf in named_leaves(tree)} for tree in (params, anchor))
-    if shapes != wanted:
+    if jax.tree.map(jnp.shape, anchor) != jax.tree.map(jnp.shape, params):
         raise ValueError(f"optim.anchor.source {source!r} has other parameters than model.source: give the same model")
     return anchor
 
@@ -124,7 +124,7 @@ def update(
 
 
 def _gradient(noise: GaussianNoise, mesh: Mesh, params: Any, members: Members, weights: Array) -> Any:
-    return jax.lax.with_sharding_constraint(noise.estimate(params, members, weights), param_shardings(mesh, params))
+    return with_sharding_constraint(noise.estimate(params, members, weights), param_shardings(mesh, params))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -137,10 +137,10 @@ def stepped(chain: Chain, mesh: Mesh, params: Any, opt_state: Any, gradient: Any
     """One step of the optimizer, everything left where it belongs; inside jit. `rates`: as of `update`."""
     tx = transformation(chain, mesh, params, rates.astype(jax.tree.leaves(gradient)[0].dtype))
     updates, opt_state = tx.update(gradient, opt_state, params)
-    params = jax.lax.with_sharding_constraint(optax.apply_updates(params, updates), param_shardings(mesh, params))
+    params = with_sharding_constraint(optax.apply_updates(params, updates), param_shardings(mesh, params))
 
     def stays(leaf, where):  # one in host memory is what came in, and stays as it is
-        return leaf if where.memory_kind == "pinned_host" else jax.lax.with_sharding_constraint(leaf, where)
+        return leaf if where.memory_kind == "pinned_host" else with_sharding_constraint(leaf, where)
 
     return params, jax.tree.map(stays, opt_state, state_shardings(chain, mesh, opt_state))
 
@@ -200,15 +200,10 @@ def _square(a: Array, b: Array) -> Array:
 
 
 class State:
-    """Weights and optimizer state. `apply`, `advance` and `restore` move them, and nothing else does.
+    """Weights θ and optimizer state. `apply`, `advance` and `restore` move them, and nothing else does.
 
-    Attributes:
-      params: θ; each move donates them, so keep no reference across it.
-      opt_state: of the optax chain, the anchor among it.
-      drift: ‖θ − θ₀‖ after the last step, a device scalar.
-      offset: ‖anchor − θ₀‖ at the start; 0 where training begins at the anchor.
-      spec: of `update`.
-      sentence: what the optimizer is.
+    Each move donates `params` and `opt_state`, so keep no reference across it. `drift` is ‖θ − θ₀‖ after the last step,
+    `offset` ‖anchor − θ₀‖ at the start, `sentence` what the optimizer is.
     """
 
     def __init__(self, config: RunConfig, mesh: Mesh, params: Any):

@@ -17,7 +17,6 @@ from es_jax.rundir import directory
 from es_jax.rundir.checkpoints import Checkpoints, restore_params, saved_steps
 from es_jax.rundir.seed_log import Entry, SeedLog
 from es_jax.training.config import RunConfig, read_config
-from es_jax.training.method import METHODS
 from es_jax.training.state import State, base_config, load_base
 
 logger = logging.getLogger(__name__)
@@ -52,16 +51,15 @@ def weights_at(
     """
     workdir = Path(workdir)
     config, entries = read_config(workdir), SeedLog(workdir, writable=False).entries
-    method = METHODS[config.method]
-    saved = saved_steps(workdir) if checkpoints or not method.replayable else []
-    every = range(len(entries) + 1) if method.replayable else [0, *saved]
+    saved = saved_steps(workdir) if checkpoints or not config.record.replayable else []
+    every = range(len(entries) + 1) if config.record.replayable else [0, *saved]
     wanted = sorted(set(every if steps is None else steps))
     if wanted and not 0 <= wanted[0] <= wanted[-1] <= len(entries):
         raise ValueError(f"steps are {wanted[0]} to {wanted[-1]}, but {workdir} holds steps 0 to {len(entries)}")
     for step in wanted:
         if step not in every:
             raise ValueError(
-                f"step {step} of {workdir} cannot be rebuilt: the log of a {method.title} run does not "
+                f"step {step} of {workdir} cannot be rebuilt: the log of a {config.record.title} run does not "
                 f"hold its completions, and there are checkpoints of steps {', '.join(map(str, saved)) or 'none'} "
                 "alone; raise train.keep_checkpoints, or lower train.checkpoint_every, to have more of them"
             )
@@ -114,7 +112,7 @@ def resume(config: RunConfig, workdir: Path, state: State, log: SeedLog, checkpo
         )
     if saved:
         state.restore(lambda *like: checkpoints.restore(saved, *like))
-    if METHODS[config.method].replayable:
+    if config.record.replayable:
         for entry in log.entries[saved:]:
             state.apply(entry)
         if last:
