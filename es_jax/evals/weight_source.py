@@ -14,8 +14,7 @@ from es_jax.core.tree import count
 from es_jax.evals.drift import drift
 from es_jax.rundir import directory
 from es_jax.rundir.seed_log import NAME, SeedLog
-from es_jax.training.config import RunConfig, read_config
-from es_jax.training.fields import ModelConfig
+from es_jax.training.config import ModelConfig, RunConfig, read_config
 from es_jax.training.method import METHODS
 from es_jax.training.predicted_drift import PredictedDrift
 from es_jax.training.state import load_anchor, load_base
