@@ -39,7 +39,7 @@ def _above(low: float) -> Callable[[Any], bool]:
 
 
 def _require(config: Any, group: str, must: str, holds: Callable[[Any], bool], *fields: str) -> None:
-    """Raises ValueError for the first of the fields that is set and of which `holds` is not true."""
+    """Raises ValueError for the first of the fields that is set and does not hold."""
     for field in fields:
         value = getattr(config, field)
         if value is not None and not holds(value):
@@ -531,7 +531,7 @@ def freeze(config: config_dict.ConfigDict | dict) -> RunConfig:
 
 
 def read_config(workdir: Path) -> RunConfig:
-    """The config that the run in the directory was started with."""
+    """What the run in the directory was started with."""
     return freeze(directory.read(workdir)["config"])
 
 

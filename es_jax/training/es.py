@@ -127,8 +127,7 @@ class Evaluator:
         `old` round's, which are gone then: fresh memory costs a CPU as much as the noise."""
         if not self.apart:
             return self._perturb(params, members)
-        rest, layers = dict(params), {"layers": params["layers"]}
-        del rest["layers"]
+        layers, rest = {"layers": params["layers"]}, {name: leaf for name, leaf in params.items() if name != "layers"}
         count = len(jax.tree.leaves(layers)[0])
         spare = [None] * count if old is None else [{"layers": layer} for layer in old["layers"]]
         out = self._perturb(rest, members, None, old and {name: old[name] for name in rest})

@@ -22,10 +22,7 @@ class PredictedDrift:
 
     def __init__(self, config: RunConfig, dim: int, *, offset: float = 0.0):
         self._config, self._dim, self._offset = config, dim, offset
-        self._means, self._moments = (
-            np.array([0.0, 1.0]),
-            np.zeros((2, 2)),
-        )  # of (x, a): in units of offset; around them
+        self._means, self._moments = np.array([0.0, 1.0]), np.zeros((2, 2))  # of (x, a): in units of offset; about it
         self._walked, self._steps = 0.0, 0  # E‖Σ u‖²
 
     def add(self, entry: Entry) -> None:

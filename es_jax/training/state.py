@@ -73,7 +73,7 @@ def base_config(config: RunConfig) -> TransformerConfig:
 def load_base(config: RunConfig, mesh: Mesh, *, source: str | None = None) -> Model:
     """The base model of a run, or of another `source`, in model.param_dtype and cut over all devices of the mesh."""
     return load_model(
-        source or config.model.source,
+        config.model.source if source is None else source,
         mesh=mesh,
         dtype=jnp.dtype(config.model.param_dtype),
         shardings=lambda name, shape: leaf_sharding(mesh, name, shape),
@@ -258,11 +258,7 @@ class State:
         return place(pair, replicated(self._mesh))
 
     def estimate_seconds(self, entry: Entry) -> float:
-        """How long the estimate of a step takes alone, the best of three times after the one that compiles it.
-
-        Raises:
-          Preempted: the run is to stop.
-        """
+        """How long the estimate of a step takes alone, the best of three times after the one that compiles it."""
         arguments = (self.spec.noise, self._mesh, self.params, *self._on_devices(entry))
         compute = functools.partial(processes.wait, lambda: jax.block_until_ready(estimate_square(*arguments)))
         return min(timeit.repeat(compute, number=1, repeat=4)[1:])

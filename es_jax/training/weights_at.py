@@ -63,7 +63,7 @@ def weights_at(
                 f"hold its completions, and there are checkpoints of steps {', '.join(map(str, saved)) or 'none'} "
                 "alone; raise train.keep_checkpoints, or lower train.checkpoint_every, to have more of them"
             )
-    mesh = make_mesh() if mesh is None else mesh
+    mesh = mesh or make_mesh()
     rebuilt = _rebuilt(workdir, config, mesh, entries, [step for step in wanted if step not in saved])
     for step in wanted:
         yield step, _restored(workdir, config, step, mesh) if step in saved else next(rebuilt)
