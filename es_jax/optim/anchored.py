@@ -97,7 +97,8 @@ def anchored_weight_decay(
         now = rate(state.count) if callable(rate) else rate
 
         def pulled(u, p, a):
-            dtype = p.dtype if arithmetic == "param" else jnp.promote_types(u.dtype, jnp.float32)
+            wide = jnp.float32 if jnp.finfo(u.dtype).bits < 32 else u.dtype
+            dtype = p.dtype if arithmetic == "param" else wide
             values = (jnp.asarray(x, dtype) for x in (u, p, a, now))
             return _PULL[arithmetic][penalty](*values).astype(u.dtype)
 
