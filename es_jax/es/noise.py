@@ -69,11 +69,9 @@ class GaussianNoise:
 
     def _sample(self, seed: Array, name: str, leaf: Array, row: Row | None = None) -> Float[Array, "..."]:
         """ε of one leaf for one member, in the dtype of the arithmetic."""
-        return self._drawn(seed, name, leaf, row).astype(self._arithmetic(leaf))
-
-    def _drawn(self, seed: Array, name: str, leaf: Array, row: Row | None) -> Float[Array, "..."]:
         index, shape = (None, leaf.shape) if row is None else (row[0], (row[1], *leaf.shape[1:]))
-        return rng.normal(seed, name, shape, generator=self.generator, row=index)
+        noise = rng.normal(seed, name, shape, generator=self.generator, row=index)
+        return noise.astype(self._arithmetic(leaf))
 
     def _arithmetic(self, leaf: Array) -> jnp.dtype:
         return jnp.dtype(jnp.float64) if leaf.dtype == jnp.float64 else jnp.dtype(jnp.float32)
@@ -127,9 +125,9 @@ class GaussianNoise:
             raise ValueError(f"weights have shape {weights.shape} for {len(members)} members: give one weight a member")
         signed = weights.astype(jnp.float32) * members.sign * jnp.float32(-1 / len(members))
         seeds, signed = (members.seed[::2], signed[::2] + signed[1::2]) if members.paired else (members.seed, signed)
-
-        together, n = min(_TOGETHER, len(seeds)), len(seeds)
-        first = (n - 1) % together + 1  # members in the first, shorter pass: the others are all of one length
+        together = min(_TOGETHER, len(seeds))
+        passes, rest = divmod(len(seeds) - 1, together)
+        first = rest + 1  # members in the first, shorter pass: the others are all of one length
 
         def leaf_estimate(name, leaf):
             _check_float(name, leaf)
@@ -142,7 +140,6 @@ class GaussianNoise:
                 return total
 
             total = add(0, first, jnp.zeros(leaf.shape, kind))
-            passes = (n - first) // together
             if passes:
                 total = jax.lax.fori_loop(0, passes, lambda k, t: add(first + k * together, together, t), total)
             return total
@@ -174,7 +171,7 @@ class SharedSeedNoise(GaussianNoise):
     def _arithmetic(self, leaf: Array) -> jnp.dtype:
         return leaf.dtype
 
-    def _drawn(self, seed: Array, name: str, leaf: Array, row: Row | None) -> Float[Array, "..."]:
+    def _sample(self, seed: Array, name: str, leaf: Array, row: Row | None = None) -> Float[Array, "..."]:
         index, shape = None, leaf.shape
         if self.stacked and name.startswith(self.stacked):
             shape = leaf.shape[1:]

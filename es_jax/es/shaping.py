@@ -10,14 +10,10 @@ Rewards = Float[np.ndarray | Array, " n"]
 
 
 def finite_rewards(rewards: Rewards, *, nan_rewards: str = "error") -> Float[np.ndarray, " n"]:
-    """The rewards as float64, none of them NaN or infinite.
+    """The rewards [N] as float64, none of them NaN or infinite.
 
-    Args:
-      rewards: [N].
-      nan_rewards: "error" refuses a NaN or infinite reward; "worst" gives it the lowest finite reward of the step.
-
-    Raises:
-      ValueError: an unknown `nan_rewards`, a reward that is not finite (its members are named), or none that is.
+    Such a reward is refused, its members named, where `nan_rewards` is "error" or no reward is finite; where it is
+    "worst" it counts as the lowest finite reward of the step.
     """
     if nan_rewards not in ("error", "worst"):
         raise ValueError(f"nan_rewards is {nan_rewards!r}: it must be 'error' or 'worst'")
@@ -25,7 +21,7 @@ def finite_rewards(rewards: Rewards, *, nan_rewards: str = "error") -> Float[np.
     if rewards.ndim != 1:
         raise ValueError(f"rewards have shape {rewards.shape}: give one number a member")
     bad = np.flatnonzero(~np.isfinite(rewards))
-    if not len(bad):
+    if not bad.size:
         return rewards
     who = f"member{'s' if len(bad) > 1 else ''} {', '.join(f'{i} ({rewards[i]})' for i in bad)} of {len(rewards)}"
     if nan_rewards == "error" or len(bad) == len(rewards):
@@ -59,10 +55,8 @@ def centered_rank(rewards: Rewards, *, nan_rewards: str = "error") -> np.ndarray
     [0.25, -0.5, 0.25]
     """
     rewards = finite_rewards(rewards, nan_rewards=nan_rewards)
-    below = (rewards[:, None] > rewards[None, :]).sum(1)
-    equal = (rewards[:, None] == rewards[None, :]).sum(1)
-    rank = below + (equal - 1) / 2
-    return (rank / max(len(rewards) - 1, 1) - 0.5).astype(np.float32)
+    below, equal = ((rewards[:, None] > rewards).sum(1), (rewards[:, None] == rewards).sum(1))
+    return ((below + (equal - 1) / 2) / max(len(rewards) - 1, 1) - 0.5).astype(np.float32)
 
 
 SHAPINGS = {"z_score": z_score, "centered_rank": centered_rank}

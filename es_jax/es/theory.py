@@ -52,11 +52,7 @@ def anchored_norm(
     """
     _check(penalty, strength)
     walk = random_walk_norm(
-        learning_rate=learning_rate,
-        dim=dim,
-        steps=steps,
-        population=population,
-        pair_correlation=pair_correlation,
+        learning_rate=learning_rate, dim=dim, steps=steps, population=population, pair_correlation=pair_correlation
     )
     if penalty == "none" or strength == 0 or steps == 0:
         return walk

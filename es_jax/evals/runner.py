@@ -23,9 +23,8 @@ from es_jax.rundir.metrics import LAST, Jsonl
 from es_jax.scoring.heldout import HeldOut, cast, evaluate
 from es_jax.scoring.row_results import EvalsFile, read_evals
 from es_jax.tasks.task import Task
-from es_jax.training.config import RunConfig, read_config
+from es_jax.training.config import MeshConfig, ModelConfig, RunConfig, read_config
 from es_jax.training.es import Evaluator
-from es_jax.training.fields import MeshConfig, ModelConfig
 from es_jax.training.loop import make_task, other_task
 from es_jax.training.state import base_config, compute_dtype, mesh_of
 from es_jax.weights.model import config_only

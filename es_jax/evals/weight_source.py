@@ -14,10 +14,9 @@ from es_jax.core.tree import count
 from es_jax.evals.drift import drift
 from es_jax.rundir import directory
 from es_jax.rundir.seed_log import NAME, SeedLog
-from es_jax.training.config import RunConfig, read_config
-from es_jax.training.fields import ModelConfig
+from es_jax.training.config import ModelConfig, RunConfig, read_config
 from es_jax.training.method import METHODS
-from es_jax.training.predicted_drift import Walk
+from es_jax.training.predicted_drift import PredictedDrift
 from es_jax.training.state import load_anchor, load_base
 from es_jax.training.weights_at import weights_at
 from es_jax.weights.model import Model, load_outline
@@ -76,10 +75,10 @@ def of_run(workdir: Path, mesh: Mesh) -> WeightSource:
 
     def predicted(last: int, start: Any) -> dict[int, float | None]:
         offset = drift(start, load_anchor(config, mesh, start))["norm"] if config.optim.anchor.source else 0.0
-        walk, norms = Walk(config, count(start), offset=offset), {}
+        prediction, norms = PredictedDrift(config, count(start), offset=offset), {}
         for entry in log.entries[:last] if perturbs else ():
-            walk.add(entry)
-            norms[entry.step] = walk.norm
+            prediction.add(entry)
+            norms[entry.step] = prediction.norm
         return norms
 
     return WeightSource(

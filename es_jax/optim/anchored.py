@@ -72,9 +72,9 @@ def anchored_weight_decay(
       >>> optax.apply_updates(params, updates)["w"].tolist()  # one step up to 2, half of it pulled back
       [1.5]
     """
-    if penalty not in _PULL:
-        raise ValueError(f"penalty is {penalty!r}: it must be one of {', '.join(map(repr, _PULL))}")
-    if arithmetic not in ("float32", "param"):
+    if penalty not in _PULL["float32"]:
+        raise ValueError(f"penalty is {penalty!r}: it must be one of {', '.join(map(repr, _PULL['float32']))}")
+    if arithmetic not in _PULL:
         raise ValueError(f"arithmetic is {arithmetic!r}: it must be 'float32' or 'param'")
     if ema_decay is not None and not 0 <= ema_decay < 1:
         raise ValueError(
@@ -97,13 +97,10 @@ def anchored_weight_decay(
         now = rate(state.count) if callable(rate) else rate
 
         def pulled(u, p, a):
-            if arithmetic == "param":
-                stepped = p + u.astype(p.dtype)
-                moved = _SHRINK[penalty](stepped - a.astype(p.dtype), jnp.asarray(now, p.dtype))
-                return (a.astype(p.dtype) + moved - p).astype(u.dtype)
             wide = jnp.float32 if jnp.finfo(u.dtype).bits < 32 else u.dtype
-            u_, p_, a_ = u.astype(wide), p.astype(wide), a.astype(wide)
-            return _PULL[penalty](u_, p_, a_, jnp.asarray(now, wide)).astype(u.dtype)
+            dtype = p.dtype if arithmetic == "param" else wide
+            values = (jnp.asarray(x, dtype) for x in (u, p, a, now))
+            return _PULL[arithmetic][penalty](*values).astype(u.dtype)
 
         def followed(a, p, u):
             new = (p + u.astype(p.dtype)).astype(jnp.promote_types(a.dtype, jnp.float32))
@@ -131,10 +128,10 @@ def _on_devices(anchor, sharding):
 
 def _l2(update, param, anchor, rate):
     # Written as a correction of the update, so that it rounds like the step itself; all the way at rate 1 is exact.
-    return jnp.where(rate == 1, anchor - param, update - _rounded(rate * (param + update - anchor)))
+    return jnp.where(rate == 1, anchor - param, update - rounded(rate * (param + update - anchor)))
 
 
-def _rounded(product):
+def rounded(product):
     """A float32 product less its last bit: no compiler then takes it unrounded into the sum after it."""
     if product.dtype != jnp.float32:
         return product
@@ -147,10 +144,16 @@ def _l1(update, param, anchor, rate):
     return jnp.where((jnp.abs(distance) <= rate) & (rate > 0), anchor - param, update - jnp.clip(distance, -rate, rate))
 
 
-_PULL = {"l2": _l2, "l1": _l1}
-_SHRINK = {
-    "l2": lambda moved, rate: (1 - rate) * moved,
-    "l1": lambda moved, rate: jnp.sign(moved) * jnp.maximum(jnp.abs(moved) - rate, 0),
+def _published(shrink):
+    return lambda update, param, anchor, rate: anchor + shrink(param + update - anchor, rate) - param
+
+
+_PULL = {
+    "float32": {"l2": _l2, "l1": _l1},
+    "param": {
+        "l2": _published(lambda moved, rate: (1 - rate) * moved),
+        "l1": _published(lambda moved, rate: jnp.sign(moved) * jnp.maximum(jnp.abs(moved) - rate, 0)),
+    },
 }
 
 

@@ -7,8 +7,7 @@ from typing import Any
 import jax
 import optax
 
-from es_jax.core.threefry_normal import rounded
-from es_jax.optim.anchored import anchored_weight_decay
+from es_jax.optim.anchored import anchored_weight_decay, rounded
 
 OPTIMIZERS = {
     "sgd": optax.sgd,
@@ -24,11 +23,8 @@ OPTIONS = {"adam": ("b1", "b2"), "adamw": ("b1", "b2", "weight_decay"), "lion": 
 class Chain:
     """All that the program of an optimizer depends on, but for its rates: steps with equal chains share a program.
 
-    Attributes:
-      name, options: of OPTIMIZERS, and the arguments that are set.
-      max_grad_norm: at which the whole gradient is clipped; None leaves it as it is.
-      penalty, arithmetic, ema_decay: as `anchored_weight_decay` takes them; penalty "none" is a chain without anchor.
-      memory: the kind of memory that holds the anchor.
+    `options` are those arguments of the optimizer `name` that are set. Penalty "none" is a chain without anchor;
+    `memory` is the kind that holds the anchor.
     """
 
     name: str = "sgd"
@@ -43,10 +39,10 @@ class Chain:
     def of(cls, config: Any) -> "Chain":
         """A run's; `config` as for `build_optimizer`."""
         optim, anchor = config.optim, config.optim.anchor
-        options = ((name, getattr(optim, name)) for name in OPTIONS.get(optim.name, ()))
+        options = {name: getattr(optim, name) for name in OPTIONS.get(optim.name, ())}
         return cls(
             optim.name,
-            tuple((name, value) for name, value in options if value is not None),
+            tuple((name, value) for name, value in options.items() if value is not None),
             optim.max_grad_norm,
             anchor.penalty,
             "param" if config.es.noise == "shared_seed" else "float32",  # as published: all in the weights' dtype
@@ -93,19 +89,15 @@ def build_optimizer(
     sgd with learning rate 0.0005, no anchor.
     """
     del params  # no rule depends on the leaves yet
-    rate = config.optim.learning_rate
-    rates = (rate, rate * config.anchor_strength) if rates is None else rates
+    if rates is None:
+        rates = (config.optim.learning_rate, config.optim.learning_rate * config.anchor_strength)
     return Chain.of(config).transformation(rates, anchor_sharding), describe(config)
 
 
 def describe(config: Any) -> str:
     """One sentence on the optimizer of a run; `config` as for `build_optimizer`."""
-    chain, rate, strength, anchor = (
-        Chain.of(config),
-        config.optim.learning_rate,
-        config.anchor_strength,
-        config.optim.anchor,
-    )
+    chain, anchor = Chain.of(config), config.optim.anchor
+    rate, strength = config.optim.learning_rate, config.anchor_strength
     sentence = "" if chain.max_grad_norm is None else f"gradients clipped at norm {chain.max_grad_norm:g}, "
     sentence += f"{chain.name} with learning rate {rate:g}{_by(config.optim.schedule)}"
     sentence += "".join(f", {name} {value:g}" for name, value in chain.options)
@@ -128,14 +120,11 @@ def _by(schedule: str) -> str:
 
 
 def _separated(optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """The optimizer, its float32 updates kept apart from the sum after them: see `es_jax.core.threefry_normal.rounded`.
-
-    Without it the weights' last bits depend on how a device's slice is cut.
-    """
+    """The optimizer with rounded updates: else the weights' last bits depend on how a device's slice is cut."""
     optimizer = optax.with_extra_args_support(optimizer)
 
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+    def update(updates, state, params=None, **extra):
         updates, state = optimizer.update(updates, state, params, **extra)
-        return jax.tree.map(lambda u: rounded(u) if u.dtype == "float32" else u, updates), state
+        return jax.tree.map(rounded, updates), state
 
     return optax.GradientTransformationExtraArgs(optimizer.init, update)

@@ -15,19 +15,13 @@ def make_schedule(text: str, steps: int) -> Callable[[int], float]:
 
     Over the first `warmup` steps (0 by default) the factor rises as t/warmup to 1; from there to the last step it goes
     to `end` (0 by default): along a line, along half a cosine, or for "constant" not at all, which takes no end.
-
-    Args:
-      text: such as "constant", "linear:0.1", "cosine:0:20", "constant::20".
-      steps: T, the run's train.steps.
-
-    Raises:
-      ValueError: what is wrong with the text.
+    Examples: "constant", "linear:0.1", "cosine:0:20", "constant::20". ValueError says what is wrong with the text.
 
     >>> [round(make_schedule("linear:0:2", 4)(t), 2) for t in (1, 2, 3, 4)]
     [0.5, 1.0, 0.5, 0.0]
     """
     shape, end, warmup = parse(text)
-    if warmup >= steps and warmup:
+    if warmup and warmup >= steps:
         raise ValueError(f"schedule {text!r} warms up for {warmup} of {steps} steps: it must be fewer")
     rest = max(steps - warmup, 1)
     tail = {
@@ -59,5 +53,4 @@ def parse(text: str) -> tuple[str, float, int]:
 
 def largest(text: str) -> float:
     """The largest factor there ever is."""
-    shape, end, _ = parse(text)
-    return max(1.0, end) if shape != "constant" else 1.0
+    return max(1.0, parse(text)[1])

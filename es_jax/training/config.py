@@ -1,38 +1,389 @@
-"""The config of a run: ml_collections at the door, frozen dataclasses inside. Defaults stand in `fields`, once."""
+"""The config of a run: ml_collections at the door, frozen dataclasses inside, which refuse values out of range."""
 
 import dataclasses
+import math
 import operator
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ml_collections import config_dict
 
+from es_jax.core import rng
 from es_jax.core.names import unknown
 from es_jax.es import theory
+from es_jax.es.noise import NOISES
+from es_jax.es.population import Population
+from es_jax.es.shaping import SHAPINGS
+from es_jax.optim.chains import OPTIMIZERS, OPTIONS
 from es_jax.optim.schedules import largest, make_schedule, parse
 from es_jax.rundir import directory
 from es_jax.rundir.seed_log import Entry
-from es_jax.training.fields import (
-    DecodeConfig,
-    ESConfig,
-    EvalsConfig,
-    GRPOConfig,
-    MeshConfig,
-    ModelConfig,
-    OptimConfig,
-    TaskConfig,
-    TrainConfig,
-)
-from es_jax.training.method import METHODS
+from es_jax.tasks import TASKS
+from es_jax.training.method import METHODS, MethodRecord
 
+MEMORIES = ("device", "pinned_host")
+DTYPES = ("float32", "bfloat16", "float16")
+AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 TUPLES: dict[type, str] = {str: "names", int: "whole numbers"}
 
 
+def _at_least(low: float) -> Callable[[Any], bool]:
+    return lambda x: low <= x < math.inf
+
+
+def _above(low: float) -> Callable[[Any], bool]:
+    return lambda x: low < x < math.inf
+
+
+def _require(config: Any, group: str, must: str, holds: Callable[[Any], bool], *fields: str) -> None:
+    """Raises ValueError for the first of the fields that is set and does not hold."""
+    for field in fields:
+        value = getattr(config, field)
+        if value is not None and not holds(value):
+            raise ValueError(f"{group}.{field} is {value}: it must be {must}")
+
+
+def _positive(config: Any, group: str, *fields: str) -> None:
+    _require(config, group, "at least 1", _at_least(1), *fields)
+
+
+def _choose(config: Any, group: str, **known: Iterable[str]) -> None:
+    """Raises ValueError for the first field whose value is not a known one."""
+    for field, names in known.items():
+        if (value := getattr(config, field)) not in names:
+            raise ValueError(unknown(f"{group}.{field}", value, names))
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The model.
+
+    Attributes:
+      source: a Hugging Face folder, a .gguf file, or a hub name.
+      dtype: what members compute in; "auto" is bfloat16 on accelerators and float32 on CPU.
+      param_dtype: what the master weights and the anchor are kept in. Anything but float32 loses small updates.
+    """
+
+    source: str = ""
+    dtype: str = "auto"
+    param_dtype: str = "float32"
+
+    def __post_init__(self):
+        _choose(self, "model", dtype=("auto", *DTYPES), param_dtype=DTYPES)
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskConfig:
+    """What the members are scored on.
+
+    Attributes:
+      name: a name of `es_jax.tasks.TASKS`.
+      data_dir: a folder of rows, where the task is not to use its own; relative to the working directory.
+      grader: "paper" or "strict", where the task has both.
+      train_size: how many training prompts there are.
+      prompts_per_step: how many of them a step scores its members on; None is all of them, every step.
+      seed: of the rows, where the task generates them; None is the task's own default.
+    """
+
+    name: str = "countdown"
+    data_dir: str | None = None
+    grader: str | None = None
+    train_size: int = 200
+    prompts_per_step: int | None = None
+    seed: int | None = None
+
+    def __post_init__(self):
+        _positive(self, "task", "train_size", "prompts_per_step")
+        if (self.prompts_per_step or 0) > self.train_size:
+            raise ValueError(
+                f"task.prompts_per_step is {self.prompts_per_step} of task.train_size {self.train_size}: "
+                "a step cannot use more prompts than there are; raise task.train_size"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class ESConfig:
+    """The population.
+
+    Attributes:
+      population: N ≥ 2 members a step.
+      sigma: σ > 0, the noise scale.
+      schedule: what σ is multiplied by, step by step: `es_jax.optim.schedules`.
+      antithetic: members are pairs θ ± σε; N even.
+      noise: "gaussian", or "shared_seed" as published (equal-shaped parameters share noise; arithmetic in param_dtype).
+      generator: what draws the noise: "threefry13", or "threefry" of jax.random, as runs without this field have it.
+      shaping: "z_score" as published, or "centered_rank".
+      rewards: "task", or "random" to draw them from a normal distribution instead: the control experiment that shows
+        what the random walk does by itself. Members are still decoded and graded for the metrics.
+      nan_rewards: "error", or "worst" to count a member whose reward is not finite as the worst of its step.
+    """
+
+    population: int = 30
+    sigma: float = 1e-3
+    schedule: str = "constant"
+    antithetic: bool = False
+    noise: str = "gaussian"
+    generator: str = rng.DEFAULT
+    shaping: str = "z_score"
+    rewards: str = "task"
+    nan_rewards: str = "error"
+
+    def __post_init__(self):
+        Population(self.population, seed=0, antithetic=self.antithetic)
+        if not (self.sigma > 0 and math.isfinite(self.sigma)):
+            raise ValueError(f"es.sigma is {self.sigma}: the noise scale must be above 0 (the papers use 1e-3)")
+        _choose(self, "es", noise=NOISES, generator=rng.GENERATORS, shaping=SHAPINGS)
+        _choose(self, "es", rewards=("task", "random"), nan_rewards=("error", "worst"))
+
+
+@dataclasses.dataclass(frozen=True)
+class GRPOConfig:
+    """GRPO (arXiv 2402.03300), for method="grpo"; the defaults are the settings that arXiv 2605.30148 compares with.
+
+    Attributes:
+      rollouts: n ≥ 2 completions of each prompt a step.
+      temperature: > 0, of the rollouts and of the log-probabilities.
+      mini_batch: prompts an optimizer step learns from; a step's last mini-batch may be smaller.
+      micro_batch: rows that a device differentiates at once; a matter of memory alone.
+      clip_low, clip_high: ε: the ratio counts within 1 − clip_low .. 1 + clip_high.
+      dual_clip: c > 1: a token of negative advantage loses at most c times its advantage.
+      kl_coef: ≥ 0, of the k3 estimate of KL(π ‖ π_ref) in the loss; at 0 no reference is scored.
+      entropy: of the entropy bonus.
+      aggregation: how tokens' losses become one; see `grpo.token_weights`.
+      scale_by_std: divide advantages by their group's std; False is Dr. GRPO (arXiv 2503.20783).
+      std_eps: ≥ 0, added to that std.
+      log_ratio_limit: > 0: log-ratios are clamped to ± this before they are raised.
+      kl_limit: > 0: the estimate of a token's KL is clamped to ± this.
+    """
+
+    rollouts: int = 30
+    temperature: float = 1.0
+    mini_batch: int = 32
+    micro_batch: int = 8
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float = 3.0
+    kl_coef: float = 1e-3
+    entropy: float = 0.0
+    aggregation: str = "token-mean"
+    scale_by_std: bool = True
+    std_eps: float = 1e-6
+    log_ratio_limit: float = 20.0
+    kl_limit: float = 10.0
+
+    def __post_init__(self):
+        _choose(self, "grpo", aggregation=AGGREGATIONS)
+        _require(self, "grpo", "finite and at least 2", _at_least(2), "rollouts")
+        _require(self, "grpo", "finite and at least 1", _at_least(1), "mini_batch", "micro_batch")
+        not_negative = ("kl_coef", "std_eps", "clip_low", "clip_high")
+        _require(self, "grpo", "finite and at least 0", _at_least(0), *not_negative)
+        _require(self, "grpo", "finite and above 0", _above(0), "temperature", "log_ratio_limit", "kl_limit")
+        _require(self, "grpo", "finite and above 1", _above(1), "dual_clip")
+        _require(self, "grpo", "at most 1, for a ratio is never negative", lambda x: x <= 1, "clip_low")
+        _require(self, "grpo", "finite", math.isfinite, "entropy")
+
+
+@dataclasses.dataclass(frozen=True)
+class AnchorConfig:
+    """Anchored weight decay.
+
+    Attributes:
+      penalty: "none", "l2" or "l1".
+      strength: λ ≥ 0 of the paper (10 for l2, 0.01 for l1); or give `kappa`.
+      kappa: κ > 0, how many σ a weight may drift in the long run; λ follows from it. Plain sgd only.
+      schedule: what λ is multiplied by, step by step: `es_jax.optim.schedules`.
+      source: the model to be pulled to, where it is not the one that training starts from (model.source): in a
+        sequence of tasks, the base of the first.
+      ema_decay: β of an anchor that follows the weights, their exponential average over about 1/(1 − β) steps; None:
+        it is fixed.
+      memory: where the starting weights are kept: "device", or "pinned_host" to bring them leaf by leaf each step.
+    """
+
+    penalty: str = "none"
+    strength: float | None = None
+    kappa: float | None = None
+    schedule: str = "constant"
+    source: str | None = None
+    ema_decay: float | None = None
+    memory: str = "device"
+
+    def __post_init__(self):
+        _choose(self, "optim.anchor", memory=MEMORIES, penalty=theory.PENALTIES)
+        strengths, moving = (
+            [name for name in names if getattr(self, name) is not None]
+            for names in (("strength", "kappa"), ("source", "ema_decay"))
+        )
+        if self.penalty == "none" and strengths:
+            raise ValueError(
+                f"optim.anchor.{strengths[0]} is set but optim.anchor.penalty is 'none': set the penalty to 'l2' or "
+                "'l1'"
+            )
+        if self.penalty != "none" and len(strengths) != 1:
+            raise ValueError(
+                f"optim.anchor.penalty is {self.penalty!r} with {' and '.join(strengths) or 'no strength'}: set either "
+                "optim.anchor.strength (λ of the paper) or optim.anchor.kappa (κ, in σ per weight)"
+            )
+        if self.penalty == "none" and moving:
+            raise ValueError(f"optim.anchor.{moving[0]} is set but optim.anchor.penalty is 'none': set that")
+        _require(self, "optim.anchor", "at least 0 and below 1, such as 0.99", lambda x: 0 <= x < 1, "ema_decay")
+        if self.ema_decay is not None and self.kappa is not None:
+            raise ValueError(
+                f"optim.anchor.kappa is {self.kappa} with optim.anchor.ema_decay: weights that are pulled to their own "
+                "average have no long-run drift; set optim.anchor.strength instead"
+            )
+        if self.ema_decay is not None and self.memory != "device":
+            raise ValueError(f"optim.anchor.memory is {self.memory!r} with optim.anchor.ema_decay: set it to 'device'")
+        _require(self, "optim.anchor", "finite and not negative", _at_least(0), "strength")
+        _require(self, "optim.anchor", "finite and above 0", _above(0), "kappa")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """The optimizer.
+
+    Attributes:
+      name: one of `es_jax.optim.chains.OPTIMIZERS`; the papers' step is "sgd".
+      learning_rate: α > 0, with the 1/σ of the gradient folded in, as in the papers.
+      schedule: what α is multiplied by, step by step: `es_jax.optim.schedules`.
+      b1, b2: in [0, 1), decay of the moments; None is optax's default. adam, adamw and lion.
+      weight_decay: ≥ 0, decoupled, toward zero; None is optax's default. adamw and lion.
+      max_grad_norm: > 0: gradients of a larger norm are scaled down to it; None does not clip.
+      anchor: the pull toward the starting weights.
+    """
+
+    name: str = "sgd"
+    learning_rate: float = 5e-4
+    schedule: str = "constant"
+    b1: float | None = None
+    b2: float | None = None
+    weight_decay: float | None = None
+    max_grad_norm: float | None = None
+    anchor: AnchorConfig = AnchorConfig()
+
+    def __post_init__(self):
+        _choose(self, "optim", name=OPTIMIZERS)
+        _require(self, "optim", "finite and above 0", _above(0), "learning_rate")
+        _require(self, "optim", "at least 0 and below 1", lambda x: 0 <= x < 1, "b1", "b2")
+        _require(self, "optim", "at least 0 and below inf", _at_least(0), "weight_decay")
+        for field in ("b1", "b2", "weight_decay"):
+            if (value := getattr(self, field)) is not None and field not in OPTIONS.get(self.name, ()):
+                takers = " or ".join(repr(name) for name, taken in OPTIONS.items() if field in taken)
+                raise ValueError(f"optim.{field} is {value}, but {self.name!r} has none: set optim.name to {takers}")
+        _require(self, "optim", "finite and above 0, or None", _above(0), "max_grad_norm")
+        if self.anchor.kappa is not None and self.name != "sgd":
+            raise ValueError(
+                f"optim.anchor.kappa is {self.anchor.kappa} with optim.name {self.name!r}: the drift of a weight is "
+                "known in closed form for 'sgd' alone; set optim.anchor.strength instead"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeConfig:
+    """Generation.
+
+    Attributes:
+      max_prompt_tokens: the longest prompt allowed, in tokens.
+      max_new_tokens: tokens after which a completion is cut.
+      slots: prompts that a member decodes at once.
+      members_at_once: members that a group of devices evaluates in one call; more than 1 pays for small models.
+    """
+
+    max_prompt_tokens: int = 512
+    max_new_tokens: int = 1024
+    slots: int = 64
+    members_at_once: int = 1
+
+    def __post_init__(self):
+        _positive(self, "decode", "max_prompt_tokens", "max_new_tokens", "slots", "members_at_once")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The loop.
+
+    Attributes:
+      steps: iterations T.
+      seed: of the noise and of the order of the prompts.
+      checkpoint_every: steps between checkpoints; the last step has one too. Steps since are replayed on resume.
+      keep_checkpoints: how many checkpoints stay.
+      samples: completions of each step's first member that go to samples.jsonl.
+      profile: (start, stop): a TensorBoard trace of steps start to stop − 1 is written to the run's tb folder.
+        It ends with the last step of the run at the latest.
+    """
+
+    steps: int = 500
+    seed: int = 0
+    checkpoint_every: int = 25
+    keep_checkpoints: int = 2
+    samples: int = 2
+    profile: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        _positive(self, "train", "steps", "checkpoint_every", "keep_checkpoints")
+        if self.profile and not (len(self.profile) == 2 and 1 <= self.profile[0] < self.profile[1]):
+            raise ValueError(
+                f"train.profile is {self.profile}: give the first step of the trace and the one after its last, "
+                "1 ≤ start < stop, such as (3, 5)"
+            )
+        if self.profile and self.profile[0] > self.steps:
+            raise ValueError(
+                f"train.profile is {self.profile}, but the last step is train.steps = {self.steps}: nothing would be "
+                "traced; start earlier"
+            )
+        if self.samples < 0:
+            raise ValueError(f"train.samples is {self.samples}: it must not be negative")
+        try:
+            rng.check_seed(self.seed)
+        except ValueError as error:
+            raise ValueError(f"train.{error}") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalsConfig:
+    """Evaluation of the unperturbed model on held-out rows, at step 0, every `every` steps and at the end.
+
+    Attributes:
+      every: steps between evaluations; 0 is never.
+      rows: how many test rows, of each task.
+      tasks: other tasks to evaluate besides the one that is trained.
+      data_dir: a folder with a folder of rows for each of `tasks`, named like it (`-` may be `_`); None: the task's
+        own, of the hub or made here. The laboratory's tasks always make theirs.
+    """
+
+    every: int = 25
+    rows: int = 200
+    tasks: tuple[str, ...] = ()
+    data_dir: str | None = None
+
+    def __post_init__(self):
+        _positive(self, "evals", "rows")
+        for name in self.tasks:
+            if name not in TASKS:
+                raise ValueError(unknown("task in evals.tasks", name, TASKS))
+        _require(self, "evals", "0 (never) or more", _at_least(0), "every")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """The device mesh: groups of devices that hold a member each, and devices in a group.
+
+    Attributes:
+      groups: groups; None is as many as there are devices for.
+      model: devices that share one member, by its heads, MLP and vocabulary; None is the fewest with room for it.
+    """
+
+    groups: int | None = None
+    model: int | None = None
+
+    def __post_init__(self):
+        _positive(self, "mesh", "groups", "model")
+
+
 class Rates(NamedTuple):
-    """What a step's size depends on: α, σ and λ."""
+    """α, σ and λ of a step."""
 
     learning_rate: float
     sigma: float
@@ -61,7 +412,7 @@ class RunConfig:
     def __post_init__(self):
         if self.method not in METHODS:
             raise ValueError(unknown("method", self.method, METHODS))
-        if not METHODS[self.method].perturbs:
+        if not self.record.perturbs:
             self._check_gradients()
         for field, text in self._schedules.items():
             try:
@@ -98,20 +449,24 @@ class RunConfig:
                 )
 
     @property
+    def record(self) -> MethodRecord:
+        return METHODS[self.method]
+
+    @property
     def _schedules(self) -> dict[str, str]:
-        groups: dict[str, Any] = {"optim": self.optim, "es": self.es, "optim.anchor": self.optim.anchor}  # α, σ and λ
+        """Of α, σ and λ."""
+        groups: dict[str, Any] = {"optim": self.optim, "es": self.es, "optim.anchor": self.optim.anchor}
         return {f"{name}.schedule": group.schedule for name, group in groups.items()}
 
     def rates(self, step: int) -> Rates:
-        """α, σ and λ of step 1..T, by their schedules."""
+        """Of step 1..T, by the schedules."""
         factors = (make_schedule(text, self.train.steps)(step) for text in self._schedules.values())
         return Rates(*map(operator.mul, self._constants, factors))
 
     def logged_rates(self, entry: Entry) -> Rates:
-        """α, σ and λ of a step of the seed log; the config's constants where an old log does not tell."""
-        if entry.learning_rate is None or entry.sigma is None or entry.strength is None:
-            return self._constants
-        return Rates(entry.learning_rate, entry.sigma, entry.strength)
+        """Of a step of the seed log; the config's constants where an old log does not tell."""
+        rates = (entry.learning_rate, entry.sigma, entry.strength)
+        return self._constants if None in rates else Rates(*rates)  # type: ignore[arg-type]
 
     @property
     def _constants(self) -> Rates:
@@ -126,12 +481,11 @@ class RunConfig:
     @property
     def anchor_kappa(self) -> float | None:
         """κ, the long-run drift of a weight in units of σ; None where the weights wander freely or it is not known."""
-        moving = (
-            self.optim.name != "sgd" or not METHODS[self.method].perturbs or self.optim.anchor.ema_decay is not None
-        )
-        if not self.anchor_strength or moving:
+        optim, strength = self.optim, self.anchor_strength
+        moving = optim.name != "sgd" or not self.record.perturbs or optim.anchor.ema_decay is not None
+        if not strength or moving:
             return None
-        return self.optim.anchor.kappa or self._theory(theory.drift_for_strength, self.anchor_strength)
+        return optim.anchor.kappa or self._theory(theory.drift_for_strength, strength)
 
     def _theory(self, formula: Any, value: float) -> float:
         return formula(
@@ -146,16 +500,16 @@ class RunConfig:
 def default_config() -> config_dict.ConfigDict:
     """All fields with their defaults, as the locked ConfigDict that config files start from."""
 
-    def convert(kind: Any) -> config_dict.ConfigDict:
-        fields, hints = config_dict.ConfigDict(), typing.get_type_hints(kind)
-        for field in dataclasses.fields(kind):
-            hint = hints[field.name]
-            optional = isinstance(hint, types.UnionType)
-            default = config_dict.placeholder(typing.get_args(hint)[0]) if optional else field.default
-            fields[field.name] = convert(hint) if dataclasses.is_dataclass(hint) else default
+    def convert(group: Any) -> config_dict.ConfigDict:
+        fields = config_dict.ConfigDict()
+        for name, hint in typing.get_type_hints(type(group)).items():
+            default = getattr(group, name)
+            if isinstance(hint, types.UnionType):
+                default = config_dict.placeholder(typing.get_args(hint)[0])
+            fields[name] = convert(default) if dataclasses.is_dataclass(hint) else default
         return fields.lock()
 
-    return convert(RunConfig)
+    return convert(RunConfig())
 
 
 def freeze(config: config_dict.ConfigDict | dict) -> RunConfig:
@@ -177,33 +531,31 @@ def freeze(config: config_dict.ConfigDict | dict) -> RunConfig:
 
 
 def read_config(workdir: Path) -> RunConfig:
-    """The config that the run in the directory was started with."""
+    """What the run in the directory was started with."""
     return freeze(directory.read(workdir)["config"])
 
 
 def _checked(value: Any, hint: Any, name: str, problems: list[str]) -> Callable[[], Any]:
-    """A function that makes the field, to be called when no field anywhere has a problem."""
-    if dataclasses.is_dataclass(hint):
-        return _checked_group(value, hint, name, problems)
-    if typing.get_origin(hint) is tuple:
-        kind = typing.get_args(hint)[0]
-        if not isinstance(value, list | tuple) or not all(type(item) is kind for item in value):
-            problems.append(f"{name} is {value!r}: it must be a tuple of {TUPLES[kind]}")
-        return lambda: tuple(value)
+    """A function that makes the field or group, to be called when no field anywhere has a problem."""
     allowed = typing.get_args(hint) or (hint,)
-    if float in allowed and type(value) is int:
+    if dataclasses.is_dataclass(hint):
+        if isinstance(value, dict):
+            return _checked_group(value, hint, name and f"{name}.", problems)
+        problems.append(f"{name} is {value!r}: it is a group of fields")
+    elif typing.get_origin(hint) is tuple:
+        if not isinstance(value, list | tuple) or not all(type(item) is allowed[0] for item in value):
+            problems.append(f"{name} is {value!r}: it must be a tuple of {TUPLES[allowed[0]]}")
+        return lambda: tuple(value)
+    elif float in allowed and type(value) is int:
         value = float(value)
-    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+    elif not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
         names = " or ".join("None" if t is type(None) else t.__name__ for t in allowed)
         problems.append(f"{name} is {value!r}: it must be {names}")
     return lambda: value
 
 
-def _checked_group(values: Any, kind: Any, group: str, problems: list[str]) -> Callable[[], Any]:
-    if not isinstance(values, dict):
-        problems.append(f"{group} is {values!r}: it is a group of fields")
-        return kind
-    hints, prefix, fields = typing.get_type_hints(kind), group and f"{group}.", {}
+def _checked_group(values: dict, kind: Any, prefix: str, problems: list[str]) -> Callable[[], Any]:
+    hints, fields = typing.get_type_hints(kind), {}
     for name, value in values.items():
         if name in hints:
             fields[name] = _checked(value, hints[name], prefix + name, problems)

@@ -6,11 +6,7 @@ from es_jax.rundir.seed_log import Entry
 
 
 def diagnose(entry: Entry, *, learning_rate: float, sigma: float) -> dict[str, float | None]:
-    """Numbers of one step of ES, from its rewards and weights.
-
-    Args:
-      entry: the step.
-      learning_rate, sigma: α and σ of the step.
+    """Numbers of one step of ES, from its rewards and weights, and its α and σ.
 
     Returns:
       expected_gain: how much reward the step adds to first order, α/(Nσ) Σ wₙ ρₙ, with ρₙ = rₙ − r̄, or for a pair its

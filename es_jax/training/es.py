@@ -3,12 +3,13 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, SupportsInt, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 
@@ -27,6 +28,7 @@ from es_jax.rundir.seed_log import Entry
 from es_jax.scoring.grading import Graded, Grader
 from es_jax.training.config import RunConfig
 from es_jax.training.diagnostics import diagnose
+from es_jax.training.method import Progress, StepResult, TokenLists
 from es_jax.training.state import State, compute_dtype, make_noise
 
 T = TypeVar("T")
@@ -41,15 +43,16 @@ class Evolution:
         self._population = Population(config.es.population, seed=config.train.seed, antithetic=config.es.antithetic)
         self.unit, self.models = ("member", config.es.population), config.es.population
 
-    def step(
-        self, step: int, prompts: Sequence[Sequence[int]], grade: Grader, done: Callable[[int], None]
-    ) -> tuple[Entry, list[list[Graded]], dict[str, float | None]]:
+    def step(self, step: int, prompts: TokenLists, grade: Grader, done: Progress) -> StepResult:
         """The step that `Method` describes; docs/diagnostics.md explains what it records."""
         es, rates, members = self._config.es, self._config.rates(step), self._population.members(step)
         scaled = dataclasses.replace(members, sign=members.sign * np.float32(rates.sigma / es.sigma))
         graded = self._graded(scaled, prompts, grade, done)
         rewards = np.array([_mean_reward(completions) for completions in graded])
-        gap = self._curvature_gap(step, prompts, grade, rewards)
+        gap, every = None, self._config.evals.every
+        if every and (step - 1) % every == 0 and es.rewards == "task":  # the step after an evaluation
+            (centre,) = self._graded(_unperturbed_members(1), prompts, grade, lambda n: None)
+            gap = float(rewards.mean() - _mean_reward(centre))
         if es.rewards == "random":
             rewards = rng.random_rewards(self._config.train.seed, step, len(members))
         weights = SHAPINGS[es.shaping](rewards, nan_rewards=es.nan_rewards)
@@ -64,20 +67,8 @@ class Evolution:
         """The estimate, which XLA fuses with the optimizer."""
         return {"estimate": self._state.estimate_seconds(entry)}
 
-    def _curvature_gap(
-        self, step: int, prompts: Sequence[Sequence[int]], grade: Grader, rewards: np.ndarray
-    ) -> float | None:
-        """Mean reward of the members minus that of the model between them, at the steps after an evaluation."""
-        every = self._config.evals.every
-        if not every or (step - 1) % every or self._config.es.rewards != "task":
-            return None
-        (centre,) = self._graded(_unperturbed_members(1), prompts, grade, lambda n: None)
-        return float(rewards.mean() - _mean_reward(centre))
-
-    def _graded(
-        self, members: Members, prompts: Sequence[Sequence[int]], grade: Grader, done: Callable[[int], None]
-    ) -> list[list[Graded]]:
-        """All members' completions, in the order of the prompts, whichever process decoded them."""
+    def _graded(self, members: Members, prompts: TokenLists, grade: Grader, done: Progress) -> list[list[Graded]]:
+        """All members' completions, in the order of the prompts."""
         rows, own, everyone = self._packing.pack(prompts, rows=len(prompts)), {}, range(len(prompts))
         for member, tokens, length in self._evaluator.members(self._state.params, members, rows):
             own[member] = everyone, grade(everyone, tokens, length)
@@ -96,7 +87,7 @@ def _unperturbed_members(count: int) -> Members:
 
 
 def one_ahead(items: Iterable[T]) -> Iterator[T]:
-    """The items, each after the next one is made: the devices work on that one while the host reads this one."""
+    """The items, each after the next one is made: the devices work on that while the host reads this."""
     for item, _ in itertools.pairwise(itertools.chain(items, [None])):
         yield item  # type: ignore[misc]
 
@@ -105,8 +96,7 @@ def one_ahead(items: Iterable[T]) -> Iterator[T]:
 class Evaluator:
     """Perturbs and decodes members, a group of devices each, several at once where the model is small.
 
-    A *lane* is one member with its own prompts; a call runs `lanes` of them. `perturb` makes the lanes' weights and
-    `_decode` runs a queue of prompts through the slots of each.
+    A *lane* is one member with its own queue of prompts; a call runs `lanes` of them.
     """
 
     engine: Engine
@@ -118,13 +108,10 @@ class Evaluator:
 
     @classmethod
     def of(cls, config: RunConfig, engine: Engine, mesh: Mesh) -> "Evaluator":
-        """A run's. It holds no more of the config than its programs need, so that runs of one process share them.
-
-        A group takes no more members at once than its share of the population, so that all groups have some.
-        """
+        """A run's. It holds no more of the config than its programs need, so that runs of one process share them."""
         noise, dtype = make_noise(config), compute_dtype(config)
-        at_once = min(config.decode.members_at_once, ceil_div(config.es.population, mesh.shape[GROUPS]))
-        return cls(engine, mesh, noise=noise, sigma=config.es.sigma, dtype=dtype, at_once=at_once)
+        share = ceil_div(config.es.population, mesh.shape[GROUPS])  # of a group: all groups have some members
+        return cls(engine, mesh, noise, config.es.sigma, dtype, at_once=min(config.decode.members_at_once, share))
 
     @property
     def lanes(self) -> int:
@@ -132,30 +119,27 @@ class Evaluator:
 
     @property
     def apart(self) -> bool:
-        """Whether a member's layers are made one by one, as the engine wants them, all by one small program.
-
-        To make the stacked leaves and cut them up would write all weights twice.
-        """
+        """Whether layers are made one by one, as the engine wants them: to cut stacked ones up writes them twice."""
         return self.engine.unrolled and self.at_once == 1 and self.noise.rows_alone
 
     def perturb(self, params: Any, members: Members, old: Any = None) -> Any:
-        """The weights of a round of members, in the engine's layout; where layers are made apart, in the memory of an
-        `old` round's, which are gone then. Fresh memory costs a CPU as much as the noise."""
+        """The weights of a round of members, in the engine's layout; where layers are made apart, in the memory of the
+        `old` round's, which are gone then: fresh memory costs a CPU as much as the noise."""
         if not self.apart:
             return self._perturb(params, members)
-        rest, layers = {name: leaf for name, leaf in params.items() if name != "layers"}, {"layers": params["layers"]}
+        layers, rest = {"layers": params["layers"]}, {name: leaf for name, leaf in params.items() if name != "layers"}
         count = len(jax.tree.leaves(layers)[0])
         spare = [None] * count if old is None else [{"layers": layer} for layer in old["layers"]]
-        out = self._perturb(rest, members, None, None if old is None else {name: old[name] for name in rest})
+        out = self._perturb(rest, members, None, old and {name: old[name] for name in rest})
         each = (self._perturb(layers, members, np.int32(i), spare[i])["layers"] for i in range(count))
         return {**out, "layers": tuple(each)}
 
     @functools.partial(jax.jit, static_argnums=0, donate_argnums=4, keep_unused=True)
-    def _perturb(self, params: Any, members: Members, layer: jax.Array | None = None, old: Any = None) -> Any:
+    def _perturb(self, params: Any, members: Members, layer: Array | None = None, old: Any = None) -> Any:
         """All of it in one program; with `layer`, that layer alone, of params that are nothing but layers."""
         specs = map_named(lambda name, leaf: leaf_spec(self.mesh, name, leaf.shape, RULES), params)
 
-        def one(params: Any, member: Members, layer: jax.Array | None) -> Any:
+        def one(params, member, layer):
             out = map_named(functools.partial(self._perturbed_leaf, member=member, layer=layer), params, specs)
             return self.engine.layout(out) if layer is None and "layers" in params else self.engine.turned(out)
 
@@ -164,17 +148,17 @@ class Evaluator:
         return self._grouped(one, in_specs=in_specs, mapped=(None, 0, None))(params, members, layer)
 
     def _perturbed_leaf(
-        self, name: str, part: jax.Array, spec: PartitionSpec, member: Members, layer: jax.Array | None
-    ) -> jax.Array:
+        self, name: str, part: Array, spec: PartitionSpec, member: Members, layer: Array | None
+    ) -> Array:
         """A member's leaf, from its parts over `groups`; of one that is cut, a layer at most is gathered at once."""
         cut, size = only(spec, MODEL), self.mesh.shape[GROUPS]
 
-        def perturbed(part: jax.Array, row: tuple | None = None) -> jax.Array:
+        def perturbed(part, row=None):
             whole = {name: _gathered(self.mesh, part, spec)}
             leaf = self.noise.apply(whole, member, sigma=self.sigma, dtype=self.dtype, row=row)[name]
             return jax.lax.with_sharding_constraint(leaf, cut)
 
-        def alone(i: jax.Array) -> jax.Array:
+        def alone(i):
             return perturbed(jax.lax.dynamic_slice_in_dim(part, i, 1), (i, len(part)))
 
         if layer is not None:
@@ -182,7 +166,7 @@ class Evaluator:
         if size == 1 or GROUPS not in spec or not name.startswith("layers/") or not self.noise.rows_alone:
             return perturbed(part)
 
-        def stacked(i: jax.Array, stack: jax.Array) -> jax.Array:
+        def stacked(i, stack):
             stack = jax.lax.dynamic_update_slice_in_dim(stack, alone(i), i, 0)
             return jax.lax.with_sharding_constraint(stack, cut)
 
@@ -196,7 +180,7 @@ class Evaluator:
             generation = self.engine.decode(params, tokens, positions, prefix=prefix, axis_name=lane)
             return generation.tokens, generation.length
 
-        specs = (PartitionSpec(GROUPS),) * 3 + (PartitionSpec(),)
+        specs = (*(PartitionSpec(GROUPS),) * 3, PartitionSpec())
         return self._grouped(one, in_specs=specs, mapped=(0, 0, 0, None))(params, *prompts)
 
     def _grouped(self, one: Any, *, in_specs: tuple, mapped: tuple) -> Any:
@@ -205,29 +189,21 @@ class Evaluator:
         def group(*args):
             if self.at_once > 1:
                 return jax.vmap(one, in_axes=mapped, axis_name=LANE)(*args)
-            args = (
-                arg if axis is None else jax.tree.map(lambda x: x[0], arg)
-                for arg, axis in zip(args, mapped, strict=True)
-            )
+            first = functools.partial(jax.tree.map, lambda x: x[0])
+            args = (arg if axis is None else first(arg) for arg, axis in zip(args, mapped, strict=True))
             return jax.tree.map(lambda x: x[None], one(*args))
 
+        out = PartitionSpec(GROUPS)
         return jax.shard_map(
-            group,
-            mesh=self.mesh,
-            in_specs=in_specs,
-            out_specs=PartitionSpec(GROUPS),
-            axis_names={GROUPS},
-            check_vma=False,
+            group, mesh=self.mesh, in_specs=in_specs, out_specs=out, axis_names={GROUPS}, check_vma=False
         )
 
     def members(self, params: Any, members: Members, prompts: Prompts) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """Every member on all prompts: (member, tokens [Q, L], length [Q]), graded while the next ones decode.
-        In a run of several processes, those that this one's devices decode.
+        """(member, tokens [Q, L], length [Q]) of every member that this process decodes, on all prompts.
 
         A round is dispatched before the one before it is handed out, so the devices have work while the host grades.
-        Where lanes are left over in the last round, their rows are padding and they decode nothing. The weights of one
-        round are gone before those of the next are made, or give them their memory, except where members are small and
-        run several at once.
+        Lanes left over in the last round decode padding. The weights of one round are gone before those of the next are
+        made, or give them their memory, except where members are small and run several at once.
         """
         count = len(members)
 
@@ -236,13 +212,13 @@ class Evaluator:
             for first in range(0, count, self.lanes):
                 index = np.arange(first, first + self.lanes)
                 lanes = members[np.minimum(index, count - 1)]
-                if self.at_once == 1:  # a member's weights are large: those of the round before are to be gone
+                if self.at_once == 1:  # a member's weights are large: those of the last round are to be gone
                     processes.wait(functools.partial(jax.block_until_ready, outputs))
                 lanes = place(lanes, over_pop(self.mesh))
                 perturbed = launched("perturb", processes.launch(self.perturb, params, lanes, perturbed))
-                live = (index < count)[:, None, None]
                 tokens = np.repeat(prompts.tokens[None], self.lanes, 0)
-                rows = self._rows(tokens, np.where(live, prompts.positions[None], np.int32(-1)), prompts.prefix)
+                positions = np.where((index < count)[:, None, None], prompts.positions[None], np.int32(-1))
+                rows = self._rows(tokens, positions, prompts.prefix)
                 outputs = launched("decode", processes.launch(self._decode, perturbed, rows))
                 perturbed = perturbed if self.apart else None
                 yield index[index < count], outputs
@@ -255,10 +231,8 @@ class Evaluator:
     ) -> Iterator[dict[int, tuple[range, np.ndarray, np.ndarray]]]:
         """θ itself on several queues of prompts, each dealt out to the lanes: of each, lane → (rows, tokens, length).
 
-        A queue is dispatched before the one before it is handed out, so the devices have work while the host grades; no
-        more than two hold caches, since a CPU would run all that there are side by side. Queues of the same width and
-        prefix share a program with one another, and with the members where these have as many prompts a lane. In a run
-        of several processes, each has the lanes of its own devices.
+        A queue is dispatched before the one before it is handed out; no more than two hold caches, since a CPU would
+        run all that there are side by side. Each process has the lanes of its own devices.
         """
         if not (queues := list(queues)):
             return
@@ -277,15 +251,15 @@ class Evaluator:
                 yield rows, processes.launch(self._decode, weights, self._rows(tokens, positions, prompts.prefix))
 
         for rows, outputs in one_ahead(calls()):
-            completions = _unpack(range(len(rows)), outputs)
-            yield {lane: (rows[lane], tokens, length) for lane, tokens, length in completions}
+            lanes = _unpack(range(len(rows)), outputs)
+            yield {lane: (rows[lane], tokens, length) for lane, tokens, length in lanes}
 
     def _rows(self, tokens: np.ndarray, positions: np.ndarray, prefix: np.ndarray) -> Prompts:
         tokens, positions = place((tokens, positions), over_pop(self.mesh))
         return Prompts(tokens, positions, place(prefix, replicated(self.mesh)))
 
 
-def _gathered(mesh: Mesh, part: jax.Array, spec: PartitionSpec) -> jax.Array:
+def _gathered(mesh: Mesh, part: Array, spec: PartitionSpec) -> Array:
     """The leaf from its parts over `groups`, each device its own cut over `model`; inside a shard_map over `groups`."""
     if GROUPS not in spec or mesh.shape[GROUPS] == 1:
         return part

@@ -1,23 +1,21 @@
-"""GRPO: rollouts → rewards → advantages within each prompt's group → clipped steps; tokens, losses and programs.
+"""GRPO: rollouts → rewards → advantages within each prompt's group → clipped steps (Shao et al., arXiv 2402.03300).
 
-Source of the objective: Shao et al. 2024, arXiv 2402.03300 (groups, clipped ratio, KL in the loss), with dual clipping
-(Ye et al. 2020, arXiv 1912.09729), a higher upper clip as in arXiv 2503.14476, and the k3 estimator of the KL
-divergence (Schulman 2020).
-
-It shares model, tasks, prompts, engine, evaluation and records with ES. A step's tokens follow from the weights and
-from (run seed, step, row), so a line of the log does not rebuild its step without rollouts. A run that stopped goes on
-from its last checkpoint and makes the steps after it again, with the same bits on the same mesh.
+Besides: dual clipping (Ye et al. 2020, arXiv 1912.09729), a higher upper clip as in arXiv 2503.14476, and the k3
+estimator of the KL divergence (Schulman 2020). A step's tokens follow from its weights, so its line of the log does not
+rebuild it: a run that stopped makes the steps after its last checkpoint again, with the same bits on the same mesh.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.lax import with_sharding_constraint
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Integer
@@ -34,10 +32,10 @@ from es_jax.models.transformer import Transformer
 from es_jax.optim.chains import Chain
 from es_jax.profiling.clock import launched
 from es_jax.rundir.seed_log import Entry
-from es_jax.scoring.grading import Graded, Grader, Pending
-from es_jax.training.config import RunConfig
+from es_jax.scoring.grading import Grader, Pending
+from es_jax.training.config import GRPOConfig, RunConfig
 from es_jax.training.es import Evaluator, one_ahead
-from es_jax.training.fields import GRPOConfig
+from es_jax.training.method import Progress, StepResult, TokenLists
 from es_jax.training.state import State, start_of, stepped
 
 AT_ONCE = 4  # times the slots: rollouts that a group decodes in one call, while those of the last call are graded
@@ -62,14 +60,14 @@ def group_relative(
     out = np.zeros(len(rewards))
     for group in np.unique(groups):
         mine = groups == group
-        if mine.sum() > 1 and np.ptp(rewards[mine]) > 0:
+        if np.ptp(rewards[mine]) > 0:
             centred = rewards[mine] - rewards[mine].mean()
             out[mine] = centred / (rewards[mine].std(ddof=1) + eps) if scale else centred
     return out.astype(np.float32)
 
 
 class Rows(NamedTuple):
-    """Prompts with their completions, R rows; with leading axes where they are cut into micro-batches.
+    """R prompts with their completions; with leading axes where they are cut into micro-batches.
 
     Attributes:
       tokens, positions: int32 [R, P + N], a prompt at the right end of the first P, a completion at the left end of the
@@ -95,12 +93,9 @@ def token_weights(
 ) -> Float32[np.ndarray, "R N"]:
     """What each token weighs, so that a mini-batch's loss is the weighted sum over its tokens.
 
-    Args:
-      counted: the tokens of the mini-batch's completions. A row without any is not a sequence.
-      aggregation: "token-mean": 1 / tokens. "seq-mean-token-sum": 1 / sequences. "seq-mean-token-mean":
-        1 / (sequences · tokens of the row). "seq-mean-token-sum-norm": 1 / (sequences · max_new_tokens), the unbiased
-        form of Dr. GRPO (arXiv 2503.20783).
-      max_new_tokens: the longest completion allowed.
+    `counted` tells the tokens of its completions; a row without any is not a sequence. "token-mean": 1 / tokens.
+    "seq-mean-token-sum": 1 / sequences. "seq-mean-token-mean": 1 / (sequences · tokens of the row).
+    "seq-mean-token-sum-norm": 1 / (sequences · max_new_tokens), the unbiased form of Dr. GRPO (arXiv 2503.20783).
 
     >>> token_weights(np.array([[True, True], [True, False]]), "seq-mean-token-mean", max_new_tokens=2).tolist()
     [[0.25, 0.25], [0.5, 0.0]]
@@ -108,10 +103,10 @@ def token_weights(
     lengths = counted.sum(axis=1, keepdims=True)
     sequences = max(int((lengths > 0).sum()), 1)
     per_row = {
-        "token-mean": np.full(lengths.shape, max(lengths.sum(), 1)),
-        "seq-mean-token-sum": np.full(lengths.shape, sequences),
+        "token-mean": max(lengths.sum(), 1),
+        "seq-mean-token-sum": sequences,
         "seq-mean-token-mean": sequences * np.maximum(lengths, 1),
-        "seq-mean-token-sum-norm": np.full(lengths.shape, sequences * max_new_tokens),
+        "seq-mean-token-sum-norm": sequences * max_new_tokens,
     }[aggregation]
     return (counted / per_row).astype(np.float32)
 
@@ -149,32 +144,27 @@ class GRPO:
         prompts = config.task.prompts_per_step or config.task.train_size
         self.unit = ("rollout", prompts * config.grpo.rollouts)
 
-    def step(
-        self, step: int, prompts: Sequence[Sequence[int]], grade: Grader, done: Callable[[int], None]
-    ) -> tuple[Entry, list[list[Graded]], dict[str, float | None]]:
+    def step(self, step: int, prompts: TokenLists, grade: Grader, done: Progress) -> StepResult:
         """n sampled completions of every prompt, and an optimizer step for each mini-batch of them.
 
         The entry holds all rewards, those of one prompt together.
         """
         g, n = self._config.grpo, self._config.grpo.rollouts
-        prompt_of_row = [i for i in range(len(prompts)) for _ in range(n)]
-        repeated = [prompts[i] for i in prompt_of_row]
+        repeated = [prompt for prompt in prompts for _ in range(n)]
         calls: list[Any] = []
         own: dict[int, tuple[list[int], list[Pending]]] = {}
         for outputs, rows, tokens, length in self._rollouts(step, repeated):
             calls.append(outputs)
-            indices = [prompt_of_row[row] for row in rows]
-            scores = grade(indices, tokens, length)
-            own |= {row: ([i], [score]) for row, i, score in zip(rows, indices, scores, strict=True)}
+            scores = grade([row // n for row in rows], tokens, length)
+            own |= {row: ([row // n], [score]) for row, score in zip(rows, scores, strict=True)}
             done(len(rows))
         graded = [one for (one,) in grade.shared(own, texts=range(0, len(repeated), n)).values()]
         done(len(repeated) - len(own))  # by other processes
         rewards = np.array([one.score.reward for one in graded])
-        advantage = group_relative(rewards, np.array(prompt_of_row), scale=g.scale_by_std, eps=g.std_eps)
+        advantage = group_relative(rewards, np.arange(len(rewards)) // n, scale=g.scale_by_std, eps=g.std_eps)
         outputs = processes.wait(lambda: processes.fetch(calls))  # [G, Q, L] and [G, Q] of each call
         tokens, length = (
-            np.concatenate([x.reshape(-1, *x.shape[2:]) for x in arrays])[: len(repeated)]
-            for arrays in zip(*outputs, strict=True)
+            np.concatenate([*itertools.chain(*arrays)])[: len(repeated)] for arrays in zip(*outputs, strict=True)
         )
         limit = self._policy.engine.max_prompt_tokens
         scored = self._scored(*side_by_side(repeated, tokens, length, max_prompt_tokens=limit), advantage)
@@ -187,8 +177,8 @@ class GRPO:
         return {}
 
     def _rollouts(self, step: int, prompts: list) -> Iterator[tuple[Any, list[int], np.ndarray, np.ndarray]]:
-        """(outputs of a call, rows, tokens [B, L], length [B]), one call decoding while another is graded. In a run of
-        several processes, the rows that this one's devices decode."""
+        """(outputs of a call, rows of this process, tokens [B, L], length [B]); one call decodes while the one before
+        it is graded."""
         engine, mesh = self._policy.engine, self._policy.mesh
         key, groups = rng.sampling_key(self._config.train.seed, step), mesh.shape[GROUPS]
         each = min(ceil_div(len(prompts), groups), AT_ONCE * engine.slots)
@@ -212,7 +202,7 @@ class GRPO:
             yield outputs, [row for own in rows.values() for row in own], *arrays
 
     def _scored(self, tokens: np.ndarray, positions: np.ndarray, counted: np.ndarray, advantage: np.ndarray) -> Rows:
-        """The rows with what the policy, before it moves, and the reference make of them, on the host."""
+        """The rows with their log-probabilities by the policy, before it moves, and by the reference, on the host."""
         width, count, each = counted.shape[1], len(tokens), self._policy.mini_batch
         on_devices = self._micro_batches(tokens, 0), self._micro_batches(positions, -1)
 
@@ -233,8 +223,8 @@ class GRPO:
         for first in range(0, len(rows.tokens), each):
             batch = Rows(*(x[first : first + each] for x in rows))
             # every mini-batch has the same shape; the rest of a smaller one is not computed
-            count = np.int32(ceil_div(len(batch.tokens), self._policy.micro_batch))
             padded = Rows(*(self._micro_batches(x, fill, each) for x, fill in zip(batch, PADDING, strict=True)))
+            count = np.int32(ceil_div(len(batch.tokens), self._policy.micro_batch))
             count = place(count, replicated(self._policy.mesh))
             values.append(launched("update", self._state.advance(self._policy.update, padded, count, rates)))
         values = processes.fetch(values)
@@ -255,14 +245,12 @@ class GRPO:
 
 
 def side_by_side(
-    prompts: Sequence[Sequence[int]], tokens: np.ndarray, length: np.ndarray, *, max_prompt_tokens: int
+    prompts: TokenLists, tokens: np.ndarray, length: np.ndarray, *, max_prompt_tokens: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """R prompts beside their completions, both padded to a multiple of 32 tokens: few programs are made.
+    """Tokens and positions as in `Rows`, and which completion tokens there are, bool [R, N].
 
-    `max_prompt_tokens`: the longest prompt of the run, for short ones are not padded beyond it.
-
-    Returns:
-      tokens and positions, int32 [R, P + N], as in `Rows`; which completion tokens there are, [R, N].
+    Both parts are padded to a multiple of 32 tokens, so that few programs are made, but not beyond the longest prompt
+    and completion of the run.
 
     >>> out = side_by_side([[5, 6]], np.array([[7, 0]]), np.array([1]), max_prompt_tokens=3)
     >>> [x.tolist() for x in out]
@@ -273,29 +261,21 @@ def side_by_side(
         return min(ceil_div(longest, WIDTH_STEP) * WIDTH_STEP, limit)
 
     width = padded(max(int(length.max()), 1), tokens.shape[1])
-    left, total = padded(max(map(len, prompts)), max_prompt_tokens), len(prompts)
-    out, positions = np.zeros((total, left + width), np.int32), np.full((total, left + width), -1, np.int32)
-    for row, (prompt, n) in enumerate(zip(prompts, length, strict=True)):
-        start = left - len(prompt)
-        out[row, start:left], out[row, left : left + n] = prompt, tokens[row, :n]
-        positions[row, start : left + n] = np.arange(len(prompt) + n)
-    return out, positions, np.arange(width)[None] < length[:, None]
+    left = padded(max(map(len, prompts)), max_prompt_tokens)
+    counted, before = np.arange(width) < length[:, None], [[0] * (left - len(prompt)) + [*prompt] for prompt in prompts]
+    out = np.concatenate([before, np.where(counted, tokens[:, :width], 0)], axis=1).astype(np.int32)
+    positions = np.arange(left + width) - left + np.array([*map(len, prompts)])[:, None]
+    present = (positions >= 0) & np.concatenate([np.ones_like(before, bool), counted], axis=1)
+    return out, np.where(present, positions, -1).astype(np.int32), counted
 
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """The compiled programs of GRPO, for one model on one mesh; each can be lowered from shapes alone.
+    """The compiled programs of GRPO: `rollout` samples, `logprobs` scores, `update` steps. A plan lowers the same.
 
-    `rollout` samples, `logprobs` scores, `update` steps: `Policy.update.lower(policy, params, …)` with
-    `jax.ShapeDtypeStruct`s is what a plan compiles.
-
-    Attributes:
-      engine: of the rollouts; it holds the model's config and a sampler.
-      mesh: its devices share the rows of a micro-batch, and each holds a part of every master weight and moment.
-      dtype: what the model computes in. Weights are cast layer by layer, and each layer is computed again for its
-        gradient, so that neither a whole copy of the weights nor the activations of more than one layer are held.
-      chain: its optimizer.
-      grpo: its fields.
+    The devices of the mesh share the rows of a micro-batch, and each holds a part of every master weight and moment.
+    Weights are cast to `dtype` layer by layer, and each layer is computed again for its gradient, so that neither a
+    whole copy of the weights nor the activations of more than one layer are held.
     """
 
     engine: Engine
@@ -319,8 +299,7 @@ class Policy:
     def rollout(self, params: Any, tokens: Array, positions: Array, keys: Array, prefix: Array) -> tuple[Array, Array]:
         """Sampled completions: tokens [G, Q, L] and lengths [G, Q] of prompts [G, Q, P], one part for each group.
 
-        All prompts begin with `prefix` [C], which `tokens` leaves out, as in `Prompts`. A completion depends on its
-        prompt and its key alone.
+        `prefix` [C] is as in `Prompts`. A completion depends on its prompt and its key alone.
         """
 
         def group(params, tokens, positions, keys, prefix):
@@ -328,9 +307,9 @@ class Policy:
             out = self.engine.decode(weights, tokens[0], positions[0], keys[0], prefix=prefix)
             return out.tokens[None], out.length[None]
 
-        parts = (PartitionSpec(), *(PartitionSpec(GROUPS),) * 3, PartitionSpec())
+        out, parts = PartitionSpec(GROUPS), (PartitionSpec(), *(PartitionSpec(GROUPS),) * 3, PartitionSpec())
         return jax.shard_map(
-            group, mesh=self.mesh, in_specs=parts, out_specs=PartitionSpec(GROUPS), axis_names={GROUPS}, check_vma=False
+            group, mesh=self.mesh, in_specs=parts, out_specs=out, axis_names={GROUPS}, check_vma=False
         )(params, tokens, positions, keys, prefix)
 
     @functools.partial(jax.jit, static_argnums=(0, 4))
@@ -341,9 +320,8 @@ class Policy:
         """
         params = jax.tree.map(jax.device_put, params, param_shardings(self.mesh, params))
 
-        def one(rows: tuple[Array, Array]) -> Array:
-            tokens, positions = self._shared(rows)
-            return self._score(params, tokens, positions, width)[0]
+        def one(rows):
+            return self._score(params, *self._shared(rows), width)[0]
 
         return jax.lax.map(one, (tokens, positions))
 
@@ -351,14 +329,10 @@ class Policy:
     def update(
         self, params: Any, opt_state: Any, start: Any, rows: Rows, count: Array, rates: Array
     ) -> tuple[Any, Any, Array, dict[str, Array]]:
-        """One optimizer step on a mini-batch: (params, opt_state, drift ‖θ − θ₀‖, metrics).
+        """One optimizer step on a mini-batch: (params, opt_state, drift ‖θ − θ₀‖, metrics); the first two are donated.
 
-        Args:
-          params, opt_state: float32; donated.
-          start: θ₀, or None where the optimizer's anchor is θ₀.
-          rows: [M, m, …].
-          count: how many of the M micro-batches hold rows; the rest are not computed.
-          rates: (α, αλ) of the step.
+        The first `count` of the M micro-batches in `rows` [M, m, …] hold rows; the rest are not computed. `start` and
+        `rates` are as in `es_jax.training.state.update`.
         """
         gradient, sums = self.gradient(params, rows, count)
         params, opt_state = stepped(self.chain, self.mesh, params, opt_state, gradient, rates)
@@ -369,15 +343,14 @@ class Policy:
         """The gradient of the mini-batch's loss, float32 and cut like the weights, and its metrics."""
         shardings = param_shardings(self.mesh, params)
 
-        def micro(i: Array, carry: tuple) -> tuple:
+        def micro(i, carry):
             piece = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False), rows)
             (_, sums), gradient = jax.value_and_grad(self.loss, has_aux=True)(params, piece)
             gradient, sums = optax.tree.add(carry, (gradient, sums))
-            return jax.lax.with_sharding_constraint(gradient, shardings), sums
+            return with_sharding_constraint(gradient, shardings), sums
 
-        zeros = jax.lax.with_sharding_constraint(optax.tree.zeros_like(params, jnp.float32), shardings)
-        start = (zeros, dict.fromkeys(METRICS, jnp.float32(0)))
-        return jax.lax.fori_loop(0, count, micro, start)
+        zeros = with_sharding_constraint(optax.tree.zeros_like(params, jnp.float32), shardings)
+        return jax.lax.fori_loop(0, count, micro, (zeros, dict.fromkeys(METRICS, jnp.float32(0))))
 
     def loss(self, params: Any, rows: Rows) -> tuple[Array, dict[str, Array]]:
         """The weighted loss of one micro-batch [m, …], and METRICS: but for the loss, sums over its tokens."""
@@ -385,16 +358,15 @@ class Policy:
         logprob, entropy = self._score(params, rows.tokens, rows.positions, rows.weight.shape[-1])
         policy, ratio, clipped, dual = policy_loss(logprob, rows.old, rows.advantage, g)
         kl = kl_k3(logprob, rows.reference, g)
-        mean = lambda x: jnp.sum(jnp.where(rows.weight > 0, x, 0.0) * rows.weight)  # noqa: E731
-        loss = mean(policy)
-        loss = loss + g.kl_coef * mean(kl) if g.kl_coef else loss
-        loss = loss - g.entropy * mean(entropy) if g.entropy else loss
-        parts = (jnp.ones_like(kl), kl, entropy, ratio, clipped.astype(jnp.float32), dual.astype(jnp.float32))
-        sums = (jnp.sum(jnp.where(rows.weight > 0, part, 0.0)) for part in parts)
+        total = lambda x, weight=1.0: jnp.sum(jnp.where(rows.weight > 0, x, 0.0) * weight)  # noqa: E731
+        loss = total(policy, rows.weight)
+        loss = loss + g.kl_coef * total(kl, rows.weight) if g.kl_coef else loss
+        loss = loss - g.entropy * total(entropy, rows.weight) if g.entropy else loss
+        sums = map(total, (jnp.ones_like(kl), kl, entropy, ratio, *optax.tree.cast((clipped, dual), jnp.float32)))
         return loss, jax.lax.stop_gradient(dict(zip(METRICS, (loss, *sums), strict=True)))
 
     def _score(self, params: Any, tokens: Array, positions: Array, width: int) -> tuple[Array, Array]:
-        """Log-probability and entropy, float32 [m, N], at each of the last `width` tokens, at the run's temperature."""
+        """Log-probability and entropy of each of the last `width` tokens, float32 [m, N], at the run's temperature."""
         model = Transformer(self.engine.config)
         outer = {name: leaf for name, leaf in params.items() if name != "layers"}
         hidden, _ = model.hidden(
@@ -402,7 +374,7 @@ class Policy:
         )
         before, target = hidden[:, -width - 1 : -1], tokens[:, -width:]
 
-        def score(before: Array, target: Array) -> tuple[Array, Array]:
+        def score(before, target):
             logits = model.logits(self._gathered(outer), before) / self.grpo.temperature
             total = jax.nn.logsumexp(logits, axis=-1)
             chosen = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
@@ -412,12 +384,11 @@ class Policy:
         return jax.tree.map(lambda x: x.reshape(target.shape), in_blocks(score, *flat, block=TOKENS_AT_ONCE))
 
     def _around(self, block: Callable) -> Callable:
-        """A layer on weights that are gathered and cast when it runs, and that runs again for its gradient."""
+        """A layer whose weights are gathered and cast when it runs; it runs again for its gradient."""
         return jax.checkpoint(lambda x, layer, view, kv: block(x, self._gathered(layer), view, kv), prevent_cse=False)
 
     def _gathered(self, params: Any) -> Any:
-        return jax.lax.with_sharding_constraint(optax.tree.cast(params, self.dtype), replicated(self.mesh))
+        return with_sharding_constraint(optax.tree.cast(params, self.dtype), replicated(self.mesh))
 
     def _shared(self, rows: Any) -> Any:
-        """Rows cut over all devices."""
-        return jax.lax.with_sharding_constraint(rows, NamedSharding(self.mesh, PartitionSpec((GROUPS, MODEL))))
+        return with_sharding_constraint(rows, NamedSharding(self.mesh, PartitionSpec((GROUPS, MODEL))))

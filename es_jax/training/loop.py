@@ -21,7 +21,7 @@ import hashlib
 import itertools
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from ml_collections import config_dict
 
 from es_jax.core import processes, rng
 from es_jax.core.tree import count
-from es_jax.generate.engine import Engine, engine_for
+from es_jax.generate.engine import engine_for
 from es_jax.models.sharding import param_shardings
 from es_jax.profiling.clock import Clock, split
 from es_jax.profiling.trace import Profile
@@ -37,7 +37,7 @@ from es_jax.profiling.utilisation import utilisation
 from es_jax.rundir import directory
 from es_jax.rundir.checkpoints import Checkpoints, nbytes
 from es_jax.rundir.directory import compilation_cache
-from es_jax.rundir.seed_log import Entry, SeedLog
+from es_jax.rundir.seed_log import SeedLog
 from es_jax.scoring.grading import Graded, Grader
 from es_jax.scoring.heldout import HeldOut, checked_prompt, evaluate
 from es_jax.scoring.workers import Submit, workers_of
@@ -46,7 +46,7 @@ from es_jax.tasks.rows import rows_folder
 from es_jax.tasks.task import Example, Task
 from es_jax.training.config import RunConfig, freeze
 from es_jax.training.es import Evaluator
-from es_jax.training.method import METHODS
+from es_jax.training.method import StepResult
 from es_jax.training.recorder import Recorder
 from es_jax.training.state import State, base_config, compute_dtype, load_base, mesh_of
 from es_jax.training.weights_at import resume
@@ -91,12 +91,12 @@ def run(config: RunConfig | config_dict.ConfigDict | dict, workdir: str | Path) 
     tests = {name: task.test(config.evals.rows) for name, task in tasks.items()} if config.evals.every else {}
     workers = workers_of(tasks[config.task.name])
     with processes.stoppable(), directory.claim(workdir), compilation_cache(workdir / "cache"), workers as submit:
-        return _Run(config, workdir, tasks=tasks, train=train, tests=tests, submit=submit).train(began)
+        return _Run(config, workdir, tasks, train, tests, submit).train(began)
 
 
 def make_task(config: RunConfig) -> Task:
     """The run's task, with the options that are set."""
-    options = {"data_dir": config.task.data_dir, "grader": config.task.grader, "seed": config.task.seed}
+    options = {name: getattr(config.task, name) for name in ("data_dir", "grader", "seed")}
     return get_task(config.task.name, **{name: value for name, value in options.items() if value is not None})
 
 
@@ -113,7 +113,6 @@ class _Run:
         self,
         config: RunConfig,
         workdir: Path,
-        *,
         tasks: dict[str, Task],
         train: list[Example],
         tests: dict,
@@ -133,13 +132,20 @@ class _Run:
         ]
         self.log = SeedLog(workdir)
         directory.settle(workdir, dataclasses.asdict(config), identity=self._identity(), started=bool(self.log.entries))
-        engine = self._engine()
+        engine = engine_for(
+            model.config,
+            [*self.prompts, *(ids for test in self.tests for ids in test.prompts)],
+            slots=min(config.decode.slots, config.task.prompts_per_step or len(train)),
+            max_new_tokens=config.decode.max_new_tokens,
+            stop_token_ids=model.stop_token_ids,
+            field="decode.max_new_tokens",
+        )
         self.evaluator = Evaluator.of(config, engine, self.mesh)
         self.checkpoints = Checkpoints(workdir, keep=config.train.keep_checkpoints)
         self.state = State(config, self.mesh, model.params)
         del model
         self.packing = engine.packing(self.prompts)
-        self.method = METHODS[config.method].make(config, self.evaluator, self.state, self.packing)
+        self.method = config.record.make(config, self.evaluator, self.state, self.packing)
         resume(config, workdir, self.state, self.log, self.checkpoints)
         directory.check_space(workdir, nbytes(self.state.params, self.state.opt_state))
         self.recorder = Recorder(
@@ -165,21 +171,15 @@ class _Run:
         except processes.Preempted:
             processes.saving()
             self._save(step := len(self.log.entries))
-            what = f"step {step} is saved, and the same command goes on from there"
-            raise processes.Preempted(
-                f"terminated; {what if step else 'no step is finished, and the same command starts anew'}"
-            ) from None
+            saved = f"step {step} is saved, and the same command goes on from there"
+            none = "no step is finished, and the same command starts anew"
+            raise processes.Preempted(f"terminated; {saved if step else none}") from None
         finally:
             self.profile.close()
             self.checkpoints.close()
             self.recorder.close()
-        return RunResult(
-            self.workdir,
-            step,
-            self.state.params,
-            self.recorder.reward,
-            self.recorder.heldout[self.config.task.name].last,
-        )
+        heldout = self.recorder.heldout[self.config.task.name].last
+        return RunResult(self.workdir, step, self.state.params, self.recorder.reward, heldout)
 
     def _loop(self, clock: Clock, asked: float) -> None:
         if processes.first():
@@ -190,12 +190,12 @@ class _Run:
             clock.restart()
             with self.profile.step(step):
                 began = time.monotonic()
-                entry, graded, learnt = self._step(step)
+                entry, graded, metrics = self._step(step)
                 drift = float(self.state.drift)
                 now = time.monotonic()
             first = {"seconds_to_first_step": now - asked} if step == start + 1 else {}
             spent = self._spent(step, clock.seconds(), graded, total=now - began)
-            self.recorder.step(entry, graded, drift=drift, spent={**spent, **first}, learnt=learnt)
+            self.recorder.step(entry, graded, drift, metrics, spent | first)
             self.log.append(entry)
             if message := self.profile.done(step, spent, functools.partial(self.method.seconds_alone, entry)):
                 self.recorder.progress.say(message)
@@ -229,7 +229,7 @@ class _Run:
             **split(seconds, total=total),
         }
 
-    def _step(self, step: int) -> tuple[Entry, list[list[Graded]], Mapping[str, float | None]]:
+    def _step(self, step: int) -> StepResult:
         """The method's step, on the prompts whose turn it is."""
         rows = self._rows(step)
         grader = Grader(self.tasks[self.config.task.name], self.model, [self.examples[i] for i in rows], self.submit)
@@ -249,25 +249,14 @@ class _Run:
             **({} if anchor is None else {"anchor_digest": load_outline(anchor).digest}),
         }
 
-    def _engine(self) -> Engine:
-        decode, total = self.config.decode, self.config.task.prompts_per_step or len(self.examples)
-        return engine_for(
-            self.model.config,
-            [*self.prompts, *(ids for test in self.tests for ids in test.prompts)],
-            slots=min(decode.slots, total),
-            max_new_tokens=decode.max_new_tokens,
-            stop_token_ids=self.model.stop_token_ids,
-            field="decode.max_new_tokens",
-        )
-
     def _rows(self, step: int) -> Sequence[int]:
         """Which examples a step uses: all, or the next ones of a seeded order that goes through all in turn."""
         n, size = self.config.task.prompts_per_step, len(self.examples)
         if n is None:
             return range(size)
-        places = range((step - 1) * n, step * n)
-        orders = {e: rng.row_order(self.config.train.seed, e, size) for e in {p // size for p in places}}
-        return [orders[p // size][p % size] for p in places]
+        turns = [divmod(turn, size) for turn in range((step - 1) * n, step * n)]
+        orders = {epoch: rng.row_order(self.config.train.seed, epoch, size) for epoch, _ in turns}
+        return [orders[epoch][i] for epoch, i in turns]
 
     def _save(self, step: int) -> None:
         if (self.checkpoints.latest() or 0) < step:

@@ -1,7 +1,6 @@
 """What a way of training adds to the loop, and the table of all there are.
 
-The loop owns tasks, prompts, grading, records, checkpoints and evaluation. A method makes a step's completions and
-moves the weights by them.
+A method makes a step's completions and moves the weights by their rewards. All else is the loop's.
 """
 
 import dataclasses
@@ -11,6 +10,10 @@ from typing import Any, Protocol, runtime_checkable
 
 from es_jax.rundir.seed_log import Entry
 from es_jax.scoring.grading import Graded, Grader
+
+TokenLists = Sequence[Sequence[int]]
+Progress = Callable[[int], None]  # is told how many more units of a step are done
+StepResult = tuple[Entry, list[list[Graded]], Mapping[str, float | None]]
 
 
 @runtime_checkable
@@ -25,24 +28,15 @@ class Method(Protocol):
     unit: tuple[str, int]
     models: int
 
-    def step(
-        self, step: int, prompts: Sequence[Sequence[int]], grade: Grader, done: Callable[[int], None]
-    ) -> tuple[Entry, list[list[Graded]], Mapping[str, float | None]]:
-        """Make a step's completions and move the weights by their rewards.
-
-        Args:
-          step: 1, 2, …
-          prompts: token ids of the step's prompts.
-          grade: scores of completions, from their prompts' indices, tokens [B, L] and lengths [B].
-          done: called with how many more units there are.
+    def step(self, step: int, prompts: TokenLists, grade: Grader, done: Progress) -> StepResult:
+        """Make the completions of step 1, 2, … and move the weights by their rewards.
 
         Returns:
-          The step's line of the seed log; a list of completions for each member or rollout; and what else there is to
-          record of the step.
+          The step's line of the seed log; a list of completions for each member or rollout; other metrics of the step.
         """
 
     def seconds_alone(self, entry: Entry) -> Mapping[str, float]:
-        """Seconds, measured alone, of what is part of a program that a trace shows as one; all processes call it."""
+        """Seconds of parts that a trace cannot tell from the rest of their program; all processes call it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,10 +44,8 @@ class MethodRecord:
     """What differs between methods outside of their step. Its fields stand in the group of the config of its name.
 
     Attributes:
-      title, tag: of the method in the card of an exported model.
-      size: of a step, in words, with the config's fields.
-      implementation: the class that is a `Method`, by name, for its module needs much more than this one.
-      programs: the class that `es_jax.planning` compiles its programs by.
+      title, tag, size: of the method and a step in the card of an exported model; size has the config's fields.
+      implementation, programs: the `Method`, and what `es_jax.planning` compiles it by: names, imported when used.
       replayable: whether a line of the seed log rebuilds its step. Where it does not, a run goes on from its last
         checkpoint and makes the steps after it again.
       perturbs: whether members are the weights plus σ times noise: then a step has a σ, and theory predicts the drift.

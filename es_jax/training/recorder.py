@@ -14,8 +14,7 @@ from es_jax.scoring.grading import Graded, means
 from es_jax.scoring.heldout import HeldOut
 from es_jax.scoring.row_results import EvalsFile, RowResults
 from es_jax.training.config import RunConfig
-from es_jax.training.method import METHODS
-from es_jax.training.predicted_drift import Walk
+from es_jax.training.predicted_drift import PredictedDrift
 
 
 class Recorder:
@@ -39,37 +38,34 @@ class Recorder:
         self.heldout = {name: EvalsFile(workdir / "evals", name, last_step=done) for name in names}
         self.progress = Progress(steps=config.train.steps, done=done, unit=unit)
         self.reward = float(np.mean(np.array(finished[-1].rewards, float))) if finished else None
-        self._walk = Walk(config, dim, offset=offset)
+        self._predicted = PredictedDrift(config, dim, offset=offset)
         for entry in finished:
-            self._walk.add(entry)
+            self._predicted.add(entry)
 
     def step(
         self,
         entry: Entry,
         graded: Sequence[Sequence[Graded]],
-        *,
         drift: float,
-        spent: dict[str, Any],
-        learnt: Mapping[str, float | None],
+        metrics: Mapping[str, float | None],
+        spent: Mapping[str, Any],
     ) -> None:
         """A step's row in metrics.jsonl and TensorBoard, its samples, and its line on the screen.
 
-        `learnt`: what the method has to say of its update. `spent`: the step's tokens and seconds, and their parts.
+        `metrics`: of the method's update. `spent`: the step's tokens and seconds, and their parts.
         """
-        self._walk.add(entry)
+        self._predicted.add(entry)
         rewards, config = np.array(entry.rewards, float), self._config
-        sigma = config.logged_rates(entry).sigma if METHODS[config.method].perturbs else None
+        sigma = config.logged_rates(entry).sigma if config.record.perturbs else None
         self.reward = float(rewards.mean())
         row = {
             "step": entry.step,
             "reward_mean": self.reward,
-            "reward_std": float(rewards.std()),
-            "reward_min": float(rewards.min()),
-            "reward_max": float(rewards.max()),
+            **{f"reward_{name}": float(getattr(rewards, name)()) for name in ("std", "min", "max")},
             **means([*itertools.chain(*graded)]),
-            **learnt,
+            **metrics,
             "drift": drift,
-            "drift_theory": self._walk.norm,
+            "drift_theory": self._predicted.norm,
             "kappa": drift / math.sqrt(self._dim) / sigma if sigma else None,
             **spent,
         }
@@ -99,7 +95,7 @@ class Recorder:
             rows[held.name] = row
         columns = [f"{name} {row['accuracy']:.3f}" for name, row in rows.items()]
         if len(rows) == 1:
-            columns += [f"reward {row['reward']:.4f} ± {row['reward_se'] or 0:.4f} on {row['n']} rows"]
+            columns.append(f"reward {row['reward']:.4f} ± {row['reward_se'] or 0:.4f} on {row['n']} rows")
         self.progress.say(f"step {step}: held-out accuracy {', '.join(columns)}")
 
     def close(self) -> None:

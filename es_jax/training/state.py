@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-import time
+import timeit
 from collections.abc import Callable
 from typing import Any
 
@@ -11,11 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax import Array
+from jax.lax import with_sharding_constraint
+from jax.sharding import Mesh, PartitionSpec
 
 from es_jax.core import processes
 from es_jax.core.mesh import make_mesh, place, replicated
-from es_jax.core.tree import map_named, named_leaves
+from es_jax.core.tree import map_named
 from es_jax.es.noise import NOISES, GaussianNoise, SharedSeedNoise
 from es_jax.es.population import Members
 from es_jax.models.config import TransformerConfig
@@ -30,7 +32,6 @@ from es_jax.weights.model import Model, config_only, load_model
 
 
 def make_noise(config: RunConfig) -> GaussianNoise:
-    """The run's noise. Stacked layers count as the parameters they are made of."""
     if config.es.noise == "shared_seed":
         return SharedSeedNoise(config.es.generator, stacked="layers/")
     return NOISES[config.es.noise](config.es.generator)
@@ -48,18 +49,16 @@ def mesh_of(
 ) -> Mesh:
     """The mesh of a run: as the config says, the rest chosen from the devices and the model's size.
 
-    `devices`: all there are by default; `memory`: bytes of one of them, as it tells itself by default.
-
-    Raises:
-      ValueError: sizes that the devices or the model's heads do not allow.
+    `devices`: all there are by default; `memory`: bytes of one of them, as it tells itself by default. Raises
+    ValueError for sizes that the devices or the model's heads do not allow.
     """
     devices = jax.devices() if devices is None else devices
     spread = config.mesh.model
     if spread is None:
-        numbers = sum(math.prod(shape) for shape in param_shapes(model).values())
+        size = compute_dtype(config).itemsize * sum(map(math.prod, param_shapes(model).values()))
         memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit") if memory is None else memory
         room = len(devices) // (config.mesh.groups or 1)
-        spread = members_spread(model, room, member_bytes=numbers * compute_dtype(config).itemsize, memory=memory)
+        spread = members_spread(model, room, member_bytes=size, memory=memory)
     check_heads(model, spread)
     return make_mesh(config.mesh.groups, spread, devices=devices)
 
@@ -82,15 +81,10 @@ def load_base(config: RunConfig, mesh: Mesh, *, source: str | None = None) -> Mo
 
 
 def load_anchor(config: RunConfig, mesh: Mesh, params: Any) -> Any:
-    """The weights of optim.anchor.source, like the run's own.
-
-    Raises:
-      ValueError: another model's, by the shapes.
-    """
-    source = str(config.optim.anchor.source)
+    """The weights of optim.anchor.source, like the run's own; raises ValueError where their shapes differ."""
+    source = config.optim.anchor.source
     anchor = load_base(config, mesh, source=source).params
-    shapes = [{name: leaf.shape for name, leaf in named_leaves(tree)} for tree in (anchor, params)]
-    if shapes[0] != shapes[1]:
+    if jax.tree.map(jnp.shape, anchor) != jax.tree.map(jnp.shape, params):
         raise ValueError(f"optim.anchor.source {source!r} has other parameters than model.source: give the same model")
     return anchor
 
@@ -115,9 +109,9 @@ def update(
     opt_state: Any,
     start: Any,
     members: Members,
-    weights: jax.Array,
-    rates: jax.Array,
-) -> tuple[Any, Any, jax.Array]:
+    weights: Array,
+    rates: Array,
+) -> tuple[Any, Any, Array]:
     """One step of the weights: (params, opt_state, squares). Parameters and optimizer state are donated.
 
     Every device makes all members' noise for its own slice, and nothing is sent or reduced: `squares` [groups, model]
@@ -129,26 +123,24 @@ def update(
     return params, opt_state, _squares(mesh, params, start_of(mesh, opt_state, start))
 
 
+def _gradient(noise: GaussianNoise, mesh: Mesh, params: Any, members: Members, weights: Array) -> Any:
+    return with_sharding_constraint(noise.estimate(params, members, weights), param_shardings(mesh, params))
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def estimate_square(noise: GaussianNoise, mesh: Mesh, params: Any, members: Members, weights: jax.Array) -> jax.Array:
+def estimate_square(*arguments: Any) -> Array:
     """The square of `update`'s estimate, which is made as there, and held nowhere: to time it."""
-    return optax.tree.norm(_gradient(noise, mesh, params, members, weights), squared=True)
+    return optax.tree.norm(_gradient(*arguments), squared=True)
 
 
-def _gradient(noise: GaussianNoise, mesh: Mesh, params: Any, members: Members, weights: jax.Array) -> Any:
-    return jax.lax.with_sharding_constraint(noise.estimate(params, members, weights), param_shardings(mesh, params))
-
-
-def stepped(chain: Chain, mesh: Mesh, params: Any, opt_state: Any, gradient: Any, rates: jax.Array) -> tuple[Any, Any]:
+def stepped(chain: Chain, mesh: Mesh, params: Any, opt_state: Any, gradient: Any, rates: Array) -> tuple[Any, Any]:
     """One step of the optimizer, everything left where it belongs; inside jit. `rates`: as of `update`."""
-    where = param_shardings(mesh, params)
     tx = transformation(chain, mesh, params, rates.astype(jax.tree.leaves(gradient)[0].dtype))
     updates, opt_state = tx.update(gradient, opt_state, params)
-    params = jax.lax.with_sharding_constraint(optax.apply_updates(params, updates), where)
+    params = with_sharding_constraint(optax.apply_updates(params, updates), param_shardings(mesh, params))
 
-    def stays(leaf: jax.Array, where: NamedSharding) -> jax.Array:
-        """The leaf where it belongs; one in host memory is what came in, and stays as it is."""
-        return leaf if where.memory_kind == "pinned_host" else jax.lax.with_sharding_constraint(leaf, where)
+    def stays(leaf, where):  # one in host memory is what came in, and stays as it is
+        return leaf if where.memory_kind == "pinned_host" else with_sharding_constraint(leaf, where)
 
     return params, jax.tree.map(stays, opt_state, state_shardings(chain, mesh, opt_state))
 
@@ -166,7 +158,7 @@ def transformation(
 def state_shardings(chain: Chain, mesh: Mesh, opt_state: Any) -> Any:
     """Where the optimizer's state lives: cut like the parameters, the anchor in its own memory."""
 
-    def where(name: str, sharding: NamedSharding) -> NamedSharding:
+    def where(name, sharding):
         pinned = chain.memory != "device" and "anchor" in name.split("/")
         return sharding.with_memory_kind(chain.memory) if pinned else sharding
 
@@ -181,15 +173,15 @@ def start_of(mesh: Mesh, opt_state: Any, start: Any) -> Any:
     return jax.tree.map(jax.device_put, anchor, param_shardings(mesh, anchor))
 
 
-def _squares(mesh: Mesh, params: Any, start: Any) -> jax.Array:
+def _squares(mesh: Mesh, params: Any, start: Any) -> Array:
     specs = jax.tree.map(lambda sharding: sharding.spec, param_shardings(mesh, params))
 
-    def part(param: jax.Array, start: jax.Array, spec: PartitionSpec) -> jax.Array:
+    def part(param, start, spec):
         copies = [jax.lax.axis_index(axis) for axis in mesh.axis_names if axis not in spec]
         # a leaf held several times counts once
         return jnp.where(sum(copies, jnp.int32(0)) == 0, _square(param, start), 0.0)
 
-    def local(params: Any, start: Any) -> jax.Array:
+    def local(params, start):
         return sum(jax.tree.leaves(jax.tree.map(part, params, start, specs)), jnp.float32(0))[None, None]
 
     out = PartitionSpec(*mesh.axis_names)
@@ -197,40 +189,34 @@ def _squares(mesh: Mesh, params: Any, start: Any) -> jax.Array:
 
 
 @jax.jit
-def distance(squares: jax.Array) -> jax.Array:
+def distance(squares: Array) -> Array:
     """‖θ − θ₀‖, a scalar, from the parts of its square that `update` gives: the one sum over devices of a step."""
     return jnp.sqrt(jnp.sum(squares))
 
 
 @jax.jit
-def _square(a: jax.Array, b: jax.Array) -> jax.Array:
+def _square(a: Array, b: Array) -> Array:
     return jnp.sum(jnp.square(a.astype(jnp.float32) - b.astype(jnp.float32)))
 
 
 class State:
-    """Weights and optimizer state. `apply`, `advance` and `restore` move them, and nothing else does.
+    """Weights θ and optimizer state. `apply`, `advance` and `restore` move them, and nothing else does.
 
-    Attributes:
-      params: θ; each move donates them, so keep no reference across it.
-      opt_state: of the optax chain, the anchor among it.
-      drift: ‖θ − θ₀‖ after the last step, a device scalar.
-      offset: ‖anchor − θ₀‖ at the start; 0 where training begins at the anchor.
-      spec: of `update`.
-      sentence: what the optimizer is.
+    Each move donates `params` and `opt_state`, so keep no reference across it. `drift` is ‖θ − θ₀‖ after the last step,
+    `offset` ‖anchor − θ₀‖ at the start, `sentence` what the optimizer is.
     """
 
     def __init__(self, config: RunConfig, mesh: Mesh, params: Any):
         if not jax.config.jax_threefry_partitionable:  # type: ignore[attr-defined]
             raise ValueError("jax_threefry_partitionable is off, which changes the noise: unset it and start again")
         check_memory(config, mesh)
-        self._config, self._mesh, self.spec = config, mesh, UpdateSpec.of(config)
-        self.sentence = describe(config)
-        self._start = None if anchor_stays(config) else jax.tree.map(jnp.copy, params)
-        self.params, chain = params, self.spec.chain
+        self._config, self._mesh, self.params = config, mesh, params
+        self.spec, self.sentence = UpdateSpec.of(config), describe(config)
+        self._start, chain = None if anchor_stays(config) else jax.tree.map(jnp.copy, params), self.spec.chain
         tx = transformation(chain, mesh, params)
         where = state_shardings(chain, mesh, jax.eval_shape(tx.init, params))
         self.opt_state = jax.jit(tx.init, out_shardings=where)(params)
-        self.drift: jax.Array | float = 0.0
+        self.drift: Array | float = 0.0
         self.offset = 0.0
         if config.optim.anchor.source is not None:
             other = load_anchor(config, mesh, params)
@@ -244,13 +230,13 @@ class State:
         return optax.tree.get(self.opt_state, "anchor") if self._start is None else self._start
 
     def apply(self, entry: Entry) -> None:
-        """The step of the entry, from the weights of the step before it: `update`, as in every run and replay of ES."""
+        """Make the entry's step, from the weights of the step before it: `update`, as in every run and replay of ES."""
         self.params, self.opt_state, squares = update(*self.update_arguments(entry))
         self.drift = distance(launched("update", squares))
 
     def advance(self, program: Callable[..., tuple], *arguments: Any) -> Any:
-        """A step of another program, (params, opt_state, θ₀ or None as in `update`, *arguments) → (params, opt_state,
-        drift, something that is returned). It may donate the first two."""
+        """A step of another program: (params, opt_state, θ₀ or None as in `update`, *arguments) → (params, opt_state,
+        drift, what `advance` returns). It may donate the first two."""
         self.params, self.opt_state, self.drift, rest = program(self.params, self.opt_state, self._start, *arguments)
         return rest
 
@@ -266,26 +252,18 @@ class State:
         rates = self.rates(self._config.logged_rates(entry))
         return self.spec, self._mesh, self.params, self.opt_state, self._start, members, weights, rates
 
-    def rates(self, rates: Rates) -> jax.Array:
+    def rates(self, rates: Rates) -> Array:
         """(α, αλ) of a step, on every device."""
         pair = np.array([rates.learning_rate, rates.learning_rate * rates.strength], np.float32)
         return place(pair, replicated(self._mesh))
 
     def estimate_seconds(self, entry: Entry) -> float:
-        """How long the estimate of a step takes alone, the best of three times after the one that compiles it.
-
-        Raises:
-          Preempted: the run is to stop.
-        """
+        """How long the estimate of a step takes alone, the best of three times after the one that compiles it."""
         arguments = (self.spec.noise, self._mesh, self.params, *self._on_devices(entry))
-        seconds = []
-        for _ in range(4):
-            began = time.monotonic()
-            processes.wait(lambda: jax.block_until_ready(estimate_square(*arguments)))
-            seconds.append(time.monotonic() - began)
-        return min(seconds[1:])
+        compute = functools.partial(processes.wait, lambda: jax.block_until_ready(estimate_square(*arguments)))
+        return min(timeit.repeat(compute, number=1, repeat=4)[1:])
 
-    def _on_devices(self, entry: Entry) -> tuple[Members, jax.Array]:
+    def _on_devices(self, entry: Entry) -> tuple[Members, Array]:
         """Members and weights on every device, always from the host: live steps and replays are one program."""
         return place((entry.members, np.array(entry.weights, np.float32)), replicated(self._mesh))
 

@@ -17,7 +17,6 @@ from es_jax.rundir import directory
 from es_jax.rundir.checkpoints import Checkpoints, restore_params, saved_steps
 from es_jax.rundir.seed_log import Entry, SeedLog
 from es_jax.training.config import RunConfig, read_config
-from es_jax.training.method import METHODS
 from es_jax.training.state import State, base_config, load_base
 
 logger = logging.getLogger(__name__)
@@ -48,35 +47,29 @@ def weights_at(
     workdir: str | Path, steps: Sequence[int] | None, *, mesh: Mesh | None = None, checkpoints: bool = True
 ) -> Iterator[tuple[int, Any]]:
     """As `replay`, but a step that has a checkpoint is read from it, unless `checkpoints` is False and the seed log
-    can be replayed. Nothing in the directory is changed.
-
-    Raises:
-      ValueError: also a step of a run that cannot be replayed, without a checkpoint.
-      OSError: a checkpoint that is damaged.
+    can be replayed. Nothing in the directory is changed. Raises also OSError for a checkpoint that is damaged.
     """
     workdir = Path(workdir)
     config, entries = read_config(workdir), SeedLog(workdir, writable=False).entries
-    replayable = METHODS[config.method].replayable
-    saved = saved_steps(workdir) if checkpoints or not replayable else []
-    every = range(len(entries) + 1) if replayable else [0, *saved]
+    saved = saved_steps(workdir) if checkpoints or not config.record.replayable else []
+    every = range(len(entries) + 1) if config.record.replayable else [0, *saved]
     wanted = sorted(set(every if steps is None else steps))
     if wanted and not 0 <= wanted[0] <= wanted[-1] <= len(entries):
         raise ValueError(f"steps are {wanted[0]} to {wanted[-1]}, but {workdir} holds steps 0 to {len(entries)}")
     for step in wanted:
         if step not in every:
             raise ValueError(
-                f"step {step} of {workdir} cannot be rebuilt: the log of a {METHODS[config.method].title} run does not "
+                f"step {step} of {workdir} cannot be rebuilt: the log of a {config.record.title} run does not "
                 f"hold its completions, and there are checkpoints of steps {', '.join(map(str, saved)) or 'none'} "
                 "alone; raise train.keep_checkpoints, or lower train.checkpoint_every, to have more of them"
             )
-    mesh = make_mesh() if mesh is None else mesh
+    mesh = mesh or make_mesh()
     rebuilt = _rebuilt(workdir, config, mesh, entries, [step for step in wanted if step not in saved])
     for step in wanted:
         yield step, _restored(workdir, config, step, mesh) if step in saved else next(rebuilt)
 
 
 def _restored(workdir: Path, config: RunConfig, step: int, mesh: Mesh) -> Any:
-    """The weights of a step that has a checkpoint, cut over the devices of the mesh."""
     dtype = jnp.dtype(config.model.param_dtype)
     like = {
         path: jax.ShapeDtypeStruct(shape, dtype, sharding=leaf_sharding(mesh, path, shape))
@@ -86,7 +79,7 @@ def _restored(workdir: Path, config: RunConfig, step: int, mesh: Mesh) -> Any:
 
 
 def _rebuilt(workdir: Path, config: RunConfig, mesh: Mesh, entries: list[Entry], steps: list[int]) -> Iterator[Any]:
-    """The weights of the steps, which ascend, from the base weights and the log."""
+    """The weights of ascending steps, from the base weights and the log."""
     model = load_base(config, mesh)
     directory.check_base(workdir, config.model.source, model.digest)
     if not any(steps):
@@ -105,9 +98,6 @@ def _rebuilt(workdir: Path, config: RunConfig, mesh: Mesh, entries: list[Entry],
 def resume(config: RunConfig, workdir: Path, state: State, log: SeedLog, checkpoints: Checkpoints) -> None:
     """Bring the state of a run to its last finished step: the newest checkpoint, then the log's steps since. Where the
     log cannot be replayed, the run goes back to the checkpoint, and the steps after it are made again.
-
-    Raises:
-      ValueError: fewer steps wanted than there are, or a checkpoint that is newer than the log.
     """
     last, saved = len(log.entries), checkpoints.latest() or 0
     if last > config.train.steps:
@@ -122,7 +112,7 @@ def resume(config: RunConfig, workdir: Path, state: State, log: SeedLog, checkpo
         )
     if saved:
         state.restore(lambda *like: checkpoints.restore(saved, *like))
-    if METHODS[config.method].replayable:
+    if config.record.replayable:
         for entry in log.entries[saved:]:
             state.apply(entry)
         if last:

@@ -9,7 +9,7 @@ from es_jax.es.population import Population
 from es_jax.es.shaping import z_score
 from es_jax.rundir.seed_log import Entry
 from es_jax.training.config import freeze
-from es_jax.training.predicted_drift import Walk
+from es_jax.training.predicted_drift import PredictedDrift
 
 DIM, STEPS, N = 100_000, 40, 8
 CASES = {
@@ -34,16 +34,16 @@ def test_the_prediction_is_where_the_weights_go(name):
     draw, members = np.random.default_rng(0), Population(N, seed=0).members(1)
     x, u = np.zeros(DIM), 0.003 * draw.standard_normal(DIM)
     offset = float(np.linalg.norm(u)) if config.optim.anchor.source else 0.0
-    a, walk = (u if offset else np.zeros(DIM)), Walk(config, DIM, offset=offset)
+    a, prediction = (u if offset else np.zeros(DIM)), PredictedDrift(config, DIM, offset=offset)
     for step in range(1, STEPS + 1):
         weights, rates = np.asarray(z_score(draw.standard_normal(N))), config.rates(step)
-        walk.add(Entry.of(step, members, rewards=weights, weights=weights, rates=rates))
+        prediction.add(Entry.of(step, members, rewards=weights, weights=weights, rates=rates))
         x = x + rates.learning_rate / N * weights @ draw.standard_normal((N, DIM))
         q = 1 - rates.learning_rate * rates.strength
         x = a + q * (x - a)
         if config.optim.anchor.ema_decay is not None:
             a = config.optim.anchor.ema_decay * a + (1 - config.optim.anchor.ema_decay) * x
-    assert walk.norm == pytest.approx(np.linalg.norm(x), rel=0.01)
+    assert prediction.norm == pytest.approx(np.linalg.norm(x), rel=0.01)
 
 
 def test_nothing_is_predicted_where_there_is_no_closed_form():
@@ -54,14 +54,14 @@ def test_nothing_is_predicted_where_there_is_no_closed_form():
         {"anchor": l1 | {"source": "there"}},
         {"anchor": l1, "schedule": "linear"},
     ):
-        assert Walk(freeze({"optim": optim}), 10).norm is None
-    assert Walk(freeze({"optim": {"anchor": l1}}), 10).norm == 0
+        assert PredictedDrift(freeze({"optim": optim}), 10).norm is None
+    assert PredictedDrift(freeze({"optim": {"anchor": l1}}), 10).norm == 0
     members, weights = Population(8, seed=0).members(1), np.asarray(z_score(np.arange(8.0)))
     for strength, known in ((0.02, True), (0.15, False)):  # beside a step of 1/√8 = 0.35
         config = freeze({"es": {"population": 8}, "optim": {"anchor": l1 | {"strength": strength}}})
-        walk = Walk(config, 10)
-        walk.add(Entry.of(1, members, rewards=weights, weights=weights, rates=config.rates(1)))
-        assert (walk.norm is not None) == known
+        prediction = PredictedDrift(config, 10)
+        prediction.add(Entry.of(1, members, rewards=weights, weights=weights, rates=config.rates(1)))
+        assert (prediction.norm is not None) == known
 
 
 def test_an_old_log_has_the_constants_of_its_config():
