@@ -1,7 +1,6 @@
 """Exact arithmetic on untrusted text, and a search for an expression that reaches a target.
 
-The text a model writes is parsed by recursive descent and computed with fractions; nothing is ever handed to
-Python's own evaluator. Length and nesting are bounded before any work is done, so no input is expensive.
+Python's own evaluator never sees what a model wrote. Length and nesting are bounded, so no input is expensive.
 
     sum     = product {("+" | "-") product}
     product = signed {("*" | "/") signed}
@@ -34,11 +33,9 @@ class Expression:
 
 
 def parse(text: str) -> Expression | None:
-    """Parses and computes an expression of whole numbers, + - * /, parentheses and spaces.
+    """Parses and computes an expression of whole numbers, signs, + - * /, parentheses and spaces; None for others.
 
-    Signs before a number or a parenthesis are allowed. None for everything that is not such an expression:
-    other characters (digits outside ASCII among them), `**` and `//`, a literal with a leading zero, a
-    division by zero, more than 500 characters or 50 nested parentheses.
+    Others are also literals with a leading zero, divisions by zero, more than 500 characters or 50 nested parentheses.
 
     >>> parse("(1 + 2) / 4")
     Expression(value=Fraction(3, 4), numbers=(1, 2, 4))
@@ -62,7 +59,7 @@ class _Parser:
         self.numbers: list[int] = []
 
     def accept(self, choices: str) -> str:
-        """Steps over the next token and returns it if it is one of the choices; otherwise ""."""
+        """Steps over the next token and returns it, if it is one of the choices; otherwise ""."""
         return self.tokens.popleft() if self.tokens and self.tokens[0] in choices else ""
 
     def sum(self) -> Fraction:
@@ -104,12 +101,8 @@ class _Parser:
 def solve(candidates: Sequence[Sequence[int]], target: int) -> list[str | None]:
     """For each candidate, an expression that uses each of its numbers once and equals the target, or None.
 
-    Searches every pair of numbers with every operation, for all candidates at once: a candidate of 3 numbers
-    takes 108 expressions, of 4 numbers 3888, of 5 numbers 233280.
-
-    Args:
-      candidates: one or more sets of 1 to 5 numbers, all of the same size.
-      target: what the expressions should equal.
+    Candidates are sets of 1 to 5 numbers, all of the same size, and are searched at once: 3 numbers take 108
+    expressions, 4 numbers 3888, 5 numbers 233280.
 
     >>> solve([(2, 3, 4), (1, 1, 1)], 20)
     ['((2 + 3) * 4)', None]

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from es_jax.tasks.arithmetic import parse, solve
-from es_jax.tasks.rows import FieldError, Row, read_examples
+from es_jax.tasks.rows import Row, check_field, read_examples
 from es_jax.tasks.task import (
     GRADERS,
     Example,
@@ -52,9 +52,6 @@ class Countdown(Splits):
       seed: of the problems made here; other seeds give other problems. The first n do not depend on n.
       grader: "paper": reward = answer + 0.1 · format. "strict": the answer counts only if format is 1.
 
-    Raises:
-      ValueError: the grader is unknown or the seed is not a whole number.
-
     >>> task = Countdown()
     >>> example = Example("0", "", None, {"numbers": (44, 19, 35), "target": "98"})
     >>> task.score(example, "44 + 19 = 63</think>\\n<answer>44 + 19 + 35</answer>")
@@ -90,7 +87,7 @@ class Countdown(Splits):
         answer = last_answer(response)
         layout = format_score(response, has_answer=answer is not None)
         right = answer is not None and _is_right(answer, example)
-        return two_views(self.grader, paper=right, strict=right and layout == 1.0, form=layout, bonus=0.1)
+        return two_views(self.grader, paper=right, strict=right and layout == 1.0, form=layout)
 
 
 def last_answer(response: str) -> str | None:
@@ -127,12 +124,12 @@ def _is_right(text: str, example: Example) -> bool:
 
 
 def _check_extra(extra: Row) -> Row:
-    numbers, target = extra.get("numbers"), extra.get("target")
-    whole = isinstance(numbers, list) and all(type(number) is int and number >= 0 for number in numbers)
-    if not numbers or not whole:
-        raise FieldError("extra_info.numbers", numbers, "a list of at least one whole number ≥ 0")
-    if not isinstance(target, str | int | float) or not DECIMAL.fullmatch(str(target)):
-        raise FieldError("extra_info.target", target, "a decimal number such as '98' or '27.4'")
+    numbers: Any = extra.get("numbers")
+    target = extra.get("target")
+    whole = isinstance(numbers, list) and numbers and all(type(number) is int and number >= 0 for number in numbers)
+    check_field(whole, "extra_info.numbers", numbers, "a list of at least one whole number ≥ 0")
+    decimal = isinstance(target, str | int | float) and DECIMAL.fullmatch(str(target))
+    check_field(decimal, "extra_info.target", target, "a decimal number such as '98' or '27.4'")
     return {**extra, "numbers": tuple(numbers), "target": str(target)}
 
 
@@ -160,5 +157,4 @@ def _problems(split: str, seed: int) -> Iterator[Example]:
 
 
 def _split_of(numbers: tuple[int, ...]) -> str:
-    digest = hashlib.sha256(repr(sorted(numbers)).encode()).digest()
-    return "train" if digest[0] < 128 else "test"
+    return "train" if hashlib.sha256(repr(sorted(numbers)).encode()).digest()[0] < 128 else "test"

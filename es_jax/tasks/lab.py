@@ -17,8 +17,6 @@ from es_jax.tasks.task import Example, Score, Splits, check_count, check_known
 CHARACTERS = "0123456789+-=:<ABCDEFGHIJKLMNOPQRSTUVWXYZyn*/(), ."  # one token each
 DEFAULT = {"train": 500, "test": 200}  # problems
 SPLITS = ("test", "train", "train", *["pretrain"] * 7)  # by the hash's last digit
-
-
 Draw = Callable[[random.Random], tuple[str, str, str]]  # (problem, key, answer)
 
 
@@ -112,9 +110,6 @@ class Lab(Splits):
       seed: of the problems that `train` and `test` draw: distinct ones, 500 and 200 unless `n` says otherwise, and none
         of them a pretraining one.
 
-    Raises:
-      ValueError: an unknown kind.
-
     >>> task = Lab("countdown")
     >>> task.score(Example("0", "K347:14=", "3+4+7"), "7+4+3").reward
     1.1
@@ -128,7 +123,7 @@ class Lab(Splits):
 
     @property
     def name(self) -> str:
-        """lab-add, lab-countdown, …"""
+        """The task's key in `TASKS`, lab-add for example."""
         return f"lab-{self.kind}"
 
     def pretrain(self) -> Iterator[Example]:
