@@ -25,7 +25,7 @@ _TINY, _LARGEST = float(np.finfo(np.float32).tiny), 65504.0
 
 
 class _Slot(NamedTuple):
-    """What one key of a file must be, and where it goes."""
+    """What one key of a file must be."""
 
     weight: Weight
     layer: int | None
@@ -44,18 +44,17 @@ def to_params(
 ) -> Params:
     """The parameter tree, stacked over layers, in `dtype`, each leaf where `shardings(path, shape)` says.
 
-    The host holds one tensor at a time, of the largest one's size at most: a leaf that is larger is filled on its
-    devices. Raises one ValueError that lists every missing, unexpected and mis-shaped key, or every tensor whose
-    numbers no weight has. An output head that a tied checkpoint stores nevertheless is accepted when it equals the
-    embedding.
+    The host holds one tensor at a time: a leaf that is larger than the largest of them is filled on its devices.
+    Raises one ValueError that lists every key that is missing, unexpected or of another shape, or every tensor whose
+    numbers no weight has. The output head of a tied checkpoint is accepted when it equals the embedding.
     """
     slots = _slots(config, naming)
     _check_keys(reader, config, slots, naming)
     dtype, broken = np.dtype(dtype), []
 
-    def host_leaf(slots: dict[str, _Slot], shape: tuple[int, ...]) -> np.ndarray:
+    def host_leaf(tensors: dict[str, _Slot], shape: tuple[int, ...]) -> np.ndarray:
         leaf = staging(shape, dtype)
-        for key, slot in slots.items():
+        for key, slot in tensors.items():
             tensor = leaf if slot.layer is None else leaf[slot.layer]
             if not _fill(tensor.T if slot.weight.transpose else tensor, reader, key, slot):
                 broken.append(key)
@@ -123,8 +122,8 @@ def half_split(rows: np.ndarray, *, heads: int) -> np.ndarray:
 def _slots(config: TransformerConfig, naming: str) -> dict[str, _Slot]:
     slots, shapes = {}, param_shapes(config)
     for weight in weights_of(config):
-        stacked, shape = weight.path.startswith("layers/"), shapes[weight.path]
-        shape = shape[1:] if stacked else shape
+        stacked = weight.path.startswith("layers/")
+        shape = shapes[weight.path][1:] if stacked else shapes[weight.path]
         shape = shape[::-1] if weight.transpose else shape
         offset, heads = 0, 0
         if naming == "gguf":
@@ -140,18 +139,18 @@ def _check_keys(reader: Reader, config: TransformerConfig, slots: dict[str, _Slo
     shapes = reader.shapes
     problems = [f"missing: {key} {slot.shape}" for key, slot in slots.items() if key not in shapes]
     problems += [
-        f"unexpected: {key} {shapes[key]}" + ", frequencies that are not those of the config" * ("_freq" in key)
-        for key in shapes
+        f"unexpected: {key} {shape}" + ", frequencies that are not those of the config" * ("_freq" in key)
+        for key, shape in shapes.items()
         if key not in slots and not _spare(reader, config, key, naming)
     ]
     problems += [
         f"wrong shape: {key} is {shapes[key]}, the config says {slot.shape}"
         for key, slot in slots.items()
-        if key in shapes and shapes[key] != slot.shape
+        if shapes.get(key, slot.shape) != slot.shape
     ]
     if problems:
-        lines = "\n  ".join(problems)
-        raise ValueError(f"the {naming} weights do not fit the {config.family} config:\n  {lines}")
+        fit = f"the {naming} weights do not fit the {config.family} config:"
+        raise ValueError("\n  ".join([fit, *problems]))
 
 
 def _spare(reader: Reader, config: TransformerConfig, key: str, naming: str) -> bool:
@@ -165,11 +164,11 @@ def _spare(reader: Reader, config: TransformerConfig, key: str, naming: str) -> 
         plain = rope_frequencies(dataclasses.replace(config, rope_scaling=None))
         return _near(reader.read(key), plain / rope_frequencies(config))
     names = {weight.path: getattr(weight, naming) for weight in WEIGHTS}
-    embedding = names["embed/embedding"]
-    if not config.tied_embeddings or key != names["head/kernel"]:
-        return False
-    return reader.shapes[key] == reader.shapes.get(embedding) and all(
-        np.array_equal(rows, reader.read(embedding, at.start, at.stop)) for at, rows in chunks(reader, key)
+    embedding, tied_head = names["embed/embedding"], config.tied_embeddings and key == names["head/kernel"]
+    return (
+        tied_head
+        and reader.shapes[key] == reader.shapes.get(embedding)
+        and all(np.array_equal(rows, reader.read(embedding, at.start, at.stop)) for at, rows in chunks(reader, key))
     )
 
 

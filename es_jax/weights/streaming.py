@@ -41,17 +41,14 @@ class StoredTensor(NamedTuple):
 
 
 class FileReader:
-    """The tensors of files. `shapes`: key → shape."""
+    """The `Reader` of files."""
 
     def __init__(self, tensors: dict[str, StoredTensor]) -> None:
         self._tensors = tensors
         self.shapes = {key: tensor.shape for key, tensor in tensors.items()}
 
     def read(self, key: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """The rows `start` to `stop` of a tensor: plain floats in their own type, others dequantised to float32.
-
-        Raises ValueError when the file has become shorter since it was opened.
-        """
+        """The rows `start` to `stop` of a tensor: plain floats in their own type, others dequantised to float32."""
         file, shape, base, kind, (numbers, size) = self._tensors[key]
         stop = shape[0] if stop is None else stop
         first, end = (row * math.prod(shape[1:]) // numbers * size for row in (start, stop))
@@ -59,10 +56,12 @@ class FileReader:
         if content.size != end - first:
             raise ValueError(f"{file} has become shorter while it was read; fetch it again")
         if isinstance(kind, np.dtype):
-            return content.view(kind).reshape(stop - start, *shape[1:])
-        from gguf.quants import dequantize
+            values = content.view(kind)
+        else:
+            from gguf.quants import dequantize
 
-        return dequantize(content.reshape(-1, shape[-1] // numbers * size), kind).reshape(stop - start, *shape[1:])
+            values = dequantize(content.reshape(-1, shape[-1] // numbers * size), kind)
+        return values.reshape(stop - start, *shape[1:])
 
 
 def row_slices(shape: tuple[int, ...], numbers: int = _CHUNK) -> Iterator[slice]:
@@ -95,10 +94,7 @@ def widened(chunk: np.ndarray) -> np.ndarray:
 
 
 def staging(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An empty host array for `place`, at an address that a CPU device cannot adopt as its own.
-
-    What it adopts is not its to give away: the first update of the leaf could not donate it, and would hold it twice.
-    """
+    """An empty host array for `place`, where a CPU device cannot adopt it: a leaf in adopted memory is not donated."""
     count = math.prod(shape) * dtype.itemsize
     raw = np.empty(count + 64, np.uint8)
     start = (16 - raw.ctypes.data) % 64
@@ -106,7 +102,7 @@ def staging(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def place(make: Callable[[], np.ndarray], sharding: Sharding | None) -> jax.Array:
-    """A host array that `make` returns, and nobody else keeps or changes, on its devices, each given its own part."""
+    """The host array that `make` returns, which nobody else keeps, on its devices, each given its own part."""
     buffer = make()
     if sharding is None:
         leaf = jax.device_put(buffer)
@@ -115,9 +111,8 @@ def place(make: Callable[[], np.ndarray], sharding: Sharding | None) -> jax.Arra
     jax.block_until_ready(leaf)
     memory, looks = weakref.ref(buffer if buffer.base is None else buffer.base), _LOOKS * (buffer.size > _CHUNK)
     del buffer
-    for _ in range(looks):
-        if memory() is None:
-            break
+    while looks and memory() is not None:
+        looks -= 1
         jax.device_put(0.0)  # JAX lets go of a buffer only at a call some time after it was copied
         time.sleep(1e-4)
     return leaf
@@ -126,7 +121,7 @@ def place(make: Callable[[], np.ndarray], sharding: Sharding | None) -> jax.Arra
 def place_stacked(
     layers: Sequence[Callable[[], np.ndarray]], shape: tuple[int, ...], *, dtype: np.dtype, sharding: Sharding | None
 ) -> jax.Array:
-    """A leaf [L, …] filled on its devices, in place; the host holds one layer."""
+    """A leaf [L, …], filled on its devices layer by layer; the host holds one."""
     stack = jnp.zeros(shape, dtype, device=sharding)
     for i, make in enumerate(layers):
         stack = _setter(sharding)(stack, place(make, _of_layer(sharding)), np.int32(i))

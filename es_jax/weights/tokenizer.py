@@ -33,10 +33,8 @@ def stop_token_ids(tokenizer: Any, *eos: int | Iterable[int] | None) -> tuple[in
 def render(tokenizer: Any, prompt: Prompt) -> str:
     """The text the model is to continue. Plain text stays as it is; messages go through the chat template.
 
-    Messages are {"role": …, "content": …}. After a last message of the user's the assistant's turn is opened;
-    a last message of the assistant's is left open, its content kept to the last blank, for the model to
-    continue. Raises ValueError for messages without a chat template, no messages, or a template that does not
-    keep the open message.
+    After a last message of the user's the assistant's turn is opened; a last message of the assistant's is left open,
+    its content kept to the last blank, for the model to continue.
     """
     if isinstance(prompt, str):
         return prompt
@@ -78,6 +76,6 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
     ids = tokenizer.encode(render(tokenizer, prompt), add_special_tokens=isinstance(prompt, str))
     if isinstance(prompt, str) and ids and ids[-1] == tokenizer.eos_token_id:
         plain = tokenizer.encode(prompt, add_special_tokens=False)
-        if not plain or plain[-1] != ids[-1]:
+        if plain[-1:] != ids[-1:]:
             ids = ids[:-1]
     return list(ids)

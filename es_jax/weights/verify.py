@@ -10,6 +10,7 @@ position), layers (name → relative difference, from the embedding to the logit
 
 import argparse
 import dataclasses
+import functools
 import json
 import sys
 from pathlib import Path
@@ -151,18 +152,16 @@ def _reference_stream(folder: Path, ids: np.ndarray) -> dict[str, np.ndarray]:
     reference = reference.float().eval()
     outputs: dict[str, Any] = {}
 
-    def record(name: str, module: Any) -> None:
-        module.register_forward_hook(
-            lambda _, args, out: outputs.update({name: out[0] if isinstance(out, tuple) else out})
-        )
+    def record(name: str, module: Any, args: Any, output: Any) -> None:
+        outputs[name] = output[0] if isinstance(output, tuple) else output
 
     layers = reference.model.layers
     layers[0].register_forward_pre_hook(
         lambda _, args, kwargs: outputs.update(embedding=args[0] if args else kwargs["hidden_states"]), with_kwargs=True
     )
-    for i, layer in enumerate(layers):
-        record(f"layer {i}", layer)
-    record("final norm", reference.model.norm)
+    modules = {f"layer {i}": layer for i, layer in enumerate(layers)} | {"final norm": reference.model.norm}
+    for name, module in modules.items():
+        module.register_forward_hook(functools.partial(record, name))
     with torch.no_grad():
         outputs["logits"] = reference(torch.tensor(ids).long(), use_cache=False).logits
     return {name: x[0].numpy().copy() for name, x in outputs.items()}
@@ -184,7 +183,7 @@ def _wide(*arrays: np.ndarray) -> tuple[np.ndarray, ...]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; gives its exit code."""
+    """The command; returns its exit code."""
     usage, _, description = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
         usage=usage, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -198,8 +197,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args(argv)
     try:
-        file = arguments.text_file
-        text = arguments.text if file is None else file.read_text(encoding="utf-8")
+        text = arguments.text_file.read_text(encoding="utf-8") if arguments.text_file else arguments.text
         report = verify_model(load_model(arguments.model), arguments.reference, max_kl=arguments.max_kl, text=text)
     except VerificationError as error:
         report = error.report
