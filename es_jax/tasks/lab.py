@@ -17,7 +17,8 @@ from es_jax.tasks.task import Example, Score, Splits, check_count, check_known
 CHARACTERS = "0123456789+-=:<ABCDEFGHIJKLMNOPQRSTUVWXYZyn*/(), ."  # one token each
 DEFAULT = {"train": 500, "test": 200}  # problems
 SPLITS = ("test", "train", "train", *["pretrain"] * 7)  # by the hash's last digit
-Draw = Callable[[random.Random], tuple[str, str, str]]  # (problem, key, answer)
+Problem = tuple[str, str, str]  # its text, key and answer
+Draw = Callable[[random.Random], Problem]
 
 
 @dataclass(frozen=True)
@@ -34,17 +35,17 @@ def _two(rng: random.Random) -> tuple[int, int]:
     return rng.randint(10, 99), rng.randint(10, 99)
 
 
-def _add(rng: random.Random) -> tuple[str, str, str]:
+def _add(rng: random.Random) -> Problem:
     a, b = _two(rng)
     return f"A{a}+{b}=", f"{min(a, b)} {max(a, b)}", str(a + b)
 
 
-def _subtract(rng: random.Random) -> tuple[str, str, str]:
+def _subtract(rng: random.Random) -> Problem:
     b, a = sorted(_two(rng))
     return f"S{a}-{b}=", f"{a} {b}", str(a - b)
 
 
-def _compare(rng: random.Random) -> tuple[str, str, str]:
+def _compare(rng: random.Random) -> Problem:
     a, b = _two(rng)
     return f"C{a}<{b}=", f"{a} {b}", "y" if a < b else "n"
 
@@ -52,14 +53,14 @@ def _compare(rng: random.Random) -> tuple[str, str, str]:
 def _of_digits(letter: str, answer: Callable[[str], str]) -> Draw:
     """A puzzle of five digits."""
 
-    def draw(rng: random.Random) -> tuple[str, str, str]:
+    def draw(rng: random.Random) -> Problem:
         digits = f"{rng.randrange(100_000):05}"
         return f"{letter}{digits}=", digits, answer(digits)
 
     return draw
 
 
-def _count(rng: random.Random) -> tuple[str, str, str]:
+def _count(rng: random.Random) -> Problem:
     digit, count = rng.choice("0123456789"), rng.randint(0, 5)
     others = "0123456789".replace(digit, "")
     digits = [digit] * count + [rng.choice(others) for _ in range(5 - count)]
@@ -68,7 +69,7 @@ def _count(rng: random.Random) -> tuple[str, str, str]:
     return f"N{digit}:{text}=", f"{digit} {text}", str(count)
 
 
-def _countdown(rng: random.Random) -> tuple[str, str, str]:
+def _countdown(rng: random.Random) -> Problem:
     digits = [rng.randint(1, 9) for _ in range(3)]
     a, b, c = rng.sample(digits, 3)
     x, y = rng.choice("+-"), rng.choice("+-")
@@ -133,15 +134,11 @@ class Lab(Splits):
     def score(self, example: Example, completion: str) -> Score:
         """Reward in {0, 0.1, 1.1}; parts `answer` and `format`, each 0 or 1."""
         form = float(re.fullmatch(KINDS[self.kind].form, completion) is not None)
-        right = float(form and (completion == example.answer or self._solves(example, completion)))
-        return Score(right + 0.1 * form, {"answer": right, "format": form})
-
-    def _solves(self, example: Example, completion: str) -> bool:
-        """Another right answer of a small Countdown; the form, digit sign digit sign digit, is known to hold."""
-        if self.kind != "countdown":
-            return False
-        digits, _, target = str(example.prompt)[1:].rstrip("=").partition(":")
-        return sorted(completion[::2]) == sorted(digits) and _value(completion) == int(target)
+        right = form and completion == example.answer
+        if form and self.kind == "countdown":  # which has other right answers, too
+            digits, _, target = str(example.prompt)[1:].rstrip("=").partition(":")
+            right = right or (sorted(completion[::2]) == sorted(digits) and _value(completion) == int(target))
+        return Score(right + 0.1 * form, {"answer": float(right), "format": form})
 
     def _draw(self, split: str) -> Iterator[Example]:
         rng = random.Random(f"{self.name} {split} {self.seed}")

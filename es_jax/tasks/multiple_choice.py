@@ -109,18 +109,18 @@ class MultipleChoice(PublishedTask):
         """See `PublishedTask.source`."""
         dataset = DATASETS[self.kind]
 
-        @cache  # read when the first row asks for them
-        def worked_examples() -> list[Question]:
-            return list(checked(*open_split(dataset.hub, "validation", self.data_dir), read_worked))
-
         def read_worked(row: Row, number: int) -> Question:
             value, question = row.get("cot_content"), dataset.read(row)
             check_field(question.worked, "cot_content", value, "the worked answer, text that is not empty")
             return question
 
+        @cache  # read when the first row asks for them
+        def worked() -> list[Question]:
+            return list(checked(*open_split(dataset.hub, "validation", self.data_dir), read_worked))
+
         def native(row: Row) -> Example:
             question = dataset.read(row)
-            shots = _shots(dataset.shots, question, worked_examples()) if dataset.shots else ()
+            shots = _shots(dataset.shots, question, worked()) if dataset.shots else ()
             blocks = [f"{dataset.posed(shot)}\nAnswer: {shot.worked}" for shot in shots]
             content = "\n\n".join([*blocks, dataset.posed(question), dataset.ask])
             meta = {"options": question.options, "stem": dataset.stem.format(question.text)}

@@ -48,7 +48,7 @@ class Hub:
 
 # The data set; what makes an example of a row with its own fields; and what checks the answer of a row in verl's layout
 # and returns it as the example's, called with the answer and the field's name.
-Source = tuple[Hub, Callable[[Row], Example], Callable[[str, str], str]]
+Source = tuple[Hub, Callable[[Row], Example], Callable[[Any, str], str]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,10 +70,13 @@ class PublishedTask(Splits):
         hub, native, check_answer = self.source
 
         def read(row: Row, number: int) -> Example:
-            return _verl_example(row, number, check_answer=check_answer) if "prompt" in row else native(row)
+            if "prompt" not in row:
+                return native(row)
+            example = _verl_example(row, number)
+            return replace(example, answer=check_answer(example.answer, "reward_model.ground_truth"))
 
         rows, source = open_split(hub, split, self.data_dir)
-        return take(_examples(islice(rows, None if n is None else check_count(n)), source, read), n, source=source)
+        return _examples(islice(rows, None if n is None else check_count(n)), source, read, n)
 
 
 def read_examples(
@@ -91,7 +94,7 @@ def read_examples(
     """
     path = find_split(data_dir, split)
     read = partial(_verl_example, extra=extra, needs_answer=needs_answer)
-    return take(_examples(read_rows(path), str(path), read), n, source=str(path))
+    return _examples(read_rows(path), str(path), read, n)
 
 
 def checked(rows: Iterable[Row], source: str, read: Callable[[Row, int], T]) -> Iterator[T]:
@@ -104,14 +107,14 @@ def checked(rows: Iterable[Row], source: str, read: Callable[[Row, int], T]) -> 
         yield result
 
 
-def _examples(rows: Iterable[Row], source: str, read: Callable[[Row, int], Example]) -> list[Example]:
-    """The `checked` examples, each under an id of its own."""
+def _examples(rows: Iterable[Row], source: str, read: Callable[[Row, int], Example], n: int | None) -> list[Example]:
+    """The first `n` of the `checked` examples, each under an id of its own."""
     examples: dict[str, Example] = {}
     for number, example in enumerate(checked(rows, source, read)):
         while not example.id or example.id in examples:  # ProofWriter's ids are those of theories: many rows share one
             example = replace(example, id=f"{example.id}#{number}")
         examples[example.id] = example
-    return list(examples.values())
+    return take(list(examples.values()), n, source=source)
 
 
 def open_split(hub: Hub, split: str, data_dir: str | Path | None) -> tuple[Iterable[Row], str]:
@@ -231,14 +234,7 @@ def _parse_json(text: str, source: str) -> Any:
         raise ValueError(f"{source}: {reprlib.repr(text)} is not JSON ({error})") from error
 
 
-def _verl_example(
-    row: Row,
-    number: int,
-    *,
-    extra: Callable[[Row], Row] = dict,
-    needs_answer: bool = True,
-    check_answer: Callable[[str, str], str] = lambda answer, name: answer,
-) -> Example:
+def _verl_example(row: Row, number: int, *, extra: Callable[[Row], Row] = dict, needs_answer: bool = True) -> Example:
     meta = dict(extra(_optional(row, "extra_info", Mapping, "an object") or {}))
     if (source := _optional(row, "data_source", str, "text")) is not None:
         meta["data_source"] = source
@@ -246,10 +242,7 @@ def _verl_example(
     messages: Any = row.get("prompt")
     check_field(isinstance(messages, list) and messages, "prompt", messages, "a list of at least one {role, content}")
     prompt = tuple(_message(message, f"prompt[{at}]") for at, message in enumerate(messages))
-    answer = _answer(row, needs_answer)
-    if answer is not None:
-        answer = check_answer(answer, "reward_model.ground_truth")
-    return Example(str(number if name is None else name), prompt, answer, meta)
+    return Example(str(number if name is None else name), prompt, _answer(row, needs_answer), meta)
 
 
 def _optional(row: Row, name: str, kind: Any, wanted: str) -> Any:

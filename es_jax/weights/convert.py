@@ -82,7 +82,7 @@ def to_params(
 def hf_tensors(
     params: Params, *, config: TransformerConfig
 ) -> tuple[dict[str, tuple[int, ...]], Callable[[str], np.ndarray]]:
-    """Hugging Face's keys with the shapes of their tensors, and the function that brings one of them to the host."""
+    """Hugging Face's keys with the shapes of their tensors, and the function that brings one to the host."""
     leaves, slots = dict(named_leaves(params)), _slots(config, "hf")
 
     def tensor(key: str) -> np.ndarray:
@@ -120,16 +120,14 @@ def half_split(rows: np.ndarray, *, heads: int) -> np.ndarray:
 
 
 def _slots(config: TransformerConfig, naming: str) -> dict[str, _Slot]:
-    slots, shapes = {}, param_shapes(config)
+    slots, shapes, gguf = {}, param_shapes(config), naming == "gguf"
     for weight in weights_of(config):
         stacked = weight.path.startswith("layers/")
         shape = shapes[weight.path][1:] if stacked else shapes[weight.path]
         shape = shape[::-1] if weight.transpose else shape
-        offset, heads = 0, 0
-        if naming == "gguf":
-            offset = int(config.norm_plus_one and weight.path.endswith("norm/scale"))
-            permuted = FAMILIES[config.family].gguf_permuted and weight.rotary
-            heads = getattr(config, weight.rotary) if permuted else 0
+        offset = int(gguf and config.norm_plus_one and weight.path.endswith("norm/scale"))
+        permuted = gguf and FAMILIES[config.family].gguf_permuted and weight.rotary
+        heads = getattr(config, weight.rotary) if permuted else 0
         for layer in range(config.layers) if stacked else (None,):
             slots[getattr(weight, naming).format(layer)] = _Slot(weight, layer, shape, offset, heads)
     return slots
@@ -164,14 +162,12 @@ def _spare(reader: Reader, config: TransformerConfig, key: str, naming: str) -> 
         plain = rope_frequencies(dataclasses.replace(config, rope_scaling=None))
         return _near(reader.read(key), plain / rope_frequencies(config))
     names = {weight.path: getattr(weight, naming) for weight in WEIGHTS}
-    embedding, tied_head = names["embed/embedding"], config.tied_embeddings and key == names["head/kernel"]
-    return (
-        tied_head
-        and reader.shapes[key] == reader.shapes.get(embedding)
-        and all(np.array_equal(rows, reader.read(embedding, at.start, at.stop)) for at, rows in chunks(reader, key))
-    )
+    embedding, shapes = names["embed/embedding"], reader.shapes
+    if not config.tied_embeddings or key != names["head/kernel"] or shapes[key] != shapes.get(embedding):
+        return False
+    return all(np.array_equal(rows, reader.read(embedding, at.start, at.stop)) for at, rows in chunks(reader, key))
 
 
 def _near(values: np.ndarray, expected: np.ndarray) -> bool:
-    """Equal up to the rounding of bfloat16, which some files hold frequencies in."""
+    """Equal up to the rounding of bfloat16, in which some files hold frequencies."""
     return values.shape == expected.shape and np.allclose(values.astype(np.float32), expected, rtol=2.0**-7, atol=0)

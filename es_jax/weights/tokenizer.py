@@ -1,8 +1,10 @@
 """Tokenizers of folders; the stop tokens; prompts as token ids."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import jax
 
 Prompt = str | Sequence[Mapping[str, Any]]
 
@@ -21,12 +23,10 @@ def from_folder(folder: Path) -> Any:
         raise ValueError(f"{folder}: no tokenizer could be read ({reason}); add its tokenizer.json") from error
 
 
-def stop_token_ids(tokenizer: Any, *eos: int | Iterable[int] | None) -> tuple[int, ...]:
+def stop_token_ids(tokenizer: Any, *eos: int | list[int] | None) -> tuple[int, ...]:
     """Ids that end a turn, ascending: the tokenizer's EOS, those in `eos`, and well-known ends of turn."""
     vocabulary = tokenizer.get_vocab()
-    stops = {tokenizer.eos_token_id, *(vocabulary.get(token) for token in END_OF_TURN)}
-    for ids in eos:
-        stops |= {ids} if isinstance(ids, int) or ids is None else set(ids)
+    stops = {tokenizer.eos_token_id, *map(vocabulary.get, END_OF_TURN), *jax.tree.leaves(eos)}
     return tuple(sorted(stops - {None}))
 
 

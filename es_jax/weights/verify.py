@@ -169,25 +169,21 @@ def _reference_stream(folder: Path, ids: np.ndarray) -> dict[str, np.ndarray]:
 
 def _kl(reference: np.ndarray, model: np.ndarray) -> tuple[float, ...]:
     """KL(reference ‖ model) of each row of logits [T, V], in float64."""
-    p, q = (logits - np.logaddexp.reduce(logits, axis=1, keepdims=True) for logits in _wide(reference, model))
+    wide = (logits.astype(np.float64) for logits in (reference, model))
+    p, q = (logits - np.logaddexp.reduce(logits, axis=1, keepdims=True) for logits in wide)
     return tuple(float(x) for x in np.maximum((np.exp(p) * (p - q)).sum(axis=1), 0.0))
 
 
 def _relative(ours: np.ndarray, theirs: np.ndarray) -> float:
-    ours, theirs = _wide(ours, theirs)
+    ours, theirs = ours.astype(np.float64), theirs.astype(np.float64)
     return float((np.linalg.norm(ours - theirs, axis=1) / np.maximum(np.linalg.norm(theirs, axis=1), 1e-30)).max())
-
-
-def _wide(*arrays: np.ndarray) -> tuple[np.ndarray, ...]:
-    return tuple(x.astype(np.float64) for x in arrays)
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit code."""
     usage, _, description = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        usage=usage, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(usage=usage, description=description, formatter_class=raw)
     parser.add_argument("model")
     parser.add_argument("reference")
     texts = parser.add_mutually_exclusive_group()
