@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import NamedTuple
 
 from es_jax.tasks.task import Example, Score, Splits, check_count, check_known
 
@@ -21,8 +22,7 @@ Problem = tuple[str, str, str]  # its text, key and answer
 Draw = Callable[[random.Random], Problem]
 
 
-@dataclass(frozen=True)
-class Kind:
+class Kind(NamedTuple):
     """One puzzle. Problems of one key stay in one split."""
 
     draw: Draw

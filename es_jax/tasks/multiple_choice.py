@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from es_jax.tasks.rows import Hub, PublishedTask, Row, Source, check_field, checked, open_split, text_field, texts_field
 from es_jax.tasks.task import Choices, Example, Score, check_known, messages, response_text, two_views
@@ -15,8 +15,7 @@ CONTINUATIONS = ("label", "text")
 LETTERS = "ABCDEFGHIJ"
 
 
-@dataclass(frozen=True)
-class Question:
+class Question(NamedTuple):
     """A row of any of the data sets."""
 
     text: str

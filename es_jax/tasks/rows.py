@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from es_jax.core.extras import require
 from es_jax.tasks.task import GRADERS, Example, Message, Splits, check_count, check_known, take
@@ -34,8 +34,7 @@ def check_field(valid: object, name: str, value: object, wanted: str) -> None:
         raise FieldError(f"field {name!r} is {reprlib.repr(value)}: it should be {wanted}")
 
 
-@dataclass(frozen=True)
-class Hub:
+class Hub(NamedTuple):
     """A data set on the Hugging Face hub, and which of its splits are for training and testing."""
 
     path: str

@@ -17,7 +17,7 @@ from es_jax.models.config import TransformerConfig
 from es_jax.models.families import FAMILIES, WEIGHTS, Weight, weights_of
 from es_jax.models.rope import rope_frequencies
 from es_jax.models.transformer import Params, param_shapes
-from es_jax.weights.streaming import Reader, Shardings, chunks, fetch, place, place_stacked, staging, widened
+from es_jax.weights.streaming import Reader, Shape, Shardings, chunks, fetch, place, place_stacked, staging, widened
 
 # Magnitudes between which the largest of a tensor lies: what float16 holds, and not subnormal throughout. Bytes in the
 # wrong order, or a flipped bit of an exponent, break this.
@@ -29,7 +29,7 @@ class _Slot(NamedTuple):
 
     weight: Weight
     layer: int | None
-    shape: tuple[int, ...]  # in the file
+    shape: Shape  # in the file
     offset: int  # what the file adds: GGUF's norms hold the 1 + scale that they multiply by
     heads: int  # within each of which GGUF interleaves the halves of the rows; 0: they are in the tree's order
 
@@ -52,7 +52,7 @@ def to_params(
     _check_keys(reader, config, slots, naming)
     dtype, broken = np.dtype(dtype), []
 
-    def host_leaf(tensors: dict[str, _Slot], shape: tuple[int, ...]) -> np.ndarray:
+    def host_leaf(tensors: dict[str, _Slot], shape: Shape) -> np.ndarray:
         leaf = staging(shape, dtype)
         for key, slot in tensors.items():
             tensor = leaf if slot.layer is None else leaf[slot.layer]
@@ -79,9 +79,7 @@ def to_params(
     return unflatten_dict(params, sep="/")
 
 
-def hf_tensors(
-    params: Params, *, config: TransformerConfig
-) -> tuple[dict[str, tuple[int, ...]], Callable[[str], np.ndarray]]:
+def hf_tensors(params: Params, *, config: TransformerConfig) -> tuple[dict[str, Shape], Callable[[str], np.ndarray]]:
     """Hugging Face's keys with the shapes of their tensors, and the function that brings one to the host."""
     leaves, slots = dict(named_leaves(params)), _slots(config, "hf")
 

@@ -18,8 +18,9 @@ import numpy as np
 from es_jax.models.config import RopeScaling, TransformerConfig, shortest_pattern
 from es_jax.models.families import FAMILIES, Family, find_family
 from es_jax.models.rope import rope_frequencies
-from es_jax.weights.streaming import FileReader, StoredTensor
+from es_jax.weights.streaming import FileReader, Shape, StoredTensor
 
+Fields = dict[str, Any]
 KINDS = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
 _PLAIN = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _SCALARS = dict(enumerate(("<u1", "<i1", "<u2", "<i2", "<u4", "<i4", "<f4", "<u1"))) | {10: "<u8", 11: "<i8", 12: "<f8"}
@@ -113,16 +114,16 @@ class _Header:
             raise ValueError("a metadata value that is to be true or false is neither")
         return list(map(bool, values)) if kind == _BOOL else values
 
-    def tensor(self) -> tuple[tuple[int, ...], int, int]:
+    def tensor(self) -> tuple[Shape, int, int]:
         """Shape, kind and offset."""
         dimensions = self.integer(4)
         if not 1 <= dimensions <= 4:
             raise ValueError(f"a tensor has {dimensions} dimensions")
         return tuple(self.numbers("<u8", dimensions)[::-1]), self.integer(4), self.integer(8)
 
-    def unique(self, count: int, read: Callable[[], Any]) -> dict[str, Any]:
+    def unique(self, count: int, read: Callable[[], Any]) -> Fields:
         """`count` names, each with what `read` reads after it."""
-        entries: dict[str, Any] = {}
+        entries: Fields = {}
         for _ in range(count):
             name = self.string()
             if name in entries:
@@ -131,7 +132,7 @@ class _Header:
         return entries
 
 
-def _parse(path: Path, header: _Header) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
+def _parse(path: Path, header: _Header) -> tuple[Fields, dict[str, StoredTensor]]:
     """The metadata, and the tensors, which must lie in the file one after another, without a gap and up to its end."""
     import gguf
 
@@ -205,7 +206,7 @@ def from_gguf(reader: GGUFReader) -> TransformerConfig:
     return _with_llama3(config, reader) if "rope_freqs.weight" in reader.shapes else config
 
 
-def _problems(family: Family, fields: dict[str, Any]) -> list[str]:
+def _problems(family: Family, fields: Fields) -> list[str]:
     window, alternating = fields.get("attention.sliding_window", 0), family.windows == "alternating"
     known = _KNOWN | (_GEMMA if alternating else set())
     problems = [f"{key} is missing" for key in _SIZES if key not in fields]
@@ -231,13 +232,13 @@ def _problems(family: Family, fields: dict[str, Any]) -> list[str]:
     ]
 
 
-def _head_dim(fields: dict[str, Any]) -> int:
+def _head_dim(fields: Fields) -> int:
     return fields.get("attention.key_length", fields["embedding_length"] // fields["attention.head_count"])
 
 
-def _particulars(family: Family, fields: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+def _particulars(family: Family, fields: Fields, values: Fields) -> Fields:
     """What only some families have."""
-    particulars: dict[str, Any] = {"sliding_window": fields.get("attention.sliding_window") or None}
+    particulars: Fields = {"sliding_window": fields.get("attention.sliding_window") or None}
     if "no_rope_layers" in family.reads:
         particulars["rope_layers"] = (True, True, True, False)
     if family.windows == "alternating":

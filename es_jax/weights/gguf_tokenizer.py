@@ -10,6 +10,7 @@ from typing import Any
 
 from es_jax.core.names import unknown
 
+Metadata = Mapping[str, Any]
 _NORMAL, _CONTROL, _USER_DEFINED, _BYTE = 1, 3, 4, 6  # GGUF's token types; control and user-defined are matched first
 _NAMES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 _FOLDER = "load the model's safetensors folder instead"
@@ -41,7 +42,7 @@ PRE_TOKENIZERS = {
 }
 
 
-def from_gguf_metadata(metadata: Mapping[str, Any]) -> Any:
+def from_gguf_metadata(metadata: Metadata) -> Any:
     """The tokenizer that a GGUF file's metadata describes, as a transformers fast tokenizer."""
     from transformers import PreTrainedTokenizerFast
 
@@ -65,7 +66,7 @@ def from_gguf_metadata(metadata: Mapping[str, Any]) -> Any:
     )
 
 
-def _byte_level(metadata: Mapping[str, Any], special: Mapping[str, str]) -> Any:
+def _byte_level(metadata: Metadata, special: Mapping[str, str]) -> Any:
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     name = metadata.get("tokenizer.ggml.pre")
@@ -86,7 +87,7 @@ def _byte_level(metadata: Mapping[str, Any], special: Mapping[str, str]) -> Any:
     return _finished(tokenizer, metadata, special, add_bos=pre.add_bos)
 
 
-def _sentencepiece(metadata: Mapping[str, Any], special: Mapping[str, str]) -> Any:
+def _sentencepiece(metadata: Metadata, special: Mapping[str, str]) -> Any:
     """SentencePiece's BPE: of two neighbours the pair whose union has the highest score is merged first."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
@@ -126,7 +127,7 @@ def _merges(tokens: list[str], kinds: list[int], scores: list[float]) -> list[tu
     return [(left, right) for left, right in halves if left in normal and right in normal]
 
 
-def _finished(tokenizer: Any, metadata: Mapping[str, Any], special: Mapping[str, str], *, add_bos: bool) -> Any:
+def _finished(tokenizer: Any, metadata: Metadata, special: Mapping[str, str], *, add_bos: bool) -> Any:
     """The tokenizer with the tokens that are matched before anything else, and those it puts around a text."""
     from tokenizers import AddedToken, processors
 

@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from es_jax.weights.files import INDEX, SINGLE, SUMS
-from es_jax.weights.streaming import FileReader, StoredTensor, row_slices
+from es_jax.weights.streaming import FileReader, Shape, StoredTensor, row_slices
 
 _KINDS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": ml_dtypes.bfloat16}
 _FLOATS = {name: np.dtype(kind) for name, kind in _KINDS.items()}
@@ -48,7 +48,7 @@ class SafetensorsReader(FileReader):
 
 def write_folder(
     folder: Path,
-    shapes: Mapping[str, tuple[int, ...]],
+    shapes: Mapping[str, Shape],
     tensor: Callable[[str], np.ndarray],
     *,
     dtype: np.dtype,
@@ -59,7 +59,7 @@ def write_folder(
     A file holds at most `max_shard_bytes` of tensors, more only where a single tensor does. Their sums are written
     beside them.
     """
-    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    shards: list[dict[str, Shape]] = [{}]
     filled = total = 0
     for key, shape in shapes.items():
         size = math.prod(shape) * dtype.itemsize
@@ -94,9 +94,7 @@ def _header(file: Path) -> tuple[dict[str, Any], int]:
     return fields, 8 + length
 
 
-def _write(
-    path: Path, shapes: Mapping[str, tuple[int, ...]], tensor: Callable[[str], np.ndarray], *, dtype: np.dtype
-) -> str:
+def _write(path: Path, shapes: Mapping[str, Shape], tensor: Callable[[str], np.ndarray], *, dtype: np.dtype) -> str:
     """Write one file; gives its sha256 in hex."""
     fields: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0

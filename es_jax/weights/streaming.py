@@ -14,7 +14,8 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-Shardings = Callable[[str, tuple[int, ...]], Sharding]  # (path, shape) → where the leaf lives
+Shape = tuple[int, ...]
+Shardings = Callable[[str, Shape], Sharding]  # (path, shape) → where the leaf lives
 
 _CHUNK = 1 << 18  # numbers that are read and converted at once
 _LOOKS = 100  # at whether a buffer is gone, 0.1 ms apart
@@ -24,7 +25,7 @@ _LOOKS = 100  # at whether a buffer is gone, 0.1 ms apart
 class Reader(Protocol):
     """Tensors by key, as a file format offers them."""
 
-    shapes: dict[str, tuple[int, ...]]
+    shapes: dict[str, Shape]
 
     def read(self, key: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """The rows `start` to `stop` of the tensor with that key, in any float type."""
@@ -34,7 +35,7 @@ class StoredTensor(NamedTuple):
     """A tensor in a file: numbers one after another, in blocks where they are quantised."""
 
     file: Path
-    shape: tuple[int, ...]  # slowest first
+    shape: Shape  # slowest first
     start: int  # first byte in the file
     kind: Any  # the dtype of plain floats, or a gguf.GGMLQuantizationType
     block: tuple[int, int]  # numbers, and the bytes that hold them
@@ -64,7 +65,7 @@ class FileReader:
         return values.reshape(stop - start, *shape[1:])
 
 
-def row_slices(shape: tuple[int, ...], numbers: int = _CHUNK) -> Iterator[slice]:
+def row_slices(shape: Shape, numbers: int = _CHUNK) -> Iterator[slice]:
     """The rows of a shape in order, about so many numbers at a time, at least one row.
 
     >>> list(row_slices((5, 3), 6))
@@ -93,7 +94,7 @@ def widened(chunk: np.ndarray) -> np.ndarray:
     return bits.view(np.float32)
 
 
-def staging(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+def staging(shape: Shape, dtype: np.dtype) -> np.ndarray:
     """An empty host array for `place`, where a CPU device cannot adopt it: a leaf in adopted memory is not donated."""
     count = math.prod(shape) * dtype.itemsize
     raw = np.empty(count + 64, np.uint8)
@@ -119,7 +120,7 @@ def place(make: Callable[[], np.ndarray], sharding: Sharding | None) -> jax.Arra
 
 
 def place_stacked(
-    layers: Sequence[Callable[[], np.ndarray]], shape: tuple[int, ...], *, dtype: np.dtype, sharding: Sharding | None
+    layers: Sequence[Callable[[], np.ndarray]], shape: Shape, *, dtype: np.dtype, sharding: Sharding | None
 ) -> jax.Array:
     """A leaf [L, …], filled on its devices layer by layer; the host holds one."""
     stack = jnp.zeros(shape, dtype, device=sharding)
