@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from itertools import combinations
+from math import comb
 from typing import NamedTuple
 
 import numpy as np
@@ -107,13 +108,11 @@ def solve(candidates: Sequence[Sequence[int]], target: int) -> list[str | None]:
     ['((2 + 3) * 4)', None]
     """
     states = np.asarray(candidates, np.float64)[:, None, :]  # [candidate, way of getting here, number]
-    sizes = []
     while states.shape[2] > 1:
-        sizes.append(states.shape[1])
         states = _combine(states)
     hits = np.abs(states[:, :, 0] - target) < 1e-9  # floats find it, _write checks it exactly
     return [
-        _write(numbers, int(row.argmax()), sizes, target) if row.any() else None
+        _write(numbers, row.argmax(), target) if row.any() else None
         for numbers, row in zip(candidates, hits, strict=True)
     ]
 
@@ -130,15 +129,12 @@ def _combine(states: np.ndarray) -> np.ndarray:
     return np.concatenate(blocks, axis=1)
 
 
-def _write(numbers: Sequence[int], index: int, sizes: list[int], target: int) -> str | None:
+def _write(numbers: Sequence[int], index: np.intp, target: int) -> str | None:
     """Spells out the search's `index`-th expression, following the blocks `_combine` laid out."""
-    blocks = []
-    for size in reversed(sizes):
-        block, index = divmod(index, size)
-        blocks.append(block)
+    blocks = np.unravel_index(index, [len(TEMPLATES) * comb(k, 2) for k in range(2, len(numbers) + 1)])
     items = list(map(str, numbers))
     for block in reversed(blocks):
-        pair, operation = divmod(block, len(TEMPLATES))
+        pair, operation = divmod(int(block), len(TEMPLATES))
         i, j = list(combinations(range(len(items)), 2))[pair]
         rest = [item for at, item in enumerate(items) if at not in (i, j)]
         items = [TEMPLATES[operation].format(items[i], items[j]), *rest]

@@ -78,15 +78,17 @@ class Countdown(Splits):
     def score(self, example: Example, completion: str) -> Score:
         """Grades the assistant's whole turn: the prompt's open turn joined with the completion.
 
-        `answer` is 1 if the last <answer>…</answer> holds an expression (see `arithmetic.parse`) that uses
-        each given number exactly once and comes within 1e-5 of the target. `format` is 1 if the turn, with
-        <think> put in front, is one think block, a newline and one answer block; otherwise 0.1 for a think
-        block plus 0.5 for an answer block.
+        `answer` is 1 if the last <answer>…</answer> holds an expression (see `arithmetic.parse`) that uses each number
+        exactly once and comes within 1e-5 of the target. For `format` see `format_score`.
         """
         response = response_text(example, completion)
         answer = last_answer(response)
         layout = format_score(response, has_answer=answer is not None)
-        right = answer is not None and _is_right(answer, example)
+        expression = parse(answer or "")
+        right = expression is not None and (
+            sorted(expression.numbers) == sorted(example.meta["numbers"])
+            and abs(expression.value - Fraction(example.meta["target"])) < TOLERANCE
+        )
         return two_views(self.grader, paper=right, strict=right and layout == 1.0, form=layout)
 
 
@@ -104,7 +106,8 @@ def last_answer(response: str) -> str | None:
 
 
 def format_score(response: str, *, has_answer: bool) -> float:
-    """1.0 for exactly a think block, a newline and an answer block; otherwise 0.1 and 0.5 for having them.
+    """1.0 if the turn, with <think> in front, is a think block, a newline and an answer block; else 0.1 for a think
+    block plus 0.5 for an answer block.
 
     >>> format_score("hm</think>\\n<answer>1</answer>", has_answer=True)
     1.0
@@ -114,13 +117,6 @@ def format_score(response: str, *, has_answer: bool) -> float:
     if "</think>\n<answer>" in response and response.endswith("</answer>"):
         return 1.0  # the two cannot overlap, and <think> in front opens the block that </think> closes
     return 0.1 * ("</think>" in response) + 0.5 * has_answer
-
-
-def _is_right(text: str, example: Example) -> bool:
-    expression = parse(text)
-    if expression is None or sorted(expression.numbers) != sorted(example.meta["numbers"]):
-        return False
-    return abs(expression.value - Fraction(example.meta["target"])) < TOLERANCE
 
 
 def _check_extra(extra: Row) -> Row:

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 from es_jax.tasks.rows import Hub, PublishedTask, Row, Source, check_field, checked, open_split, text_field, texts_field
 from es_jax.tasks.task import Choices, Example, Score, check_known, messages, response_text, two_views
 
-CONTINUATIONS = ("label", "text")
 LETTERS = "ABCDEFGHIJ"
 
 
@@ -40,10 +39,6 @@ class ChoiceDataset:
     # which it looks for in the upper-cased text.
     paper: tuple[str, ...] = (r"ANSWER IS \(([{0}])\)", r"ANSWER IS ([{0}])\b", r"\b([{0}])\b")
     shots: int = 0  # worked examples before the question
-
-    def asked_form(self, label: str) -> str:
-        """What the prompt asks for when that label is the answer: digits are asked for alone."""
-        return f"The answer is ({label})" if self.labels.isalpha() else label
 
     def paper_label(self, opening: str, completion: str) -> str | None:
         """The label that the paper's grader reads out of a completion, or None.
@@ -95,7 +90,7 @@ class MultipleChoice(PublishedTask):
 
     def __post_init__(self) -> None:
         check_known("multiple-choice set", self.kind, DATASETS)
-        check_known("continuation", self.continuation, CONTINUATIONS)
+        check_known("continuation", self.continuation, ("label", "text"))
         super().__post_init__()
 
     @property
@@ -147,7 +142,8 @@ class MultipleChoice(PublishedTask):
         labels = dataset.labels[: len(texts) if texts else None]
         right = labels.index(str(example.answer))
         if self.continuation == "label":
-            return Choices(example.prompt, tuple(map(dataset.asked_form, labels)), right)
+            asked_form = "The answer is ({})" if labels.isalpha() else "{}"
+            return Choices(example.prompt, tuple(map(asked_form.format, labels)), right)
         if not texts:
             raise ValueError(f"example {example.id!r} has no options' texts: set continuation to 'label'")
         return Choices(example.meta["stem"], tuple(f" {text}" for text in texts), right)

@@ -113,8 +113,7 @@ def half_split(rows: np.ndarray, *, heads: int) -> np.ndarray:
     >>> half_split(np.array([0, 2, 1, 3]), heads=1).tolist()
     [0, 1, 2, 3]
     """
-    pairs = rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(rows.shape)
+    return rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
 def _slots(config: TransformerConfig, naming: str) -> dict[str, _Slot]:

@@ -4,9 +4,8 @@ What a file leaves to its reader is as in llama.cpp, where the format comes from
 in transformers: before the text, not after every special token, since chat templates write their spaces themselves.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from es_jax.core.names import unknown
 
@@ -17,8 +16,7 @@ _FOLDER = "load the model's safetensors folder instead"
 _PARTS = ("tokenizer.ggml.tokens", "tokenizer.ggml.token_type")
 
 
-@dataclasses.dataclass(frozen=True)
-class PreTokenizer:
+class PreTokenizer(NamedTuple):
     """How text is split before byte-level BPE. `pattern` None: the pattern byte-level BPE brings along."""
 
     pattern: str | None = None
