@@ -56,10 +56,9 @@ def _fetch(name: str, patterns: list[str]) -> Path:
         ) from error
     except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
         offline = huggingface_hub.constants.HF_HUB_OFFLINE
-        reason = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
-        remedy = "unset it" if offline else "check the network"
+        remedy = "HF_HUB_OFFLINE is set: unset it" if offline else "the hub cannot be reached: check the network"
         raise FileNotFoundError(
-            f"source = {name!r} is no local folder and not in the hub's cache, and {reason}: {remedy}, {local}"
+            f"source = {name!r} is no local folder and not in the hub's cache, and {remedy}, {local}"
         ) from error
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
@@ -113,9 +112,8 @@ def digest(files: Iterable[Path]) -> str:
         if known and own.hexdigest() != known[0]:
             damaged.append(f"{path} differs from its sha256 in {known[1]}")
     if damaged:
-        raise ValueError(
-            f"{'; '.join(damaged)}: damaged, so fetch or export it again; if changed on purpose, delete the sum"
-        )
+        remedy = "damaged, so fetch or export it again; if changed on purpose, delete the sum"
+        raise ValueError(f"{'; '.join(damaged)}: {remedy}")
     return total.hexdigest()
 
 

@@ -68,14 +68,11 @@ class GGUFReader(FileReader):
         except ValueError as error:  # an empty file cannot be mapped: one as well
             raise ValueError(f"{path} is truncated or corrupt GGUF ({error}); fetch it again") from None
         super().__init__(tensors)
-        parts = self.metadata.get("split.count", 1)
-        if parts > 1:
-            raise ValueError(
-                f"{path} is one of {parts} parts: join them with `llama-gguf-split --merge` and give the sum"
-            )
+        if (parts := self.metadata.get("split.count", 1)) > 1:
+            join = "join them with `llama-gguf-split --merge` and give the sum"
+            raise ValueError(f"{path} is one of {parts} parts: {join}")
         kinds = {name: tensor.kind.name for name, tensor in tensors.items() if not isinstance(tensor.kind, np.dtype)}
-        others = [f"{name} is {kind}" for name, kind in kinds.items() if kind not in KINDS]
-        if others:
+        if others := [f"{name} is {kind}" for name, kind in kinds.items() if kind not in KINDS]:
             raise ValueError(f"{path}: {', '.join(others)}, which is not read; known: {', '.join(KINDS)}")
 
 

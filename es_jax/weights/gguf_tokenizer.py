@@ -90,11 +90,9 @@ def _sentencepiece(metadata: Metadata, special: Mapping[str, str]) -> Any:
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     tokens, kinds = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
-    for field in ("remove_extra_whitespaces", "precompiled_charsmap"):
-        if metadata.get(f"tokenizer.ggml.{field}"):
-            raise ValueError(
-                f"tokenizer.ggml.{field} is not implemented for a tokenizer of the model 'llama'; {_FOLDER}"
-            )
+    for field in ("tokenizer.ggml.remove_extra_whitespaces", "tokenizer.ggml.precompiled_charsmap"):
+        if metadata.get(field):
+            raise ValueError(f"{field} is not implemented for a tokenizer of the model 'llama'; {_FOLDER}")
     tokenizer = Tokenizer(
         models.BPE(
             vocab={token: i for i, token in enumerate(tokens)},

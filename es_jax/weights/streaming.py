@@ -28,7 +28,7 @@ class Reader(Protocol):
     shapes: dict[str, Shape]
 
     def read(self, key: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """The rows `start` to `stop` of the tensor with that key, in any float type."""
+        """The rows `start` to `stop` of a tensor, in any float type."""
 
 
 class StoredTensor(NamedTuple):

@@ -108,16 +108,15 @@ def verify_model(model: Model, reference: str | Path, *, max_kl: float, text: st
     if not (folder / "config.json").exists():
         raise FileNotFoundError(f"reference = {str(reference)!r} has no config.json: give a Hugging Face model folder")
     ids = np.array([model.tokenizer.encode(text)], np.int32)
-    if not 2 <= ids.shape[1] <= model.config.max_positions:
-        raise ValueError(
-            f"text has {ids.shape[1]} tokens: it must have 2 to {model.config.max_positions}; give another"
-        )
+    tokens, most = ids.shape[1], model.config.max_positions
+    if not 2 <= tokens <= most:
+        raise ValueError(f"text has {tokens} tokens: it must have 2 to {most}; give another")
     theirs, ours = _reference_stream(folder, ids), _stream(model, ids)
     wrong = [name for name in ours if name not in theirs or theirs[name].shape != ours[name].shape]
     if wrong or len(theirs) != len(ours):
         raise ValueError(f"the model has other sizes than {reference}: {', '.join(wrong) or 'fewer layers'} differs")
     report = VerificationReport(
-        tokens=ids.shape[1],
+        tokens=tokens,
         same_tokens=tokenizer.from_folder(folder).encode(text) == ids[0].tolist(),
         logit_difference=float(np.abs(ours["logits"] - theirs["logits"]).max()),
         kl=_kl(theirs["logits"], ours["logits"]),
@@ -155,13 +154,14 @@ def _reference_stream(folder: Path, ids: np.ndarray) -> dict[str, np.ndarray]:
     def record(name: str, module: Any, args: Any, output: Any) -> None:
         outputs[name] = output[0] if isinstance(output, tuple) else output
 
+    def record_input(module: Any, args: Any, kwargs: Any) -> None:
+        outputs["embedding"] = args[0] if args else kwargs["hidden_states"]
+
     layers = reference.model.layers
-    layers[0].register_forward_pre_hook(
-        lambda _, args, kwargs: outputs.update(embedding=args[0] if args else kwargs["hidden_states"]), with_kwargs=True
-    )
-    modules = {f"layer {i}": layer for i, layer in enumerate(layers)} | {"final norm": reference.model.norm}
-    for name, module in modules.items():
-        module.register_forward_hook(functools.partial(record, name))
+    layers[0].register_forward_pre_hook(record_input, with_kwargs=True)
+    for i, layer in enumerate(layers):
+        layer.register_forward_hook(functools.partial(record, f"layer {i}"))
+    reference.model.norm.register_forward_hook(functools.partial(record, "final norm"))
     with torch.no_grad():
         outputs["logits"] = reference(torch.tensor(ids).long(), use_cache=False).logits
     return {name: x[0].numpy().copy() for name, x in outputs.items()}

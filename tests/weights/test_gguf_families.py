@@ -14,7 +14,7 @@ from es_jax.models.hf_config import from_hf
 from es_jax.models.rope import rope_frequencies
 from es_jax.models.transformer import Transformer
 from es_jax.weights.convert import to_params
-from es_jax.weights.gguf import from_gguf
+from es_jax.weights.gguf import GGUFReader, from_gguf
 
 BASE = {
     "vocab_size": 13, "hidden_size": 16, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -45,7 +45,7 @@ PARTICULARS = {
 }
 
 
-class File:
+class File(GGUFReader):
     """A GGUF file in memory."""
 
     path = Path("model.gguf")
