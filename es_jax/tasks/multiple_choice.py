@@ -41,11 +41,8 @@ class ChoiceDataset:
     shots: int = 0  # worked examples before the question
 
     def paper_label(self, opening: str, completion: str) -> str | None:
-        """The label that the paper's grader reads out of a completion, or None.
-
-        The opening of the assistant's turn may begin what is found ("The answer is ("), not hold its label. It is not
-        looked at where the labels are digits.
-        """
+        """The label that the paper's grader reads out of a completion, or None. What is found may begin in the opening
+        of the assistant's turn ("The answer is ("), unless labels are digits."""
         if self.labels.isalpha():
             opening, completion = opening.upper(), completion.upper()
         return next(filter(None, (self._first(pattern, opening, completion) for pattern in self.paper)), None)

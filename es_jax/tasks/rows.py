@@ -13,12 +13,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from es_jax.core.extras import require
 from es_jax.tasks.task import GRADERS, Example, Message, Splits, check_count, check_known, take
 
-T = TypeVar("T")
 Row = Mapping[str, Any]
 SUFFIXES = (".parquet", ".json", ".jsonl")
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -96,7 +95,7 @@ def read_examples(
     return _examples(read_rows(path), str(path), read, n)
 
 
-def checked(rows: Iterable[Row], source: str, read: Callable[[Row, int], T]) -> Iterator[T]:
+def checked(rows: Iterable[Row], source: str, read: Callable[[Row, int], Any]) -> Iterator[Any]:
     """What `read` makes of every row and its number, counting from 0; adds source and number to a FieldError."""
     for number, row in enumerate(rows):
         try:

@@ -109,7 +109,7 @@ def place(make: Callable[[], np.ndarray], sharding: Sharding | None) -> jax.Arra
         leaf = jax.device_put(buffer)
     else:
         leaf = jax.make_array_from_callback(buffer.shape, sharding, buffer.__getitem__)
-    jax.block_until_ready(leaf)
+    leaf.block_until_ready()
     memory, looks = weakref.ref(buffer if buffer.base is None else buffer.base), _LOOKS * (buffer.size > _CHUNK)
     del buffer
     while looks and memory() is not None:
@@ -134,20 +134,18 @@ def fetch(leaf: Any, layer: int | None = None) -> np.ndarray:
     """The whole leaf, or one layer of a leaf [L, …], on the host of every process."""
     if isinstance(leaf, np.ndarray):
         return leaf if layer is None else leaf[layer]
-    if not leaf.is_fully_addressable:
-        sharding: Sharding | None = NamedSharding(leaf.sharding.mesh, PartitionSpec())
-    elif layer is None:
+    here = leaf.is_fully_addressable
+    if here and layer is None:
         return np.asarray(leaf)
-    else:
-        sharding = _of_layer(leaf.sharding)
+    sharding = _of_layer(leaf.sharding) if here else NamedSharding(leaf.sharding.mesh, PartitionSpec())
     return np.asarray(_getter(sharding, layer is None)(leaf, np.int32(layer or 0)))
 
 
 def _of_layer(sharding: Sharding | None) -> Sharding | None:
     """The sharding of one layer of a leaf that is stacked over layers."""
-    if not isinstance(sharding, NamedSharding):
-        return sharding
-    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    if isinstance(sharding, NamedSharding):
+        return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    return sharding
 
 
 @functools.cache

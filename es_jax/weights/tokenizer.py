@@ -73,9 +73,8 @@ def render(tokenizer: Any, prompt: Prompt) -> str:
 def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
     """Token ids of `render`'s text. Plain text gets the special tokens its tokenizer adds (BOS, if any; never
     an EOS at the end); rendered messages get none, their template has written them."""
-    ids = tokenizer.encode(render(tokenizer, prompt), add_special_tokens=isinstance(prompt, str))
-    if isinstance(prompt, str) and ids and ids[-1] == tokenizer.eos_token_id:
-        plain = tokenizer.encode(prompt, add_special_tokens=False)
-        if plain[-1:] != ids[-1:]:
-            ids = ids[:-1]
-    return list(ids)
+    plain = isinstance(prompt, str)
+    ids = list(tokenizer.encode(render(tokenizer, prompt), add_special_tokens=plain))
+    if plain and ids[-1:] == [tokenizer.eos_token_id] != tokenizer.encode(prompt, add_special_tokens=False)[-1:]:
+        ids.pop()
+    return ids

@@ -24,7 +24,6 @@ from es_jax.models.transformer import Transformer
 from es_jax.weights import tokenizer
 from es_jax.weights.model import Model, load_model
 
-PARTED = 1e-3  # relative difference of a layer's output from which on the layer is named
 TEXT = """The ferry leaves at 7:45 and again at 16:30, unless the wind is above 50 km/h. "Take the earlier one," said
 Marta, "the other is full of schoolchildren on Fridays." So he set two alarms, packed bread, a map and one clean shirt,
 and lay awake until three listening to the rain. In the morning the harbour was empty: no ship, no people, only a note
@@ -59,7 +58,7 @@ class VerificationReport:
     @property
     def parted(self) -> str | None:
         """The first of `layers` whose difference is above 1e-3 or not a number; None when none is."""
-        return next((name for name, difference in self.layers if not difference <= PARTED), None)
+        return next((name for name, difference in self.layers if not difference <= 1e-3), None)
 
     @property
     def passed(self) -> bool:
