@@ -131,12 +131,12 @@ class MultipleChoice(PublishedTask):
         asked = dataset.asked_label(opening, completion)
         strict = asked is not None and asked == example.answer
         paper = dataset.paper_label(opening, completion) == example.answer
-        return two_views(self.grader, paper=paper, strict=strict, form=float(asked is not None), bonus=0.0)
+        return two_views(self.grader, paper=paper, strict=strict, form=asked is not None, bonus=0.0)
 
     def choices(self, example: Example) -> Choices:
         """The options as continuations to score; `continuation` = "text" needs an example with the options' texts."""
-        texts, dataset = example.meta.get("options"), DATASETS[self.kind]
-        labels = dataset.labels[: len(texts) if texts else None]
+        texts = example.meta.get("options")
+        labels = DATASETS[self.kind].labels[: len(texts) if texts else None]
         right = labels.index(str(example.answer))
         if self.continuation == "label":
             asked_form = "The answer is ({})" if labels.isalpha() else "{}"

@@ -195,11 +195,24 @@ def from_gguf(reader: GGUFReader) -> TransformerConfig:
         "head_dim": _head_dim(fields),
         "rope_theta": fields.get("rope.freq_base", 10000.0),
         "tied_embeddings": "output.weight" not in reader.shapes,
+        "sliding_window": fields.get("attention.sliding_window") or None,
     }
     factor = fields.get("rope.scaling.factor", 1.0)
     if fields.get("rope.scaling.type") == "linear" and factor != 1.0:
         values["rope_scaling"] = RopeScaling("linear", factor)
-    config = TransformerConfig(family=family.name, **values, **family.flags, **_particulars(family, fields, values))
+    if "no_rope_layers" in family.reads:
+        values["rope_layers"] = (True, True, True, False)
+    if family.windows == "alternating":
+        period = fields.get("attention.sliding_window_pattern", family.missing["sliding_window_pattern"])
+        local = period if isinstance(period, list) else [(i + 1) % period != 0 for i in range(values["layers"])]
+        wide = values["layers"] in _WIDE_GEMMA
+        values["local_layers"] = shortest_pattern(list(map(bool, local)))
+        values["query_pre_attn_scalar"] = values["width"] // values["heads"] if wide else values["head_dim"]
+        for ours, key in ("attn_softcap", "attn_logit_softcapping"), ("final_softcap", "final_logit_softcapping"):
+            values[ours] = fields.get(key, family.missing.get(key))
+    if "rope_local_base_freq" in family.reads:
+        values["local_rope_theta"] = fields.get("rope.freq_base_swa", family.missing["rope_local_base_freq"])
+    config = TransformerConfig(family=family.name, **values, **family.flags)
     return _with_llama3(config, reader) if "rope_freqs.weight" in reader.shapes else config
 
 
@@ -231,24 +244,6 @@ def _problems(family: Family, fields: Fields) -> list[str]:
 
 def _head_dim(fields: Fields) -> int:
     return fields.get("attention.key_length", fields["embedding_length"] // fields["attention.head_count"])
-
-
-def _particulars(family: Family, fields: Fields, values: Fields) -> Fields:
-    """What only some families have."""
-    particulars: Fields = {"sliding_window": fields.get("attention.sliding_window") or None}
-    if "no_rope_layers" in family.reads:
-        particulars["rope_layers"] = (True, True, True, False)
-    if family.windows == "alternating":
-        period = fields.get("attention.sliding_window_pattern", family.missing["sliding_window_pattern"])
-        layers = period if isinstance(period, list) else [(i + 1) % period != 0 for i in range(values["layers"])]
-        wide = values["layers"] in _WIDE_GEMMA
-        particulars["local_layers"] = shortest_pattern(list(map(bool, layers)))
-        particulars["query_pre_attn_scalar"] = values["width"] // values["heads"] if wide else values["head_dim"]
-        for ours, key in ("attn_softcap", "attn_logit_softcapping"), ("final_softcap", "final_logit_softcapping"):
-            particulars[ours] = fields.get(key, family.missing.get(key))
-    if "rope_local_base_freq" in family.reads:
-        particulars["local_rope_theta"] = fields.get("rope.freq_base_swa", family.missing["rope_local_base_freq"])
-    return particulars
 
 
 def _with_llama3(config: TransformerConfig, reader: GGUFReader) -> TransformerConfig:
