@@ -31,11 +31,10 @@ TOLERANCE = Fraction(1, 100_000)
 DECIMAL = re.compile(r"-?[0-9]{1,30}(\.[0-9]{1,30})?")
 SYSTEM = "You solve number puzzles. Think a puzzle through first, and state your solution only afterwards."
 USER = (
-    "Your numbers are {numbers} and the target is {target}. Write one arithmetic expression whose value is "
-    "the target. Every number has to appear in it exactly once; +, -, *, / and parentheses are allowed. Put "
-    "your reasoning between <think> and </think>. On the line after it, put the expression and nothing else "
-    "between <answer> and </answer>; with the numbers 3, 6, 8 and the target 30 that line would be "
-    "<answer>(8 - 3) * 6</answer>."
+    "Your numbers are {numbers} and the target is {target}. Write one arithmetic expression whose value is the target. "
+    "Every number has to appear in it exactly once; +, -, *, / and parentheses are allowed. Put your reasoning between "
+    "<think> and </think>. On the line after it, put the expression and nothing else between <answer> and </answer>; "
+    "with the numbers 3, 6, 8 and the target 30 that line would be <answer>(8 - 3) * 6</answer>."
 )
 OPENING = "I will try combinations until one works.\n<think>"
 
@@ -45,10 +44,10 @@ class Countdown(Splits):
     """The Countdown task.
 
     Args:
-      data_dir: folder with train and test rows in the verl layout, `extra_info` holding `numbers` (whole,
-        ≥ 0) and `target` (a decimal such as "98", "-3" or "27.4"). None: problems are made here, 3 or 4
-        numbers in 1..99 and a whole target in 10..100 that can be reached; 200 for training and 2000 for
-        testing unless `n` says otherwise, and no set of numbers is in both, whatever the seeds.
+      data_dir: folder with train and test rows in the verl layout, `extra_info` holding `numbers` (whole, ≥ 0) and
+        `target` (a decimal such as "98", "-3" or "27.4"). None: problems are made here, 3 or 4 numbers in 1..99 and a
+        whole target in 10..100 that can be reached; 200 for training and 2000 for testing unless `n` says otherwise,
+        and no set of numbers is in both, whatever the seeds.
       seed: of the problems made here; other seeds give other problems. The first n do not depend on n.
       grader: "paper": reward = answer + 0.1 · format. "strict": the answer counts only if format is 1.
 

@@ -22,8 +22,7 @@ class Example:
 
     Args:
       id: unique within a split.
-      prompt: plain text, or messages. A last message of role "assistant" is an open turn, which the
-        completion continues.
+      prompt: plain text, or messages. The completion continues a last message of role "assistant".
       answer: the reference answer, or None where a task grades without one.
       meta: what else grading needs (countdown: `numbers`, `target`), and what the data said about the row.
     """

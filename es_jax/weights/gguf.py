@@ -26,7 +26,7 @@ _PLAIN = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dt
 _SCALARS = dict(enumerate(("<u1", "<i1", "<u2", "<i2", "<u4", "<i4", "<f4", "<u1"))) | {10: "<u8", 11: "<i8", 12: "<f8"}
 _BOOL, _STRING, _ARRAY = 7, 8, 9
 _VERSIONS = (2, 3)
-# Of the config: metadata that, when present with another value, asks for what the forward pass does not compute.
+# Metadata that with another value asks for what the forward pass does not compute.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "rope.scaling.type": ("none", "linear"),
     "expert_count": (0,),
@@ -34,20 +34,13 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention.causal": (True,),
 }
 _SIZES = {
-    "embedding_length": "width",
-    "block_count": "layers",
-    "attention.head_count": "heads",
-    "feed_forward_length": "mlp_dim",
-    "context_length": "max_positions",
-    "attention.layer_norm_rms_epsilon": "norm_eps",
-}
+    "embedding_length": "width", "block_count": "layers", "attention.head_count": "heads",
+    "feed_forward_length": "mlp_dim", "context_length": "max_positions", "attention.layer_norm_rms_epsilon": "norm_eps",
+}  # fmt: skip
 _HEAD_SIZES = (
-    "attention.value_length",
-    "rope.dimension_count",
-    "attention.key_length_swa",
-    "attention.value_length_swa",
-    "rope.dimension_count_swa",
-)
+    "attention.value_length", "rope.dimension_count",
+    "attention.key_length_swa", "attention.value_length_swa", "rope.dimension_count_swa",
+)  # fmt: skip
 _KNOWN = {*_SIZES, *_NEUTRAL, *_HEAD_SIZES, "attention.key_length", "attention.head_count_kv"}
 _KNOWN |= {"rope.freq_base", "rope.scaling.factor", "attention.sliding_window"}
 _KNOWN |= {"vocab_size", "rope.scaling.finetuned", "tensor_data_layout"}  # which do not matter
