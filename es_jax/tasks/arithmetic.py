@@ -1,7 +1,6 @@
 """Exact arithmetic on untrusted text, and a search for an expression that reaches a target.
 
-The text a model writes is parsed by recursive descent and computed with fractions; nothing is ever handed to
-Python's own evaluator. Length and nesting are bounded before any work is done, so no input is expensive.
+Python's own evaluator never sees what a model wrote. Length and nesting are bounded, so no input is expensive.
 
     sum     = product {("+" | "-") product}
     product = signed {("*" | "/") signed}
@@ -12,9 +11,10 @@ import operator
 import re
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from itertools import combinations
+from math import comb
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,8 +25,7 @@ OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": oper
 TEMPLATES = ("({0} + {1})", "({0} - {1})", "({1} - {0})", "({0} * {1})", "({0} / {1})", "({1} / {0})")
 
 
-@dataclass(frozen=True)
-class Expression:
+class Expression(NamedTuple):
     """A parsed expression: its exact value, and its number literals from left to right."""
 
     value: Fraction
@@ -34,11 +33,9 @@ class Expression:
 
 
 def parse(text: str) -> Expression | None:
-    """Parses and computes an expression of whole numbers, + - * /, parentheses and spaces.
+    """Parses and computes an expression of whole numbers, signs, + - * /, parentheses and spaces; None for others.
 
-    Signs before a number or a parenthesis are allowed. None for everything that is not such an expression:
-    other characters (digits outside ASCII among them), `**` and `//`, a literal with a leading zero, a
-    division by zero, more than 500 characters or 50 nested parentheses.
+    Others are also literals with a leading zero, divisions by zero, more than 500 characters or 50 nested parentheses.
 
     >>> parse("(1 + 2) / 4")
     Expression(value=Fraction(3, 4), numbers=(1, 2, 4))
@@ -62,7 +59,7 @@ class _Parser:
         self.numbers: list[int] = []
 
     def accept(self, choices: str) -> str:
-        """Steps over the next token and returns it if it is one of the choices; otherwise ""."""
+        """Steps over the next token and returns it, if it is one of the choices; otherwise ""."""
         return self.tokens.popleft() if self.tokens and self.tokens[0] in choices else ""
 
     def sum(self) -> Fraction:
@@ -104,24 +101,18 @@ class _Parser:
 def solve(candidates: Sequence[Sequence[int]], target: int) -> list[str | None]:
     """For each candidate, an expression that uses each of its numbers once and equals the target, or None.
 
-    Searches every pair of numbers with every operation, for all candidates at once: a candidate of 3 numbers
-    takes 108 expressions, of 4 numbers 3888, of 5 numbers 233280.
-
-    Args:
-      candidates: one or more sets of 1 to 5 numbers, all of the same size.
-      target: what the expressions should equal.
+    Candidates are sets of 1 to 5 numbers, all of the same size, and are searched at once: 3 numbers take 108
+    expressions, 4 numbers 3888, 5 numbers 233280.
 
     >>> solve([(2, 3, 4), (1, 1, 1)], 20)
     ['((2 + 3) * 4)', None]
     """
     states = np.asarray(candidates, np.float64)[:, None, :]  # [candidate, way of getting here, number]
-    sizes = []
     while states.shape[2] > 1:
-        sizes.append(states.shape[1])
         states = _combine(states)
     hits = np.abs(states[:, :, 0] - target) < 1e-9  # floats find it, _write checks it exactly
     return [
-        _write(numbers, int(row.argmax()), sizes, target) if row.any() else None
+        _write(numbers, row.argmax(), target) if row.any() else None
         for numbers, row in zip(candidates, hits, strict=True)
     ]
 
@@ -138,15 +129,12 @@ def _combine(states: np.ndarray) -> np.ndarray:
     return np.concatenate(blocks, axis=1)
 
 
-def _write(numbers: Sequence[int], index: int, sizes: list[int], target: int) -> str | None:
+def _write(numbers: Sequence[int], index: np.intp, target: int) -> str | None:
     """Spells out the search's `index`-th expression, following the blocks `_combine` laid out."""
-    blocks = []
-    for size in reversed(sizes):
-        block, index = divmod(index, size)
-        blocks.append(block)
+    blocks = np.unravel_index(index, [len(TEMPLATES) * comb(k, 2) for k in range(2, len(numbers) + 1)])
     items = list(map(str, numbers))
     for block in reversed(blocks):
-        pair, operation = divmod(block, len(TEMPLATES))
+        pair, operation = divmod(int(block), len(TEMPLATES))
         i, j = list(combinations(range(len(items)), 2))[pair]
         rest = [item for at, item in enumerate(items) if at not in (i, j)]
         items = [TEMPLATES[operation].format(items[i], items[j]), *rest]

@@ -82,11 +82,7 @@ class Conciseness(Splits):
         return take(examples, n, source=f"the built-in {split} split of conciseness")
 
     def score(self, example: Example, completion: str) -> Score:
-        """Compares lengths, the response taken as it is; `answer` is 1 if it holds the target, in any case.
-
-        Raises:
-          ValueError: the example has no answer, so it is not one of this task's.
-        """
+        """Compares lengths, the response taken as it is; `answer` is 1 if it holds the target, in any case."""
         if example.answer is None:
             raise ValueError(f"example {example.id!r} has no answer: conciseness needs a target text")
         response = response_text(example, completion)

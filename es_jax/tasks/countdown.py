@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from es_jax.tasks.arithmetic import parse, solve
-from es_jax.tasks.rows import FieldError, Row, read_examples
+from es_jax.tasks.rows import Row, check_field, read_examples
 from es_jax.tasks.task import (
     GRADERS,
     Example,
@@ -31,11 +31,10 @@ TOLERANCE = Fraction(1, 100_000)
 DECIMAL = re.compile(r"-?[0-9]{1,30}(\.[0-9]{1,30})?")
 SYSTEM = "You solve number puzzles. Think a puzzle through first, and state your solution only afterwards."
 USER = (
-    "Your numbers are {numbers} and the target is {target}. Write one arithmetic expression whose value is "
-    "the target. Every number has to appear in it exactly once; +, -, *, / and parentheses are allowed. Put "
-    "your reasoning between <think> and </think>. On the line after it, put the expression and nothing else "
-    "between <answer> and </answer>; with the numbers 3, 6, 8 and the target 30 that line would be "
-    "<answer>(8 - 3) * 6</answer>."
+    "Your numbers are {numbers} and the target is {target}. Write one arithmetic expression whose value is the target. "
+    "Every number has to appear in it exactly once; +, -, *, / and parentheses are allowed. Put your reasoning between "
+    "<think> and </think>. On the line after it, put the expression and nothing else between <answer> and </answer>; "
+    "with the numbers 3, 6, 8 and the target 30 that line would be <answer>(8 - 3) * 6</answer>."
 )
 OPENING = "I will try combinations until one works.\n<think>"
 
@@ -45,15 +44,12 @@ class Countdown(Splits):
     """The Countdown task.
 
     Args:
-      data_dir: folder with train and test rows in the verl layout, `extra_info` holding `numbers` (whole,
-        ≥ 0) and `target` (a decimal such as "98", "-3" or "27.4"). None: problems are made here, 3 or 4
-        numbers in 1..99 and a whole target in 10..100 that can be reached; 200 for training and 2000 for
-        testing unless `n` says otherwise, and no set of numbers is in both, whatever the seeds.
+      data_dir: folder with train and test rows in the verl layout, `extra_info` holding `numbers` (whole, ≥ 0) and
+        `target` (a decimal such as "98", "-3" or "27.4"). None: problems are made here, 3 or 4 numbers in 1..99 and a
+        whole target in 10..100 that can be reached; 200 for training and 2000 for testing unless `n` says otherwise,
+        and no set of numbers is in both, whatever the seeds.
       seed: of the problems made here; other seeds give other problems. The first n do not depend on n.
       grader: "paper": reward = answer + 0.1 · format. "strict": the answer counts only if format is 1.
-
-    Raises:
-      ValueError: the grader is unknown or the seed is not a whole number.
 
     >>> task = Countdown()
     >>> example = Example("0", "", None, {"numbers": (44, 19, 35), "target": "98"})
@@ -81,16 +77,18 @@ class Countdown(Splits):
     def score(self, example: Example, completion: str) -> Score:
         """Grades the assistant's whole turn: the prompt's open turn joined with the completion.
 
-        `answer` is 1 if the last <answer>…</answer> holds an expression (see `arithmetic.parse`) that uses
-        each given number exactly once and comes within 1e-5 of the target. `format` is 1 if the turn, with
-        <think> put in front, is one think block, a newline and one answer block; otherwise 0.1 for a think
-        block plus 0.5 for an answer block.
+        `answer` is 1 if the last <answer>…</answer> holds an expression (see `arithmetic.parse`) that uses each number
+        exactly once and comes within 1e-5 of the target. For `format` see `format_score`.
         """
         response = response_text(example, completion)
         answer = last_answer(response)
         layout = format_score(response, has_answer=answer is not None)
-        right = answer is not None and _is_right(answer, example)
-        return two_views(self.grader, paper=right, strict=right and layout == 1.0, form=layout, bonus=0.1)
+        expression = parse(answer or "")
+        right = expression is not None and (
+            sorted(expression.numbers) == sorted(example.meta["numbers"])
+            and abs(expression.value - Fraction(example.meta["target"])) < TOLERANCE
+        )
+        return two_views(self.grader, paper=right, strict=right and layout == 1.0, form=layout)
 
 
 def last_answer(response: str) -> str | None:
@@ -107,7 +105,8 @@ def last_answer(response: str) -> str | None:
 
 
 def format_score(response: str, *, has_answer: bool) -> float:
-    """1.0 for exactly a think block, a newline and an answer block; otherwise 0.1 and 0.5 for having them.
+    """1.0 if the turn, with <think> in front, is a think block, a newline and an answer block; else 0.1 for a think
+    block plus 0.5 for an answer block.
 
     >>> format_score("hm</think>\\n<answer>1</answer>", has_answer=True)
     1.0
@@ -119,20 +118,13 @@ def format_score(response: str, *, has_answer: bool) -> float:
     return 0.1 * ("</think>" in response) + 0.5 * has_answer
 
 
-def _is_right(text: str, example: Example) -> bool:
-    expression = parse(text)
-    if expression is None or sorted(expression.numbers) != sorted(example.meta["numbers"]):
-        return False
-    return abs(expression.value - Fraction(example.meta["target"])) < TOLERANCE
-
-
 def _check_extra(extra: Row) -> Row:
-    numbers, target = extra.get("numbers"), extra.get("target")
-    whole = isinstance(numbers, list) and all(type(number) is int and number >= 0 for number in numbers)
-    if not numbers or not whole:
-        raise FieldError("extra_info.numbers", numbers, "a list of at least one whole number ≥ 0")
-    if not isinstance(target, str | int | float) or not DECIMAL.fullmatch(str(target)):
-        raise FieldError("extra_info.target", target, "a decimal number such as '98' or '27.4'")
+    numbers: Any = extra.get("numbers")
+    target = extra.get("target")
+    whole = isinstance(numbers, list) and numbers and all(type(number) is int and number >= 0 for number in numbers)
+    check_field(whole, "extra_info.numbers", numbers, "a list of at least one whole number ≥ 0")
+    decimal = isinstance(target, str | int | float) and DECIMAL.fullmatch(str(target))
+    check_field(decimal, "extra_info.target", target, "a decimal number such as '98' or '27.4'")
     return {**extra, "numbers": tuple(numbers), "target": str(target)}
 
 
@@ -160,5 +152,4 @@ def _problems(split: str, seed: int) -> Iterator[Example]:
 
 
 def _split_of(numbers: tuple[int, ...]) -> str:
-    digest = hashlib.sha256(repr(sorted(numbers)).encode()).digest()
-    return "train" if digest[0] < 128 else "test"
+    return "train" if hashlib.sha256(repr(sorted(numbers)).encode()).digest()[0] < 128 else "test"

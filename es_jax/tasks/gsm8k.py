@@ -6,10 +6,9 @@ from fractions import Fraction
 from itertools import chain
 from typing import ClassVar
 
-from es_jax.tasks.rows import FieldError, Hub, PublishedTask, Row, text_field
+from es_jax.tasks.rows import Hub, PublishedTask, Row, check_field, text_field
 from es_jax.tasks.task import Example, Score, messages, response_text, two_views
 
-HUB = Hub("openai/gsm8k", "main")
 ASK = (
     "{question}\n\nWork the problem out in short steps. Close with a line of its own that holds four number signs, a "
     "space and the result as a bare number, like this:\n#### 42"
@@ -40,17 +39,16 @@ def number(text: str | None) -> Fraction | None:
     return Fraction(above) / divisor if divisor else None
 
 
-def _checked(example: Example) -> Example:
-    if number(example.answer) is None:
-        raise FieldError("reward_model.ground_truth", example.answer, "a number such as '72' or '1,250.5'")
-    return example
+def _checked(answer: str, name: str) -> str:
+    check_field(number(answer) is not None, name, answer, "a number such as '72' or '1,250.5'")
+    return answer
 
 
 def _native(row: Row) -> Example:
     question, solution = text_field(row, "question"), text_field(row, "answer")
     answer = solution.rpartition("####")[2].strip()
-    if number(answer) is None:
-        raise FieldError("answer", solution, "a solution that ends in #### and a number, or the number alone")
+    valid = number(answer) is not None
+    check_field(valid, "answer", solution, "a solution that ends in #### and a number, or the number alone")
     return Example("", messages(user=ASK.format(question=question)), answer, {"solution": solution})
 
 
@@ -63,15 +61,12 @@ class GSM8K(PublishedTask):
         fields `question` and `answer` ("… #### 72", or "72"). None: openai/gsm8k from the hub.
       grader: "paper" or "strict"; docs/tasks.md has the rules of both, with examples.
 
-    Raises:
-      ValueError: the grader is unknown.
-
     >>> GSM8K().score(Example("0", "", "72"), "48 + 24 = 72\\n#### 72")
     Score(reward=1.1, parts={'answer': 1.0, 'format': 1.0, 'strict': 1.0})
     """
 
     name: ClassVar[str] = "gsm8k"
-    source = (HUB, _native, _checked)
+    source = (Hub("openai/gsm8k", "main"), _native, _checked)
 
     def score(self, example: Example, completion: str) -> Score:
         """Paper: `final_number` within 1e-6. Format: the last line is #### and a number. Strict: that number alone.
@@ -84,7 +79,7 @@ class GSM8K(PublishedTask):
         last = FORM.fullmatch(response.rstrip()[-TAIL:].rpartition("\n")[2].strip())
         asked = number(last[1]) if last else None
         paper, strict = (x is not None and abs(x - answer) <= TOLERANCE for x in (final_number(response), asked))
-        return two_views(self.grader, paper=paper, strict=strict, form=float(asked is not None), bonus=0.1)
+        return two_views(self.grader, paper=paper, strict=strict, form=asked is not None)
 
 
 def final_number(response: str) -> Fraction | None:

@@ -11,19 +11,18 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import NamedTuple
 
 from es_jax.tasks.task import Example, Score, Splits, check_count, check_known
 
 CHARACTERS = "0123456789+-=:<ABCDEFGHIJKLMNOPQRSTUVWXYZyn*/(), ."  # one token each
 DEFAULT = {"train": 500, "test": 200}  # problems
 SPLITS = ("test", "train", "train", *["pretrain"] * 7)  # by the hash's last digit
+Problem = tuple[str, str, str]  # its text, key and answer
+Draw = Callable[[random.Random], Problem]
 
 
-Draw = Callable[[random.Random], tuple[str, str, str]]  # (problem, key, answer)
-
-
-@dataclass(frozen=True)
-class Kind:
+class Kind(NamedTuple):
     """One puzzle. Problems of one key stay in one split."""
 
     draw: Draw
@@ -36,17 +35,17 @@ def _two(rng: random.Random) -> tuple[int, int]:
     return rng.randint(10, 99), rng.randint(10, 99)
 
 
-def _add(rng: random.Random) -> tuple[str, str, str]:
+def _add(rng: random.Random) -> Problem:
     a, b = _two(rng)
     return f"A{a}+{b}=", f"{min(a, b)} {max(a, b)}", str(a + b)
 
 
-def _subtract(rng: random.Random) -> tuple[str, str, str]:
+def _subtract(rng: random.Random) -> Problem:
     b, a = sorted(_two(rng))
     return f"S{a}-{b}=", f"{a} {b}", str(a - b)
 
 
-def _compare(rng: random.Random) -> tuple[str, str, str]:
+def _compare(rng: random.Random) -> Problem:
     a, b = _two(rng)
     return f"C{a}<{b}=", f"{a} {b}", "y" if a < b else "n"
 
@@ -54,14 +53,14 @@ def _compare(rng: random.Random) -> tuple[str, str, str]:
 def _of_digits(letter: str, answer: Callable[[str], str]) -> Draw:
     """A puzzle of five digits."""
 
-    def draw(rng: random.Random) -> tuple[str, str, str]:
+    def draw(rng: random.Random) -> Problem:
         digits = f"{rng.randrange(100_000):05}"
         return f"{letter}{digits}=", digits, answer(digits)
 
     return draw
 
 
-def _count(rng: random.Random) -> tuple[str, str, str]:
+def _count(rng: random.Random) -> Problem:
     digit, count = rng.choice("0123456789"), rng.randint(0, 5)
     others = "0123456789".replace(digit, "")
     digits = [digit] * count + [rng.choice(others) for _ in range(5 - count)]
@@ -70,7 +69,7 @@ def _count(rng: random.Random) -> tuple[str, str, str]:
     return f"N{digit}:{text}=", f"{digit} {text}", str(count)
 
 
-def _countdown(rng: random.Random) -> tuple[str, str, str]:
+def _countdown(rng: random.Random) -> Problem:
     digits = [rng.randint(1, 9) for _ in range(3)]
     a, b, c = rng.sample(digits, 3)
     x, y = rng.choice("+-"), rng.choice("+-")
@@ -112,9 +111,6 @@ class Lab(Splits):
       seed: of the problems that `train` and `test` draw: distinct ones, 500 and 200 unless `n` says otherwise, and none
         of them a pretraining one.
 
-    Raises:
-      ValueError: an unknown kind.
-
     >>> task = Lab("countdown")
     >>> task.score(Example("0", "K347:14=", "3+4+7"), "7+4+3").reward
     1.1
@@ -128,7 +124,7 @@ class Lab(Splits):
 
     @property
     def name(self) -> str:
-        """lab-add, lab-countdown, …"""
+        """The task's key in `TASKS`, lab-add for example."""
         return f"lab-{self.kind}"
 
     def pretrain(self) -> Iterator[Example]:
@@ -138,15 +134,11 @@ class Lab(Splits):
     def score(self, example: Example, completion: str) -> Score:
         """Reward in {0, 0.1, 1.1}; parts `answer` and `format`, each 0 or 1."""
         form = float(re.fullmatch(KINDS[self.kind].form, completion) is not None)
-        right = float(form and (completion == example.answer or self._solves(example, completion)))
-        return Score(right + 0.1 * form, {"answer": right, "format": form})
-
-    def _solves(self, example: Example, completion: str) -> bool:
-        """Another right answer of a small Countdown; the form, digit sign digit sign digit, is known to hold."""
-        if self.kind != "countdown":
-            return False
-        digits, _, target = str(example.prompt)[1:].rstrip("=").partition(":")
-        return sorted(completion[::2]) == sorted(digits) and _value(completion) == int(target)
+        right = form and completion == example.answer
+        if form and self.kind == "countdown":  # which has other right answers, too
+            digits, _, target = str(example.prompt)[1:].rstrip("=").partition(":")
+            right = right or (sorted(completion[::2]) == sorted(digits) and _value(completion) == int(target))
+        return Score(right + 0.1 * form, {"answer": float(right), "format": form})
 
     def _draw(self, split: str) -> Iterator[Example]:
         rng = random.Random(f"{self.name} {split} {self.seed}")

@@ -5,26 +5,24 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from types import MappingProxyType
+from typing import Any, NamedTuple
 
-from es_jax.tasks.rows import FieldError, Hub, Row, checked, load_examples, open_split, text_field, texts_field
-from es_jax.tasks.task import GRADERS, Choices, Example, Score, Splits, check_known, messages, response_text, two_views
+from es_jax.tasks.rows import Hub, PublishedTask, Row, Source, check_field, checked, open_split, text_field, texts_field
+from es_jax.tasks.task import Choices, Example, Score, check_known, messages, response_text, two_views
 
-CONTINUATIONS = ("label", "text")
 LETTERS = "ABCDEFGHIJ"
 
 
-@dataclass(frozen=True)
-class Question:
-    """A row of any of the data sets. `right`: index of the right option; `category`, `worked`: of MMLU-Pro's rows."""
+class Question(NamedTuple):
+    """A row of any of the data sets."""
 
     text: str
     options: tuple[str, ...]
-    right: int
+    right: int  # index of the right option
     id: str = ""
-    category: str = ""
-    worked: str = ""  # the worked answer
+    category: str = ""  # of MMLU-Pro's rows, as the worked answer
+    worked: str = ""
 
 
 @dataclass(frozen=True)
@@ -42,25 +40,15 @@ class ChoiceDataset:
     paper: tuple[str, ...] = (r"ANSWER IS \(([{0}])\)", r"ANSWER IS ([{0}])\b", r"\b([{0}])\b")
     shots: int = 0  # worked examples before the question
 
-    def asked_form(self, label: str) -> str:
-        """What the prompt asks for when that label is the answer: digits are asked for alone."""
-        return f"The answer is ({label})" if self.labels.isalpha() else label
-
     def paper_label(self, opening: str, completion: str) -> str | None:
-        """The label that the paper's grader reads out of a completion, or None.
-
-        The opening of the assistant's turn, which the completion goes on from, may begin what is found ("The answer is
-        ("), not hold its label. It is not looked at where the labels are digits.
-        """
+        """The label that the paper's grader reads out of a completion, or None. What is found may begin in the opening
+        of the assistant's turn ("The answer is ("), unless labels are digits."""
         if self.labels.isalpha():
             opening, completion = opening.upper(), completion.upper()
         return next(filter(None, (self._first(pattern, opening, completion) for pattern in self.paper)), None)
 
     def asked_label(self, opening: str, completion: str) -> str | None:
-        """The label of the asked form, or None; the opening as in `paper_label`.
-
-        White space at the end does not count. Letters end the completion in that form, a digit is all of it.
-        """
+        """The label of the asked form, or None. Letters end the completion in that form, a digit is all of it."""
         form = r"(?<!\w)The answer is \(([{0}])\)\.?\Z" if self.labels.isalpha() else r"\A\s*([{0}])\Z"
         return self._first(form, opening, completion.rstrip())
 
@@ -77,7 +65,7 @@ class ChoiceDataset:
 
 
 @dataclass(frozen=True)
-class MultipleChoice(Splits):
+class MultipleChoice(PublishedTask):
     """A multiple-choice task: reward 1 for the right option, else 0.
 
     Args:
@@ -89,23 +77,18 @@ class MultipleChoice(Splits):
       continuation: what `choices` compares: "label", the asked form with each label after the same prompt; or "text",
         each option's own words after the bare question.
 
-    Raises:
-      ValueError: the data set, the grader or the continuation is unknown.
-
     >>> task = MultipleChoice("arc-challenge")
     >>> task.score(Example("0", "", "B"), "A stone sinks. The answer is (B).")
     Score(reward=1.0, parts={'answer': 1.0, 'format': 1.0, 'strict': 1.0})
     """
 
     kind: str
-    data_dir: str | Path | None = None
-    grader: str = "paper"
     continuation: str = "label"
 
     def __post_init__(self) -> None:
         check_known("multiple-choice set", self.kind, DATASETS)
-        check_known("continuation", self.continuation, CONTINUATIONS)
-        check_known("grader", self.grader, GRADERS)
+        check_known("continuation", self.continuation, ("label", "text"))
+        super().__post_init__()
 
     @property
     def name(self) -> str:
@@ -113,14 +96,21 @@ class MultipleChoice(Splits):
         return self.kind
 
     @property
-    def _dataset(self) -> ChoiceDataset:
-        return DATASETS[self.kind]
+    def source(self) -> Source:
+        """See `PublishedTask.source`."""
+        dataset = DATASETS[self.kind]
 
-    def _examples(self, split: str, n: int | None) -> list[Example]:
-        worked = cache(self._worked)  # read when the first row asks for them
+        def read_worked(row: Row, number: int) -> Question:
+            value, question = row.get("cot_content"), dataset.read(row)
+            check_field(question.worked, "cot_content", value, "the worked answer, text that is not empty")
+            return question
+
+        @cache  # read when the first row asks for them
+        def worked() -> list[Question]:
+            return list(checked(*open_split(dataset.hub, "validation", self.data_dir), read_worked))
 
         def native(row: Row) -> Example:
-            dataset, question = self._dataset, self._dataset.read(row)
+            question = dataset.read(row)
             shots = _shots(dataset.shots, question, worked()) if dataset.shots else ()
             blocks = [f"{dataset.posed(shot)}\nAnswer: {shot.worked}" for shot in shots]
             content = "\n\n".join([*blocks, dataset.posed(question), dataset.ask])
@@ -129,44 +119,28 @@ class MultipleChoice(Splits):
                 meta["category"] = question.category
             return Example(question.id, messages(user=content), dataset.labels[question.right], meta)
 
-        def verl(example: Example) -> Example:
-            labels = self._dataset.labels
-            if example.answer not in tuple(labels):
-                raise FieldError("reward_model.ground_truth", example.answer, f"one of {', '.join(labels)}")
-            return example
+        def check_answer(answer: str, name: str) -> str:
+            check_field(answer in tuple(dataset.labels), name, answer, f"one of {', '.join(dataset.labels)}")
+            return answer
 
-        return load_examples(self._dataset.hub, split, n, data_dir=self.data_dir, native=native, verl=verl)
-
-    def _worked(self) -> list[Question]:
-        """Every validation row; raises ValueError for a bad one, which names its own file or split, row and field."""
-
-        def read(row: Row, number: int) -> Question:
-            question = self._dataset.read(row)
-            if not question.worked:
-                raise FieldError("cot_content", row.get("cot_content"), "the worked answer, text that is not empty")
-            return question
-
-        return list(checked(*open_split(self._dataset.hub, "validation", self.data_dir), read))
+        return dataset.hub, native, check_answer
 
     def score(self, example: Example, completion: str) -> Score:
         """Paper: `ChoiceDataset.paper_label`. Format: `ChoiceDataset.asked_label` is there. Strict: it is right."""
-        opening, dataset = response_text(example, ""), self._dataset
+        opening, dataset = response_text(example, ""), DATASETS[self.kind]
         asked = dataset.asked_label(opening, completion)
         strict = asked is not None and asked == example.answer
         paper = dataset.paper_label(opening, completion) == example.answer
-        return two_views(self.grader, paper=paper, strict=strict, form=float(asked is not None), bonus=0.0)
+        return two_views(self.grader, paper=paper, strict=strict, form=asked is not None, bonus=0.0)
 
     def choices(self, example: Example) -> Choices:
-        """The options as continuations to score, see `continuation`.
-
-        Raises:
-          ValueError: `continuation` is "text", but the example came from a verl row, without the options' texts.
-        """
+        """The options as continuations to score; `continuation` = "text" needs an example with the options' texts."""
         texts = example.meta.get("options")
-        labels = self._dataset.labels[: len(texts) if texts else None]
+        labels = DATASETS[self.kind].labels[: len(texts) if texts else None]
         right = labels.index(str(example.answer))
         if self.continuation == "label":
-            return Choices(example.prompt, tuple(map(self._dataset.asked_form, labels)), right)
+            asked_form = "The answer is ({})" if labels.isalpha() else "{}"
+            return Choices(example.prompt, tuple(map(asked_form.format, labels)), right)
         if not texts:
             raise ValueError(f"example {example.id!r} has no options' texts: set continuation to 'label'")
         return Choices(example.meta["stem"], tuple(f" {text}" for text in texts), right)
@@ -175,11 +149,10 @@ class MultipleChoice(Splits):
 def _shots(count: int, question: Question, worked: Sequence[Question]) -> Sequence[Question]:
     """The first worked examples of the question's category; the question itself is left out, even if few are left."""
     counts = Counter(shot.category for shot in worked)
-    if counts[question.category] < count:
-        enough = ", ".join(sorted(name for name in counts if counts[name] >= count)) or "none"
-        wanted = f"a category with {count} worked examples or more in the validation rows"
-        reason = f"this one has {counts[question.category]}, and those with enough are: {enough}"
-        raise FieldError("category", question.category, f"{wanted} ({reason})")
+    own, enough = counts[question.category], sorted(name for name in counts if counts[name] >= count)
+    wanted = f"a category with {count} worked examples or more in the validation rows"
+    reason = f"this one has {own}, and those with enough are: {', '.join(enough) or 'none'}"
+    check_field(own >= count, "category", question.category, f"{wanted} ({reason})")
     return [shot for shot in worked if shot.category == question.category and shot.text != question.text][:count]
 
 
@@ -207,9 +180,9 @@ def _arc(row: Row) -> Question:
         text, label, answer = "choices.text", "choices.label", "answerKey"
         row = {**row, text: choices.get("text"), label: choices.get("label")}
     options, labels = texts_field(row, text, least=2, most=5), row.get(label)
-    if not isinstance(labels, list) or len(set(map(str, labels))) != len(options):
-        raise FieldError(label, labels, f"a list of {len(options)} different labels")
-    right = _index(row, answer, {name: i for i, name in enumerate(map(str, labels))})
+    names = [str(x) for x in labels] if isinstance(labels, list) else []
+    check_field(len(set(names)) == len(options), label, labels, f"a list of {len(options)} different labels")
+    right = _index(row, answer, {name: i for i, name in enumerate(names)})
     return Question(text_field(row, "question"), options, right, id=str(row.get("question_id") or row.get("id") or ""))
 
 
@@ -228,9 +201,9 @@ def _mmlu_pro(row: Row) -> Question:
 
 
 def _index(row: Row, name: str, known: Mapping) -> int:
-    value = row.get(name)
-    if isinstance(value, bool) or not isinstance(value, str | int) or value not in known:
-        raise FieldError(name, value, f"one of {', '.join(map(repr, known))}")
+    value: Any = row.get(name)
+    valid = isinstance(value, str | int) and not isinstance(value, bool) and value in known
+    check_field(valid, name, value, f"one of {', '.join(map(repr, known))}")
     return known[value]
 
 

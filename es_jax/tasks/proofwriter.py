@@ -1,13 +1,12 @@
 """ProofWriter: does a statement follow from a theory, is it refuted, or is it unknown? (arXiv 2012.13048.)"""
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
-from es_jax.tasks.rows import FieldError, Hub, PublishedTask, Row, text_field
+from es_jax.tasks.rows import Hub, PublishedTask, Row, check_field, text_field
 from es_jax.tasks.task import Example, Score, messages, response_text, two_views
 
-HUB = Hub("tasksource/proofwriter", shuffle=True)  # rows of one theory stand together there
 LABELS = ("True", "False", "Unknown")
 ASK = (
     "Facts and rules:\n{theory}\n\nStatement: {question}\n\nDo the facts and rules prove the statement (True), its "
@@ -20,15 +19,10 @@ LINE = re.compile(r"answer\s*:\s*(true|false|unknown)")
 WORD = re.compile(r"\b(?:true|false|unknown)\b")
 
 
-def _label(value: str | None, name: str) -> str:
-    label = str(value).capitalize()
-    if label not in LABELS:
-        raise FieldError(name, value, f"one of {', '.join(LABELS)}")
+def _label(value: str, name: str) -> str:
+    label = value.capitalize()
+    check_field(label in LABELS, name, value, f"one of {', '.join(LABELS)}")
     return label
-
-
-def _checked(example: Example) -> Example:
-    return replace(example, answer=_label(example.answer, "reward_model.ground_truth"))
 
 
 def _native(row: Row) -> Example:
@@ -48,15 +42,12 @@ class ProofWriter(PublishedTask):
         Unknown) or with the fields `theory`, `question` and `answer`. None: tasksource/proofwriter from the hub.
       grader: "paper" or "strict"; docs/tasks.md has the rules of both, with examples.
 
-    Raises:
-      ValueError: the grader is unknown.
-
     >>> ProofWriter().score(Example("0", "", "False"), "Anne is not kind.\\nAnswer: False")
     Score(reward=1.1, parts={'answer': 1.0, 'format': 1.0, 'strict': 1.0})
     """
 
     name: ClassVar[str] = "proofwriter"
-    source = (HUB, _native, _checked)
+    source = (Hub("tasksource/proofwriter", shuffle=True), _native, _label)  # rows of one theory stand together there
 
     def score(self, example: Example, completion: str) -> Score:
         """Paper: `final_label`. Format: the last line that is not empty is the answer line. Strict: that line alone.
@@ -65,20 +56,15 @@ class ProofWriter(PublishedTask):
         """
         text, answer = response_text(example, completion).lower(), (example.answer or "").lower()
         last = FORM.fullmatch(text.strip().rpartition("\n")[2].strip())
-        return two_views(
-            self.grader,
-            paper=final_label(text) == answer,
-            strict=last is not None and last[1] == answer,
-            form=float(last is not None),
-            bonus=0.1,
-        )
+        strict = last is not None and last[1] == answer
+        return two_views(self.grader, paper=final_label(text) == answer, strict=strict, form=last is not None)
 
 
 def final_label(response: str) -> str | None:
     """The label that the paper's grader reads out of a response, in lower case, or None.
 
-    The last line `Answer: <label>`; else the last label that stands as a word anywhere. The published rule names a
-    step between the two, a last line that is only a label or "answer is" and a label: its label is also the last word.
+    The last line `Answer: <label>`; else the last label that stands as a word anywhere. (The published rule has a step
+    between the two, a last line that is a label or "answer is" and a label: that label is also the last word.)
 
     >>> final_label("Answer: True\\nIs it false?")
     'true'

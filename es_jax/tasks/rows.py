@@ -13,12 +13,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, NamedTuple
 
 from es_jax.core.extras import require
 from es_jax.tasks.task import GRADERS, Example, Message, Splits, check_count, check_known, take
 
-T = TypeVar("T")
 Row = Mapping[str, Any]
 SUFFIXES = (".parquet", ".json", ".jsonl")
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -27,12 +26,14 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 class FieldError(ValueError):
     """A field of a row is not what it should be. `checked` adds the source and the row number."""
 
-    def __init__(self, name: str, value: object, wanted: str) -> None:
-        super().__init__(f"field {name!r} is {reprlib.repr(value)}: it should be {wanted}")
+
+def check_field(valid: object, name: str, value: object, wanted: str) -> None:
+    """Raises FieldError unless the field `name` with this value is valid."""
+    if not valid:
+        raise FieldError(f"field {name!r} is {reprlib.repr(value)}: it should be {wanted}")
 
 
-@dataclass(frozen=True)
-class Hub:
+class Hub(NamedTuple):
     """A data set on the Hugging Face hub, and which of its splits are for training and testing."""
 
     path: str
@@ -43,47 +44,37 @@ class Hub:
     shuffle: bool = False  # mix the rows with a fixed seed, where neighbours are alike
 
 
-def load_examples(
-    hub: Hub,
-    split: str,
-    n: int | None,
-    *,
-    data_dir: str | Path | None,
-    native: Callable[[Row], Example],
-    verl: Callable[[Example], Example],
-) -> list[Example]:
-    """The first `n` examples of the split "train" or "test" of a published data set, each of them checked; None is all.
-
-    `native` makes an example of a row with the data set's own fields, `verl` checks the example of a row in the verl
-    layout and may add to it. For `hub` and `data_dir` see `open_split`.
-
-    Raises:
-      ValueError: `n` < 1 or more than there is; or a bad row, named by source, row (counting from 0) and field.
-      FileNotFoundError, OSError: as `open_split`.
-    """
-
-    def read(row: Row, number: int) -> Example:
-        return verl(_verl_example(row, number)) if "prompt" in row else native(row)
-
-    rows, source = open_split(hub, split, data_dir)
-    return take(_examples(islice(rows, None if n is None else check_count(n)), source, read), n, source=source)
+# The data set; what makes an example of a row with its own fields; and what checks the answer of a row in verl's layout
+# and returns it as the example's, called with the answer and the field's name.
+Source = tuple[Hub, Callable[[Row], Example], Callable[[Any, str], str]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PublishedTask(Splits):
-    """The fields and rows of a task with a published data set. `source`: hub, native, verl of `load_examples`."""
+    """The fields and rows of a task with a published data set; of its first `n` rows each is checked."""
 
     data_dir: str | Path | None = None
     grader: str = "paper"
 
-    source: ClassVar[tuple[Hub, Callable[[Row], Example], Callable[[Example], Example]]]
-
     def __post_init__(self) -> None:
         check_known("grader", self.grader, GRADERS)
 
+    @property
+    def source(self) -> Source:
+        """Where the rows come from, and how they are read."""
+        raise NotImplementedError
+
     def _examples(self, split: str, n: int | None) -> list[Example]:
-        hub, native, verl = self.source
-        return load_examples(hub, split, n, data_dir=self.data_dir, native=native, verl=verl)
+        hub, native, check_answer = self.source
+
+        def read(row: Row, number: int) -> Example:
+            if "prompt" not in row:
+                return native(row)
+            example = _verl_example(row, number)
+            return replace(example, answer=check_answer(example.answer, "reward_model.ground_truth"))
+
+        rows, source = open_split(hub, split, self.data_dir)
+        return _examples(islice(rows, None if n is None else check_count(n)), source, read, n)
 
 
 def read_examples(
@@ -96,30 +87,15 @@ def read_examples(
 ) -> list[Example]:
     """The first `n` rows of a folder's split in the verl layout, as examples; None is all. Every row is checked.
 
-    Args:
-      data_dir, split: as `find_split`.
-      n: how many.
-      extra: checks a row's `extra_info` (empty if the row has none) and returns what becomes the example's `meta`;
-        raises `FieldError` for a field that is wrong.
-      needs_answer: False where a row without `reward_model.ground_truth` can still be graded; its answer is then None.
-
-    Raises:
-      FileNotFoundError: no such folder or file.
-      ValueError: `n` < 1 or more than there is; the file cannot be read; or a row is wrong, named as above.
-
-    >>> import tempfile
-    >>> folder = Path(tempfile.mkdtemp())
-    >>> row = {"prompt": [{"role": "user", "content": "2 + 2?"}], "reward_model": {"ground_truth": "4"}}
-    >>> _ = (folder / "train.jsonl").write_text(json.dumps(row))
-    >>> read_examples(folder, "train")
-    [Example(id='0', prompt=({'role': 'user', 'content': '2 + 2?'},), answer='4', meta={})]
+    `extra` checks a row's `extra_info` (empty if the row has none) and returns what becomes the example's `meta`.
+    Without `needs_answer` a row may lack `reward_model.ground_truth`; its answer is then None.
     """
     path = find_split(data_dir, split)
     read = partial(_verl_example, extra=extra, needs_answer=needs_answer)
-    return take(_examples(read_rows(path), str(path), read), n, source=str(path))
+    return _examples(read_rows(path), str(path), read, n)
 
 
-def checked(rows: Iterable[Row], source: str, read: Callable[[Row, int], T]) -> Iterator[T]:
+def checked(rows: Iterable[Row], source: str, read: Callable[[Row, int], Any]) -> Iterator[Any]:
     """What `read` makes of every row and its number, counting from 0; adds source and number to a FieldError."""
     for number, row in enumerate(rows):
         try:
@@ -129,26 +105,21 @@ def checked(rows: Iterable[Row], source: str, read: Callable[[Row, int], T]) -> 
         yield result
 
 
-def _examples(rows: Iterable[Row], source: str, read: Callable[[Row, int], Example]) -> list[Example]:
-    """The `checked` examples, each under an id of its own."""
+def _examples(rows: Iterable[Row], source: str, read: Callable[[Row, int], Example], n: int | None) -> list[Example]:
+    """The first `n` of the `checked` examples, each under an id of its own."""
     examples: dict[str, Example] = {}
     for number, example in enumerate(checked(rows, source, read)):
         while not example.id or example.id in examples:  # ProofWriter's ids are those of theories: many rows share one
             example = replace(example, id=f"{example.id}#{number}")
         examples[example.id] = example
-    return list(examples.values())
+    return take(list(examples.values()), n, source=source)
 
 
 def open_split(hub: Hub, split: str, data_dir: str | Path | None) -> tuple[Iterable[Row], str]:
     """The rows of a split, and the name of their source: `data_dir`, or the hub for None.
 
     The file in a folder has the split's name, the hub's name for it, or "validation"; training never gets the file that
-    the test takes.
-
-    Raises:
-      FileNotFoundError: the folder has no such split, or only one that the test split uses already.
-      OSError: the hub cannot be reached; says how to do without.
-      ValueError: `data_dir` is a file, several files claim the split, or as `read_rows`.
+    the test takes. Raises FileNotFoundError without such a file, OSError when the hub cannot be reached.
     """
     if data_dir is None:
         name = getattr(hub, split, split)
@@ -165,7 +136,6 @@ def _file_stem(data_dir: str | Path, split: str, hub: Hub) -> str:
 
 
 def _hub_rows(hub: Hub, split: str) -> Iterable[Row]:
-    """The rows of a split on the hub, or of its copy in the cache of `datasets`."""
     require("llm")
     import datasets
 
@@ -182,11 +152,7 @@ def _hub_rows(hub: Hub, split: str) -> Iterable[Row]:
 
 
 def rows_folder(root: str | Path, task: str) -> Path:
-    """The folder of a task's rows in a folder of folders: named like the task, or with `_` for its `-`.
-
-    Raises:
-      FileNotFoundError: there is neither.
-    """
+    """The folder of a task's rows in a folder of folders: named like the task, or with `_` for its `-`."""
     root, names = Path(root), dict.fromkeys((task, task.replace("-", "_")))
     for name in names:
         if (root / name).is_dir():
@@ -196,12 +162,7 @@ def rows_folder(root: str | Path, task: str) -> Path:
 
 
 def find_split(data_dir: str | Path, split: str) -> Path:
-    """The one file that holds a split: `data_dir/{split}` with the suffix .parquet, .json or .jsonl.
-
-    Raises:
-      FileNotFoundError: no such folder, or no such file in it; the message lists what is there.
-      ValueError: `data_dir` is a file, or several files claim the split.
-    """
+    """The one file that holds a split: `data_dir/{split}` with the suffix .parquet, .json or .jsonl."""
     folder, names = Path(data_dir), [split + suffix for suffix in SUFFIXES]
     if folder.is_file():
         raise ValueError(f"data_dir is {folder}, a file: give the folder that holds {split}.parquet")
@@ -222,22 +183,14 @@ def find_split(data_dir: str | Path, split: str) -> Path:
     return folder / files[0]
 
 
-def _listing(folder: Path, most: int = 20) -> str:
+def _listing(folder: Path) -> str:
     names = sorted(path.name for path in folder.iterdir())
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return (", ".join(names[:most]) or "nothing") + rest
+    rest = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    return (", ".join(names[:20]) or "nothing") + rest
 
 
 def read_rows(path: str | Path) -> list[Row]:
-    """The rows of a file, as mappings, whatever their fields are.
-
-    Args:
-      path: .parquet; .jsonl, one object a line; .json, one list of objects, or one object a line.
-
-    Raises:
-      ValueError: the file cannot be read, has no rows, or a row is not an object; named by its number,
-        counting from 0.
-    """
+    """The rows of a file, as mappings: .parquet; .jsonl, an object a line; .json, a list of objects, or as .jsonl."""
     path = Path(path)
     rows = _read_parquet(path) if path.suffix == ".parquet" else _read_json(path)
     if not rows:
@@ -284,63 +237,57 @@ def _verl_example(row: Row, number: int, *, extra: Callable[[Row], Row] = dict, 
     if (source := _optional(row, "data_source", str, "text")) is not None:
         meta["data_source"] = source
     name = _optional(row, "id", (str, int), "text or a whole number")
-    messages = row.get("prompt")
-    if not isinstance(messages, list) or not messages:
-        raise FieldError("prompt", messages, "a list of at least one {role, content}")
+    messages: Any = row.get("prompt")
+    check_field(isinstance(messages, list) and messages, "prompt", messages, "a list of at least one {role, content}")
     prompt = tuple(_message(message, f"prompt[{at}]") for at, message in enumerate(messages))
     return Example(str(number if name is None else name), prompt, _answer(row, needs_answer), meta)
 
 
 def _optional(row: Row, name: str, kind: Any, wanted: str) -> Any:
     value = row.get(name)
-    if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
-        raise FieldError(name, value, f"{wanted}, or left out")
+    valid = value is None or (isinstance(value, kind) and not isinstance(value, bool))
+    check_field(valid, name, value, f"{wanted}, or left out")
     return value
 
 
 def _answer(row: Row, needed: bool) -> str | None:
     model = row.get("reward_model")
-    if not isinstance(model, Mapping) and (needed or model is not None):
-        raise FieldError("reward_model", model, "an object with the field 'ground_truth'")
+    valid = isinstance(model, Mapping) or (model is None and not needed)
+    check_field(valid, "reward_model", model, "an object with the field 'ground_truth'")
     answer = model.get("ground_truth") if model else None
     if answer is None and not needed:
         return None
-    if isinstance(answer, int) and not isinstance(answer, bool):
-        return str(answer)
-    if not isinstance(answer, str) or not answer:
-        raise FieldError("reward_model.ground_truth", answer, "text that is not empty, or a whole number")
-    return answer
+    valid = isinstance(answer, str | int) and not isinstance(answer, bool) and answer != ""
+    check_field(valid, "reward_model.ground_truth", answer, "text that is not empty, or a whole number")
+    return str(answer)
 
 
 def _message(message: Any, name: str) -> Message:
-    if not isinstance(message, Mapping):
-        raise FieldError(name, message, "an object {role, content}")
+    check_field(isinstance(message, Mapping), name, message, "an object {role, content}")
     role, content = message.get("role"), message.get("content")
-    if role not in ROLES:
-        raise FieldError(f"{name}.role", role, f"one of {', '.join(ROLES)}")
-    if not isinstance(content, str):
-        raise FieldError(f"{name}.content", content, "text")
+    check_field(role in ROLES, f"{name}.role", role, f"one of {', '.join(ROLES)}")
+    check_field(isinstance(content, str), f"{name}.content", content, "text")
     for key, value in message.items():
-        if key not in ("role", "content") and value is not None:
-            raise FieldError(f"{name}.{key}", value, "left out: a message is a role and its content")
+        valid = key in ("role", "content") or value is None
+        check_field(valid, f"{name}.{key}", value, "left out: a message is a role and its content")
     return {"role": role, "content": content}
 
 
 def text_field(row: Row, name: str) -> str:
-    """A field that holds text, without the white space around it; raises FieldError for none.
+    """A field that holds text, without the white space around it.
 
     >>> text_field({"question": " 2 + 2? "}, "question")
     '2 + 2?'
     """
-    value = row.get(name)
-    if not isinstance(value, str) or not value.strip():
-        raise FieldError(name, value, "text that is not empty")
+    value: Any = row.get(name)
+    check_field(isinstance(value, str) and value.strip(), name, value, "text that is not empty")
     return value.strip()
 
 
 def texts_field(row: Row, name: str, *, least: int, most: int) -> tuple[str, ...]:
-    """A field that holds `least` to `most` texts, without the white space around them; otherwise raises FieldError."""
-    texts = row.get(name)
-    if isinstance(texts, list) and least <= len(texts) <= most and all(isinstance(x, str) and x.strip() for x in texts):
-        return tuple(text.strip() for text in texts)
-    raise FieldError(name, texts, f"a list of {least} to {most} texts")
+    """A field that holds `least` to `most` texts, without the white space around them."""
+    texts: Any = row.get(name)
+    valid = isinstance(texts, list) and least <= len(texts) <= most
+    valid = valid and all(isinstance(text, str) and text.strip() for text in texts)
+    check_field(valid, name, texts, f"a list of {least} to {most} texts")
+    return tuple(text.strip() for text in texts)

@@ -1,8 +1,4 @@
-"""What a task is: examples to train and test on, and a score for what a model wrote.
-
-A task holds no model and no array. It hands out `Example`s and turns a completion into a `Score`, so ES, GRPO
-and the evaluations all see the same three methods.
-"""
+"""What a task is: examples to train and test on, and a score for what a model wrote. It holds no model and no array."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,8 +22,7 @@ class Example:
 
     Args:
       id: unique within a split.
-      prompt: plain text, or messages. A last message of role "assistant" is an open turn, which the
-        completion continues.
+      prompt: plain text, or messages. The completion continues a last message of role "assistant".
       answer: the reference answer, or None where a task grades without one.
       meta: what else grading needs (countdown: `numbers`, `target`), and what the data said about the row.
     """
@@ -120,12 +115,12 @@ class PaperParts:
 
     @property
     def name(self) -> str:
-        """The other's."""
+        """The other task's name."""
         return self.task.name
 
     @property
     def workers(self) -> Any:
-        """The other's, see `es_jax.scoring.workers`."""
+        """How many processes grade for the other task, see `es_jax.scoring.workers`."""
         return getattr(self.task, "workers", 0)
 
     def score(self, example: Example, completion: str) -> Score:
@@ -137,18 +132,18 @@ class PaperParts:
 
 
 def check_known(kind: str, name: str, known: Iterable[str]) -> None:
-    """Raises ValueError unless `name` is among the known ones of its kind."""
+    """Raises ValueError unless the name is known."""
     if name not in known:
         raise ValueError(unknown(kind, name, known))
 
 
-def two_views(grader: str, *, paper: bool, strict: bool, form: float, bonus: float) -> Score:
+def two_views(grader: str, *, paper: bool, strict: bool, form: float | bool, bonus: float = 0.1) -> Score:
     """The score of a completion that both graders have looked at: reward = answer + bonus · format.
 
-    Its parts are `answer`, the verdict of the grader that is asked for; `format`; and `strict`, the strict grader's
-    verdict whichever is asked for, so that one generation shows how much of an accuracy hangs on the form.
+    `answer` is the verdict of the grader that is asked for. `strict`, the strict grader's, is there in both cases, so
+    that one generation shows how much of an accuracy hangs on the form.
 
-    >>> two_views("paper", paper=True, strict=False, form=0.0, bonus=0.1)
+    >>> two_views("paper", paper=True, strict=False, form=0.0)
     Score(reward=1.0, parts={'answer': 1.0, 'format': 0.0, 'strict': 0.0})
     """
     answer = float(strict if grader == "strict" else paper)
@@ -183,18 +178,13 @@ def check_count(n: int) -> int:
 
 
 def take(examples: Sequence[Example], n: int | None, *, source: str) -> list[Example]:
-    """The first `n` of a finite data set, which errors call `source`; all of it for None.
-
-    Raises:
-      ValueError: the data set is empty, `n` < 1, or `n` is more than there is.
+    """The first `n` of a data set, which errors call `source`; all of it for None.
 
     >>> [e.id for e in take([Example("a", "?", ""), Example("b", "?", "")], 1, source="two rows")]
     ['a']
     """
     if not examples:
         raise ValueError(f"{source} is empty: it needs at least one example")
-    if n is None:
-        return list(examples)
-    if check_count(n) > len(examples):
+    if n is not None and check_count(n) > len(examples):
         raise ValueError(f"n is {n}, but {source} has {len(examples)} examples: ask for at most {len(examples)}")
     return list(examples[:n])

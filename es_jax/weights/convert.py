@@ -17,7 +17,7 @@ from es_jax.models.config import TransformerConfig
 from es_jax.models.families import FAMILIES, WEIGHTS, Weight, weights_of
 from es_jax.models.rope import rope_frequencies
 from es_jax.models.transformer import Params, param_shapes
-from es_jax.weights.streaming import Reader, Shardings, chunks, fetch, place, place_stacked, staging, widened
+from es_jax.weights.streaming import Reader, Shape, Shardings, chunks, fetch, place, place_stacked, staging, widened
 
 # Magnitudes between which the largest of a tensor lies: what float16 holds, and not subnormal throughout. Bytes in the
 # wrong order, or a flipped bit of an exponent, break this.
@@ -25,11 +25,11 @@ _TINY, _LARGEST = float(np.finfo(np.float32).tiny), 65504.0
 
 
 class _Slot(NamedTuple):
-    """What one key of a file must be, and where it goes."""
+    """What one key of a file must be."""
 
     weight: Weight
     layer: int | None
-    shape: tuple[int, ...]  # in the file
+    shape: Shape  # in the file
     offset: int  # what the file adds: GGUF's norms hold the 1 + scale that they multiply by
     heads: int  # within each of which GGUF interleaves the halves of the rows; 0: they are in the tree's order
 
@@ -44,18 +44,17 @@ def to_params(
 ) -> Params:
     """The parameter tree, stacked over layers, in `dtype`, each leaf where `shardings(path, shape)` says.
 
-    The host holds one tensor at a time, of the largest one's size at most: a leaf that is larger is filled on its
-    devices. Raises one ValueError that lists every missing, unexpected and mis-shaped key, or every tensor whose
-    numbers no weight has. An output head that a tied checkpoint stores nevertheless is accepted when it equals the
-    embedding.
+    The host holds one tensor at a time: a leaf that is larger than the largest of them is filled on its devices.
+    Raises one ValueError that lists every key that is missing, unexpected or of another shape, or every tensor whose
+    numbers no weight has. The output head of a tied checkpoint is accepted when it equals the embedding.
     """
     slots = _slots(config, naming)
     _check_keys(reader, config, slots, naming)
     dtype, broken = np.dtype(dtype), []
 
-    def host_leaf(slots: dict[str, _Slot], shape: tuple[int, ...]) -> np.ndarray:
+    def host_leaf(tensors: dict[str, _Slot], shape: Shape) -> np.ndarray:
         leaf = staging(shape, dtype)
-        for key, slot in slots.items():
+        for key, slot in tensors.items():
             tensor = leaf if slot.layer is None else leaf[slot.layer]
             if not _fill(tensor.T if slot.weight.transpose else tensor, reader, key, slot):
                 broken.append(key)
@@ -80,10 +79,8 @@ def to_params(
     return unflatten_dict(params, sep="/")
 
 
-def hf_tensors(
-    params: Params, *, config: TransformerConfig
-) -> tuple[dict[str, tuple[int, ...]], Callable[[str], np.ndarray]]:
-    """Hugging Face's keys with the shapes of their tensors, and the function that brings one of them to the host."""
+def hf_tensors(params: Params, *, config: TransformerConfig) -> tuple[dict[str, Shape], Callable[[str], np.ndarray]]:
+    """Hugging Face's keys with the shapes of their tensors, and the function that brings one to the host."""
     leaves, slots = dict(named_leaves(params)), _slots(config, "hf")
 
     def tensor(key: str) -> np.ndarray:
@@ -116,21 +113,18 @@ def half_split(rows: np.ndarray, *, heads: int) -> np.ndarray:
     >>> half_split(np.array([0, 2, 1, 3]), heads=1).tolist()
     [0, 1, 2, 3]
     """
-    pairs = rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(rows.shape)
+    return rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
 def _slots(config: TransformerConfig, naming: str) -> dict[str, _Slot]:
-    slots, shapes = {}, param_shapes(config)
+    slots, shapes, gguf = {}, param_shapes(config), naming == "gguf"
     for weight in weights_of(config):
-        stacked, shape = weight.path.startswith("layers/"), shapes[weight.path]
-        shape = shape[1:] if stacked else shape
+        stacked = weight.path.startswith("layers/")
+        shape = shapes[weight.path][1:] if stacked else shapes[weight.path]
         shape = shape[::-1] if weight.transpose else shape
-        offset, heads = 0, 0
-        if naming == "gguf":
-            offset = int(config.norm_plus_one and weight.path.endswith("norm/scale"))
-            permuted = FAMILIES[config.family].gguf_permuted and weight.rotary
-            heads = getattr(config, weight.rotary) if permuted else 0
+        offset = int(gguf and config.norm_plus_one and weight.path.endswith("norm/scale"))
+        permuted = gguf and FAMILIES[config.family].gguf_permuted and weight.rotary
+        heads = getattr(config, weight.rotary) if permuted else 0
         for layer in range(config.layers) if stacked else (None,):
             slots[getattr(weight, naming).format(layer)] = _Slot(weight, layer, shape, offset, heads)
     return slots
@@ -140,18 +134,18 @@ def _check_keys(reader: Reader, config: TransformerConfig, slots: dict[str, _Slo
     shapes = reader.shapes
     problems = [f"missing: {key} {slot.shape}" for key, slot in slots.items() if key not in shapes]
     problems += [
-        f"unexpected: {key} {shapes[key]}" + ", frequencies that are not those of the config" * ("_freq" in key)
-        for key in shapes
+        f"unexpected: {key} {shape}" + ", frequencies that are not those of the config" * ("_freq" in key)
+        for key, shape in shapes.items()
         if key not in slots and not _spare(reader, config, key, naming)
     ]
     problems += [
         f"wrong shape: {key} is {shapes[key]}, the config says {slot.shape}"
         for key, slot in slots.items()
-        if key in shapes and shapes[key] != slot.shape
+        if shapes.get(key, slot.shape) != slot.shape
     ]
     if problems:
-        lines = "\n  ".join(problems)
-        raise ValueError(f"the {naming} weights do not fit the {config.family} config:\n  {lines}")
+        fit = f"the {naming} weights do not fit the {config.family} config:"
+        raise ValueError("\n  ".join([fit, *problems]))
 
 
 def _spare(reader: Reader, config: TransformerConfig, key: str, naming: str) -> bool:
@@ -165,14 +159,12 @@ def _spare(reader: Reader, config: TransformerConfig, key: str, naming: str) -> 
         plain = rope_frequencies(dataclasses.replace(config, rope_scaling=None))
         return _near(reader.read(key), plain / rope_frequencies(config))
     names = {weight.path: getattr(weight, naming) for weight in WEIGHTS}
-    embedding = names["embed/embedding"]
-    if not config.tied_embeddings or key != names["head/kernel"]:
+    embedding, shapes = names["embed/embedding"], reader.shapes
+    if not config.tied_embeddings or key != names["head/kernel"] or shapes[key] != shapes.get(embedding):
         return False
-    return reader.shapes[key] == reader.shapes.get(embedding) and all(
-        np.array_equal(rows, reader.read(embedding, at.start, at.stop)) for at, rows in chunks(reader, key)
-    )
+    return all(np.array_equal(rows, reader.read(embedding, at.start, at.stop)) for at, rows in chunks(reader, key))
 
 
 def _near(values: np.ndarray, expected: np.ndarray) -> bool:
-    """Equal up to the rounding of bfloat16, which some files hold frequencies in."""
+    """Equal up to the rounding of bfloat16, in which some files hold frequencies."""
     return values.shape == expected.shape and np.allclose(values.astype(np.float32), expected, rtol=2.0**-7, atol=0)

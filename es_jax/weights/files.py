@@ -1,8 +1,7 @@
 """The files of a model: where they are, here or on the hub, which ones hold weights, and whether they are whole.
 
-The digest of the weight files names a model. A sha256 is known of what `save_model` wrote (SHA256SUMS, as the program
-sha256sum writes and checks it) and of what huggingface_hub fetched: its cache names files by their sums, its download
-folders keep them beside the files.
+A sha256 is known of what `save_model` wrote (SHA256SUMS, as the program sha256sum writes it) and of what
+huggingface_hub fetched: its cache names files by their sums, its download folders keep them beside the files.
 """
 
 import hashlib
@@ -20,11 +19,9 @@ _PATTERNS = ["*.safetensors", "*.json", "*.jinja", "merges.txt", "tokenizer.mode
 
 
 def resolve(source: str | Path, *, weights: bool = True) -> Path:
-    """The local folder or .gguf file of `source`; "lab" is the laboratory model that es_jax brings along; a hub name is
-    fetched, or found in the local hub cache.
+    """The folder or .gguf file of `source`: a path, a hub name, or "lab", the model that es_jax brings along.
 
-    Raises FileNotFoundError when it is neither here nor to be had, and says why; PermissionError when the hub gives it
-    only to those who asked for it; ValueError for a file of another kind.
+    Of the hub's files, without `weights` only those in JSON are fetched, unless they are in its cache.
     """
     if str(source) == "lab":
         return Path(__file__).parent / "lab"
@@ -41,7 +38,6 @@ def resolve(source: str | Path, *, weights: bool = True) -> Path:
 
 
 def _fetch(name: str, patterns: list[str]) -> Path:
-    """The cached snapshot of a hub repository, one sentence for each way in which there is none."""
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -60,10 +56,9 @@ def _fetch(name: str, patterns: list[str]) -> Path:
         ) from error
     except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
         offline = huggingface_hub.constants.HF_HUB_OFFLINE
-        reason = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
-        remedy = "unset it" if offline else "check the network"
+        remedy = "HF_HUB_OFFLINE is set: unset it" if offline else "the hub cannot be reached: check the network"
         raise FileNotFoundError(
-            f"source = {name!r} is no local folder and not in the hub's cache, and {reason}: {remedy}, {local}"
+            f"source = {name!r} is no local folder and not in the hub's cache, and {remedy}, {local}"
         ) from error
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
@@ -73,11 +68,7 @@ def _fetch(name: str, patterns: list[str]) -> Path:
 
 
 def find_files(folder: Path) -> tuple[Path, ...]:
-    """The weight files of a Hugging Face folder: every shard of the index, or model.safetensors; a file is its own.
-
-    Raises FileNotFoundError when there are none (saying how to convert .bin files) or shards are missing, ValueError
-    when the index is damaged or names files outside the folder.
-    """
+    """The weight files of a Hugging Face folder: every shard of the index, or model.safetensors; a file is its own."""
     if folder.is_file():
         return (folder,)
     if (folder / INDEX).exists():
@@ -110,24 +101,19 @@ def _indexed(path: Path) -> list[str]:
 
 
 def digest(files: Iterable[Path]) -> str:
-    """sha256, in hex, of the files' bytes one after another in the order of their names.
-
-    Raises ValueError that lists every file whose own sum is not the one that is known of it.
-    """
+    """sha256, in hex, of the files' bytes in the order of their names; each file is held against its own known sum."""
     files, total, damaged = sorted(files), hashlib.sha256(), []
     for path in files:
         known, own = known_sum(path), total if len(files) == 1 else hashlib.sha256()
-        sums = {total, own} if known else {total}
         with path.open("rb") as file:
             while chunk := file.read(_CHUNK):
-                for each in sums:
+                for each in {total, own} if known else {total}:
                     each.update(chunk)
         if known and own.hexdigest() != known[0]:
             damaged.append(f"{path} differs from its sha256 in {known[1]}")
     if damaged:
-        raise ValueError(
-            f"{'; '.join(damaged)}: damaged, so fetch or export it again; if changed on purpose, delete the sum"
-        )
+        remedy = "damaged, so fetch or export it again; if changed on purpose, delete the sum"
+        raise ValueError(f"{'; '.join(damaged)}: {remedy}")
     return total.hexdigest()
 
 

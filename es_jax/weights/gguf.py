@@ -1,8 +1,7 @@
-"""GGUF files: their metadata and tensors, and the TransformerConfig that the metadata describes.
+"""GGUF files, versions 2 and 3: their metadata and tensors, and the TransformerConfig that the metadata describes.
 
-The layout is that of the format's specification, versions 2 and 3; the `gguf` package dequantises. The header is parsed
-here because all of it has to be checked against the file's size before a number is read, and 100 thousand token strings
-have to be read in well under a second.
+The `gguf` package dequantises. The header is parsed here: all of it is checked against the file's size before a number
+is read, and 100 thousand token strings are read in well under a second.
 """
 
 import dataclasses
@@ -19,14 +18,15 @@ import numpy as np
 from es_jax.models.config import RopeScaling, TransformerConfig, shortest_pattern
 from es_jax.models.families import FAMILIES, Family, find_family
 from es_jax.models.rope import rope_frequencies
-from es_jax.weights.streaming import FileReader, StoredTensor
+from es_jax.weights.streaming import FileReader, Shape, StoredTensor
 
+Fields = dict[str, Any]
 KINDS = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
 _PLAIN = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _SCALARS = dict(enumerate(("<u1", "<i1", "<u2", "<i2", "<u4", "<i4", "<f4", "<u1"))) | {10: "<u8", 11: "<i8", 12: "<f8"}
 _BOOL, _STRING, _ARRAY = 7, 8, 9
 _VERSIONS = (2, 3)
-# Of the config: metadata that, when present with another value, asks for what the forward pass does not compute.
+# Metadata that with another value asks for what the forward pass does not compute.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "rope.scaling.type": ("none", "linear"),
     "expert_count": (0,),
@@ -34,65 +34,52 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention.causal": (True,),
 }
 _SIZES = {
-    "embedding_length": "width",
-    "block_count": "layers",
-    "attention.head_count": "heads",
-    "feed_forward_length": "mlp_dim",
-    "context_length": "max_positions",
-    "attention.layer_norm_rms_epsilon": "norm_eps",
-}
+    "embedding_length": "width", "block_count": "layers", "attention.head_count": "heads",
+    "feed_forward_length": "mlp_dim", "context_length": "max_positions", "attention.layer_norm_rms_epsilon": "norm_eps",
+}  # fmt: skip
 _HEAD_SIZES = (
-    "attention.value_length",
-    "rope.dimension_count",
-    "attention.key_length_swa",
-    "attention.value_length_swa",
-    "rope.dimension_count_swa",
-)
-_READ = {*_SIZES, *_NEUTRAL, *_HEAD_SIZES, "attention.key_length", "attention.head_count_kv"}
-_READ |= {"rope.freq_base", "rope.scaling.factor", "attention.sliding_window"}
-_HARMLESS = {"vocab_size", "rope.scaling.finetuned", "tensor_data_layout"}
+    "attention.value_length", "rope.dimension_count",
+    "attention.key_length_swa", "attention.value_length_swa", "rope.dimension_count_swa",
+)  # fmt: skip
+_KNOWN = {*_SIZES, *_NEUTRAL, *_HEAD_SIZES, "attention.key_length", "attention.head_count_kv"}
+_KNOWN |= {"rope.freq_base", "rope.scaling.factor", "attention.sliding_window"}
+_KNOWN |= {"vocab_size", "rope.scaling.finetuned", "tensor_data_layout"}  # which do not matter
 _GEMMA = {"attn_logit_softcapping", "final_logit_softcapping", "attention.sliding_window_pattern", "rope.freq_base_swa"}
 _WIDE_GEMMA = (46, 62)  # layers of the 27B models, whose scores are divided by the root of width / heads
 _LLAMA3_FACTORS = (8.0, 32.0)  # of Llama 3.1 and 3.2; the rest of that scaling is the same in both
 
 
 class GGUFReader(FileReader):
-    """`metadata`: key → value; the tensors' shapes are [out, in].
-
-    Raises ValueError when the file is not whole, little-endian GGUF of one part, or holds kinds of tensors that are not
-    read (all of them named).
-    """
+    """`metadata`: key → value; the tensors' shapes are [out, in]. Raises ValueError for a file that is not whole,
+    little-endian GGUF of one part, or one that names all its tensors of kinds that are not read."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
             with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                self.metadata, tensors = _parse(path, _Cursor(content))
+                self.metadata, tensors = _parse(path, _Header(content))
         except ValueError as error:  # an empty file cannot be mapped: one as well
             raise ValueError(f"{path} is truncated or corrupt GGUF ({error}); fetch it again") from None
         super().__init__(tensors)
-        parts = self.metadata.get("split.count", 1)
-        if parts > 1:
-            raise ValueError(
-                f"{path} is one of {parts} parts: join them with `llama-gguf-split --merge` and give the sum"
-            )
+        if (parts := self.metadata.get("split.count", 1)) > 1:
+            join = "join them with `llama-gguf-split --merge` and give the sum"
+            raise ValueError(f"{path} is one of {parts} parts: {join}")
         kinds = {name: tensor.kind.name for name, tensor in tensors.items() if not isinstance(tensor.kind, np.dtype)}
-        others = [f"{name} is {kind}" for name, kind in kinds.items() if kind not in KINDS]
-        if others:
+        if others := [f"{name} is {kind}" for name, kind in kinds.items() if kind not in KINDS]:
             raise ValueError(f"{path}: {', '.join(others)}, which is not read; known: {', '.join(KINDS)}")
 
 
-class _Cursor:
-    """A position in the file's bytes that never passes their end."""
+class _Header:
+    """The header of a file, read value by value and never past the file's end."""
 
-    def __init__(self, content: Any) -> None:
-        self.content, self.at = content, 0
+    def __init__(self, content: mmap.mmap) -> None:
+        self.content, self.size = content, len(content)
 
     def take(self, count: int) -> bytes:
-        if count > len(self.content) - self.at:
-            raise ValueError(f"its header needs {count} bytes from byte {self.at} on, the file has {len(self.content)}")
-        self.at += count
-        return self.content[self.at - count : self.at]
+        start = self.content.tell()
+        if count > self.size - start:
+            raise ValueError(f"its header needs {count} bytes from byte {start} on, the file has {self.size}")
+        return self.content.read(count)
 
     def numbers(self, kind: str, count: int) -> list[Any]:
         return np.frombuffer(self.take(count * np.dtype(kind).itemsize), kind).tolist()
@@ -117,16 +104,16 @@ class _Cursor:
             raise ValueError("a metadata value that is to be true or false is neither")
         return list(map(bool, values)) if kind == _BOOL else values
 
-    def tensor(self) -> tuple[tuple[int, ...], int, int]:
+    def tensor(self) -> tuple[Shape, int, int]:
         """Shape, kind and offset."""
         dimensions = self.integer(4)
         if not 1 <= dimensions <= 4:
             raise ValueError(f"a tensor has {dimensions} dimensions")
         return tuple(self.numbers("<u8", dimensions)[::-1]), self.integer(4), self.integer(8)
 
-    def unique(self, count: int, read: Callable[[], Any]) -> dict[str, Any]:
+    def unique(self, count: int, read: Callable[[], Any]) -> Fields:
         """`count` names, each with what `read` reads after it."""
-        entries: dict[str, Any] = {}
+        entries: Fields = {}
         for _ in range(count):
             name = self.string()
             if name in entries:
@@ -135,24 +122,25 @@ class _Cursor:
         return entries
 
 
-def _parse(path: Path, cursor: _Cursor) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
+def _parse(path: Path, header: _Header) -> tuple[Fields, dict[str, StoredTensor]]:
     """The metadata, and the tensors, which must lie in the file one after another, without a gap and up to its end."""
     import gguf
 
-    if cursor.take(4) != b"GGUF":
+    if header.take(4) != b"GGUF":
         raise ValueError("it does not begin with GGUF")
-    version = cursor.integer(4)
+    version = header.integer(4)
     if version not in _VERSIONS:
         swapped = int.from_bytes(version.to_bytes(4, "little"), "big") in _VERSIONS
         raise ValueError(f"it is {'big-endian' if swapped else f'of version {version}'}, which is not read")
     if sys.byteorder != "little":
         raise ValueError("this machine is big-endian, for which dequantisation is not tested")
-    tensors, fields = cursor.numbers("<u8", 2)
-    metadata, infos = cursor.unique(fields, cursor.value), cursor.unique(tensors, cursor.tensor)
+    tensors, fields = header.numbers("<u8", 2)
+    metadata, infos = header.unique(fields, header.value), header.unique(tensors, header.tensor)
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
         raise ValueError(f"general.alignment = {alignment!r} is no power of two")
-    base = end = cursor.at + -cursor.at % alignment
+    base = header.content.tell()
+    base = end = base + -base % alignment
     stored = {}
     for name, (shape, number, offset) in infos.items():
         try:
@@ -167,21 +155,17 @@ def _parse(path: Path, cursor: _Cursor) -> tuple[dict[str, Any], dict[str, Store
             raise ValueError(f"{name} begins at byte {base + offset}, where {start} is its place")
         stored[name] = StoredTensor(path, shape, start, _PLAIN.get(kind.name, kind), block)
         end = start + math.prod(shape) // block[0] * block[1]
-    total = len(cursor.content)
-    if not end <= total <= end + -end % alignment:
-        raise ValueError(f"its header describes {end} bytes, the file has {total}")
+    if not end <= header.size <= end + -end % alignment:
+        raise ValueError(f"its header describes {end} bytes, the file has {header.size}")
     return metadata, stored
 
 
 def from_gguf(reader: GGUFReader) -> TransformerConfig:
     """The TransformerConfig a GGUF file describes.
 
-    What the format leaves to the program that reads it is as in the published models: which layers of a Gemma are
-    local and how its scores are scaled, which layers of a SmolLM3 have no rotary positions. A file of the architecture
-    llama is a Mistral when it has a sliding window.
-
-    Raises ValueError for an unknown architecture, or one that lists every missing field, every field that asks for
-    what is not implemented and every field that is unknown.
+    What the format leaves to its reader is as in the published models: which layers of a Gemma are local and how its
+    scores are scaled, which layers of a SmolLM3 have no rotary positions. A llama with a sliding window is a Mistral.
+    Raises one ValueError that lists every field that is missing, unknown or asks for what is not implemented.
     """
     metadata = reader.metadata
     family = find_family(metadata.get("general.architecture", "(missing)"), by="gguf_architecture")
@@ -204,16 +188,30 @@ def from_gguf(reader: GGUFReader) -> TransformerConfig:
         "head_dim": _head_dim(fields),
         "rope_theta": fields.get("rope.freq_base", 10000.0),
         "tied_embeddings": "output.weight" not in reader.shapes,
+        "sliding_window": fields.get("attention.sliding_window") or None,
     }
     factor = fields.get("rope.scaling.factor", 1.0)
     if fields.get("rope.scaling.type") == "linear" and factor != 1.0:
         values["rope_scaling"] = RopeScaling("linear", factor)
-    config = TransformerConfig(family=family.name, **values, **family.flags, **_particulars(family, fields, values))
+    if "no_rope_layers" in family.reads:
+        values["rope_layers"] = (True, True, True, False)
+    if family.windows == "alternating":
+        period = fields.get("attention.sliding_window_pattern", family.missing["sliding_window_pattern"])
+        local = period if isinstance(period, list) else [(i + 1) % period != 0 for i in range(values["layers"])]
+        wide = values["layers"] in _WIDE_GEMMA
+        values["local_layers"] = shortest_pattern(list(map(bool, local)))
+        values["query_pre_attn_scalar"] = values["width"] // values["heads"] if wide else values["head_dim"]
+        for ours, key in ("attn_softcap", "attn_logit_softcapping"), ("final_softcap", "final_logit_softcapping"):
+            values[ours] = fields.get(key, family.missing.get(key))
+    if "rope_local_base_freq" in family.reads:
+        values["local_rope_theta"] = fields.get("rope.freq_base_swa", family.missing["rope_local_base_freq"])
+    config = TransformerConfig(family=family.name, **values, **family.flags)
     return _with_llama3(config, reader) if "rope_freqs.weight" in reader.shapes else config
 
 
-def _problems(family: Family, fields: dict[str, Any]) -> list[str]:
-    known = _READ | _HARMLESS | (_GEMMA if family.windows == "alternating" else set())
+def _problems(family: Family, fields: Fields) -> list[str]:
+    window, alternating = fields.get("attention.sliding_window", 0), family.windows == "alternating"
+    known = _KNOWN | (_GEMMA if alternating else set())
     problems = [f"{key} is missing" for key in _SIZES if key not in fields]
     problems += [f"{key} is not known here" for key in sorted(set(fields) - known)]
     problems += [
@@ -221,10 +219,9 @@ def _problems(family: Family, fields: dict[str, Any]) -> list[str]:
         for key, allowed in _NEUTRAL.items()
         if key in fields and fields[key] not in allowed
     ]
-    window = fields.get("attention.sliding_window", 0)
-    if window and family.windows not in ("all", "alternating"):
+    if window and not alternating and family.windows != "all":
         problems.append(f"attention.sliding_window = {window} is not implemented (only 0 is)")
-    if family.windows == "alternating" and not window:
+    if alternating and not window:
         problems.append("attention.sliding_window is missing")
     problems += [
         f"{key} differs between layers, not implemented"
@@ -234,38 +231,16 @@ def _problems(family: Family, fields: dict[str, Any]) -> list[str]:
     return problems or [
         f"{key} = {fields[key]} differs from the head size {_head_dim(fields)}, not implemented"
         for key in _HEAD_SIZES
-        if key in fields and fields[key] != _head_dim(fields)
+        if fields.get(key, _head_dim(fields)) != _head_dim(fields)
     ]
 
 
-def _head_dim(fields: dict[str, Any]) -> int:
+def _head_dim(fields: Fields) -> int:
     return fields.get("attention.key_length", fields["embedding_length"] // fields["attention.head_count"])
 
 
-def _particulars(family: Family, fields: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """What only some families have."""
-    particulars: dict[str, Any] = {}
-    if family.windows in ("all", "alternating"):
-        particulars["sliding_window"] = fields.get("attention.sliding_window") or None
-    if "no_rope_layers" in family.reads:
-        particulars["rope_layers"] = (True, True, True, False)
-    if family.windows == "alternating":
-        period = fields.get("attention.sliding_window_pattern", family.missing["sliding_window_pattern"])
-        layers = period if isinstance(period, list) else [(i + 1) % period != 0 for i in range(values["layers"])]
-        wide = values["layers"] in _WIDE_GEMMA
-        particulars |= {
-            "local_layers": shortest_pattern(list(map(bool, layers))),
-            "query_pre_attn_scalar": values["width"] // values["heads"] if wide else values["head_dim"],
-        }
-        caps = {"attn_softcap": "attn_logit_softcapping", "final_softcap": "final_logit_softcapping"}
-        particulars |= {ours: fields.get(key, family.missing.get(key)) for ours, key in caps.items()}
-    if "rope_local_base_freq" in family.reads:
-        particulars["local_rope_theta"] = fields.get("rope.freq_base_swa", family.missing["rope_local_base_freq"])
-    return particulars
-
-
 def _with_llama3(config: TransformerConfig, reader: GGUFReader) -> TransformerConfig:
-    """The config whose frequencies are those of the file, which holds only what they are divided by."""
+    """The config with the frequencies of the file, which holds only what they are divided by."""
     divisors = reader.read("rope_freqs.weight")
     for factor in _LLAMA3_FACTORS:
         scaled = dataclasses.replace(config, rope_scaling=RopeScaling("llama3", factor))

@@ -1,23 +1,22 @@
 """Tokenizers from the metadata of GGUF files: byte-level BPE (model "gpt2") and SentencePiece BPE (model "llama").
 
-What a file leaves to its reader is as in llama.cpp, the program that the format comes from. Only where SentencePiece's
-dummy space goes is as in transformers: before the text, not behind every special token, since chat templates write the
-spaces between turns themselves.
+What a file leaves to its reader is as in llama.cpp, where the format comes from. Only SentencePiece's dummy space is as
+in transformers: before the text, not after every special token, since chat templates write their spaces themselves.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from es_jax.core.names import unknown
 
+Metadata = Mapping[str, Any]
 _NORMAL, _CONTROL, _USER_DEFINED, _BYTE = 1, 3, 4, 6  # GGUF's token types; control and user-defined are matched first
 _NAMES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+_FOLDER = "load the model's safetensors folder instead"
 _PARTS = ("tokenizer.ggml.tokens", "tokenizer.ggml.token_type")
 
 
-@dataclasses.dataclass(frozen=True)
-class PreTokenizer:
+class PreTokenizer(NamedTuple):
     """How text is split before byte-level BPE. `pattern` None: the pattern byte-level BPE brings along."""
 
     pattern: str | None = None
@@ -41,26 +40,20 @@ PRE_TOKENIZERS = {
 }
 
 
-def from_gguf_metadata(metadata: Mapping[str, Any]) -> Any:
-    """The tokenizer that a GGUF file's metadata describes, as a transformers fast tokenizer.
-
-    Raises ValueError for another kind of tokenizer, an unknown pre-tokenizer, or a missing part, by name.
-    """
+def from_gguf_metadata(metadata: Metadata) -> Any:
+    """The tokenizer that a GGUF file's metadata describes, as a transformers fast tokenizer."""
     from transformers import PreTrainedTokenizerFast
 
     kind = metadata.get("tokenizer.ggml.model")
     if kind not in _BUILDERS:
         raise ValueError(
             f"tokenizer.ggml.model = {kind!r} is not implemented (only 'gpt2', byte-level BPE, and 'llama', "
-            "SentencePiece's, are); load the model's safetensors folder instead"
+            f"SentencePiece's, are); {_FOLDER}"
         )
     part, build, default_ids = _BUILDERS[kind]
     missing = [name for name in (*_PARTS, part) if name not in metadata]
     if missing:
-        raise ValueError(
-            f"{', '.join(missing)} missing: the file has no whole tokenizer; load the model's safetensors folder "
-            "instead"
-        )
+        raise ValueError(f"{', '.join(missing)} missing: the file has no whole tokenizer; {_FOLDER}")
     ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id", default_ids.get(name)) for name, key in _NAMES.items()}
     special = {name: metadata["tokenizer.ggml.tokens"][i] for name, i in ids.items() if i is not None}
     return PreTrainedTokenizerFast(
@@ -71,14 +64,12 @@ def from_gguf_metadata(metadata: Mapping[str, Any]) -> Any:
     )
 
 
-def _byte_level(metadata: Mapping[str, Any], special: Mapping[str, str]) -> Any:
+def _byte_level(metadata: Metadata, special: Mapping[str, str]) -> Any:
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     name = metadata.get("tokenizer.ggml.pre")
     if name not in PRE_TOKENIZERS:
-        raise ValueError(
-            f"{unknown('tokenizer.ggml.pre', name, PRE_TOKENIZERS)}; load the model's safetensors folder instead"
-        )
+        raise ValueError(f"{unknown('tokenizer.ggml.pre', name, PRE_TOKENIZERS)}; {_FOLDER}")
     pre = PRE_TOKENIZERS[name]
     vocabulary = {token: i for i, token in enumerate(metadata["tokenizer.ggml.tokens"])}
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
@@ -94,17 +85,14 @@ def _byte_level(metadata: Mapping[str, Any], special: Mapping[str, str]) -> Any:
     return _finished(tokenizer, metadata, special, add_bos=pre.add_bos)
 
 
-def _sentencepiece(metadata: Mapping[str, Any], special: Mapping[str, str]) -> Any:
+def _sentencepiece(metadata: Metadata, special: Mapping[str, str]) -> Any:
     """SentencePiece's BPE: of two neighbours the pair whose union has the highest score is merged first."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     tokens, kinds = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
-    for field in ("remove_extra_whitespaces", "precompiled_charsmap"):
-        if metadata.get(f"tokenizer.ggml.{field}"):
-            raise ValueError(
-                f"tokenizer.ggml.{field} is not implemented for a tokenizer of the model 'llama'; load the model's "
-                "safetensors folder instead"
-            )
+    for field in ("tokenizer.ggml.remove_extra_whitespaces", "tokenizer.ggml.precompiled_charsmap"):
+        if metadata.get(field):
+            raise ValueError(f"{field} is not implemented for a tokenizer of the model 'llama'; {_FOLDER}")
     tokenizer = Tokenizer(
         models.BPE(
             vocab={token: i for i, token in enumerate(tokens)},
@@ -135,18 +123,13 @@ def _merges(tokens: list[str], kinds: list[int], scores: list[float]) -> list[tu
     return [(left, right) for left, right in halves if left in normal and right in normal]
 
 
-def _finished(tokenizer: Any, metadata: Mapping[str, Any], special: Mapping[str, str], *, add_bos: bool) -> Any:
-    """The same tokenizer with the tokens that are matched before anything else, and those it puts around a text."""
+def _finished(tokenizer: Any, metadata: Metadata, special: Mapping[str, str], *, add_bos: bool) -> Any:
+    """The tokenizer with the tokens that are matched before anything else, and those it puts around a text."""
     from tokenizers import AddedToken, processors
 
     typed = zip(*(metadata[part] for part in _PARTS), strict=True)
-    tokenizer.add_tokens(
-        [
-            AddedToken(token, special=kind == _CONTROL, normalized=False)
-            for token, kind in typed
-            if kind in (_CONTROL, _USER_DEFINED)
-        ]
-    )
+    added = [(token, kind == _CONTROL) for token, kind in typed if kind in (_CONTROL, _USER_DEFINED)]
+    tokenizer.add_tokens([AddedToken(token, special=control, normalized=False) for token, control in added])
     bos, eos = special.get("bos_token"), special.get("eos_token")
     before = [bos] if bos and metadata.get("tokenizer.ggml.add_bos_token", add_bos) else []
     after = [eos] if eos and metadata.get("tokenizer.ggml.add_eos_token", False) else []

@@ -74,7 +74,7 @@ def load_outline(source: str | Path) -> Model:
 
 
 def config_only(source: str | Path) -> TransformerConfig:
-    """The config of what `load_model(source)` would read, without its weights."""
+    """The config of what `load_model(source)` would read; its weights need not be there."""
     path = resolve(source, weights=False)
     if path.is_file():
         return from_gguf(GGUFReader(path))
@@ -124,10 +124,8 @@ def save_model(
 
 @contextlib.contextmanager
 def _new_folder(path: str | Path) -> Iterator[Path]:
-    """A folder to write into, which gets its name when the block ends well, and is gone when it does not.
-
-    What a killed process of this machine left of the same folder is deleted first.
-    """
+    """A folder to write into, which gets its name when the block ends well, and is gone when it does not, as is what
+    a killed process of this machine left of it."""
     path = Path(path).expanduser().absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{path.name}.{platform.node()}."
@@ -156,8 +154,7 @@ def _running(pid: str) -> bool:
 
 def check_new(path: str | Path, *, nbytes: int = 0) -> None:
     """Raises FileExistsError when `path` is a file or a folder that is not empty, OSError when it cannot be made or its
-    disk has fewer than `nbytes` bytes left. All processes of a run call this; the first looks, and all raise.
-    """
+    disk has fewer than `nbytes` bytes left. All processes of a run call this; the first looks, and all raise."""
     taken, problem = processes.exchange({0: _obstacle(path, nbytes)} if processes.first() else {})[0]
     if problem:
         raise FileExistsError(problem) if taken else OSError(problem)
@@ -181,7 +178,7 @@ def _obstacle(path: str | Path, nbytes: int) -> tuple[bool, str]:
 
 
 def _open(path: Path) -> tuple[Model, FileReader]:
-    """The model without weights and digest, and the reader of its weights; nothing long is done."""
+    """The model without weights and digest, and the reader of its weights."""
     if path.is_file():
         gguf, generation = GGUFReader(path), {}
         config, words = from_gguf(gguf), from_gguf_metadata(gguf.metadata)

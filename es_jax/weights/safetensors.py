@@ -1,13 +1,12 @@
 """Safetensors files: their tensors row by row, and sharded folders written tensor by tensor.
 
-The library of that name checks the header against the file; the bytes are read and written here, because it maps whole
-files into memory, and takes whole files from memory.
+The library of that name checks the header; it reads and writes whole files, so the bytes are read and written here.
 """
 
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +15,17 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from es_jax.weights.files import INDEX, SINGLE, SUMS
-from es_jax.weights.streaming import FileReader, StoredTensor, row_slices
+from es_jax.weights.streaming import FileReader, Shape, StoredTensor, row_slices
 
-_FLOATS = {
-    name: np.dtype(kind)
-    for name, kind in {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": ml_dtypes.bfloat16}.items()
-}
+_KINDS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": ml_dtypes.bfloat16}
+_FLOATS = {name: np.dtype(kind) for name, kind in _KINDS.items()}
 _NAMES = {dtype.name: name for name, dtype in _FLOATS.items()}
 _NUMBERS = 1 << 20  # that are written at once
 
 
 class SafetensorsReader(FileReader):
-    """The tensors of one or more files.
-
-    Raises ValueError for a file that is not whole, or one that lists every key that stands in two files or has another
-    kind of number than floating point.
-    """
+    """The tensors of one or more files. Raises one ValueError that lists every key that stands in two files or has
+    another kind of number than floating point."""
 
     def __init__(self, files: Iterable[Path]) -> None:
         tensors: dict[str, StoredTensor] = {}
@@ -54,33 +48,36 @@ class SafetensorsReader(FileReader):
 
 def write_folder(
     folder: Path,
-    shapes: Mapping[str, tuple[int, ...]],
+    shapes: Mapping[str, Shape],
     tensor: Callable[[str], np.ndarray],
     *,
     dtype: np.dtype,
     max_shard_bytes: int,
-) -> tuple[Path, ...]:
+) -> None:
     """Write `tensor(key)` of every key as `dtype` into one file, or several and an index; one tensor at a time.
 
     A file holds at most `max_shard_bytes` of tensors, more only where a single tensor does. Their sums are written
-    beside them. Returns the files.
+    beside them.
     """
-    sizes = {key: math.prod(shape) * dtype.itemsize for key, shape in shapes.items()}
-    shards = list(_shards(sizes, max_shard_bytes))
-    count = len(shards)
-    names = [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)] if count > 1 else [SINGLE]
-    keys_of = dict(zip(names, shards, strict=True))
-    sums = {
-        name: _write(folder / name, {key: shapes[key] for key in keys}, tensor, dtype=dtype)
-        for name, keys in keys_of.items()
-    }
-    text = "".join(f"{value}  {name}\n" for name, value in sorted(sums.items()))
-    (folder / SUMS).write_text(text, encoding="utf-8")
+    shards: list[dict[str, Shape]] = [{}]
+    filled = total = 0
+    for key, shape in shapes.items():
+        size = math.prod(shape) * dtype.itemsize
+        if shards[-1] and filled + size > max_shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][key] = shape
+        filled, total = filled + size, total + size
+    sums, count = "", len(shards)
+    file_of: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        name = f"model-{number:05}-of-{count:05}.safetensors" if count > 1 else SINGLE
+        sums += f"{_write(folder / name, shard, tensor, dtype=dtype)}  {name}\n"
+        file_of |= dict.fromkeys(shard, name)
+    (folder / SUMS).write_text(sums, encoding="utf-8")
     if count > 1:
-        file_of = {key: name for name, keys in keys_of.items() for key in keys}
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": file_of}
+        index = {"metadata": {"total_size": total}, "weight_map": file_of}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    return tuple(folder / name for name in names)
 
 
 def _header(file: Path) -> tuple[dict[str, Any], int]:
@@ -97,21 +94,7 @@ def _header(file: Path) -> tuple[dict[str, Any], int]:
     return fields, 8 + length
 
 
-def _shards(sizes: Mapping[str, int], limit: int) -> Iterator[list[str]]:
-    keys: list[str] = []
-    filled = 0
-    for key, size in sizes.items():
-        if keys and filled + size > limit:
-            yield keys
-            keys, filled = [], 0
-        keys.append(key)
-        filled += size
-    yield keys
-
-
-def _write(
-    path: Path, shapes: Mapping[str, tuple[int, ...]], tensor: Callable[[str], np.ndarray], *, dtype: np.dtype
-) -> str:
+def _write(path: Path, shapes: Mapping[str, Shape], tensor: Callable[[str], np.ndarray], *, dtype: np.dtype) -> str:
     """Write one file; gives its sha256 in hex."""
     fields: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0

@@ -14,7 +14,8 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-Shardings = Callable[[str, tuple[int, ...]], Sharding]  # (path, shape) → where the leaf lives
+Shape = tuple[int, ...]
+Shardings = Callable[[str, Shape], Sharding]  # (path, shape) → where the leaf lives
 
 _CHUNK = 1 << 18  # numbers that are read and converted at once
 _LOOKS = 100  # at whether a buffer is gone, 0.1 ms apart
@@ -24,34 +25,31 @@ _LOOKS = 100  # at whether a buffer is gone, 0.1 ms apart
 class Reader(Protocol):
     """Tensors by key, as a file format offers them."""
 
-    shapes: dict[str, tuple[int, ...]]
+    shapes: dict[str, Shape]
 
     def read(self, key: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """The rows `start` to `stop` of the tensor with that key, in any float type."""
+        """The rows `start` to `stop` of a tensor, in any float type."""
 
 
 class StoredTensor(NamedTuple):
     """A tensor in a file: numbers one after another, in blocks where they are quantised."""
 
     file: Path
-    shape: tuple[int, ...]  # slowest first
+    shape: Shape  # slowest first
     start: int  # first byte in the file
     kind: Any  # the dtype of plain floats, or a gguf.GGMLQuantizationType
     block: tuple[int, int]  # numbers, and the bytes that hold them
 
 
 class FileReader:
-    """The tensors of files. `shapes`: key → shape."""
+    """The `Reader` of files."""
 
     def __init__(self, tensors: dict[str, StoredTensor]) -> None:
         self._tensors = tensors
         self.shapes = {key: tensor.shape for key, tensor in tensors.items()}
 
     def read(self, key: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """The rows `start` to `stop` of a tensor: plain floats in their own type, others dequantised to float32.
-
-        Raises ValueError when the file has become shorter since it was opened.
-        """
+        """The rows `start` to `stop` of a tensor: plain floats in their own type, others dequantised to float32."""
         file, shape, base, kind, (numbers, size) = self._tensors[key]
         stop = shape[0] if stop is None else stop
         first, end = (row * math.prod(shape[1:]) // numbers * size for row in (start, stop))
@@ -59,13 +57,15 @@ class FileReader:
         if content.size != end - first:
             raise ValueError(f"{file} has become shorter while it was read; fetch it again")
         if isinstance(kind, np.dtype):
-            return content.view(kind).reshape(stop - start, *shape[1:])
-        from gguf.quants import dequantize
+            values = content.view(kind)
+        else:
+            from gguf.quants import dequantize
 
-        return dequantize(content.reshape(-1, shape[-1] // numbers * size), kind).reshape(stop - start, *shape[1:])
+            values = dequantize(content.reshape(-1, shape[-1] // numbers * size), kind)
+        return values.reshape(stop - start, *shape[1:])
 
 
-def row_slices(shape: tuple[int, ...], numbers: int = _CHUNK) -> Iterator[slice]:
+def row_slices(shape: Shape, numbers: int = _CHUNK) -> Iterator[slice]:
     """The rows of a shape in order, about so many numbers at a time, at least one row.
 
     >>> list(row_slices((5, 3), 6))
@@ -83,7 +83,6 @@ def chunks(reader: Reader, key: str) -> Iterator[tuple[slice, np.ndarray]]:
 def widened(chunk: np.ndarray) -> np.ndarray:
     """The same numbers as float32, or float64 where they are; bfloat16 ten times as fast as NumPy's cast.
 
-    >>> import ml_dtypes
     >>> widened(np.array([1.5, -0.0], ml_dtypes.bfloat16)).tolist()
     [1.5, -0.0]
     """
@@ -94,11 +93,8 @@ def widened(chunk: np.ndarray) -> np.ndarray:
     return bits.view(np.float32)
 
 
-def staging(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An empty host array for `place`, at an address that a CPU device cannot adopt as its own.
-
-    What it adopts is not its to give away: the first update of the leaf could not donate it, and would hold it twice.
-    """
+def staging(shape: Shape, dtype: np.dtype) -> np.ndarray:
+    """An empty host array for `place`, where a CPU device cannot adopt it: a leaf in adopted memory is not donated."""
     count = math.prod(shape) * dtype.itemsize
     raw = np.empty(count + 64, np.uint8)
     start = (16 - raw.ctypes.data) % 64
@@ -106,27 +102,26 @@ def staging(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def place(make: Callable[[], np.ndarray], sharding: Sharding | None) -> jax.Array:
-    """A host array that `make` returns, and nobody else keeps or changes, on its devices, each given its own part."""
+    """The host array that `make` returns, which nobody else keeps, on its devices, each given its own part."""
     buffer = make()
     if sharding is None:
         leaf = jax.device_put(buffer)
     else:
         leaf = jax.make_array_from_callback(buffer.shape, sharding, buffer.__getitem__)
-    jax.block_until_ready(leaf)
+    leaf.block_until_ready()
     memory, looks = weakref.ref(buffer if buffer.base is None else buffer.base), _LOOKS * (buffer.size > _CHUNK)
     del buffer
-    for _ in range(looks):
-        if memory() is None:
-            break
+    while looks and memory() is not None:
+        looks -= 1
         jax.device_put(0.0)  # JAX lets go of a buffer only at a call some time after it was copied
         time.sleep(1e-4)
     return leaf
 
 
 def place_stacked(
-    layers: Sequence[Callable[[], np.ndarray]], shape: tuple[int, ...], *, dtype: np.dtype, sharding: Sharding | None
+    layers: Sequence[Callable[[], np.ndarray]], shape: Shape, *, dtype: np.dtype, sharding: Sharding | None
 ) -> jax.Array:
-    """A leaf [L, …] filled on its devices, in place; the host holds one layer."""
+    """A leaf [L, …], filled on its devices layer by layer; the host holds one."""
     stack = jnp.zeros(shape, dtype, device=sharding)
     for i, make in enumerate(layers):
         stack = _setter(sharding)(stack, place(make, _of_layer(sharding)), np.int32(i))
@@ -138,20 +133,18 @@ def fetch(leaf: Any, layer: int | None = None) -> np.ndarray:
     """The whole leaf, or one layer of a leaf [L, …], on the host of every process."""
     if isinstance(leaf, np.ndarray):
         return leaf if layer is None else leaf[layer]
-    if not leaf.is_fully_addressable:
-        sharding: Sharding | None = NamedSharding(leaf.sharding.mesh, PartitionSpec())
-    elif layer is None:
+    here = leaf.is_fully_addressable
+    if here and layer is None:
         return np.asarray(leaf)
-    else:
-        sharding = _of_layer(leaf.sharding)
+    sharding = _of_layer(leaf.sharding) if here else NamedSharding(leaf.sharding.mesh, PartitionSpec())
     return np.asarray(_getter(sharding, layer is None)(leaf, np.int32(layer or 0)))
 
 
 def _of_layer(sharding: Sharding | None) -> Sharding | None:
     """The sharding of one layer of a leaf that is stacked over layers."""
-    if not isinstance(sharding, NamedSharding):
-        return sharding
-    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    if isinstance(sharding, NamedSharding):
+        return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    return sharding
 
 
 @functools.cache

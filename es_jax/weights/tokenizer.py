@@ -1,8 +1,10 @@
 """Tokenizers of folders; the stop tokens; prompts as token ids."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import jax
 
 Prompt = str | Sequence[Mapping[str, Any]]
 
@@ -21,22 +23,18 @@ def from_folder(folder: Path) -> Any:
         raise ValueError(f"{folder}: no tokenizer could be read ({reason}); add its tokenizer.json") from error
 
 
-def stop_token_ids(tokenizer: Any, *eos: int | Iterable[int] | None) -> tuple[int, ...]:
+def stop_token_ids(tokenizer: Any, *eos: int | list[int] | None) -> tuple[int, ...]:
     """Ids that end a turn, ascending: the tokenizer's EOS, those in `eos`, and well-known ends of turn."""
     vocabulary = tokenizer.get_vocab()
-    stops = {tokenizer.eos_token_id, *(vocabulary.get(token) for token in END_OF_TURN)}
-    for ids in eos:
-        stops |= {ids} if isinstance(ids, int) or ids is None else set(ids)
+    stops = {tokenizer.eos_token_id, *map(vocabulary.get, END_OF_TURN), *jax.tree.leaves(eos)}
     return tuple(sorted(stops - {None}))
 
 
 def render(tokenizer: Any, prompt: Prompt) -> str:
     """The text the model is to continue. Plain text stays as it is; messages go through the chat template.
 
-    Messages are {"role": …, "content": …}. After a last message of the user's the assistant's turn is opened;
-    a last message of the assistant's is left open, its content kept to the last blank, for the model to
-    continue. Raises ValueError for messages without a chat template, no messages, or a template that does not
-    keep the open message.
+    After a last message of the user's the assistant's turn is opened; a last message of the assistant's is left open,
+    its content kept to the last blank, for the model to continue.
     """
     if isinstance(prompt, str):
         return prompt
@@ -75,9 +73,8 @@ def render(tokenizer: Any, prompt: Prompt) -> str:
 def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
     """Token ids of `render`'s text. Plain text gets the special tokens its tokenizer adds (BOS, if any; never
     an EOS at the end); rendered messages get none, their template has written them."""
-    ids = tokenizer.encode(render(tokenizer, prompt), add_special_tokens=isinstance(prompt, str))
-    if isinstance(prompt, str) and ids and ids[-1] == tokenizer.eos_token_id:
-        plain = tokenizer.encode(prompt, add_special_tokens=False)
-        if not plain or plain[-1] != ids[-1]:
-            ids = ids[:-1]
-    return list(ids)
+    plain = isinstance(prompt, str)
+    ids = list(tokenizer.encode(render(tokenizer, prompt), add_special_tokens=plain))
+    if plain and ids[-1:] == [tokenizer.eos_token_id] != tokenizer.encode(prompt, add_special_tokens=False)[-1:]:
+        ids.pop()
+    return ids

@@ -10,6 +10,7 @@ position), layers (name → relative difference, from the embedding to the logit
 
 import argparse
 import dataclasses
+import functools
 import json
 import sys
 from pathlib import Path
@@ -23,7 +24,6 @@ from es_jax.models.transformer import Transformer
 from es_jax.weights import tokenizer
 from es_jax.weights.model import Model, load_model
 
-PARTED = 1e-3  # relative difference of a layer's output from which on the layer is named
 TEXT = """The ferry leaves at 7:45 and again at 16:30, unless the wind is above 50 km/h. "Take the earlier one," said
 Marta, "the other is full of schoolchildren on Fridays." So he set two alarms, packed bread, a map and one clean shirt,
 and lay awake until three listening to the rain. In the morning the harbour was empty: no ship, no people, only a note
@@ -58,7 +58,7 @@ class VerificationReport:
     @property
     def parted(self) -> str | None:
         """The first of `layers` whose difference is above 1e-3 or not a number; None when none is."""
-        return next((name for name, difference in self.layers if not difference <= PARTED), None)
+        return next((name for name, difference in self.layers if not difference <= 1e-3), None)
 
     @property
     def passed(self) -> bool:
@@ -107,16 +107,15 @@ def verify_model(model: Model, reference: str | Path, *, max_kl: float, text: st
     if not (folder / "config.json").exists():
         raise FileNotFoundError(f"reference = {str(reference)!r} has no config.json: give a Hugging Face model folder")
     ids = np.array([model.tokenizer.encode(text)], np.int32)
-    if not 2 <= ids.shape[1] <= model.config.max_positions:
-        raise ValueError(
-            f"text has {ids.shape[1]} tokens: it must have 2 to {model.config.max_positions}; give another"
-        )
+    tokens, most = ids.shape[1], model.config.max_positions
+    if not 2 <= tokens <= most:
+        raise ValueError(f"text has {tokens} tokens: it must have 2 to {most}; give another")
     theirs, ours = _reference_stream(folder, ids), _stream(model, ids)
     wrong = [name for name in ours if name not in theirs or theirs[name].shape != ours[name].shape]
     if wrong or len(theirs) != len(ours):
         raise ValueError(f"the model has other sizes than {reference}: {', '.join(wrong) or 'fewer layers'} differs")
     report = VerificationReport(
-        tokens=ids.shape[1],
+        tokens=tokens,
         same_tokens=tokenizer.from_folder(folder).encode(text) == ids[0].tolist(),
         logit_difference=float(np.abs(ours["logits"] - theirs["logits"]).max()),
         kl=_kl(theirs["logits"], ours["logits"]),
@@ -151,18 +150,17 @@ def _reference_stream(folder: Path, ids: np.ndarray) -> dict[str, np.ndarray]:
     reference = reference.float().eval()
     outputs: dict[str, Any] = {}
 
-    def record(name: str, module: Any) -> None:
-        module.register_forward_hook(
-            lambda _, args, out: outputs.update({name: out[0] if isinstance(out, tuple) else out})
-        )
+    def record(name: str, module: Any, args: Any, output: Any) -> None:
+        outputs[name] = output[0] if isinstance(output, tuple) else output
+
+    def record_input(module: Any, args: Any, kwargs: Any) -> None:
+        outputs["embedding"] = args[0] if args else kwargs["hidden_states"]
 
     layers = reference.model.layers
-    layers[0].register_forward_pre_hook(
-        lambda _, args, kwargs: outputs.update(embedding=args[0] if args else kwargs["hidden_states"]), with_kwargs=True
-    )
+    layers[0].register_forward_pre_hook(record_input, with_kwargs=True)
     for i, layer in enumerate(layers):
-        record(f"layer {i}", layer)
-    record("final norm", reference.model.norm)
+        layer.register_forward_hook(functools.partial(record, f"layer {i}"))
+    reference.model.norm.register_forward_hook(functools.partial(record, "final norm"))
     with torch.no_grad():
         outputs["logits"] = reference(torch.tensor(ids).long(), use_cache=False).logits
     return {name: x[0].numpy().copy() for name, x in outputs.items()}
@@ -170,25 +168,21 @@ def _reference_stream(folder: Path, ids: np.ndarray) -> dict[str, np.ndarray]:
 
 def _kl(reference: np.ndarray, model: np.ndarray) -> tuple[float, ...]:
     """KL(reference ‖ model) of each row of logits [T, V], in float64."""
-    p, q = (logits - np.logaddexp.reduce(logits, axis=1, keepdims=True) for logits in _wide(reference, model))
+    wide = (logits.astype(np.float64) for logits in (reference, model))
+    p, q = (logits - np.logaddexp.reduce(logits, axis=1, keepdims=True) for logits in wide)
     return tuple(float(x) for x in np.maximum((np.exp(p) * (p - q)).sum(axis=1), 0.0))
 
 
 def _relative(ours: np.ndarray, theirs: np.ndarray) -> float:
-    ours, theirs = _wide(ours, theirs)
+    ours, theirs = ours.astype(np.float64), theirs.astype(np.float64)
     return float((np.linalg.norm(ours - theirs, axis=1) / np.maximum(np.linalg.norm(theirs, axis=1), 1e-30)).max())
 
 
-def _wide(*arrays: np.ndarray) -> tuple[np.ndarray, ...]:
-    return tuple(x.astype(np.float64) for x in arrays)
-
-
 def main(argv: list[str] | None = None) -> int:
-    """The command; gives its exit code."""
+    """The command; returns its exit code."""
     usage, _, description = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        usage=usage, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(usage=usage, description=description, formatter_class=raw)
     parser.add_argument("model")
     parser.add_argument("reference")
     texts = parser.add_mutually_exclusive_group()
@@ -198,8 +192,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args(argv)
     try:
-        file = arguments.text_file
-        text = arguments.text if file is None else file.read_text(encoding="utf-8")
+        text = arguments.text_file.read_text(encoding="utf-8") if arguments.text_file else arguments.text
         report = verify_model(load_model(arguments.model), arguments.reference, max_kl=arguments.max_kl, text=text)
     except VerificationError as error:
         report = error.report

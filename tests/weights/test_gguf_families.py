@@ -14,7 +14,7 @@ from es_jax.models.hf_config import from_hf
 from es_jax.models.rope import rope_frequencies
 from es_jax.models.transformer import Transformer
 from es_jax.weights.convert import to_params
-from es_jax.weights.gguf import from_gguf
+from es_jax.weights.gguf import GGUFReader, from_gguf
 
 pytestmark = pytest.mark.unchecked  # a file is stood in for by its contents
 
@@ -47,7 +47,7 @@ PARTICULARS = {
 }
 
 
-class File:
+class File(GGUFReader):
     """A GGUF file in memory."""
 
     path = Path("model.gguf")
