@@ -57,10 +57,8 @@ def positions(shape: tuple[int, ...], row: Array | int | None = None) -> tuple[W
     """The counter of every element of an array: its place among the leading axes, and among the trailing ones.
 
     The trailing axes are as many as have at most 2**32 elements, so every element of a larger array has its own pair.
-    With `row`, those of that index of the first axis alone, [1, …].
-
-    Raises:
-      ValueError: more than 2**32 leading places, or an axis longer than that.
+    With `row`, those of that index of the first axis alone, [1, …]. Raises ValueError for more than 2**32 leading
+    places, or an axis longer than that.
     """
     cut = len(shape)
     while cut and math.prod(shape[cut - 1 :]) <= 2**32:
@@ -71,9 +69,9 @@ def positions(shape: tuple[int, ...], row: Array | int | None = None) -> tuple[W
 
 
 def _place(shape: tuple[int, ...], axes: range, row: Array | int | None) -> Words:
-    place, held = jnp.uint32(0), shape if row is None else (1, *shape[1:])
+    place, slab = jnp.uint32(0), shape if row is None else (1, *shape[1:])
     for axis in axes:
-        index = jax.lax.broadcasted_iota(jnp.uint32, held, axis)
+        index = jax.lax.broadcasted_iota(jnp.uint32, slab, axis)
         if axis == 0 and row is not None:
             index = index + jnp.asarray(row, jnp.uint32)
         place = index + place * jnp.uint32(shape[axis]) if axis > axes.start else index
@@ -134,7 +132,7 @@ def _polynomial(coefficients: tuple[float, ...], x: Float32[Array, "..."], *, sc
 
 
 def rounded(product: Float32[Array, "..."]) -> Float32[Array, "..."]:
-    """The product without the last of its 24 bits: a number of its own, which the sum behind it cannot swallow.
+    """The product without the last of its 24 bits: a number of its own, which the sum after it cannot swallow.
 
     A CPU or GPU fuses a product into a sum, unrounded, where its compiler happens to see the two side by side: that
     depends on how a loop was cut, so on the shape of a device's slice. One bit operation keeps them apart.
