@@ -77,10 +77,8 @@ class Engine(DecodeSpec):
         return self.turned(unstack_layers(params)) if self.unrolled else params
 
     def turned(self, params: Any) -> Any:
-        """The tree, or a part of it, with kernels transposed where CPUs are faster so: wide ones of 16 bits.
-
-        Of SmolLM2-135M (width 576) in bfloat16 a decode step takes 0.87 of the time then. In float32 it is 0.96, not
-        worth what transposing costs, and the laboratory's model (width 64) is slower so: docs/speed.md.
+        """The tree, or a part of it, with kernels transposed where CPUs are faster so (docs/speed.md): wide ones of 16
+        bits.
         """
         wide = self.unrolled and self.config.width >= WIDE
         return transpose_kernels(params, itemsize=2) if wide else params
@@ -88,9 +86,8 @@ class Engine(DecodeSpec):
     def packing(self, prompts: Sequence[Sequence[int]]) -> Packing:
         """How these prompts, and all parts of them, become arrays.
 
-        Raises:
-          ValueError: no prompts, an empty one, one longer than `max_prompt_tokens` or than the model's context allows
-            beside `max_new_tokens`, or what is not a token of the vocabulary.
+        Raises ValueError for no prompts, an empty one, one longer than `max_prompt_tokens` or than the model's context
+        allows beside `max_new_tokens`, or what is not a token of the vocabulary.
         """
         if not len(prompts):
             raise ValueError("there are no prompts: give at least one")
@@ -125,8 +122,7 @@ class Engine(DecodeSpec):
 
         Args:
           params: as `layout` gives them; their dtype is the compute dtype.
-          tokens, positions, prefix: as `Packing.pack` gives them. Q may be more or fewer than the slots. A row of
-            padding alone is done from the start, and where there is nothing else nothing is decoded.
+          tokens, positions, prefix: as `Packing.pack` gives them. A row of padding alone is done from the start.
           keys: one for each row, where the sampler draws. Token t of a row uses `fold_in(key, t)`.
           axis_name: of the vmap around this call, if there is one: what it maps over then runs in step, which keeps
             vmap from choosing between old and new caches in every step.
@@ -165,8 +161,7 @@ def engine_for(
 ) -> Engine:
     """An engine as large as the prompts need, greedy by default, with no more slots than prompts.
 
-    Raises:
-      ValueError: the model's context has no room for `max_new_tokens` after the longest prompt; it names the `field`.
+    Raises ValueError, which names the `field`, where the model's context has no room for `max_new_tokens` more.
     """
     longest = max(map(len, prompts))
     check_context(config, longest, max_new_tokens, field=field)
@@ -180,9 +175,7 @@ def engine_for(
     )
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _layout(engine: Engine, params: Any) -> Any:
-    return engine.layout(params)
+_layout = jax.jit(Engine.layout, static_argnums=0)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -43,21 +43,14 @@ class Packing:
         return cls(prefix=tuple(prompts[0][:shared]), width=width)
 
     def prefilled(self, prompts: Sequence[Sequence[int]], *, times: int, models: int) -> int:
-        """Tokens that prefill computes of these prompts, each `times` over: the prefix once for each of the models.
-
-        >>> Packing((7, 7), 2).prefilled([[7, 7, 8], [7, 7, 1, 2]], times=4, models=4)
-        20
-        """
+        """Tokens that prefill computes of these prompts, each `times` over: the prefix once for each of the models."""
         return models * len(self.prefix) + times * sum(len(prompt) - len(self.prefix) for prompt in prompts)
 
     def pack(self, prompts: Sequence[Sequence[int]], *, rows: int) -> Prompts:
-        """Some of the prompts, and padding up to `rows` rows.
+        """Some of the prompts, and padding up to `rows` rows. Raises ValueError for a prompt that is not one of them.
 
         >>> Packing((7,), 2).pack([[7, 8]], rows=1).tokens
         array([[8, 0]], dtype=int32)
-
-        Raises:
-          ValueError: a prompt that does not begin like the packing's, or is longer.
         """
         shared = len(self.prefix)
         tokens, positions = np.zeros((rows, self.width), np.int32), np.full((rows, self.width), -1, np.int32)

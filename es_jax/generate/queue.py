@@ -1,9 +1,9 @@
 """The device side of an engine: a queue of prompts runs through a fixed number of slots, in one program.
 
-Time passes in turns: free slots are filled from the queue by a prefill of a fixed number of rows, then the live slots
-take up to CHUNK decode steps. A step writes to a small cache of the chunk, at one place for all slots, and only reads
-the slots' own caches; after the chunk it is merged into them, each slot where it ended. So nothing is copied from step
-to step. A chunk decodes only as many slots, and attends only as many places, as are in use, in a few compiled sizes.
+In each turn free slots are filled from the queue by a prefill of a fixed number of rows, then the live slots take up to
+CHUNK decode steps. A step writes to a small cache of the chunk, at one place for all slots, and only reads the slots'
+own caches; after the chunk it is merged into them, each slot where it ended. So nothing is copied from step to step.
+A chunk decodes only as many slots, and attends only as many places, as are in use, in a few compiled sizes.
 """
 
 import dataclasses
@@ -18,8 +18,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float32, Int32
 
-from es_jax.generate.decode_spec import DecodeSpec
-from es_jax.generate.loop_sizes import FILL, STEPS, LoopSizes
+from es_jax.generate.decode_spec import FILL, STEPS, DecodeSpec, LoopSizes
 from es_jax.generate.score import token_logprobs
 from es_jax.models.cache import KVCache, Past, PerLayer
 from es_jax.models.transformer import Transformer
@@ -44,7 +43,7 @@ class Generation(NamedTuple):
 
 
 class _Queue(NamedTuple):
-    """What a call is given, and what follows from that alone: the same in all turns of the loops."""
+    """What is the same in all turns of the loops."""
 
     spec: DecodeSpec
     sizes: LoopSizes
@@ -208,10 +207,8 @@ def _sized_chunk(queue: _Queue, state: _State) -> _State:
         _count(queue.agree(used) > np.array(compiled))
         for used, compiled in ((slots, sizes.slot_sizes), (places, sizes.place_sizes))
     )
-    branches = [
-        partial(_chunk, queue, slots=slots, places=places)
-        for slots, places in itertools.product(sizes.slot_sizes, sizes.place_sizes)
-    ]
+    pairs = itertools.product(sizes.slot_sizes, sizes.place_sizes)
+    branches = [partial(_chunk, queue, slots=slots, places=places) for slots, places in pairs]
     return lax.switch(i * len(sizes.place_sizes) + j, branches, state)
 
 
