@@ -33,6 +33,7 @@ _LOG = (-2.0000019, 1.0000223, -0.66629016, 0.49819487, -0.40992662, 0.3733572, 
 _SIN = (1.57079482, -0.64592099, 0.07948767, -0.00436247)
 
 Words = UInt32[Array, "..."]
+Numbers = Float32[Array, "..."]
 
 
 def threefry(key: tuple[Words, Words], counter: tuple[Words, Words], *, rounds: int = ROUNDS) -> tuple[Words, Words]:
@@ -78,18 +79,18 @@ def _place(shape: tuple[int, ...], axes: range, row: Array | int | None) -> Word
     return place
 
 
-def box_muller(radius: Words, angle: Words) -> Float32[Array, "..."]:
+def box_muller(radius: Words, angle: Words) -> Numbers:
     """One number of N(0, 1) from two random words."""
     square = _minus_two_log(radius)
     root = jax.lax.platform_dependent(square, cpu=jnp.sqrt, default=_exact_sqrt)  # a CPU's root is exact already
     return root * _cosine(angle)
 
 
-def _exact_sqrt(x: Float32[Array, "..."]) -> Float32[Array, "..."]:
+def _exact_sqrt(x: Numbers) -> Numbers:
     return _nearest_root(x, jnp.sqrt(x))
 
 
-def _nearest_root(x: Float32[Array, "..."], root: Float32[Array, "..."]) -> Float32[Array, "..."]:
+def _nearest_root(x: Numbers, root: Numbers) -> Numbers:
     """√x rounded to nearest, of a root at most one unit in the last place away from that; x is 0 or normal.
 
     XLA makes the square root of a GPU an approximation, whatever accuracy is asked for. Whole numbers put it right.
@@ -107,7 +108,7 @@ def _nearest_root(x: Float32[Array, "..."], root: Float32[Array, "..."]) -> Floa
     return jax.lax.bitcast_convert_type(near + up + down, jnp.float32)
 
 
-def _minus_two_log(word: Words) -> Float32[Array, "..."]:
+def _minus_two_log(word: Words) -> Numbers:
     """−2 ln u in units of 1 / _SCALE, of u = (word + ½) / 2³²; at least 0, the largest words round to u = 1."""
     bits = jax.lax.bitcast_convert_type(word.astype(jnp.float32) + jnp.float32(0.5), jnp.int32) - jnp.int32(_SQRT_HALF)
     mantissa = (bits & jnp.int32(0x7FFFFF)) + jnp.int32(_SQRT_HALF)
@@ -116,7 +117,7 @@ def _minus_two_log(word: Words) -> Float32[Array, "..."]:
     return octaves.astype(jnp.float32) + rounded(f * _polynomial(_LOG, f, scale=_SCALE))
 
 
-def _cosine(word: Words) -> Float32[Array, "..."]:
+def _cosine(word: Words) -> Numbers:
     """cos φ / √_SCALE of a uniform φ: a sign from the top bit, the sine of an angle of a quarter turn from the rest."""
     q = (word & jnp.uint32(0x7FFFFFFF)).astype(jnp.int32).astype(jnp.float32) * jnp.float32(2**-31)
     sine = q * _polynomial(_SIN, q * q, scale=_SCALE**-0.5)
@@ -124,14 +125,14 @@ def _cosine(word: Words) -> Float32[Array, "..."]:
     return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(sine, jnp.uint32) | sign, jnp.float32)
 
 
-def _polynomial(coefficients: tuple[float, ...], x: Float32[Array, "..."], *, scale: float) -> Float32[Array, "..."]:
+def _polynomial(coefficients: tuple[float, ...], x: Numbers, *, scale: float) -> Numbers:
     total = jnp.float32(coefficients[-1] * scale)
     for coefficient in coefficients[-2::-1]:
         total = rounded(total * x) + jnp.float32(coefficient * scale)
     return total
 
 
-def rounded(product: Float32[Array, "..."]) -> Float32[Array, "..."]:
+def rounded(product: Numbers) -> Numbers:
     """The product without the last of its 24 bits: a number of its own, which the sum after it cannot swallow.
 
     A CPU or GPU fuses a product into a sum, unrounded, where its compiler happens to see the two side by side: that

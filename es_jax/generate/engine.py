@@ -15,7 +15,7 @@ from es_jax.core.chunked_map import ceil_div
 from es_jax.generate.decode_spec import DecodeSpec
 from es_jax.generate.prompts import Packing
 from es_jax.generate.queue import Generation, decode_queue
-from es_jax.generate.sampling import Greedy, Sampler
+from es_jax.generate.sampling import Greedy
 from es_jax.models.config import TransformerConfig
 from es_jax.models.transformer import transpose_kernels, unstack_layers
 
@@ -155,11 +155,10 @@ def engine_for(
     *,
     slots: int,
     max_new_tokens: int,
-    stop_token_ids: Sequence[int],
-    sampler: Sampler | None = None,
     field: str = "max_new_tokens",
+    **spec: Any,
 ) -> Engine:
-    """An engine as large as the prompts need, greedy by default, with no more slots than prompts.
+    """An engine as large as the prompts need, with no more slots than prompts; `spec` are further fields of it.
 
     Raises ValueError, which names the `field`, where the model's context has no room for `max_new_tokens` more.
     """
@@ -170,8 +169,7 @@ def engine_for(
         slots=min(slots, len(prompts)),
         max_prompt_tokens=longest,
         max_new_tokens=max_new_tokens,
-        stop_token_ids=tuple(stop_token_ids),
-        sampler=sampler or Greedy(),
+        **spec,
     )
 
 

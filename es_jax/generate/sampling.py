@@ -41,7 +41,8 @@ class Temperature:
     t: float
 
     def __post_init__(self):
-        _check_temperature(self.t)
+        if not self.t > 0:
+            raise ValueError(f"temperature is {self.t}: it must be above 0; use Greedy() for its limit")
 
     def __call__(self, logits, key):
         return jax.random.categorical(key, logits / self.t).astype(jnp.int32)
@@ -55,7 +56,7 @@ class TopK:
     t: float = 1.0
 
     def __post_init__(self):
-        _check_temperature(self.t)
+        Temperature(self.t)  # checks it
         if self.k < 1:
             raise ValueError(f"k is {self.k}: it must be at least 1")
 
@@ -72,7 +73,7 @@ class TopP:
     t: float = 1.0
 
     def __post_init__(self):
-        _check_temperature(self.t)
+        Temperature(self.t)
         if not 0 < self.p <= 1:
             raise ValueError(f"p is {self.p}: it must be above 0 and at most 1")
 
@@ -82,8 +83,3 @@ class TopP:
         least = jnp.min(jnp.where(before < self.p, ordered, jnp.inf))
         likeliest = jnp.where(logits / self.t >= least, logits / self.t, -jnp.inf)
         return jax.random.categorical(key, likeliest).astype(jnp.int32)
-
-
-def _check_temperature(t: float) -> None:
-    if not t > 0:
-        raise ValueError(f"temperature is {t}: it must be above 0; use Greedy() for its limit")

@@ -138,7 +138,7 @@ def _score(
 def _rounded(n: int) -> int:
     """The smallest number that is at least n and a power of two, or three times one."""
     power = _power(n)
-    return 3 * power // 4 if power >= 4 and n <= 3 * power // 4 else power
+    return 3 * power // 4 if n <= 3 * power // 4 else power
 
 
 def _power(n: int) -> int:

@@ -22,6 +22,7 @@ from es_jax.models.rope import Angles, rotate
 INIT_STD = 0.02
 QUERIES = 64  # of a block of attention, at least
 MASKED = -1e30  # finite: a query that may attend nothing gets a mean of the values, not NaN
+Stream = Float[Array, "B T D"]  # the residual stream
 KV = tuple[Array, Array]  # keys [B, KH, hd, S] and values [B, KH, S, hd]; B = 1 where all rows share them
 Masks = tuple[Bool[Array, "B T _"], ...]  # who attends whom, for each of the pieces attended
 
@@ -123,10 +124,9 @@ class Linear(nn.Module):
     use_bias: bool = False
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
-        if self.has_variable("params", "kernel"):  # without Linen's check of its shape: it may be `Transposed`
-            kernel = self.get_variable("params", "kernel")
-        else:
+    def __call__(self, x: Stream) -> Float[Array, "B T F"]:
+        kernel: Any = self.get_variable("params", "kernel")  # a `Transposed` one is not what `param` allows
+        if kernel is None:
             kernel = self.param("kernel", nn.initializers.normal(INIT_STD), (x.shape[-1], self.features))
         return linear(x, kernel, self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None)
 
@@ -141,8 +141,8 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], angles: Angles, masks: Masks, attended: Sequence[KV], index: Array | int
-    ) -> tuple[Float[Array, "B T D"], KV | None]:
+        self, x: Stream, angles: Angles, masks: Masks, attended: Sequence[KV], index: Array | int
+    ) -> tuple[Stream, KV | None]:
         c = self.config
 
         def project(name: str, heads: int, *, turn: bool = True) -> Array:
@@ -169,7 +169,7 @@ class MLP(nn.Module):
     config: TransformerConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(self, x: Stream) -> Stream:
         c = self.config
         act = jax.nn.silu if c.activation == "silu" else jax.nn.gelu  # gelu: the tanh approximation
         gate, up = Linear(c.mlp_dim, name="gate")(x), Linear(c.mlp_dim, name="up")(x)
@@ -183,8 +183,8 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], angles: Angles, masks: Masks, attended: Sequence[KV], index: Array | int
-    ) -> tuple[Float[Array, "B T D"], KV | None]:
+        self, x: Stream, angles: Angles, masks: Masks, attended: Sequence[KV], index: Array | int
+    ) -> tuple[Stream, KV | None]:
         c, norm = self.config, functools.partial(RMSNorm, self.config)
         mixed, kv = Attention(c, name="attn")(norm(name="attn_norm")(x), angles, masks, attended, index)
         x = x + (norm(name="attn_post_norm")(mixed) if c.post_norms else mixed)

@@ -16,10 +16,11 @@ from jaxtyping import Array, Float, Int
 from es_jax.core.tree import map_named, named_leaves
 from es_jax.models.cache import KVCache, Past, attention_mask
 from es_jax.models.config import TransformerConfig
-from es_jax.models.layers import INIT_STD, KV, Block, Masks, RMSNorm, Transposed, linear, softcap
+from es_jax.models.layers import INIT_STD, KV, Block, Masks, RMSNorm, Stream, Transposed, linear, softcap
 from es_jax.models.rope import Angles, rope_angles, rope_frequencies
 
 Params = dict[str, Any]
+PerToken = Int[Array, "B T"]  # ids or positions
 View = tuple[Angles, Masks]  # what a layer knows of positions: how far they turn, who sees whom
 
 
@@ -69,9 +70,9 @@ class Transformer:
     def apply(
         self,
         params: Params,
-        tokens: Int[Array, "B T"],
+        tokens: PerToken,
         *,
-        positions: Int[Array, "B T"] | None = None,
+        positions: PerToken | None = None,
         cache: KVCache | None = None,
         logits_at: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B T V"] | Float[Array, "B V"], KVCache | None]:
@@ -92,12 +93,12 @@ class Transformer:
     def hidden(
         self,
         params: Params,
-        tokens: Int[Array, "B T"],
+        tokens: PerToken,
         *,
-        positions: Int[Array, "B T"] | None = None,
+        positions: PerToken | None = None,
         cache: KVCache | None = None,
         around: Callable[[Callable], Callable] | None = None,
-    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+    ) -> tuple[Stream, KVCache | None]:
         """The residual stream after the last layer and the final norm, and the cache; see `apply`.
 
         `around` makes of the function of a layer, (x, layer, view, kv) → (x, kv), the one that runs in its place: one
@@ -128,7 +129,7 @@ class Transformer:
         normed: Any = RMSNorm(self.config).apply({"params": params["final_norm"]}, x)
         return normed, cache
 
-    def trace(self, params: Params, tokens: Int[Array, "B T"]) -> list[Float[Array, "B T D"]]:
+    def trace(self, params: Params, tokens: PerToken) -> list[Stream]:
         """The residual stream before the first layer and after each, L + 1 arrays, without the final norm."""
         positions = _count_up(tokens)
         views = _views(self.config, positions, [positions])
@@ -142,7 +143,7 @@ class Transformer:
         stacked, dtype = not isinstance(params["layers"], list | tuple), params["embed"]["embedding"].dtype
         return KVCache.empty(self.config, rows, length=length, dtype=dtype, stacked=stacked, past=past)
 
-    def _embed(self, params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    def _embed(self, params: Params, tokens: PerToken) -> Stream:
         x = jnp.take(params["embed"]["embedding"], tokens, axis=0, mode="clip")
         return x * jnp.asarray(self.config.width**0.5, x.dtype) if self.config.scale_embeddings else x
 
@@ -169,7 +170,7 @@ class Transformer:
             pairs.append(kv)
         return x, tuple(zip(*pairs, strict=True)) if pieces else None
 
-    def logits(self, params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+    def logits(self, params: Params, hidden: Stream) -> Float[Array, "B T V"]:
         """The output head applied to `hidden`'s result: float32 logits."""
         if not self.config.tied_embeddings:
             logits = linear(hidden, params["head"]["kernel"], accumulated=True)
@@ -181,7 +182,7 @@ class Transformer:
         return softcap(logits, self.config.final_softcap)
 
 
-def _count_up(tokens: Array) -> Int[Array, "B T"]:
+def _count_up(tokens: Array) -> PerToken:
     """The positions 0..T-1 of every row."""
     return jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
 
