@@ -72,7 +72,7 @@ def _logits(config):
 
 
 def _cache_shape(config):
-    return jax.eval_shape(lambda: KVCache.empty(config, 1, length=2, dtype=np.float32).k).shape
+    return jax.eval_shape(lambda: KVCache.empty(config, 1, length=2, dtype=np.float32)).k.shape
 
 
 def _assert_changes(changed, what):
