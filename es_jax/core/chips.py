@@ -41,11 +41,7 @@ def find_chip(kind: str) -> Chip | None:
 
 
 def chip(name: str) -> Chip:
-    """The chip that topologies call `name`. Raises ValueError for one that is not in the table.
-
-    >>> chip("h100").bandwidth
-    3350000000000.0
-    """
+    """The chip that topologies call `name`. Raises ValueError for one that is not in the table."""
     by_name = {chip.name: chip for chip in CHIPS}
     if name not in by_name:
         raise ValueError(unknown("chip", name, by_name))

@@ -85,11 +85,7 @@ def connect(mesh: Mesh) -> None:
 
 
 def fetch(tree: Any) -> Any:
-    """The whole arrays on the host, also where other processes hold parts of them; all processes call it then.
-
-    >>> fetch({"x": jax.numpy.arange(3)})["x"].tolist()
-    [0, 1, 2]
-    """
+    """The whole arrays on the host, also where other processes have parts of them; all processes call it then."""
 
     def whole(x: jax.Array) -> np.ndarray:
         here = x.is_fully_addressable or x.is_fully_replicated
@@ -202,7 +198,7 @@ def joined(name: str, **options: Any) -> Iterator[None]:
         ) from None
     ended = threading.Event()
 
-    def watch() -> None:  # so that this process ends even in a collective that one that failed never joins
+    def watch() -> None:  # it ends this process even in a collective that a failed one never joins
         while not ended.wait(_POLL):
             _end_after_another(name)
 

@@ -18,8 +18,8 @@ made of them wherever float32 products and sums are rounded as IEEE 754 says, an
 
 import math
 
-import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float32, UInt32
 
 ROUNDS = 13
@@ -72,7 +72,7 @@ def positions(shape: tuple[int, ...], row: Array | int | None = None) -> tuple[W
 def _place(shape: tuple[int, ...], axes: range, row: Array | int | None) -> Words:
     place, slab = jnp.uint32(0), shape if row is None else (1, *shape[1:])
     for axis in axes:
-        index = jax.lax.broadcasted_iota(jnp.uint32, slab, axis)
+        index = lax.broadcasted_iota(jnp.uint32, slab, axis)
         if axis == 0 and row is not None:
             index = index + jnp.asarray(row, jnp.uint32)
         place = index + place * jnp.uint32(shape[axis]) if axis > axes.start else index
@@ -82,7 +82,7 @@ def _place(shape: tuple[int, ...], axes: range, row: Array | int | None) -> Word
 def box_muller(radius: Words, angle: Words) -> Numbers:
     """One number of N(0, 1) from two random words."""
     square = _minus_two_log(radius)
-    root = jax.lax.platform_dependent(square, cpu=jnp.sqrt, default=_exact_sqrt)  # a CPU's root is exact already
+    root = lax.platform_dependent(square, cpu=jnp.sqrt, default=_exact_sqrt)  # a CPU's root is exact already
     return root * _cosine(angle)
 
 
@@ -99,20 +99,20 @@ def _nearest_root(x: Numbers, root: Numbers) -> Numbers:
     Each sign bit is one step of the root. A root of 0 stays: there s is 2²³, and X − s² wraps to 0. A root across a
     power of 2 from √x takes its step too, though s² is of another unit: `tests/laws/test_root.py` tries every mantissa.
     """
-    bits, near = (jax.lax.bitcast_convert_type(number, jnp.int32) for number in (x, root))
+    bits, near = (lax.bitcast_convert_type(number, jnp.int32) for number in (x, root))
     odd = (bits & jnp.int32(0x800000)) != 0  # the biased exponent: then x has an even one, and X is shorter by one bit
     s = (near & jnp.int32(0x7FFFFF)) | jnp.int32(0x800000)
     rest = (bits << jnp.where(odd, jnp.int32(23), jnp.int32(24))) - s * s
-    up = jax.lax.shift_right_logical(s - rest, jnp.int32(31))
+    up = lax.shift_right_logical(s - rest, jnp.int32(31))
     down = (rest + s - jnp.int32(1)) >> 31
-    return jax.lax.bitcast_convert_type(near + up + down, jnp.float32)
+    return lax.bitcast_convert_type(near + up + down, jnp.float32)
 
 
 def _minus_two_log(word: Words) -> Numbers:
     """−2 ln u in units of 1 / _SCALE, of u = (word + ½) / 2³²; at least 0, the largest words round to u = 1."""
-    bits = jax.lax.bitcast_convert_type(word.astype(jnp.float32) + jnp.float32(0.5), jnp.int32) - jnp.int32(_SQRT_HALF)
+    bits = lax.bitcast_convert_type(word.astype(jnp.float32) + jnp.float32(0.5), jnp.int32) - jnp.int32(_SQRT_HALF)
     mantissa = (bits & jnp.int32(0x7FFFFF)) + jnp.int32(_SQRT_HALF)
-    f = jax.lax.bitcast_convert_type(mantissa, jnp.float32) - jnp.float32(1)
+    f = lax.bitcast_convert_type(mantissa, jnp.float32) - jnp.float32(1)
     octaves = (jnp.int32(32) - (bits >> 23)) * jnp.int32(_TWO_LOG_TWO)
     return octaves.astype(jnp.float32) + rounded(f * _polynomial(_LOG, f, scale=_SCALE))
 
@@ -122,7 +122,7 @@ def _cosine(word: Words) -> Numbers:
     q = (word & jnp.uint32(0x7FFFFFFF)).astype(jnp.int32).astype(jnp.float32) * jnp.float32(2**-31)
     sine = q * _polynomial(_SIN, q * q, scale=_SCALE**-0.5)
     sign = word & jnp.uint32(0x80000000)
-    return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(sine, jnp.uint32) | sign, jnp.float32)
+    return lax.bitcast_convert_type(lax.bitcast_convert_type(sine, jnp.uint32) | sign, jnp.float32)
 
 
 def _polynomial(coefficients: tuple[float, ...], x: Numbers, *, scale: float) -> Numbers:
@@ -138,5 +138,5 @@ def rounded(product: Numbers) -> Numbers:
     A CPU or GPU fuses a product into a sum, unrounded, where its compiler happens to see the two side by side: that
     depends on how a loop was cut, so on the shape of a device's slice. One bit operation keeps them apart.
     """
-    bits = jax.lax.bitcast_convert_type(product, jnp.uint32) & jnp.uint32(0xFFFFFFFE)
-    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+    bits = lax.bitcast_convert_type(product, jnp.uint32) & jnp.uint32(0xFFFFFFFE)
+    return lax.bitcast_convert_type(bits, jnp.float32)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,7 +12,7 @@ from jaxtyping import Array, Int32, Key, PRNGKeyArray
 from es_jax.core import processes
 from es_jax.core.chunked_map import ceil_div
 from es_jax.generate.decode_spec import DecodeSpec
-from es_jax.generate.prompts import Packing
+from es_jax.generate.prompts import Packing, TokenLists
 from es_jax.generate.queue import Generation, decode_queue
 from es_jax.generate.sampling import Greedy
 from es_jax.models.config import TransformerConfig
@@ -83,7 +82,7 @@ class Engine(DecodeSpec):
         wide = self.unrolled and self.config.width >= WIDE
         return transpose_kernels(params, itemsize=2) if wide else params
 
-    def packing(self, prompts: Sequence[Sequence[int]]) -> Packing:
+    def packing(self, prompts: TokenLists) -> Packing:
         """How these prompts, and all parts of them, become arrays.
 
         Raises ValueError for no prompts, an empty one, one longer than `max_prompt_tokens` or than the model's context
@@ -132,7 +131,7 @@ class Engine(DecodeSpec):
         prefix = jnp.zeros(0, jnp.int32) if prefix is None else prefix
         return decode_queue(self, params, tokens, positions, keys, prefix, axis_name)
 
-    def generate(self, params: Any, prompts: Sequence[Sequence[int]], *, key: PRNGKeyArray | None = None) -> Generation:
+    def generate(self, params: Any, prompts: TokenLists, *, key: PRNGKeyArray | None = None) -> Generation:
         """Completions of a list of token-id prompts, in their order, as host arrays.
 
         Args:
@@ -151,7 +150,7 @@ class Engine(DecodeSpec):
 
 def engine_for(
     config: TransformerConfig,
-    prompts: Sequence[Sequence[int]],
+    prompts: TokenLists,
     *,
     slots: int,
     max_new_tokens: int,

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import struct
+from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from es_jax.core.chunked_map import block_length, in_blocks
@@ -43,8 +44,8 @@ def linear(
     """
     axis = 0
     if isinstance(kernel, Transposed):  # tied to x, since XLA would turn it round once ahead of a loop
-        (x, kernel), axis = jax.lax.optimization_barrier((x, kernel.held)), 1
-    y = jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (axis,)), ((), ())), preferred_element_type=jnp.float32)
+        (x, kernel), axis = lax.optimization_barrier((x, kernel.held)), 1
+    y = lax.dot_general(x, kernel, (((x.ndim - 1,), (axis,)), ((), ())), preferred_element_type=jnp.float32)
     if bias is not None:
         y = y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape)
     return y if accumulated else y.astype(x.dtype)
@@ -99,8 +100,8 @@ def _product(x: Float[Array, "B KH M a"], y: Float[Array, "_ KH a c"]) -> Float[
     """
     if len(y) == 1 < len(x):
         contract = (((3,), (1,)), ((1,), (0,)))
-        return jax.lax.dot_general(x, y[0], contract, preferred_element_type=jnp.float32).transpose(1, 0, 2, 3)
-    return jax.lax.dot_general(x, y, (((3,), (2,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
+        return lax.dot_general(x, y[0], contract, preferred_element_type=jnp.float32).transpose(1, 0, 2, 3)
+    return lax.dot_general(x, y, (((3,), (2,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
 
 
 class RMSNorm(nn.Module):
@@ -113,7 +114,7 @@ class RMSNorm(nn.Module):
         offset = 1.0 if self.config.norm_plus_one else 0.0
         scale = self.param("scale", nn.initializers.constant(1.0 - offset), (x.shape[-1],)).astype(jnp.float32)
         wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.config.norm_eps)
+        wide = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.config.norm_eps)
         return (wide * jnp.broadcast_to(scale + offset, wide.shape)).astype(x.dtype)
 
 
@@ -155,8 +156,8 @@ class Attention(nn.Module):
         k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
         if attended:
             old_k, old_v = attended[-1]
-            k = jax.lax.dynamic_update_slice(old_k, k, (0, 0, 0, index))
-            v = jax.lax.dynamic_update_slice(old_v, v, (0, 0, index, 0))
+            k = lax.dynamic_update_slice(old_k, k, (0, 0, 0, index))
+            v = lax.dynamic_update_slice(old_v, v, (0, 0, index, 0))
         scale = (c.query_pre_attn_scalar or c.head_dim) ** -0.5
         mixed = attend(q, [*attended[:-1], (k, v)], masks=masks, scale=scale, cap=c.attn_softcap)
         out = Linear(c.width, name="o")(mixed.reshape(*x.shape[:2], c.heads * c.head_dim))

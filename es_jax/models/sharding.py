@@ -63,11 +63,6 @@ def members_spread(config: TransformerConfig, devices: int, *, member_bytes: int
     The least 1, 2, 4, … that divides the devices, heads, MLP and vocabulary, and leaves two thirds of a device for the
     rest: master weights, anchor and cache. Where none does, the largest that divides. `member_bytes`: of one member's
     weights in the compute dtype. `memory`: bytes of one device; None where that is not known, as on CPU.
-
-    >>> config = TransformerConfig(family="llama", vocab_size=32, width=16, layers=2, heads=4, kv_heads=2,
-    ...                            head_dim=8, mlp_dim=24)
-    >>> members_spread(config, 8, member_bytes=900, memory=1000)
-    2
     """
     spread = 1
     sizes = (devices, config.heads, config.kv_heads, config.mlp_dim, config.vocab_size)
