@@ -1,12 +1,10 @@
 """Accelerators: published peak speeds and sizes, by the name that JAX gives a device.
 
-All figures are for one JAX device, which is one chip, except on TPU7x, where it is one of a chip's two halves. Speeds
-are the vendors' peaks, so a time computed from them is a bound that no run beats, never a prediction of what it takes.
-
-Sources, read in November 2026: docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e and tpu7x (the tables of key
-specifications; the interconnect of v4 is 6 links of 50 GB/s, arXiv 2304.01433); NVIDIA's data sheets of the A100 80GB
-SXM and the H100 SXM (dense bfloat16, without sparsity). `memory` of a TPU is what the compiler of libtpu 0.0.42 lets a
-program have, as its out-of-memory error says it; of a GPU, the size in the data sheet, 10⁹ bytes a GB.
+A JAX device is one chip; on TPU7x it is one of a chip's two halves. A time computed from peaks is a bound that no run
+beats, never a prediction. Sources, read in November 2026: docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e and tpu7x
+(tables of key specifications; v4's interconnect: 6 links of 50 GB/s, arXiv 2304.01433); NVIDIA's data sheets of the
+A100 80GB SXM and the H100 SXM (dense bfloat16). `memory` of a TPU is what the compiler of libtpu 0.0.42 lets a program
+have, as its out-of-memory error says it; of a GPU, the size in the data sheet, 10⁹ bytes a GB.
 """
 
 import dataclasses
@@ -18,8 +16,6 @@ GIB = 1 << 30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One device."""
-
     name: str  # what a topology calls it: "v5e" in "v5e:4x4"
     kind: str  # `jax.Device.device_kind`
     flops: float  # peak bfloat16 floating-point operations a second, dense
@@ -40,20 +36,12 @@ CHIPS = (
 
 
 def find_chip(kind: str) -> Chip | None:
-    """The chip of a device by its `device_kind`; None for one that is not in the table, such as a CPU.
-
-    >>> find_chip("TPU v5 lite").name
-    'v5e'
-    """
+    """The chip of a device by its `device_kind`; None for one that is not in the table, such as a CPU."""
     return next((chip for chip in CHIPS if chip.kind == kind), None)
 
 
 def chip(name: str) -> Chip:
-    """The chip that topologies call `name`. Raises ValueError for one that is not in the table.
-
-    >>> chip("h100").bandwidth
-    3350000000000.0
-    """
+    """The chip that topologies call `name`. Raises ValueError for one that is not in the table."""
     by_name = {chip.name: chip for chip in CHIPS}
     if name not in by_name:
         raise ValueError(unknown("chip", name, by_name))

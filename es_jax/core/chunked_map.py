@@ -11,27 +11,19 @@ HELD = 2**25  # numbers held at once: 128 MiB of float32
 
 
 def ceil_div(a: int, b: int) -> int:
-    """a / b, rounded up.
-
-    >>> ceil_div(7, 3)
-    3
-    """
+    """a / b, rounded up."""
     return -(-a // b)
 
 
 def block_length(numbers: int, *, multiple: int = 1) -> int:
-    """How many positions, each of so many numbers, are in a block of about 128 MiB of float32; at least `multiple`.
-
-    >>> block_length(2**20), block_length(2**30, multiple=64)
-    (32, 64)
-    """
+    """How many positions, each of so many numbers, are in a block of about 128 MiB of float32; at least `multiple`."""
     return max(HELD // numbers // multiple, 1) * multiple
 
 
 def in_blocks(function: Callable, *arrays: Array, block: int) -> Any:
     """`function` of arrays [B, L, …], called on equal blocks of positions [B, b, …], b ≤ block, one after another.
 
-    What it makes inside is held for one block, forwards and backwards. It returns a tree of arrays [B, b, …].
+    What it makes inside is in memory for one block, forwards and backwards. It returns a tree of arrays [B, b, …].
 
     >>> in_blocks(lambda x: 2 * x, jnp.arange(5)[None], block=2).tolist()
     [[0, 2, 4, 6, 8]]

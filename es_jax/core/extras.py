@@ -16,12 +16,7 @@ _PACKAGES = {
 
 @functools.cache
 def require(extra: str) -> None:
-    """Does nothing where the packages of an extra are installed.
-
-    Raises:
-      ImportError: one is not.
-      SystemExit: one is not, and a command of es_jax is what runs.
-    """
+    """Raises ImportError where a package of the extra is not installed; SystemExit in a command of es_jax."""
     missing = next((name for name in _PACKAGES[extra] if importlib.util.find_spec(name) is None), None)
     if missing is None:
         return

@@ -13,18 +13,14 @@ from es_jax.core.names import RENAMED
 
 require("llm")
 
-_NAMES = ("coordinator_address", "num_processes", "process_id")
-
 
 def parser(
     command: str, *, required: tuple[str, ...] = (), renamed: Mapping[str, str] | None = None
 ) -> Callable[[list[str]], list[str]]:
     """absl's parser for a command with a --config file: it ends a mistake in the file or its arguments with a sentence.
 
-    Args:
-      command: what the sentence begins with, "es_jax.train".
-      required: flags that must be given, which a config file cannot say of itself.
-      renamed: flags of earlier versions, and what they are called now.
+    The sentence begins with `command`, "es_jax.train". `required` are flags, `renamed` flags of earlier versions and
+    what they are called now.
     """
     old_flags = {f"config.{old}": f"config.{new}" for old, new in RENAMED.items()} | dict(renamed or {})
 
@@ -64,11 +60,8 @@ def define_processes() -> None:
 @contextlib.contextmanager
 def command(name: str, argv: list[str]) -> Iterator[flags.FlagValues]:
     """What is around the work of a command. Inside, its processes are together: as the flags say, the rest as the
-    environment does. A ValueError or OSError ends it with one sentence, unless --traceback asks for the whole.
-
-    Args:
-      name: what the sentence begins with, "es_jax.train".
-      argv: what absl leaves of the command line.
+    environment does. A ValueError or OSError ends it with one sentence that begins with `name`, "es_jax.train", unless
+    --traceback asks for the whole. `argv` is what absl leaves of the command line.
     """
     values = flags.FLAGS
     if len(argv) > 1:
@@ -77,7 +70,8 @@ def command(name: str, argv: list[str]) -> Iterator[flags.FlagValues]:
     logging.getLogger().setLevel(logging.WARNING)
     from es_jax.core import processes  # JAX starts only when the flags are good
 
-    options = {flag: values[flag].value for flag in _NAMES if values[flag].value is not None}
+    names = ("coordinator_address", "num_processes", "process_id")
+    options = {flag: values[flag].value for flag in names if values[flag].value is not None}
     joined: contextlib.AbstractContextManager = contextlib.nullcontext()
     if options or values["distributed"].value:
         joined = processes.joined(name, heartbeat_timeout_seconds=values["heartbeat_timeout"].value, **options)

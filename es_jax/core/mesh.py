@@ -13,9 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 GROUPS, MODEL = "groups", "model"
 Rules = Sequence[tuple[str, PartitionSpec]]  # a pattern searched for in the leaf's name, and how the leaf is cut
 
-_MIN_SLICE = (
-    128  # numbers; of a finer slice XLA makes scalar code, whose last bits differ: `groups` does not cut so fine
-)
+_MIN_SLICE = 128  # numbers a device; of a finer slice XLA makes scalar code, whose last bits differ
 
 
 def require_32_bits() -> None:
@@ -96,40 +94,26 @@ def own_rows(leaf: jax.Array) -> dict[int, np.ndarray]:
 def leaf_spec(mesh: Mesh, name: str, shape: tuple[int, ...], rules: Rules) -> PartitionSpec:
     """How a leaf is cut: by the first rule whose pattern is found in its name.
 
-    A leaf of fewer than 128 numbers a device is not cut over `groups`.
-
-    Raises:
-      ValueError: no rule, a rule for another number of axes, or an axis that does not divide; the leaf is named.
-
-    >>> mesh = make_mesh(1, 1, devices=jax.devices()[:1])
-    >>> tuple(leaf_spec(mesh, "mlp/up/kernel", (64, 256), [("up/kernel$", PartitionSpec("groups", "model"))]))
-    ('groups', 'model')
+    A leaf of fewer than 128 numbers a device is not cut over `groups`. Raises ValueError, which names the leaf, for no
+    rule, a rule for another number of axes, or an axis that does not divide.
     """
     spec = next((spec for pattern, spec in rules if re.search(pattern, name)), None)
     if spec is None:
         raise ValueError(f"leaf {name!r} has no sharding rule: add one for it to the table")
     if len(spec) > len(shape):
         raise ValueError(f"leaf {name!r} of shape {shape} has the sharding rule {spec}: it must have fewer axes")
-    parts = math.prod(_size(mesh, entry) for entry in spec)
-    if math.prod(shape) // parts < _MIN_SLICE:
+    parts = {None: 1, **mesh.shape}
+    if math.prod(shape) // math.prod(parts[entry] for entry in spec) < _MIN_SLICE:
         spec = only(spec, MODEL)
-    for axis, entry in enumerate(spec):
-        if shape[axis] % _size(mesh, entry):
+    for axis, (size, entry) in enumerate(zip(shape, spec, strict=False)):
+        if size % parts[entry]:
             raise ValueError(
-                f"leaf {name!r} of shape {shape}: axis {axis} of {shape[axis]} does not divide over "
-                f"mesh.{entry} = {_size(mesh, entry)}; set mesh.{entry} to a divisor of {shape[axis]}"
+                f"leaf {name!r} of shape {shape}: axis {axis} of {size} does not divide over "
+                f"mesh.{entry} = {parts[entry]}; set mesh.{entry} to a divisor of {size}"
             )
     return spec
 
 
 def only(spec: PartitionSpec, axis: str) -> PartitionSpec:
-    """The same cut along one axis of the mesh alone.
-
-    >>> tuple(only(PartitionSpec(None, "groups", "model"), "model"))
-    (None, None, 'model')
-    """
+    """The same cut along one axis of the mesh alone."""
     return PartitionSpec(*(entry if entry == axis else None for entry in spec))
-
-
-def _size(mesh: Mesh, entry: Any) -> int:
-    return 1 if entry is None else mesh.shape[entry]

@@ -3,8 +3,7 @@
 import difflib
 from collections.abc import Iterable
 
-# Fields of a run, and short names after the colon of --config: old → new. A run's config.json may have the old ones;
-# anywhere else they are refused.
+# Fields of a run, and short names after the colon of --config: old → new. Only a run's config.json may have old ones.
 RENAMED = {
     "optim.anchor.drift": "optim.anchor.kappa",
     "optim.anchor.average": "optim.anchor.ema_decay",

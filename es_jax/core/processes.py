@@ -1,8 +1,7 @@
 """The processes of one run, on one host or many: how they start, what they tell one another, and how they end.
 
 They talk through the key-value store of JAX's coordination service, which process 0 keeps, never through the devices:
-so a process that waits hears that another failed, or that the run is to stop, whatever the devices are doing. With one
-process nothing is sent.
+a process that waits hears that another failed, or that the run is to stop, whatever the devices are doing.
 """
 
 import concurrent.futures
@@ -28,6 +27,7 @@ from jax.sharding import Mesh, PartitionSpec
 T = TypeVar("T")
 GRACE = 20.0  # seconds from SIGTERM to the end of a process that could not come to a checkpoint
 _POLL = 0.5  # seconds between looks
+_STOP: list = []  # in place of all parts of an exchange: the run is to stop
 _round = 0  # of exchanges
 _stop, _saving = threading.Event(), threading.Event()
 
@@ -44,24 +44,23 @@ def first() -> bool:
 def exchange(own: Mapping[int, Any]) -> dict[int, Any]:
     """What all processes have, by number, in the order of the numbers; each gives its own. Values are JSON.
 
-    All processes must call it, in the same order.
-
-    Raises:
-      Preempted: the run is to stop; in all processes, in the same call or in `check` before it.
+    All processes must call it, in the same order. Raises Preempted when the run is to stop: in all processes, in the
+    same call or in `check` before it.
     """
     if jax.process_count() == 1:
         check()
         return dict(sorted(own.items()))
     global _round
-    _store().key_value_set_bytes(f"es_jax/{_round}/{jax.process_index()}", _pack(own))
+    _put(f"{_round}/{jax.process_index()}", own)
     if first():
-        everyone = [_wait(f"es_jax/{_round}/{i}") for i in range(jax.process_count())]
-        _decide({"parts": {k: v for part in everyone for k, v in part.items()}})
-    parts = _heed(_wait(f"es_jax/{_round}/verdict"))
+        _put(f"{_round}/all", [_wait(f"{_round}/{i}") for i in range(jax.process_count())])
+    parts = _wait(f"{_round}/all")
+    if parts == _STOP:
+        raise Preempted
     if first() and _round:
         _store().key_value_delete(f"es_jax/{_round - 1}/")  # all have read it: they are in this round
     _round += 1
-    return {int(key): parts[key] for key in sorted(parts, key=int)}
+    return dict(sorted({int(key): value for part in parts for key, value in part.items()}.items()))
 
 
 def barrier() -> None:
@@ -72,8 +71,8 @@ def barrier() -> None:
 def connect(mesh: Mesh) -> None:
     """Let the devices of all processes meet, along each axis of the mesh and all together, before there is work.
 
-    The first exchange of a set of devices opens its connections, for which gloo, between CPUs, waits no longer than
-    30 s. Processes that load and compile come to it at different times; here they come at once.
+    Their first exchange opens connections, for which gloo, between CPUs, waits 30 s. Processes that load and compile
+    come to it at different times; here they come at once.
     """
     if jax.process_count() == 1:
         return
@@ -86,11 +85,7 @@ def connect(mesh: Mesh) -> None:
 
 
 def fetch(tree: Any) -> Any:
-    """The whole arrays on the host, also where other processes hold parts of them; all processes call it then.
-
-    >>> fetch({"x": jax.numpy.arange(3)})["x"].tolist()
-    [0, 1, 2]
-    """
+    """The whole arrays on the host, also where other processes have parts of them; all processes call it then."""
 
     def whole(x: jax.Array) -> np.ndarray:
         here = x.is_fully_addressable or x.is_fully_replicated
@@ -101,26 +96,23 @@ def fetch(tree: Any) -> Any:
 
 def check() -> None:
     """Raises Preempted when the run is to stop. Process 0 decides it, so that all stop in the same round."""
-    if jax.process_count() == 1:
-        if _stop.is_set():
-            raise Preempted
-        return
-    if not first():
-        verdict = _look(f"es_jax/{_round}/verdict")
-        if verdict and verdict.get("stop"):
-            _heed(verdict)
-        if _stop.is_set():
-            _store().key_value_set("es_jax/stop", "please", allow_overwrite=True)
-    elif _stop.is_set() or _look("es_jax/stop", raw=True):
-        _decide({"stop": True})
+    stop = _stop.is_set()
+    if jax.process_count() > 1 and first():
+        stop = stop or _look("stop")
+        if stop:
+            _put(f"{_round}/all", _STOP)
+    elif jax.process_count() > 1:
+        asked, stop = stop, _look(f"{_round}/all") == _STOP
+        if asked and not stop:
+            _put("stop", True, overwrite=True)
+    if stop:
         raise Preempted
 
 
 def wait(function: Callable[[], T]) -> T:
     """The function's result, from a thread of its own: while it waits for the devices this one can be told to stop.
 
-    Raises:
-      Preempted: the run is to stop. The thread is left behind.
+    Raises Preempted when the run is to stop; the thread is left to itself.
     """
     future: concurrent.futures.Future[T] = concurrent.futures.Future()
 
@@ -139,10 +131,10 @@ def wait(function: Callable[[], T]) -> T:
 
 
 def launch(function: Callable[..., T], *args: Any) -> T:
-    """The function's result: of a program, whose outputs are on their way.
+    """The result of a program, whose outputs are on their way; among several processes it is called as `wait` does.
 
-    Where there are several processes it is called as `wait` does. A CPU's program that needs the other processes holds
-    the launch of the next one up, and it may wait for one that another process stopped before it launched.
+    A CPU's program that needs the other processes holds the launch of the next one up, and it may wait for one that
+    another process stopped before it launched.
     """
     return function(*args) if jax.process_count() == 1 else wait(functools.partial(function, *args))
 
@@ -152,7 +144,7 @@ def stoppable() -> Iterator[None]:
     """Inside, SIGTERM asks for the end of the run: `check`, `wait` and `exchange` raise Preempted.
 
     A process that does not come to one of them, or to `saving`, within 20 s (it may be compiling) ends all the same,
-    with status 0: finished steps are in the seed log. In another thread than the main one, signals stay as they are.
+    with status 0. In another thread than the main one, signals stay as they are.
     """
     _stop.clear()
     _saving.clear()
@@ -194,11 +186,8 @@ def joined(name: str, **options: Any) -> Iterator[None]:
     """Inside, the processes that `jax.distributed.initialize(**options)` brings together are one run.
 
     A process that fails tells the others, which end with its message; one that is gone ends them when
-    `heartbeat_timeout_seconds` have passed.
-
-    Args:
-      name: what messages begin with.
-      options: what the environment (Cloud TPU, GKE, SLURM, Open MPI) does not say.
+    `heartbeat_timeout_seconds` have passed. Messages begin with `name`. `options` are what the environment (Cloud TPU,
+    GKE, SLURM, Open MPI) does not say.
     """
     try:
         jax.distributed.initialize(shutdown_timeout_seconds=30, **options)
@@ -208,8 +197,13 @@ def joined(name: str, **options: Any) -> Iterator[None]:
             "of process 0, --num_processes and --process_id where the environment does not say them"
         ) from None
     ended = threading.Event()
-    watch = threading.Thread(target=_watch, args=(name, ended), daemon=True)
-    watch.start()
+
+    def watch() -> None:  # it ends this process even in a collective that a failed one never joins
+        while not ended.wait(_POLL):
+            _end_after_another(name)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
     try:
         yield
     except BaseException as error:
@@ -219,10 +213,9 @@ def joined(name: str, **options: Any) -> Iterator[None]:
         text = str(error.code) if isinstance(error, SystemExit) else f"{type(error).__name__}: {error}"
         with contextlib.suppress(Exception):
             _store().key_value_set(f"es_jax/failed/{jax.process_index()}", text[:2000], allow_overwrite=True)
-        _linger()
         _end(text if isinstance(error, SystemExit) else f"{name}: process {jax.process_index()} failed", 1)
     ended.set()
-    watch.join()
+    watcher.join()
     jax.distributed.shutdown()
 
 
@@ -233,12 +226,6 @@ def leave(text: str) -> NoReturn:
     _end(text, 0)
 
 
-def _watch(name: str, ended: threading.Event) -> None:
-    """End this process when another has failed, even when it hangs in a collective that the other never joins."""
-    while not ended.wait(_POLL):
-        _end_after_another(name)
-
-
 def _end_after_another(name: str) -> None:
     """End this process where another failed, with its message. Where the store does not answer, process 0 is gone or
     all is over: JAX itself ends the process then, and says so."""
@@ -247,18 +234,14 @@ def _end_after_another(name: str) -> None:
         failures = _store().key_value_dir_get("es_jax/failed/")
     for key, text in failures:
         if (other := key.split("/")[-1]) != str(jax.process_index()):
-            _linger()
             _end(f"{name}: process {other} failed, so this one stops: {text}", 1)
 
 
-def _linger() -> None:
-    """Process 0 holds the store and ends last: without the store JAX ends a process with a message of its own."""
-    if first():
-        time.sleep(8 * _POLL)
-
-
 def _end(text: str, status: int) -> NoReturn:
-    """End the process at once: the devices may be at work that nobody waits for."""
+    """End the process at once: the devices may be at work that nobody waits for. Where one failed, process 0 ends last:
+    it holds the store, without which JAX ends a process with a message of its own."""
+    if status and first():
+        time.sleep(8 * _POLL)
     sys.stderr.write(text + "\n")
     sys.stderr.flush()
     sys.stdout.flush()
@@ -271,33 +254,23 @@ def _store() -> Any:
     return distributed.global_state.client
 
 
-def _decide(verdict: dict[str, Any]) -> None:
-    _store().key_value_set_bytes(f"es_jax/{_round}/verdict", _pack(verdict))
+def _put(key: str, value: Any, *, overwrite: bool = False) -> None:
+    _store().key_value_set_bytes(f"es_jax/{key}", zlib.compress(json.dumps(value).encode(), 1), overwrite)
 
 
-def _heed(verdict: dict[str, Any]) -> dict[str, Any]:
-    if verdict.get("stop"):
-        raise Preempted
-    return verdict["parts"]
-
-
-def _wait(key: str) -> dict[str, Any]:
+def _wait(key: str) -> Any:
     while (value := _look(key, patience=_POLL)) is None:
         check()
     return value
 
 
-def _look(key: str, *, patience: float = 0.0, raw: bool = False) -> Any:
+def _look(key: str, *, patience: float = 0.0) -> Any:
     """The value of a key, or None when it is not there within `patience` seconds."""
+    store, key, limit = _store(), f"es_jax/{key}", int(1000 * patience)
     try:
-        store, limit = _store(), int(1000 * patience)
         value = store.blocking_key_value_get_bytes(key, limit) if limit else store.key_value_try_get_bytes(key)
     except jax.errors.JaxRuntimeError as error:
         if "NOT_FOUND" in str(error) or "DEADLINE_EXCEEDED" in str(error):
             return None
         raise
-    return value if raw else json.loads(zlib.decompress(value))
-
-
-def _pack(value: Any) -> bytes:
-    return zlib.compress(json.dumps(value).encode(), 1)
+    return json.loads(zlib.decompress(value))

@@ -11,14 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, PRNGKeyArray, UInt32
 
-from es_jax.core import threefry_normal
+from es_jax.core.threefry_normal import box_muller, positions, threefry
 
 _MEMBERS, _SAMPLING = 1, 2  # what a key is for: streams that never meet
 MAX_SEED = 2**32 - 1
 
 
 def check_seed(seed: int) -> int:
-    """The seed itself, if it is a whole number in 0..2**32 - 1; otherwise a ValueError."""
+    """The seed itself. Raises ValueError unless it is a whole number in 0..2**32 - 1."""
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed <= MAX_SEED:
         raise ValueError(f"seed is {seed!r}: it must be a whole number from 0 to {MAX_SEED}")
     return int(seed)
@@ -45,19 +45,14 @@ def normal(
 ) -> Float32[Array, "..."]:
     """N(0, 1) for one leaf of one member: a function of its seed, the leaf's name and the position in the leaf.
 
-    Args:
-      seed: the member's.
-      name: the leaf's; a stable hash of it keys the draw together with the seed.
-      shape: the leaf's.
-      generator: a name of `GENERATORS`.
-      row: the index of the first axis that is wanted, [1, …]; all by default.
+    A stable hash of the name keys the draw together with the seed. `generator` is a name of `GENERATORS`. With `row`,
+    those of that index of the first axis alone, [1, …].
     """
     return GENERATORS[generator](seed, np.uint32(zlib.crc32(name.encode())), shape, row)
 
 
 def _threefry13(seed: Array, leaf: np.uint32, shape: tuple[int, ...], row: Array | int | None = None) -> Array:
-    words = threefry_normal.threefry((seed, jnp.uint32(leaf)), threefry_normal.positions(shape, row))
-    return threefry_normal.box_muller(*words)
+    return box_muller(*threefry((seed, jnp.uint32(leaf)), positions(shape, row)))
 
 
 def _threefry(seed: Array, leaf: np.uint32, shape: tuple[int, ...], row: Array | int | None = None) -> Array:

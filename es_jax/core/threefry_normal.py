@@ -18,8 +18,8 @@ made of them wherever float32 products and sums are rounded as IEEE 754 says, an
 
 import math
 
-import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float32, UInt32
 
 ROUNDS = 13
@@ -33,6 +33,7 @@ _LOG = (-2.0000019, 1.0000223, -0.66629016, 0.49819487, -0.40992662, 0.3733572, 
 _SIN = (1.57079482, -0.64592099, 0.07948767, -0.00436247)
 
 Words = UInt32[Array, "..."]
+Numbers = Float32[Array, "..."]
 
 
 def threefry(key: tuple[Words, Words], counter: tuple[Words, Words], *, rounds: int = ROUNDS) -> tuple[Words, Words]:
@@ -57,10 +58,8 @@ def positions(shape: tuple[int, ...], row: Array | int | None = None) -> tuple[W
     """The counter of every element of an array: its place among the leading axes, and among the trailing ones.
 
     The trailing axes are as many as have at most 2**32 elements, so every element of a larger array has its own pair.
-    With `row`, those of that index of the first axis alone, [1, …].
-
-    Raises:
-      ValueError: more than 2**32 leading places, or an axis longer than that.
+    With `row`, those of that index of the first axis alone, [1, …]. Raises ValueError for more than 2**32 leading
+    places, or an axis longer than that.
     """
     cut = len(shape)
     while cut and math.prod(shape[cut - 1 :]) <= 2**32:
@@ -71,27 +70,27 @@ def positions(shape: tuple[int, ...], row: Array | int | None = None) -> tuple[W
 
 
 def _place(shape: tuple[int, ...], axes: range, row: Array | int | None) -> Words:
-    place, held = jnp.uint32(0), shape if row is None else (1, *shape[1:])
+    place, slab = jnp.uint32(0), shape if row is None else (1, *shape[1:])
     for axis in axes:
-        index = jax.lax.broadcasted_iota(jnp.uint32, held, axis)
+        index = lax.broadcasted_iota(jnp.uint32, slab, axis)
         if axis == 0 and row is not None:
             index = index + jnp.asarray(row, jnp.uint32)
         place = index + place * jnp.uint32(shape[axis]) if axis > axes.start else index
     return place
 
 
-def box_muller(radius: Words, angle: Words) -> Float32[Array, "..."]:
+def box_muller(radius: Words, angle: Words) -> Numbers:
     """One number of N(0, 1) from two random words."""
     square = _minus_two_log(radius)
-    root = jax.lax.platform_dependent(square, cpu=jnp.sqrt, default=_exact_sqrt)  # a CPU's root is exact already
+    root = lax.platform_dependent(square, cpu=jnp.sqrt, default=_exact_sqrt)  # a CPU's root is exact already
     return root * _cosine(angle)
 
 
-def _exact_sqrt(x: Float32[Array, "..."]) -> Float32[Array, "..."]:
+def _exact_sqrt(x: Numbers) -> Numbers:
     return _nearest_root(x, jnp.sqrt(x))
 
 
-def _nearest_root(x: Float32[Array, "..."], root: Float32[Array, "..."]) -> Float32[Array, "..."]:
+def _nearest_root(x: Numbers, root: Numbers) -> Numbers:
     """√x rounded to nearest, of a root at most one unit in the last place away from that; x is 0 or normal.
 
     XLA makes the square root of a GPU an approximation, whatever accuracy is asked for. Whole numbers put it right.
@@ -100,44 +99,44 @@ def _nearest_root(x: Float32[Array, "..."], root: Float32[Array, "..."]) -> Floa
     Each sign bit is one step of the root. A root of 0 stays: there s is 2²³, and X − s² wraps to 0. A root across a
     power of 2 from √x takes its step too, though s² is of another unit: `tests/laws/test_root.py` tries every mantissa.
     """
-    bits, near = (jax.lax.bitcast_convert_type(number, jnp.int32) for number in (x, root))
+    bits, near = (lax.bitcast_convert_type(number, jnp.int32) for number in (x, root))
     odd = (bits & jnp.int32(0x800000)) != 0  # the biased exponent: then x has an even one, and X is shorter by one bit
     s = (near & jnp.int32(0x7FFFFF)) | jnp.int32(0x800000)
     rest = (bits << jnp.where(odd, jnp.int32(23), jnp.int32(24))) - s * s
-    up = jax.lax.shift_right_logical(s - rest, jnp.int32(31))
+    up = lax.shift_right_logical(s - rest, jnp.int32(31))
     down = (rest + s - jnp.int32(1)) >> 31
-    return jax.lax.bitcast_convert_type(near + up + down, jnp.float32)
+    return lax.bitcast_convert_type(near + up + down, jnp.float32)
 
 
-def _minus_two_log(word: Words) -> Float32[Array, "..."]:
+def _minus_two_log(word: Words) -> Numbers:
     """−2 ln u in units of 1 / _SCALE, of u = (word + ½) / 2³²; at least 0, the largest words round to u = 1."""
-    bits = jax.lax.bitcast_convert_type(word.astype(jnp.float32) + jnp.float32(0.5), jnp.int32) - jnp.int32(_SQRT_HALF)
+    bits = lax.bitcast_convert_type(word.astype(jnp.float32) + jnp.float32(0.5), jnp.int32) - jnp.int32(_SQRT_HALF)
     mantissa = (bits & jnp.int32(0x7FFFFF)) + jnp.int32(_SQRT_HALF)
-    f = jax.lax.bitcast_convert_type(mantissa, jnp.float32) - jnp.float32(1)
+    f = lax.bitcast_convert_type(mantissa, jnp.float32) - jnp.float32(1)
     octaves = (jnp.int32(32) - (bits >> 23)) * jnp.int32(_TWO_LOG_TWO)
     return octaves.astype(jnp.float32) + rounded(f * _polynomial(_LOG, f, scale=_SCALE))
 
 
-def _cosine(word: Words) -> Float32[Array, "..."]:
+def _cosine(word: Words) -> Numbers:
     """cos φ / √_SCALE of a uniform φ: a sign from the top bit, the sine of an angle of a quarter turn from the rest."""
     q = (word & jnp.uint32(0x7FFFFFFF)).astype(jnp.int32).astype(jnp.float32) * jnp.float32(2**-31)
     sine = q * _polynomial(_SIN, q * q, scale=_SCALE**-0.5)
     sign = word & jnp.uint32(0x80000000)
-    return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(sine, jnp.uint32) | sign, jnp.float32)
+    return lax.bitcast_convert_type(lax.bitcast_convert_type(sine, jnp.uint32) | sign, jnp.float32)
 
 
-def _polynomial(coefficients: tuple[float, ...], x: Float32[Array, "..."], *, scale: float) -> Float32[Array, "..."]:
+def _polynomial(coefficients: tuple[float, ...], x: Numbers, *, scale: float) -> Numbers:
     total = jnp.float32(coefficients[-1] * scale)
     for coefficient in coefficients[-2::-1]:
         total = rounded(total * x) + jnp.float32(coefficient * scale)
     return total
 
 
-def rounded(product: Float32[Array, "..."]) -> Float32[Array, "..."]:
-    """The product without the last of its 24 bits: a number of its own, which the sum behind it cannot swallow.
+def rounded(product: Numbers) -> Numbers:
+    """The product without the last of its 24 bits: a number of its own, which the sum after it cannot swallow.
 
     A CPU or GPU fuses a product into a sum, unrounded, where its compiler happens to see the two side by side: that
     depends on how a loop was cut, so on the shape of a device's slice. One bit operation keeps them apart.
     """
-    bits = jax.lax.bitcast_convert_type(product, jnp.uint32) & jnp.uint32(0xFFFFFFFE)
-    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+    bits = lax.bitcast_convert_type(product, jnp.uint32) & jnp.uint32(0xFFFFFFFE)
+    return lax.bitcast_convert_type(bits, jnp.float32)

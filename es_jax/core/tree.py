@@ -7,17 +7,16 @@ import jax
 
 
 def path_name(path: tuple) -> str:
-    """The leaf address `layers/attn/q/kernel` of a JAX key path; the same for dicts, dataclasses and sequences.
-
-    >>> import jax
-    >>> [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path({"a": [1, 2]})]
-    ['a/0', 'a/1']
-    """
+    """The leaf address `layers/attn/q/kernel` of a JAX key path; the same for dicts, dataclasses and sequences."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def named_leaves(tree: Any) -> list[tuple[str, Any]]:
-    """`(name, leaf)` of every leaf, in the tree's own order."""
+    """`(name, leaf)` of every leaf, in the tree's own order.
+
+    >>> named_leaves({"a": [1, 2]})
+    [('a/0', 1), ('a/1', 2)]
+    """
     return [(path_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
 
 

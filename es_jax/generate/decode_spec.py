@@ -1,20 +1,23 @@
-"""What a compiled decode depends on, besides the shapes of its arguments: one frozen record that validates itself."""
+"""What a compiled decode depends on besides the shapes of its arguments, and how large its loops are."""
 
 import dataclasses
+from typing import NamedTuple
 
 import numpy as np
 
+from es_jax.core.chunked_map import ceil_div
 from es_jax.generate.sampling import Greedy, Sampler
 from es_jax.models.config import TransformerConfig
+
+CHUNK = 32  # decode steps between merges
+SHORTEST = 128  # places that a chunk attends at least, where there are as many
+FEWEST = 8  # slots that a chunk decodes at least, where there are as many
+FILL, STEPS = "fill", "steps"  # what prefill and the decode steps are called in traces and in the compiled program
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodeSpec:
-    """The fields of `es_jax.Engine`, which says what they mean, without its limit on prompts.
-
-    Raises:
-      ValueError: a size that is not a whole number above 0, or a stop id outside the vocabulary.
-    """
+    """The fields of `es_jax.Engine`, which says what they mean and what it raises, without its limit on prompts."""
 
     config: TransformerConfig
     _: dataclasses.KW_ONLY
@@ -34,3 +37,41 @@ class DecodeSpec:
         for token in self.stop_token_ids:
             if not 0 <= token < self.config.vocab_size:
                 raise ValueError(f"stop token {token} is outside the vocabulary of {self.config.vocab_size}")
+
+
+class LoopSizes(NamedTuple):
+    """The sizes of one call of `generate.queue.decode_queue`, for the program that runs and for the planner alike."""
+
+    prompts: int  # Q, how many there are, padding among them
+    width: int  # P, tokens of a prompt after the prefix
+    slots: int  # B, prompts decoded at once
+    steps: int  # K, decode steps of a chunk; the first token of a prompt comes from its prefill
+    single: bool  # whether one prefill and one chunk are all there is
+    places: int  # of a slot's keys and values, a chunk's among them: all that a prompt can need, and a chunk more
+    fill_rows: int  # rows of a prefill: a quarter of the slots (all, if single): free ones do not wait for the last
+    slot_sizes: list[int]  # how many slots a chunk may have: all, a half, a quarter
+    place_sizes: list[int]  # of the slots' caches, what a chunk may attend: SHORTEST, doubled up to all that is needed
+    widths: list[int]  # of a prefill: that of the prompts, a half, a quarter
+    turns: dict[str, float]  # of the outer loop (""), and of the inner ones in each of its turns, where no prompt stops
+
+    @classmethod
+    def of(cls, spec: DecodeSpec, prompts: int, width: int) -> "LoopSizes":
+        """Those of so many prompts of that width."""
+        slots, later = min(spec.slots, prompts), spec.max_new_tokens - 1
+        steps, single = min(CHUNK, later), prompts <= spec.slots and later <= CHUNK
+        fill_rows, longest = slots if single else ceil_div(slots, 4), width + later
+        chunks = ceil_div(prompts, slots) * ceil_div(later, max(steps, 1))
+        doubled = (SHORTEST << i for i in range(longest.bit_length()))
+        return cls(
+            prompts,
+            width,
+            slots,
+            steps,
+            single,
+            places=width + steps if single else width + spec.max_new_tokens + 2 * steps,
+            fill_rows=fill_rows,
+            slot_sizes=sorted({max(ceil_div(slots, part), min(FEWEST, slots)) for part in (1, 2, 4)}),
+            place_sizes=[*(places for places in doubled if places <= 0.75 * longest), longest],
+            widths=sorted({min(max(ceil_div(width, part), 32), width) for part in (1, 2, 4)}),
+            turns={"": chunks, FILL: ceil_div(prompts, fill_rows) / max(chunks, 1), STEPS: steps},
+        )

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,9 +12,9 @@ from jaxtyping import Array, Int32, Key, PRNGKeyArray
 from es_jax.core import processes
 from es_jax.core.chunked_map import ceil_div
 from es_jax.generate.decode_spec import DecodeSpec
-from es_jax.generate.prompts import Packing
+from es_jax.generate.prompts import Packing, TokenLists
 from es_jax.generate.queue import Generation, decode_queue
-from es_jax.generate.sampling import Greedy, Sampler
+from es_jax.generate.sampling import Greedy
 from es_jax.models.config import TransformerConfig
 from es_jax.models.transformer import transpose_kernels, unstack_layers
 
@@ -77,20 +76,17 @@ class Engine(DecodeSpec):
         return self.turned(unstack_layers(params)) if self.unrolled else params
 
     def turned(self, params: Any) -> Any:
-        """The tree, or a part of it, with kernels transposed where CPUs are faster so: wide ones of 16 bits.
-
-        Of SmolLM2-135M (width 576) in bfloat16 a decode step takes 0.87 of the time then. In float32 it is 0.96, not
-        worth what transposing costs, and the laboratory's model (width 64) is slower so: docs/speed.md.
+        """The tree, or a part of it, with kernels transposed where CPUs are faster so (docs/speed.md): wide ones of 16
+        bits.
         """
         wide = self.unrolled and self.config.width >= WIDE
         return transpose_kernels(params, itemsize=2) if wide else params
 
-    def packing(self, prompts: Sequence[Sequence[int]]) -> Packing:
+    def packing(self, prompts: TokenLists) -> Packing:
         """How these prompts, and all parts of them, become arrays.
 
-        Raises:
-          ValueError: no prompts, an empty one, one longer than `max_prompt_tokens` or than the model's context allows
-            beside `max_new_tokens`, or what is not a token of the vocabulary.
+        Raises ValueError for no prompts, an empty one, one longer than `max_prompt_tokens` or than the model's context
+        allows beside `max_new_tokens`, or what is not a token of the vocabulary.
         """
         if not len(prompts):
             raise ValueError("there are no prompts: give at least one")
@@ -125,8 +121,7 @@ class Engine(DecodeSpec):
 
         Args:
           params: as `layout` gives them; their dtype is the compute dtype.
-          tokens, positions, prefix: as `Packing.pack` gives them. Q may be more or fewer than the slots. A row of
-            padding alone is done from the start, and where there is nothing else nothing is decoded.
+          tokens, positions, prefix: as `Packing.pack` gives them. A row of padding alone is done from the start.
           keys: one for each row, where the sampler draws. Token t of a row uses `fold_in(key, t)`.
           axis_name: of the vmap around this call, if there is one: what it maps over then runs in step, which keeps
             vmap from choosing between old and new caches in every step.
@@ -136,7 +131,7 @@ class Engine(DecodeSpec):
         prefix = jnp.zeros(0, jnp.int32) if prefix is None else prefix
         return decode_queue(self, params, tokens, positions, keys, prefix, axis_name)
 
-    def generate(self, params: Any, prompts: Sequence[Sequence[int]], *, key: PRNGKeyArray | None = None) -> Generation:
+    def generate(self, params: Any, prompts: TokenLists, *, key: PRNGKeyArray | None = None) -> Generation:
         """Completions of a list of token-id prompts, in their order, as host arrays.
 
         Args:
@@ -155,18 +150,16 @@ class Engine(DecodeSpec):
 
 def engine_for(
     config: TransformerConfig,
-    prompts: Sequence[Sequence[int]],
+    prompts: TokenLists,
     *,
     slots: int,
     max_new_tokens: int,
-    stop_token_ids: Sequence[int],
-    sampler: Sampler | None = None,
     field: str = "max_new_tokens",
+    **spec: Any,
 ) -> Engine:
-    """An engine as large as the prompts need, greedy by default, with no more slots than prompts.
+    """An engine as large as the prompts need, with no more slots than prompts; `spec` are further fields of it.
 
-    Raises:
-      ValueError: the model's context has no room for `max_new_tokens` after the longest prompt; it names the `field`.
+    Raises ValueError, which names the `field`, where the model's context has no room for `max_new_tokens` more.
     """
     longest = max(map(len, prompts))
     check_context(config, longest, max_new_tokens, field=field)
@@ -175,14 +168,11 @@ def engine_for(
         slots=min(slots, len(prompts)),
         max_prompt_tokens=longest,
         max_new_tokens=max_new_tokens,
-        stop_token_ids=tuple(stop_token_ids),
-        sampler=sampler or Greedy(),
+        **spec,
     )
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _layout(engine: Engine, params: Any) -> Any:
-    return engine.layout(params)
+_layout = jax.jit(Engine.layout, static_argnums=0)
 
 
 @functools.partial(jax.jit, static_argnums=0)

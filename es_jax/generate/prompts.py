@@ -12,6 +12,8 @@ from es_jax.core.chunked_map import ceil_div
 WIDTH_STEP = 32  # prompts are padded to a multiple of this many tokens, so that few widths are compiled
 PREFIX_STEP = 16  # a shared prefix is a multiple of this many tokens long, for the same reason
 
+TokenLists = Sequence[Sequence[int]]  # token ids, a list for each prompt
+
 
 class Prompts(NamedTuple):
     """Q prompts as an engine takes them: arrays of NumPy or JAX."""
@@ -29,7 +31,7 @@ class Packing:
     width: int  # P, places for the tokens of a prompt after the prefix
 
     @classmethod
-    def of(cls, prompts: Sequence[Sequence[int]], *, max_prompt_tokens: int) -> "Packing":
+    def of(cls, prompts: TokenLists, *, max_prompt_tokens: int) -> "Packing":
         """The packing of these prompts, each of 1..max_prompt_tokens tokens; at least one token stays after the prefix.
 
         >>> Packing.of([[7] * 20, [7] * 18 + [1]], max_prompt_tokens=40)
@@ -42,22 +44,15 @@ class Packing:
         width = min(ceil_div(longest - shared, WIDTH_STEP) * WIDTH_STEP, max(max_prompt_tokens, longest) - shared)
         return cls(prefix=tuple(prompts[0][:shared]), width=width)
 
-    def prefilled(self, prompts: Sequence[Sequence[int]], *, times: int, models: int) -> int:
-        """Tokens that prefill computes of these prompts, each `times` over: the prefix once for each of the models.
-
-        >>> Packing((7, 7), 2).prefilled([[7, 7, 8], [7, 7, 1, 2]], times=4, models=4)
-        20
-        """
+    def prefilled(self, prompts: TokenLists, *, times: int, models: int) -> int:
+        """Tokens that prefill computes of these prompts, each `times` over: the prefix once for each of the models."""
         return models * len(self.prefix) + times * sum(len(prompt) - len(self.prefix) for prompt in prompts)
 
-    def pack(self, prompts: Sequence[Sequence[int]], *, rows: int) -> Prompts:
-        """Some of the prompts, and padding up to `rows` rows.
+    def pack(self, prompts: TokenLists, *, rows: int) -> Prompts:
+        """Some of the prompts, and padding up to `rows` rows. Raises ValueError for a prompt that is not one of them.
 
         >>> Packing((7,), 2).pack([[7, 8]], rows=1).tokens
         array([[8, 0]], dtype=int32)
-
-        Raises:
-          ValueError: a prompt that does not begin like the packing's, or is longer.
         """
         shared = len(self.prefix)
         tokens, positions = np.zeros((rows, self.width), np.int32), np.full((rows, self.width), -1, np.int32)

@@ -1,9 +1,9 @@
 """The device side of an engine: a queue of prompts runs through a fixed number of slots, in one program.
 
-Time passes in turns: free slots are filled from the queue by a prefill of a fixed number of rows, then the live slots
-take up to CHUNK decode steps. A step writes to a small cache of the chunk, at one place for all slots, and only reads
-the slots' own caches; after the chunk it is merged into them, each slot where it ended. So nothing is copied from step
-to step. A chunk decodes only as many slots, and attends only as many places, as are in use, in a few compiled sizes.
+In each turn free slots are filled from the queue by a prefill of a fixed number of rows, then the live slots take up to
+CHUNK decode steps. A step writes to a small cache of the chunk, at one place for all slots, and only reads the slots'
+own caches; after the chunk it is merged into them, each slot where it ended. So nothing is copied from step to step.
+A chunk decodes only as many slots, and attends only as many places, as are in use, in a few compiled sizes.
 """
 
 import dataclasses
@@ -16,10 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float32, Int32
+from jaxtyping import Array, Float32, Int32
 
-from es_jax.generate.decode_spec import DecodeSpec
-from es_jax.generate.loop_sizes import FILL, STEPS, LoopSizes
+from es_jax.generate.decode_spec import FILL, STEPS, DecodeSpec, LoopSizes
 from es_jax.generate.score import token_logprobs
 from es_jax.models.cache import KVCache, Past, PerLayer
 from es_jax.models.transformer import Transformer
@@ -44,37 +43,36 @@ class Generation(NamedTuple):
 
 
 class _Queue(NamedTuple):
-    """What a call is given, and what follows from that alone: the same in all turns of the loops."""
+    """What is the same in all turns of the loops."""
 
     spec: DecodeSpec
     sizes: LoopSizes
     model: Transformer
     params: Any
-    tokens: Int32[Array, "Q P"]
+    tokens: Array  # [Q, P]
     keys: Array | None  # [Q]
     limits: Array | int  # tokens after which a completion is cut: of each prompt, or of all
     axis_name: str | None
-    lengths: Int32[Array, " Q"]  # tokens of each prompt after the prefix; 0 for padding
+    lengths: Array  # [Q], tokens of each prompt after the prefix; 0 for padding
     total: Array  # how many prompts there are
-    order: Int32[Array, " Q"]  # in which they are taken: longest first, so that those filled together are alike
+    order: Array  # [Q], in which they are taken: longest first, so that those filled together are alike
     past: tuple[Past, ...]  # the prefix, computed once for all prompts
     shared: int  # tokens of the prefix
 
     def agree(self, x: Array) -> Array:
-        """The largest (of bools: whether any) of all that run in step. It is one for all, so loops and branches on it
-        stay loops and branches under vmap, where a mapped one would turn into a choice between whole caches.
-        """
+        """The largest (of bools: whether any) of all that run in step: loops and branches on it stay so under vmap,
+        where those on a mapped value would turn into choices between whole caches."""
         return x if self.axis_name is None else lax.pmax(x.astype(jnp.int32), self.axis_name).astype(x.dtype)
 
 
 class _Slots(NamedTuple):
-    """The prompts being decoded, one a slot."""
+    """The prompts being decoded, one a slot: integers [B]."""
 
-    prompt: Int32[Array, " B"]  # its index in the queue; Q where there is none
-    token: Int32[Array, " B"]  # chosen last, not yet fed
-    length: Int32[Array, " B"]  # tokens in the slot's cache, those of the prefix not counted
-    generated: Int32[Array, " B"]  # how many tokens
-    live: Bool[Array, " B"]
+    prompt: Array  # its index in the queue; Q where there is none
+    token: Array  # chosen last, not yet fed
+    length: Array  # tokens in the slot's cache, those of the prefix not counted
+    generated: Array  # how many tokens
+    live: Array  # bool
 
 
 class _State(NamedTuple):
@@ -96,10 +94,10 @@ class _Chunk(NamedTuple):
 def decode_queue(
     spec: DecodeSpec,
     params: Any,
-    tokens: Int32[Array, "Q P"],
-    positions: Int32[Array, "Q P"],
+    tokens: Array,
+    positions: Array,
     keys: Array | None,
-    prefix: Int32[Array, " C"],
+    prefix: Array,
     axis_name: str | None,
     *,
     limits: Array | None = None,
@@ -109,7 +107,12 @@ def decode_queue(
     lengths = jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
     total = _count(lengths > 0)
     order = jnp.argsort(-lengths, stable=True).astype(jnp.int32)
-    past = _prefix_past(model, params, prefix)
+    past: tuple[Any, ...] = ()
+    if len(prefix):
+        positions = jnp.arange(len(prefix), dtype=jnp.int32)[None]
+        cache = model.empty_cache(params, 1, len(prefix))
+        with jax.named_scope(FILL):
+            past = (model.hidden(params, prefix[None], positions=positions, cache=cache)[1],)
     limit = spec.max_new_tokens if limits is None else limits
     queue = _Queue(spec, sizes, model, params, tokens, keys, limit, axis_name, lengths, total, order, past, len(prefix))
 
@@ -125,17 +128,6 @@ def decode_queue(
     with jax.named_scope(FILL):
         state = _fill(queue, state)
     return _chunk(queue, state, slots=sizes.slots, places=sizes.width).out if sizes.steps else state.out
-
-
-def _prefix_past(model: Transformer, params: Any, prefix: Array) -> tuple[Past, ...]:
-    if not len(prefix):
-        return ()
-    positions = jnp.arange(len(prefix), dtype=jnp.int32)[None]
-    cache = model.empty_cache(params, 1, len(prefix))
-    with jax.named_scope(FILL):
-        _, past = model.hidden(params, prefix[None], positions=positions, cache=cache)
-    assert past is not None
-    return (past,)
 
 
 def _count(flags: Array) -> Array:
@@ -196,7 +188,7 @@ def _prefill(queue: _Queue, tokens: Array, length: Array) -> tuple[Array, KV]:
 
     size = _count(queue.agree(jnp.max(length)) > np.array(widths))
     branches = [partial(of_width, width) for width in widths]
-    return lax.switch(size, branches) if len(branches) > 1 else branches[0]()
+    return lax.switch(size, branches)
 
 
 def _sized_chunk(queue: _Queue, state: _State) -> _State:
@@ -208,10 +200,8 @@ def _sized_chunk(queue: _Queue, state: _State) -> _State:
         _count(queue.agree(used) > np.array(compiled))
         for used, compiled in ((slots, sizes.slot_sizes), (places, sizes.place_sizes))
     )
-    branches = [
-        partial(_chunk, queue, slots=slots, places=places)
-        for slots, places in itertools.product(sizes.slot_sizes, sizes.place_sizes)
-    ]
+    pairs = itertools.product(sizes.slot_sizes, sizes.place_sizes)
+    branches = [partial(_chunk, queue, slots=slots, places=places) for slots, places in pairs]
     return lax.switch(i * len(sizes.place_sizes) + j, branches, state)
 
 
@@ -272,30 +262,22 @@ def _choose(queue: _Queue, logits: Array, slots: _Slots) -> tuple[_Slots, Chosen
     generated = slots.generated + slots.live.astype(jnp.int32)
     stopped = jnp.any(token[:, None] == np.array(spec.stop_token_ids, np.int32)[None, :], axis=1)
     limit = queue.limits if isinstance(queue.limits, int) else jnp.take(queue.limits, slots.prompt, mode="clip")
-    return slots._replace(token=token, generated=generated, live=slots.live & ~stopped & (generated < limit)), (
-        token,
-        logprob,
-    )
+    live = slots.live & ~stopped & (generated < limit)
+    return slots._replace(token=token, generated=generated, live=live), (token, logprob)
 
 
 def _record(out: Generation, slots: _Slots, begin: Array, chosen: Chosen) -> Generation:
     """Write down `chosen` [b, n], whose first are each prompt's tokens number `begin`."""
     number = begin[:, None] + jnp.arange(chosen[0].shape[1], dtype=jnp.int32)[None]
-    tokens, logprob = jax.tree.map(
-        lambda all, some: all.at[slots.prompt[:, None], number].set(some, mode="drop"),
-        (out.tokens, out.logprob),
-        chosen,
-    )
+    write = lambda all, some: all.at[slots.prompt[:, None], number].set(some, mode="drop")  # noqa: E731
+    tokens, logprob = jax.tree.map(write, (out.tokens, out.logprob), chosen)
     return Generation(tokens, out.length.at[slots.prompt].set(slots.generated, mode="drop"), logprob)
 
 
 def _map_kv(function: Callable[..., Array], *caches: KV) -> KV:
     """`function(*arrays, axis)` of keys and of values, in all layers; `axis` is that of the places, from the end."""
     keys, values = zip(*caches, strict=True)
-    return (
-        jax.tree.map(partial(function, axis=-1), *keys),
-        jax.tree.map(partial(function, axis=-2), *values),
-    )
+    return jax.tree.map(partial(function, axis=-1), *keys), jax.tree.map(partial(function, axis=-2), *values)
 
 
 def _resized(kv: KV, places: int) -> KV:
@@ -310,7 +292,7 @@ def _resized(kv: KV, places: int) -> KV:
     return _map_kv(fit, kv)
 
 
-def _written(kv: Any, new: Any, slots: Int32[Array, " b"], begin: Int32[Array, " b"]) -> Any:
+def _written(kv: Any, new: Any, slots: Array, begin: Array) -> Any:
     """Caches with `new` written to some of their slots, each from its own place on; others are left out."""
     index = jnp.stack([slots, begin], axis=1)
 

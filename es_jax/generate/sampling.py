@@ -10,10 +10,7 @@ from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
 @runtime_checkable
 class Sampler(Protocol):
-    """Picks a token id from float32 logits [V]; a pure function, hashable, so that it can be part of a program.
-
-    `key` is None where there are none, which only `Greedy` can do with.
-    """
+    """Picks a token id from float32 logits [V]; a pure function, hashable. Only `Greedy` can do without a key."""
 
     def __call__(self, logits: Float[Array, " V"], key: PRNGKeyArray | None) -> Int32[Array, ""]: ...
 
@@ -28,16 +25,13 @@ class Greedy:
 
     def __call__(self, logits, key):
         # First the block of the maximum, then its place there: maxima vectorise, an argmax of all of V does not.
+        # The blocks are few and long: as many as the divisor of V in 1..4√V that is nearest to that end.
         size = logits.shape[-1]
-        blocks = logits.reshape(_blocks(size), -1)
+        count = next(n for n in range(max(int(4 * size**0.5), 1), 0, -1) if size % n == 0)
+        blocks = logits.reshape(count, -1)
         block = jnp.argmax(jnp.max(blocks, axis=1))
         place = jnp.argmax(jax.lax.dynamic_index_in_dim(blocks, block, keepdims=False))
         return (block * blocks.shape[1] + place).astype(jnp.int32)
-
-
-def _blocks(size: int) -> int:
-    """The divisor of `size` in 1..4√size that is nearest to that end: few short rows, whole."""
-    return next(n for n in range(max(int(4 * size**0.5), 1), 0, -1) if size % n == 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +41,8 @@ class Temperature:
     t: float
 
     def __post_init__(self):
-        _check_temperature(self.t)
+        if not self.t > 0:
+            raise ValueError(f"temperature is {self.t}: it must be above 0; use Greedy() for its limit")
 
     def __call__(self, logits, key):
         return jax.random.categorical(key, logits / self.t).astype(jnp.int32)
@@ -61,7 +56,7 @@ class TopK:
     t: float = 1.0
 
     def __post_init__(self):
-        _check_temperature(self.t)
+        Temperature(self.t)  # checks it
         if self.k < 1:
             raise ValueError(f"k is {self.k}: it must be at least 1")
 
@@ -78,7 +73,7 @@ class TopP:
     t: float = 1.0
 
     def __post_init__(self):
-        _check_temperature(self.t)
+        Temperature(self.t)
         if not 0 < self.p <= 1:
             raise ValueError(f"p is {self.p}: it must be above 0 and at most 1")
 
@@ -86,10 +81,5 @@ class TopP:
         ordered = jnp.sort(logits / self.t, descending=True)
         before = jnp.cumsum(jax.nn.softmax(ordered)) - jax.nn.softmax(ordered)
         least = jnp.min(jnp.where(before < self.p, ordered, jnp.inf))
-        kept = jnp.where(logits / self.t >= least, logits / self.t, -jnp.inf)
-        return jax.random.categorical(key, kept).astype(jnp.int32)
-
-
-def _check_temperature(t: float) -> None:
-    if not t > 0:
-        raise ValueError(f"temperature is {t}: it must be above 0; use Greedy() for its limit")
+        likeliest = jnp.where(logits / self.t >= least, logits / self.t, -jnp.inf)
+        return jax.random.categorical(key, likeliest).astype(jnp.int32)

@@ -17,22 +17,16 @@ from es_jax.models.config import TransformerConfig
 from es_jax.models.transformer import Transformer
 
 BATCH_TOKENS = 2**12  # of prompts read in one call of `score_options`
-WIDTH_STEP = (
-    32  # its prompts are padded to this many tokens times 1, 2, 3, 4, 6, 8, 12, …, so that few widths are compiled
-)
+WIDTH_STEP = 32  # its prompts are padded to this times 1, 2, 3, 4, 6, 8, 12, …, so that few widths are compiled
 
 
 def token_logprobs(logits: Float[Array, "*b V"], tokens: Int32[Array, "*b"]) -> Float[Array, "*b"]:
-    """log p(token) under softmax(logits), for each of the tokens.
-
-    >>> token_logprobs(jnp.zeros((1, 2)), jnp.array([1])).tolist()
-    [-0.6931471824645996]
-    """
+    """log p(token) under softmax(logits), for each of the tokens."""
     return jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)
 
 
 def _hidden_logprobs(model: Transformer, params: Any, hidden: Array, tokens: Array) -> Float32[Array, "B T"]:
-    """log p(token) given what the model computed before it. [B, T, V] is never held, nor by a gradient."""
+    """log p(token) given what the model computed before it. [B, T, V] is never in memory, nor in a gradient's."""
     score = lambda hidden, tokens: token_logprobs(model.logits(params, hidden), tokens)  # noqa: E731
     return in_blocks(score, hidden, tokens, block=block_length(len(tokens) * model.config.vocab_size))
 
@@ -42,8 +36,6 @@ def score_tokens(
     config: TransformerConfig, params: Any, tokens: Int32[Array, "B L"], mask: Bool[Array, "B L"]
 ) -> Float32[Array, "B L"]:
     """log p(tokenₗ | the row's tokens before it), float32 [B, L].
-
-    The logits are made for a block of positions at a time, so that [B, L, V] is never held, nor by a gradient.
 
     Args:
       config, params: the model; it computes in the dtype of the parameters.
@@ -66,12 +58,7 @@ def score_tokens(
 
 
 def token_positions(mask: Bool[Array, "B L"]) -> Int32[Array, "B L"]:
-    """0, 1, 2, … over the tokens of each row that are there, −1 at padding.
-
-    >>> token_positions(jnp.array([[False, True, True]])).tolist()
-    [[-1, 0, 1]]
-    """
-    mask = mask.astype(bool)
+    """0, 1, 2, … over the tokens of each row that are there, −1 at padding."""
     return jnp.where(mask, jnp.cumsum(mask.astype(jnp.int32), axis=1) - 1, -1)
 
 
@@ -151,7 +138,7 @@ def _score(
 def _rounded(n: int) -> int:
     """The smallest number that is at least n and a power of two, or three times one."""
     power = _power(n)
-    return 3 * power // 4 if power >= 4 and n <= 3 * power // 4 else power
+    return 3 * power // 4 if n <= 3 * power // 4 else power
 
 
 def _power(n: int) -> int:

@@ -1,8 +1,7 @@
 """The shape of a decoder-only transformer: one frozen record that validates itself."""
 
 import dataclasses
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from es_jax.core.names import unknown
 
@@ -29,9 +28,8 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         problems = [] if self.kind in ROPE_SCALINGS else [unknown("rope_scaling.kind", self.kind, ROPE_SCALINGS)]
-        for name in ("factor", "low_freq_factor", "original_positions"):
-            if not getattr(self, name) > 0:
-                problems.append(f"{name} = {getattr(self, name)!r} must be positive")
+        positive = ("factor", "low_freq_factor", "original_positions")
+        problems += [f"{n} = {getattr(self, n)!r} must be positive" for n in positive if not getattr(self, n) > 0]
         if not self.high_freq_factor > self.low_freq_factor:
             problems.append(
                 f"high_freq_factor = {self.high_freq_factor!r} must be above low_freq_factor = {self.low_freq_factor!r}"
@@ -44,15 +42,13 @@ class RopeScaling:
 class TransformerConfig:
     """Everything the forward pass needs to know besides the weights.
 
-    Sizes are counts, `rope_theta` is the base of the rotary frequencies, `norm_eps` is added to a
-    mean square. `rope_layers` and `local_layers` are patterns that repeat over the layers: (True, True, False)
-    holds for layers 0, 1, 3, 4, 6, …
-    Raises ValueError that lists every field that is out of range.
+    Sizes are counts, `rope_theta` is the base of the rotary frequencies, `norm_eps` is added to a mean square.
+    `rope_layers` and `local_layers` are patterns that repeat over the layers: (True, True, False) holds for layers 0,
+    1, 3, 4, 6, … Raises ValueError that lists every field that is out of range.
 
-    >>> config = TransformerConfig(family="llama", vocab_size=32, width=16, layers=2, heads=4, kv_heads=2,
-    ...                            head_dim=8, mlp_dim=24)
-    >>> config.heads_per_kv
-    2
+    >>> TransformerConfig(family="llama", vocab_size=32, width=16, layers=2, heads=4, kv_heads=2, head_dim=8,
+    ...                   mlp_dim=24).tied_embeddings
+    True
     """
 
     family: str  # a name in es_jax.models.families.FAMILIES; says how files name and lay out the weights
@@ -96,30 +92,18 @@ class TransformerConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 problems.append(f"{name} = {value!r} must be positive, or None for none")
-        for name in ("rope_layers", "local_layers"):
-            if not getattr(self, name):
-                problems.append(f"{name} = () must name at least one layer's kind")
+        patterns = ("rope_layers", "local_layers")
+        problems += [f"{n} = () must name at least one layer's kind" for n in patterns if not getattr(self, n)]
         if self.activation not in ACTIVATIONS:
             problems.append(unknown("activation", self.activation, ACTIVATIONS))
         if problems:
             raise ValueError("TransformerConfig: " + "; ".join(problems))
 
     @property
-    def heads_per_kv(self) -> int:
-        """Query heads that share one key/value head."""
-        return self.heads // self.kv_heads
-
-    @property
     def layer_kinds(self) -> tuple[tuple[bool, bool], ...]:
-        """(local, rope) of each of the L layers.
-
-        >>> TransformerConfig(family="smollm3", vocab_size=8, width=8, layers=3, heads=1, kv_heads=1, head_dim=8,
-        ...                   mlp_dim=8, rope_layers=(True, False)).layer_kinds
-        ((False, True), (False, False), (False, True))
-        """
+        """(local, rope) of each of the L layers."""
         local = (False,) if self.sliding_window is None else self.local_layers
-        kinds: Iterator[tuple[bool, bool]] = zip(itertools.cycle(local), itertools.cycle(self.rope_layers), strict=True)
-        return tuple(itertools.islice(kinds, self.layers))
+        return tuple((local[i % len(local)], self.rope_layers[i % len(self.rope_layers)]) for i in range(self.layers))
 
 
 def shortest_pattern(values: Sequence[bool]) -> tuple[bool, ...]:
@@ -128,7 +112,5 @@ def shortest_pattern(values: Sequence[bool]) -> tuple[bool, ...]:
     >>> shortest_pattern([True, False, True, False, True])
     (True, False)
     """
-    for period in range(1, len(values)):
-        if all(value == values[i % period] for i, value in enumerate(values)):
-            return tuple(values[:period])
-    return tuple(values)
+    periods = (n for n in range(1, len(values)) if all(value == values[i % n] for i, value in enumerate(values)))
+    return tuple(values[: next(periods, len(values))])

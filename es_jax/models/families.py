@@ -137,22 +137,13 @@ FAMILIES = {family.name: family for family in _FAMILIES}
 
 
 def weights_of(config: TransformerConfig) -> tuple[Weight, ...]:
-    """A row for every parameter of this config, under its family's names.
-
-    >>> c = TransformerConfig(family="gemma2", vocab_size=8, width=8, layers=1, heads=1, kv_heads=1, head_dim=8,
-    ...                       mlp_dim=8, post_norms=True)
-    >>> [row.hf for row in weights_of(c) if row.path == "layers/mlp_norm/scale"]
-    ['model.layers.{}.pre_feedforward_layernorm.weight']
-    """
-    rows = {row.path: row for row in (*WEIGHTS, *FAMILIES[config.family].names)}
-    return tuple(rows[path] for path in param_shapes(config))
+    """A `Weight` for every parameter of this config, under its family's names."""
+    weights = {weight.path: weight for weight in (*WEIGHTS, *FAMILIES[config.family].names)}
+    return tuple(weights[path] for path in param_shapes(config))
 
 
 def find_family(name: str, *, by: str = "name") -> Family:
     """The first family whose field `by` (name, architecture, gguf_architecture) is `name`.
-
-    >>> find_family("LlamaForCausalLM", by="architecture").name
-    'llama'
 
     Raises ValueError that names the nearest known ones.
     """

@@ -12,16 +12,10 @@ Fields = Mapping[str, Any]
 
 # config.json field → TransformerConfig field
 _SIZES = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "width",
-    "num_hidden_layers": "layers",
-    "num_attention_heads": "heads",
-    "num_key_value_heads": "kv_heads",
-    "head_dim": "head_dim",
-    "intermediate_size": "mlp_dim",
-    "rms_norm_eps": "norm_eps",
-    "max_position_embeddings": "max_positions",
-}
+    "vocab_size": "vocab_size", "hidden_size": "width", "num_hidden_layers": "layers", "num_attention_heads": "heads",
+    "num_key_value_heads": "kv_heads", "head_dim": "head_dim", "intermediate_size": "mlp_dim",
+    "rms_norm_eps": "norm_eps", "max_position_embeddings": "max_positions",
+}  # fmt: skip
 _DERIVED = ("num_key_value_heads", "head_dim")  # null: as many as heads; hidden_size / heads
 _READ = {
     "model_type", "architectures", "tie_word_embeddings", "layer_types", "sliding_window", "rope_theta", "rope_scaling",
@@ -42,14 +36,11 @@ _HARMLESS = {
     "unsloth_version", "max_length", "min_length", "do_sample", "temperature", "top_k", "top_p", "num_beams",
     "num_return_sequences",
 }  # fmt: skip
-_SCALED = {
-    "linear": {"factor": "factor"},
-    "llama3": {
-        "factor": "factor",
-        "low_freq_factor": "low_freq_factor",
-        "high_freq_factor": "high_freq_factor",
-        "original_max_position_embeddings": "original_positions",
-    },
+# rope_type → its numbers, in the order of RopeScaling's
+_SCALINGS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
 
 
@@ -73,8 +64,8 @@ def from_hf(fields: Fields) -> TransformerConfig:
     if problems:
         raise ValueError(f"config.json of a {family.name} model: " + "; ".join(problems))
     values = {ours: complete.get(theirs) for theirs, ours in family.reads.items()} | values
-    tied = bool(complete.get("tie_word_embeddings", False))
-    return TransformerConfig(family=family.name, tied_embeddings=tied, **family.flags, **values)
+    values["tied_embeddings"] = bool(complete.get("tie_word_embeddings"))
+    return TransformerConfig(family=family.name, **family.flags, **values)
 
 
 def to_hf(config: TransformerConfig) -> dict[str, Any]:
@@ -109,19 +100,17 @@ def to_hf(config: TransformerConfig) -> dict[str, Any]:
     if family.windows in _WINDOW_FIELDS:
         fields["layer_types"] = [_KINDS[is_local] for is_local in local]
     back = from_hf(fields)
-    same = {"rope_layers", "local_layers"} if config.layer_kinds == back.layer_kinds else ()
-    names = [field.name for field in dataclasses.fields(config) if field.name not in same]
-    lost = [f"{n} = {getattr(config, n)!r}" for n in names if getattr(config, n) != getattr(back, n)]
-    if lost:
+    if config.layer_kinds == back.layer_kinds:  # patterns may be written in more ways than one
+        back = dataclasses.replace(back, rope_layers=config.rope_layers, local_layers=config.local_layers)
+    ours, theirs = vars(config), vars(back)
+    if lost := [f"{name} = {ours[name]!r}" for name in ours if ours[name] != theirs[name]]:
         raise ValueError(f"a {family.name} model's config.json cannot express {', '.join(lost)}")
     return fields
 
 
 def _rope_fields(theta: float, scaling: RopeScaling | None) -> dict[str, Any]:
-    if scaling is None:
-        return {"rope_type": "default", "rope_theta": theta}
-    numbers = {theirs: getattr(scaling, ours) for theirs, ours in _SCALED[scaling.kind].items()}
-    return {"rope_type": scaling.kind, "rope_theta": theta, **numbers}
+    kind, *numbers = ("default",) if scaling is None else dataclasses.astuple(scaling)
+    return {"rope_type": kind, "rope_theta": theta, **dict(zip(_SCALINGS[kind], numbers, strict=False))}
 
 
 def _field_problems(family: Family, fields: Fields) -> list[str]:
@@ -131,8 +120,8 @@ def _field_problems(family: Family, fields: Fields) -> list[str]:
         for key, only in family.fixed.items()
         if fields.get(key, only) != only and not (fields[key] is None and only is False)
     ]
-    known = _READ | _HARMLESS | _WINDOW_FIELDS.get(family.windows, set())
-    known = known.union(_SIZES, family.fixed, family.reads, family.missing)
+    windows = _WINDOW_FIELDS.get(family.windows, ())
+    known = _READ.union(_HARMLESS, windows, _SIZES, family.fixed, family.reads, family.missing)
     if "layer_types" in fields:
         known.add("_sliding_window_pattern")  # transformers writes both; layer_types is what it follows
     return problems + [
@@ -141,6 +130,7 @@ def _field_problems(family: Family, fields: Fields) -> list[str]:
     ]
 
 
+# The functions below return fields of TransformerConfig, and add what is wrong with those of config.json to `problems`.
 def _sizes(fields: Fields, problems: list[str]) -> dict[str, Any]:
     problems += [f"{key} is missing" for key in _SIZES if fields.get(key) is None and key not in _DERIVED]
     values = {ours: fields[theirs] for theirs, ours in _SIZES.items() if fields.get(theirs) is not None}
@@ -155,7 +145,7 @@ def _sizes(fields: Fields, problems: list[str]) -> dict[str, Any]:
 
 
 def _layers(family: Family, fields: Fields, layers: int, problems: list[str]) -> dict[str, Any]:
-    """Which layers are local and which are turned, as patterns; adds what is wrong with their fields."""
+    """Which layers are local and which are turned, as patterns."""
     values: dict[str, Any] = {}
     if "no_rope_layers" in family.reads:
         every = fields["no_rope_layer_interval"]
@@ -189,7 +179,7 @@ def _layers(family: Family, fields: Fields, layers: int, problems: list[str]) ->
 
 
 def _rope(family: Family, fields: Fields, problems: list[str]) -> dict[str, Any]:
-    """rope_theta and the scaling from either of their places; adds what is wrong with them."""
+    """rope_theta and the scaling from either of their places."""
     values: dict[str, Any] = {}
     inner = fields.get("rope_parameters") or {}
     separate = "rope_local_base_freq" in family.reads
@@ -198,11 +188,10 @@ def _rope(family: Family, fields: Fields, problems: list[str]) -> dict[str, Any]
         problems.append(f"rope_parameters = {inner} is not implemented for {family.name} (only {shape})")
         return values
     if separate:
-        local = inner.get("sliding_attention") or {}
+        inner, local = (inner.get(kind) or {} for kind in _KINDS)
         values["local_rope_theta"] = _theta("rope_local_base_freq", fields, local, family, problems)
         if _scaling("rope_parameters.sliding_attention", local, problems) is not None:
             problems.append("rope_parameters.sliding_attention.rope_type: only 'default' is implemented")
-        inner = inner.get("full_attention") or {}
     values["rope_theta"] = _theta("rope_theta", fields, inner, family, problems)
     groups = {"rope_scaling": fields.get("rope_scaling"), "rope_parameters": inner}
     scalings = {name: _scaling(name, group, problems) for name, group in groups.items() if group}
@@ -229,16 +218,13 @@ def _scaling(name: str, group: Any, problems: list[str]) -> RopeScaling | None:
         problems.append(f"{name} = {group!r} is not a group of fields")
         return None
     kind = str(group.get("rope_type", group.get("type", "(missing)" if name == "rope_scaling" else "default")))
-    if kind != "default" and kind not in _SCALED:
-        problems.append(f"{name}.rope_type: " + unknown("scaling", kind, ["default", *_SCALED]))
+    if kind not in _SCALINGS:
+        problems.append(f"{name}.rope_type: " + unknown("scaling", kind, _SCALINGS))
         return None
-    names = _SCALED.get(kind, {})
-    neutral = {"partial_rotary_factor": 1.0, "attention_factor": None}
+    names, neutral = _SCALINGS[kind], {"partial_rotary_factor": 1.0, "attention_factor": None}
     for key, value in group.items():
         if key not in ("rope_type", "type", "rope_theta", *names) and neutral.get(key, ...) != value:
             problems.append(f"{name}.{key} = {value!r} is not implemented for rope_type {kind!r}")
     wrong = [key for key in names if not isinstance(group.get(key), int | float)]
     problems += [f"{name}.{key} = {group.get(key)!r} must be a number" for key in wrong]
-    if kind == "default" or wrong:
-        return None
-    return RopeScaling(kind, **{ours: group[theirs] for theirs, ours in names.items()})
+    return None if wrong or not names else RopeScaling(kind, *(group[key] for key in names))

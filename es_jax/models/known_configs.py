@@ -1,7 +1,6 @@
 """The shapes of well-known models, as their published config.json files give them, for planning without the hub.
 
-Loading never uses this table: weights come with their own config. Sources: config.json of the repositories of those
-names on huggingface.co; the instruction-tuned model of each size has the shape of the base model.
+Loading never uses them. Sources: config.json of the repositories of those names on huggingface.co.
 """
 
 from typing import Any
@@ -28,9 +27,5 @@ PUBLISHED = {
 
 
 def published(name: str) -> TransformerConfig | None:
-    """The shape of a hub name, with or without "-Instruct"; None for one that is not in the table.
-
-    >>> published("Qwen/Qwen2.5-7B-Instruct").layers
-    28
-    """
+    """The shape of a hub name, with or without "-Instruct"; None for one that is not in the table."""
     return PUBLISHED.get(name.removesuffix("-Instruct"))

@@ -5,7 +5,7 @@ positions and the softmax are float32; what passes between layers is in the comp
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import struct
+from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from es_jax.core.chunked_map import block_length, in_blocks
@@ -22,6 +23,7 @@ from es_jax.models.rope import Angles, rotate
 INIT_STD = 0.02
 QUERIES = 64  # of a block of attention, at least
 MASKED = -1e30  # finite: a query that may attend nothing gets a mean of the values, not NaN
+Stream = Float[Array, "B T D"]  # the residual stream
 KV = tuple[Array, Array]  # keys [B, KH, hd, S] and values [B, KH, S, hd]; B = 1 where all rows share them
 Masks = tuple[Bool[Array, "B T _"], ...]  # who attends whom, for each of the pieces attended
 
@@ -36,17 +38,14 @@ class Transposed:
 def linear(
     x: Float[Array, "*b D"], kernel: Any, bias: Float[Array, " F"] | None = None, *, accumulated: bool = False
 ) -> Float[Array, "*b F"]:
-    """x @ kernel (+ bias): the only place where activations meet a kernel [D, F]. Accumulates in float32.
+    """x @ kernel (+ bias): the only place where activations meet a kernel [D, F], which may be `Transposed`.
 
-    The result has x's dtype, or with `accumulated` the accumulator's, float32. A kernel may be `Transposed`.
-
-    >>> linear(jnp.ones((2, 3)), jnp.ones((3, 4)), jnp.ones(4)).tolist()[0]
-    [4.0, 4.0, 4.0, 4.0]
+    The result has x's dtype, or with `accumulated` the accumulator's, float32.
     """
     axis = 0
     if isinstance(kernel, Transposed):  # tied to x, since XLA would turn it round once ahead of a loop
-        (x, kernel), axis = jax.lax.optimization_barrier((x, kernel.held)), 1
-    y = jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (axis,)), ((), ())), preferred_element_type=jnp.float32)
+        (x, kernel), axis = lax.optimization_barrier((x, kernel.held)), 1
+    y = lax.dot_general(x, kernel, (((x.ndim - 1,), (axis,)), ((), ())), preferred_element_type=jnp.float32)
     if bias is not None:
         y = y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape)
     return y if accumulated else y.astype(x.dtype)
@@ -67,9 +66,9 @@ def attend(
 ) -> Float[Array, "B T H hd"]:
     """Softmax attention over the keys and values of all pieces together.
 
-    Each run of H/KH query heads shares one key/value head, which is never repeated, and a piece with B = 1 is shared by
-    all rows. Scores are products times `scale`, soft-capped at `cap`, and made for a block of queries at a time, so
-    that [B, H, T, S] of a long prompt is never held. Source of the grouping: Ainslie et al. 2023, arXiv 2305.13245.
+    Each run of H/KH query heads shares one key/value head, which is never repeated (Ainslie et al. 2023, arXiv
+    2305.13245), and a piece with B = 1 is shared by all rows. Scores are products times `scale`, soft-capped at `cap`,
+    and made for a block of queries at a time, so that [B, H, T, S] of a long prompt is never in memory.
     """
     scores = len(q) * q.shape[2] * sum(mask.shape[2] for mask in masks)
     block = block_length(4 * scores, multiple=QUERIES)  # four: about as many arrays of that size are made of them
@@ -77,7 +76,6 @@ def attend(
 
 
 def _attended(q: Array, *masks: Array, pieces: Sequence[KV], scale: float, cap: float | None) -> Array:
-    """`attend`, of so many queries at once."""
     batch, length, heads, head_dim = q.shape
     kv_heads = pieces[0][0].shape[1]
     grouped = (batch, kv_heads, heads // kv_heads, length)
@@ -96,21 +94,18 @@ def _attended(q: Array, *masks: Array, pieces: Sequence[KV], scale: float, cap: 
 
 
 def _product(x: Float[Array, "B KH M a"], y: Float[Array, "_ KH a c"]) -> Float[Array, "B KH M c"]:
-    """x @ y for every row and head, accumulated in float32; with one y for all rows, theirs are multiplied together.
+    """x @ y for every row and head; with one y for all rows, theirs are multiplied together.
 
     Written out, since einsum may choose an order of the operands in which CPUs are six times slower.
     """
     if len(y) == 1 < len(x):
         contract = (((3,), (1,)), ((1,), (0,)))
-        return jax.lax.dot_general(x, y[0], contract, preferred_element_type=jnp.float32).transpose(1, 0, 2, 3)
-    return jax.lax.dot_general(x, y, (((3,), (2,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
+        return lax.dot_general(x, y[0], contract, preferred_element_type=jnp.float32).transpose(1, 0, 2, 3)
+    return lax.dot_general(x, y, (((3,), (2,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * scale over the last axis, in float32; times 1 + scale where the config's norms are so.
-
-    Source: Zhang and Sennrich 2019, arXiv 1910.07467.
-    """
+    """x / rms(x) * scale, or * (1 + scale), over the last axis (Zhang and Sennrich 2019, arXiv 1910.07467)."""
 
     config: TransformerConfig
 
@@ -119,7 +114,7 @@ class RMSNorm(nn.Module):
         offset = 1.0 if self.config.norm_plus_one else 0.0
         scale = self.param("scale", nn.initializers.constant(1.0 - offset), (x.shape[-1],)).astype(jnp.float32)
         wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.config.norm_eps)
+        wide = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.config.norm_eps)
         return (wide * jnp.broadcast_to(scale + offset, wide.shape)).astype(x.dtype)
 
 
@@ -130,48 +125,43 @@ class Linear(nn.Module):
     use_bias: bool = False
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
-        kernel = self._weight("kernel", nn.initializers.normal(INIT_STD), (x.shape[-1], self.features))
-        bias = self._weight("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
-        return linear(x, kernel, bias)
-
-    def _weight(self, name: str, init: Callable[..., Array], shape: tuple[int, ...]) -> Any:
-        # Read as it is, without Linen's shape check: a kernel may be any leaf that `linear` understands.
-        if self.has_variable("params", name):
-            return self.get_variable("params", name)
-        return self.param(name, init, shape)
+    def __call__(self, x: Stream) -> Float[Array, "B T F"]:
+        kernel: Any = self.get_variable("params", "kernel")  # a `Transposed` one is not what `param` allows
+        if kernel is None:
+            kernel = self.param("kernel", nn.initializers.normal(INIT_STD), (x.shape[-1], self.features))
+        return linear(x, kernel, self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None)
 
 
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions. Gives the output, and the cache with the new keys and values.
 
-    `held` is the past, piece by piece, and last the cache, written from place `index` on. Without a cache it is empty.
+    `attended` is the past, piece by piece, and last the cache, written from place `index` on; () without a cache.
     """
 
     config: TransformerConfig
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], angles: Angles, masks: Masks, held: Sequence[KV], index: Array | int
-    ) -> tuple[Float[Array, "B T D"], KV | None]:
+        self, x: Stream, angles: Angles, masks: Masks, attended: Sequence[KV], index: Array | int
+    ) -> tuple[Stream, KV | None]:
         c = self.config
 
-        def project(name: str, heads: int, *, turn: bool) -> Array:
+        def project(name: str, heads: int, *, turn: bool = True) -> Array:
             y = Linear(heads * c.head_dim, use_bias=c.qkv_bias, name=name)(x).reshape(*x.shape[:2], heads, c.head_dim)
             if turn and c.qk_norm:
                 y = RMSNorm(c, name=f"{name}_norm")(y)
             return rotate(y, angles) if turn else y
 
-        q, k = project("q", c.heads, turn=True), project("k", c.kv_heads, turn=True)
-        v = project("v", c.kv_heads, turn=False)
+        q, k, v = project("q", c.heads), project("k", c.kv_heads), project("v", c.kv_heads, turn=False)
         k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
-        if held:
-            old_k, old_v = held[-1]
-            k = jax.lax.dynamic_update_slice(old_k, k, (0, 0, 0, index))
-            v = jax.lax.dynamic_update_slice(old_v, v, (0, 0, index, 0))
+        if attended:
+            old_k, old_v = attended[-1]
+            k = lax.dynamic_update_slice(old_k, k, (0, 0, 0, index))
+            v = lax.dynamic_update_slice(old_v, v, (0, 0, index, 0))
         scale = (c.query_pre_attn_scalar or c.head_dim) ** -0.5
-        mixed = attend(q, [*held[:-1], (k, v)], masks=masks, scale=scale, cap=c.attn_softcap)
-        return Linear(c.width, name="o")(mixed.reshape(*x.shape[:2], c.heads * c.head_dim)), (k, v) if held else None
+        mixed = attend(q, [*attended[:-1], (k, v)], masks=masks, scale=scale, cap=c.attn_softcap)
+        out = Linear(c.width, name="o")(mixed.reshape(*x.shape[:2], c.heads * c.head_dim))
+        return out, (k, v) if attended else None
 
 
 class MLP(nn.Module):
@@ -180,11 +170,11 @@ class MLP(nn.Module):
     config: TransformerConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        act = jax.nn.silu if self.config.activation == "silu" else jax.nn.gelu  # gelu: the tanh approximation
-        gate = Linear(self.config.mlp_dim, name="gate")(x)
-        up = Linear(self.config.mlp_dim, name="up")(x)
-        return Linear(self.config.width, name="down")(act(gate) * up)
+    def __call__(self, x: Stream) -> Stream:
+        c = self.config
+        act = jax.nn.silu if c.activation == "silu" else jax.nn.gelu  # gelu: the tanh approximation
+        gate, up = Linear(c.mlp_dim, name="gate")(x), Linear(c.mlp_dim, name="up")(x)
+        return Linear(c.width, name="down")(act(gate) * up)
 
 
 class Block(nn.Module):
@@ -194,12 +184,10 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], angles: Angles, masks: Masks, held: Sequence[KV], index: Array | int
-    ) -> tuple[Float[Array, "B T D"], KV | None]:
-        c = self.config
-
-        norm = functools.partial(RMSNorm, c)
-        mixed, kv = Attention(c, name="attn")(norm(name="attn_norm")(x), angles, masks, held, index)
+        self, x: Stream, angles: Angles, masks: Masks, attended: Sequence[KV], index: Array | int
+    ) -> tuple[Stream, KV | None]:
+        c, norm = self.config, functools.partial(RMSNorm, self.config)
+        mixed, kv = Attention(c, name="attn")(norm(name="attn_norm")(x), angles, masks, attended, index)
         x = x + (norm(name="attn_post_norm")(mixed) if c.post_norms else mixed)
         y = MLP(c, name="mlp")(norm(name="mlp_norm")(x))
         return x + (norm(name="mlp_post_norm")(y) if c.post_norms else y), kv

@@ -7,34 +7,27 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from es_jax.models.config import RopeScaling, TransformerConfig
+from es_jax.models.config import TransformerConfig
 
 Angles = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]
 
 
 def rope_frequencies(config: TransformerConfig, *, local: bool = False) -> np.ndarray:
-    """Radians per position of each pair, float32 [head_dim/2]; `local`: of the layers with a sliding window.
-
-    >>> config = TransformerConfig(family="llama", vocab_size=8, width=8, layers=1, heads=1, kv_heads=1, head_dim=4,
-    ...                            mlp_dim=8, rope_scaling=RopeScaling("linear", factor=4.0))
-    >>> rope_frequencies(config).tolist()
-    [0.25, 0.0024999999441206455]
-    """
+    """Radians per position of each pair, float32 [head_dim/2]; `local`: of the layers with a sliding window."""
     separate = local and config.local_rope_theta is not None
     theta = config.local_rope_theta if separate else config.rope_theta
     exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
     plain = np.float32(1) / np.float32(theta) ** exponent
-    return plain if separate or config.rope_scaling is None else _scaled(plain, config.rope_scaling)
-
-
-def _scaled(plain: np.ndarray, scaling: RopeScaling) -> np.ndarray:
+    scaling = None if separate else config.rope_scaling
+    if scaling is None:
+        return plain
     low = plain / np.float32(scaling.factor)
     if scaling.kind == "linear":
         return low
     turns = scaling.original_positions * plain.astype(np.float64) / (2 * np.pi)  # within the first context
-    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    kept = np.clip(kept, 0, 1).astype(np.float32)
-    return (1 - kept) * low + kept * plain
+    share = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    share = np.clip(share, 0, 1).astype(np.float32)  # of the plain frequency
+    return (1 - share) * low + share * plain
 
 
 def rope_angles(positions: Int[Array, "B T"], frequencies: np.ndarray) -> Angles:

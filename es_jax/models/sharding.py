@@ -60,20 +60,9 @@ def check_heads(config: TransformerConfig, model: int) -> None:
 def members_spread(config: TransformerConfig, devices: int, *, member_bytes: int, memory: int | None) -> int:
     """How many devices should share a member: the fewest with room for it, a power of two.
 
-    Args:
-      config: of the model; its heads, MLP and vocabulary must divide.
-      devices: how many there are; the answer divides them.
-      member_bytes: of one member's weights in the compute dtype.
-      memory: bytes of one device; None where that is not known, as on CPU.
-
-    Returns:
-      The least 1, 2, 4, … that leaves two thirds of a device for the rest: master weights, anchor and cache. Where
-      none does, the largest that divides.
-
-    >>> config = TransformerConfig(family="llama", vocab_size=32, width=16, layers=2, heads=4, kv_heads=2,
-    ...                            head_dim=8, mlp_dim=24)
-    >>> members_spread(config, 8, member_bytes=900, memory=1000)
-    2
+    The least 1, 2, 4, … that divides the devices, heads, MLP and vocabulary, and leaves two thirds of a device for the
+    rest: master weights, anchor and cache. Where none does, the largest that divides. `member_bytes`: of one member's
+    weights in the compute dtype. `memory`: bytes of one device; None where that is not known, as on CPU.
     """
     spread = 1
     sizes = (devices, config.heads, config.kv_heads, config.mlp_dim, config.vocab_size)

@@ -16,10 +16,11 @@ from jaxtyping import Array, Float, Int
 from es_jax.core.tree import map_named, named_leaves
 from es_jax.models.cache import KVCache, Past, attention_mask
 from es_jax.models.config import TransformerConfig
-from es_jax.models.layers import INIT_STD, KV, Block, Masks, RMSNorm, Transposed, linear, softcap
+from es_jax.models.layers import INIT_STD, KV, Block, Masks, RMSNorm, Stream, Transposed, linear, softcap
 from es_jax.models.rope import Angles, rope_angles, rope_frequencies
 
 Params = dict[str, Any]
+PerToken = Int[Array, "B T"]  # ids or positions
 View = tuple[Angles, Masks]  # what a layer knows of positions: how far they turn, who sees whom
 
 
@@ -69,9 +70,9 @@ class Transformer:
     def apply(
         self,
         params: Params,
-        tokens: Int[Array, "B T"],
+        tokens: PerToken,
         *,
-        positions: Int[Array, "B T"] | None = None,
+        positions: PerToken | None = None,
         cache: KVCache | None = None,
         logits_at: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B T V"] | Float[Array, "B V"], KVCache | None]:
@@ -92,26 +93,26 @@ class Transformer:
     def hidden(
         self,
         params: Params,
-        tokens: Int[Array, "B T"],
+        tokens: PerToken,
         *,
-        positions: Int[Array, "B T"] | None = None,
+        positions: PerToken | None = None,
         cache: KVCache | None = None,
         around: Callable[[Callable], Callable] | None = None,
-    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+    ) -> tuple[Stream, KVCache | None]:
         """The residual stream after the last layer and the final norm, and the cache; see `apply`.
 
-        `around` is given the function of a layer, (x, layer, view, kv) → (x, kv), and makes the one that runs in its
-        place: one that is computed again for its gradient, or one that gathers the layer's weights first.
+        `around` makes of the function of a layer, (x, layer, view, kv) → (x, kv), the one that runs in its place: one
+        that is computed again for its gradient, or one that gathers the layer's weights first.
         """
         if positions is None:
             if cache is not None:
                 raise ValueError("positions = None with a cache: give the position of every token [B, T]")
             positions = _count_up(tokens)
-        pieces: list[Past] = []  # what holds keys and values: the past, and last the cache
+        pieces: list[Past] = []  # the past, and last the cache
         index: Array | int = 0
         unrolled = isinstance(params["layers"], list | tuple)
         if cache is not None:
-            if cache.stacked == unrolled:
+            if isinstance(cache.k, tuple) != unrolled:
                 raise ValueError(
                     f"{'unstacked' if unrolled else 'stacked'} layers need KVCache.empty(..., stacked={not unrolled}), "
                     f"this cache is {'stacked' if unrolled else 'per layer'}"
@@ -128,7 +129,7 @@ class Transformer:
         normed: Any = RMSNorm(self.config).apply({"params": params["final_norm"]}, x)
         return normed, cache
 
-    def trace(self, params: Params, tokens: Int[Array, "B T"]) -> list[Float[Array, "B T D"]]:
+    def trace(self, params: Params, tokens: PerToken) -> list[Stream]:
         """The residual stream before the first layer and after each, L + 1 arrays, without the final norm."""
         positions = _count_up(tokens)
         views = _views(self.config, positions, [positions])
@@ -142,12 +143,12 @@ class Transformer:
         stacked, dtype = not isinstance(params["layers"], list | tuple), params["embed"]["embedding"].dtype
         return KVCache.empty(self.config, rows, length=length, dtype=dtype, stacked=stacked, past=past)
 
-    def _embed(self, params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    def _embed(self, params: Params, tokens: PerToken) -> Stream:
         x = jnp.take(params["embed"]["embedding"], tokens, axis=0, mode="clip")
         return x * jnp.asarray(self.config.width**0.5, x.dtype) if self.config.scale_embeddings else x
 
-    def _block(self, x: Array, layer: Params, view: View, held: Sequence[KV], index: Array | int = 0) -> Any:
-        return Block(self.config).apply({"params": layer}, x, *view, held, index)
+    def _block(self, x: Array, layer: Params, view: View, attended: Sequence[KV], index: Array | int = 0) -> Any:
+        return Block(self.config).apply({"params": layer}, x, *view, attended, index)
 
     # The layers, one after another: x, and the keys and values of the cache where there is one.
     def _scanned(self, block: Any, x: Array, layers: Params, views: dict, pieces: list[Any]) -> tuple[Array, Any]:
@@ -157,8 +158,8 @@ class Transformer:
             stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *views.values())
 
         def step(x: Array, xs: Any) -> Any:
-            layer, kind, held = xs
-            return block(x, layer, stacked if kind is None else jax.tree.map(lambda leaf: leaf[kind], stacked), held)
+            layer, kind, kv = xs
+            return block(x, layer, stacked if kind is None else jax.tree.map(lambda leaf: leaf[kind], stacked), kv)
 
         return jax.lax.scan(step, x, (layers, kinds, pieces))
 
@@ -169,7 +170,7 @@ class Transformer:
             pairs.append(kv)
         return x, tuple(zip(*pairs, strict=True)) if pieces else None
 
-    def logits(self, params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+    def logits(self, params: Params, hidden: Stream) -> Float[Array, "B T V"]:
         """The output head applied to `hidden`'s result: float32 logits."""
         if not self.config.tied_embeddings:
             logits = linear(hidden, params["head"]["kernel"], accumulated=True)
@@ -181,18 +182,13 @@ class Transformer:
         return softcap(logits, self.config.final_softcap)
 
 
-def _count_up(tokens: Array) -> Int[Array, "B T"]:
+def _count_up(tokens: Array) -> PerToken:
     """The positions 0..T-1 of every row."""
     return jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
 
 
 def unstack_layers(params: Params) -> Params:
-    """The same tree with `layers` as a tuple of L per-layer trees; inside jit the slices are made once.
-
-    >>> tree = unstack_layers({"layers": {"norm": jnp.ones((2, 4))}})
-    >>> len(tree["layers"]), tree["layers"][0]["norm"].shape
-    (2, (4,))
-    """
+    """The same tree with `layers` as a tuple of L per-layer trees; inside jit the slices are made once."""
     stacked = params["layers"]
     if isinstance(stacked, list | tuple):
         return params
@@ -201,11 +197,7 @@ def unstack_layers(params: Params) -> Params:
 
 
 def transpose_kernels(params: Params, *, itemsize: int) -> Params:
-    """The same tree, of whatever layers, with every kernel of numbers of so many bytes `Transposed`.
-
-    >>> transpose_kernels({"head": {"kernel": jnp.ones((2, 4))}}, itemsize=4)["head"]["kernel"].held.shape
-    (4, 2)
-    """
+    """The same tree, of whatever layers, with every kernel of numbers of so many bytes `Transposed`."""
 
     def transpose(name: str, leaf: Array) -> Any:
         wanted = name.endswith("kernel") and leaf.dtype.itemsize == itemsize
@@ -222,12 +214,7 @@ def param_shapes(config: TransformerConfig) -> Mapping[str, tuple[int, ...]]:
 
 
 def matrix_weights(config: TransformerConfig) -> tuple[int, int]:
-    """Weights that multiply every token's activations: in the layers, and in the output head.
-
-    >>> matrix_weights(TransformerConfig(family="llama", vocab_size=10, width=4, layers=2, heads=1, kv_heads=1,
-    ...                                  head_dim=4, mlp_dim=8))
-    (320, 40)
-    """
+    """Weights that multiply every token's activations: in the layers, and in the output head."""
     shapes = param_shapes(config).items()
     layers = sum(math.prod(shape) for name, shape in shapes if name.startswith("layers/") and name.endswith("kernel"))
     return layers, config.width * config.vocab_size

@@ -19,8 +19,8 @@ from es_jax.core import rng
 from es_jax.core.chunked_map import ceil_div
 from es_jax.core.mesh import MODEL, over_pop, replicated
 from es_jax.es.population import Members
+from es_jax.generate.decode_spec import LoopSizes
 from es_jax.generate.engine import Engine
-from es_jax.generate.loop_sizes import LoopSizes
 from es_jax.generate.prompts import WIDTH_STEP, Prompts
 from es_jax.models.config import TransformerConfig
 from es_jax.models.known_configs import PUBLISHED, published

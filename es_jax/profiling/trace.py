@@ -1,6 +1,6 @@
 """Traces of steps, and what they tell that the host's clock cannot: prefill apart from decode, which are one program.
 
-The operations of prefill carry the scope `fill` of `es_jax.generate.loop_sizes`. Read from traces of CPUs (jax 0.10);
+The operations of prefill carry the scope `fill` of `es_jax.generate.decode_spec`. Read from traces of CPUs (jax 0.10);
 not yet run on a trace of a TPU or GPU. Estimate and optimizer cannot be told apart so: XLA fuses the two (dev/LOG.md),
 and `State.estimate_seconds` times the estimate alone.
 """
@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from jax.profiler import ProfileData
 
-from es_jax.generate.loop_sizes import FILL
+from es_jax.generate.decode_spec import FILL
 from es_jax.profiling.clock import columns
 
 PROGRAMS = {"_perturb": "perturb", "_decode": "decode", "rollout": "decode", "update": "update"}  # names of jit → part

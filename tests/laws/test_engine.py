@@ -12,8 +12,8 @@ from jax.sharding import PartitionSpec
 from es_jax.core import rng
 from es_jax.core.mesh import make_mesh
 from es_jax.es.population import Population
+from es_jax.generate.decode_spec import CHUNK
 from es_jax.generate.engine import Engine, Generation
-from es_jax.generate.loop_sizes import CHUNK
 from es_jax.generate.prompts import Packing
 from es_jax.generate.sampling import Greedy, Temperature, TopK, TopP
 from es_jax.generate.score import score_tokens
