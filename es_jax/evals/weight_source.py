@@ -33,15 +33,13 @@ class WeightSource:
 
     Attributes:
       name: for messages.
-      marks: what tells its weights of the first so many steps from those of other sources, by name, as JSON has it;
-        "base" is a digest of step 0.
+      marks: what tells its weights of the first so many steps from those of other sources; "base" is of step 0.
       config: of the run; of a model, the defaults with its source.
       model: the base model without weights.
-      last: the last step there is.
       base: makes the base model's weights.
       weights: the weights of ascending steps; copy what is kept, the next step reuses their memory.
       predicted: ‖θ_t − θ₀‖ in exact arithmetic by step, up to a last step and from given θ₀, where theory knows it.
-      sigma: σ of a step ≥ 1; None where weights were not perturbed, or it is not known.
+      sigma: σ of a step ≥ 1, where it is known.
     """
 
     name: str
@@ -64,34 +62,39 @@ def is_run(path: Path) -> bool:
 
 
 def of_run(workdir: Path, mesh: Mesh) -> WeightSource:
-    """A run's steps; nothing in its directory is changed.
-
-    Raises:
-      ValueError, OSError: no run there, a damaged one, or base weights that are not the run's.
-    """
-    config, log = read_config(workdir), SeedLog(workdir, writable=False)
+    """A run's steps; nothing in its directory is changed."""
+    config, entries = read_config(workdir), SeedLog(workdir, writable=False).entries
     model = load_outline(config.model.source)
     directory.check_base(workdir, config.model.source, model.digest)
     perturbs = METHODS[config.method].perturbs
 
+    def marks(steps: int) -> dict[str, Any]:
+        """A longer run keeps its marks of the first steps; the seed log tells what the fields do not, such as rates
+        that followed a schedule over another number of steps."""
+        steps, facts = min(steps, len(entries)), directory.read(workdir)
+        lines = (workdir / NAME).read_bytes().splitlines()[:steps] if steps else []
+        named = {name: facts[name][:SHORT] for name in ("rows", "compute_dtype", "anchor_digest") if name in facts}
+        log = hashlib.sha256(b"\n".join(lines)).hexdigest()[:SHORT]
+        return {"base": model.digest[:SHORT]} | _fields(config) | named | {"steps": steps, "seedlog": log}
+
     def predicted(last: int, start: Any) -> dict[int, float | None]:
         offset = drift(start, load_anchor(config, mesh, start))["norm"] if config.optim.anchor.source else 0.0
         walk, norms = Walk(config, count(start), offset=offset), {}
-        for entry in log.entries[:last] if perturbs else ():
+        for entry in entries[:last] if perturbs else ():
             walk.add(entry)
             norms[entry.step] = walk.norm
         return norms
 
     return WeightSource(
         name=f"the run {workdir}",
-        marks=lambda steps: _marks_of_run(workdir, config, model.digest, min(steps, len(log.entries))),
+        marks=marks,
         config=config,
         model=model,
-        last=len(log.entries),
+        last=len(entries),
         base=lambda: load_base(config, mesh).params,
         weights=lambda steps: weights_at(workdir, steps, mesh=mesh),
         predicted=predicted,
-        sigma=lambda step: config.logged_rates(log.entries[step - 1]).sigma if perturbs else None,
+        sigma=lambda step: config.logged_rates(entries[step - 1]).sigma if perturbs else None,
     )
 
 
@@ -103,25 +106,9 @@ def _fields(config: RunConfig) -> dict[str, Any]:
 DEFAULTS = _fields(RunConfig())  # of what a mark from before a field was there lacks
 
 
-def _marks_of_run(workdir: Path, config: RunConfig, base: str, steps: int) -> dict[str, Any]:
-    """A longer run keeps its marks of the first steps; the seed log tells what the fields do not, such as rates that
-    followed a schedule over another number of steps."""
-    lines = (workdir / NAME).read_bytes().splitlines()[:steps] if steps else []
-    facts = directory.read(workdir)
-    named = {name: facts[name][:SHORT] for name in ("rows", "compute_dtype", "anchor_digest") if name in facts}
-    log = hashlib.sha256(b"\n".join(lines)).hexdigest()[:SHORT]
-    return {"base": base[:SHORT]} | _fields(config) | named | {"steps": steps, "seedlog": log}
-
-
 def of_model(source: str, base: str | None, mesh: Mesh) -> WeightSource:
-    """A model, as step 1 beside its base model as step 0; without a base model it is step 0 itself.
-
-    Args:
-      source, base: folders, .gguf files or hub names.
-
-    Raises:
-      ValueError: the two have different shapes or vocabularies.
-    """
+    """A model as step 1, beside its base model as step 0; without a base model it is step 0 itself. Raises ValueError
+    where the two have different shapes or vocabularies."""
     first, second = (RunConfig(model=ModelConfig(source=name)) for name in (base or source, source))
     model, other = load_outline(first.model.source), load_outline(source)
     if model.config != other.config or model.tokenizer.get_vocab() != other.tokenizer.get_vocab():
