@@ -115,15 +115,11 @@ class EvalsFile:
     """The evaluations of one task, a row a step.
 
     The results of single rows stand in evals/verdicts/<task>.jsonl: with those of step 0, of the base model, later
-    steps are compared row by row. Rows are appended as they come; `read_evals` puts them in order.
-
-    Args:
-      folder: the run's evals/.
-      task: its name.
-      last_step: rows of later steps, which did not finish, are dropped.
+    steps are compared row by row. Rows are appended as they come; `read_evals` puts them in order. Rows of steps after
+    `last_step`, which did not finish, are dropped.
 
     Attributes:
-      last: the row of the latest step; None when there is none.
+      last: the row of the latest step, if there is one.
       steps: the steps that are evaluated.
     """
 
@@ -148,20 +144,18 @@ class EvalsFile:
                 )
 
     def add(self, step: int, results: RowResults, *, digest: str, max_new_tokens: int) -> dict[str, Any]:
-        """Write a step's row, and give it back."""
-        base = results if step == 0 else self._base(digest, max_new_tokens)
+        """Write a step's row, and return it."""
+        base: RowResults | None = results
+        if step:
+            rows = read_jsonl(self._results.path)
+            same = (row for row in rows if (row["step"], row["rows"], row["max_new"]) == (0, digest, max_new_tokens))
+            base = next(map(RowResults.from_json, same), None)
         facts = {"max_new": max_new_tokens, "rows": digest}
         row = summary(step, results, base) | facts
         self._results.write({"step": step, **facts, **results.to_json()})
         self._rows.write(row)
         self.last = row if self.last is None or step >= self.last["step"] else self.last
         return row
-
-    def _base(self, digest: str, max_new_tokens: int) -> RowResults | None:
-        for row in read_jsonl(self._results.path):
-            if (row["step"], row["rows"], row["max_new"]) == (0, digest, max_new_tokens):
-                return RowResults.from_json(row)
-        return None
 
 
 def read_evals(path: Path) -> list[dict[str, Any]]:
