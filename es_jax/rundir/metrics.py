@@ -34,28 +34,25 @@ class Jsonl:
         if processes.first() and content.split(b"\n")[len(rows) :] != [b""]:
             partial = path.with_suffix(".tmp")
             with writing(path):
-                partial.write_text("".join(_line(row) for row in rows))
+                partial.write_text("".join(map(_line, rows)))
                 os.replace(partial, path)
 
     def write(self, *rows: dict[str, Any]) -> None:
         if processes.first():
             with writing(self.path), open(self.path, "a") as file:
-                file.writelines(_line(row) for row in rows)
+                file.writelines(map(_line, rows))
         self.steps |= {row["step"] for row in rows}
 
 
 def _line(row: dict[str, Any]) -> str:
-    """One row of JSON; NaN and infinity, which JSON has not, as null."""
+    """A row as JSON; NaN and infinity are null, for JSON does not have them."""
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
     return json.dumps(finite, allow_nan=False) + "\n"
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file, without a last line that a crash cut short; [] when there is no file.
-
-    Raises:
-      ValueError: a damaged line, which is named.
-    """
+    """The rows of a file, without a last line that a crash cut short; [] when there is no file. Raises ValueError for
+    a damaged line, which is named."""
     if not Path(path).exists():
         return []
     rows = []
@@ -68,10 +65,9 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 class Metrics:
-    """metrics.jsonl and TensorBoard, the same numbers in both.
+    """metrics.jsonl and TensorBoard, the same numbers in both. Of several processes the first one writes.
 
-    Events are written by the caller's thread: the usual writer has its own, which dies of a full disk unheard. Of
-    several processes the first one writes.
+    Events are written by the caller's thread: the usual writer has its own, which dies of a full disk unheard.
     """
 
     def __init__(self, workdir: Path, *, last_step: int):
@@ -107,12 +103,12 @@ class Metrics:
 
 
 class Progress:
-    """A bar over the units of all steps, and a line for a step at most every `every` seconds.
+    """A bar over the units of all steps, and a line for a step at most every two seconds.
 
     `unit`: what a step is counted in, and how many it has: ("member", 30).
     """
 
-    def __init__(self, *, steps: int, done: int, unit: tuple[str, int], every: float = 2.0):
+    def __init__(self, *, steps: int, done: int, unit: tuple[str, int]):
         name, each = unit
         self._bar = tqdm(
             total=steps * each,
@@ -122,11 +118,9 @@ class Progress:
             dynamic_ncols=True,
             disable=not processes.first(),
         )
-        self._steps, self._every, self._last = steps, every, 0.0
-        self._start, self._done = time.monotonic(), done
+        self._steps, self._done, self._start, self._last = steps, done, time.monotonic(), 0.0
 
     def advance(self, n: int) -> None:
-        """n more units are done."""
         self._bar.update(n)
 
     def step(self, row: dict[str, Any]) -> None:
@@ -134,7 +128,7 @@ class Progress:
         if "seconds_to_first_step" in row:
             first = f"first step done {row['seconds_to_first_step']:.1f} s after the start"
             self.say(f"{first}, with loading, compiling and any evaluation before it")
-        if now - self._last < self._every and step < self._steps:
+        if now - self._last < 2 and step < self._steps:
             return
         self._last = now
         eta = (now - self._start) / max(step - self._done, 1) * (self._steps - step)

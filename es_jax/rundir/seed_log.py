@@ -21,7 +21,6 @@ class Entry:
     """What led from the weights of step − 1 to those of `step`, with the run's config.
 
     Attributes:
-      step: 1, 2, …
       seeds, signs, paired: the members, as in `Members`.
       rewards: [N] as scored, before shaping; None for one that was not finite.
       weights: [N] float32 as the estimate used them; JSON carries them exactly.
@@ -40,13 +39,7 @@ class Entry:
 
     @classmethod
     def of(
-        cls,
-        step: int,
-        members: Members,
-        *,
-        rewards: np.ndarray,
-        weights: np.ndarray,
-        rates: Iterable[float] = (),
+        cls, step: int, members: Members, *, rewards: np.ndarray, weights: np.ndarray, rates: Iterable[float] = ()
     ) -> "Entry":
         """`rates`: α, σ and λ of the step, for methods that have them."""
         seeds, signs = np.asarray(members.seed).tolist(), np.asarray(members.sign).astype(int).tolist()
@@ -76,19 +69,16 @@ class SeedLog:
     def append(self, entry: Entry) -> None:
         """Write the step's line and force it to disk; of several processes the first one does."""
         if processes.first():
-            self._write(json.dumps(dataclasses.asdict(entry)).encode() + b"\n")
+            with writing(self.path), open(self.path, "ab") as file:
+                before = file.tell()
+                try:
+                    file.write(json.dumps(dataclasses.asdict(entry)).encode() + b"\n")
+                    file.flush()
+                    os.fsync(file.fileno())
+                except OSError:
+                    os.ftruncate(file.fileno(), before)
+                    raise
         self.entries.append(entry)
-
-    def _write(self, line: bytes) -> None:
-        with writing(self.path), open(self.path, "ab") as file:
-            before = file.tell()
-            try:
-                file.write(line)
-                file.flush()
-                os.fsync(file.fileno())
-            except OSError:
-                os.ftruncate(file.fileno(), before)
-                raise
 
     def cut(self, step: int) -> None:
         """Forget the lines after that step: for a method whose steps must be made again from a checkpoint."""
