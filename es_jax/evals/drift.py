@@ -17,7 +17,7 @@ LAYERS = "layers/"  # leaves under it hold one matrix a layer, stacked on their 
 
 
 def drift(base: Any, now: Any, *, sigma: float | None = None, predicted: float | None = None) -> dict[str, Any]:
-    """‖θ − θ₀‖ and what it is made of. A tied embedding is one leaf, so it counts once.
+    """‖θ − θ₀‖ and what it is made of.
 
     Args:
       base, now: θ₀ and θ, trees of one structure; leaves under "layers/" are stacked over the layers.
@@ -61,7 +61,7 @@ def drift(base: Any, now: Any, *, sigma: float | None = None, predicted: float |
 
 
 def warning(row: dict[str, Any]) -> str | None:
-    """What to say where the measured drift is not the predicted one; None where it is, or none is predicted.
+    """What to say where the measured drift is not the predicted one.
 
     >>> warning({"norm": 1.01, "predicted": 1.0, "ratio": 1.01, "step": 5})
     >>> print(warning({"norm": 1.1, "predicted": 1.0, "ratio": 1.1, "step": 5}))

@@ -14,9 +14,8 @@ from tqdm.auto import tqdm
 
 from es_jax.core import processes
 from es_jax.evals import drift as drifts
-from es_jax.evals import provenance
 from es_jax.evals.kl import Continuation, kl, sample
-from es_jax.evals.weight_source import WeightSource, is_run, of_model, of_run
+from es_jax.evals.weight_source import WeightSource, check_folder, claim_folder, is_run, of_model, of_run
 from es_jax.generate.engine import engine_for
 from es_jax.rundir.directory import compilation_cache, write_json
 from es_jax.rundir.metrics import LAST, Jsonl
@@ -187,7 +186,7 @@ class _Evaluation:
         )
         self.evaluator = Evaluator.of(config, self.engine, mesh)
         if processes.first():
-            provenance.check(folder, source)
+            check_folder(folder, source)
         self.files = {test.name: EvalsFile(folder, test.name) for test in self.tests}
         for test in self.tests:
             self.files[test.name].check(digest=test.digest, max_new_tokens=self.max_new_tokens, n=len(test.examples))
@@ -206,7 +205,7 @@ class _Evaluation:
     def run(self) -> dict[str, Any]:
         """Do what is not done, and return the rows of the steps."""
         if processes.first():
-            provenance.claim(self.folder, self.source)
+            claim_folder(self.folder, self.source)
         if self.due:
             total = sum(len(test.examples) for accuracies, _, _ in self.due.values() for test in accuracies)
             total += sum(len(self.kl_inputs[name][0]) for _, kls, _ in self.due.values() for name in kls)

@@ -1,4 +1,7 @@
-"""What is evaluated: a run's steps, rebuilt from checkpoints or the seed log, or a model beside its base model."""
+"""What is evaluated: a run's steps, rebuilt from checkpoints or the seed log, or a model beside its base model.
+
+evals/subject.json tells whose weights the rows of a folder are of, so that rows of two sources are not mixed.
+"""
 
 import dataclasses
 import hashlib
@@ -10,9 +13,11 @@ from typing import Any
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
+from es_jax.core.names import RENAMED
 from es_jax.core.tree import count
 from es_jax.evals.drift import drift
 from es_jax.rundir import directory
+from es_jax.rundir.metrics import read_jsonl
 from es_jax.rundir.seed_log import NAME, SeedLog
 from es_jax.training.config import RunConfig, read_config
 from es_jax.training.fields import ModelConfig
@@ -22,6 +27,7 @@ from es_jax.training.state import load_anchor, load_base
 from es_jax.training.weights_at import weights_at
 from es_jax.weights.model import Model, load_outline
 
+MARKS = "subject.json"  # as in the directories of earlier versions
 SHORT = 16  # characters of a digest
 # What may differ between two runs with the same weights at each step. Digests stand for the paths.
 WITHOUT_MARK = (*directory.CHANGEABLE, "model.source", "task.data_dir", "optim.anchor.source", "evals.")
@@ -125,3 +131,44 @@ def of_model(source: str, base: str | None, mesh: Mesh) -> WeightSource:
         predicted=lambda last, start: {},
         sigma=lambda step: None,
     )
+
+
+def check_folder(folder: Path, source: WeightSource) -> None:
+    """Raises ValueError where the folder's rows are of other weights than the source's.
+
+    A folder without subject.json, of training or of an earlier version, is taken as it is. Rows of step 0 are of the
+    base model: while there are no others, any source with the same base may go on with them.
+    """
+    name, marks = _read_marks(folder)
+    if marks is None:
+        return
+    then, now = DEFAULTS | marks, DEFAULTS | source.marks(marks.get("steps", 0))
+    differing = [field for field in {**then, **now} if then.get(field) != now.get(field)]
+    beyond = any(row["step"] for path in sorted(folder.glob("*.jsonl")) for row in read_jsonl(path))
+    if "base" in differing or (differing and beyond):
+        pairs = [f"{field} {then.get(field)!r} there and {now.get(field)!r} here" for field in differing]
+        raise ValueError(
+            f"{folder} has rows of {name} and this evaluation is of {source.name}, with other weights "
+            f"({'; '.join(pairs[:5])}): use another --out"
+        )
+
+
+def claim_folder(folder: Path, source: WeightSource) -> None:
+    """Write subject.json, unless it tells of the same weights; to call after `check_folder`."""
+    marks = source.marks(source.last)
+    if _read_marks(folder)[1] != marks:
+        directory.write_json(folder / MARKS, {"name": source.name, "marks": marks})
+
+
+def _read_marks(folder: Path) -> tuple[str, dict[str, Any] | None]:
+    """The name and the marks in subject.json, under the fields' names of today; None where there is no such file."""
+    path = folder / MARKS
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return content["name"], {RENAMED.get(name, name): value for name, value in content["marks"].items()}
+    except FileNotFoundError:
+        return "", None
+    except (AttributeError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error!r}): use another --out, or delete it where you know whose rows they are"
+        ) from None
