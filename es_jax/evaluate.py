@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
 def whole_numbers(steps: list[str] | None) -> list[int] | None:
     """The steps of --steps."""
     try:
-        return [int(step) for step in steps] if steps else None
+        return [int(step) for step in steps or ()] or None
     except ValueError:
         text = ",".join(steps or ())
         raise ValueError(f"--steps is {text!r}: give whole numbers with commas, as in --steps=0,50,100") from None

@@ -4,7 +4,6 @@ As published (arXiv 2605.30148): the base model writes one continuation a prompt
 tokens is averaged. Exact: the sum over the vocabulary at the same positions, the former's conditional expectation.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -25,14 +24,6 @@ from es_jax.models.transformer import Transformer
 
 WIDTH = 64  # prompts with continuations are padded to a multiple of this many tokens
 TOKENS = 2**12  # of one forward pass
-
-
-@dataclasses.dataclass(frozen=True)
-class Continuation:
-    """A prompt and what the base model wrote after it, as token ids."""
-
-    prompt: Sequence[int]
-    tokens: Sequence[int]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -73,9 +64,9 @@ def sample(
     slots: int,
     max_new_tokens: int = 256,
     seed: int = 0,
-) -> list[Continuation]:
-    """One continuation of every prompt at temperature 1, of 1..max_new_tokens tokens, the stop token included. Row i of
-    a seed is the same whatever the rows beside it are."""
+) -> list[list[int]]:
+    """One continuation of every prompt at temperature 1: 1 to max_new_tokens token ids, the stop token included. Row i
+    of a seed is the same whatever the rows beside it are."""
     room = config.max_positions - max(map(len, prompts))
     engine = engine_for(
         config,
@@ -86,20 +77,25 @@ def sample(
         sampler=Temperature(1.0),
     )
     tokens, length, _ = engine.generate(base, prompts, key=rng.sampling_key(seed, 0))
-    rows = zip(prompts, np.asarray(tokens), np.asarray(length), strict=True)
-    return [Continuation(list(prompt), row[:n].tolist()) for prompt, row, n in rows]
+    return [row[:n].tolist() for row, n in zip(np.asarray(tokens), np.asarray(length), strict=True)]
 
 
-def kl(config: TransformerConfig, base: Any, now: Any, rows: Sequence[Continuation]) -> dict[str, Any]:
-    """KL(base ‖ now) on the continuations, in nats a token, with standard errors over prompts.
+def kl(
+    config: TransformerConfig,
+    base: Any,
+    now: Any,
+    prompts: Sequence[Sequence[int]],
+    continuations: Sequence[Sequence[int]],
+) -> dict[str, Any]:
+    """KL(base ‖ now) on continuations of the prompts, in nats a token, with standard errors over prompts.
 
     Returns:
       n prompts and how many tokens; kl, kl_se: the published estimate, the mean over prompts of each prompt's mean over
       its tokens; kl_token, kl_token_se: the mean over all tokens (a ratio, its error linearised); kl_exact, … and
       kl_exact_token, …: the same of the sum over the vocabulary. None for the errors of a single prompt.
     """
-    starts = np.array([[len(row.prompt)] for row in rows])
-    lengths = np.array([len(row.tokens) for row in rows])
+    rows = [[*prompt, *ids] for prompt, ids in zip(prompts, continuations, strict=True)]
+    starts, lengths = np.array([[len(ids)] for ids in prompts]), np.array([len(ids) for ids in continuations])
     ends = starts + lengths[:, None]
     width = ceil_div(int(ends.max()), WIDTH) * WIDTH
     count = max(min(TOKENS // width, len(rows)), 1)
@@ -108,7 +104,7 @@ def kl(config: TransformerConfig, base: Any, now: Any, rows: Sequence[Continuati
         batch = slice(first, first + count)
         mask = np.arange(width) < ends[batch]
         tokens = np.zeros(mask.shape, np.int32)
-        tokens[mask] = np.concatenate([[*row.prompt, *row.tokens] for row in rows[batch]])
+        tokens[mask] = np.concatenate(rows[batch])
         absent = ((0, count - len(mask)), (0, 0))  # rows of a last batch that is not full
         estimates = processes.fetch(token_kl(config, base, now, np.pad(tokens, absent), np.pad(mask, absent)))
         written = mask & (np.arange(width) >= starts[batch])

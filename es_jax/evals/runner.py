@@ -14,11 +14,11 @@ from tqdm.auto import tqdm
 
 from es_jax.core import processes
 from es_jax.evals import drift as drifts
-from es_jax.evals.kl import Continuation, kl, sample
+from es_jax.evals.kl import kl, sample
 from es_jax.evals.weight_source import WeightSource, check_folder, claim_folder, is_run, of_model, of_run
 from es_jax.generate.engine import engine_for
 from es_jax.rundir.directory import compilation_cache, write_json
-from es_jax.rundir.metrics import LAST, Jsonl
+from es_jax.rundir.metrics import Jsonl
 from es_jax.scoring.heldout import HeldOut, cast, evaluate
 from es_jax.scoring.row_results import EvalsFile, read_evals
 from es_jax.tasks.task import Task
@@ -190,7 +190,7 @@ class _Evaluation:
         self.files = {test.name: EvalsFile(folder, test.name) for test in self.tests}
         for test in self.tests:
             self.files[test.name].check(digest=test.digest, max_new_tokens=self.max_new_tokens, n=len(test.examples))
-        self.kl, self.drift = (Jsonl(folder / name, last_step=LAST) for name in ("kl.jsonl", "drift.jsonl"))
+        self.kl, self.drift = (Jsonl(folder / name) for name in ("kl.jsonl", "drift.jsonl"))
         kl_rows = read_evals(self.kl.path)
         self.kl_inputs = {test.name: self._kl_input(test, kl_rows) for test in self.tests if kl}
         done = self._agreed([[row["step"], row["task"]] for row in kl_rows])
@@ -255,8 +255,9 @@ class _Evaluation:
                 row = drifts.drift(base, params, sigma=source.sigma(step), predicted=predicted.get(step))
                 self.drift.write({"step": step, **row})
             for name in kls:
-                row = kl(self.engine.config, small, cast(params, dtype), continuations[name])
-                self.kl.write({"step": step, "task": name, **row, **self.kl_inputs[name][1]})
+                prompts, facts = self.kl_inputs[name]
+                row = kl(self.engine.config, small, cast(params, dtype), prompts, continuations[name])
+                self.kl.write({"step": step, "task": name, **row, **facts})
                 self.bar.update(row["n"])
 
     def _kl_input(
@@ -276,19 +277,19 @@ class _Evaluation:
                 )
         return prompts, facts
 
-    def _continuations(self, name: str, base: Any) -> list[Continuation]:
+    def _continuations(self, name: str, base: Any) -> list[list[int]]:
         """What the base model wrote: sampled once, and kept in evals/continuations/<task>.json."""
         path, (prompts, facts) = self.folder / "continuations" / f"{name}.json", self.kl_inputs[name]
         model, options = self.source.model, self.options
         known = {0: json.loads(path.read_text(encoding="utf-8"))} if processes.first() and path.exists() else {}
         content = processes.exchange(known).get(0, {})
         if content.get("facts") == facts:
-            return [Continuation(p, t) for p, t in zip(prompts, content["tokens"], strict=True)]
+            return content["tokens"]
         self.bar.set_description(f"continuations of {name}")
-        rows = sample(
+        tokens = sample(
             model.config, base, prompts, stop_token_ids=model.stop_token_ids, slots=self.engine.slots,
             max_new_tokens=options.kl_tokens, seed=options.kl_seed,
         )  # fmt: skip
         if processes.first():
-            write_json(path, {"facts": facts, "tokens": [list(row.tokens) for row in rows]})
-        return rows
+            write_json(path, {"facts": facts, "tokens": tokens})
+        return tokens

@@ -25,7 +25,7 @@ class Jsonl:
     Of several processes the first one writes.
     """
 
-    def __init__(self, path: Path, *, last_step: int):
+    def __init__(self, path: Path, *, last_step: int = LAST):
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         rows = [row for row in read_jsonl(path) if row["step"] <= last_step]

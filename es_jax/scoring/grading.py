@@ -45,7 +45,7 @@ class Grader:
             rows = [row[:n].tolist() for _, row, n in zip(indices, tokens, length, strict=False)]
             stopped = [bool(row) and row[-1] in self.model.stop_token_ids for row in rows]
             texts = self.model.tokenizer.batch_decode(
-                [row[:-1] if stop else row for row, stop in zip(rows, stopped, strict=True)],
+                [row[: len(row) - stop] for row, stop in zip(rows, stopped, strict=True)],
                 skip_special_tokens=True,
                 clean_up_tokenization_spaces=False,
             )

@@ -43,9 +43,7 @@ class RowResults:
     parts: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        plain = lambda x: None if x is None else np.asarray(x).tolist()  # noqa: E731
-        columns = {name: plain(x) for name, x in vars(self).items() if name != "parts"}
-        return columns | {"parts": {name: plain(x) for name, x in self.parts.items()}}
+        return jax.tree.map(np.ndarray.tolist, vars(self))
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "RowResults":
