@@ -3,12 +3,13 @@
 import logging
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 logger = logging.getLogger(__name__)
+Rewards = Float[np.ndarray | Array, " n"]
 
 
-def finite_rewards(rewards: Float[np.ndarray, " n"], *, nan_rewards: str = "error") -> Float[np.ndarray, " n"]:
+def finite_rewards(rewards: Rewards, *, nan_rewards: str = "error") -> Float[np.ndarray, " n"]:
     """The rewards as float64, none of them NaN or infinite.
 
     Args:
@@ -36,7 +37,7 @@ def finite_rewards(rewards: Float[np.ndarray, " n"], *, nan_rewards: str = "erro
     return np.where(np.isfinite(rewards), rewards, rewards[np.isfinite(rewards)].min())
 
 
-def z_score(rewards: Float[np.ndarray, " n"], *, eps: float = 1e-8, nan_rewards: str = "error") -> np.ndarray:
+def z_score(rewards: Rewards, *, eps: float = 1e-8, nan_rewards: str = "error") -> np.ndarray:
     """(r − mean) / (std + eps) with the population's std (ddof 0), float32 [N] (arXiv 2509.24372, section 3).
 
     Equal rewards carry no information: their weights are exactly zero, and a warning is logged.
@@ -51,7 +52,7 @@ def z_score(rewards: Float[np.ndarray, " n"], *, eps: float = 1e-8, nan_rewards:
     return ((rewards - rewards.mean()) / (rewards.std() + eps)).astype(np.float32)
 
 
-def centered_rank(rewards: Float[np.ndarray, " n"], *, nan_rewards: str = "error") -> np.ndarray:
+def centered_rank(rewards: Rewards, *, nan_rewards: str = "error") -> np.ndarray:
     """Ranks scaled to [−0.5, 0.5], float32 [N]; equal rewards share their mean rank.
 
     >>> centered_rank(np.array([10.0, -5.0, 10.0])).tolist()

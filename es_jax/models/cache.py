@@ -108,7 +108,7 @@ class KVCache(Past):
 
 
 def attention_mask(
-    query: Int[Array, "B T"], key: Int[Array, "B S"], *, window: int | None = None
+    query: Int[Array, "B T"], key: Int[Array, "#B S"], *, window: int | None = None
 ) -> Bool[Array, "B T S"]:
     """True where the query at position p may attend the key at position s: 0 <= s <= p, and p - window < s.
 

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, SupportsInt, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -294,7 +294,7 @@ def _gathered(mesh: Mesh, part: jax.Array, spec: PartitionSpec) -> jax.Array:
     return jax.shard_map(gather, in_specs=cut, out_specs=cut, axis_names={MODEL}, check_vma=False)(part)
 
 
-def _unpack(members: Iterable[int], outputs: Any) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+def _unpack(members: Iterable[SupportsInt], outputs: Any) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """(member, tokens, length) of a round's lanes: those that this process holds."""
     tokens, length = processes.wait(lambda: [own_rows(output) for output in outputs])
     for lane, member in enumerate(members):

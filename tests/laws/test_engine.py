@@ -251,6 +251,7 @@ def test_samplers_draw_from_their_distributions():
     assert frequencies(Greedy())[0] == 1
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize(
     ("options", "prompts", "says"),
     [

@@ -13,6 +13,8 @@ from es_jax.models.families import weights_of
 from es_jax.models.hf_config import to_hf
 from es_jax.models.transformer import Transformer, param_shapes
 
+pytestmark = pytest.mark.unchecked  # shapes are traced, where descriptions stand for arrays
+
 SCALING = RopeScaling("llama3", 4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_positions=8)
 BASE = TransformerConfig(
     family="gemma3_text", vocab_size=31, width=16, layers=2, heads=4, kv_heads=2, head_dim=6, mlp_dim=20,
