@@ -13,7 +13,7 @@ from es_jax.models.transformer import param_shapes
 from es_jax.rundir import directory
 from es_jax.rundir.checkpoints import saved_steps
 from es_jax.rundir.metrics import read_jsonl
-from es_jax.rundir.seed_log import SeedLog
+from es_jax.rundir.seed_log import read_entries
 from es_jax.training.config import freeze
 from es_jax.training.method import METHODS
 from es_jax.training.weights_at import weights_at
@@ -46,7 +46,7 @@ def export_run(
     workdir, out = Path(workdir), Path(out).expanduser()
     facts = directory.read(workdir)
     config = freeze(facts["config"])
-    last = len(SeedLog(workdir, writable=False).entries)
+    last = len(read_entries(workdir))
     step = last if step is None else step
     if not 0 <= step <= last:
         raise ValueError(f"step is {step}, but {workdir} holds steps 0 to {last}")

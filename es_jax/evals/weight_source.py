@@ -18,7 +18,7 @@ from es_jax.core.tree import count
 from es_jax.evals.drift import drift
 from es_jax.rundir import directory
 from es_jax.rundir.metrics import read_jsonl
-from es_jax.rundir.seed_log import NAME, SeedLog
+from es_jax.rundir.seed_log import NAME, read_entries
 from es_jax.training.config import RunConfig, read_config
 from es_jax.training.fields import ModelConfig
 from es_jax.training.method import METHODS
@@ -69,7 +69,7 @@ def is_run(path: Path) -> bool:
 
 def of_run(workdir: Path, mesh: Mesh) -> WeightSource:
     """A run's steps; nothing in its directory is changed."""
-    config, entries = read_config(workdir), SeedLog(workdir, writable=False).entries
+    config, entries = read_config(workdir), read_entries(workdir)
     model = load_outline(config.model.source)
     directory.check_base(workdir, config.model.source, model.digest)
     perturbs = METHODS[config.method].perturbs
@@ -115,19 +115,19 @@ DEFAULTS = _fields(RunConfig())  # of what a mark from before a field was there 
 def of_model(source: str, base: str | None, mesh: Mesh) -> WeightSource:
     """A model as step 1, beside its base model as step 0; without a base model it is step 0 itself. Raises ValueError
     where the two have different shapes or vocabularies."""
-    first, second = (RunConfig(model=ModelConfig(source=name)) for name in (base or source, source))
-    model, other = load_outline(first.model.source), load_outline(source)
+    config, sources = RunConfig(model=ModelConfig(source=source)), (base or source, source)
+    model, other = map(load_outline, sources)
     if model.config != other.config or model.tokenizer.get_vocab() != other.tokenizer.get_vocab():
         raise ValueError(f"{source} and {base} differ in shape or vocabulary: give the model it was trained from")
     marks = {"base": model.digest[:SHORT]} | ({} if base is None else {"model": other.digest[:SHORT]})
     return WeightSource(
         name=f"the model {source}" + ("" if base is None else f" beside its base model {base}"),
         marks=lambda steps: marks,
-        config=second,
+        config=config,
         model=model,
         last=int(base is not None),
-        base=lambda: load_base(first, mesh).params,
-        weights=lambda steps: ((step, load_base((first, second)[step], mesh).params) for step in steps),
+        base=lambda: load_base(config, mesh, source=sources[0]).params,
+        weights=lambda steps: ((step, load_base(config, mesh, source=sources[step]).params) for step in steps),
         predicted=lambda last, start: {},
         sigma=lambda step: None,
     )

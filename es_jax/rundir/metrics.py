@@ -5,6 +5,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,12 @@ def _line(row: dict[str, Any]) -> str:
     return json.dumps(finite, allow_nan=False) + "\n"
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
+def read_jsonl(
+    path: Path,
+    *,
+    parse: Callable[[Any], Any] = lambda row: row,
+    damage: str = "is not JSON ({}): restore or delete the file",
+) -> list[Any]:
     """The rows of a file, without a last line that a crash cut short; [] when there is no file. Raises ValueError for
     a damaged line, which is named."""
     if not Path(path).exists():
@@ -58,9 +64,9 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(Path(path).read_bytes().split(b"\n")[:-1], 1):
         try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"{path} line {number} is not JSON ({error}): restore or delete the file") from None
+            rows.append(parse(json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} line {number} {damage.format(error)}") from None
     return rows
 
 

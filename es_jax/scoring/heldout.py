@@ -118,14 +118,15 @@ def evaluate(
 def _results(graded: Sequence[Graded], loglik: np.ndarray | None) -> RowResults:
     parts = {name: np.array([g.score.parts[name] for g in graded], float) for name in graded[0].score.parts}
     right = parts.pop("answer")
+    truncated, length, reward = np.array([[g.truncated, g.length, g.score.reward] for g in graded], float).T
     return RowResults(
         right=right,
         strict=parts.pop("strict", right),
         loglik=loglik,
         well_formed=(parts["format"] >= 1).astype(float) if "format" in parts else None,
-        truncated=np.array([g.truncated for g in graded], float),
-        length=np.array([g.length for g in graded], float),
-        reward=np.array([g.score.reward for g in graded], float),
+        truncated=truncated,
+        length=length,
+        reward=reward,
         parts=parts,
     )
 

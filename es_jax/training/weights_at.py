@@ -15,7 +15,7 @@ from es_jax.models.sharding import leaf_sharding
 from es_jax.models.transformer import param_shapes
 from es_jax.rundir import directory
 from es_jax.rundir.checkpoints import Checkpoints, restore_params, saved_steps
-from es_jax.rundir.seed_log import Entry, SeedLog
+from es_jax.rundir.seed_log import Entry, SeedLog, read_entries
 from es_jax.training.config import RunConfig, read_config
 from es_jax.training.method import METHODS
 from es_jax.training.state import State, base_config, load_base
@@ -55,7 +55,7 @@ def weights_at(
       OSError: a checkpoint that is damaged.
     """
     workdir = Path(workdir)
-    config, entries = read_config(workdir), SeedLog(workdir, writable=False).entries
+    config, entries = read_config(workdir), read_entries(workdir)
     replayable = METHODS[config.method].replayable
     saved = saved_steps(workdir) if checkpoints or not replayable else []
     every = range(len(entries) + 1) if replayable else [0, *saved]
