@@ -50,11 +50,10 @@ class Clock:
         self._queue: queue.Queue[tuple[str, float, Any] | None] = queue.Queue()
         self._lock = threading.Lock()
         self._seconds: dict[str, float] = defaultdict(float)
-        self._thread = threading.Thread(target=self._follow, name="es_jax clock", daemon=True)
 
     def __enter__(self) -> "Clock":
         self._token = _active.set(self)
-        self._thread.start()
+        threading.Thread(target=self._follow, name="es_jax clock", daemon=True).start()
         return self
 
     def __exit__(self, *error: Any) -> None:

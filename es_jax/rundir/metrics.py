@@ -84,24 +84,22 @@ class Metrics:
                 self._folder.mkdir(exist_ok=True)
                 self._board = EventsWriter(str(self._folder / "events"))
             restart = SessionLog(status=SessionLog.START)  # TensorBoard drops an earlier session's later steps
-            self._event(self._board, Event(step=last_step + 1, session_log=restart))
+            self._events(Event(step=last_step + 1, session_log=restart))
 
     def write(self, row: dict[str, Any], *, prefix: str = "train") -> None:
         """A step's row; numbers go to TensorBoard under `prefix`."""
         if prefix == "train":
             self._jsonl.write(row)
-        if self._board is None:
-            return
-        for name, value in row.items():
-            if name != "step" and isinstance(value, int | float):
-                self._event(self._board, Event(step=row["step"], summary=scalar(f"{prefix}/{name}", value)))
-        with writing(self._folder):
-            self._board.flush()
+        numbers = {name: x for name, x in row.items() if name != "step" and isinstance(x, int | float)}
+        self._events(*(Event(step=row["step"], summary=scalar(f"{prefix}/{name}", x)) for name, x in numbers.items()))
 
-    def _event(self, board: EventsWriter, event: Event) -> None:
-        event.wall_time = time.time()
-        with writing(self._folder):
-            board.write_event(event)
+    def _events(self, *events: Event) -> None:
+        if self._board:
+            with writing(self._folder):
+                for event in events:
+                    event.wall_time = time.time()
+                    self._board.write_event(event)
+                self._board.flush()
 
     def close(self) -> None:
         if self._board:
@@ -132,8 +130,8 @@ class Progress:
     def step(self, row: dict[str, Any]) -> None:
         now, step = time.monotonic(), row["step"]
         if "seconds_to_first_step" in row:
-            first = f"first step done {row['seconds_to_first_step']:.1f} s after the start"
-            self.say(f"{first}, with loading, compiling and any evaluation before it")
+            start = f"{row['seconds_to_first_step']:.1f} s after the start"
+            self.say(f"first step done {start}, with loading, compiling and any evaluation before it")
         if now - self._last < 2 and step < self._steps:
             return
         self._last = now

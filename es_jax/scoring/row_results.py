@@ -59,11 +59,11 @@ def summary(step: int, now: RowResults, base: RowResults | None) -> dict[str, An
             row |= accuracy(column, getattr(now, field), None if base is None else getattr(base, field))
     for view, prefix in (("right", "lost_"), ("strict", "strict_lost_")):
         if base is not None:
-            row |= {prefix + reason: value for reason, value in split_drop(base, now, view).items()}
-    row |= {name: float(np.mean(value)) for name, value in now.parts.items()}
-    row |= {} if now.well_formed is None else {"well_formed": float(np.mean(now.well_formed))}
-    row |= {"truncated": float(np.mean(now.truncated)), "mean_length": float(np.mean(now.length))}
-    return row | {"reward": float(np.mean(now.reward)), "reward_se": standard_error(now.reward)}
+            row |= {prefix + reason: share for reason, share in split_drop(base, now, view).items()}
+    means = {**now.parts, "well_formed": now.well_formed, "truncated": now.truncated}
+    means |= {"mean_length": now.length, "reward": now.reward}
+    row |= {name: float(np.mean(values)) for name, values in means.items() if values is not None}
+    return row | {"reward_se": standard_error(now.reward)}
 
 
 def accuracy(column: str, now: np.ndarray, base: np.ndarray | None) -> dict[str, float | None]:
@@ -125,7 +125,7 @@ class EvalsFile:
         self._rows = Jsonl(folder / f"{task}.jsonl", last_step=last_step)
         self._results = Jsonl(folder / "verdicts" / f"{task}.jsonl", last_step=last_step)
         self.steps = self._rows.steps
-        self.last: dict[str, Any] | None = max(read_evals(self._rows.path), key=lambda row: row["step"], default=None)
+        self.last: dict[str, Any] | None = next(reversed(read_evals(self._rows.path)), None)
 
     def check(self, *, digest: str, max_new_tokens: int, n: int) -> None:
         """Raises ValueError where the file's rows were made from other held-out rows, now n, or with another limit."""
@@ -158,5 +158,5 @@ class EvalsFile:
 
 def read_evals(path: Path) -> list[dict[str, Any]]:
     """The rows of evals/<task>.jsonl, of evals/kl.jsonl or evals/drift.jsonl, in order of steps; the last of equals."""
-    rows = {(row["step"], row.get("task")): row for row in read_jsonl(path)}
-    return [rows[key] for key in sorted(rows, key=lambda key: (key[0], key[1] or ""))]
+    rows = {(row["step"], row.get("task", "")): row for row in read_jsonl(path)}
+    return [rows[key] for key in sorted(rows)]
