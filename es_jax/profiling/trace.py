@@ -25,9 +25,7 @@ PROGRAMS = {"_perturb": "perturb", "_decode": "decode", "rollout": "decode", "up
 
 class Profile:
     """A TensorBoard trace of the steps from `start` up to, not including, `stop`, and its summary: profile.json.
-
-    `last`: the run's last step, with which the trace ends at the latest.
-    """
+    It ends with the run's `last` step at the latest."""
 
     def __init__(self, steps: tuple[int, ...], workdir: Path, *, last: int):
         self._steps, self._workdir, self._running, self._last = steps, workdir, False, last

@@ -171,8 +171,7 @@ def writing(path: Path) -> Iterator[None]:
 
 def check_space(workdir: Path, needed: int) -> None:
     """Raises OSError where a checkpoint of `needed` bytes does not fit on the disk."""
-    free = shutil.disk_usage(workdir).free
-    if free < needed:
+    if (free := shutil.disk_usage(workdir).free) < needed:
         raise OSError(
             f"workdir {workdir} has {free / 2**30:.2f} GiB free and one checkpoint needs {needed / 2**30:.2f} GiB: "
             "free some space, or choose another --workdir"

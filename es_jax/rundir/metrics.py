@@ -21,10 +21,8 @@ LAST = 2**62  # a step after every step
 
 
 class Jsonl:
-    """A file of JSON rows, each with a `step`. Rows of steps that did not finish are dropped when it is opened.
-
-    Of several processes the first one writes.
-    """
+    """A file of JSON rows, each with a `step`. Rows of later steps than `last_step`, which did not finish, are dropped
+    when it is opened. Of several processes the first one writes."""
 
     def __init__(self, path: Path, *, last_step: int = LAST):
         self.path = path
@@ -107,10 +105,7 @@ class Metrics:
 
 
 class Progress:
-    """A bar over the units of all steps, and a line for a step at most every two seconds.
-
-    `unit`: what a step is counted in, and how many it has: ("member", 30).
-    """
+    """A bar over the units of all steps, ("member", 30) of each, and a line for a step at most every two seconds."""
 
     def __init__(self, *, steps: int, done: int, unit: tuple[str, int]):
         name, each = unit

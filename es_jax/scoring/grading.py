@@ -30,10 +30,7 @@ Pending = Callable[[], Graded]  # waits for the score
 
 @dataclasses.dataclass(frozen=True)
 class Grader:
-    """Grades completions of a list of examples, and shares what it graded with the other processes of the run.
-
-    `submit`: of `es_jax.scoring.workers.workers_of`.
-    """
+    """Grades completions of a list of examples, and shares what it graded with the other processes of the run."""
 
     model: Model
     examples: Sequence[Example]

@@ -93,9 +93,7 @@ def evaluate(
     done: Callable[[int], None] = lambda rows: None,
 ) -> Iterator[tuple[HeldOut, RowResults]]:
     """Greedy completions of all tasks' rows and the likelihoods of options, graded; a task while the others decode.
-
-    `done` is told how many more rows are graded.
-    """
+    `done` is called with how many more rows are graded."""
     engine = evaluator.engine
     queues = [engine.packing(held.prompts).pack(held.prompts, rows=len(held.prompts)) for held in tasks]
     decoded = evaluator.unperturbed(params, queues)
