@@ -114,11 +114,11 @@ class Engine(DecodeSpec):
     def decode(
         self,
         params: Any,
-        tokens: Int32[Array | np.ndarray, "Q P"],
-        positions: Int32[Array | np.ndarray, "Q P"],
+        tokens: Int32[Array, "Q P"],
+        positions: Int32[Array, "Q P"],
         keys: Key[Array, " Q"] | None = None,
         *,
-        prefix: Int32[Array | np.ndarray, " C"] | None = None,
+        prefix: Int32[Array, " C"] | None = None,
         axis_name: str | None = None,
     ) -> Generation:
         """All Q prompts through the slots; pure, for use inside jit, vmap and shard_map.

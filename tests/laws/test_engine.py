@@ -182,7 +182,7 @@ def test_members_in_step_equal_members_alone_and_choose_between_no_caches():
     e = engine("llama", slots=3, max_new_tokens=LONG)
     members = [jax.tree.map(lambda x, i=i: x * (1 + 0.05 * i), params_of("llama")) for i in range(3)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(e.layout, members))
-    rows_of = Packing((), 12).pack(QUEUE, rows=11)
+    rows_of = jax.tree.map(jnp.asarray, Packing((), 12).pack(QUEUE, rows=11))
 
     def decode(axis_name):
         one = lambda params: e.decode(params, rows_of.tokens, rows_of.positions, axis_name=axis_name)  # noqa: E731
