@@ -38,6 +38,7 @@ from es_jax.generate.engine import Engine, Generation
 from es_jax.generate.sampling import Greedy
 from es_jax.profiling.clock import Clock, split
 from es_jax.scoring.grading import Grader
+from es_jax.scoring.workers import at_once
 from es_jax.tasks import get_task
 from es_jax.training.config import freeze
 from es_jax.training.es import Evaluator, Evolution
@@ -97,7 +98,7 @@ class Bench:
         """An iteration of so many members at a step, members' weights in the dtype: seconds by part."""
         mesh, engine = make_mesh(1, 1), self.engine(lengths=tuple(self.lengths))
         params = jax.tree.map(jnp.copy, self.model.params)
-        grader, states = Grader(self.task, self.model, self.examples), {}
+        grader, states = Grader(self.model, self.examples, at_once(self.task)), {}
 
         def config(members: int) -> Any:
             anchor = {"penalty": "l2", "strength": STRENGTH}
@@ -127,7 +128,7 @@ class Bench:
 
         net = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
         anchor = [param.detach().clone() for param in net.parameters()]
-        grader = Grader(self.task, self.model, self.examples)
+        grader = Grader(self.model, self.examples, at_once(self.task))
 
         def score(tokens: np.ndarray) -> float:
             graded = grader(range(PROMPTS), tokens, np.array(self.lengths))

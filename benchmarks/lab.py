@@ -25,6 +25,7 @@ from es_jax.core.mesh import make_mesh, replicated
 from es_jax.es.population import Population
 from es_jax.generate.engine import Engine
 from es_jax.scoring.grading import Grader
+from es_jax.scoring.workers import at_once
 from es_jax.tasks import get_task
 from es_jax.training.config import freeze
 from es_jax.training.es import Evaluator
@@ -39,7 +40,7 @@ def main() -> None:
     model, task = load_model("lab"), get_task("lab-countdown")
     examples = task.train(PROMPTS)
     prompts = [encode_prompt(model.tokenizer, e.prompt) for e in examples]
-    grader, everyone = Grader(task, model, examples), range(PROMPTS)
+    grader, everyone = Grader(model, examples, at_once(task)), range(PROMPTS)
     engine = Engine(
         model.config, slots=PROMPTS, max_prompt_tokens=16, max_new_tokens=MAX_NEW, stop_token_ids=model.stop_token_ids
     )

@@ -31,17 +31,11 @@ def main(argv: list[str]) -> None:
         from es_jax.evals.runner import Options, evaluate_run
 
         options: dict[str, Any] = {field.name: values[field.name].value for field in dataclasses.fields(Options)}
+        arguments: dict[str, Any] = {name: values[name].value for name in ("every", "kl", "drift", "base", "out")}
+        steps = whole_numbers(values.steps)
         try:
             result = evaluate_run(
-                values.workdir,
-                tasks=values.tasks or None,
-                every=values.every,
-                steps=whole_numbers(values.steps),
-                kl=values.kl,
-                drift=values.drift,
-                base=values.base,
-                out=values.out,
-                options=Options(**options),
+                values.workdir, tasks=values.tasks or None, steps=steps, options=Options(**options), **arguments
             )
         except KeyboardInterrupt:
             sys.exit("es_jax.evaluate: interrupted; the same command goes on after what is finished")
@@ -52,7 +46,7 @@ def main(argv: list[str]) -> None:
 def whole_numbers(steps: list[str] | None) -> list[int] | None:
     """The steps of --steps."""
     try:
-        return [int(step) for step in steps] if steps else None
+        return [int(step) for step in steps or ()] or None
     except ValueError:
         text = ",".join(steps or ())
         raise ValueError(f"--steps is {text!r}: give whole numbers with commas, as in --steps=0,50,100") from None
@@ -100,7 +94,7 @@ def _cell(row: dict[str, Any], name: str) -> str:
     return text + ("" if error is None else f" ± {error:.2g}")
 
 
-def _define_flags() -> None:
+def entry() -> None:
     flags.DEFINE_string("workdir", None, "A run's directory; or a model folder, .gguf file or hub name.", required=True)
     flags.DEFINE_list("tasks", None, "Tasks by name, with commas; those that the run evaluated, by default.")
     flags.DEFINE_list("steps", None, "Steps, with commas. Step 0, the base model, is always among them.")
@@ -120,10 +114,6 @@ def _define_flags() -> None:
     define_processes()
     flags.DEFINE_bool("json", False, "Print the result as one line of JSON.")
     flags.DEFINE_bool("traceback", False, "Show where an error came from.")
-
-
-def entry() -> None:
-    _define_flags()
     app.run(main, flags_parser=parser("es_jax.evaluate", renamed=RENAMED))
 
 

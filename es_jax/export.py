@@ -42,7 +42,7 @@ def _sentence(result: dict[str, Any]) -> str:
     )
 
 
-def _define_flags() -> None:
+def entry() -> None:
     flags.DEFINE_string("workdir", None, "The run's directory; nothing in it is changed.", required=True)
     flags.DEFINE_string("out", None, "The folder to write; it must not exist, or be empty.", required=True)
     flags.DEFINE_integer("step", None, "The step, 0 (the base weights) to the last; the last by default.")
@@ -52,10 +52,6 @@ def _define_flags() -> None:
     flags.DEFINE_bool("json", False, "Print the result as one line of JSON.")
     flags.DEFINE_bool("traceback", False, "Show where an error came from.")
     define_processes()
-
-
-def entry() -> None:
-    _define_flags()
     app.run(main, flags_parser=parser("es_jax.export"))
 
 

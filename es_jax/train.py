@@ -16,49 +16,43 @@ from absl import app, flags
 
 from es_jax.core.flags import command, define_config, define_processes, parser
 
-_CONFIG = define_config()
-_WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory; a run that is there is resumed.")
+define_config()
+flags.DEFINE_string("workdir", None, "The run's directory; a run that is there is resumed.")
 define_processes()
-_JSON = flags.DEFINE_bool("json", False, "Print the result as one line of JSON.")
-_TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where an error came from.")
+flags.DEFINE_bool("json", False, "Print the result as one line of JSON.")
+flags.DEFINE_bool("traceback", False, "Show where an error came from.")
 
 
 def main(argv: list[str]) -> None:
     """Flags → config → run()."""
     logging.getLogger("es_jax").setLevel(logging.INFO)
-    from es_jax.core import processes  # JAX starts only when the flags are good
+    with command("es_jax.train", argv) as values:
+        from jax.errors import JaxRuntimeError  # JAX starts only when the flags are good
 
-    with command("es_jax.train", argv):
+        from es_jax.core import processes
+        from es_jax.training.loop import run
+
         try:
-            _train()
+            result = run(values.config, str(values.workdir))
+        except JaxRuntimeError as error:
+            if values.traceback or "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            sys.exit(
+                f"es_jax.train: out of memory ({str(error).splitlines()[0]}): lower decode.slots, "
+                "decode.max_new_tokens or decode.members_at_once, or use more devices; finished steps stay"
+            )
+        except KeyboardInterrupt:
+            text = "interrupted; the same command goes on from the last finished step of"
+            sys.exit(f"es_jax.train: {text} {values.workdir}")
         except processes.Preempted as stop:
             processes.leave(f"es_jax.train: {stop}")
-
-
-def _train() -> None:
-    from jax.errors import JaxRuntimeError
-
-    from es_jax.core import processes
-    from es_jax.training.loop import run
-
-    try:
-        result = run(_CONFIG.value, str(_WORKDIR.value))
-    except JaxRuntimeError as error:
-        if _TRACEBACK.value or "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        sys.exit(
-            f"es_jax.train: out of memory ({str(error).splitlines()[0]}): lower decode.slots, decode.max_new_tokens or "
-            "decode.members_at_once, or use more devices; finished steps stay"
-        )
-    except KeyboardInterrupt:
-        sys.exit(f"es_jax.train: interrupted; the same command goes on from the last finished step of {_WORKDIR.value}")
-    if not processes.first():
-        return
-    if _JSON.value:
-        fields = {name: value for name, value in vars(result).items() if name != "params"}
-        print(json.dumps(fields | {"workdir": str(result.workdir)}))
-    else:
-        print(f"finished step {result.step}, mean reward {result.reward:.4f}; the run is in {result.workdir}")
+        if not processes.first():
+            return
+        if values.json:
+            fields = {name: value for name, value in vars(result).items() if name != "params"}
+            print(json.dumps(fields | {"workdir": str(result.workdir)}))
+        else:
+            print(f"finished step {result.step}, mean reward {result.reward:.4f}; the run is in {result.workdir}")
 
 
 def entry() -> None:

@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from es_jax.core import processes
-from es_jax.core.tree import named_leaves
+from es_jax.core.tree import count, named_leaves
 
 TOLERANCE = 0.02  # of measured / predicted; beyond it precision was lost
 LAYERS = "layers/"  # leaves under it hold one matrix a layer, stacked on their first axis
 
 
 def drift(base: Any, now: Any, *, sigma: float | None = None, predicted: float | None = None) -> dict[str, Any]:
-    """‖θ − θ₀‖ and what it is made of. A tied embedding is one leaf, so it counts once.
+    """‖θ − θ₀‖ and what it is made of.
 
     Args:
       base, now: θ₀ and θ, trees of one structure; leaves under "layers/" are stacked over the layers.
@@ -33,35 +33,35 @@ def drift(base: Any, now: Any, *, sigma: float | None = None, predicted: float |
     >>> row["norm"], row["largest"], row["largest_in"]
     (5.0, 4.0, 'w')
     """
-    leaves, start = dict(named_leaves(now)), dict(named_leaves(base))
-    parts = {name: processes.fetch(_leaf(start[name], leaf, name.startswith(LAYERS))) for name, leaf in leaves.items()}
-    kinds = {name.removeprefix(LAYERS): (float(s.sum()), float(b.sum())) for name, (s, b, _) in parts.items()}
-    layers: dict[str, float] = collections.defaultdict(float)
-    for name, (squares, _, _) in parts.items():
+    start, largest = dict(named_leaves(base)), {}
+    by_layer: dict[str, float] = collections.defaultdict(float)  # squares, as are the next two
+    by_kind, origin = {}, {}
+    for name, leaf in named_leaves(now):
+        stacked, kind = name.startswith(LAYERS), name.removeprefix(LAYERS)
+        squares, before, largest[name] = processes.fetch(_leaf(start[name], leaf, stacked))
+        by_kind[kind], origin[kind] = float(squares.sum()), float(before.sum())
         for i, square in enumerate(np.atleast_1d(squares)):
-            layers[f"layer {i}" if name.startswith(LAYERS) else name.split("/")[0]] += float(square)
-    total, origin = (math.sqrt(sum(pair[i] for pair in kinds.values())) for i in (0, 1))
-    dim = sum(leaf.size for leaf in leaves.values())
-    largest = max(parts, key=lambda name: float(parts[name][2]))
-    rms = total / math.sqrt(dim)
+            by_layer[f"layer {i}" if stacked else name.split("/")[0]] += float(square)
+    norm, dim, largest_in = math.sqrt(sum(by_kind.values())), count(now), max(largest, key=largest.__getitem__)
+    base_norm, rms = math.sqrt(sum(origin.values())), norm / math.sqrt(dim)
     return {
-        "norm": total,
+        "norm": norm,
         "predicted": predicted,
-        "ratio": total / predicted if predicted else None,
-        "relative": total / origin if origin else None,
+        "ratio": norm / predicted if predicted else None,
+        "relative": norm / base_norm if base_norm else None,
         "rms": rms,
         "kappa": None if sigma is None else rms / sigma,
         "dim": dim,
-        "largest": float(parts[largest][2]),
-        "largest_in": largest,
-        "by_layer": {name: math.sqrt(square) for name, square in layers.items()},
-        "by_kind": {name: math.sqrt(square) for name, (square, _) in kinds.items()},
-        "by_kind_relative": {name: math.sqrt(s / b) if b else None for name, (s, b) in kinds.items()},
+        "largest": float(largest[largest_in]),
+        "largest_in": largest_in,
+        "by_layer": {name: math.sqrt(square) for name, square in by_layer.items()},
+        "by_kind": {name: math.sqrt(square) for name, square in by_kind.items()},
+        "by_kind_relative": {name: math.sqrt(by_kind[name] / b) if b else None for name, b in origin.items()},
     }
 
 
 def warning(row: dict[str, Any]) -> str | None:
-    """What to say where the measured drift is not the predicted one; None where it is, or none is predicted.
+    """What to say where the measured drift is not the predicted one.
 
     >>> warning({"norm": 1.01, "predicted": 1.0, "ratio": 1.01, "step": 5})
     >>> print(warning({"norm": 1.1, "predicted": 1.0, "ratio": 1.1, "step": 5}))

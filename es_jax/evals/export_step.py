@@ -13,7 +13,7 @@ from es_jax.models.transformer import param_shapes
 from es_jax.rundir import directory
 from es_jax.rundir.checkpoints import saved_steps
 from es_jax.rundir.metrics import read_jsonl
-from es_jax.rundir.seed_log import SeedLog
+from es_jax.rundir.seed_log import read_entries
 from es_jax.training.config import freeze
 from es_jax.training.method import METHODS
 from es_jax.training.weights_at import weights_at
@@ -28,29 +28,25 @@ def export_run(
     dtype: str | None = None,
     max_shard_bytes: int = 5 * 10**9,
 ) -> dict[str, Any]:
-    """Write the weights of a run's step to `out`; `save_model` says what is in it.
+    """Write the weights of a run's step to a new or empty folder; `save_model` says what is in it.
 
     Args:
       workdir: a run's directory; nothing in it is changed.
-      out: the folder; it must not exist, or be empty.
       step: 0 (the base weights) to the last finished one; the last by default.
       dtype: of the weights; the run's model.param_dtype by default.
-      max_shard_bytes: the most a weight file holds.
 
     Returns:
       out, step, source ("checkpoint" or "replay"), parameters, dtype, files and bytes of the weights.
 
     Raises:
-      FileNotFoundError: no run in the directory, or its base model is gone.
-      FileExistsError: `out` is there and not empty.
-      OSError: it cannot be made, or does not fit on its disk.
+      OSError: no run in the directory, its base model is gone, or `out` is not empty, cannot be made or does not fit.
       ValueError: a step that the log does not hold, one of a GRPO run that has no checkpoint, or a base model that is
         not the run's.
     """
     workdir, out = Path(workdir), Path(out).expanduser()
     facts = directory.read(workdir)
     config = freeze(facts["config"])
-    last = len(SeedLog(workdir, writable=False).entries)
+    last = len(read_entries(workdir))
     step = last if step is None else step
     if not 0 <= step <= last:
         raise ValueError(f"step is {step}, but {workdir} holds steps 0 to {last}")
@@ -61,24 +57,23 @@ def export_run(
     check_new(out, nbytes=wanted.itemsize * sum(map(math.prod, param_shapes(base.config).values())))
     source = "checkpoint" if step in saved_steps(workdir) else "replay"
     ((_, params),) = weights_at(workdir, [step])
-    model = dataclasses.replace(base, params=params)
     rows = read_jsonl(workdir / "evals" / f"{config.task.name}.jsonl")
     evals = next((row for row in rows if row["step"] == step), None)
-    text = card(facts, step=step, dtype=str(wanted), evals=evals)
-    save_model(out, model, dtype=wanted, max_shard_bytes=max_shard_bytes, card=text)
-    files = list(out.glob("*.safetensors"))
+    card = _card(facts, step, str(wanted), evals)
+    save_model(out, dataclasses.replace(base, params=params), dtype=wanted, max_shard_bytes=max_shard_bytes, card=card)
+    sizes = [file.stat().st_size for file in out.glob("*.safetensors")]
     return {
         "out": str(out),
         "step": step,
         "source": source,
         "parameters": count(params),
         "dtype": str(wanted),
-        "files": len(files),
-        "bytes": sum(file.stat().st_size for file in files),
+        "files": len(sizes),
+        "bytes": sum(sizes),
     }
 
 
-def card(facts: dict[str, Any], *, step: int, dtype: str, evals: dict[str, Any] | None) -> str:
+def _card(facts: dict[str, Any], step: int, dtype: str, evals: dict[str, Any] | None) -> str:
     """The text of the folder's README.md, from what a run's config.json holds: YAML, then Markdown."""
     config = facts["config"]
     source, run = config["model"]["source"], config["train"]

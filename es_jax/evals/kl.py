@@ -1,11 +1,9 @@
-"""How far a model's next-token distribution has moved from the base model's, on text of the base model.
+"""How far a model's next-token distribution has moved from the base model's: KL(base ‖ now) by two estimates.
 
-Two estimates of KL(base ‖ now) on the same tokens. As published (arXiv 2605.30148): the base model writes one
-continuation a prompt, and log p_base − log p_now of the tokens that it wrote is averaged. Exact: at each of those
-positions the sum over the vocabulary, which is the conditional expectation of the former and varies far less.
+As published (arXiv 2605.30148): the base model writes one continuation a prompt, and log p_base − log p_now of its
+tokens is averaged. Exact: the sum over the vocabulary at the same positions, the former's conditional expectation.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -17,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32
 
 from es_jax.core import processes, rng
-from es_jax.core.chunked_map import block_length, in_blocks
+from es_jax.core.chunked_map import block_length, ceil_div, in_blocks
 from es_jax.generate.engine import engine_for
 from es_jax.generate.sampling import Temperature
 from es_jax.generate.score import token_positions
@@ -28,28 +26,14 @@ WIDTH = 64  # prompts with continuations are padded to a multiple of this many t
 TOKENS = 2**12  # of one forward pass
 
 
-@dataclasses.dataclass(frozen=True)
-class Continuation:
-    """A prompt and what the base model wrote after it, as token ids."""
-
-    prompt: Sequence[int]
-    tokens: Sequence[int]
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def token_kl(
     config: TransformerConfig, base: Any, now: Any, tokens: Int32[Array, "B L"], mask: Bool[Array, "B L"]
 ) -> tuple[Float32[Array, "B L"], Float32[Array, "B L"]]:
-    """(log p_base − log p_now of the token, KL over the vocabulary at its position), each [B, L], in nats.
+    """(log p_base − log p_now of the token, KL over the vocabulary at its position), each [B, L], in nats; 0 at padding
+    and at each row's first token.
 
-    One forward pass of each model; the two distributions are made for a block of positions at a time.
-
-    Args:
-      config: of both models.  base, now: their parameters.
-      tokens: int32 [B, L].  mask: which of them are there.
-
-    Returns:
-      0 at padding and at each row's first token.
+    `mask` says which tokens are there. The two distributions are held for a block of positions at a time.
 
     >>> config = TransformerConfig(family="llama", vocab_size=16, width=8, layers=1, heads=2, kv_heads=1,
     ...                            head_dim=4, mlp_dim=8)
@@ -80,11 +64,9 @@ def sample(
     slots: int,
     max_new_tokens: int = 256,
     seed: int = 0,
-) -> list[Continuation]:
-    """One continuation of every prompt at temperature 1, of 1..max_new_tokens tokens, the stop token included.
-
-    Row i of a seed is the same whatever the rows beside it are.
-    """
+) -> list[list[int]]:
+    """One continuation of every prompt at temperature 1: 1 to max_new_tokens token ids, the stop token included. Row i
+    of a seed is the same whatever the rows beside it are."""
     room = config.max_positions - max(map(len, prompts))
     engine = engine_for(
         config,
@@ -95,38 +77,41 @@ def sample(
         sampler=Temperature(1.0),
     )
     tokens, length, _ = engine.generate(base, prompts, key=rng.sampling_key(seed, 0))
-    rows = zip(prompts, np.asarray(tokens), np.asarray(length), strict=True)
-    return [Continuation(list(prompt), row[:n].tolist()) for prompt, row, n in rows]
+    return [row[:n].tolist() for row, n in zip(np.asarray(tokens), np.asarray(length), strict=True)]
 
 
-def kl(config: TransformerConfig, base: Any, now: Any, rows: Sequence[Continuation]) -> dict[str, Any]:
-    """KL(base ‖ now) on the continuations, in nats a token, with standard errors over prompts.
+def kl(
+    config: TransformerConfig,
+    base: Any,
+    now: Any,
+    prompts: Sequence[Sequence[int]],
+    continuations: Sequence[Sequence[int]],
+) -> dict[str, Any]:
+    """KL(base ‖ now) on continuations of the prompts, in nats a token, with standard errors over prompts.
 
     Returns:
       n prompts and how many tokens; kl, kl_se: the published estimate, the mean over prompts of each prompt's mean over
       its tokens; kl_token, kl_token_se: the mean over all tokens (a ratio, its error linearised); kl_exact, … and
       kl_exact_token, …: the same of the sum over the vocabulary. None for the errors of a single prompt.
     """
-    starts = np.array([[len(row.prompt)] for row in rows])
-    lengths = np.array([len(row.tokens) for row in rows])
+    rows = [[*prompt, *ids] for prompt, ids in zip(prompts, continuations, strict=True)]
+    starts, lengths = np.array([[len(ids)] for ids in prompts]), np.array([len(ids) for ids in continuations])
     ends = starts + lengths[:, None]
-    width = -(-int(ends.max()) // WIDTH) * WIDTH
+    width = ceil_div(int(ends.max()), WIDTH) * WIDTH
     count = max(min(TOKENS // width, len(rows)), 1)
-    sums = []
+    sums: list[list[float]] = []  # of each prompt, by both estimates
     for first in range(0, len(rows), count):
         batch = slice(first, first + count)
         mask = np.arange(width) < ends[batch]
         tokens = np.zeros(mask.shape, np.int32)
-        tokens[mask] = np.concatenate([[*row.prompt, *row.tokens] for row in rows[batch]])
+        tokens[mask] = np.concatenate(rows[batch])
         absent = ((0, count - len(mask)), (0, 0))  # rows of a last batch that is not full
         estimates = processes.fetch(token_kl(config, base, now, np.pad(tokens, absent), np.pad(mask, absent)))
         written = mask & (np.arange(width) >= starts[batch])
-        for r, places in enumerate(written):
-            sums.append([x[r][places].astype(np.float64).sum() for x in estimates])
-    result: dict[str, Any] = {"n": len(rows), "tokens": int(lengths.sum())}
-    for name, values in zip(("kl", "kl_exact"), np.array(sums).T, strict=True):
-        result |= averages(name, values, lengths)
-    return result
+        sums += [[x[r][positions].astype(np.float64).sum() for x in estimates] for r, positions in enumerate(written)]
+    sampled, exact = np.array(sums).T
+    facts = {"n": len(rows), "tokens": int(lengths.sum())}
+    return facts | averages("kl", sampled, lengths) | averages("kl_exact", exact, lengths)
 
 
 def averages(name: str, sums: np.ndarray, lengths: np.ndarray) -> dict[str, float | None]:

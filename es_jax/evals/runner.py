@@ -14,12 +14,11 @@ from tqdm.auto import tqdm
 
 from es_jax.core import processes
 from es_jax.evals import drift as drifts
-from es_jax.evals import provenance
-from es_jax.evals.kl import Continuation, kl, sample
-from es_jax.evals.weight_source import WeightSource, is_run, of_model, of_run
+from es_jax.evals.kl import kl, sample
+from es_jax.evals.weight_source import WeightSource, check_folder, claim_folder, is_run, of_model, of_run
 from es_jax.generate.engine import engine_for
 from es_jax.rundir.directory import compilation_cache, write_json
-from es_jax.rundir.metrics import LAST, Jsonl
+from es_jax.rundir.metrics import Jsonl
 from es_jax.scoring.heldout import HeldOut, cast, evaluate
 from es_jax.scoring.row_results import EvalsFile, read_evals
 from es_jax.tasks.task import Task
@@ -114,7 +113,7 @@ def evaluate_run(
     folder = path / "evals" if out is None else Path(out)
     with compilation_cache((path if run and out is None else folder) / "cache"):
         source = of_run(path, mesh) if run else of_model(str(workdir), base, mesh)
-        chosen = chosen_steps(source, every=every, steps=steps)
+        chosen = _chosen_steps(source, every, steps)
         if tasks is None and not run:
             raise ValueError("tasks are not given: a model has none of its own, so name them")
         names = [source.config.task.name, *source.config.evals.tasks] if tasks is None else tasks
@@ -136,8 +135,7 @@ def _check_models(workdir: str, base: str | None, out: str | Path | None) -> Non
             raise (ValueError if isinstance(error, ValueError) else OSError)(f"{meaning}: {error}") from None
 
 
-def chosen_steps(source: WeightSource, *, every: int | None, steps: Sequence[int] | None) -> list[int]:
-    """The steps to evaluate, in order, step 0 among them."""
+def _chosen_steps(source: WeightSource, every: int | None, steps: Sequence[int] | None) -> list[int]:
     if steps is not None:
         for step in steps:
             if not 0 <= step <= source.last:
@@ -149,7 +147,7 @@ def chosen_steps(source: WeightSource, *, every: int | None, steps: Sequence[int
     return sorted({*range(0, source.last + 1, spacing), source.last})
 
 
-def make_tasks(config: RunConfig, names: Sequence[str], data_dir: str | None) -> list[Task]:
+def _make_tasks(config: RunConfig, names: Sequence[str], data_dir: str | None) -> list[Task]:
     """The tasks, each once, with their rows: from `data_dir` where it is set, otherwise as in the run."""
     if data_dir is not None:
         config = dataclasses.replace(config, evals=dataclasses.replace(config.evals, data_dir=data_dir))
@@ -173,10 +171,9 @@ class _Evaluation:
         drift: bool,
     ):
         self.source, self.folder, self.steps, self.options = source, folder, steps, options
-        self.measure_kl, self.measure_drift = kl, drift
-        config, model = source.config, source.model
+        self.measure_drift, config, model = drift, source.config, source.model
         limit, rows = options.max_prompt_tokens or config.decode.max_prompt_tokens, options.rows or config.evals.rows
-        tasks = make_tasks(config, names, options.data_dir)
+        tasks = _make_tasks(config, names, options.data_dir)
         self.tests = [HeldOut.of(task, task.test(rows), model, max_prompt_tokens=limit) for task in tasks]
         self.max_new_tokens = options.max_new_tokens or config.decode.max_new_tokens
         self.engine = engine_for(
@@ -188,19 +185,18 @@ class _Evaluation:
         )
         self.evaluator = Evaluator.of(config, self.engine, mesh)
         if processes.first():
-            provenance.check(folder, source)
+            check_folder(folder, source)
         self.files = {test.name: EvalsFile(folder, test.name) for test in self.tests}
         for test in self.tests:
             self.files[test.name].check(digest=test.digest, max_new_tokens=self.max_new_tokens, n=len(test.examples))
-        self.kl, self.drift = (Jsonl(folder / name, last_step=LAST) for name in ("kl.jsonl", "drift.jsonl"))
-        measured = read_evals(self.kl.path)
-        for test in self.tests if kl else ():
-            self._check_kl(test, [row for row in measured if row["task"] == test.name])
-        done = self._agreed([[row["step"], row["task"]] for row in measured])
-        self.due: dict[int, tuple[list[HeldOut], list[HeldOut], bool]] = {}  # step → accuracies, KLs, whether drift
+        self.kl, self.drift = (Jsonl(folder / name) for name in ("kl.jsonl", "drift.jsonl"))
+        kl_rows = read_evals(self.kl.path)
+        self.kl_inputs = {test.name: self._kl_input(test, kl_rows) for test in self.tests if kl}
+        done = self._agreed([[row["step"], row["task"]] for row in kl_rows])
+        self.due: dict[int, tuple[list[HeldOut], list[str], bool]] = {}  # step → accuracies, tasks of KL, whether drift
         for step in steps:
             accuracies = [test for test in self.tests if step not in done["rows"][test.name]]
-            kls = [test for test in self.tests if kl and step and [step, test.name] not in done["kl"]]
+            kls = [name for name in self.kl_inputs if step and [step, name] not in done["kl"]]
             drift_due = bool(drift and step and step not in done["drift"])
             if accuracies or kls or drift_due:
                 self.due[step] = accuracies, kls, drift_due
@@ -208,14 +204,14 @@ class _Evaluation:
     def run(self) -> dict[str, Any]:
         """Do what is not done, and return the rows of the steps."""
         if processes.first():
-            provenance.claim(self.folder, self.source)
+            claim_folder(self.folder, self.source)
         if self.due:
             total = sum(len(test.examples) for accuracies, _, _ in self.due.values() for test in accuracies)
-            total += sum(len(self._kl_prompts(test)) for _, kls, _ in self.due.values() for test in kls)
+            total += sum(len(self.kl_inputs[name][0]) for _, kls, _ in self.due.values() for name in kls)
             with tqdm(total=total, unit="row", dynamic_ncols=True, disable=not processes.first()) as self.bar:
                 self._steps()
         tasks = {name: self._rows(name) for name in self.files}
-        kl = [row for row in self._rows("kl") if row["task"] in tasks] if self.measure_kl else []
+        kl = [row for row in self._rows("kl") if row["task"] in self.kl_inputs]
         drift = self._rows("drift") if self.measure_drift else []
         warnings = [text for row in drift if (text := drifts.warning(row))]
         if processes.first():
@@ -227,11 +223,7 @@ class _Evaluation:
         return [row for row in read_evals(self.folder / f"{name}.jsonl") if row["step"] in self.steps]
 
     def _agreed(self, kl: list[list]) -> dict[str, Any]:
-        """What is done already, as process 0 sees it, which writes it.
-
-        Raises:
-          ValueError: in all processes, where one was given something else to evaluate.
-        """
+        """What is done already, as process 0 sees it. ValueError in all where one evaluates something else."""
         tests = {test.name: test.digest for test in self.tests}
         request = [self.source.marks(self.source.last), self.steps, tests, repr(self.options)]
         rows = {name: sorted(file.steps) for name, file in self.files.items()}
@@ -247,11 +239,11 @@ class _Evaluation:
 
     def _steps(self) -> None:
         source, dtype = self.source, compute_dtype(self.source.config)
-        kl_tests = [test for test in self.tests if any(test in kls for _, kls, _ in self.due.values())]
+        kl_names = [name for name in self.kl_inputs if any(name in kls for _, kls, _ in self.due.values())]
         needs_drift = any(drift_due for _, _, drift_due in self.due.values())
-        base = source.base() if kl_tests or needs_drift else None
-        small = cast(base, dtype) if kl_tests else None
-        continuations = {test.name: self._continuations(test, small) for test in kl_tests}
+        base = source.base() if kl_names or needs_drift else None
+        small = cast(base, dtype) if kl_names else None
+        continuations = {name: self._continuations(name, small) for name in kl_names}
         predicted = source.predicted(max(self.due), base) if needs_drift else {}
         for step, params in source.weights([*self.due]):
             self.bar.set_description(f"step {step}")
@@ -261,45 +253,42 @@ class _Evaluation:
             if drift_due:
                 row = drifts.drift(base, params, sigma=source.sigma(step), predicted=predicted.get(step))
                 self.drift.write({"step": step, **row})
-            for test in kls:
-                row = kl(self.engine.config, small, cast(params, dtype), continuations[test.name])
-                self.kl.write({"step": step, "task": test.name, **row, **self._kl_facts(test)})
-                self.bar.update(len(self._kl_prompts(test)))
+            for name in kls:
+                prompts, facts = self.kl_inputs[name]
+                row = kl(self.engine.config, small, cast(params, dtype), prompts, continuations[name])
+                self.kl.write({"step": step, "task": name, **row, **facts})
+                self.bar.update(row["n"])
 
-    def _kl_prompts(self, test: HeldOut) -> Sequence[Sequence[int]]:
-        return test.prompts[: self.options.kl_rows]
-
-    def _kl_facts(self, test: HeldOut) -> dict[str, Any]:
-        """What must be equal for two measurements of KL to be comparable."""
-        prompts = json.dumps([list(ids) for ids in self._kl_prompts(test)])
-        return {
-            "max_new": self.options.kl_tokens,
-            "seed": self.options.kl_seed,
-            "rows": hashlib.sha256(prompts.encode()).hexdigest()[:16],
-        }
-
-    def _check_kl(self, test: HeldOut, measured: Sequence[dict[str, Any]]) -> None:
-        facts = self._kl_facts(test)
-        for row in measured:
-            if differing := [f"{k} = {row[k]!r}, not {v!r}" for k, v in facts.items() if row[k] != v]:
+    def _kl_input(
+        self, test: HeldOut, rows: Sequence[dict[str, Any]]
+    ) -> tuple[Sequence[Sequence[int]], dict[str, Any]]:
+        """The prompts, and what must be equal for two measurements of KL to be comparable; ValueError where the file's
+        rows differ in it."""
+        prompts, options = test.prompts[: self.options.kl_rows], self.options
+        digest = hashlib.sha256(json.dumps([list(ids) for ids in prompts]).encode()).hexdigest()[:16]
+        facts = {"max_new": options.kl_tokens, "seed": options.kl_seed, "rows": digest}
+        for row in rows:
+            differing = [f"{k} = {row[k]!r}, not {v!r}" for k, v in facts.items() if row[k] != v]
+            if differing and row["task"] == test.name:
                 raise ValueError(
                     f"{self.kl.path} measured {test.name} with {'; '.join(differing)}: use the same --rows, "
                     "--data_dir, --kl_rows, --kl_tokens and --kl_seed, or another --out"
                 )
+        return prompts, facts
 
-    def _continuations(self, test: HeldOut, base: Any) -> list[Continuation]:
+    def _continuations(self, name: str, base: Any) -> list[list[int]]:
         """What the base model wrote: sampled once, and kept in evals/continuations/<task>.json."""
-        path, facts = self.folder / "continuations" / f"{test.name}.json", self._kl_facts(test)
-        prompts, model, options = self._kl_prompts(test), self.source.model, self.options
+        path, (prompts, facts) = self.folder / "continuations" / f"{name}.json", self.kl_inputs[name]
+        model, options = self.source.model, self.options
         known = {0: json.loads(path.read_text(encoding="utf-8"))} if processes.first() and path.exists() else {}
         content = processes.exchange(known).get(0, {})
         if content.get("facts") == facts:
-            return [Continuation(p, t) for p, t in zip(prompts, content["tokens"], strict=True)]
-        self.bar.set_description(f"continuations of {test.name}")
-        rows = sample(
+            return content["tokens"]
+        self.bar.set_description(f"continuations of {name}")
+        tokens = sample(
             model.config, base, prompts, stop_token_ids=model.stop_token_ids, slots=self.engine.slots,
             max_new_tokens=options.kl_tokens, seed=options.kl_seed,
         )  # fmt: skip
         if processes.first():
-            write_json(path, {"facts": facts, "tokens": [list(row.tokens) for row in rows]})
-        return rows
+            write_json(path, {"facts": facts, "tokens": tokens})
+        return tokens

@@ -1,4 +1,7 @@
-"""What is evaluated: a run's steps, rebuilt from checkpoints or the seed log, or a model beside its base model."""
+"""What is evaluated: a run's steps, rebuilt from checkpoints or the seed log, or a model beside its base model.
+
+evals/subject.json tells whose weights the rows of a folder are of, so that rows of two sources are not mixed.
+"""
 
 import dataclasses
 import hashlib
@@ -10,10 +13,12 @@ from typing import Any
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
+from es_jax.core.names import RENAMED
 from es_jax.core.tree import count
 from es_jax.evals.drift import drift
 from es_jax.rundir import directory
-from es_jax.rundir.seed_log import NAME, SeedLog
+from es_jax.rundir.metrics import read_jsonl
+from es_jax.rundir.seed_log import NAME, read_entries
 from es_jax.training.config import ModelConfig, RunConfig, read_config
 from es_jax.training.method import METHODS
 from es_jax.training.predicted_drift import PredictedDrift
@@ -21,6 +26,7 @@ from es_jax.training.state import load_anchor, load_base
 from es_jax.training.weights_at import weights_at
 from es_jax.weights.model import Model, load_outline
 
+MARKS = "subject.json"  # as in the directories of earlier versions
 SHORT = 16  # characters of a digest
 # What may differ between two runs with the same weights at each step. Digests stand for the paths.
 WITHOUT_MARK = (*directory.CHANGEABLE, "model.source", "task.data_dir", "optim.anchor.source", "evals.")
@@ -32,15 +38,13 @@ class WeightSource:
 
     Attributes:
       name: for messages.
-      marks: what tells its weights of the first so many steps from those of other sources, by name, as JSON has it;
-        "base" is a digest of step 0.
+      marks: what tells its weights of the first so many steps from those of other sources; "base" is of step 0.
       config: of the run; of a model, the defaults with its source.
       model: the base model without weights.
-      last: the last step there is.
       base: makes the base model's weights.
       weights: the weights of ascending steps; copy what is kept, the next step reuses their memory.
       predicted: ‖θ_t − θ₀‖ in exact arithmetic by step, up to a last step and from given θ₀, where theory knows it.
-      sigma: σ of a step ≥ 1; None where weights were not perturbed, or it is not known.
+      sigma: σ of a step ≥ 1, where it is known.
     """
 
     name: str
@@ -63,34 +67,39 @@ def is_run(path: Path) -> bool:
 
 
 def of_run(workdir: Path, mesh: Mesh) -> WeightSource:
-    """A run's steps; nothing in its directory is changed.
-
-    Raises:
-      ValueError, OSError: no run there, a damaged one, or base weights that are not the run's.
-    """
-    config, log = read_config(workdir), SeedLog(workdir, writable=False)
+    """A run's steps; nothing in its directory is changed."""
+    config, entries = read_config(workdir), read_entries(workdir)
     model = load_outline(config.model.source)
     directory.check_base(workdir, config.model.source, model.digest)
     perturbs = METHODS[config.method].perturbs
 
+    def marks(steps: int) -> dict[str, Any]:
+        """A longer run keeps its marks of the first steps; the seed log tells what the fields do not, such as rates
+        that followed a schedule over another number of steps."""
+        steps, facts = min(steps, len(entries)), directory.read(workdir)
+        lines = (workdir / NAME).read_bytes().splitlines()[:steps] if steps else []
+        named = {name: facts[name][:SHORT] for name in ("rows", "compute_dtype", "anchor_digest") if name in facts}
+        log = hashlib.sha256(b"\n".join(lines)).hexdigest()[:SHORT]
+        return {"base": model.digest[:SHORT]} | _fields(config) | named | {"steps": steps, "seedlog": log}
+
     def predicted(last: int, start: Any) -> dict[int, float | None]:
         offset = drift(start, load_anchor(config, mesh, start))["norm"] if config.optim.anchor.source else 0.0
         prediction, norms = PredictedDrift(config, count(start), offset=offset), {}
-        for entry in log.entries[:last] if perturbs else ():
+        for entry in entries[:last] if perturbs else ():
             prediction.add(entry)
             norms[entry.step] = prediction.norm
         return norms
 
     return WeightSource(
         name=f"the run {workdir}",
-        marks=lambda steps: _marks_of_run(workdir, config, model.digest, min(steps, len(log.entries))),
+        marks=marks,
         config=config,
         model=model,
-        last=len(log.entries),
+        last=len(entries),
         base=lambda: load_base(config, mesh).params,
         weights=lambda steps: weights_at(workdir, steps, mesh=mesh),
         predicted=predicted,
-        sigma=lambda step: config.logged_rates(log.entries[step - 1]).sigma if perturbs else None,
+        sigma=lambda step: config.logged_rates(entries[step - 1]).sigma if perturbs else None,
     )
 
 
@@ -102,38 +111,63 @@ def _fields(config: RunConfig) -> dict[str, Any]:
 DEFAULTS = _fields(RunConfig())  # of what a mark from before a field was there lacks
 
 
-def _marks_of_run(workdir: Path, config: RunConfig, base: str, steps: int) -> dict[str, Any]:
-    """A longer run keeps its marks of the first steps; the seed log tells what the fields do not, such as rates that
-    followed a schedule over another number of steps."""
-    lines = (workdir / NAME).read_bytes().splitlines()[:steps] if steps else []
-    facts = directory.read(workdir)
-    named = {name: facts[name][:SHORT] for name in ("rows", "compute_dtype", "anchor_digest") if name in facts}
-    log = hashlib.sha256(b"\n".join(lines)).hexdigest()[:SHORT]
-    return {"base": base[:SHORT]} | _fields(config) | named | {"steps": steps, "seedlog": log}
-
-
 def of_model(source: str, base: str | None, mesh: Mesh) -> WeightSource:
-    """A model, as step 1 beside its base model as step 0; without a base model it is step 0 itself.
-
-    Args:
-      source, base: folders, .gguf files or hub names.
-
-    Raises:
-      ValueError: the two have different shapes or vocabularies.
-    """
-    first, second = (RunConfig(model=ModelConfig(source=name)) for name in (base or source, source))
-    model, other = load_outline(first.model.source), load_outline(source)
+    """A model as step 1, beside its base model as step 0; without a base model it is step 0 itself. Raises ValueError
+    where the two have different shapes or vocabularies."""
+    config, sources = RunConfig(model=ModelConfig(source=source)), (base or source, source)
+    model, other = map(load_outline, sources)
     if model.config != other.config or model.tokenizer.get_vocab() != other.tokenizer.get_vocab():
         raise ValueError(f"{source} and {base} differ in shape or vocabulary: give the model it was trained from")
     marks = {"base": model.digest[:SHORT]} | ({} if base is None else {"model": other.digest[:SHORT]})
     return WeightSource(
         name=f"the model {source}" + ("" if base is None else f" beside its base model {base}"),
         marks=lambda steps: marks,
-        config=second,
+        config=config,
         model=model,
         last=int(base is not None),
-        base=lambda: load_base(first, mesh).params,
-        weights=lambda steps: ((step, load_base((first, second)[step], mesh).params) for step in steps),
+        base=lambda: load_base(config, mesh, source=sources[0]).params,
+        weights=lambda steps: ((step, load_base(config, mesh, source=sources[step]).params) for step in steps),
         predicted=lambda last, start: {},
         sigma=lambda step: None,
     )
+
+
+def check_folder(folder: Path, source: WeightSource) -> None:
+    """Raises ValueError where the folder's rows are of other weights than the source's.
+
+    A folder without subject.json, of training or of an earlier version, is taken as it is. Rows of step 0 are of the
+    base model: while there are no others, any source with the same base may go on with them.
+    """
+    name, marks = _read_marks(folder)
+    if marks is None:
+        return
+    then, now = DEFAULTS | marks, DEFAULTS | source.marks(marks.get("steps", 0))
+    differing = [field for field in {**then, **now} if then.get(field) != now.get(field)]
+    beyond = any(row["step"] for path in sorted(folder.glob("*.jsonl")) for row in read_jsonl(path))
+    if "base" in differing or (differing and beyond):
+        pairs = [f"{field} {then.get(field)!r} there and {now.get(field)!r} here" for field in differing]
+        raise ValueError(
+            f"{folder} has rows of {name} and this evaluation is of {source.name}, with other weights "
+            f"({'; '.join(pairs[:5])}): use another --out"
+        )
+
+
+def claim_folder(folder: Path, source: WeightSource) -> None:
+    """Write subject.json, unless it tells of the same weights; to call after `check_folder`."""
+    marks = source.marks(source.last)
+    if _read_marks(folder)[1] != marks:
+        directory.write_json(folder / MARKS, {"name": source.name, "marks": marks})
+
+
+def _read_marks(folder: Path) -> tuple[str, dict[str, Any] | None]:
+    """The name and the marks in subject.json, under the fields' names of today; None where there is no such file."""
+    path = folder / MARKS
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return content["name"], {RENAMED.get(name, name): value for name, value in content["marks"].items()}
+    except FileNotFoundError:
+        return "", None
+    except (AttributeError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error!r}): use another --out, or delete it where you know whose rows they are"
+        ) from None

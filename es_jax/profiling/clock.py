@@ -1,8 +1,4 @@
-"""Where an iteration's time goes, measured without holding anything up.
-
-Programs run while the host does other things. `launched` hands a program's outputs to a thread that blocks on them in
-launch order and notes when each came; the loop's own thread waits for nothing that it would not wait for anyway.
-"""
+"""Where an iteration's time goes. A thread of its own waits for the programs, so that the loop is not held up."""
 
 import contextlib
 import contextvars
@@ -19,7 +15,7 @@ _active: contextvars.ContextVar["Clock | None"] = contextvars.ContextVar("clock"
 
 
 def launched(name: str, outputs: Any) -> Any:
-    """The outputs of a program, on their way, as they are given; the clock in use times it under that name."""
+    """The outputs of a program, unchanged; the clock in use times the program under that name."""
     if clock := _active.get():
         last = reversed(jax.tree.leaves(outputs))  # a program's all come at once; of several, the last one's
         clock.watch(name, min(last, key=lambda leaf: leaf.nbytes))
@@ -41,8 +37,7 @@ class Clock:
     """Seconds by name since `restart`: of device programs, one after the other, and of work on the host.
 
     A program counts from the return of its launch, or from the end of the one before it where that came later, until
-    its outputs are there; so neither compiling nor what a CPU runs within the launch, as it does small programs, is its
-    time. With several devices it ends with the last of them.
+    its outputs are there on all devices. So neither compiling nor what a CPU runs within the launch is its time.
 
     >>> import jax.numpy as jnp
     >>> with Clock() as clock:
@@ -52,28 +47,24 @@ class Clock:
     """
 
     def __init__(self) -> None:
-        self._queue: queue.SimpleQueue[tuple[str, float, Any] | None] = queue.SimpleQueue()
-        self._idle = threading.Condition()
-        self._pending, self._ended = 0, 0.0
+        self._queue: queue.Queue[tuple[str, float, Any] | None] = queue.Queue()
+        self._lock = threading.Lock()
         self._seconds: dict[str, float] = defaultdict(float)
-        self._thread = threading.Thread(target=self._follow, name="es_jax clock", daemon=True)
 
     def __enter__(self) -> "Clock":
         self._token = _active.set(self)
-        self._thread.start()
+        threading.Thread(target=self._follow, name="es_jax clock", daemon=True).start()
         return self
 
     def __exit__(self, *error: Any) -> None:
         _active.reset(self._token)
         self._queue.put(None)
 
-    def watch(self, name: str, output: jax.Array) -> None:
-        with self._idle:
-            self._pending += 1
+    def watch(self, name: str, output: Any) -> None:
         self._queue.put((name, time.monotonic(), output))
 
     def add(self, name: str, seconds: float) -> None:
-        with self._idle:
+        with self._lock:
             self._seconds[name] += seconds
 
     def restart(self) -> None:
@@ -83,33 +74,33 @@ class Clock:
 
     def seconds(self) -> dict[str, float]:
         """Seconds by name, once all that was launched has ended."""
-        with self._idle:
-            self._idle.wait_for(lambda: not self._pending)
+        self._queue.join()
+        with self._lock:
             return dict(self._seconds)
 
     def _follow(self) -> None:
+        ended = 0.0
         while (item := self._queue.get()) is not None:
             name, began, output = item
             with contextlib.suppress(Exception):  # a program that failed raises in the thread that uses its outputs
                 jax.block_until_ready(output)
             del item, output
             now = time.monotonic()
-            with self._idle:
-                self._seconds[name] += now - max(began, self._ended)
-                self._ended = now
-                self._pending -= 1
-                self._idle.notify_all()
+            self.add(name, now - max(began, ended))
+            ended = now
+            self._queue.task_done()
+        self._queue.task_done()
 
 
 def split(seconds: dict[str, float], *, total: float) -> dict[str, float]:
     """A step's columns: seconds and share of each part, and of `wait`, when no program ran.
 
     `decode` holds prefill too and `update` the estimate, since each is one program; `Profile` tells both apart. `grade`
-    is the host's, beside the programs, so it is no part of the sum of the others, which is the step.
+    is the host's, beside the programs: the others add up to the step without it.
     """
     parts = {name: seconds.get(name, 0.0) for name in ("perturb", "decode", "update")}
-    parts = {**parts, "wait": max(total - sum(parts.values()), 0.0), "grade": seconds.get("grade", 0.0)}
-    return columns(parts, total)
+    wait = max(total - sum(parts.values()), 0.0)
+    return columns({**parts, "wait": wait, "grade": seconds.get("grade", 0.0)}, total)
 
 
 def columns(parts: dict[str, float], total: float) -> dict[str, float]:

@@ -1,8 +1,7 @@
 """Traces of steps, and what they tell that the host's clock cannot: prefill apart from decode, which are one program.
 
-The operations of prefill carry the scope `fill` of `es_jax.generate.decode_spec`. Read from traces of CPUs (jax 0.10);
-not yet run on a trace of a TPU or GPU. Estimate and optimizer cannot be told apart so: XLA fuses the two (dev/LOG.md),
-and `State.estimate_seconds` times the estimate alone.
+The operations of prefill carry the scope `fill` of `es_jax.generate.decode_spec`. XLA fuses estimate and optimizer
+(dev/LOG.md), so `State.estimate_seconds` times the estimate alone. Read from CPUs' traces alone so far.
 """
 
 import contextlib
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from google.protobuf.empty_pb2 import Empty
+from google.protobuf.unknown_fields import UnknownFieldSet
 from jax.profiler import ProfileData
 
 from es_jax.generate.decode_spec import FILL
@@ -22,21 +23,16 @@ from es_jax.profiling.clock import columns
 PROGRAMS = {"_perturb": "perturb", "_decode": "decode", "rollout": "decode", "update": "update"}  # names of jit → part
 
 
-_COLUMNS = ("seconds", "prompt_tokens", "tokens", "seconds_grade")
-
-
 class Profile:
     """A TensorBoard trace of the steps from `start` up to, not including, `stop`, and its summary: profile.json.
-
-    `last`: the run's last step, with which the trace ends at the latest.
-    """
+    It ends with the run's `last` step at the latest."""
 
     def __init__(self, steps: tuple[int, ...], workdir: Path, *, last: int):
         self._steps, self._workdir, self._running, self._last = steps, workdir, False, last
-        self._done: list[Mapping[str, Any]] = []  # `spent` of each traced step
+        self._spent: list[Mapping[str, Any]] = []  # of each traced step
 
     def step(self, step: int) -> contextlib.AbstractContextManager:
-        """To be entered around a step."""
+        """A context to run the step in."""
         if self._steps and not self._running and step in range(*self._steps):
             jax.profiler.start_trace(str(self._workdir / "tb"))
             self._running = True
@@ -49,17 +45,18 @@ class Profile:
         """
         if not self._running:
             return None
-        self._done.append(spent)
+        self._spent.append(spent)
         if step < min(self._steps[1] - 1, self._last):
             return None
         self.close()
-        within = inside()
-        return self._summary(step, within) if jax.process_index() == 0 else None
+        seconds_inside = inside()
+        return self._summary(step, seconds_inside) if jax.process_index() == 0 else None
 
-    def _summary(self, step: int, within: Mapping[str, float]) -> str:
+    def _summary(self, step: int, inside: Mapping[str, float]) -> str:
         """Writes profile.json: means of the traced steps, of the devices that this process sees."""
-        count, first = len(self._done), step - len(self._done) + 1
-        total, prompt, new, grade = (sum(spent[name] for spent in self._done) / count for name in _COLUMNS)
+        count = len(self._spent)
+        first, names = step - count + 1, ("seconds", "prompt_tokens", "tokens", "seconds_grade")
+        total, prompt, new, grade = (sum(spent[name] for spent in self._spent) / count for name in names)
         try:
             parts = part_seconds(self._workdir / "tb")
         except Exception as error:  # a format that is not known yet: no reason to end a run
@@ -68,11 +65,17 @@ class Profile:
             return f"the trace of steps {first} to {step} names none of the run's programs"
         parts = {part: value / count for part, value in parts.items()}
         parts["wait"] = max(total - sum(parts.values()), 0.0)
-        parts |= {"grade": grade, **within}  # beside the devices' work, or inside of it: no parts of the sum
-        row: dict[str, Any] = {"first": first, "last": step, "seconds": total, **columns(parts, total)}
-        row |= {"prompt_tokens": prompt, "tokens": new}
-        for part, tokens in (("prefill", prompt), ("decode", new)):
-            row[f"{part}_tokens_per_second"] = tokens / parts[part] if parts[part] else None
+        parts |= {"grade": grade, **inside}  # beside the devices' work, or inside of it: not parts of the sum
+        row = {
+            "first": first,
+            "last": step,
+            "seconds": total,
+            **columns(parts, total),
+            "prompt_tokens": prompt,
+            "tokens": new,
+            "prefill_tokens_per_second": prompt / parts["prefill"] if parts["prefill"] else None,
+            "decode_tokens_per_second": new / parts["decode"] if parts["decode"] else None,
+        }
         (self._workdir / "profile.json").write_text(json.dumps(row, indent=2) + "\n")
         shares = ", ".join(f"{part} {value / total:.1%}" for part, value in parts.items())
         return f"steps {first} to {step} traced, {total:.2f} s each: {shares}; profile.json"
@@ -84,11 +87,9 @@ class Profile:
 
 
 def part_seconds(folder: Path) -> dict[str, float]:
-    """Seconds of the devices in perturb, prefill, decode and update, of all steps in the last trace that
-    `jax.profiler` wrote below a folder; devices' mean.
+    """Seconds in perturb, prefill, decode and update, of all steps in the last trace below a folder; devices' mean.
 
-    Only what began within a step (`jax.profiler.StepTraceAnnotation` of the name "step") counts. What runs side by side
-    counts once. {} where the trace names no program that is known.
+    Only what began within a step counts, and what runs side by side counts once. {} where no known program is named.
     """
     data = max(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime).read_bytes()
     scopes = {at: scope for plane in _fields(data, 1) for at, scope in _scopes(plane)}
@@ -111,7 +112,7 @@ def part_seconds(folder: Path) -> dict[str, float]:
                     spans["prefill"].append(_span(event))
         if spans:
             seconds = {part: _covered(spans[part]) for part in ("perturb", "prefill", "decode", "update")}
-            devices.append({**seconds, "decode": seconds["decode"] - seconds["prefill"]})
+            devices.append(seconds | {"decode": seconds["decode"] - seconds["prefill"]})
     return {part: sum(each[part] for each in devices) / len(devices) for part in devices[0]} if devices else {}
 
 
@@ -120,7 +121,7 @@ def _span(event: Any) -> tuple[float, float]:
 
 
 def _covered(spans: list[tuple[float, float]]) -> float:
-    """Seconds that lie in at least one of the spans, in ns."""
+    """Seconds that lie in at least one of the spans, which are in ns."""
     total, end = 0.0, float("-inf")
     for a, b in sorted(spans):
         total, end = total + max(b - max(a, end), 0.0), max(end, b)
@@ -130,8 +131,8 @@ def _covered(spans: list[tuple[float, float]]) -> float:
 def _scopes(plane: bytes) -> Iterator[tuple[tuple[str, str], str]]:
     """(module, operation) → its scopes, from the programs that a plane of the trace (an XPlane) holds.
 
-    ProfileData does not hand them out. The numbers are of fields of xplane.proto and hlo.proto: plane.event_metadata →
-    its value.stats.bytes_value → HloProto.hlo_module.computations.instructions, each with a name and metadata.op_name.
+    ProfileData leaves them out. The numbers are of fields of xplane.proto and hlo.proto: plane.event_metadata → its
+    value.stats.bytes_value → HloProto.hlo_module.computations.instructions, each with a name and metadata.op_name.
     """
     stats = (stat for entry in _fields(plane, 4) for value in _fields(entry, 2) for stat in _fields(value, 5))
     for module in (module for stat in stats for program in _fields(stat, 6) for module in _fields(program, 1)):
@@ -142,27 +143,10 @@ def _scopes(plane: bytes) -> Iterator[tuple[tuple[str, str], str]]:
 
 
 def _text(message: bytes, field: int = 1) -> str:
-    return next((value.decode(errors="replace") for value in _fields(message, field)), "")
+    return b"".join(_fields(message, field)[:1]).decode(errors="replace")
 
 
-def _fields(message: bytes, wanted: int) -> Iterator[bytes]:
+def _fields(message: bytes, number: int) -> list[bytes]:
     """The values of one length-delimited field of a serialised protocol buffer."""
-
-    def varint(at: int) -> tuple[int, int]:
-        value = shift = 0
-        while True:
-            byte, at = message[at], at + 1
-            value, shift = value | (byte & 127) << shift, shift + 7
-            if byte < 128:
-                return value, at
-
-    at = 0
-    while at < len(message):
-        tag, at = varint(at)
-        kind = tag & 7
-        size, at = varint(at) if kind in (0, 2) else ({1: 8, 5: 4}[kind], at)
-        if kind == 0:
-            continue
-        if kind == 2 and tag >> 3 == wanted:
-            yield message[at : at + size]
-        at += size
+    fields = UnknownFieldSet(Empty.FromString(message))
+    return [field.data for field in fields if (field.field_number, field.wire_type) == (number, 2)]

@@ -19,22 +19,17 @@ def utilisation(
     models: int,
     seconds: float,
 ) -> dict[str, float | None]:
-    """What a step's completions need at least, over the published peaks of the chips (`es_jax.core.chips`).
+    """What a step's completions need at least, over the chips' published peaks; `None` on a chip of unknown peaks.
 
-    Counted are the products of weights with tokens, 2 operations a weight and token: a shared prefix once for each
-    model, the head once for each new token; attention is left out. A completion's last token is not read on, so its
-    layers are not computed. Memory is read once for all weights at each model's prefill and at each decode step, and
-    the steps are as few as `slots` rows at once allow. Both are lower bounds, so the utilisation is, too. `None` on a
-    chip that is not in the table, such as a CPU.
+    Operations are the products of weights with tokens, 2 a weight and token, without attention: a shared prefix once
+    for each model, the head once for each new token. A completion's last token does not pass the layers. Memory is read
+    once for all weights at each prefill and at each decode step, which are as few as `slots` rows at once allow.
 
     Args:
-      model: whose weights.
-      itemsize: bytes of a weight of a member.
-      slots: rows that a member decodes at once.
-      devices: how many work.
+      itemsize: bytes of a weight.
+      slots: rows that a model decodes at once.
       prefill, new: tokens of all completions of the step.
-      completions: how many there are.
-      models: how many different weights make them.
+      models: how many different weights make the completions.
       seconds: of decoding.
     """
     chip = find_chip(jax.devices()[0].device_kind)

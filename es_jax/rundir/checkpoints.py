@@ -23,11 +23,7 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, params: Any, opt_state: Any) -> None:
-        """Write the step's checkpoint; older ones go only when it is whole.
-
-        Raises:
-          OSError: the disk is full, or cannot be written. Older checkpoints and the seed log stay.
-        """
+        """Write the step's checkpoint; older ones go only when it is whole. OSError where the disk is full."""
         try:
             self._manager.save(step, args=ocp.args.StandardSave(_tree(params, opt_state)))
             self._manager.wait_until_finished()
@@ -60,10 +56,7 @@ def saved_steps(workdir: Path) -> list[int]:
 
 def restore_params(workdir: Path, step: int, params: Any) -> Any:
     """The weights alone of the step's checkpoint, like the given tree of `abstract` leaves; nothing is changed.
-
-    Raises:
-      OSError: the checkpoint is damaged, or gone by now.
-    """
+    Raises OSError where the checkpoint is damaged, or gone by now."""
     item = {"params": params}
     where = ocp.checkpoint_utils.construct_restore_args(item)
     args = ocp.args.PyTreeRestore(item=item, restore_args=where, partial_restore=True)

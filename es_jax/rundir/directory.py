@@ -33,10 +33,11 @@ def claim(workdir: Path) -> Any:
     Raises:
       OSError: it cannot be made, another process trains in it, or processes of the run do not see the same directory.
     """
-    lock = _lock(workdir) if processes.first() else None
-    content = processes.exchange({0: (workdir / ".lock").read_text()} if processes.first() else {})[0]
-    if lock is not None:
+    if processes.first():
+        lock = _lock(workdir)
+        processes.exchange({0: (workdir / ".lock").read_text()})
         return lock
+    content = processes.exchange({})[0]
     for _ in range(100):  # a network's file system may take a moment
         with contextlib.suppress(OSError):
             if (workdir / ".lock").read_text() == content:
@@ -67,17 +68,16 @@ def _lock(workdir: Path) -> Any:
 def settle(workdir: Path, config: dict[str, Any], *, identity: dict[str, Any], started: bool) -> None:
     """Write config.json, or check that the run that is there is this one.
 
+    Of several processes the first writes; all call it.
+
     Args:
-      workdir: the run's directory.
-      config: its fields, as nested dicts.
+      config: the run's fields, as nested dicts.
       identity: what else a run is, by name: digests of base weights and of prompts, the compute dtype, …
       started: whether it has a finished step. Without one the directory is taken over, whatever it was meant for.
 
-    Of several processes the first writes; all call it.
-
     Raises:
-      ValueError: the directory holds a run of another config, base weights or rows, or this process has others than
-        the first one; what differs is named.
+      ValueError: the directory holds another run, or this process has another one than the first; what differs is
+        named.
     """
     if processes.first():
         _settle(workdir, json.loads(json.dumps(config)), identity, started)  # as it is read back: lists for tuples
@@ -94,22 +94,23 @@ def settle(workdir: Path, config: dict[str, Any], *, identity: dict[str, Any], s
 def _settle(workdir: Path, config: dict[str, Any], identity: dict[str, Any], started: bool) -> None:
     path, versions = workdir / "config.json", _versions()
     content = {"config": config, **identity, "versions": versions}
-    if not (path.exists() or started):
-        return write_json(path, content, indent=2)
-    then = read(workdir)
-    old, new = (flatten_dict(fields, sep=".") for fields in (then["config"], config))
-    changed = [name for name in new if name not in CHANGEABLE and old.get(name) != new[name]]
-    differing = [f"{name} was {old.get(name)!r} and is {new[name]!r}" for name in changed]
-    differing += [f"{k} was {then.get(k)!r} and is {v!r}" for k, v in identity.items() if then.get(k) != v]
-    if differing and started:
-        raise ValueError(
-            f"{workdir} holds a run of another config: {'; '.join(differing)}. Choose another --workdir, or set the "
-            "fields back"
+    if path.exists() or started:
+        then = read(workdir)
+        old, new = (
+            flatten_dict(facts["config"], sep=".") | {k: facts.get(k) for k in identity} for facts in (then, content)
         )
-    if differing:
-        shutil.rmtree(workdir / "evals", ignore_errors=True)  # of the weights before the first step, for that config
-        return write_json(path, content, indent=2)
-    write_json(path, {**then, "config": config, "resumed": [*then.get("resumed", []), versions]}, indent=2)
+        changed = [name for name in new if name not in CHANGEABLE and old.get(name) != new[name]]
+        if changed and started:
+            differing = "; ".join(f"{name} was {old.get(name)!r} and is {new[name]!r}" for name in changed)
+            raise ValueError(
+                f"{workdir} holds a run of another config: {differing}. Choose another --workdir, or set the fields "
+                "back"
+            )
+        if changed:
+            shutil.rmtree(workdir / "evals", ignore_errors=True)  # of that config's weights before the first step
+        else:
+            content = {**then, "config": config, "resumed": [*then.get("resumed", []), versions]}
+    write_json(path, content, indent=2)
 
 
 def read(workdir: Path) -> dict[str, Any]:
@@ -138,12 +139,8 @@ def check_base(workdir: Path, source: str, digest: str) -> None:
 
 @contextlib.contextmanager
 def compilation_cache(folder: Path) -> Iterator[None]:
-    """Compiled programs are kept in the folder and found there again, also where it was moved or copied to, unless the
-    user has a cache already.
-
-    What `JAX_COMPILATION_CACHE_DIR` or `jax_compilation_cache_dir` say is left as it is ("" is no cache at all). JAX
-    writes programs that took more than `jax_persistent_cache_min_compile_time_secs` to compile, from process 0 alone.
-    """
+    """Compiled programs are kept in the folder, which may be moved or copied, unless the user has a cache already:
+    what `JAX_COMPILATION_CACHE_DIR` or `jax_compilation_cache_dir` say is left as it is ("" is no cache at all)."""
     from jax.experimental.compilation_cache import compilation_cache as cache
 
     if "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
@@ -163,7 +160,7 @@ def compilation_cache(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Say which file could not be written, and that nothing is lost."""
+    """An OSError says which file could not be written, and that nothing is lost."""
     try:
         yield
     except OSError as error:
@@ -173,13 +170,8 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def check_space(workdir: Path, needed: int) -> None:
-    """Refuse to start a run whose first checkpoint of `needed` bytes would not fit on the disk.
-
-    Raises:
-      OSError: with both figures.
-    """
-    free = shutil.disk_usage(workdir).free
-    if free < needed:
+    """Raises OSError where a checkpoint of `needed` bytes does not fit on the disk."""
+    if (free := shutil.disk_usage(workdir).free) < needed:
         raise OSError(
             f"workdir {workdir} has {free / 2**30:.2f} GiB free and one checkpoint needs {needed / 2**30:.2f} GiB: "
             "free some space, or choose another --workdir"
@@ -209,12 +201,11 @@ def sync_folder(folder: Path) -> None:
 
 
 def _versions() -> dict[str, str | None]:
-    versions: dict[str, str | None] = {"python": platform.python_version(), "git": None}
+    versions: dict[str, str | None] = {"python": platform.python_version(), **dict.fromkeys(["git", *PACKAGES])}
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
         versions["git"] = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     for package in PACKAGES:
-        versions[package] = None
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     return versions

@@ -5,6 +5,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,10 @@ LAST = 2**62  # a step after every step
 
 
 class Jsonl:
-    """A file of JSON rows, each with a `step`. Rows of steps that did not finish are dropped when it is opened.
+    """A file of JSON rows, each with a `step`. Rows of later steps than `last_step`, which did not finish, are dropped
+    when it is opened. Of several processes the first one writes."""
 
-    Of several processes the first one writes.
-    """
-
-    def __init__(self, path: Path, *, last_step: int):
+    def __init__(self, path: Path, *, last_step: int = LAST):
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         rows = [row for row in read_jsonl(path) if row["step"] <= last_step]
@@ -34,44 +33,45 @@ class Jsonl:
         if processes.first() and content.split(b"\n")[len(rows) :] != [b""]:
             partial = path.with_suffix(".tmp")
             with writing(path):
-                partial.write_text("".join(_line(row) for row in rows))
+                partial.write_text("".join(map(_line, rows)))
                 os.replace(partial, path)
 
     def write(self, *rows: dict[str, Any]) -> None:
         if processes.first():
             with writing(self.path), open(self.path, "a") as file:
-                file.writelines(_line(row) for row in rows)
+                file.writelines(map(_line, rows))
         self.steps |= {row["step"] for row in rows}
 
 
 def _line(row: dict[str, Any]) -> str:
-    """One row of JSON; NaN and infinity, which JSON has not, as null."""
+    """A row as JSON; NaN and infinity are null, for JSON does not have them."""
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
     return json.dumps(finite, allow_nan=False) + "\n"
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file, without a last line that a crash cut short; [] when there is no file.
-
-    Raises:
-      ValueError: a damaged line, which is named.
-    """
+def read_jsonl(
+    path: Path,
+    *,
+    parse: Callable[[Any], Any] = lambda row: row,
+    damage: str = "is not JSON ({}): restore or delete the file",
+) -> list[Any]:
+    """The rows of a file, without a last line that a crash cut short; [] when there is no file. Raises ValueError for
+    a damaged line, which is named."""
     if not Path(path).exists():
         return []
     rows = []
     for number, line in enumerate(Path(path).read_bytes().split(b"\n")[:-1], 1):
         try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"{path} line {number} is not JSON ({error}): restore or delete the file") from None
+            rows.append(parse(json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} line {number} {damage.format(error)}") from None
     return rows
 
 
 class Metrics:
-    """metrics.jsonl and TensorBoard, the same numbers in both.
+    """metrics.jsonl and TensorBoard, the same numbers in both. Of several processes the first one writes.
 
-    Events are written by the caller's thread: the usual writer has its own, which dies of a full disk unheard. Of
-    several processes the first one writes.
+    Events are written by the caller's thread: the usual writer has its own, which dies of a full disk unheard.
     """
 
     def __init__(self, workdir: Path, *, last_step: int):
@@ -82,24 +82,22 @@ class Metrics:
                 self._folder.mkdir(exist_ok=True)
                 self._board = EventsWriter(str(self._folder / "events"))
             restart = SessionLog(status=SessionLog.START)  # TensorBoard drops an earlier session's later steps
-            self._event(self._board, Event(step=last_step + 1, session_log=restart))
+            self._events(Event(step=last_step + 1, session_log=restart))
 
     def write(self, row: dict[str, Any], *, prefix: str = "train") -> None:
         """A step's row; numbers go to TensorBoard under `prefix`."""
         if prefix == "train":
             self._jsonl.write(row)
-        if self._board is None:
-            return
-        for name, value in row.items():
-            if name != "step" and isinstance(value, int | float):
-                self._event(self._board, Event(step=row["step"], summary=scalar(f"{prefix}/{name}", value)))
-        with writing(self._folder):
-            self._board.flush()
+        numbers = {name: x for name, x in row.items() if name != "step" and isinstance(x, int | float)}
+        self._events(*(Event(step=row["step"], summary=scalar(f"{prefix}/{name}", x)) for name, x in numbers.items()))
 
-    def _event(self, board: EventsWriter, event: Event) -> None:
-        event.wall_time = time.time()
-        with writing(self._folder):
-            board.write_event(event)
+    def _events(self, *events: Event) -> None:
+        if self._board:
+            with writing(self._folder):
+                for event in events:
+                    event.wall_time = time.time()
+                    self._board.write_event(event)
+                self._board.flush()
 
     def close(self) -> None:
         if self._board:
@@ -107,12 +105,9 @@ class Metrics:
 
 
 class Progress:
-    """A bar over the units of all steps, and a line for a step at most every `every` seconds.
+    """A bar over the units of all steps, ("member", 30) of each, and a line for a step at most every two seconds."""
 
-    `unit`: what a step is counted in, and how many it has: ("member", 30).
-    """
-
-    def __init__(self, *, steps: int, done: int, unit: tuple[str, int], every: float = 2.0):
+    def __init__(self, *, steps: int, done: int, unit: tuple[str, int]):
         name, each = unit
         self._bar = tqdm(
             total=steps * each,
@@ -122,19 +117,17 @@ class Progress:
             dynamic_ncols=True,
             disable=not processes.first(),
         )
-        self._steps, self._every, self._last = steps, every, 0.0
-        self._start, self._done = time.monotonic(), done
+        self._steps, self._done, self._start, self._last = steps, done, time.monotonic(), 0.0
 
     def advance(self, n: int) -> None:
-        """n more units are done."""
         self._bar.update(n)
 
     def step(self, row: dict[str, Any]) -> None:
         now, step = time.monotonic(), row["step"]
         if "seconds_to_first_step" in row:
-            first = f"first step done {row['seconds_to_first_step']:.1f} s after the start"
-            self.say(f"{first}, with loading, compiling and any evaluation before it")
-        if now - self._last < self._every and step < self._steps:
+            start = f"{row['seconds_to_first_step']:.1f} s after the start"
+            self.say(f"first step done {start}, with loading, compiling and any evaluation before it")
+        if now - self._last < 2 and step < self._steps:
             return
         self._last = now
         eta = (now - self._start) / max(step - self._done, 1) * (self._steps - step)

@@ -12,6 +12,7 @@ import numpy as np
 from es_jax.core import processes
 from es_jax.es.population import Members
 from es_jax.rundir.directory import sync_folder, writing
+from es_jax.rundir.metrics import read_jsonl
 
 NAME = "seedlog.jsonl"
 
@@ -21,7 +22,6 @@ class Entry:
     """What led from the weights of step − 1 to those of `step`, with the run's config.
 
     Attributes:
-      step: 1, 2, …
       seeds, signs, paired: the members, as in `Members`.
       rewards: [N] as scored, before shaping; None for one that was not finite.
       weights: [N] float32 as the estimate used them; JSON carries them exactly.
@@ -40,13 +40,7 @@ class Entry:
 
     @classmethod
     def of(
-        cls,
-        step: int,
-        members: Members,
-        *,
-        rewards: np.ndarray,
-        weights: np.ndarray,
-        rates: Iterable[float] = (),
+        cls, step: int, members: Members, *, rewards: np.ndarray, weights: np.ndarray, rates: Iterable[float] = ()
     ) -> "Entry":
         """`rates`: α, σ and λ of the step, for methods that have them."""
         seeds, signs = np.asarray(members.seed).tolist(), np.asarray(members.sign).astype(int).tolist()
@@ -64,10 +58,10 @@ class SeedLog:
     A line that a crash left half-written at the end is not a finished step: it is cut off when the log is opened.
     """
 
-    def __init__(self, workdir: Path, *, writable: bool = True):
+    def __init__(self, workdir: Path):
         self.path = Path(workdir) / NAME
-        self.entries = _read(self.path)
-        if writable and processes.first():
+        self.entries = read_entries(workdir)
+        if processes.first():
             with writing(self.path), open(self.path, "a+b") as file:
                 file.seek(0)
                 file.truncate(file.read().rfind(b"\n") + 1)
@@ -76,19 +70,16 @@ class SeedLog:
     def append(self, entry: Entry) -> None:
         """Write the step's line and force it to disk; of several processes the first one does."""
         if processes.first():
-            self._write(json.dumps(dataclasses.asdict(entry)).encode() + b"\n")
+            with writing(self.path), open(self.path, "ab") as file:
+                before = file.tell()
+                try:
+                    file.write(json.dumps(dataclasses.asdict(entry)).encode() + b"\n")
+                    file.flush()
+                    os.fsync(file.fileno())
+                except OSError:
+                    os.ftruncate(file.fileno(), before)
+                    raise
         self.entries.append(entry)
-
-    def _write(self, line: bytes) -> None:
-        with writing(self.path), open(self.path, "ab") as file:
-            before = file.tell()
-            try:
-                file.write(line)
-                file.flush()
-                os.fsync(file.fileno())
-            except OSError:
-                os.ftruncate(file.fileno(), before)
-                raise
 
     def cut(self, step: int) -> None:
         """Forget the lines after that step: for a method whose steps must be made again from a checkpoint."""
@@ -99,20 +90,12 @@ class SeedLog:
         del self.entries[step:]
 
 
-def _read(path: Path) -> list[Entry]:
-    if not path.exists():
-        return []
-    entries = []
-    lines = path.read_bytes().split(b"\n")[:-1]  # after the last newline stands nothing, or an unfinished step
-    for number, line in enumerate(lines, 1):
-        try:
-            entry = Entry(**json.loads(line))
-        except (ValueError, TypeError) as error:
-            raise ValueError(
-                f"{path} line {number} cannot be read ({error}): the log is damaged; restore the file, or cut it "
-                "before this line to fall back to that step"
-            ) from None
+def read_entries(workdir: Path) -> list[Entry]:
+    """The finished steps in a run's directory; nothing in it is changed. Raises ValueError where its log is damaged."""
+    path = Path(workdir) / NAME
+    damage = "the log is damaged; restore the file, or cut it before this line to fall back to that step"
+    entries = read_jsonl(path, parse=lambda fields: Entry(**fields), damage=f"cannot be read ({{}}): {damage}")
+    for number, entry in enumerate(entries, 1):
         if entry.step != number:
             raise ValueError(f"{path} line {number} is step {entry.step}: lines are missing; restore the file")
-        entries.append(entry)
     return entries

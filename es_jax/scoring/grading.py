@@ -10,7 +10,7 @@ import numpy as np
 from es_jax.core import processes
 from es_jax.profiling.clock import host
 from es_jax.scoring.workers import Submit
-from es_jax.tasks.task import Example, Score, Scorer
+from es_jax.tasks.task import Example, Score
 from es_jax.weights.model import Model
 
 
@@ -30,23 +30,19 @@ Pending = Callable[[], Graded]  # waits for the score
 
 @dataclasses.dataclass(frozen=True)
 class Grader:
-    """Grades completions of a list of examples, and shares what it graded with the other processes of the run.
+    """Grades completions of a list of examples, and shares what it graded with the other processes of the run."""
 
-    `submit`: of `es_jax.scoring.workers.workers_of`; None scores in this thread.
-    """
-
-    task: Scorer
     model: Model
     examples: Sequence[Example]
-    submit: Submit | None = None
+    submit: Submit
 
     def __call__(self, indices: Sequence[int], tokens: np.ndarray, length: np.ndarray) -> list[Pending]:
-        """Completions of the examples with those indices: tokens [B, L], length [B]. Scored, or on their way to be."""
+        """Completions of the examples with those indices: tokens [B, L], length [B]."""
         with host("grade"):
             rows = [row[:n].tolist() for _, row, n in zip(indices, tokens, length, strict=False)]
             stopped = [bool(row) and row[-1] in self.model.stop_token_ids for row in rows]
             texts = self.model.tokenizer.batch_decode(
-                [row[:-1] if stop else row for row, stop in zip(rows, stopped, strict=True)],
+                [row[: len(row) - stop] for row, stop in zip(rows, stopped, strict=True)],
                 skip_special_tokens=True,
                 clean_up_tokenization_spaces=False,
             )
@@ -56,9 +52,6 @@ class Grader:
             ]
 
     def _scored(self, example: Example, text: str, length: int, *, truncated: bool) -> Pending:
-        if self.submit is None:
-            graded = Graded(example, text, self.task.score(example, text), length, truncated)
-            return lambda: graded
         score = self.submit(example, text)
         return lambda: Graded(example, text, score(), length, truncated)
 
@@ -67,34 +60,31 @@ class Grader:
     ) -> dict[int, list[Graded]]:
         """What all processes graded, by number, in order; each gives its own, with the indices of its examples.
 
-        All processes call it. Only the texts of the numbers `texts` travel; others are empty where they were not
-        graded. Scores that are on their way are waited for.
+        All processes call it, and wait for the scores. Only the texts of the numbers `texts` travel; others are empty
+        where they were not graded.
         """
         with host("grade"):
             own = processes.wait(lambda: {n: (at, [one() for one in ones]) for n, (at, ones) in pending.items()})
         if jax.process_count() == 1:
             return {n: own[n][1] for n in sorted(own)}
-        packed = {n: [list(at), [_packed(g, text=n in texts) for g in graded]] for n, (at, graded) in own.items()}
+        packed = {
+            n: [
+                [i, g.text if n in texts else "", g.score.reward, dict(g.score.parts), g.length, g.truncated]
+                for i, g in zip(at, graded, strict=True)
+            ]
+            for n, (at, graded) in own.items()
+        }
         return {
-            n: own[n][1] if n in own else [_unpacked(self.examples[i], *row) for i, row in zip(at, rows, strict=True)]
-            for n, (at, rows) in processes.exchange(packed).items()
+            n: own[n][1] if n in own else list(map(self._unpacked, rows))
+            for n, rows in processes.exchange(packed).items()
         }
 
-
-def _packed(graded: Graded, *, text: bool) -> list[Any]:
-    score = graded.score
-    return [graded.text if text else "", [score.reward, dict(score.parts)], graded.length, graded.truncated]
-
-
-def _unpacked(example: Example, text: str, score: list, length: int, truncated: bool) -> Graded:
-    return Graded(example, text, Score(*score), length, truncated)
+    def _unpacked(self, row: list[Any]) -> Graded:
+        i, text, reward, parts, length, truncated = row
+        return Graded(self.examples[i], text, Score(reward, parts), length, truncated)
 
 
 def means(graded: Sequence[Graded]) -> dict[str, float]:
     """Mean of each part of the score, mean length, and the share cut at max_new_tokens."""
-    columns: dict[str, Sequence[float]] = {
-        **{part: [g.score.parts[part] for g in graded] for part in graded[0].score.parts},
-        "mean_length": [g.length for g in graded],
-        "truncated": [g.truncated for g in graded],
-    }
-    return {name: float(np.mean(values)) for name, values in columns.items()}
+    rows = [{**g.score.parts, "mean_length": g.length, "truncated": g.truncated} for g in graded]
+    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}

@@ -59,7 +59,7 @@ class HeldOut:
 
 
 def checked_prompt(model: Model, task: str, example: Example, max_prompt_tokens: int) -> list[int]:
-    """The token ids of an example's prompt. Raises ValueError where they are none, or more than `max_prompt_tokens`."""
+    """The token ids of an example's prompt. Raises ValueError where there are none, or too many."""
     ids = encode_prompt(model.tokenizer, example.prompt)
     if not 1 <= len(ids) <= max_prompt_tokens:
         raise ValueError(
@@ -93,38 +93,38 @@ def evaluate(
     done: Callable[[int], None] = lambda rows: None,
 ) -> Iterator[tuple[HeldOut, RowResults]]:
     """Greedy completions of all tasks' rows and the likelihoods of options, graded; a task while the others decode.
-
-    `done` is told how many more rows are graded.
-    """
+    `done` is called with how many more rows are graded."""
     engine = evaluator.engine
     queues = [engine.packing(held.prompts).pack(held.prompts, rows=len(held.prompts)) for held in tasks]
     decoded = evaluator.unperturbed(params, queues)
     for held in tasks:
-        task = PaperParts(held.task)
-        with workers_of(task) as submit:  # which start while the devices decode
-            grader = Grader(task, model, held.examples, submit)
+        with workers_of(PaperParts(held.task)) as submit:  # which start while the devices decode
+            grader = Grader(model, held.examples, submit)
             own = {
                 row: ([row], [pending])
                 for rows, tokens, length in next(decoded).values()
                 for row, pending in zip(rows, grader(rows, tokens, length), strict=True)
             }
             graded = [one for (one,) in grader.shared(own).values()]
-        likely = likeliest(model.config, params, held.options, dtype=evaluator.dtype, mesh=evaluator.mesh)
+        loglik = None
+        if held.options is not None:
+            loglik = likeliest(model.config, params, held.options, dtype=evaluator.dtype, mesh=evaluator.mesh)
         done(len(graded))
-        yield held, _results(graded, likely)
+        yield held, _results(graded, loglik)
 
 
-def _results(graded: Sequence[Graded], likely: np.ndarray | None) -> RowResults:
+def _results(graded: Sequence[Graded], loglik: np.ndarray | None) -> RowResults:
     parts = {name: np.array([g.score.parts[name] for g in graded], float) for name in graded[0].score.parts}
     right = parts.pop("answer")
+    truncated, length, reward = np.array([[g.truncated, g.length, g.score.reward] for g in graded], float).T
     return RowResults(
         right=right,
         strict=parts.pop("strict", right),
-        loglik=likely,
+        loglik=loglik,
         well_formed=(parts["format"] >= 1).astype(float) if "format" in parts else None,
-        truncated=np.array([g.truncated for g in graded], float),
-        length=np.array([g.length for g in graded], float),
-        reward=np.array([g.score.reward for g in graded], float),
+        truncated=truncated,
+        length=length,
+        reward=reward,
         parts=parts,
     )
 
@@ -150,16 +150,12 @@ cast = jax.jit(optax.tree_utils.tree_cast, static_argnums=1)  # the weights in t
 def likeliest(
     config: TransformerConfig,
     params: Any,
-    rows: Sequence[tuple[list[int], list[list[int]], int]] | None,
+    rows: Sequence[tuple[list[int], list[list[int]], int]],
     *,
     dtype: DTypeLike,
     mesh: Mesh | None = None,
-) -> np.ndarray | None:
-    """Whether the right option has the highest log-probability, the sum over its tokens, [n]; None without options.
-
-    The first of several equal options counts as the highest. It computes in `dtype`.
-    """
-    if rows is None:
-        return None
+) -> np.ndarray:
+    """Whether the right option has the highest log-probability, the sum over its tokens: [n] 0 or 1, the first of
+    equal options counting as the highest. It computes in `dtype`."""
     scores = score_options(config, cast(params, dtype), [(prompt, options) for prompt, options, _ in rows], mesh=mesh)
     return np.array([float(np.argmax(own) == right) for own, (_, _, right) in zip(scores, rows, strict=True)])

@@ -43,9 +43,7 @@ class RowResults:
     parts: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        plain = lambda x: None if x is None else np.asarray(x).tolist()  # noqa: E731
-        columns = {name: plain(x) for name, x in vars(self).items() if name != "parts"}
-        return columns | {"parts": {name: plain(x) for name, x in self.parts.items()}}
+        return jax.tree.map(np.ndarray.tolist, vars(self))
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "RowResults":
@@ -61,11 +59,11 @@ def summary(step: int, now: RowResults, base: RowResults | None) -> dict[str, An
             row |= accuracy(column, getattr(now, field), None if base is None else getattr(base, field))
     for view, prefix in (("right", "lost_"), ("strict", "strict_lost_")):
         if base is not None:
-            row |= {prefix + reason: value for reason, value in split_drop(base, now, view).items()}
-    row |= {name: float(np.mean(value)) for name, value in now.parts.items()}
-    row |= {} if now.well_formed is None else {"well_formed": float(np.mean(now.well_formed))}
-    row |= {"truncated": float(np.mean(now.truncated)), "mean_length": float(np.mean(now.length))}
-    return row | {"reward": float(np.mean(now.reward)), "reward_se": standard_error(now.reward)}
+            row |= {prefix + reason: share for reason, share in split_drop(base, now, view).items()}
+    means = {**now.parts, "well_formed": now.well_formed, "truncated": now.truncated}
+    means |= {"mean_length": now.length, "reward": now.reward}
+    row |= {name: float(np.mean(values)) for name, values in means.items() if values is not None}
+    return row | {"reward_se": standard_error(now.reward)}
 
 
 def accuracy(column: str, now: np.ndarray, base: np.ndarray | None) -> dict[str, float | None]:
@@ -115,15 +113,11 @@ class EvalsFile:
     """The evaluations of one task, a row a step.
 
     The results of single rows stand in evals/verdicts/<task>.jsonl: with those of step 0, of the base model, later
-    steps are compared row by row. Rows are appended as they come; `read_evals` puts them in order.
-
-    Args:
-      folder: the run's evals/.
-      task: its name.
-      last_step: rows of later steps, which did not finish, are dropped.
+    steps are compared row by row. Rows are appended as they come; `read_evals` puts them in order. Rows of steps after
+    `last_step`, which did not finish, are dropped.
 
     Attributes:
-      last: the row of the latest step; None when there is none.
+      last: the row of the latest step, if there is one.
       steps: the steps that are evaluated.
     """
 
@@ -131,7 +125,7 @@ class EvalsFile:
         self._rows = Jsonl(folder / f"{task}.jsonl", last_step=last_step)
         self._results = Jsonl(folder / "verdicts" / f"{task}.jsonl", last_step=last_step)
         self.steps = self._rows.steps
-        self.last: dict[str, Any] | None = max(read_evals(self._rows.path), key=lambda row: row["step"], default=None)
+        self.last: dict[str, Any] | None = next(reversed(read_evals(self._rows.path)), None)
 
     def check(self, *, digest: str, max_new_tokens: int, n: int) -> None:
         """Raises ValueError where the file's rows were made from other held-out rows, now n, or with another limit."""
@@ -148,8 +142,12 @@ class EvalsFile:
                 )
 
     def add(self, step: int, results: RowResults, *, digest: str, max_new_tokens: int) -> dict[str, Any]:
-        """Write a step's row, and give it back."""
-        base = results if step == 0 else self._base(digest, max_new_tokens)
+        """Write a step's row, and return it."""
+        base: RowResults | None = results
+        if step:
+            rows = read_jsonl(self._results.path)
+            same = (row for row in rows if (row["step"], row["rows"], row["max_new"]) == (0, digest, max_new_tokens))
+            base = next(map(RowResults.from_json, same), None)
         facts = {"max_new": max_new_tokens, "rows": digest}
         row = summary(step, results, base) | facts
         self._results.write({"step": step, **facts, **results.to_json()})
@@ -157,14 +155,8 @@ class EvalsFile:
         self.last = row if self.last is None or step >= self.last["step"] else self.last
         return row
 
-    def _base(self, digest: str, max_new_tokens: int) -> RowResults | None:
-        for row in read_jsonl(self._results.path):
-            if (row["step"], row["rows"], row["max_new"]) == (0, digest, max_new_tokens):
-                return RowResults.from_json(row)
-        return None
-
 
 def read_evals(path: Path) -> list[dict[str, Any]]:
     """The rows of evals/<task>.jsonl, of evals/kl.jsonl or evals/drift.jsonl, in order of steps; the last of equals."""
-    rows = {(row["step"], row.get("task")): row for row in read_jsonl(path)}
-    return [rows[key] for key in sorted(rows, key=lambda key: (key[0], key[1] or ""))]
+    rows = {(row["step"], row.get("task", "")): row for row in read_jsonl(path)}
+    return [rows[key] for key in sorted(rows)]

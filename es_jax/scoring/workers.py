@@ -13,25 +13,36 @@ from es_jax.tasks.task import Example, Score, Scorer
 Submit = Callable[[Example, str], Callable[[], Score]]
 
 
-@contextlib.contextmanager
-def workers_of(task: Scorer) -> Iterator[Submit | None]:
-    """As many processes as the task's `workers` says, until the context ends; None where it has none, or 0.
+def at_once(task: Scorer) -> Submit:
+    """What `workers_of` gives without processes."""
 
-    What it gives takes an example and a completion, does not wait, and returns the function that waits for the score.
+    def submit(example: Example, completion: str) -> Callable[[], Score]:
+        score = task.score(example, completion)
+        return lambda: score
+
+    return submit
+
+
+@contextlib.contextmanager
+def workers_of(task: Scorer) -> Iterator[Submit]:
+    """As many processes as the task's `workers` says, until the context ends.
+
+    What it gives takes an example and a completion, and returns the function that waits for the score; without
+    processes it scores at once.
 
     Raises:
-      ValueError: `workers` is no whole number ≥ 0.
+      ValueError: `workers` is not a whole number ≥ 0.
       RuntimeError: of the function that waits: the score raised, or its process died; the example is named.
     """
     count = getattr(task, "workers", 0)
     if isinstance(count, bool) or not isinstance(count, int) or count < 0:
         raise ValueError(f"task {task.name!r} has workers {count!r}: set it to a whole number, 0 for no processes")
     if not count:
-        yield None
+        yield at_once(task)
         return
     context = multiprocessing.get_context("spawn")  # a fork would copy JAX's locks as they are
     pool = ProcessPoolExecutor(count, mp_context=context, initializer=_begin, initargs=(task,))
-    for _ in range(count):  # it starts a process when there is work, and that takes a second
+    for _ in range(count):  # the pool starts a process when there is work, and that takes a second
         pool.submit(os.getpid)
 
     def submit(example: Example, completion: str) -> Callable[[], Score]:

@@ -116,7 +116,7 @@ class _Run:
         tasks: dict[str, Task],
         train: list[Example],
         tests: dict,
-        submit: Submit | None,
+        submit: Submit,
     ):
         self.config, self.workdir, self.tasks, self.examples, self.submit = config, workdir, tasks, train, submit
         self.mesh = mesh_of(config, base_config(config))
@@ -232,7 +232,7 @@ class _Run:
     def _step(self, step: int) -> StepResult:
         """The method's step, on the prompts whose turn it is."""
         rows = self._rows(step)
-        grader = Grader(self.tasks[self.config.task.name], self.model, [self.examples[i] for i in rows], self.submit)
+        grader = Grader(self.model, [self.examples[i] for i in rows], self.submit)
         return self.method.step(step, [self.prompts[i] for i in rows], grader, self.recorder.progress.advance)
 
     def _identity(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from es_jax.models.sharding import leaf_sharding
 from es_jax.models.transformer import param_shapes
 from es_jax.rundir import directory
 from es_jax.rundir.checkpoints import Checkpoints, restore_params, saved_steps
-from es_jax.rundir.seed_log import Entry, SeedLog
+from es_jax.rundir.seed_log import Entry, SeedLog, read_entries
 from es_jax.training.config import RunConfig, read_config
 from es_jax.training.state import State, base_config, load_base
 
@@ -50,7 +50,7 @@ def weights_at(
     can be replayed. Nothing in the directory is changed. Raises also OSError for a checkpoint that is damaged.
     """
     workdir = Path(workdir)
-    config, entries = read_config(workdir), SeedLog(workdir, writable=False).entries
+    config, entries = read_config(workdir), read_entries(workdir)
     saved = saved_steps(workdir) if checkpoints or not config.record.replayable else []
     every = range(len(entries) + 1) if config.record.replayable else [0, *saved]
     wanted = sorted(set(every if steps is None else steps))

@@ -7,7 +7,7 @@ import pytest
 
 from es_jax.core import chunked_map
 from es_jax.evals import kl as module
-from es_jax.evals.kl import Continuation, averages, kl, sample, token_kl
+from es_jax.evals.kl import averages, kl, sample, token_kl
 from es_jax.generate import score
 from es_jax.models.config import TransformerConfig
 from es_jax.models.transformer import Transformer
@@ -32,14 +32,14 @@ def naive(params, ids):
 @pytest.mark.parametrize("held", [2**25, 200])  # all positions in one block, or three of them at a time
 def test_it_is_the_naive_sum(models, held, monkeypatch):
     monkeypatch.setattr(chunked_map, "HELD", held)
-    rows = [Continuation([1, 2], [3, 4, 5, 6, 7]), Continuation([8, 9, 10], [11])]
+    prompts, continuations = ([1, 2], [8, 9, 10]), ([3, 4, 5, 6, 7], [11])
     jax.clear_caches()
-    got = kl(CONFIG, *models, rows)
+    got = kl(CONFIG, *models, prompts, continuations)
     sampled, exact = [], []
-    for row in rows:
-        ids, start = [*row.prompt, *row.tokens], len(row.prompt)
+    for prompt, continuation in zip(prompts, continuations, strict=True):
+        ids, start = [*prompt, *continuation], len(prompt)
         p, q = (naive(params, ids)[start - 1 : -1] for params in models)
-        sampled.append(np.mean([(p - q)[i, token] for i, token in enumerate(row.tokens)]))
+        sampled.append(np.mean([(p - q)[i, token] for i, token in enumerate(continuation)]))
         exact.append(np.mean((np.exp(p) * (p - q)).sum(axis=1)))
     assert got["kl"] == pytest.approx(np.mean(sampled), rel=1e-4)
     assert got["kl_exact"] == pytest.approx(np.mean(exact), rel=1e-4)
@@ -49,14 +49,13 @@ def test_it_is_the_naive_sum(models, held, monkeypatch):
 
 
 def test_the_estimates_agree_and_the_exact_one_varies_less(models):
-    rows = sample(
-        CONFIG, models[0], [[i % 30 + 1, i % 7] for i in range(96)], stop_token_ids=(0,), slots=32, max_new_tokens=12
-    )
-    row = kl(CONFIG, *models, rows)
+    prompts = [[i % 30 + 1, i % 7] for i in range(96)]
+    continuations = sample(CONFIG, models[0], prompts, stop_token_ids=(0,), slots=32, max_new_tokens=12)
+    row = kl(CONFIG, *models, prompts, continuations)
     error = (row["kl_token_se"] ** 2 + row["kl_exact_token_se"] ** 2) ** 0.5
     assert abs(row["kl_token"] - row["kl_exact_token"]) < 4 * error
     assert 3 * row["kl_exact_token_se"] < row["kl_token_se"]
-    assert kl(CONFIG, models[0], models[0], rows)["kl"] == 0
+    assert kl(CONFIG, models[0], models[0], prompts, continuations)["kl"] == 0
 
 
 def test_continuations_are_the_same_again_and_other_with_another_seed(models):
@@ -66,7 +65,7 @@ def test_continuations_are_the_same_again_and_other_with_another_seed(models):
     )
     assert first == again
     assert sample(CONFIG, models[0], prompts, stop_token_ids=(0,), slots=3, max_new_tokens=9, seed=1) != first
-    assert all(1 <= len(row.tokens) <= 9 for row in first)
+    assert all(1 <= len(ids) <= 9 for ids in first)
 
 
 @pytest.mark.parametrize("function", ["token_kl", "score_tokens", "its gradient"])

@@ -234,7 +234,6 @@ def test_the_likeliest_option_is_found():
     asked = [("R12345=", ("12345", "54321"), 1), ("C34<57=", ("n", "y"), 1), ("C34<57=", ("n", "y"), 0)]
     rows = [(encode(prompt), [encode(option) for option in options], right) for prompt, options, right in asked]
     assert likeliest(model.config, model.params, rows, dtype=jnp.float32).tolist() == [1, 1, 0]
-    assert likeliest(model.config, model.params, None, dtype=jnp.float32) is None
 
 
 def test_a_task_with_options_is_scored_without_generation_too(whole, tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ from es_jax.evals.export_step import export_run
 from es_jax.evals.runner import Options, evaluate_run
 from es_jax.rundir.checkpoints import saved_steps
 from es_jax.rundir.metrics import read_jsonl
-from es_jax.rundir.seed_log import SeedLog
+from es_jax.rundir.seed_log import read_entries
 from es_jax.training.loop import run
 from es_jax.training.weights_at import replay
 from es_jax.weights.model import load_model
@@ -127,7 +127,7 @@ def config_of(steps, argument="", fields=FIELDS):
 def test_two_processes_leave_what_one_does(trained, tmp_path):
     result = run(config_of(5), tmp_path)
     assert (tmp_path / "seedlog.jsonl").read_bytes() == (trained / "seedlog.jsonl").read_bytes()
-    assert len({tuple(entry.rewards) for entry in SeedLog(trained, writable=False).entries}) > 1
+    assert len({tuple(entry.rewards) for entry in read_entries(trained)}) > 1
     ours, theirs = (read_jsonl(folder / "evals/lab-countdown.jsonl") for folder in (tmp_path, trained))
     assert ours == theirs and [row["step"] for row in theirs] == [0, 5]
     for ours, theirs in zip(*(read_jsonl(folder / "metrics.jsonl") for folder in (tmp_path, trained)), strict=True):
@@ -201,7 +201,7 @@ def test_terminated_resumed_and_killed(trained, cache):
     pair.started[1].send_signal(signal.SIGTERM)
     status, out = pair.ended()
     assert status == [0, 0] and time.monotonic() - began < 30, "\n".join(out)
-    step = len(SeedLog(trained, writable=False).entries)
+    step = len(read_entries(trained))
     assert all(f"terminated; step {step} is saved" in text for text in out), "\n".join(out)
     assert saved_steps(trained)[-1] == step >= 7
     pair = Pair.training(trained, cache, steps=100000, silence=20)
@@ -209,7 +209,7 @@ def test_terminated_resumed_and_killed(trained, cache):
     pair.started[1].kill()
     (status, _), (out, _) = pair.ended()
     assert status != 0 and GONE.search(out), out
-    before = SeedLog(trained, writable=False).entries
+    before = read_entries(trained)
     result = run(config_of(len(before) + 1), trained)  # one process goes on where two stopped
     assert result.step == len(before) + 1
 
@@ -220,7 +220,7 @@ def test_a_process_that_fails_tells_the_other(tmp_path, cache):
     assert status == [1, 1], "\n".join(out)
     assert "es_jax.train: the grader broke" in out[1]
     assert "es_jax.train: process 1 failed, so this one stops: es_jax.train: the grader broke" in out[0]
-    assert len(SeedLog(tmp_path, writable=False).entries) == 1
+    assert len(read_entries(tmp_path)) == 1
 
 
 def test_one_terminated_before_its_first_step_starts_anew(tmp_path):
