@@ -58,7 +58,9 @@ def main() -> None:
 
         def call() -> None:
             old = copies.pop() if copies else None
-            copies.append(jax.block_until_ready(evaluator.perturb(params, members, old if evaluator.apart else None)))
+            copies.append(
+                jax.block_until_ready(evaluator.perturb(params, members, old if evaluator.layer_by_layer else None))
+            )
 
         return call
 

@@ -63,7 +63,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def over_pop(mesh: Mesh) -> NamedSharding:
+def over_groups(mesh: Mesh) -> NamedSharding:
     """The leading axis is the group of devices that evaluates a member."""
     return NamedSharding(mesh, PartitionSpec(GROUPS))
 

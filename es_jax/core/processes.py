@@ -35,6 +35,9 @@ _stop, _saving = threading.Event(), threading.Event()
 class Preempted(Exception):
     """SIGTERM came to one of the processes: all stop at the same step."""
 
+    def __init__(self, message: str = "terminated before the first step; the same command starts again from there"):
+        super().__init__(message)
+
 
 def first() -> bool:
     """Whether this process is the one that writes."""
@@ -133,8 +136,8 @@ def wait(function: Callable[[], T]) -> T:
 def launch(function: Callable[..., T], *args: Any) -> T:
     """The result of a program, whose outputs are on their way; among several processes it is called as `wait` does.
 
-    A CPU's program that needs the other processes holds the launch of the next one up, and it may wait for one that
-    another process stopped before it launched.
+    On a CPU, a program that waits for other processes blocks the next launch; if one of them stopped before, it would
+    block forever.
     """
     return function(*args) if jax.process_count() == 1 else wait(functools.partial(function, *args))
 

@@ -5,7 +5,7 @@ the numbers, and a device that holds a slice of a leaf makes just that slice.
 
 The bits are Threefry-2x32 with 13 rounds, the block cipher of Salmon et al., "Parallel random numbers: as easy as
 1, 2, 3" (SC 2011, section 4.2 and table 2; rotations and key parity from there), whose smallest number of rounds that
-passes TestU01's BigCrush is 13; 20, the rounds of `jax.random`, keep a margin that matters to nobody's noise.
+passes TestU01's BigCrush is 13. `jax.random` uses 20; noise does not need that margin.
 Two words make one number by the transformation of Box and Muller (1958), in float32:
 
     z = √(−2 ln u) · cos φ,    u in (0, 1] of 32 bits,    φ uniform on the circle, of 32 bits
@@ -133,7 +133,7 @@ def _polynomial(coefficients: tuple[float, ...], x: Numbers, *, scale: float) ->
 
 
 def rounded(product: Numbers) -> Numbers:
-    """The product without the last of its 24 bits: a number of its own, which the sum after it cannot swallow.
+    """The product without the last of its 24 bits, so that no compiler can fuse it into the sum that follows.
 
     A CPU or GPU fuses a product into a sum, unrounded, where its compiler happens to see the two side by side: that
     depends on how a loop was cut, so on the shape of a device's slice. One bit operation keeps them apart.

@@ -63,8 +63,8 @@ class GaussianNoise:
             raise ValueError(unknown("generator", self.generator, rng.GENERATORS))
 
     @property
-    def rows_alone(self) -> bool:
-        """Whether a row of a leaf costs no more than itself, and has the same bits alone."""
+    def layers_alone(self) -> bool:
+        """Whether the noise of one layer can be drawn alone, at its own cost and with the same bits."""
         return self.generator == "threefry13"
 
     def _sample(self, seed: Array, name: str, leaf: Array, row: Row | None = None) -> Float[Array, "..."]:

@@ -124,8 +124,8 @@ def _check_models(workdir: str, base: str | None, out: str | Path | None) -> Non
     """Raises ValueError or OSError where rows have no folder, or one of the two is not a model."""
     if out is None and not Path(workdir).is_dir():
         raise ValueError(
-            f"--workdir is {workdir!r}, which is no folder, so there is none to write to: if it is a model ('lab', a "
-            ".gguf file or a hub name) set --out; if it should be a run's directory or a model folder check the path"
+            f"--workdir is {workdir!r}, which is not a folder, so there is none to write to: if it is a model ('lab', "
+            "a .gguf file or a hub name) set --out; if it should be a run's directory or a model folder check the path"
         )
     sources = {f"--workdir is {workdir!r}, no run's directory and no model": workdir}
     for meaning, source in (sources if base is None else sources | {f"--base is {base!r}": base}).items():

@@ -72,10 +72,10 @@ class Engine(DecodeSpec):
         return jax.default_backend() == "cpu" if self.unroll is None else self.unroll
 
     def layout(self, params: Any) -> Any:
-        """The tree as the programs want it: where layers are unrolled, layers apart and `turned`. Use inside jit."""
-        return self.turned(unstack_layers(params)) if self.unrolled else params
+        """The tree as the programs want it: unrolled layers one by one, `with_transposed_kernels`. Use inside jit."""
+        return self.with_transposed_kernels(unstack_layers(params)) if self.unrolled else params
 
-    def turned(self, params: Any) -> Any:
+    def with_transposed_kernels(self, params: Any) -> Any:
         """The tree, or a part of it, with kernels transposed where CPUs are faster so (docs/speed.md): wide ones of 16
         bits.
         """

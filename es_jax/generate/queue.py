@@ -60,8 +60,8 @@ class _Queue(NamedTuple):
     shared: int  # tokens of the prefix
 
     def agree(self, x: Array) -> Array:
-        """The largest (of bools: whether any) of all that run in step: loops and branches on it stay so under vmap,
-        where those on a mapped value would turn into choices between whole caches."""
+        """The maximum over the lanes of a vmap (of bools: whether any). A value that all lanes share keeps loops and
+        branches as they are, where one of each lane would turn them into choices between whole caches."""
         return x if self.axis_name is None else lax.pmax(x.astype(jnp.int32), self.axis_name).astype(x.dtype)
 
 

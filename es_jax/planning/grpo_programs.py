@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from es_jax.core import rng
 from es_jax.core.chunked_map import ceil_div
-from es_jax.core.mesh import GROUPS, over_pop
+from es_jax.core.mesh import GROUPS, over_groups
 from es_jax.generate.sampling import Temperature
 from es_jax.models.transformer import matrix_weights
 from es_jax.planning.costs import Work, prefill_flops
@@ -34,7 +34,7 @@ class PolicyPrograms(Programs):
         """The completions that the groups sample in one call."""
         groups, policy, rows = self.mesh.shape[GROUPS], self.policy, self.prompts * self.config.grpo.rollouts
         each = min(ceil_div(rows, groups), AT_ONCE * policy.engine.slots)
-        where, prefix = over_pop(self.mesh), array((0,), jnp.int32, self.everywhere)
+        where, prefix = over_groups(self.mesh), array((0,), jnp.int32, self.everywhere)
         tokens, keys = (
             array((groups, each, self.width), jnp.int32, where),
             array((groups, each), rng.key(0).dtype, where),

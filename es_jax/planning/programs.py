@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from es_jax.core import rng
 from es_jax.core.chunked_map import ceil_div
-from es_jax.core.mesh import MODEL, over_pop, replicated
+from es_jax.core.mesh import MODEL, over_groups, replicated
 from es_jax.es.population import Members
 from es_jax.generate.decode_spec import LoopSizes
 from es_jax.generate.engine import Engine
@@ -94,7 +94,7 @@ class Programs:
         )  # fmt: skip
         self.evaluator = Evaluator.of(config, engine, mesh)
         self.rounds = ceil_div(config.es.population, self.evaluator.lanes)  # of members in an iteration
-        self.members = _members(self.evaluator.lanes, over_pop(mesh))
+        self.members = _members(self.evaluator.lanes, over_groups(mesh))
         self.copy = jax.eval_shape(self.evaluator._perturb, self.params, self.members)
         self.compute_copy = Bytes(
             sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.copy)) // mesh.size
@@ -138,7 +138,7 @@ class Programs:
     def decode(self) -> Program:
         """Prefill and completions of one round of members, a slotful of prompts at a time, with `copy` placed where the
         compiled `perturb` leaves it."""
-        tokens = array((self.evaluator.lanes, self.prompts, self.width), jnp.int32, over_pop(self.mesh))
+        tokens = array((self.evaluator.lanes, self.prompts, self.width), jnp.int32, over_groups(self.mesh))
         rows = Prompts(tokens, tokens, array((0,), jnp.int32, self.everywhere))  # no shared prefix: a bound
         lower = lambda: Evaluator._decode.lower(self.evaluator, self.copy, rows)  # noqa: E731
         return self._completions("decode", lower, prompts=self.prompts, times=self.rounds, lanes=self.evaluator.at_once)

@@ -14,7 +14,7 @@ import jax
 _active: contextvars.ContextVar["Clock | None"] = contextvars.ContextVar("clock", default=None)
 
 
-def launched(name: str, outputs: Any) -> Any:
+def timed(name: str, outputs: Any) -> Any:
     """The outputs of a program, unchanged; the clock in use times the program under that name."""
     if clock := _active.get():
         last = reversed(jax.tree.leaves(outputs))  # a program's all come at once; of several, the last one's
@@ -41,7 +41,7 @@ class Clock:
 
     >>> import jax.numpy as jnp
     >>> with Clock() as clock:
-    ...     _ = launched("square", jnp.square(jnp.ones(3)))
+    ...     _ = timed("square", jnp.square(jnp.ones(3)))
     ...     sorted(clock.seconds())
     ['square']
     """

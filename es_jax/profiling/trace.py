@@ -29,7 +29,7 @@ class Profile:
 
     def __init__(self, steps: tuple[int, ...], workdir: Path, *, last: int):
         self._steps, self._workdir, self._running, self._last = steps, workdir, False, last
-        self._spent: list[Mapping[str, Any]] = []  # of each traced step
+        self._timings: list[Mapping[str, Any]] = []  # of each traced step
 
     def step(self, step: int) -> contextlib.AbstractContextManager:
         """A context to run the step in."""
@@ -38,14 +38,14 @@ class Profile:
             self._running = True
         return jax.profiler.StepTraceAnnotation("step", step_num=step)
 
-    def done(self, step: int, spent: Mapping[str, Any], inside: Callable[[], Mapping[str, float]]) -> str | None:
-        """A step has ended; `spent` has its seconds and tokens. After the last one of the trace: its summary.
+    def done(self, step: int, timings: Mapping[str, Any], inside: Callable[[], Mapping[str, float]]) -> str | None:
+        """A step has ended; `timings` has its seconds and tokens. After the last one of the trace: its summary.
 
         `inside`: seconds of what is part of another program, so that no trace tells it; called by all processes.
         """
         if not self._running:
             return None
-        self._spent.append(spent)
+        self._timings.append(timings)
         if step < min(self._steps[1] - 1, self._last):
             return None
         self.close()
@@ -54,9 +54,9 @@ class Profile:
 
     def _summary(self, step: int, inside: Mapping[str, float]) -> str:
         """Writes profile.json: means of the traced steps, of the devices that this process sees."""
-        count = len(self._spent)
+        count = len(self._timings)
         first, names = step - count + 1, ("seconds", "prompt_tokens", "tokens", "seconds_grade")
-        total, prompt, new, grade = (sum(spent[name] for spent in self._spent) / count for name in names)
+        total, prompt, new, grade = (sum(timings[name] for timings in self._timings) / count for name in names)
         try:
             parts = part_seconds(self._workdir / "tb")
         except Exception as error:  # a format that is not known yet: no reason to end a run

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 
 from es_jax.core import processes, rng
 from es_jax.core.chunked_map import ceil_div
-from es_jax.core.mesh import GROUPS, MODEL, leaf_spec, only, over_pop, own_rows, place, replicated
+from es_jax.core.mesh import GROUPS, MODEL, leaf_spec, only, over_groups, own_rows, place, replicated
 from es_jax.core.tree import map_named
 from es_jax.es.noise import GaussianNoise
 from es_jax.es.population import Members, Population
@@ -23,7 +23,7 @@ from es_jax.es.shaping import SHAPINGS
 from es_jax.generate.engine import Engine
 from es_jax.generate.prompts import Packing, Prompts
 from es_jax.models.sharding import RULES
-from es_jax.profiling.clock import launched
+from es_jax.profiling.clock import timed
 from es_jax.rundir.seed_log import Entry
 from es_jax.scoring.grading import Graded, Grader
 from es_jax.training.config import RunConfig
@@ -118,14 +118,14 @@ class Evaluator:
         return self.mesh.shape[GROUPS] * self.at_once
 
     @property
-    def apart(self) -> bool:
+    def layer_by_layer(self) -> bool:
         """Whether layers are made one by one, as the engine wants them: to cut stacked ones up writes them twice."""
-        return self.engine.unrolled and self.at_once == 1 and self.noise.rows_alone
+        return self.engine.unrolled and self.at_once == 1 and self.noise.layers_alone
 
     def perturb(self, params: Any, members: Members, old: Any = None) -> Any:
         """The weights of a round of members, in the engine's layout; where layers are made apart, in the memory of the
         `old` round's, which are gone then: fresh memory costs a CPU as much as the noise."""
-        if not self.apart:
+        if not self.layer_by_layer:
             return self._perturb(params, members)
         layers, rest = {"layers": params["layers"]}, {name: leaf for name, leaf in params.items() if name != "layers"}
         count = len(jax.tree.leaves(layers)[0])
@@ -141,7 +141,11 @@ class Evaluator:
 
         def one(params, member, layer):
             out = map_named(functools.partial(self._perturbed_leaf, member=member, layer=layer), params, specs)
-            return self.engine.layout(out) if layer is None and "layers" in params else self.engine.turned(out)
+            return (
+                self.engine.layout(out)
+                if layer is None and "layers" in params
+                else self.engine.with_transposed_kernels(out)
+            )
 
         parts = jax.tree.map(lambda spec: only(spec, GROUPS), specs)
         in_specs = (parts, PartitionSpec(GROUPS), PartitionSpec())
@@ -163,7 +167,7 @@ class Evaluator:
 
         if layer is not None:
             return alone(layer)[0]
-        if size == 1 or GROUPS not in spec or not name.startswith("layers/") or not self.noise.rows_alone:
+        if size == 1 or GROUPS not in spec or not name.startswith("layers/") or not self.noise.layers_alone:
             return perturbed(part)
 
         def stacked(i, stack):
@@ -214,13 +218,13 @@ class Evaluator:
                 lanes = members[np.minimum(index, count - 1)]
                 if self.at_once == 1:  # a member's weights are large: those of the last round are to be gone
                     processes.wait(functools.partial(jax.block_until_ready, outputs))
-                lanes = place(lanes, over_pop(self.mesh))
-                perturbed = launched("perturb", processes.launch(self.perturb, params, lanes, perturbed))
+                lanes = place(lanes, over_groups(self.mesh))
+                perturbed = timed("perturb", processes.launch(self.perturb, params, lanes, perturbed))
                 tokens = np.repeat(prompts.tokens[None], self.lanes, 0)
                 positions = np.where((index < count)[:, None, None], prompts.positions[None], np.int32(-1))
                 rows = self._rows(tokens, positions, prompts.prefix)
-                outputs = launched("decode", processes.launch(self._decode, perturbed, rows))
-                perturbed = perturbed if self.apart else None
+                outputs = timed("decode", processes.launch(self._decode, perturbed, rows))
+                perturbed = perturbed if self.layer_by_layer else None
                 yield index[index < count], outputs
 
         for lanes, outputs in one_ahead(rounds()):
@@ -238,7 +242,7 @@ class Evaluator:
             return
 
         def calls() -> Iterator[tuple[list[range], Any]]:
-            nobody = place(_unperturbed_members(self.lanes), over_pop(self.mesh))
+            nobody = place(_unperturbed_members(self.lanes), over_groups(self.mesh))
             weights = processes.launch(self.perturb, params, nobody)
             for prompts in queues:
                 count, width = prompts.tokens.shape
@@ -255,7 +259,7 @@ class Evaluator:
             yield {lane: (rows[lane], tokens, length) for lane, tokens, length in lanes}
 
     def _rows(self, tokens: np.ndarray, positions: np.ndarray, prefix: np.ndarray) -> Prompts:
-        tokens, positions = place((tokens, positions), over_pop(self.mesh))
+        tokens, positions = place((tokens, positions), over_groups(self.mesh))
         return Prompts(tokens, positions, place(prefix, replicated(self.mesh)))
 
 

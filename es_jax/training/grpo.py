@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Float32, Integer
 
 from es_jax.core import processes, rng
 from es_jax.core.chunked_map import ceil_div, in_blocks
-from es_jax.core.mesh import GROUPS, MODEL, over_pop, own_rows, place, replicated
+from es_jax.core.mesh import GROUPS, MODEL, over_groups, own_rows, place, replicated
 from es_jax.es.shaping import finite_rewards
 from es_jax.generate.engine import Engine
 from es_jax.generate.prompts import WIDTH_STEP, Packing
@@ -30,13 +30,13 @@ from es_jax.generate.sampling import Temperature
 from es_jax.models.sharding import param_shardings
 from es_jax.models.transformer import Transformer
 from es_jax.optim.chains import Chain
-from es_jax.profiling.clock import launched
+from es_jax.profiling.clock import timed
 from es_jax.rundir.seed_log import Entry
 from es_jax.scoring.grading import Grader, Pending
 from es_jax.training.config import GRPOConfig, RunConfig
 from es_jax.training.es import Evaluator, one_ahead
 from es_jax.training.method import Progress, StepResult, TokenLists
-from es_jax.training.state import State, start_of, stepped
+from es_jax.training.state import State, optimizer_step, theta0_of
 
 AT_ONCE = 4  # times the slots: rollouts that a group decodes in one call, while those of the last call are graded
 TOKENS_AT_ONCE = 512  # tokens whose logits over the whole vocabulary are held at the same time
@@ -190,10 +190,10 @@ class GRPO:
                 keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
                 parts = (rows.tokens, rows.positions, np.asarray(jax.random.key_data(keys)))
                 in_groups = tuple(x.reshape(groups, each, *x.shape[1:]) for x in parts)
-                tokens, positions, data = place(in_groups, over_pop(mesh))
+                tokens, positions, data = place(in_groups, over_groups(mesh))
                 keys = jax.random.wrap_key_data(data, impl=jax.random.key_impl(keys))
                 arguments = (tokens, positions, keys, place(rows.prefix, replicated(mesh)))
-                yield first, launched("decode", processes.launch(self._policy.rollout, self._state.params, *arguments))
+                yield first, timed("decode", processes.launch(self._policy.rollout, self._state.params, *arguments))
 
         for first, outputs in one_ahead(calls()):
             tokens, length = processes.wait(functools.partial(jax.tree.map, own_rows, outputs))
@@ -207,7 +207,7 @@ class GRPO:
         on_devices = self._micro_batches(tokens, 0), self._micro_batches(positions, -1)
 
         def score(params: Any) -> np.ndarray:
-            logprobs = launched("update", self._policy.logprobs(params, *on_devices, width))
+            logprobs = timed("update", self._policy.logprobs(params, *on_devices, width))
             return processes.fetch(logprobs).reshape(-1, width)[:count]
 
         old = score(self._state.params)
@@ -226,7 +226,7 @@ class GRPO:
             padded = Rows(*(self._micro_batches(x, fill, each) for x, fill in zip(batch, PADDING, strict=True)))
             count = np.int32(ceil_div(len(batch.tokens), self._policy.micro_batch))
             count = place(count, replicated(self._policy.mesh))
-            values.append(launched("update", self._state.advance(self._policy.update, padded, count, rates)))
+            values.append(timed("update", self._state.advance(self._policy.update, padded, count, rates)))
         values = processes.fetch(values)
         tokens = max(sum(v["tokens"] for v in values), 1)
         means = {name: float(sum(v[name] for v in values) / tokens) for name in METRICS[2:]}
@@ -335,8 +335,8 @@ class Policy:
         `rates` are as in `es_jax.training.state.update`.
         """
         gradient, sums = self.gradient(params, rows, count)
-        params, opt_state = stepped(self.chain, self.mesh, params, opt_state, gradient, rates)
-        drift = optax.tree.norm(optax.tree.sub(params, start_of(self.mesh, opt_state, start)))
+        params, opt_state = optimizer_step(self.chain, self.mesh, params, opt_state, gradient, rates)
+        drift = optax.tree.norm(optax.tree.sub(params, theta0_of(self.mesh, opt_state, start)))
         return params, opt_state, drift, {**sums, "gradient_norm": optax.tree.norm(gradient)}
 
     def gradient(self, params: Any, rows: Rows, count: Array) -> tuple[Any, dict[str, Array]]:

@@ -194,14 +194,14 @@ class _Run:
                 drift = float(self.state.drift)
                 now = time.monotonic()
             first = {"seconds_to_first_step": now - asked} if step == start + 1 else {}
-            spent = self._spent(step, clock.seconds(), graded, total=now - began)
-            self.recorder.step(entry, graded, drift, metrics, spent | first)
+            timings = self._timings(step, clock.seconds(), graded, total=now - began)
+            self.recorder.step(entry, graded, drift, metrics, timings | first)
             self.log.append(entry)
-            if message := self.profile.done(step, spent, functools.partial(self.method.seconds_alone, entry)):
+            if message := self.profile.done(step, timings, functools.partial(self.method.seconds_alone, entry)):
                 self.recorder.progress.say(message)
             self._finish_step(step)
 
-    def _spent(
+    def _timings(
         self, step: int, seconds: dict[str, float], graded: list[list[Graded]], *, total: float
     ) -> dict[str, Any]:
         """Where a step's time went, and what it made of the machine."""

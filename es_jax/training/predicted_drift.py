@@ -1,4 +1,4 @@
-"""The distance from the base weights that theory predicts for a run, from the weights its members had."""
+"""The distance ‖θ − θ₀‖ that theory predicts for a run, from the members' weights zₙ in its seed log."""
 
 import math
 

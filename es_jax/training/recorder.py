@@ -48,11 +48,11 @@ class Recorder:
         graded: Sequence[Sequence[Graded]],
         drift: float,
         metrics: Mapping[str, float | None],
-        spent: Mapping[str, Any],
+        timings: Mapping[str, Any],
     ) -> None:
         """A step's row in metrics.jsonl and TensorBoard, its samples, and its line on the screen.
 
-        `metrics`: of the method's update. `spent`: the step's tokens and seconds, and their parts.
+        `metrics`: of the method's update. `timings`: the step's tokens and seconds, and their parts.
         """
         self._predicted.add(entry)
         rewards, config = np.array(entry.rewards, float), self._config
@@ -67,7 +67,7 @@ class Recorder:
             "drift": drift,
             "drift_theory": self._predicted.norm,
             "kappa": drift / math.sqrt(self._dim) / sigma if sigma else None,
-            **spent,
+            **timings,
         }
         self._metrics.write(row)
         self._samples.write(

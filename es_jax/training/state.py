@@ -24,7 +24,7 @@ from es_jax.models.config import TransformerConfig
 from es_jax.models.sharding import check_heads, leaf_sharding, members_spread, param_shardings
 from es_jax.models.transformer import param_shapes
 from es_jax.optim.chains import Chain, describe
-from es_jax.profiling.clock import launched
+from es_jax.profiling.clock import timed
 from es_jax.rundir.checkpoints import abstract
 from es_jax.rundir.seed_log import Entry
 from es_jax.training.config import Rates, RunConfig
@@ -119,8 +119,8 @@ def update(
     `rates`: (α, αλ) of the step.
     """
     gradient = _gradient(spec.noise, mesh, params, members, weights)
-    params, opt_state = stepped(spec.chain, mesh, params, opt_state, gradient, rates)
-    return params, opt_state, _squares(mesh, params, start_of(mesh, opt_state, start))
+    params, opt_state = optimizer_step(spec.chain, mesh, params, opt_state, gradient, rates)
+    return params, opt_state, _squares(mesh, params, theta0_of(mesh, opt_state, start))
 
 
 def _gradient(noise: GaussianNoise, mesh: Mesh, params: Any, members: Members, weights: Array) -> Any:
@@ -133,7 +133,9 @@ def estimate_square(*arguments: Any) -> Array:
     return optax.tree.norm(_gradient(*arguments), squared=True)
 
 
-def stepped(chain: Chain, mesh: Mesh, params: Any, opt_state: Any, gradient: Any, rates: Array) -> tuple[Any, Any]:
+def optimizer_step(
+    chain: Chain, mesh: Mesh, params: Any, opt_state: Any, gradient: Any, rates: Array
+) -> tuple[Any, Any]:
     """One step of the optimizer, everything left where it belongs; inside jit. `rates`: as of `update`."""
     tx = transformation(chain, mesh, params, rates.astype(jax.tree.leaves(gradient)[0].dtype))
     updates, opt_state = tx.update(gradient, opt_state, params)
@@ -165,7 +167,7 @@ def state_shardings(chain: Chain, mesh: Mesh, opt_state: Any) -> Any:
     return map_named(where, param_shardings(mesh, opt_state))
 
 
-def start_of(mesh: Mesh, opt_state: Any, start: Any) -> Any:
+def theta0_of(mesh: Mesh, opt_state: Any, start: Any) -> Any:
     """θ₀ on the devices: `start`, or the optimizer's anchor where that is None; inside jit."""
     if start is not None:
         return start
@@ -232,7 +234,7 @@ class State:
     def apply(self, entry: Entry) -> None:
         """Make the entry's step, from the weights of the step before it: `update`, as in every run and replay of ES."""
         self.params, self.opt_state, squares = update(*self.update_arguments(entry))
-        self.drift = distance(launched("update", squares))
+        self.drift = distance(timed("update", squares))
 
     def advance(self, program: Callable[..., tuple], *arguments: Any) -> Any:
         """A step of another program: (params, opt_state, θ₀ or None as in `update`, *arguments) → (params, opt_state,

@@ -33,7 +33,7 @@ def resolve(source: str | Path, *, weights: bool = True) -> Path:
             raise ValueError(f"source = {str(source)!r} is a file but not .gguf: give the folder it is in")
         return path
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)) or path.suffix == ".gguf":
-        raise FileNotFoundError(f"source = {str(source)!r} is no folder, no .gguf file and no hub name (owner/name)")
+        raise FileNotFoundError(f"source = {str(source)!r} is not a folder, a .gguf file or a hub name (owner/name)")
     return _fetch(str(source), _PATTERNS if weights else ["*.json"])
 
 
@@ -51,19 +51,19 @@ def _fetch(name: str, patterns: list[str]) -> Path:
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise FileNotFoundError(
-            f"source = {name!r} is no local folder, and the hub has no such model, or a private one: check the name, "
-            f"log in with `hf auth login`, {local}"
+            f"source = {name!r} is not a local folder, and the hub has no such model, or a private one: check the "
+            f"name, log in with `hf auth login`, {local}"
         ) from error
     except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
         offline = huggingface_hub.constants.HF_HUB_OFFLINE
         remedy = "HF_HUB_OFFLINE is set: unset it" if offline else "the hub cannot be reached: check the network"
         raise FileNotFoundError(
-            f"source = {name!r} is no local folder and not in the hub's cache, and {remedy}, {local}"
+            f"source = {name!r} is not a local folder and not in the hub's cache, and {remedy}, {local}"
         ) from error
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise FileNotFoundError(
-            f"source = {name!r} is no local folder and the hub did not give it ({reason}): try again, {local}"
+            f"source = {name!r} is not a local folder and the hub did not give it ({reason}): try again, {local}"
         ) from error
 
 

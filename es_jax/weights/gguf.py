@@ -138,7 +138,7 @@ def _parse(path: Path, header: _Header) -> tuple[Fields, dict[str, StoredTensor]
     metadata, infos = header.unique(fields, header.value), header.unique(tensors, header.tensor)
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-        raise ValueError(f"general.alignment = {alignment!r} is no power of two")
+        raise ValueError(f"general.alignment = {alignment!r} is not a power of two")
     base = header.content.tell()
     base = end = base + -base % alignment
     stored = {}

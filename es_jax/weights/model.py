@@ -142,7 +142,7 @@ def _new_folder(path: str | Path) -> Iterator[Path]:
 
 
 def _running(pid: str) -> bool:
-    """Whether it is the number of a process, other than this one, that runs; true for what is no number."""
+    """Whether it is the number of a process, other than this one, that runs; true for what is not a number."""
     try:
         os.kill(int(pid), 0)
         return int(pid) != os.getpid()

@@ -101,7 +101,7 @@ def verify_model(model: Model, reference: str | Path, *, max_kl: float, text: st
     Raises:
       VerificationError: a position is above `max_kl`, or the tokens differ. It says where the two part first.
       ValueError: PyTorch is missing, the text is too short or too long, or the two models differ in their sizes.
-      FileNotFoundError: `reference` is no model folder.
+      FileNotFoundError: `reference` is not a model folder.
     """
     folder = Path(reference)
     if not (folder / "config.json").exists():

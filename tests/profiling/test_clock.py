@@ -15,7 +15,7 @@ from es_jax.core.chips import Chip
 from es_jax.models.config import TransformerConfig
 from es_jax.models.transformer import matrix_weights
 from es_jax.profiling import utilisation
-from es_jax.profiling.clock import Clock, host, launched, split
+from es_jax.profiling.clock import Clock, host, split, timed
 from es_jax.profiling.trace import Profile
 from es_jax.rundir.directory import compilation_cache
 from es_jax.rundir.metrics import read_jsonl
@@ -35,7 +35,7 @@ class Running:
 def test_programs_are_timed_in_launch_order_without_waiting_for_them(monkeypatch):
     monkeypatch.setattr(jax, "block_until_ready", lambda output: output.ended.wait(20))
     with Clock() as clock:
-        first, second = (launched(name, Running()) for name in ("first", "second"))  # the host goes on at once
+        first, second = (timed(name, Running()) for name in ("first", "second"))  # the host goes on at once
         with host("grade"):
             time.sleep(0.05)
         second.ended.set()  # what was launched later is behind what was launched before
@@ -49,7 +49,7 @@ def test_programs_are_timed_in_launch_order_without_waiting_for_them(monkeypatch
 
 def test_without_a_clock_nothing_is_watched():
     threads = threading.active_count()
-    assert launched("x", {"a": jnp.ones(3)})["a"].shape == (3,)
+    assert timed("x", {"a": jnp.ones(3)})["a"].shape == (3,)
     assert threading.active_count() <= threads
 
 
@@ -62,8 +62,8 @@ def test_a_program_that_fails_does_not_stop_the_clock(monkeypatch):
     with Clock() as clock:
         bad = Running()
         bad.ended.set()
-        launched("bad", bad)
-        launched("good", Running())
+        timed("bad", bad)
+        timed("good", Running())
         assert set(clock.seconds()) == {"bad", "good"}
 
 
