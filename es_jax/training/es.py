@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Iterable, Iterator
-from typing import Any, SupportsInt, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -225,7 +225,7 @@ class Evaluator:
                 rows = self._rows(tokens, positions, prompts.prefix)
                 outputs = timed("decode", processes.launch(self._decode, perturbed, rows))
                 perturbed = perturbed if self.layer_by_layer else None
-                yield index[index < count], outputs
+                yield index[index < count].tolist(), outputs
 
         for lanes, outputs in one_ahead(rounds()):
             yield from _unpack(lanes, outputs)
@@ -272,7 +272,7 @@ def _gathered(mesh: Mesh, part: Array, spec: PartitionSpec) -> Array:
     return jax.shard_map(gather, in_specs=cut, out_specs=cut, axis_names={MODEL}, check_vma=False)(part)
 
 
-def _unpack(members: Iterable[SupportsInt], outputs: Any) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+def _unpack(members: Iterable[int], outputs: Any) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """(member, tokens, length) of a round's lanes: those that this process holds."""
     tokens, length = processes.wait(lambda: [own_rows(output) for output in outputs])
     for lane, member in enumerate(members):
