@@ -62,19 +62,10 @@ def report(result: dict[str, Any]) -> str:
 
 
 # The columns of the tables: heading → name in a row.
-ACCURACY = {
-    "step": "step",
-    "accuracy": "accuracy",
-    "change": "accuracy_change",
-    "of format": "lost_format",
-    "truncation": "lost_truncation",
-    "knowledge": "lost_knowledge",
-    "strict": "strict",
-    "loglik": "loglik",
-    "well-formed": "well_formed",
-    "truncated": "truncated",
-    "length": "mean_length",
-}
+ACCURACY = {name: name for name in ("step", "accuracy")}
+ACCURACY |= {"change": "accuracy_change", "of format": "lost_format", "truncation": "lost_truncation"}
+ACCURACY |= {"knowledge": "lost_knowledge", "strict": "strict", "loglik": "loglik", "well-formed": "well_formed"}
+ACCURACY |= {"truncated": "truncated", "length": "mean_length"}
 KL = {name: name for name in ("step", "task", "kl", "kl_exact", "kl_token", "kl_exact_token")}
 DRIFT = {name: name for name in ("step", "norm", "predicted", "ratio", "relative", "kappa", "largest")}
 DRIFT["in"] = "largest_in"

@@ -164,11 +164,7 @@ def engine_for(
     longest = max(map(len, prompts))
     check_context(config, longest, max_new_tokens, field=field)
     return Engine(
-        config,
-        slots=min(slots, len(prompts)),
-        max_prompt_tokens=longest,
-        max_new_tokens=max_new_tokens,
-        **spec,
+        config, slots=min(slots, len(prompts)), max_prompt_tokens=longest, max_new_tokens=max_new_tokens, **spec
     )
 
 

@@ -109,14 +109,8 @@ class Progress:
 
     def __init__(self, *, steps: int, done: int, unit: tuple[str, int]):
         name, each = unit
-        self._bar = tqdm(
-            total=steps * each,
-            initial=done * each,
-            unit=name,
-            smoothing=0.05,
-            dynamic_ncols=True,
-            disable=not processes.first(),
-        )
+        counts, quiet = {"total": steps * each, "initial": done * each, "unit": name}, not processes.first()
+        self._bar = tqdm(**counts, smoothing=0.05, dynamic_ncols=True, disable=quiet)
         self._steps, self._done, self._start, self._last = steps, done, time.monotonic(), 0.0
 
     def advance(self, n: int) -> None:

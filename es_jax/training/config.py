@@ -46,10 +46,6 @@ def _require(config: Any, group: str, must: str, holds: Callable[[Any], bool], *
             raise ValueError(f"{group}.{field} is {value}: it must be {must}")
 
 
-def _positive(config: Any, group: str, *fields: str) -> None:
-    _require(config, group, "at least 1", _at_least(1), *fields)
-
-
 def _choose(config: Any, group: str, **known: Iterable[str]) -> None:
     """Raises ValueError for the first field whose value is not a known one."""
     for field, names in known.items():
@@ -96,7 +92,7 @@ class TaskConfig:
     seed: int | None = None
 
     def __post_init__(self):
-        _positive(self, "task", "train_size", "prompts_per_step")
+        _require(self, "task", "at least 1", _at_least(1), "train_size", "prompts_per_step")
         if (self.prompts_per_step or 0) > self.train_size:
             raise ValueError(
                 f"task.prompts_per_step is {self.prompts_per_step} of task.train_size {self.train_size}: "
@@ -297,7 +293,7 @@ class DecodeConfig:
     members_at_once: int = 1
 
     def __post_init__(self):
-        _positive(self, "decode", "max_prompt_tokens", "max_new_tokens", "slots", "members_at_once")
+        _require(self, "decode", "at least 1", _at_least(1), *(field.name for field in dataclasses.fields(self)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,7 +318,7 @@ class TrainConfig:
     profile: tuple[int, ...] = ()
 
     def __post_init__(self):
-        _positive(self, "train", "steps", "checkpoint_every", "keep_checkpoints")
+        _require(self, "train", "at least 1", _at_least(1), "steps", "checkpoint_every", "keep_checkpoints")
         if self.profile and not (len(self.profile) == 2 and 1 <= self.profile[0] < self.profile[1]):
             raise ValueError(
                 f"train.profile is {self.profile}: give the first step of the trace and the one after its last, "
@@ -359,7 +355,7 @@ class EvalsConfig:
     data_dir: str | None = None
 
     def __post_init__(self):
-        _positive(self, "evals", "rows")
+        _require(self, "evals", "at least 1", _at_least(1), "rows")
         for name in self.tasks:
             if name not in TASKS:
                 raise ValueError(unknown("task in evals.tasks", name, TASKS))
@@ -379,7 +375,7 @@ class MeshConfig:
     model: int | None = None
 
     def __post_init__(self):
-        _positive(self, "mesh", "groups", "model")
+        _require(self, "mesh", "at least 1", _at_least(1), "groups", "model")
 
 
 class Rates(NamedTuple):

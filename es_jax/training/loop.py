@@ -149,14 +149,9 @@ class _Run:
         resume(config, workdir, self.state, self.log, self.checkpoints)
         directory.check_space(workdir, nbytes(self.state.params, self.state.opt_state))
         self.recorder = Recorder(
-            config,
-            workdir,
-            dim=self.dim,
-            finished=self.log.entries,
-            tests=self.tests,
-            unit=self.method.unit,
+            config, workdir, dim=self.dim, finished=self.log.entries, tests=self.tests, unit=self.method.unit,
             offset=self.state.offset,
-        )
+        )  # fmt: skip
         self.profile = Profile(config.train.profile, workdir, last=config.train.steps)
         self.recorder.progress.say(f"{self.dim:,} weights, {self.mesh.size} devices, {self.state.sentence}")
 
