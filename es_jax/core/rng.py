@@ -51,11 +51,11 @@ def normal(
     return GENERATORS[generator](seed, np.uint32(zlib.crc32(name.encode())), shape, row)
 
 
-def _threefry13(seed: Array, leaf: np.uint32, shape: tuple[int, ...], row: Array | int | None = None) -> Array:
+def _threefry13(seed: Array, leaf: Array | np.uint32, shape: tuple[int, ...], row: Array | int | None = None) -> Array:
     return box_muller(*threefry((seed, jnp.uint32(leaf)), positions(shape, row)))
 
 
-def _threefry(seed: Array, leaf: np.uint32, shape: tuple[int, ...], row: Array | int | None = None) -> Array:
+def _threefry(seed: Array, leaf: Array | np.uint32, shape: tuple[int, ...], row: Array | int | None = None) -> Array:
     whole = jax.random.normal(jax.random.fold_in(key(seed), leaf), shape, jnp.float32)
     return whole if row is None else jax.lax.dynamic_slice_in_dim(whole, row, 1)
 

@@ -157,6 +157,7 @@ def test_members_are_made_the_same_on_every_mesh(params):
     assert all(same(made[0], other) for other in made[1:])
 
 
+@pytest.mark.unchecked  # descriptions of arrays pass through the tree
 @pytest.mark.parametrize("wide", [1, 1000])
 def test_layers_made_apart_are_those_made_together(params, monkeypatch, wide):
     monkeypatch.setattr("es_jax.generate.engine.WIDE", wide)  # kernels transposed, or as they are
@@ -185,6 +186,7 @@ def traffic(compiled):
     return found
 
 
+@pytest.mark.unchecked  # `lower` puts descriptions where arrays stand
 def test_members_are_gathered_a_layer_at_a_time(params):
     mesh = make_mesh(4, 2)
     members = Population(4, seed=0).members(0)
