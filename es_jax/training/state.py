@@ -91,7 +91,7 @@ def load_anchor(config: RunConfig, mesh: Mesh, params: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class UpdateSpec:
-    """All that `update` depends on beside shapes and the mesh: runs whose α, σ, λ or N differ share the program."""
+    """All that `update` depends on beside shapes and the mesh: runs whose α, σ or λ differ share the program."""
 
     noise: GaussianNoise
     chain: Chain
@@ -114,8 +114,8 @@ def update(
 ) -> tuple[Any, Any, Array]:
     """One step of the weights: (params, opt_state, squares). Parameters and optimizer state are donated.
 
-    Every device makes all members' noise for its own slice, and nothing is sent or reduced: `squares` [groups, model]
-    holds each device's part of ‖θ − θ₀‖², which `distance` adds up. θ₀ is `start`, or the anchor where that is None.
+    Every device makes all members' noise for its own slice, and nothing is sent, but for max_grad_norm. `squares`
+    [groups, model] holds each device's part of ‖θ − θ₀‖², which `distance` adds up. θ₀ is `start`, or the anchor where that is None.
     `rates`: (α, αλ) of the step.
     """
     gradient = _gradient(spec.noise, mesh, params, members, weights)

@@ -25,7 +25,8 @@ logger = logging.getLogger(__name__)
 def replay(
     workdir: str | Path, *, steps: Sequence[int] | None = None, mesh: Mesh | None = None
 ) -> Iterator[tuple[int, Any]]:
-    """The weights of a run's steps, rebuilt from base weights and seed log alone, bit for bit, on any mesh.
+    """The weights of a run's steps, rebuilt from base weights and seed log alone, bit for bit, on any mesh (with
+    antithetic pairs, of the kind of device that trained: docs/speed.md).
 
     Args:
       workdir: a run's directory; only config.json and seedlog.jsonl are read.
