@@ -115,8 +115,8 @@ def update(
     """One step of the weights: (params, opt_state, squares). Parameters and optimizer state are donated.
 
     Every device makes all members' noise for its own slice, and nothing is sent, but for max_grad_norm. `squares`
-    [groups, model] holds each device's part of ‖θ − θ₀‖², which `distance` adds up. θ₀ is `start`, or the anchor where that is None.
-    `rates`: (α, αλ) of the step.
+    [groups, model] holds each device's part of ‖θ − θ₀‖², which `distance` adds up. θ₀ is `start`, or the anchor
+    where that is None. `rates`: (α, αλ) of the step.
     """
     gradient = _gradient(spec.noise, mesh, params, members, weights)
     params, opt_state = optimizer_step(spec.chain, mesh, params, opt_state, gradient, rates)
