@@ -193,10 +193,13 @@ def test_a_model_alone_has_no_kl_and_no_tasks_of_its_own(tmp_path):
 @pytest.mark.parametrize(
     ("ask", "message"),
     [
-        ({"workdir": "owner/name"}, "--workdir is 'owner/name', which is no folder.*set --out"),
-        ({"workdir": "lab"}, "--workdir is 'lab', which is no folder.*set --out"),
+        ({"workdir": "owner/name"}, "--workdir is 'owner/name', which is not a folder.*set --out"),
+        ({"workdir": "lab"}, "--workdir is 'lab', which is not a folder.*set --out"),
         ({"workdir": "nofolder", "out": "o"}, "--workdir is 'nofolder', no run's directory and no model"),
-        ({"workdir": "lab", "out": "o", "base": "nofolder"}, "--base is 'nofolder': .*no folder"),
+        (
+            {"workdir": "lab", "out": "o", "base": "nofolder"},
+            "--base is 'nofolder': .*is not a folder, a .gguf file or a hub",
+        ),
     ],
 )
 def test_what_is_no_model_and_what_has_no_folder_is_named(ask, message, tmp_path, monkeypatch):

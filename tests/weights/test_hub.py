@@ -86,5 +86,5 @@ def test_a_snapshot_in_the_cache_is_found_offline(tiny_model, tmp_path, monkeypa
 @pytest.mark.parametrize("source", ["a/b/c", "nothing here", "../up", "someone/m.gguf"])
 def test_what_is_no_name_is_not_asked_for(source, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", raising(AssertionError("the hub was asked")))
-    with pytest.raises(FileNotFoundError, match=r"no folder, no \.gguf file and no hub name"):
+    with pytest.raises(FileNotFoundError, match=r"is not a folder, a \.gguf file or a hub name"):
         resolve(source)
