@@ -186,7 +186,7 @@ def test_nothing_to_read(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"only as \.bin files.*save_pretrained"):
         load_model(folder)
     shutil.rmtree(folder)
-    with pytest.raises(FileNotFoundError, match="is not a folder, a .gguf file or a hub name"):
+    with pytest.raises(FileNotFoundError, match=r"is not a folder, a \.gguf file or a hub name"):
         load_model(folder)
     with pytest.raises(FileNotFoundError, match="not in the hub's cache"):
         load_model("nobody/nothing-of-this-name")
