@@ -63,33 +63,10 @@ def countdown_rows() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
-    """A model folder of about 6 thousand random weights: one layer, a tokenizer of bytes, a chat template."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+    """The folder of `helpers.tiny_model`."""
+    from tests.helpers import tiny_model  # after the annotations are checked
 
-    from es_jax.models.config import TransformerConfig
-    from es_jax.models.transformer import Transformer
-    from es_jax.weights.model import Model, save_model
-
-    words = ["<|im_start|>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    bytes_only = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[]))
-    bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bytes_only.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytes_only, eos_token=words[1], pad_token=words[1])
-    tokenizer.add_special_tokens({"additional_special_tokens": words[:2]})
-    tokenizer.chat_template = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-    config = TransformerConfig(
-        family="llama", vocab_size=258, width=16, layers=2, heads=2, kv_heads=1, head_dim=8, mlp_dim=24,
-        tied_embeddings=True,
-    )  # fmt: skip
-    params = jax.jit(Transformer(config).init)(jax.random.key(0))
-    folder = tmp_path_factory.mktemp("tiny")
-    params = jax.tree.map(lambda x: 4 * x, params)
-    save_model(folder, Model(config, params, tokenizer, digest="", stop_token_ids=(1,)))
-    return folder
+    return tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
 _compiled: list[str] = []

@@ -1,13 +1,19 @@
-"""What the tests of several packages share: the config of a small run, and weights compared to the bit."""
+"""What the tests of several packages share: a tiny model, the config of a small run, weights compared to the bit."""
 
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
+from es_jax.models.config import TransformerConfig
+from es_jax.models.transformer import Transformer
 from es_jax.rundir.metrics import read_jsonl
 from es_jax.training.config import RunConfig, freeze
 from es_jax.training.loop import run
+from es_jax.weights.model import Model, save_model
 
 STEPS = 6
 SMALL_RUN = {
@@ -18,6 +24,28 @@ SMALL_RUN = {
     "train": {"steps": STEPS, "checkpoint_every": 4, "samples": 1},
     "evals": {"every": 3, "rows": 2},
 }
+
+
+def tiny_model(folder: Path) -> Path:
+    """A model folder of about 6 thousand random weights: two layers, a tokenizer of bytes, a chat template."""
+    words = ["<|im_start|>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    bytes_only = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[]))
+    bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_only.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytes_only, eos_token=words[1], pad_token=words[1])
+    tokenizer.add_special_tokens({"additional_special_tokens": words[:2]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    config = TransformerConfig(
+        family="llama", vocab_size=258, width=16, layers=2, heads=2, kv_heads=1, head_dim=8, mlp_dim=24,
+        tied_embeddings=True,
+    )  # fmt: skip
+    params = jax.jit(Transformer(config).init)(jax.random.key(0))
+    params = jax.tree.map(lambda x: 4 * x, params)
+    save_model(folder, Model(config, params, tokenizer, digest="", stop_token_ids=(1,)))
+    return folder
 
 
 def config_of(source, fields=SMALL_RUN, **groups) -> RunConfig:

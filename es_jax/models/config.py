@@ -7,6 +7,7 @@ from es_jax.core.names import unknown
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 ROPE_SCALINGS = ("linear", "llama3")
+MOST_LAYERS = 10_000
 _COUNTS = ("vocab_size", "width", "layers", "heads", "kv_heads", "head_dim", "mlp_dim", "max_positions")
 _POSITIVE_IF_GIVEN = ("sliding_window", "local_rope_theta", "query_pre_attn_scalar", "attn_softcap", "final_softcap")
 
@@ -80,6 +81,8 @@ class TransformerConfig:
 
     def __post_init__(self) -> None:
         problems = [f"{n} = {getattr(self, n)!r} must be at least 1" for n in _COUNTS if getattr(self, n) < 1]
+        if self.layers > MOST_LAYERS:
+            problems.append(f"layers = {self.layers!r} must be at most {MOST_LAYERS}")
         if not problems and self.heads % self.kv_heads:
             problems.append(f"kv_heads = {self.kv_heads} must divide heads = {self.heads}")
         if self.head_dim % 2:

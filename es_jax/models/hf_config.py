@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from es_jax.core.names import unknown
-from es_jax.models.config import RopeScaling, TransformerConfig, shortest_pattern
+from es_jax.models.config import MOST_LAYERS, RopeScaling, TransformerConfig, shortest_pattern
 from es_jax.models.families import FAMILIES, Family, find_family
 
 Fields = Mapping[str, Any]
@@ -59,7 +59,7 @@ def from_hf(fields: Fields) -> TransformerConfig:
     complete = {**family.missing, **fields}
     problems = _field_problems(family, fields)
     values = _sizes(complete, problems) | _rope(family, fields, problems)
-    if isinstance(values.get("layers"), int):
+    if isinstance(values.get("layers"), int) and values["layers"] <= MOST_LAYERS:
         values |= _layers(family, complete, values["layers"], problems)
     if problems:
         raise ValueError(f"config.json of a {family.name} model: " + "; ".join(problems))

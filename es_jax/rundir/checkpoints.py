@@ -102,12 +102,12 @@ def _write_sums(folder: Path) -> None:
     directory.write_json(folder / f"sums.{jax.process_index()}.json", sums)
 
 
-def _check_sums(folder: Path) -> None:
-    """Raises ValueError where a file is not what was written. A checkpoint of an earlier version, or one whose process
-    was killed just after it, has no sums."""
+def _check_sums(folder: Path, *, depth: int | None = None) -> None:
+    """Raises ValueError where a file, of the given depth only, is not what was written. A checkpoint of an earlier
+    version, or one whose process was killed just after it, has no sums."""
     sums = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("sums.*.json")]
     written = {folder / name: value for part in sums for name, value in part.items()}
-    files = _share(written)
+    files = _share(path for path in written if depth in (None, len(path.relative_to(folder).parts)))
     with concurrent.futures.ThreadPoolExecutor() as pool:
         found = dict(zip(files, pool.map(_sum, files), strict=True))
     if differing := [str(path.relative_to(folder)) for path in files if found[path] != written[path]]:
@@ -120,6 +120,9 @@ def _folder(workdir: Path) -> Path:
 
 def _manager(folder: Path, **options: Any) -> ocp.CheckpointManager:
     """Processes wait for one another outside of the devices, which may be at work that nobody waits for any more."""
+    for step in sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()):
+        with _restoring(step, folder, "the run goes on from an older one or from the seed log"):
+            _check_sums(folder / str(step), depth=1)  # the few bytes that the manager reads at once
     count = jax.process_count()
     over_the_store = ocp.options.MultiprocessingOptions(active_processes=set(range(count)) if count > 1 else None)
     return ocp.CheckpointManager(

@@ -209,7 +209,7 @@ def _read_parquet(path: Path) -> list[Any]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             return file.read().to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:  # text that is not UTF-8 too
         reason = str(error).splitlines()[0].rstrip(".")
         raise ValueError(f"{path} is damaged or is not parquet, so fetch or write it again ({reason})") from error
 

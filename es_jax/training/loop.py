@@ -153,6 +153,10 @@ class _Run:
             config, workdir, dim=self.dim, finished=self.log.entries, tests=self.tests, unit=self.method.unit,
             offset=self.state.offset,
         )  # fmt: skip
+        for test in self.tests:
+            self.recorder.heldout[test.name].check(
+                digest=test.digest, max_new_tokens=config.decode.max_new_tokens, n=len(test.examples)
+            )
         self.profile = Profile(config.train.profile, workdir, last=config.train.steps)
         self.recorder.progress.say(f"{self.dim:,} weights, {self.mesh.size} devices, {self.state.sentence}")
 

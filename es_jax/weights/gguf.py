@@ -15,7 +15,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from es_jax.models.config import RopeScaling, TransformerConfig, shortest_pattern
+from es_jax.models.config import MOST_LAYERS, RopeScaling, TransformerConfig, shortest_pattern
 from es_jax.models.families import FAMILIES, Family, find_family
 from es_jax.models.rope import rope_frequencies
 from es_jax.weights.streaming import FileReader, Shape, StoredTensor
@@ -197,7 +197,11 @@ def from_gguf(reader: GGUFReader) -> TransformerConfig:
         values["rope_layers"] = (True, True, True, False)
     if family.windows == "alternating":
         period = fields.get("attention.sliding_window_pattern", family.missing["sliding_window_pattern"])
-        local = period if isinstance(period, list) else [(i + 1) % period != 0 for i in range(values["layers"])]
+        local = (
+            period
+            if isinstance(period, list)
+            else [(i + 1) % period != 0 for i in range(min(values["layers"], MOST_LAYERS))]
+        )
         wide = values["layers"] in _WIDE_GEMMA
         values["local_layers"] = shortest_pattern(list(map(bool, local)))
         values["query_pre_attn_scalar"] = values["width"] // values["heads"] if wide else values["head_dim"]

@@ -56,8 +56,12 @@ def from_gguf_metadata(metadata: Metadata) -> Any:
         raise ValueError(f"{', '.join(missing)} missing: the file has no whole tokenizer; {_FOLDER}")
     ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id", default_ids.get(name)) for name, key in _NAMES.items()}
     special = {name: metadata["tokenizer.ggml.tokens"][i] for name, i in ids.items() if i is not None}
+    try:
+        tokenizer = build(metadata, special)
+    except Exception as error:  # whatever the library meets in damaged files
+        raise ValueError(f"its tokenizer is damaged ({error}); fetch it again, or {_FOLDER}") from error
     return PreTrainedTokenizerFast(
-        tokenizer_object=build(metadata, special),
+        tokenizer_object=tokenizer,
         chat_template=metadata.get("tokenizer.chat_template"),
         clean_up_tokenization_spaces=False,
         **special,

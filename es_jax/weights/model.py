@@ -57,30 +57,46 @@ def load_model(
     known sha256 says), a config that asks for what is not implemented, or keys that do not fit it (all of them listed).
     """
     path = resolve(source)
-    model, reader = _open(path)
     if shardings is None and mesh is not None:
         replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         shardings = lambda path, shape: replicated  # noqa: E731
-    naming: Literal["hf", "gguf"] = "gguf" if isinstance(reader, GGUFReader) else "hf"
+    naming: Literal["hf", "gguf"] = "gguf" if path.is_file() else "hf"
     dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)
-    params = convert.to_params(reader, model.config, naming=naming, dtype=dtype, shardings=shardings)
+    with _named(path):
+        model, reader = _open(path)
+        params = convert.to_params(reader, model.config, naming=naming, dtype=dtype, shardings=shardings)
     return dataclasses.replace(model, params=params, digest=digest(find_files(path)))
 
 
 def load_outline(source: str | Path) -> Model:
     """What `load_model(source)` gives, without the weights: `params` is empty. The files must be there all the same."""
     path = resolve(source)
-    return dataclasses.replace(_open(path)[0], digest=digest(find_files(path)))
+    with _named(path):
+        return dataclasses.replace(_open(path)[0], digest=digest(find_files(path)))
 
 
 def config_only(source: str | Path) -> TransformerConfig:
     """The config of what `load_model(source)` would read; its weights need not be there."""
     path = resolve(source, weights=False)
-    if path.is_file():
-        return from_gguf(GGUFReader(path))
-    if not (path / "config.json").exists():
-        raise FileNotFoundError(f"{path} has no config.json: give a Hugging Face model folder or a .gguf file")
-    return from_hf(_json(path / "config.json"))
+    with _named(path):
+        if path.is_file():
+            return from_gguf(GGUFReader(path))
+        if not (path / "config.json").exists():
+            raise FileNotFoundError(f"{path} has no config.json: give a Hugging Face model folder or a .gguf file")
+        return from_hf(_json(path / "config.json"))
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """A ValueError says which model it is about. What a check did not foresee in its files is one too."""
+    try:
+        yield
+    except ValueError as error:
+        if (path.name if path.is_file() else str(path)) in str(error):
+            raise
+        raise ValueError(f"{path}: {error}") from error
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError) as error:
+        raise ValueError(f"{path} has fields that no model has ({error!r}): fetch the model again") from error
 
 
 def save_model(
