@@ -35,6 +35,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 from benchmarks import fault_children as children
 from benchmarks.compare import add_json, write_json
 from benchmarks.fault_inputs import mutated
+from es_jax.tasks import TASKS
 
 PATIENCE, WAYS = 60.0, ("refused", "harmless", "silent", "otherwise")  # seconds for a request
 Counts, Outcome = collections.Counter[str], children.Outcome
@@ -335,7 +336,7 @@ def dead(campaign: Campaign, kind: str, trials: int) -> Counts:
 def completions(campaign: Campaign, kind: str, trials: int) -> Counts:
     """Hostile completions, against every grader of every task: no error, a finite score, 10 ms at most."""
     counts = Counts()
-    for task in sorted(children.TASKS):
+    for task in sorted(TASKS):
         for grader in children.graders_of(task):
             arguments = str(campaign.root / "tasks"), task, grader, campaign.seed, trials
             way, value = campaign.child.ask("grade", *arguments, patience=10 * PATIENCE)
