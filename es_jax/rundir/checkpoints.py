@@ -1,13 +1,18 @@
 """Checkpoints of (params, optimizer state) through Orbax: atomic, the last few kept, restored onto any mesh."""
 
+import concurrent.futures
 import contextlib
+import hashlib
+import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+
+from es_jax.rundir import directory
 
 
 class Checkpoints:
@@ -27,6 +32,7 @@ class Checkpoints:
         try:
             self._manager.save(step, args=ocp.args.StandardSave(_tree(params, opt_state)))
             self._manager.wait_until_finished()
+            _write_sums(self.folder / str(step))
         except Exception as error:  # Orbax and TensorStore raise many kinds for one full disk
             free = shutil.disk_usage(self.folder).free
             raise OSError(
@@ -38,6 +44,7 @@ class Checkpoints:
     def restore(self, step: int, params: Any, opt_state: Any) -> tuple[Any, Any]:
         """The step's (params, opt_state), like the given trees of `abstract` leaves: shapes, dtypes, shardings."""
         with _restoring(step, self.folder, "the run goes on from an older one or from the seed log"):
+            _check_sums(self.folder / str(step))
             restored = self._manager.restore(step, args=ocp.args.StandardRestore(_tree(params, opt_state)))
         leaves = jax.tree.leaves(restored["opt_state"])
         return restored["params"], jax.tree.unflatten(jax.tree.structure(opt_state), leaves)
@@ -62,6 +69,7 @@ def restore_params(workdir: Path, step: int, params: Any) -> Any:
     args = ocp.args.PyTreeRestore(item=item, restore_args=where, partial_restore=True)
     remedy = "the step is replayed from the seed log"
     with _manager(_folder(workdir), read_only=True) as manager, _restoring(step, workdir, remedy):
+        _check_sums(_folder(workdir) / str(step))
         return manager.restore(step, args=args)["params"]
 
 
@@ -74,6 +82,36 @@ def _restoring(step: int, folder: Path, remedy: str) -> Iterator[None]:
             f"the checkpoint of step {step} in {folder} cannot be restored ({_first_line(error)}): delete that "
             f"folder, and {remedy}"
         ) from error
+
+
+def _sum(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _share(paths: Iterable[Path]) -> list[Path]:
+    """Of several processes each reads its own."""
+    return sorted(paths)[jax.process_index() :: jax.process_count()]
+
+
+def _write_sums(folder: Path) -> None:
+    """The sha256 of every file of the checkpoint, by its name in the folder: sums.<process>.json."""
+    files = _share(path for path in folder.rglob("*") if path.is_file())
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        sums = {str(path.relative_to(folder)): value for path, value in zip(files, pool.map(_sum, files), strict=True)}
+    directory.write_json(folder / f"sums.{jax.process_index()}.json", sums)
+
+
+def _check_sums(folder: Path) -> None:
+    """Raises ValueError where a file is not what was written. A checkpoint of an earlier version, or one whose process
+    was killed just after it, has no sums."""
+    sums = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("sums.*.json")]
+    written = {folder / name: value for part in sums for name, value in part.items()}
+    files = _share(written)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        found = dict(zip(files, pool.map(_sum, files), strict=True))
+    if differing := [str(path.relative_to(folder)) for path in files if found[path] != written[path]]:
+        raise ValueError(f"{', '.join(differing)} is not what was written")
 
 
 def _folder(workdir: Path) -> Path:

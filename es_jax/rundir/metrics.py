@@ -63,7 +63,7 @@ def read_jsonl(
     for number, line in enumerate(Path(path).read_bytes().split(b"\n")[:-1], 1):
         try:
             rows.append(parse(json.loads(line)))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{path} line {number} {damage.format(error)}") from None
     return rows
 

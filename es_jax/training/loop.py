@@ -50,6 +50,7 @@ from es_jax.training.method import StepResult
 from es_jax.training.recorder import Recorder
 from es_jax.training.state import State, base_config, compute_dtype, load_base, mesh_of
 from es_jax.training.weights_at import resume
+from es_jax.weights.files import small_sums
 from es_jax.weights.model import load_outline
 
 
@@ -237,6 +238,7 @@ class _Run:
         content = json.dumps([rows, self.prompts, tests], default=str).encode()
         return {
             "digest": self.model.digest,
+            "files": small_sums(self.config.model.source),
             "rows": hashlib.sha256(content).hexdigest(),
             "compute_dtype": str(compute_dtype(self.config)),
             "parameters": self.dim,

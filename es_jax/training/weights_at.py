@@ -18,6 +18,7 @@ from es_jax.rundir.checkpoints import Checkpoints, restore_params, saved_steps
 from es_jax.rundir.seed_log import Entry, SeedLog, read_entries
 from es_jax.training.config import RunConfig, read_config
 from es_jax.training.state import State, base_config, load_base
+from es_jax.weights.model import load_outline
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ def weights_at(
     """
     workdir = Path(workdir)
     config, entries = read_config(workdir), read_entries(workdir)
+    directory.check_files(workdir, config.model.source)
     saved = saved_steps(workdir) if checkpoints or not config.record.replayable else []
     every = range(len(entries) + 1) if config.record.replayable else [0, *saved]
     wanted = sorted(set(every if steps is None else steps))
@@ -86,6 +88,8 @@ def _rebuilt(workdir: Path, config: RunConfig, mesh: Mesh, entries: list[Entry],
     if not any(steps):
         yield from [model.params] * len(steps)
         return
+    if (anchor := config.optim.anchor.source) is not None:
+        directory.check_base(workdir, anchor, load_outline(anchor).digest, of="optim.anchor")
     state = State(config, mesh, model.params)
     del model
     if 0 in steps:
