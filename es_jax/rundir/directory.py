@@ -65,6 +65,8 @@ def _lock(workdir: Path) -> Any:
         raise OSError(f"workdir {workdir} is in use by another process: wait for it, or choose another") from None
     lock.write(f"{os.getpid()} {time.time_ns()}\n")
     lock.flush()
+    for partial in workdir.glob("*.tmp"):  # what a process that was killed did not bring to its end
+        partial.unlink(missing_ok=True)
     return lock
 
 
