@@ -125,7 +125,7 @@ def _check_sums(folder: Path) -> None:
     was killed just after it, has no sums."""
     if not (folder / "default").is_dir():
         raise FileNotFoundError("it has no folder named default")
-    written = {}
+    written: dict[Path, str] = {}
     for path in folder.glob("sums.*.json"):
         try:
             sums = json.loads(path.read_text(encoding="utf-8")).items()

@@ -145,7 +145,7 @@ def _verl(row: Row) -> Row:
     elif isinstance(truth, Mapping) and isinstance(extra, Mapping | None):
         names = [f"reward_model.ground_truth.{name}" for name in ("numbers", "target")]
         problem = _problem(truth.get("numbers"), truth.get("target"), *names)
-        if in_extra:
+        if extra and in_extra:
             other = _check_extra(extra)
             same = sorted(other["numbers"]) == sorted(problem["numbers"])
             same = same and Fraction(other["target"]) == Fraction(problem["target"])

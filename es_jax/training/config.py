@@ -410,7 +410,7 @@ class RunConfig:
             raise ValueError(unknown("method", self.method, METHODS))
         if not self.record.perturbs:
             self._check_gradients()
-        for field, text in self._schedules.items():
+        for field, text in self.schedules.items():
             try:
                 make_schedule(text, self.train.steps)
             except ValueError as error:
@@ -438,7 +438,7 @@ class RunConfig:
                 f"optim.anchor.kappa is {self.optim.anchor.kappa} with method {self.method!r}: the drift of a weight "
                 "is known in closed form for ES alone; set optim.anchor.strength instead"
             )
-        for field, text in self._schedules.items():
+        for field, text in self.schedules.items():
             if text != "constant":
                 raise ValueError(
                     f"{field} is {text!r} with method {self.method!r}: schedules are for ES; set it to 'constant'"
@@ -449,14 +449,14 @@ class RunConfig:
         return METHODS[self.method]
 
     @property
-    def _schedules(self) -> dict[str, str]:
-        """Of α, σ and λ."""
+    def schedules(self) -> dict[str, str]:
+        """Those of α, σ and λ, by field."""
         groups: dict[str, Any] = {"optim": self.optim, "es": self.es, "optim.anchor": self.optim.anchor}
         return {f"{name}.schedule": group.schedule for name, group in groups.items()}
 
     def rates(self, step: int) -> Rates:
         """Of step 1..T, by the schedules."""
-        factors = (make_schedule(text, self.train.steps)(step) for text in self._schedules.values())
+        factors = (make_schedule(text, self.train.steps)(step) for text in self.schedules.values())
         return Rates(*map(operator.mul, self._constants, factors))
 
     def logged_rates(self, entry: Entry) -> Rates:
