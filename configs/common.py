@@ -80,10 +80,8 @@ def configure(
         elif name not in SHORT:
             fields = FIELDS.near(name)
             short = [short for short, field in SHORT.items() if field in fields]
-            other = (
-                f"; fields without a short name are set as in --config.{fields[0]}=…" if fields and not short else ""
-            )
-            raise ValueError(unknown("argument", name, SHORT, near=short) + other)
+            full = f"; or set --config.{fields[0]}=…" if fields and not short else ""
+            raise ValueError(unknown("argument", name, SHORT, near=short) + full)
         elif SHORT[name].partition(".")[0] in {"es", "grpo"} - {method}:
             raise ValueError(f"argument {item!r} is of the group {SHORT[name]}, which method {method!r} does not read")
         else:

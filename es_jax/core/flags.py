@@ -121,7 +121,13 @@ def _set_fields(fields: Fields) -> None:
             is_tuple = typing.get_origin(kind) is tuple
             values[name] = tuple(itertools.chain(*flag.value)) if is_tuple else flag.value  # type: ignore[misc]
     with config.unlocked():
-        config.update_from_flattened_dict(values)
+        for name, value in values.items():
+            group, (*groups, last) = config, name.split(".")
+            for part in groups:
+                if part not in group:
+                    group[part] = config_dict.ConfigDict()
+                group = group[part]
+            group[last] = value
 
 
 def define_processes() -> None:

@@ -138,7 +138,7 @@ def _verl(row: Row) -> Row:
     truth = model.get("ground_truth") if isinstance(model, Mapping) else None
     in_extra = isinstance(extra, Mapping) and any(extra.get(name) is not None for name in ("numbers", "target"))
     if row.get("prompt") is None:
-        name = "nums" if "nums" in row else "numbers"
+        name = "numbers" if row.get("nums") is None and "numbers" in row else "nums"
         if name in row and "target" in row:
             problem = _problem(row[name], row["target"], name, "target")
             return {**row, "prompt": list(_prompt(**problem)), "extra_info": problem}
