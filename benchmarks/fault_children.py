@@ -12,7 +12,7 @@ import random
 import resource
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -71,12 +71,6 @@ def serve(connection: Connection) -> None:
     while True:
         name, arguments, names = connection.recv()
         connection.send(attempt(lambda: OPERATIONS[name](*arguments), names))  # noqa: B023 - it is called at once
-
-
-def once(connection: Connection, name: str, arguments: tuple, names: Sequence[str]) -> None:
-    """One operation, which is given the connection too."""
-    _quiet()
-    connection.send(attempt(lambda: OPERATIONS[name](connection, *arguments), names))
 
 
 def _quiet() -> None:
@@ -229,37 +223,51 @@ def lab_config() -> RunConfig:
     return freeze(config)
 
 
-def train(connection: Connection, workdir: str) -> str:
-    """A run of the laboratory; it says when it begins to save."""
+def train_and_tell(connection: Connection, workdir: str) -> None:
+    """`train`, in a process of its own that says when it begins to save."""
+    _quiet()
     save = Checkpoints.save
 
     def saving(*args: Any) -> None:
-        connection.send(("saving", None))
+        connection.send("saving")
         save(*args)
 
     Checkpoints.save = saving  # type: ignore[method-assign]
-    connection.send(("began", None))
+    connection.send("began")
+    train(workdir)
+
+
+def train(workdir: str) -> str:
+    """A run of the laboratory."""
     return digest(loop.run(lab_config(), workdir).params)
 
 
-def train_on_a_full_disk(connection: Connection, workdir: str, limit: int) -> str:
+def train_on_a_full_disk(workdir: str, limit: int) -> str:
     """No file may grow past so many bytes."""
-    _limit_files(limit)
-    return digest(loop.run(lab_config(), workdir).params)
+    with _files_limited_to(limit):
+        return train(workdir)
 
 
-def export_to_a_full_disk(connection: Connection, workdir: str, out: str, limit: int) -> str:
-    _limit_files(limit)
-    export_run(workdir, out)
+def export_to_a_full_disk(workdir: str, out: str, limit: int) -> str:
+    with _files_limited_to(limit):
+        export_run(workdir, out)
     return digest(load_model(out).params)
 
 
-def _limit_files(limit: int) -> None:
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)  # it is read, and nothing is cut in it
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+@contextlib.contextmanager
+def _files_limited_to(limit: int) -> Iterator[None]:
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    seconds = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)  # the cache is read, and nothing is cut in it
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
 
 
-def train_with_nan(connection: Connection, workdir: str, call: int) -> str:
+def train_with_nan(workdir: str, call: int) -> str:
     """The reward of the completion of that number is NaN."""
     calls = [0]
 
@@ -270,8 +278,12 @@ def train_with_nan(connection: Connection, workdir: str, call: int) -> str:
             score = super().score(example, completion)
             return dataclasses.replace(score, reward=float("nan")) if calls[0] == call else score
 
-    loop.make_task = lambda config: Broken("countdown")  # type: ignore[assignment,return-value]
-    return digest(loop.run(lab_config(), workdir).params)
+    make = loop.make_task
+    loop.make_task = lambda config: Broken("countdown")
+    try:
+        return train(workdir)
+    finally:
+        loop.make_task = make
 
 
 def leftovers(workdir: str) -> list[str]:

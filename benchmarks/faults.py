@@ -73,10 +73,10 @@ class Child:
 
 
 class Campaign:
-    """The folder of a campaign, its random numbers, and the child that reads."""
+    """The folder of a campaign, its random numbers, the child that reads and the one that trains."""
 
     def __init__(self, root: Path, seed: int) -> None:
-        self.root, self.seed, self.child, self._prepared = root, seed, Child(), False
+        self.root, self.seed, self.child, self.trainer, self._prepared = root, seed, Child(), Child(), False
         self._whole: tuple[Path, str, float] | None = None
 
     def draw(self, kind: str) -> random.Random:
@@ -85,34 +85,20 @@ class Campaign:
     def files(self) -> Path:
         """The folder of whole models, rows and runs."""
         if not self._prepared:
-            self.value("prepare", str(self.root / "files"), patience=600)
+            self.value(self.child, "prepare", str(self.root / "files"))
             self._prepared = True
         return self.root / "files"
 
-    def value(self, name: str, *arguments: Any, patience: float = 300) -> Any:
+    def value(self, child: Child, name: str, *arguments: Any) -> Any:
         """What an operation gives where nothing is at fault."""
-        way, value = self.child.ask(name, *arguments, patience=patience)
+        way, value = child.ask(name, *arguments, patience=10 * PATIENCE)
         assert way == "value", f"{name} without a fault: {value}"
         return value
 
-    def once(self, name: str, *arguments: Any, names: Sequence[str] = ()) -> Outcome:
-        """What an operation gives in a process of its own."""
-        process, connection = self.start(name, *arguments, names=names)
-        try:
-            while connection.poll(5 * PATIENCE):
-                way, value = connection.recv()
-                if way not in ("began", "saving"):
-                    return way, value
-            return "otherwise", "out of time"
-        except EOFError:
-            return "otherwise", "crashed"
-        finally:
-            process.kill()
-            process.join()
-
-    def start(self, name: str, *arguments: Any, names: Sequence[str] = ()) -> tuple[Any, Any]:
+    def start(self, workdir: Path) -> tuple[Any, Any]:
+        """A process that trains, and what it says."""
         connection, theirs = processes.Pipe()
-        process = processes.Process(target=children.once, args=(theirs, name, arguments, names), daemon=True)
+        process = processes.Process(target=children.train_and_tell, args=(theirs, str(workdir)), daemon=True)
         process.start()
         theirs.close()
         return process, connection
@@ -120,17 +106,16 @@ class Campaign:
     def whole(self) -> tuple[Path, str, float]:
         """A run of the laboratory that meets no fault: its directory, its weights, its seconds from fork to end."""
         if self._whole is None:
-            for name in ("cold", "whole"):  # the first compiles
-                began = time.monotonic()
-                way, weights = self.once("train", str(self.root / name))
-                assert way == "value", f"a run without a fault: {weights}"
+            weights = self.value(self.trainer, "train", str(self.root / "whole"))  # this compiles for all others
+            began = time.monotonic()
+            self.start(self.root / "timed")[0].join()
             self._whole = self.root / "whole", weights, time.monotonic() - began
         return self._whole
 
     def resumed(self, workdir: Path) -> str:
         """How a run ends that met a fault, when it is started again without one."""
         whole, expected, _ = self.whole()
-        way, weights = self.once("train", str(workdir))
+        way, weights = self.trainer.ask("train", str(workdir), patience=3 * PATIENCE)
         if way != "value" or children.leftovers(str(workdir)) or not (workdir / "DONE").exists():
             return "otherwise"
         same = weights == expected and children.log_of(str(workdir)) == children.log_of(str(whole))
@@ -221,7 +206,7 @@ def kills(campaign: Campaign, kind: str, trials: int) -> Counts:
     draw, counts, seconds = campaign.draw(kind), Counts(), campaign.whole()[2]
     for trial in range(trials):
         workdir = campaign.root / f"killed{trial}"
-        process, connection = campaign.start("train", str(workdir))
+        process, connection = campaign.start(workdir)
         connection.recv()
         if kind == "killed while saving":
             for _ in range(draw.randrange(1, 5)):  # of four checkpoints
@@ -242,12 +227,12 @@ def full_disk(campaign: Campaign, kind: str, trials: int) -> Counts:
     for trial in range(trials):
         limit, workdir = int(10 ** draw.uniform(2, 5.5)), campaign.root / f"full{trial}"
         if trial % 2:
-            way, value = campaign.once("train_on_a_full_disk", str(workdir), limit, names=[str(workdir)])
+            way, value = campaign.trainer.ask("train_on_a_full_disk", str(workdir), limit, names=[str(workdir)])
             again = campaign.resumed(workdir)
         else:
             workdir.mkdir()
             out = workdir / "out"
-            way, value = campaign.once("export_to_a_full_disk", str(whole), str(out), limit, names=[str(out)])
+            way, value = campaign.trainer.ask("export_to_a_full_disk", str(whole), str(out), limit, names=[str(out)])
             again = "otherwise" if way == "refused" and any(workdir.iterdir()) else "harmless"
         if way == "value":
             way = "harmless" if value == expected else "silent"
@@ -263,7 +248,7 @@ def nan_reward(campaign: Campaign, kind: str, trials: int) -> Counts:
     draw, counts = campaign.draw(kind), Counts()
     for trial in range(trials):
         workdir, call = campaign.root / f"nan{trial}", draw.randrange(1, 8 * 4 * 16)
-        way, _ = campaign.once("train_with_nan", str(workdir), call, names=["nan"])
+        way, _ = campaign.trainer.ask("train_with_nan", str(workdir), call, names=["nan"])
         again = campaign.resumed(workdir)
         counts[("silent" if way == "value" else way) if again == "harmless" else again] += 1
         shutil.rmtree(workdir)
@@ -401,6 +386,7 @@ def run(kinds: Sequence[str], *, trials: int | None = None, seed: int = 0) -> di
             tried, seconds = sum(counts.values()), time.monotonic() - began
             rows[kind] = {"tried": tried, **{way: counts[way] for way in WAYS}, "seconds": seconds}
         campaign.child.close()
+        campaign.trainer.close()
     return rows
 
 

@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import json
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,10 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from es_jax.core import processes
 from es_jax.rundir import directory
+
+UNFINISHED = "orbax-checkpoint-tmp"  # in the name of a folder that Orbax writes
 
 
 class Checkpoints:
@@ -21,6 +25,9 @@ class Checkpoints:
     def __init__(self, workdir: Path, *, keep: int):
         self.folder = _folder(workdir)
         self.folder.mkdir(parents=True, exist_ok=True)
+        if processes.first():  # of a run that was killed while it wrote or removed them; another one has no lock
+            for killed in self.folder.glob(f"*{UNFINISHED}*"):
+                shutil.rmtree(killed, ignore_errors=True)
         self._manager = _manager(self.folder, max_to_keep=keep, create=False, enable_async_checkpointing=False)
 
     def latest(self) -> int | None:
@@ -38,12 +45,12 @@ class Checkpoints:
             raise OSError(
                 f"the checkpoint of step {step} could not be written to {self.folder} ({free / 2**30:.2f} GiB free, "
                 f"{nbytes(params, opt_state) / 2**30:.2f} GiB needed): free some space and start again; "
-                f"finished steps are in the seed log ({_first_line(error)})"
+                f"finished steps are in the seed log ({_reason(error)})"
             ) from error
 
     def restore(self, step: int, params: Any, opt_state: Any) -> tuple[Any, Any]:
         """The step's (params, opt_state), like the given trees of `abstract` leaves: shapes, dtypes, shardings."""
-        with _restoring(step, self.folder, "the run goes on from an older one or from the seed log"):
+        with _restoring(self.folder / str(step), "the run goes on from an older one or from the seed log"):
             _check_sums(self.folder / str(step))
             restored = self._manager.restore(step, args=ocp.args.StandardRestore(_tree(params, opt_state)))
         leaves = jax.tree.leaves(restored["opt_state"])
@@ -67,21 +74,32 @@ def restore_params(workdir: Path, step: int, params: Any) -> Any:
     item = {"params": params}
     where = ocp.checkpoint_utils.construct_restore_args(item)
     args = ocp.args.PyTreeRestore(item=item, restore_args=where, partial_restore=True)
-    remedy = "the step is replayed from the seed log"
-    with _manager(_folder(workdir), read_only=True) as manager, _restoring(step, workdir, remedy):
-        _check_sums(_folder(workdir) / str(step))
+    folder, remedy = _folder(workdir) / str(step), "the step is replayed from the seed log, where that can be"
+    with _manager(_folder(workdir), read_only=True) as manager, _restoring(folder, remedy):
+        _check_sums(folder)
         return manager.restore(step, args=args)["params"]
 
 
 @contextlib.contextmanager
-def _restoring(step: int, folder: Path, remedy: str) -> Iterator[None]:
+def _restoring(folder: Path, remedy: str) -> Iterator[None]:
+    """An error says which checkpoint is damaged, and comes last. Orbax closes the loop in which it reads at the first
+    file that it cannot read, and each of the other reads would print a traceback about that whenever it ends."""
+    hook = sys.unraisablehook
+
+    def print_others(event: Any) -> None:
+        code = getattr(event.object, "cr_code", None)
+        if str(event.exc_value) != "Event loop is closed" and not (code and "orbax" in code.co_filename):
+            hook(event)
+
+    sys.unraisablehook = print_others
     try:
         yield
     except Exception as error:  # Orbax and TensorStore raise many kinds
         raise OSError(
-            f"the checkpoint of step {step} in {folder} cannot be restored ({_first_line(error)}): delete that "
+            f"the checkpoint of step {folder.name} in {folder} cannot be restored ({_reason(error)}): delete that "
             f"folder, and {remedy}"
         ) from error
+    sys.unraisablehook = hook
 
 
 def _sum(path: Path) -> str:
@@ -105,8 +123,15 @@ def _write_sums(folder: Path) -> None:
 def _check_sums(folder: Path, *, depth: int | None = None) -> None:
     """Raises ValueError where a file, of the given depth only, is not what was written. A checkpoint of an earlier
     version, or one whose process was killed just after it, has no sums."""
-    sums = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("sums.*.json")]
-    written = {folder / name: value for part in sums for name, value in part.items()}
+    if not (folder / "default").is_dir():
+        raise FileNotFoundError("it has no folder named default")
+    written: dict[Path, str] = {}
+    for path in folder.glob("sums.*.json"):
+        try:
+            sums = json.loads(path.read_text(encoding="utf-8")).items()
+        except (ValueError, AttributeError, RecursionError):
+            raise ValueError(f"{path.name} is not what was written") from None
+        written |= {folder / name: value for name, value in sums}
     files = _share(path for path in written if depth in (None, len(path.relative_to(folder).parts)))
     with concurrent.futures.ThreadPoolExecutor() as pool:
         found = dict(zip(files, pool.map(_sum, files), strict=True))
@@ -121,7 +146,7 @@ def _folder(workdir: Path) -> Path:
 def _manager(folder: Path, **options: Any) -> ocp.CheckpointManager:
     """Processes wait for one another outside of the devices, which may be at work that nobody waits for any more."""
     for step in sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()):
-        with _restoring(step, folder, "the run goes on from an older one or from the seed log"):
+        with _restoring(folder / str(step), "the run goes on from an older one or from the seed log"):
             _check_sums(folder / str(step), depth=1)  # the few bytes that the manager reads at once
     count = jax.process_count()
     over_the_store = ocp.options.MultiprocessingOptions(active_processes=set(range(count)) if count > 1 else None)
@@ -145,5 +170,6 @@ def _tree(params: Any, opt_state: Any) -> dict:
     return {"params": params, "opt_state": dict(enumerate(jax.tree.leaves(opt_state)))}
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+def _reason(error: Exception) -> str:
+    """Of what a library says, without its advice."""
+    return f"{type(error).__name__}: {error}".splitlines()[0].split(". ")[0][:300]

@@ -65,6 +65,8 @@ def _lock(workdir: Path) -> Any:
         raise OSError(f"workdir {workdir} is in use by another process: wait for it, or choose another") from None
     lock.write(f"{os.getpid()} {time.time_ns()}\n")
     lock.flush()
+    for partial in workdir.glob("*.tmp"):  # what a process that was killed did not bring to its end
+        partial.unlink(missing_ok=True)
     return lock
 
 
@@ -98,7 +100,12 @@ def _settle(workdir: Path, config: dict[str, Any], identity: dict[str, Any], sta
     path, versions = workdir / "config.json", _versions()
     content = {"config": config, **identity, "versions": versions}
     if path.exists() or started:
-        then = {"files": identity.get("files"), **read(workdir)}  # earlier versions did not keep them
+        try:
+            then = {"files": identity.get("files"), **read(workdir)}  # earlier versions did not keep them
+        except ValueError:
+            if started:
+                raise
+            then = {"config": {}}
         old, new = (
             flatten_dict({**facts["config"], **{k: facts.get(k) for k in identity}}, sep=".")
             for facts in (then, content)

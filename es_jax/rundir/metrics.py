@@ -27,7 +27,7 @@ class Jsonl:
     def __init__(self, path: Path, *, last_step: int = LAST):
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        rows = [row for row in read_jsonl(path) if row["step"] <= last_step]
+        rows = [row for row in read_rows(path) if row["step"] <= last_step]
         self.steps = {row["step"] for row in rows}
         content = path.read_bytes() if path.exists() else b""
         if processes.first() and content.split(b"\n")[len(rows) :] != [b""]:
@@ -68,6 +68,17 @@ def read_jsonl(
     return rows
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a `Jsonl`. Raises ValueError for a line that has no step."""
+
+    def row(fields: Any) -> dict[str, Any]:
+        if not isinstance(fields, dict) or type(fields.get("step")) is not int:
+            raise ValueError("it has no step")
+        return fields
+
+    return read_jsonl(path, parse=row, damage="cannot be read ({}): restore or delete the file")
+
+
 class Metrics:
     """metrics.jsonl and TensorBoard, the same numbers in both. Of several processes the first one writes.
 
@@ -101,7 +112,8 @@ class Metrics:
 
     def close(self) -> None:
         if self._board:
-            self._board.close()
+            with writing(self._folder):
+                self._board.close()
 
 
 class Progress:

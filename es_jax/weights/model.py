@@ -153,6 +153,11 @@ def _new_folder(path: str | Path) -> Iterator[Path]:
     try:
         yield partial
         os.replace(partial, path)  # over an empty folder too
+    except Exception as error:
+        if not isinstance(error, OSError) and type(error) is not Exception:  # which tokenizers raises for a full disk
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(f"{path} could not be written ({reason}): free some space, or choose another folder") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
