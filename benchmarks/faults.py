@@ -31,6 +31,7 @@ from typing import Any
 
 os.environ |= {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["PYTHONWARNINGS"] = "ignore::UserWarning:multiprocessing.resource_tracker"  # of locks of killed processes
 
 from benchmarks import fault_children as children
 from benchmarks.compare import add_json, write_json
@@ -108,7 +109,10 @@ class Campaign:
         if self._whole is None:
             weights = self.value(self.trainer, "train", str(self.root / "whole"))  # this compiles for all others
             began = time.monotonic()
-            self.start(self.root / "timed")[0].join()
+            process, connection = self.start(self.root / "timed")
+            process.join()
+            assert process.exitcode == 0, "a run without a fault"
+            connection.close()
             self._whole = self.root / "whole", weights, time.monotonic() - began
         return self._whole
 
