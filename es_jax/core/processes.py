@@ -6,9 +6,11 @@ a process that waits hears that another failed, or that the run is to stop, what
 
 import concurrent.futures
 import contextlib
+import ctypes
 import functools
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -27,6 +29,8 @@ from jax.sharding import Mesh, PartitionSpec
 T = TypeVar("T")
 GRACE = 20.0  # seconds from SIGTERM to the end of a process that could not come to a checkpoint
 _POLL = 0.5  # seconds between looks
+_GONE = re.compile(r"Gloo|NCCL|coordination service|tasks are unhealthy")  # in errors where a process is gone
+_ABORTED = ctypes.CFUNCTYPE(None, ctypes.c_int)
 _STOP: list = []  # in place of all parts of an exchange: the run is to stop
 _round = 0  # of exchanges
 _stop, _saving = threading.Event(), threading.Event()
@@ -199,6 +203,8 @@ def joined(name: str, **options: Any) -> Iterator[None]:
             f"{name}: the processes of the run could not come together ({error}): give --coordinator_address=HOST:PORT "
             "of process 0, --num_processes and --process_id where the environment does not say them"
         ) from None
+    end = "one of the others is gone: start the same command on all of them; finished steps stay"
+    _on_abort(f"{name}: aborted, as a rule because {end}")
     ended = threading.Event()
 
     def watch() -> None:  # it ends this process even in a collective that a failed one never joins
@@ -210,9 +216,13 @@ def joined(name: str, **options: Any) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if not isinstance(error, SystemExit):
+        gone = isinstance(error, jax.errors.JaxRuntimeError | SystemExit) and _GONE.search(str(error))
+        if not isinstance(error, SystemExit) and not gone:
             traceback.print_exception(error)
         _end_after_another(name)  # before: what this one met, such as a closed connection, is likely its consequence
+        if gone:
+            first_line = str(error).splitlines()[0].removeprefix(f"{name}: ")
+            error = SystemExit(f"{name}: process {jax.process_index()} lost the others ({first_line}); {end}")
         text = str(error.code) if isinstance(error, SystemExit) else f"{type(error).__name__}: {error}"
         with contextlib.suppress(Exception):
             _store().key_value_set(f"es_jax/failed/{jax.process_index()}", text[:2000], allow_overwrite=True)
@@ -220,6 +230,20 @@ def joined(name: str, **options: Any) -> Iterator[None]:
     ended.set()
     watcher.join()
     jax.distributed.shutdown()
+
+
+@functools.cache  # which keeps the handler
+def _on_abort(text: str) -> Any:
+    """JAX aborts a process that cannot reach process 0, and others after a silence, from a thread in which no exception
+    can be raised. It ends with the text and status 1 then."""
+
+    def end(number: int) -> None:
+        os.write(2, f"{text}\n".encode())
+        os._exit(1)
+
+    handler = _ABORTED(end)
+    ctypes.CDLL(None).signal(signal.SIGABRT, handler)
+    return handler
 
 
 def leave(text: str) -> NoReturn:
