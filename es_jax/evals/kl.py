@@ -114,7 +114,8 @@ def kl(
     if wrong := [i for i, own in enumerate(sums) if not np.isfinite(own).all()]:
         raise ValueError(
             f"KL is not finite in {len(wrong)} of {len(rows)} prompts: prompt {wrong[0]}, counted from 0, has "
-            f"{np.array(sums[wrong[0]]).tolist()} by the two estimates; compute in float32 or bfloat16, or take other weights"
+            f"{np.array(sums[wrong[0]]).tolist()} by the two estimates; compute in float32 or bfloat16, or take other "
+            "weights"
         )
     sampled, exact = np.array(sums).T
     facts = {"n": len(rows), "tokens": int(lengths.sum())}

@@ -109,8 +109,8 @@ def score_options(
     if wrong := [i for i, own in enumerate(scores) if not np.isfinite(own).all()]:
         raise ValueError(
             f"log-probabilities of options are not finite in {len(wrong)} of {len(rows)} rows: row "
-            f"{names[wrong[0]] if names else wrong[0]} has {scores[wrong[0]].tolist()}; compute in float32 or bfloat16, "
-            "or take other weights"
+            f"{names[wrong[0]] if names else wrong[0]} has {scores[wrong[0]].tolist()}; compute in float32 or "
+            "bfloat16, or take other weights"
         )
     return scores
 

@@ -94,7 +94,9 @@ def check_scores(graded: Iterable[Graded], task: str, *, remedy: str = "mend the
             bad[one.example.id] = f"row {one.example.id!r} ({', '.join(wrong)})"
     if bad:
         more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
-        raise ValueError(f"task {task!r} has scores that are not finite: {', '.join([*bad.values()][:5])}{more}; {remedy}")
+        raise ValueError(
+            f"task {task!r} has scores that are not finite: {', '.join([*bad.values()][:5])}{more}; {remedy}"
+        )
 
 
 def means(graded: Sequence[Graded]) -> dict[str, float]:

@@ -110,8 +110,9 @@ def evaluate(
         loglik = None
         if held.options is not None:
             names = [f"{example.id!r} of task {held.name!r}" for example in held.examples]
-            compute = {"dtype": evaluator.dtype, "mesh": evaluator.mesh}
-            loglik = likeliest(model.config, params, held.options, names=names, **compute)
+            loglik = likeliest(
+                model.config, params, held.options, dtype=evaluator.dtype, mesh=evaluator.mesh, names=names
+            )
         done(len(graded))
         yield held, _results(graded, loglik)
 

@@ -69,8 +69,11 @@ def weights_at(
     rebuilt = _rebuilt(workdir, config, mesh, entries, [step for step in wanted if step not in saved])
     for step in wanted:
         params = _restored(workdir, config, step, mesh) if step in saved else next(rebuilt)
-        check_finite(params, f"step {step} of {workdir}: its", "choose a step before it; where drift is null in "
-                     "metrics.jsonl, weights are not finite")
+        check_finite(
+            params,
+            f"step {step} of {workdir}: its",
+            "choose a step before it; where drift is null in metrics.jsonl, weights are not finite",
+        )
         yield step, params
 
 

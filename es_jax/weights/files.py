@@ -81,7 +81,7 @@ def find_files(folder: Path) -> tuple[Path, ...]:
     if (folder / ADAPTER).exists():
         raise ValueError(
             f"{folder} holds an adapter ({ADAPTER}), which changes the weights and is not read: merge it into its base "
-            "model (peft: merge_and_unload().save_pretrained(new_folder)), or delete its files to have the weights alone"
+            "model (peft: merge_and_unload().save_pretrained(new_folder)), or delete its files to have the rest alone"
         )
     shards = frozenset(path.name for path in folder.glob("model-*-of-*.safetensors"))
     if (folder / SINGLE).exists():

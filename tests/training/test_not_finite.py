@@ -1,9 +1,6 @@
 """Weights, scores and likelihoods that are not finite end a run at their step, and nothing of the step is kept."""
 
 import dataclasses
-import json
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +19,10 @@ from es_jax.rundir.seed_log import read_entries
 from es_jax.scoring.heldout import likeliest
 from es_jax.tasks.conciseness import Conciseness
 from es_jax.tasks.task import Score
-from es_jax.training import es, loop
-from es_jax.training.config import freeze
+from es_jax.training import loop
 from es_jax.training.loop import run
 from es_jax.training.state import State
 from es_jax.training.weights_at import replay, weights_at
-from es_jax.weights.model import Model, load_model, save_model
 from tests.helpers import SMALL_RUN, config_of, same
 
 GRPO = {
@@ -118,10 +113,14 @@ def test_a_log_and_a_checkpoint_with_broken_weights_are_refused(tiny_model, tmp_
     config = config_of(tiny_model, optim={"learning_rate": 1e38, "anchor": {}}, train={"steps": 2}, evals={"every": 0})
     run(config, tmp_path / "run")
     assert saved_steps(tmp_path / "run") == [2]
-    for weights in (replay(tmp_path / "run", steps=[2]), weights_at(tmp_path / "run", [2]), weights_at(tmp_path / "run", [1])):
+    for weights in (
+        replay(tmp_path / "run", steps=[2]),
+        weights_at(tmp_path / "run", [2]),
+        weights_at(tmp_path / "run", [1]),
+    ):
         with pytest.raises(ValueError, match=r"step \d of .*: its weights are NaN, .*choose a step before it"):
             next(weights)
-    with pytest.raises(ValueError, match="step 2 of .*: its weights are NaN"):
+    with pytest.raises(ValueError, match=r"step 2 of .*: its weights are NaN"):
         export_run(tmp_path / "run", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="cannot go on from step 2: its weights are NaN"):
