@@ -23,6 +23,7 @@ from es_jax.training import loop
 from es_jax.training.loop import run
 from es_jax.training.state import State
 from es_jax.training.weights_at import replay, weights_at
+from es_jax.weights.verify import VerificationReport
 from tests.helpers import SMALL_RUN, config_of, same
 
 GRPO = {
@@ -195,6 +196,12 @@ def test_kl_and_drift_of_weights_that_are_not_finite(number, tiny):
         kl(TINY, tiny, now, [[1, 2], [3]], [[4], [5, 6]])
     with pytest.raises(ValueError, match=r"drift is not finite: .* weights in embed/embedding; "):
         drift(tiny, now)
+
+
+@pytest.mark.parametrize("kl", [(np.nan, 0.0), (0.0, np.nan, 0.0), (0.0, np.inf)])
+def test_a_model_is_not_verified_by_a_kl_that_is_no_number(kl):
+    report = VerificationReport(len(kl), True, 0.0, kl, 1e-6, (("logits", 0.0),))
+    assert not report.passed and f"position {np.argmax(~np.isfinite(kl))} " in str(report)
 
 
 @pytest.mark.parametrize("call", [1, 3])
