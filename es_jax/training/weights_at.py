@@ -128,8 +128,6 @@ def resume(config: RunConfig, workdir: Path, state: State, log: SeedLog, checkpo
     elif last > saved:
         logger.info("resumed at step %d, the last checkpoint's: steps to %d are made again", saved, last)
         log.cut(saved)
-    check_finite(
-        state.params,
-        f"{workdir} cannot go on from step {len(log.entries)}: its",
-        "start again with a lower optim.learning_rate in another --workdir",
-    )
+    if log.entries:
+        whose = f"{workdir} cannot go on from step {len(log.entries)}: its"
+        check_finite(state.params, whose, "start again with a lower optim.learning_rate in another --workdir")
