@@ -68,7 +68,7 @@ class KVCache(Past):
             k=zeros(config.head_dim, length),
             v=zeros(length, config.head_dim),
             positions=jnp.full((batch, length), -1, jnp.int32),
-            index=jnp.zeros((), jnp.int32),
+            index=jnp.int32(0),
             past=past,
         )
 

@@ -85,7 +85,7 @@ def _attended(q: Array, *masks: Array, pieces: Sequence[KV], scale: float, cap: 
         jnp.where(mask[:, None, None], softcap(_product(q, k).reshape(*grouped, -1) * scale, cap), MASKED)
         for (k, _), mask in zip(pieces, masks, strict=True)
     ]
-    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(q.dtype)
+    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1)).astype(q.dtype)
     ends = np.cumsum([score.shape[-1] for score in scores])[:-1]
     parts = jnp.split(weights.reshape(batch, kv_heads, -1, weights.shape[-1]), ends, axis=-1)
     mixed = sum(_product(part, v) for part, (_, v) in zip(parts, pieces, strict=True))
@@ -111,7 +111,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
-        offset = 1.0 if self.config.norm_plus_one else 0.0
+        offset = float(self.config.norm_plus_one)
         scale = self.param("scale", nn.initializers.constant(1.0 - offset), (x.shape[-1],)).astype(jnp.float32)
         wide = x.astype(jnp.float32)
         wide = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.config.norm_eps)

@@ -32,7 +32,7 @@ def rope_frequencies(config: TransformerConfig, *, local: bool = False) -> np.nd
 
 def rope_angles(positions: Int[Array, "B T"], frequencies: np.ndarray) -> Angles:
     """Cosine and sine, float32 [B, T, head_dim/2], of position * frequency."""
-    angle = positions[:, :, None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)[None, None, :]
+    angle = positions[:, :, None].astype(jnp.float32) * frequencies[None, None]
     return jnp.cos(angle), jnp.sin(angle)
 
 

@@ -61,7 +61,7 @@ class Transformer:
         params = {
             "embed": {"embedding": INIT_STD * jax.random.normal(embed_key, (c.vocab_size, c.width))},
             "layers": layers,
-            "final_norm": {"scale": jnp.full(c.width, 0.0 if c.norm_plus_one else 1.0)},
+            "final_norm": {"scale": jnp.full(c.width, 1.0 - c.norm_plus_one)},
         }
         if not c.tied_embeddings:
             params["head"] = {"kernel": INIT_STD * jax.random.normal(head_key, (c.width, c.vocab_size))}

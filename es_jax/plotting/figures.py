@@ -6,7 +6,7 @@ They are readable in grey: lines differ in marker, dash and darkness, and hatche
 import csv
 import textwrap
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 
 from es_jax.core.chunked_map import ceil_div
 from es_jax.plotting.runs import ERRORS, Point, Rows, Run, Series, average, distinct, last_average, together
@@ -91,10 +90,15 @@ def text(words: str, *, width: int = 34) -> str:
     return textwrap.fill(clean.replace(" = ", "\u00a0=\u00a0"), width)  # λ = 2 stays on one line
 
 
-def legend(figure: Figure, axes: Axes, *, columns: int) -> None:
+def ticks(set_ticks: Callable, names: Sequence[str], *, width: int, **style: Any) -> None:
+    """Names along one axis."""
+    set_ticks(range(len(names)), [text(name, width=width) for name in names], fontsize=8, **style)
+
+
+def legend(figure: Figure, axes: Axes, *, columns: int, width: int = 40) -> None:
     """The legend of one panel, below all panels."""
     handles, labels = axes.get_legend_handles_labels()
-    labels = [text(label, width=40) for label in labels]
+    labels = [text(label, width=width) for label in labels]
     figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)) or 1, fontsize=8)
 
 
@@ -240,19 +244,18 @@ def prior_change(series: Sequence[Series], prior: Sequence[str]) -> Plot | None:
         groups = distinct(row[dimension] for row in data)
         for i, name in enumerate(names):
             offset, rows = (i - (len(names) - 1) / 2) * width, [row for row in data if row["variant"] == name]
-            values = {g + offset: [row["change"] for row in rows if row[dimension] == x] for g, x in enumerate(groups)}
             axes.boxplot(
-                list(values.values()), positions=list(values), widths=0.85 * width, whis=(0, 100), patch_artist=True,
+                [[row["change"] for row in rows if row[dimension] == x] for x in groups], label=name,
+                positions=np.arange(len(groups)) + offset, widths=0.85 * width, whis=(0, 100), patch_artist=True,
                 boxprops=bar(i), medianprops={"color": "black", "linewidth": 1.6}, showmeans=True,
                 meanprops={"marker": "D", "markerfacecolor": "white", "markeredgecolor": "black", "markersize": 4},
             )  # fmt: skip
         axes.axhline(0, color="black", linewidth=0.8, linestyle=":")
-        axes.set_xticks(range(len(groups)), [text(name, width=16) for name in groups], fontsize=8)
+        ticks(axes.set_xticks, groups, width=16)
         axes.set(xlabel=dimension, xlim=(-0.6, len(groups) - 0.4))
         axes.grid(alpha=0.3, axis="y")
     figure.axes[0].set_ylabel("change in prior accuracy since step 0")
-    patches = [Patch(label=text(name), **bar(i)) for i, name in enumerate(names)]
-    figure.legend(handles=patches, loc="outside lower center", ncols=min(len(names), 4), fontsize=8)
+    legend(figure, axes, columns=4, width=34)
     caption = (
         f"Each box is over runs and the {len(prior)} prior tasks, at each run's last evaluation: quartiles, median "
         f"(line), mean (diamond); whiskers reach the extremes. Prior tasks: {', '.join(prior)}."
@@ -263,9 +266,10 @@ def prior_change(series: Sequence[Series], prior: Sequence[str]) -> Plot | None:
 def _size(weights: int | None) -> str:
     if weights is None:
         return "unknown"
-    units = ((1e9, "B"), (1e6, "M"), (1e3, "k"))
-    unit, name = next((unit for unit in units if weights >= unit[0]), (1, ""))
-    return f"{weights / unit:.3g}{name}"
+    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if weights >= unit:
+            return f"{weights / unit:.3g}{name}"
+    return f"{weights:.3g}"
 
 
 def kl_map(series: Sequence[Series]) -> Plot | None:
@@ -290,8 +294,8 @@ def kl_map(series: Sequence[Series]) -> Plot | None:
     for (i, j), value in np.ndenumerate(table):
         label = "–" if np.isnan(value) else f"{value:.3g}"
         axes.text(j, i, label, ha="center", va="center", fontsize=8, color="white" if value > 0.5 * top else "black")
-    axes.set_xticks(range(len(tasks)), [text(name, width=14) for name in tasks], rotation=30, ha="right", fontsize=8)
-    axes.set_yticks(range(len(names)), [text(name, width=38) for name in names], fontsize=8)
+    ticks(axes.set_xticks, tasks, width=14, rotation=30, ha="right")
+    ticks(axes.set_yticks, names, width=38)
     axes.set(xlabel="prompts of", ylabel="run")
     figure.colorbar(image, label="KL(base ‖ now)\nnats a token")
     caption = (
@@ -320,7 +324,7 @@ def drop_parts(series: Sequence[Series], prior: Sequence[str]) -> Plot | None:
         lost, errors = _columns([row for row in data if row["reason"] == reason], "lost", "lost_se")
         y = np.arange(len(names)) + (i - 1) * 0.26
         axes.barh(y, lost, 0.24, xerr=np.array(errors, float), label=label, capsize=2, **bar(i))
-    axes.set_yticks(range(len(names)), [text(name, width=38) for name in names], fontsize=8)
+    ticks(axes.set_yticks, names, width=38)
     axes.invert_yaxis()
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set(xlabel=f"accuracy lost since step 0, mean of {len(prior)} prior task{'s' * (len(prior) != 1)}")
