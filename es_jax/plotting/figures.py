@@ -6,7 +6,7 @@ They are readable in grey: lines differ in marker, dash and darkness, and hatche
 import csv
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from es_jax.core.chunked_map import ceil_div
-from es_jax.plotting.runs import ERRORS, Point, Rows, Run, Series, average, distinct, last_average, together
+from es_jax.plotting.runs import ERRORS, Point, Row, Rows, Run, Series, average, distinct, last_average, mean, together
 
 DIMENSIONS = ("target", "family of the model", "size of the model")  # of the runs, by which changes are boxed
 REASONS = {"format": "format drift", "truncation": "truncation", "knowledge": "knowledge lost"}
@@ -57,7 +57,7 @@ def canvas(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained", dpi=150)
 
 
-def line(i: int) -> dict[str, Any]:
+def line(i: int) -> Row:
     """The i-th line: its colour, marker and dash."""
     return dict(
         color=COLORS[i % len(COLORS)], marker=MARKERS[i % len(MARKERS)], linestyle=DASHES[i % len(DASHES)],
@@ -65,7 +65,7 @@ def line(i: int) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def bar(i: int) -> dict[str, Any]:
+def bar(i: int) -> Row:
     """The i-th kind of bar or box: its grey and its hatch."""
     return dict(facecolor=FILLS[i % len(FILLS)], edgecolor="black", hatch=HATCHES[i % len(HATCHES)], linewidth=0.8)
 
@@ -125,7 +125,7 @@ def accuracy_over_iterations(series: Sequence[Series]) -> Plot | None:
         axes.set_title(text(one.label), fontsize=9)
         axes.set(xlabel="iteration", ylim=(-0.03, 1.03))
     legend(figure, panels[0], columns=5)
-    caption = "Held-out accuracy of each task; the thick line is the task that is trained on. " + ERRORS
+    caption = f"Held-out accuracy of each task; the thick line is the task that is trained on. {ERRORS}"
     return Plot("accuracy", "Accuracy of each task over iterations", figure, data, caption)
 
 
@@ -203,21 +203,19 @@ def drift_against_theory(series: Sequence[Series]) -> Plot | None:
     for axes in panels:
         axes.grid(alpha=0.3)
     legend(figure, panels[0], columns=2)
-    caption = (
+    return Plot(
+        "drift", "Drift against theory", figure, data,
         "Markers: the measured distance of the weights from where they began, mean over seeds. Lines: the closed form "
         "in exact arithmetic, where there is one. A ratio outside the grey band, 1 ± 0.02, means that precision was "
-        "lost."
-    )
-    return Plot("drift", "Drift against theory", figure, data, caption)
+        "lost.",
+    )  # fmt: skip
 
 
 def _drift(one: Series) -> Rows:
     """Means of measured and predicted drift, at the steps that all started runs of a series have."""
     rows = []
     for step, metrics in together([run.drift for run in one.runs if run.metrics]).items():
-        theories = [row.get("drift_theory") for row in metrics]
-        theory = None if None in theories else float(np.mean(theories))  # type: ignore[arg-type]
-        drift = float(np.mean([row["drift"] for row in metrics]))
+        drift, theory = mean(metrics, "drift"), mean(metrics, "drift_theory")
         ratio = drift / theory if theory else None
         rows.append({"series": one.label, "step": step, "drift": drift, "theory": theory, "ratio": ratio})
     return rows
@@ -256,11 +254,11 @@ def prior_change(series: Sequence[Series], prior: Sequence[str]) -> Plot | None:
         axes.grid(alpha=0.3, axis="y")
     figure.axes[0].set_ylabel("change in prior accuracy since step 0")
     legend(figure, axes, columns=4, width=34)
-    caption = (
+    return Plot(
+        "prior_change", "Change in prior accuracy", figure, data,
         f"Each box is over runs and the {len(prior)} prior tasks, at each run's last evaluation: quartiles, median "
-        f"(line), mean (diamond); whiskers reach the extremes. Prior tasks: {', '.join(prior)}."
-    )
-    return Plot("prior_change", "Change in prior accuracy", figure, data, caption)
+        f"(line), mean (diamond); whiskers reach the extremes. Prior tasks: {', '.join(prior)}.",
+    )  # fmt: skip
 
 
 def _size(weights: int | None) -> str:
@@ -298,13 +296,12 @@ def kl_map(series: Sequence[Series]) -> Plot | None:
     ticks(axes.set_yticks, names, width=38)
     axes.set(xlabel="prompts of", ylabel="run")
     figure.colorbar(image, label="KL(base ‖ now)\nnats a token")
-    caption = (
+    return Plot(
+        "kl", "KL from the base model", figure, data,
         "Exact KL over the vocabulary on continuations that the base model wrote, mean over prompts, at the last step "
         "at which all runs of a series were measured, not counting runs that never were. "
-        + ERRORS
-        + " They, the steps and how many runs there are stand in the CSV."
-    )
-    return Plot("kl", "KL from the base model", figure, data, caption)
+        f"{ERRORS} They, the steps and how many runs there are stand in the CSV.",
+    )  # fmt: skip
 
 
 def drop_parts(series: Sequence[Series], prior: Sequence[str]) -> Plot | None:
@@ -330,19 +327,19 @@ def drop_parts(series: Sequence[Series], prior: Sequence[str]) -> Plot | None:
     axes.set(xlabel=f"accuracy lost since step 0, mean of {len(prior)} prior task{'s' * (len(prior) != 1)}")
     axes.grid(alpha=0.3, axis="x")
     legend(figure, axes, columns=3)
-    caption = (
+    return Plot(
+        "drop", "What the drop in prior accuracy is made of", figure, data,
         "A row that was lost is booked under what is wrong with its completion: cut at max_new_tokens, else not in the "
         "asked form, else wrong in good form. Rows that were gained count against it. At the last step at which the "
         "drop of all runs of a series was split, not counting runs where it never was. Errors are over seeds, where "
-        "there are several."
-    )
-    return Plot("drop", "What the drop in prior accuracy is made of", figure, data, caption)
+        "there are several.",
+    )  # fmt: skip
 
 
 def _lost(run: Run, tasks: Sequence[str], reason: str) -> dict[int, tuple[float, None]]:
     """Step → mean accuracy lost for the reason, where the drop of all tasks was split."""
     return {
-        step: (float(np.mean([row[f"lost_{reason}"] for row in rows])), None)
+        step: (mean(rows, f"lost_{reason}"), None)
         for step, rows in run.rows(tasks).items()
         if step and all(f"lost_{name}" in row for row in rows for name in REASONS)
     }
@@ -362,12 +359,12 @@ def strength_sweep(series: Sequence[Series], prior: Sequence[str]) -> Plot | Non
     figure, panels = grid(len(sweeps), columns=2, width=5.0, height=3.6, ylabel="held-out accuracy")
     data = [row for axes, sweep in zip(panels, sweeps, strict=True) for row in _sweep(axes, *sweep, prior)]
     legend(figure, panels[0], columns=3)
-    caption = (
+    return Plot(
+        "strength", "Target and prior accuracy against λ", figure, data,
         "Dashed: the same runs without a penalty, λ = 0, at the last step of the others, or at the step that it names. "
-        "Dotted: the base model. Hollow: at an earlier step than the others. " + ERRORS
-        + f" Prior tasks: {', '.join(prior) or 'none'}."
+        "Dotted: the base model. Hollow: at an earlier step than the others. "
+        f"{ERRORS} Prior tasks: {', '.join(prior) or 'none'}.",
     )  # fmt: skip
-    return Plot("strength", "Target and prior accuracy against λ", figure, data, caption)
 
 
 def _sweep(axes: Axes, penalty: str, group: Sequence[Series], prior: Sequence[str]) -> Rows:
@@ -376,7 +373,7 @@ def _sweep(axes: Axes, penalty: str, group: Sequence[Series], prior: Sequence[st
     free = next((one for one in group if one.first.penalty == "none"), None)
     data: Rows = []
 
-    def add(penalty: str, name: str, strength: float, point: Point) -> dict[str, Any]:
+    def add(penalty: str, name: str, strength: float, point: Point) -> Row:
         columns = {"model": first.model, "target": first.target, "penalty": penalty, "lambda": strength, "of": name}
         data.append(columns | point.columns("accuracy"))
         return data[-1]
@@ -408,5 +405,5 @@ def _sweep(axes: Axes, penalty: str, group: Sequence[Series], prior: Sequence[st
     return data
 
 
-def _columns(rows: Sequence[Mapping[str, Any]], *names: str) -> list[list[Any]]:
+def _columns(rows: Rows, *names: str) -> list[list[Any]]:
     return [[row[name] for row in rows] for name in names]

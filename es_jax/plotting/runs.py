@@ -20,7 +20,8 @@ from es_jax.rundir.metrics import read_jsonl
 from es_jax.training.config import RunConfig, read_config
 from es_jax.training.method import METHODS
 
-Rows = list[dict[str, Any]]
+Row = dict[str, Any]
+Rows = list[Row]
 Value = tuple[float, float | None]  # with its standard error, where that is known
 ERRORS = "Errors are one standard error: over seeds, or over rows where a series is a single run."
 # What may differ within a series: the seed, and what no step depends on.
@@ -51,7 +52,7 @@ class Point:
     error: float | None
     runs: int
 
-    def columns(self, name: str) -> dict[str, Any]:
+    def columns(self, name: str) -> Row:
         """As columns of a figure's data, the mean under that name."""
         return {"step": self.step, name: self.mean, f"{name}_se": self.error, "runs": self.runs}
 
@@ -128,7 +129,7 @@ class Run:
         return str(own) if rows in (None, own) else f"{own} (task.seed = {rows})"
 
     @property
-    def drift(self) -> dict[int, dict[str, Any]]:
+    def drift(self) -> dict[int, Row]:
         """Step → its metrics, where the drift was measured."""
         return by_step(row for row in self.metrics if row.get("drift") is not None)
 
@@ -139,8 +140,7 @@ class Run:
     def accuracy(self, tasks: Sequence[str]) -> dict[int, Value]:
         """Step → mean accuracy over tasks and its standard error over rows, where all of them were evaluated."""
         return {
-            step: (float(np.mean([row["accuracy"] for row in rows])), _mean_error(rows, "accuracy_se"))
-            for step, rows in self.rows(tasks).items()
+            step: (mean(rows, "accuracy"), _mean_error(rows, "accuracy_se")) for step, rows in self.rows(tasks).items()
         }
 
     def change(self, tasks: Sequence[str], step: int) -> Value:
@@ -153,7 +153,7 @@ class Run:
             error = math.hypot(end_error, start_error)
         return end - start, error
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> Row:
         """What the run is, by dotted name, without its seed; λ for the anchor's strength or κ; and train.steps where a
         schedule makes every step depend on how many there are."""
         fields = flatten_dict(dataclasses.asdict(self.config), sep=".")
@@ -199,7 +199,7 @@ def distinct(values: Iterable[Any]) -> list[Any]:
     return list(dict.fromkeys(values))
 
 
-def by_step(rows: Iterable[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+def by_step(rows: Iterable[Row]) -> dict[int, Row]:
     """Step → its row."""
     return {row["step"]: row for row in rows}
 
@@ -231,7 +231,13 @@ def last_average(runs: Sequence[Mapping[int, Value]]) -> Point | None:
     return average(max(steps), steps[max(steps)]) if steps else None
 
 
-def _mean_error(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
+def mean(rows: Rows, name: str) -> Any:
+    """The mean of a column; None where a row does not have it."""
+    values = [row.get(name) for row in rows]
+    return None if None in values else float(np.mean(values))
+
+
+def _mean_error(rows: Rows, name: str) -> float | None:
     """The error of the mean of independent values; None where one of theirs is unknown."""
     errors = [row.get(name) for row in rows]
     return None if None in errors else math.hypot(*errors) / len(errors)  # type: ignore[arg-type]
