@@ -101,7 +101,7 @@ def _section(part: Plot | Table, paths: Mapping[str, Path], settings: str) -> di
         for ending, path in paths.items()
     }
     image = files.pop("png", {}).get("data")
-    return vars(part) | {"caption": f"{part.caption} {settings}", "image": image, "files": list(files.values())}
+    return part._asdict() | {"caption": f"{part.caption} {settings}", "image": image, "files": list(files.values())}
 
 
 def main() -> None:

@@ -1,16 +1,15 @@
 """What differs between model families: flags, config.json's fields, names of weights in files. One record a family."""
 
-import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from es_jax.core.names import unknown
 from es_jax.models.config import TransformerConfig
 from es_jax.models.transformer import param_shapes
 
 
-@dataclasses.dataclass(frozen=True)
-class Weight:
+class Weight(NamedTuple):
     """Where one parameter lives: its path in the tree, its key in Hugging Face and GGUF files ({}: layer)."""
 
     path: str
@@ -55,8 +54,10 @@ _POST_NORMS = _weights("""
 """)
 
 
-@dataclasses.dataclass(frozen=True)
-class Family:
+_NONE: Mapping[str, Any] = MappingProxyType({})
+
+
+class Family(NamedTuple):
     """One family of checkpoints.
 
     `flags` are TransformerConfig fields that all its models share, `reads` the fields that config.json sets beside
@@ -68,11 +69,10 @@ class Family:
     name: str  # model_type in config.json
     architecture: str
     gguf_architecture: str
-    _: dataclasses.KW_ONLY
-    flags: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    reads: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    missing: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    flags: Mapping[str, Any] = _NONE
+    reads: Mapping[str, str] = _NONE
+    missing: Mapping[str, Any] = _NONE
+    fixed: Mapping[str, Any] = _NONE
     windows: str = "none"
     names: tuple[Weight, ...] = ()  # rows that replace those of WEIGHTS with the same path
     gguf_permuted: bool = False  # GGUF files interleave the rows of q and k within each head

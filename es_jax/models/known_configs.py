@@ -9,8 +9,18 @@ from es_jax.models.config import RopeScaling, TransformerConfig
 
 _FAMILIES: dict[str, dict[str, Any]] = {
     "Qwen2.5": {"family": "qwen2", "rope_theta": 1e6, "norm_eps": 1e-6, "qkv_bias": True, "max_positions": 32768},
-    "Llama-3.1": {"family": "llama", "rope_theta": 5e5, "max_positions": 131072, "rope_scaling": RopeScaling("llama3", 8.0)},
-    "Llama-3.2": {"family": "llama", "rope_theta": 5e5, "max_positions": 131072, "rope_scaling": RopeScaling("llama3", 32.0)},
+    "Llama-3.1": {
+        "family": "llama",
+        "rope_theta": 5e5,
+        "max_positions": 131072,
+        "rope_scaling": RopeScaling("llama3", 8.0),
+    },
+    "Llama-3.2": {
+        "family": "llama",
+        "rope_theta": 5e5,
+        "max_positions": 131072,
+        "rope_scaling": RopeScaling("llama3", 32.0),
+    },
 }
 _SIZES = ("vocab_size", "width", "layers", "heads", "kv_heads", "head_dim", "mlp_dim")
 _ROWS = """
@@ -23,7 +33,7 @@ _ROWS = """
     meta-llama/Llama-3.1-8B  Llama-3.1  untied  128256  4096  32  32  8  128  14336
 """
 PUBLISHED = {
-    name: TransformerConfig(**_FAMILIES[family], **dict(zip(_SIZES, map(int, sizes), strict=True)),
+    name: TransformerConfig(**_FAMILIES[family] | dict(zip(_SIZES, map(int, sizes), strict=True)),
                             tied_embeddings=tied == "tied")
     for name, family, tied, *sizes in map(str.split, _ROWS.strip().splitlines())
 }  # fmt: skip

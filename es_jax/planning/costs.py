@@ -4,15 +4,14 @@ A run takes longer than this bound: each completion has its full length, each ch
 links work at the same time, and the noise, vector work for which no peak is published, is left out.
 """
 
-import dataclasses
+from typing import NamedTuple
 
 from es_jax.core.chips import Chip
 from es_jax.models.config import TransformerConfig
 from es_jax.models.transformer import matrix_weights
 
 
-@dataclasses.dataclass(frozen=True)
-class Work:
+class Work(NamedTuple):
     """Of one device: floating-point operations, bytes read and written in its memory, bytes sent to others."""
 
     flops: float = 0.0

@@ -8,6 +8,7 @@ import dataclasses
 import math
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Set
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -59,8 +60,7 @@ class Bytes(NamedTuple):
         return cls(device, host)
 
 
-@dataclasses.dataclass(frozen=True)
-class Program:
+class Program(NamedTuple):
     """One program of an iteration; the names are those of `Programs`' methods."""
 
     name: str
@@ -69,16 +69,17 @@ class Program:
     parts: Mapping[str, Bytes]  # what the device holds while it runs
     own: Set[str]  # the parts that the compiler's figures contain; the others are the run's
     work: Work  # of one device in a run of it, without what is sent
-    turns: Mapping[str, float] = dataclasses.field(default_factory=dict)  # as `hlo.collectives` takes them
+    turns: Mapping[str, float] = MappingProxyType({})  # as `hlo.collectives` takes them
 
 
 class Programs:
     """A run's programs on a mesh of devices to compile for; config.model.dtype must not be "auto"."""
 
+    order = ("load", "perturb", "decode", "update")  # the methods that give them
+
     def __init__(self, config: RunConfig, model: TransformerConfig, mesh: Mesh):
         self.config, self.model, self.mesh, self.everywhere = config, model, mesh, replicated(mesh)
-        dtype = jnp.dtype(config.model.param_dtype)
-        params = jax.eval_shape(lambda: optax.tree.cast(Transformer(model).init(rng.key(0)), dtype))
+        params = jax.eval_shape(lambda: Transformer(model).init(rng.key(0), dtype=config.model.param_dtype))
         self.params = placed(params, param_shardings(mesh, params))
         self.spec = UpdateSpec.of(config)
         self.tx = transformation(self.spec.chain, mesh, self.params)
@@ -99,18 +100,15 @@ class Programs:
         self.compute_copy = Bytes(
             sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.copy)) // mesh.size
         )
-        self.resident = self._resident()
         self.rates = array((2,), jnp.float32, self.everywhere)  # (α, αλ) of a step
-
-    def _resident(self) -> dict[str, Bytes]:
-        """What a run has on its devices at any time."""
         anchor, moments = self.start, self.opt_state
         if anchor is None:
-            anchor, moments = optax.tree.get(self.opt_state, "anchor"), optax.tree.set(self.opt_state, anchor=None)
-        return {"parameters": Bytes.of(self.params), "anchor": Bytes.of(anchor), "moments": Bytes.of(moments)}
+            anchor, moments = optax.tree.get(moments, "anchor"), optax.tree.set(moments, anchor=None)
+        held = {"parameters": self.params, "anchor": anchor, "moments": moments}
+        self.resident = {name: Bytes.of(tree) for name, tree in held.items()}  # at any time
 
     def __iter__(self) -> Iterator[Program]:
-        return iter((self.load(), self.perturb(), self.decode(), self.update()))
+        return (getattr(self, name)() for name in self.order)
 
     def load(self) -> Program:
         """From the weights, which are read leaf by leaf, to the optimizer's state."""
@@ -140,8 +138,10 @@ class Programs:
         compiled `perturb` leaves it."""
         tokens = array((self.evaluator.lanes, self.prompts, self.width), jnp.int32, over_groups(self.mesh))
         rows = Prompts(tokens, tokens, array((0,), jnp.int32, self.everywhere))  # no shared prefix: a bound
-        lower = lambda: Evaluator._decode.lower(self.evaluator, self.copy, rows)  # noqa: E731
-        return self._completions("decode", lower, prompts=self.prompts, times=self.rounds, lanes=self.evaluator.at_once)
+        return self._completions(
+            "decode", lambda: Evaluator._decode.lower(self.evaluator, self.copy, rows),
+            prompts=self.prompts, times=self.rounds, lanes=self.evaluator.at_once,
+        )  # fmt: skip
 
     def _completions(
         self, name: str, lower: Callable[[], Any], *, prompts: int, times: int, lanes: int = 1,

@@ -7,9 +7,8 @@ import csv
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib import colormaps
@@ -29,8 +28,7 @@ FILLS = ("0.92", "0.55", "0.78", "0.35", "0.65")
 HATCHES = ("", "///", "...", "xx", "\\\\\\")
 
 
-@dataclass(frozen=True)
-class Plot:
+class Plot(NamedTuple):
     """A finished figure."""
 
     name: str  # of its files
@@ -163,13 +161,15 @@ def target_against_prior(series: Sequence[Series], prior: Sequence[str]) -> Plot
                 [], [], **path, marker=style["marker"], markersize=6, markerfacecolor="white", markeredgecolor="black",
                 label=text(label, width=44),
             ))  # fmt: skip
-        mean = f"mean accuracy on {len(prior)} prior task{'s' * (len(prior) != 1)}"
-        axes.set(xlabel=text(f"accuracy on the target, {target}", width=60), ylabel=mean)
+        axes.set(
+            xlabel=text(f"accuracy on the target, {target}", width=60),
+            ylabel=f"mean accuracy on {len(prior)} prior task{'s' * (len(prior) != 1)}",
+        )
         axes.tick_params(labelbottom=True)
         if len(groups) > 1:
             axes.set_title(text(model), fontsize=9)
-        columns = 1 if len(samples) < 4 else 2
-        axes.legend(handles=samples, fontsize=7, ncols=columns, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+        ncols = 1 if len(samples) < 4 else 2
+        axes.legend(handles=samples, fontsize=7, ncols=ncols, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     figure.colorbar(points, ax=panels, label="iteration", shrink=1 / ceil_div(len(panels), 2), aspect=25)
     caption = f"Up and right is better: the target learnt, the rest kept. Prior tasks: {', '.join(prior)}."
     return Plot("target_against_prior", "Target against prior accuracy", figure, data, caption)
@@ -392,8 +392,7 @@ def _sweep(axes: Axes, penalty: str, group: Sequence[Series], prior: Sequence[st
                 across = axes.get_yaxis_transform()
                 axes.text(0.01, point.mean, f"step {point.step}", fontsize=7, va="bottom", transform=across)
             add("none", name, 0.0, point)
-        runs = [run for one in group for run in one.runs]
-        if starts := {run.model: start for run in runs if (start := run.accuracy(tasks).get(0))}:
+        if starts := {run.model: start for one in group for run in one.runs if (start := run.accuracy(tasks).get(0))}:
             base = average(0, list(starts.values()))
             axes.axhline(base.mean, color=style["color"], linestyle=":", linewidth=1.2, label=f"{name}, base")
             add("base", name, 0.0, base)

@@ -8,9 +8,8 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from flax.traverse_util import flatten_dict
@@ -43,8 +42,7 @@ CAPTIONED = ("es.population", "es.sigma", "grpo.rollouts", "optim.learning_rate"
 SKIPPED = ("method", "model.source", "task.name", "optim.anchor.penalty", "λ")  # a label has words of its own for them
 
 
-@dataclass(frozen=True)
-class Point:
+class Point(NamedTuple):
     """A mean at a step: its standard error (None if unknown) and how many runs it is over."""
 
     step: int
@@ -57,8 +55,7 @@ class Point:
         return {"step": self.step, name: self.mean, f"{name}_se": self.error, "runs": self.runs}
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """One run's directory. Rows are in the order of their steps."""
 
     folder: Path
@@ -165,8 +162,7 @@ class Run:
         return settings | {"λ": self.strength}
 
 
-@dataclass(frozen=True)
-class Series:
+class Series(NamedTuple):
     """Runs of one setting with different seeds, under a label that tells them from the other series."""
 
     label: str
@@ -234,7 +230,7 @@ def last_average(runs: Sequence[Mapping[int, Value]]) -> Point | None:
 def mean(rows: Rows, name: str) -> Any:
     """The mean of a column; None where a row does not have it."""
     values = [row.get(name) for row in rows]
-    return None if None in values else float(np.mean(values))
+    return None if None in values else float(np.mean(values))  # type: ignore[arg-type]
 
 
 def _mean_error(rows: Rows, name: str) -> float | None:

@@ -1,9 +1,8 @@
 """Tables of runs, with standard errors, as Markdown and LaTeX."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,8 +21,7 @@ VIEWS = {
 FORMS = [".1f" if name == "mean_length" else ".3f" for name in VIEWS]
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """A table of texts."""
 
     name: str  # of its files
