@@ -47,8 +47,8 @@ def token_kl(
     before = [jnp.roll(model.hidden(params, tokens, positions=positions)[0], 1, axis=1) for params in (base, now)]
 
     def compare(of_base, of_now, tokens):
-        p = jax.nn.log_softmax(model.logits(base, of_base), axis=2)
-        difference = p - jax.nn.log_softmax(model.logits(now, of_now), axis=2)
+        p = jax.nn.log_softmax(model.logits(base, of_base))
+        difference = p - jax.nn.log_softmax(model.logits(now, of_now))
         chosen = jnp.take_along_axis(difference, tokens[..., None])[..., 0]
         return chosen, jnp.sum(jnp.exp(p) * difference, axis=2)
 

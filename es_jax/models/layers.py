@@ -26,6 +26,7 @@ MASKED = -1e30  # finite: a query that may attend nothing gets a mean of the val
 Stream = Float[Array, "B T D"]  # the residual stream
 KV = tuple[Array, Array]  # keys [B, KH, hd, S] and values [B, KH, S, hd]; B = 1 where all rows share them
 Masks = tuple[Bool[Array, "B T _"], ...]  # who attends whom, for each of the pieces attended
+dot_general = functools.partial(lax.dot_general, preferred_element_type=jnp.float32)
 
 
 @struct.dataclass
@@ -45,7 +46,7 @@ def linear(
     axis = 0
     if isinstance(kernel, Transposed):  # tied to x, since XLA would turn it round once ahead of a loop
         (x, kernel), axis = lax.optimization_barrier((x, kernel.held)), 1
-    y = lax.dot_general(x, kernel, (((x.ndim - 1,), (axis,)), ((), ())), preferred_element_type=jnp.float32)
+    y = dot_general(x, kernel, (((x.ndim - 1,), (axis,)), ((), ())))
     if bias is not None:
         y = y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape)
     return y if accumulated else y.astype(x.dtype)
@@ -99,9 +100,8 @@ def _product(x: Float[Array, "B KH M a"], y: Float[Array, "_ KH a c"]) -> Float[
     Written out, since einsum may choose an order of the operands in which CPUs are six times slower.
     """
     if len(y) == 1 < len(x):
-        contract = (((3,), (1,)), ((1,), (0,)))
-        return lax.dot_general(x, y[0], contract, preferred_element_type=jnp.float32).transpose(1, 0, 2, 3)
-    return lax.dot_general(x, y, (((3,), (2,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
+        return dot_general(x, y[0], (((3,), (1,)), ((1,), (0,)))).transpose(1, 0, 2, 3)
+    return dot_general(x, y, (((3,), (2,)), ((0, 1), (0, 1))))
 
 
 class RMSNorm(nn.Module):

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from es_jax.core.tree import map_named, named_leaves
 from es_jax.models.cache import KVCache, Past, attention_mask
 from es_jax.models.config import TransformerConfig
-from es_jax.models.layers import INIT_STD, KV, Block, Masks, RMSNorm, Stream, Transposed, linear, softcap
+from es_jax.models.layers import INIT_STD, KV, Block, Masks, RMSNorm, Stream, Transposed, dot_general, linear, softcap
 from es_jax.models.rope import Angles, rope_angles, rope_frequencies
 
 Params = dict[str, Any]
@@ -177,8 +177,7 @@ class Transformer:
         elif isinstance(params.get("layers"), list | tuple):  # unrolled, as on CPU
             logits = linear(hidden, Transposed(params["embed"]["embedding"]), accumulated=True)
         else:
-            contract, embedding = (((2,), (1,)), ((), ())), params["embed"]["embedding"]
-            logits = jax.lax.dot_general(hidden, embedding, contract, preferred_element_type=jnp.float32)
+            logits = dot_general(hidden, params["embed"]["embedding"], (((2,), (1,)), ((), ())))
         return softcap(logits, self.config.final_softcap)
 
 

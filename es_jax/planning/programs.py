@@ -22,7 +22,7 @@ from es_jax.core.mesh import MODEL, over_groups, replicated
 from es_jax.es.population import Members
 from es_jax.generate.decode_spec import LoopSizes
 from es_jax.generate.engine import Engine
-from es_jax.generate.prompts import WIDTH_STEP, Prompts
+from es_jax.generate.prompts import Prompts, padded_width
 from es_jax.models.config import TransformerConfig
 from es_jax.models.known_configs import PUBLISHED, published
 from es_jax.models.sharding import param_shardings
@@ -88,7 +88,7 @@ class Programs:
         self.start = None if anchor_stays(config) else self.params
         self.prompts = config.task.prompts_per_step or config.task.train_size
         longest = config.decode.max_prompt_tokens
-        self.width = min(ceil_div(longest, WIDTH_STEP) * WIDTH_STEP, longest)
+        self.width = padded_width(longest, longest)
         engine = Engine(
             model, slots=min(config.decode.slots, self.prompts), max_prompt_tokens=longest,
             max_new_tokens=config.decode.max_new_tokens, stop_token_ids=(0,), unroll=False,

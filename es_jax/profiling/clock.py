@@ -17,8 +17,8 @@ _active: contextvars.ContextVar["Clock | None"] = contextvars.ContextVar("clock"
 def timed(name: str, outputs: Any) -> Any:
     """The outputs of a program, unchanged; the clock in use times the program under that name."""
     if clock := _active.get():
-        last = reversed(jax.tree.leaves(outputs))  # a program's all come at once; of several, the last one's
-        clock.watch(name, min(last, key=lambda leaf: leaf.nbytes))
+        # a program's all come at once; of several, the last one's
+        clock.watch(name, min(reversed(jax.tree.leaves(outputs)), key=lambda leaf: leaf.nbytes))
     return outputs
 
 
@@ -80,11 +80,10 @@ class Clock:
 
     def _follow(self) -> None:
         ended = 0.0
-        while (item := self._queue.get()) is not None:
-            name, began, output = item
+        for name, began, output in iter(self._queue.get, None):
             with contextlib.suppress(Exception):  # a program that failed raises in the thread that uses its outputs
                 jax.block_until_ready(output)
-            del item, output
+            del output
             now = time.monotonic()
             self.add(name, now - max(began, ended))
             ended = now

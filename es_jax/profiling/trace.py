@@ -15,7 +15,6 @@ from typing import Any
 import jax
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.unknown_fields import UnknownFieldSet
-from jax.profiler import ProfileData
 
 from es_jax.generate.decode_spec import FILL
 from es_jax.profiling.clock import columns
@@ -93,7 +92,7 @@ def part_seconds(folder: Path) -> dict[str, float]:
     """
     data = max(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime).read_bytes()
     scopes = {at: scope for plane in _fields(data, 1) for at, scope in _scopes(plane)}
-    planes = list(ProfileData.from_serialized_xspace(data).planes)
+    planes = list(jax.profiler.ProfileData.from_serialized_xspace(data).planes)
     steps = [_span(e) for plane in planes for line in plane.lines for e in line.events if e.name == "step"]
     devices = []
     for plane in planes:
@@ -105,8 +104,7 @@ def part_seconds(folder: Path) -> dict[str, float]:
             module = str(stats.get("hlo_module", ""))
             name = str(stats.get("tf_op") or scopes.get((module, str(stats.get("hlo_op"))), ""))
             program = re.match(r"jit_(\w+)", module) or re.match(r"jit\((\w+)\)", name)
-            part = PROGRAMS.get(program[1]) if program else None
-            if part is not None:
+            if program and (part := PROGRAMS.get(program[1])):
                 spans[part].append(_span(event))
                 if part == "decode" and re.search(rf"\b{FILL}\b", name):
                     spans["prefill"].append(_span(event))
