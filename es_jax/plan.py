@@ -20,6 +20,7 @@ device), parts {name: bytes of a device}, collectives [{op, bytes, times, axes, 
 runs (in an iteration), flops, memory_traffic_bytes, sent_bytes, bound_seconds (of one run, on one device), error}}.
 """
 
+import functools
 import json
 import logging
 import os
@@ -42,7 +43,7 @@ def main(argv: list[str]) -> None:
     from es_jax.training.config import freeze
 
     options = flags.FLAGS
-    say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
+    say = functools.partial(print, file=sys.stderr, flush=True)
     try:
         config = freeze(options.config)
         model, origin = find_shape(config)

@@ -81,11 +81,7 @@ def sample(
 
 
 def kl(
-    config: TransformerConfig,
-    base: Any,
-    now: Any,
-    prompts: TokenLists,
-    continuations: TokenLists,
+    config: TransformerConfig, base: Any, now: Any, prompts: TokenLists, continuations: TokenLists
 ) -> dict[str, Any]:
     """KL(base ‖ now) on continuations of the prompts, in nats a token, with standard errors over prompts.
 

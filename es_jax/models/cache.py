@@ -84,8 +84,8 @@ class KVCache(Past):
                 f"cache length = {length} is too short: {used} places are used, {new} more are needed; "
                 f"make it with length >= {used + new}"
             )
-        stored = jax.lax.dynamic_update_slice(self.positions, positions, (0, self.index))
-        return dataclasses.replace(self, positions=stored, index=self.index + new)
+        positions = jax.lax.dynamic_update_slice(self.positions, positions, (0, self.index))
+        return dataclasses.replace(self, positions=positions, index=self.index + new)
 
 
 def attention_mask(

@@ -160,8 +160,8 @@ class Attention(nn.Module):
             v = lax.dynamic_update_slice(old_v, v, (0, 0, index, 0))
         scale = (c.query_pre_attn_scalar or c.head_dim) ** -0.5
         mixed = attend(q, [*attended[:-1], (k, v)], masks=masks, scale=scale, cap=c.attn_softcap)
-        out = Linear(c.width, name="o")(mixed.reshape(*x.shape[:2], c.heads * c.head_dim))
-        return out, (k, v) if attended else None
+        mixed = mixed.reshape(*x.shape[:2], c.heads * c.head_dim)
+        return Linear(c.width, name="o")(mixed), (k, v) if attended else None
 
 
 class MLP(nn.Module):

@@ -97,7 +97,7 @@ class Transformer:
         *,
         positions: PerToken | None = None,
         cache: KVCache | None = None,
-        around: Callable[[Callable], Callable] | None = None,
+        around: Callable[[Callable], Callable] = lambda block: block,
     ) -> tuple[Stream, KVCache | None]:
         """The residual stream after the last layer and the final norm, and the cache; see `apply`.
 
@@ -120,8 +120,7 @@ class Transformer:
             index, cache = cache.index, cache.advance(positions)
             pieces = [*cache.past, cache]
         views = _views(self.config, positions, [piece.positions for piece in pieces] or [positions])
-        block: Callable = functools.partial(self._block, index=index)
-        block = block if around is None else around(block)
+        block = around(functools.partial(self._block, index=index))
         run = self._unrolled if unrolled else self._scanned
         x, kv = run(block, self._embed(params, tokens), params["layers"], views, [piece.kv for piece in pieces])
         if cache is not None:
@@ -140,8 +139,10 @@ class Transformer:
 
     def empty_cache(self, params: Params, rows: int, length: int, *, past: tuple[Past, ...] = ()) -> KVCache:
         """A cache of the parameters' dtype, stacked as they are."""
-        stacked, dtype = not isinstance(params["layers"], list | tuple), params["embed"]["embedding"].dtype
-        return KVCache.empty(self.config, rows, length=length, dtype=dtype, stacked=stacked, past=past)
+        return KVCache.empty(
+            self.config, rows, length=length, dtype=params["embed"]["embedding"].dtype, past=past,
+            stacked=not isinstance(params["layers"], list | tuple),
+        )  # fmt: skip
 
     def _embed(self, params: Params, tokens: PerToken) -> Stream:
         x = jnp.take(params["embed"]["embedding"], tokens, axis=0, mode="clip")

@@ -17,7 +17,20 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from es_jax.core.chunked_map import ceil_div
-from es_jax.plotting.runs import ERRORS, Point, Row, Rows, Run, Series, average, distinct, last_average, mean, together
+from es_jax.plotting.runs import (
+    ERRORS,
+    Point,
+    Row,
+    Rows,
+    Run,
+    Series,
+    Tasks,
+    average,
+    distinct,
+    last_average,
+    mean,
+    together,
+)
 
 DIMENSIONS = ("target", "family of the model", "size of the model")  # of the runs, by which changes are boxed
 REASONS = {"format": "format drift", "truncation": "truncation", "knowledge": "knowledge lost"}
@@ -127,7 +140,7 @@ def accuracy_over_iterations(series: Sequence[Series]) -> Plot | None:
     return Plot("accuracy", "Accuracy of each task over iterations", figure, data, caption)
 
 
-def target_against_prior(series: Sequence[Series], prior: Sequence[str]) -> Plot | None:
+def target_against_prior(series: Sequence[Series], prior: Tasks) -> Plot | None:
     """Target accuracy against mean accuracy on the prior tasks, a panel for each target and model, a line a series, its
     points coloured by iteration; None where there are no prior tasks, or none was evaluated."""
     groups: dict[tuple, list] = {}
@@ -221,7 +234,7 @@ def _drift(one: Series) -> Rows:
     return rows
 
 
-def prior_change(series: Sequence[Series], prior: Sequence[str]) -> Plot | None:
+def prior_change(series: Sequence[Series], prior: Tasks) -> Plot | None:
     """Change in accuracy from the base, a value for each run and prior task, as boxes by target, family and size."""
     few = len({one.first.variant() for one in series}) <= 5  # kinds of boxes, with λ
     data = [
@@ -304,7 +317,7 @@ def kl_map(series: Sequence[Series]) -> Plot | None:
     )  # fmt: skip
 
 
-def drop_parts(series: Sequence[Series], prior: Sequence[str]) -> Plot | None:
+def drop_parts(series: Sequence[Series], prior: Tasks) -> Plot | None:
     """What the drop in prior accuracy is made of: lost format, truncation, lost knowledge; None if it was not split."""
     data = [
         {"series": one.label, "reason": reason} | point.columns("lost")
@@ -336,7 +349,7 @@ def drop_parts(series: Sequence[Series], prior: Sequence[str]) -> Plot | None:
     )  # fmt: skip
 
 
-def _lost(run: Run, tasks: Sequence[str], reason: str) -> dict[int, tuple[float, None]]:
+def _lost(run: Run, tasks: Tasks, reason: str) -> dict[int, tuple[float, None]]:
     """Step → mean accuracy lost for the reason, where the drop of all tasks was split."""
     return {
         step: (mean(rows, f"lost_{reason}"), None)
@@ -345,7 +358,7 @@ def _lost(run: Run, tasks: Sequence[str], reason: str) -> dict[int, tuple[float,
     }
 
 
-def strength_sweep(series: Sequence[Series], prior: Sequence[str]) -> Plot | None:
+def strength_sweep(series: Sequence[Series], prior: Tasks) -> Plot | None:
     """Target and mean prior accuracy against λ, beside the base and λ = 0; None if no setting has two λ above 0."""
     groups: dict[str, list[Series]] = {}
     for one in series:
@@ -367,7 +380,7 @@ def strength_sweep(series: Sequence[Series], prior: Sequence[str]) -> Plot | Non
     )  # fmt: skip
 
 
-def _sweep(axes: Axes, penalty: str, group: Sequence[Series], prior: Sequence[str]) -> Rows:
+def _sweep(axes: Axes, penalty: str, group: Sequence[Series], prior: Tasks) -> Rows:
     first = group[0].first
     anchored = sorted((one for one in group if one.first.penalty == penalty), key=lambda one: one.first.strength)
     free = next((one for one in group if one.first.penalty == "none"), None)

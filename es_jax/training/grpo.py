@@ -40,6 +40,7 @@ from es_jax.training.state import State, optimizer_step, theta0_of
 
 AT_ONCE = 4  # times the slots: rollouts that a group decodes in one call, while those of the last call are graded
 TOKENS_AT_ONCE = 512  # tokens whose logits over the whole vocabulary are held at the same time
+PerToken = Float[Array, "R N"]
 METRICS = ("loss", "tokens", "kl", "entropy", "ratio", "clip_fraction", "dual_clip_fraction")
 
 
@@ -112,7 +113,7 @@ def token_weights(
 
 
 def policy_loss(
-    logprob: Float[Array, "R N"], old: Float[Array, "R N"], advantage: Float[Array, " R"], grpo: GRPOConfig
+    logprob: PerToken, old: PerToken, advantage: Float[Array, " R"], grpo: GRPOConfig
 ) -> tuple[Array, Array, Array, Array]:
     """The clipped loss of every token, its ratio π/π_old, whether it was clipped, and whether the dual clip held.
 
@@ -126,7 +127,7 @@ def policy_loss(
     return jnp.where(dual, ceiling, worst), ratio, clipped > free, dual
 
 
-def kl_k3(logprob: Float[Array, "R N"], reference: Float[Array, "R N"], grpo: GRPOConfig) -> Float[Array, "R N"]:
+def kl_k3(logprob: PerToken, reference: PerToken, grpo: GRPOConfig) -> PerToken:
     """exp(k) − k − 1 with k = log π_ref − log π: an unbiased estimate of KL(π ‖ π_ref), never negative."""
     k = jnp.clip(reference - logprob, -grpo.log_ratio_limit, grpo.log_ratio_limit)
     return jnp.clip(jnp.exp(k) - k - 1, -grpo.kl_limit, grpo.kl_limit)
@@ -187,8 +188,9 @@ class GRPO:
         def calls() -> Iterator[tuple[int, Any]]:
             for first in range(0, len(prompts), at_once):
                 rows = self._packing.pack(prompts[first : first + at_once], rows=at_once)
-                index = jnp.arange(first, first + at_once, dtype=jnp.uint32)
-                keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
+                keys = jax.vmap(jax.random.fold_in, (None, 0))(
+                    key, jnp.arange(first, first + at_once, dtype=jnp.uint32)
+                )
                 parts = (rows.tokens, rows.positions, np.asarray(jax.random.key_data(keys)))
                 in_groups = tuple(x.reshape(groups, each, *x.shape[1:]) for x in parts)
                 tokens, positions, data = place(in_groups, over_groups(mesh))
