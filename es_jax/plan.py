@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
     except (ValueError, OSError) as error:
         if options.traceback:
             raise
-        print(f"es_jax.plan: {error}", file=sys.stderr)
+        say(f"es_jax.plan: {error}")
         sys.exit(2)
     print(json.dumps(fields(plan) | {"shape": origin}) if options.json else words(plan))
     sys.exit(0 if plan.fits else 1)

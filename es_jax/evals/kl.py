@@ -69,13 +69,9 @@ def sample(
     """One continuation of every prompt at temperature 1: 1 to max_new_tokens token ids, the stop token included. Row i
     of a seed is the same whatever the rows beside it are."""
     engine = engine_for(
-        config,
-        prompts,
-        slots=slots,
+        config, prompts, slots=slots, stop_token_ids=stop_token_ids, sampler=Temperature(1.0),
         max_new_tokens=min(max_new_tokens, config.max_positions - max(map(len, prompts))),
-        stop_token_ids=stop_token_ids,
-        sampler=Temperature(1.0),
-    )
+    )  # fmt: skip
     tokens, length, _ = engine.generate(base, prompts, key=rng.sampling_key(seed, 0))
     return [row[:n].tolist() for row, n in zip(np.asarray(tokens), np.asarray(length), strict=True)]
 

@@ -211,14 +211,18 @@ class _Evaluation:
             total += sum(len(self.kl_inputs[name][0]) for _, kls, _ in self.due.values() for name in kls)
             with tqdm(total=total, unit="row", dynamic_ncols=True, disable=not processes.first()) as self.bar:
                 self._steps()
-        tasks = {name: self._rows(name) for name in self.files}
-        kl = [row for row in self._rows("kl") if row["task"] in self.kl_inputs]
         drift = self._rows("drift") if self.measure_drift else []
         warnings = [text for row in drift if (text := drifts.warning(row))]
         if processes.first():
             for text in warnings:
                 logger.warning(text)
-        return {"out": str(self.folder), "warnings": warnings, "tasks": tasks, "kl": kl, "drift": drift}
+        return {
+            "out": str(self.folder),
+            "warnings": warnings,
+            "tasks": {name: self._rows(name) for name in self.files},
+            "kl": [row for row in self._rows("kl") if row["task"] in self.kl_inputs],
+            "drift": drift,
+        }
 
     def _rows(self, name: str) -> list[Fields]:
         return [row for row in read_evals(self.folder / f"{name}.jsonl") if row["step"] in self.steps]

@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
@@ -33,8 +33,7 @@ SHORT = 16  # characters of a digest
 WITHOUT_MARK = (*directory.CHANGEABLE, "model.source", "task.data_dir", "optim.anchor.source", "evals.")
 
 
-@dataclasses.dataclass(frozen=True)
-class WeightSource:
+class WeightSource(NamedTuple):
     """Weights by step, step 0 the base model.
 
     Attributes:

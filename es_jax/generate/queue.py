@@ -163,7 +163,7 @@ def _fill(queue: _Queue, state: _State) -> _State:
     if sizes.single:
         return state._replace(kv=kv, slots=new, taken=taken, out=out)
     slot = jnp.where(valid, jnp.argsort(live)[: sizes.fill_rows], sizes.slots)
-    slots = jax.tree.map(lambda all, some: all.at[slot].set(some, mode="drop"), state.slots, new)
+    slots = jax.tree.map(lambda all, some: all.at[slot].set(some), state.slots, new)
     filling = queue.agree(_fill_is_due(queue, slots.live, taken))
     return _State(_written(state.kv, kv, slot, none), slots, taken, out, filling, state.more)
 
@@ -263,11 +263,11 @@ def _choose(queue: _Queue, logits: Array, slots: _Slots) -> tuple[_Slots, Chosen
 
 
 def _record(out: Generation, slots: _Slots, begin: Array, chosen: Chosen) -> Generation:
-    """Write down `chosen` [b, n], whose first are each prompt's tokens number `begin`."""
+    """Write down `chosen` [b, n], whose first are each prompt's tokens number `begin`; what has no place is dropped."""
     number = begin[:, None] + jnp.arange(chosen[0].shape[1])[None]
-    write = lambda all, some: all.at[slots.prompt[:, None], number].set(some, mode="drop")  # noqa: E731
+    write = lambda all, some: all.at[slots.prompt[:, None], number].set(some)  # noqa: E731
     tokens, logprob = jax.tree.map(write, (out.tokens, out.logprob), chosen)
-    return Generation(tokens, out.length.at[slots.prompt].set(slots.generated, mode="drop"), logprob)
+    return Generation(tokens, out.length.at[slots.prompt].set(slots.generated), logprob)
 
 
 def _map_kv(function: Callable[..., Array], *caches: KV) -> KV:

@@ -8,8 +8,7 @@ from es_jax.core import rng
 from es_jax.core.chunked_map import ceil_div
 from es_jax.core.mesh import GROUPS, over_groups
 from es_jax.generate.sampling import Temperature
-from es_jax.models.transformer import matrix_weights
-from es_jax.planning.costs import Work, prefill_flops
+from es_jax.planning.costs import Work, forward_flops
 from es_jax.planning.programs import Bytes, Program, Programs, array
 from es_jax.training.grpo import AT_ONCE, Policy, Rows
 
@@ -46,7 +45,7 @@ class PolicyPrograms(Programs):
         tokens = array(self._micro_batches(rows), jnp.int32, self.everywhere)
         return Program(
             "score",
-            lambda: Policy.logprobs.lower(self.policy, self.params, tokens, tokens, self.config.decode.max_new_tokens),
+            lambda: Policy.logprobs.lower(self.policy, self.params, tokens, tokens, self.new),
             times=2 if self.config.grpo.kl_coef else 1,
             parts=self.resident,
             own={"parameters"},
@@ -60,7 +59,7 @@ class PolicyPrograms(Programs):
         shape = self._micro_batches(rows)
         tokens = array(shape, jnp.int32, self.everywhere)
         advantage = array(shape[:2], jnp.float32, self.everywhere)
-        of_tokens = array((*shape[:2], self.config.decode.max_new_tokens), jnp.float32, self.everywhere)
+        of_tokens = array((*shape[:2], self.new), jnp.float32, self.everywhere)
         batch = Rows(tokens, tokens, of_tokens, advantage, of_tokens, of_tokens)
         arguments = self.start, batch, array((), jnp.int32, self.everywhere), self.rates
         gradient = Bytes(self.resident["parameters"].device)
@@ -79,10 +78,8 @@ class PolicyPrograms(Programs):
     def _micro_batches(self, rows: int) -> tuple[int, int, int]:
         """The shape of that many rows in micro-batches, [M, m, P + L]."""
         size = self.policy.micro_batch
-        return ceil_div(rows, size), size, self.width + self.config.decode.max_new_tokens
+        return ceil_div(rows, size), size, self.width + self.new
 
     def _forward(self, rows: int) -> float:
         """Operations of one device for one pass over rows of full length, logits of the completions among them."""
-        new = self.config.decode.max_new_tokens
-        _, head = matrix_weights(self.model)
-        return (prefill_flops(self.model, rows, self.width + new) + 2.0 * head * rows * (new - 1)) / self.mesh.size
+        return forward_flops(self.model, rows, self.width + self.new, logits=self.new) / self.mesh.size

@@ -71,8 +71,7 @@ def collectives(text: str, axes: dict[str, int], *, turns: Mapping[str, float]) 
                 kind = _collective(instruction, axes)
                 total.update([kind] if kind.group_size > 1 else [])
                 continue
-            names = re.findall(r"[\w.\-]+", " ".join(_CALLED.findall(instruction.rest)))
-            called = [exchanges(name) for name in names]
+            called = [*map(exchanges, re.findall(r"[\w.\-]+", " ".join(_CALLED.findall(instruction.rest))))]
             if instruction.op == "conditional":
                 sent = lambda branch: sum(kind.sent * times for kind, times in branch.items())  # noqa: E731
                 called = [max(called, key=sent, default=Counter())]
@@ -81,7 +80,7 @@ def collectives(text: str, axes: dict[str, int], *, turns: Mapping[str, float]) 
             total.update({kind: times * repeat for kind, times in inside.items()})
         return total
 
-    kinds = [x._replace(times=max(round(times), 1)) for x, times in exchanges(_ENTRY).items()]
+    kinds = (x._replace(times=max(round(times), 1)) for x, times in exchanges(_ENTRY).items())
     return sorted(kinds, key=lambda kind: -kind.bytes * kind.times)
 
 

@@ -181,8 +181,10 @@ def target_against_prior(series: Sequence[Series], prior: Tasks) -> Plot | None:
         axes.tick_params(labelbottom=True)
         if len(groups) > 1:
             axes.set_title(text(model), fontsize=9)
-        ncols = 1 if len(samples) < 4 else 2
-        axes.legend(handles=samples, fontsize=7, ncols=ncols, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+        axes.legend(
+            handles=samples, fontsize=7, ncols=1 if len(samples) < 4 else 2, loc="upper center",
+            bbox_to_anchor=(0.5, -0.16),
+        )  # fmt: skip
     figure.colorbar(points, ax=panels, label="iteration", shrink=1 / ceil_div(len(panels), 2), aspect=25)
     caption = f"Up and right is better: the target learnt, the rest kept. Prior tasks: {', '.join(prior)}."
     return Plot("target_against_prior", "Target against prior accuracy", figure, data, caption)
@@ -254,12 +256,12 @@ def prior_change(series: Sequence[Series], prior: Tasks) -> Plot | None:
     for axes, dimension in zip(figure.subplots(1, len(DIMENSIONS), sharey=True), DIMENSIONS, strict=True):
         groups = distinct(row[dimension] for row in data)
         for i, name in enumerate(names):
-            offset, rows = (i - (len(names) - 1) / 2) * width, [row for row in data if row["variant"] == name]
+            rows = [row for row in data if row["variant"] == name]
             axes.boxplot(
                 [[row["change"] for row in rows if row[dimension] == x] for x in groups], label=name,
-                positions=np.arange(len(groups)) + offset, widths=0.85 * width, whis=(0, 100), patch_artist=True,
-                boxprops=bar(i), medianprops={"color": "black", "linewidth": 1.6}, showmeans=True,
-                meanprops={"marker": "D", "markerfacecolor": "white", "markeredgecolor": "black", "markersize": 4},
+                positions=np.arange(len(groups)) + (i - (len(names) - 1) / 2) * width, widths=0.85 * width,
+                whis=(0, 100), patch_artist=True, boxprops=bar(i), medianprops={"color": "black", "linewidth": 1.6},
+                showmeans=True, meanprops={"marker": "D", "markerfacecolor": "white", "markeredgecolor": "black", "markersize": 4},
             )  # fmt: skip
         axes.axhline(0, color="black", linewidth=0.8, linestyle=":")
         ticks(axes.set_xticks, groups, width=16)

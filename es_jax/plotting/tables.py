@@ -128,8 +128,8 @@ def views(series: Sequence[Series]) -> Table | None:
                 if all("strict" in row for row in steps[step]):
                     values = ([x for row in steps[step] if (x := row.get(name)) is not None] for name in VIEWS)
                     rows.append((one.label, task, str(step), *map(_mean, values, FORMS)))
-    head = ("series", "task", "step", *VIEWS.values())
-    return Table("views", "Each task by every view", head, tuple(rows)) if rows else None
+    columns = ("series", "task", "step", *VIEWS.values())
+    return Table("views", "Each task by every view", columns, tuple(rows)) if rows else None
 
 
 def _mean(values: Sequence[float], form: str) -> str:

@@ -17,7 +17,7 @@ from google.protobuf.empty_pb2 import Empty
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from es_jax.generate.decode_spec import FILL
-from es_jax.profiling.clock import columns
+from es_jax.profiling.clock import Seconds, columns
 
 PROGRAMS = {"_perturb": "perturb", "_decode": "decode", "rollout": "decode", "update": "update"}  # names of jit → part
 
@@ -85,7 +85,7 @@ class Profile:
             jax.profiler.stop_trace()
 
 
-def part_seconds(folder: Path) -> dict[str, float]:
+def part_seconds(folder: Path) -> Seconds:
     """Seconds in perturb, prefill, decode and update, of all steps in the last trace below a folder; devices' mean.
 
     Only what began within a step counts, and what runs side by side counts once. {} where no known program is named.
