@@ -260,8 +260,9 @@ def prior_change(series: Sequence[Series], prior: Tasks) -> Plot | None:
             axes.boxplot(
                 [[row["change"] for row in rows if row[dimension] == x] for x in groups], label=name,
                 positions=np.arange(len(groups)) + (i - (len(names) - 1) / 2) * width, widths=0.85 * width,
-                whis=(0, 100), patch_artist=True, boxprops=bar(i), medianprops={"color": "black", "linewidth": 1.6},
-                showmeans=True, meanprops={"marker": "D", "markerfacecolor": "white", "markeredgecolor": "black", "markersize": 4},
+                whis=(0, 100), patch_artist=True, showmeans=True, boxprops=bar(i),
+                medianprops={"color": "black", "linewidth": 1.6},
+                meanprops={"marker": "D", "markerfacecolor": "white", "markeredgecolor": "black", "markersize": 4},
             )  # fmt: skip
         axes.axhline(0, color="black", linewidth=0.8, linestyle=":")
         ticks(axes.set_xticks, groups, width=16)
