@@ -73,8 +73,12 @@ def render(tokenizer: Any, prompt: Prompt) -> str:
 def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
     """Token ids of `render`'s text. Plain text gets the special tokens its tokenizer adds (BOS, if any; never
     an EOS at the end); rendered messages get none, their template has written them."""
-    plain = isinstance(prompt, str)
-    ids = list(tokenizer.encode(render(tokenizer, prompt), add_special_tokens=plain))
-    if plain and ids[-1:] == [tokenizer.eos_token_id] != tokenizer.encode(prompt, add_special_tokens=False)[-1:]:
+    return encode_text(tokenizer, render(tokenizer, prompt), plain=isinstance(prompt, str))
+
+
+def encode_text(tokenizer: Any, text: str, *, plain: bool) -> list[int]:
+    """Token ids of a rendered prompt, or of its beginning; `plain` says whether it was plain text."""
+    ids = list(tokenizer.encode(text, add_special_tokens=plain))
+    if plain and ids[-1:] == [tokenizer.eos_token_id] != tokenizer.encode(text, add_special_tokens=False)[-1:]:
         ids.pop()
     return ids
