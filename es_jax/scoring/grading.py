@@ -19,7 +19,8 @@ from es_jax.weights.tokenizer import encode_prompt
 
 @dataclasses.dataclass(frozen=True)
 class Graded:
-    """A completion: its text (docs/tasks.md says what is in it), its score, how many tokens, and whether max_new_tokens cut it."""
+    """A completion: its text (`silent_token_ids` says without what), its score, how many tokens, and whether
+    max_new_tokens cut it."""
 
     example: Example
     text: str
@@ -48,7 +49,9 @@ class Grader:
         with host("grade"):
             tokenizer, stops = self.model.tokenizer, self.model.stop_token_ids
             spoken = np.isin(tokens, silent_token_ids(tokenizer, stops), invert=True)
-            rows = [row[:n][kept[:n]].tolist() for _, row, kept, n in zip(indices, tokens, spoken, length, strict=False)]
+            rows = [
+                row[:n][kept[:n]].tolist() for _, row, kept, n in zip(indices, tokens, spoken, length, strict=False)
+            ]
             texts = completion_texts(tokenizer, [self._prompt_ends[i] for i in indices], rows)
             stopped = [n > 0 and row[n - 1] in stops for row, n in zip(tokens, length, strict=True)]
             return [

@@ -1,15 +1,15 @@
 """Where a prompt ends and what follows it begins: the text of completions, and the tokens of options.
 
-Tokens mean less alone than after a prompt. Tokenizers of SentencePiece's kind drop the blank of the first token that they
-decode, and put one before the first word that they encode; a character may be several tokens. So a completion's text is
-that of prompt and completion, minus the prompt's; and an option's tokens are those of prompt and option, from where the
-prompt's own end.
+Tokens mean less alone than after a prompt: tokenizers of SentencePiece's kind drop the blank of the first token that
+they decode and put one before the first word that they encode, and a character may be several tokens. So a completion's
+text is that of prompt and completion minus the prompt's, and an option's tokens are those of prompt and option, from
+where the prompt's own end.
 """
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from es_jax.weights.tokenizer import Prompt, encode_prompt, encode_text, render
+from es_jax.weights.tokenizer import Prompt, encode_texts, render
 
 CONTEXT = 8  # tokens: a character has at most 4
 _BROKEN = "\ufffd"  # what bytes that are no character decode to
@@ -25,9 +25,9 @@ class PromptEnd(NamedTuple):
 def prompt_end(tokenizer: Any, prompt: Sequence[int]) -> PromptEnd:
     """The end of a prompt of token ids. What follows decodes after it as it does after the whole prompt.
 
-    It holds text besides special tokens, since decoders treat the first text apart, and it does not begin within the
-    character, or the row of single bytes, that it ends in. Nearly always that takes `CONTEXT` tokens; where it does not,
-    twice as many, and so on. A prompt of special tokens alone has no end: what follows is the first text.
+    It holds text besides special tokens, since decoders treat the first text apart, and does not begin within the
+    character, or the row of single bytes, that it ends in. `CONTEXT` tokens nearly always do; if not, twice as many,
+    and so on. After special tokens alone nothing is needed: what follows is the first text.
     """
     length = CONTEXT
     while True:
@@ -36,7 +36,11 @@ def prompt_end(tokenizer: Any, prompt: Sequence[int]) -> PromptEnd:
         if written and not text.endswith(_BROKEN):
             return PromptEnd(tokens, text)
         if length >= len(prompt):
-            tokens = tokens if written else [i for i in tokens if _decode(tokenizer, [i], special=False) == _decode(tokenizer, [i])]
+            tokens = (
+                tokens
+                if written
+                else [i for i in tokens if _decode(tokenizer, [i], special=False) == _decode(tokenizer, [i])]
+            )
             return PromptEnd(tokens, _decode(tokenizer, tokens))
         length *= 2
 
@@ -76,9 +80,9 @@ def encode_options(tokenizer: Any, prompt: Prompt, options: Sequence[str]) -> tu
     Where the beginning of an option is one token with the prompt's last characters, the prompt ends before that token,
     for all its options: so each is scored on all that differs.
     """
-    text, plain = render(tokenizer, prompt), isinstance(prompt, str)
-    wholes = [encode_text(tokenizer, text + option, plain=plain) for option in options]
-    alone = encode_text(tokenizer, text, plain=plain)
+    text = render(tokenizer, prompt)
+    texts = [text, *(text + option for option in options)]
+    alone, *wholes = encode_texts(tokenizer, texts, plain=isinstance(prompt, str))
     shared = min(_shared(alone, whole) for whole in wholes)
     return alone[:shared], [whole[shared:] for whole in wholes]
 

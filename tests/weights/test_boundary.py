@@ -1,88 +1,14 @@
-"""Where a prompt ends and what follows begins, for tokenizers of all kinds: texts of completions, tokens of options."""
+"""Where a prompt ends and what follows begins, for tokenizers of all kinds."""
 
 import random
 
 import pytest
-from test_model import tiny_metadata
-from test_sentencepiece import metadata
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
 from es_jax.weights import boundary
 from es_jax.weights.boundary import CONTEXT, PromptEnd, completion_texts, encode_options, prompt_end, silent_token_ids
 from es_jax.weights.gguf_tokenizer import from_gguf_metadata
-from es_jax.weights.tokenizer import encode_prompt
-
-SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "[INST]", "[/INST]", "</think>", "<answer>"]
-BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
-LETTERS = [*"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:#()[]/?'"]
-WORDS = ["▁", "▁▁", "▁7", "▁72", "▁B", "▁(", "▁(B", "▁i", "▁is", "is", "▁t", "th", "the", "▁the", "(B", "s:", "is:"]
-MERGES = [("▁", "▁"), ("▁", "7"), ("▁7", "2"), ("▁", "B"), ("▁", "("), ("▁(", "B"), ("▁", "i"), ("▁i", "s"), ("i", "s")]
-MERGES += [("▁", "t"), ("t", "h"), ("th", "e"), ("▁", "the"), ("(", "B"), ("s", ":"), ("is", ":")]
-VOCABULARY = {token: i for i, token in enumerate([*SPECIAL, *BYTES, *LETTERS, *WORDS])}
-NAMES = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ '[INST]' + m.content + '[/INST]' if m.role == 'user' else m.content }}"
-TEMPLATE += "{% endfor %}"
-
-
-def _fast(tokenizer, **more):
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=TEMPLATE, **NAMES, **more)
-
-
-def llama2():
-    """As in tokenizer.json of Llama 2, Mistral 7B and TinyLlama."""
-    tokenizer = Tokenizer(models.BPE(VOCABULARY, MERGES, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    tokenizer.decoder = decoders.Sequence(steps)
-    return _fast(tokenizer)
-
-
-def llama_class():
-    return LlamaTokenizer(vocab=VOCABULARY, merges=MERGES, chat_template=TEMPLATE, **NAMES)
-
-
-def metaspace(scheme):
-    """Unigram, as in T5 and XLM-R; one that cleans up, and would take the blank of " ." away."""
-    pieces = [(token, -float(len(VOCABULARY) - i) / 100) for token, i in VOCABULARY.items()]
-    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=False))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=True)
-    tokenizer.decoder = decoders.Metaspace(prepend_scheme=scheme)
-    return _fast(tokenizer, clean_up_tokenization_spaces=True)
-
-
-def byte_level():
-    fields = {**tiny_metadata(), "tokenizer.chat_template": TEMPLATE}
-    return from_gguf_metadata(fields)
-
-
-def gguf(name):
-    return from_gguf_metadata({**metadata(name), "tokenizer.chat_template": TEMPLATE})
-
-
-def word_ends():
-    """Words that end in </w>, as in the first GPT: the last token decodes without its blank."""
-    tokens = [*SPECIAL, *LETTERS, *(f"{letter}</w>" for letter in LETTERS)]
-    ids = {token: i for i, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(ids, [], unk_token="<unk>", end_of_word_suffix="</w>"))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Whitespace(), decoders.BPEDecoder("</w>")
-    return _fast(tokenizer)
-
-
-KINDS = {
-    "llama2": llama2,
-    "llama_class": llama_class,
-    "metaspace_always": lambda: metaspace("always"),
-    "metaspace_first": lambda: metaspace("first"),
-    "metaspace_never": lambda: metaspace("never"),
-    "byte_level": byte_level,
-    "gguf_llama": lambda: gguf("llama"),
-    "gguf_gemma": lambda: gguf("gemma"),
-    "word_ends": word_ends,
-}
-BLANKS = ["llama2", "llama_class", "metaspace_always", "metaspace_first", "gguf_llama"]  # which lose the first blank
+from es_jax.weights.tokenizer import encode_prompt, render
+from tests.tokenizer_kinds import BLANKS, BYTES, KINDS, SPECIAL, VOCABULARY, gguf_fields, metaspace
 
 
 @pytest.fixture(scope="module", params=sorted(KINDS))
@@ -105,7 +31,11 @@ def test_a_text_is_the_wholes_minus_the_prompts(tokenizer):
     for _ in range(600):
         prompt = encode_prompt(tokenizer, "".join(draw.choices(letters, k=draw.randint(1, 40))))
         ids = [draw.randrange(len(SPECIAL), size) for _ in range(draw.randint(0, 6))]
-        whole, before, text = _whole(tokenizer, prompt + ids), _whole(tokenizer, prompt), text_after(tokenizer, prompt, ids)
+        whole, before, text = (
+            _whole(tokenizer, prompt + ids),
+            _whole(tokenizer, prompt),
+            text_after(tokenizer, prompt, ids),
+        )
         if whole.startswith(before):  # not where single bytes spoil those before them
             assert text == whole[len(before) :], (prompt, ids)
             asserted += 1
@@ -129,13 +59,12 @@ def test_the_continuation_of_a_text_is_read_back(tokenizer):
 @pytest.mark.parametrize("text", [" 72", " the", "  is", " (B) is"])
 def test_the_first_blank_stays(kind, text):
     """Also where the prompt ends in a special token."""
-    tokenizer = KINDS[kind]()
-    for prompt in ([{"role": "user", "content": "the"}], [{"role": "user", "content": "is"}, {"role": "assistant", "content": "s:"}]):
-        if kind == "gguf_llama":  # which has other special tokens
-            prompt = prompt[-1]["content"]
-        ids, rest = encode_prompt(tokenizer, prompt), encode_prompt(tokenizer, "is" + text)
-        rest = rest[len(encode_prompt(tokenizer, "is")) :]
-        assert tokenizer.decode(rest) == text[1:] and text_after(tokenizer, ids, rest) == text
+    tokenizer, user = KINDS[kind](), {"role": "user", "content": "the"}
+    rest = tokenizer.encode("is" + text, add_special_tokens=False)[len(tokenizer.tokenize("is")) :]
+    for prompt in ([user], [user, {"role": "assistant", "content": "s:"}], "the"):
+        assert (
+            tokenizer.decode(rest) == text[1:] and text_after(tokenizer, encode_prompt(tokenizer, prompt), rest) == text
+        )
 
 
 def test_only_the_end_of_a_prompt_is_decoded(tokenizer, monkeypatch):
@@ -157,7 +86,7 @@ def test_a_character_cut_at_the_boundary_is_the_completions(kind):
 
 def test_bytes_that_are_no_character_leave_the_prompt_alone():
     """After a line break, which is a single byte too: the decoder makes all bytes in a row unreadable together."""
-    tokenizer = llama2()
+    tokenizer = KINDS["llama2"]()
     for prompt in ("the\n", "the\n\n", "é", "🙂" * 9):
         ids = encode_prompt(tokenizer, prompt)
         for bad in ([0xFF], [0xE4, 0xBD], [0xA9]):
@@ -198,3 +127,40 @@ def test_clean_up_takes_no_blank_away():
     tokenizer = metaspace("always")
     prompt, rest = encode_prompt(tokenizer, "the"), [VOCABULARY[token] for token in ("▁", ".", "▁", "?")]
     assert tokenizer.decode(prompt + rest) != "<s> the . ?" and text_after(tokenizer, prompt, rest) == " . ?"
+
+
+def test_an_options_tokens_are_those_of_the_whole(tokenizer):
+    options = (" the", " is", "the", ":", " the is", " 72", "72", "é", "\n")
+    for prompt in ("Way:", "the ", "ais", "a\n", "é", "🙂", [{"role": "user", "content": "is"}]):
+        text, plain, alone = render(tokenizer, prompt), isinstance(prompt, str), encode_prompt(tokenizer, prompt)
+        ids, parts = encode_options(tokenizer, prompt, options)
+        assert alone[: len(ids)] == ids and len(alone) - len(ids) <= 2
+        assert [ids + part for part in parts] == [tokenizer.encode(text + o, add_special_tokens=plain) for o in options]
+
+
+@pytest.mark.parametrize(
+    ("kind", "prompt", "options", "last", "tokens"),
+    [
+        ("llama2", "Way:", (" is", " is:"), ":", [["▁is"], ["▁is", ":"]]),
+        ("llama2", "Way: ", ("is", "72"), ":", [["▁is"], ["▁72"]]),  # a prompt that ends in a blank
+        ("gguf_llama", "Way:", (" 72", " (B)"), ":", [["▁72"], ["▁(B", ")"]]),
+        ("llama_class", "Way:", ("72", "the"), ":", [["7", "2"], ["the"]]),  # no blank of its own
+        ("llama2", "ais", (":", " 72"), "a", [["is:"], ["is", "▁72"]]),  # one of them is one token with the last one
+        ("llama2", "ais", ("72", " 72"), "is", [["7", "2"], ["▁72"]]),
+        ("byte_level", "is: ", ("the", "B"), ":", [["Ġt", "h", "e"], ["Ġ", "B"]]),
+        ("byte_level", "is:", (" the", " B"), ":", [["Ġt", "h", "e"], ["Ġ", "B"]]),
+    ],
+)
+def test_options_part_from_the_prompt_together(kind, prompt, options, last, tokens):
+    tokenizer = KINDS[kind]()
+    ids, parts = encode_options(tokenizer, prompt, options)
+    assert tokenizer.convert_ids_to_tokens(ids)[-1] == last
+    assert [tokenizer.convert_ids_to_tokens(part) for part in parts] == tokens
+
+
+def test_an_end_of_text_that_a_tokenizer_adds_is_no_part_of_an_option():
+    fields = {f"tokenizer.ggml.{name}": value for name, value in gguf_fields(blank=True).items()}
+    tokenizer = from_gguf_metadata({**fields, "tokenizer.ggml.add_eos_token": True})
+    assert tokenizer.encode("Way: is")[-1] == tokenizer.eos_token_id
+    ids, parts = encode_options(tokenizer, "Way:", (" is", " 72"))
+    assert ids == encode_prompt(tokenizer, "Way:") and parts == [[VOCABULARY["▁is"]], [VOCABULARY["▁72"]]]
