@@ -30,19 +30,16 @@ def prompt_end(tokenizer: Any, prompt: Sequence[int]) -> PromptEnd:
     and so on. After special tokens alone nothing is needed: what follows is the first text.
     """
     length = CONTEXT
-    while True:
+    while length < len(prompt):
         tokens = list(prompt[-length:])
-        text, written = _decode(tokenizer, tokens), _decode(tokenizer, tokens, special=False)
-        if written and not text.endswith(_BROKEN):
+        text = _decode(tokenizer, tokens)
+        if _decode(tokenizer, tokens, special=False) and not text.endswith(_BROKEN):
             return PromptEnd(tokens, text)
-        if length >= len(prompt):
-            tokens = (
-                tokens
-                if written
-                else [i for i in tokens if _decode(tokenizer, [i], special=False) == _decode(tokenizer, [i])]
-            )
-            return PromptEnd(tokens, _decode(tokenizer, tokens))
         length *= 2
+    tokens = list(prompt)
+    if not _decode(tokenizer, tokens, special=False):
+        tokens = [i for i in tokens if _decode(tokenizer, [i]) == _decode(tokenizer, [i], special=False)]
+    return PromptEnd(tokens, _decode(tokenizer, tokens))
 
 
 def silent_token_ids(tokenizer: Any, stop_token_ids: Sequence[int]) -> list[int]:
