@@ -84,6 +84,14 @@ def test_a_character_cut_at_the_boundary_is_the_completions(kind):
     assert text_after(tokenizer, before + ids[:1], encode_prompt(tokenizer, "tt")[-1:]) == "t"
 
 
+@pytest.mark.parametrize("kind", ["llama2", "llama_class", "gguf_gemma"])
+def test_a_row_of_single_bytes_is_read_from_its_beginning(kind):
+    """Its last tokens alone would begin within a character, and be unreadable with all that follows."""
+    tokenizer = KINDS[kind]()
+    prompt, rest = encode_prompt(tokenizer, "the " + "你" * 9), tokenizer.encode("好", add_special_tokens=False)[-3:]
+    assert len(prompt_end(tokenizer, prompt).tokens) > CONTEXT and text_after(tokenizer, prompt, rest) == "好"
+
+
 def test_bytes_that_are_no_character_leave_the_prompt_alone():
     """After a line break, which is a single byte too: the decoder makes all bytes in a row unreadable together."""
     tokenizer = KINDS["llama2"]()
