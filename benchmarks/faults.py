@@ -29,10 +29,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ |= {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-os.environ["PYTHONWARNINGS"] = "ignore::UserWarning:multiprocessing.resource_tracker"  # of locks of killed processes
-
 from benchmarks import fault_children as children
 from benchmarks.compare import add_json, write_json
 from benchmarks.fault_inputs import mutated
@@ -41,6 +37,11 @@ from es_jax.tasks import TASKS
 PATIENCE, WAYS = 60.0, ("refused", "harmless", "silent", "otherwise")  # seconds for a request
 Counts, Outcome = collections.Counter[str], children.Outcome
 ROOT = Path(__file__).resolve().parents[1]
+ENVIRONMENT = {
+    **{"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "PYTHONWARNINGS": "ignore::UserWarning:multiprocessing.resource_tracker",  # of locks of killed processes
+}
 processes = multiprocessing.get_context("forkserver")
 
 
@@ -379,6 +380,7 @@ def main() -> int:
 
 def run(kinds: Sequence[str], *, trials: int | None = None, seed: int = 0) -> dict[str, dict[str, Any]]:
     """A row of counts of each kind."""
+    os.environ |= ENVIRONMENT  # before the server starts
     processes.set_forkserver_preload(["benchmarks.fault_children"])
     rows = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -16,6 +16,7 @@ FAST: dict[str, tuple[str, ...]] = {
     "laws/test_resuming.py": ("test_a_half_written_line_is_no_finished_step", "test_a_finished_run_started_again"),
     "laws/test_root.py": ("test_every_root_is_rounded_to_nearest_from_a_start_one_step_off",),
     "laws/test_runs.py": ("test_drift_is_what_theory_says", "test_live_diagnostics_are_in_the_metrics"),
+    "laws/test_sums.py": ("test_a_log_line", "test_a_runs_config_that"),
     "laws/test_transformations.py": ("test_equals_the_definition_in_float64", "test_schedule_counts_updates"),
     "models/test_families.py": ("test_round_trip", "test_refused_by_name"),
     "models/test_golden.py": ("test_logits_equal_the_golden_ones[qwen2",),

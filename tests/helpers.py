@@ -71,6 +71,8 @@ def edit_config(workdir, **facts):
     for name, value in facts.items():
         if isinstance(value, dict):
             content["config"][name] |= value
+        elif value is None:
+            del content[name]
         else:
             content[name] = value
     (workdir / "config.json").write_text(json.dumps(content))

@@ -41,6 +41,7 @@ from es_jax.rundir.directory import compilation_cache
 from es_jax.rundir.seed_log import SeedLog
 from es_jax.scoring.grading import Graded, Grader
 from es_jax.scoring.heldout import HeldOut, checked_prompt, evaluate
+from es_jax.scoring.row_results import EvalsFile
 from es_jax.scoring.workers import Submit, workers_of
 from es_jax.tasks import get_task
 from es_jax.tasks.rows import rows_folder
@@ -151,14 +152,14 @@ class _Run:
         self.method = config.record.make(config, self.evaluator, self.state, self.packing)
         resume(config, workdir, self.state, self.log, self.checkpoints)
         directory.check_space(workdir, nbytes(self.state.params, self.state.opt_state))
+        for test in self.tests:
+            EvalsFile(workdir / "evals", test.name, last_step=len(self.log.entries)).check(
+                digest=test.digest, max_new_tokens=config.decode.max_new_tokens, n=len(test.examples)
+            )
         self.recorder = Recorder(
             config, workdir, dim=self.dim, finished=self.log.entries, tests=self.tests, unit=self.method.unit,
             offset=self.state.offset,
         )  # fmt: skip
-        for test in self.tests:
-            self.recorder.heldout[test.name].check(
-                digest=test.digest, max_new_tokens=config.decode.max_new_tokens, n=len(test.examples)
-            )
         self.profile = Profile(config.train.profile, workdir, last=config.train.steps)
         self.recorder.progress.say(f"{self.dim:,} weights, {self.mesh.size} devices, {self.state.sentence}")
 

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import random
 import sys
 import tempfile
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 import benchmarks
+from benchmarks import fault_children, fault_inputs, faults
 from benchmarks.iteration import EndedEngine, drawn
 from es_jax.generate.engine import Engine
 from es_jax.tasks import get_task
@@ -76,3 +78,73 @@ def test_benchmarks_import(path):
 
 def test_even_lengths_are_as_many_as_prompts():
     assert drawn("even")[0] == 8 and drawn("even")[-1] == 256 and len(drawn("even")) == 32
+
+
+# Faults on purpose
+
+
+def test_mutations_and_completions_are_functions_of_the_seed():
+    content = json.dumps({"a": [1, 2.5, "x"], "b": {"c": None}}).encode()
+    one, two = ([fault_inputs.mutated(content, random.Random(seed)) for seed in range(300)] for _ in range(2))
+    assert one == two and content not in one and len(set(one)) > 200
+    texts = [fault_inputs.hostile_completion(random.Random(seed)) for seed in range(300)]
+    assert len(set(texts)) > 200 and max(map(len, texts)) == fault_inputs.LONGEST
+
+
+class Told:
+    """In the place of a child: what an operation gives, as it is told; first without a fault."""
+
+    def __init__(self, *outcomes):
+        self.outcomes = list(outcomes)
+
+    def ask(self, name, *arguments, names=()):
+        return self.outcomes.pop(0) if name != "limit_memory" else None
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("outcome", "way"),
+    [
+        (("value", "w"), "harmless"),
+        (("value", "v"), "silent"),
+        (("refused", "a sentence"), "refused"),
+        (("otherwise", "KeyError"), "otherwise"),
+    ],
+)
+def test_a_result_that_differs_counts_as_silent(outcome, way, tmp_path):
+    campaign = faults.Campaign(tmp_path, seed=0)
+    campaign._prepared, campaign.child = True, Told(("value", "w"), outcome)
+    (tmp_path / "files/run").mkdir(parents=True)
+    (tmp_path / "files/run/seedlog.jsonl").write_text("{}\n")
+    counts = faults.damage(campaign, "seed log", 1)
+    assert counts == {way: 1}
+    assert (tmp_path / "files/run/seedlog.jsonl").read_text() == "{}\n"
+
+
+def test_an_error_of_a_library_is_not_a_refusal():
+    def fail(error):
+        raise error
+
+    names = ("config.json",)
+    assert fault_children.attempt(lambda: fail(ValueError("config.json is damaged")), names)[0] == "refused"
+    assert fault_children.attempt(lambda: fail(ValueError("something else")), names)[0] == "otherwise"
+    assert fault_children.attempt(lambda: json.loads("config.json"), names)[0] == "otherwise"
+    assert fault_children.attempt(lambda: fail(MemoryError("config.json")), names)[0] == "otherwise"
+
+
+def test_an_unknown_kind_of_fault_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["faults", "--only=sed log"])
+    with pytest.raises(SystemExit):
+        faults.main()
+    assert "--only has sed log: known are killed while training" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_few_faults_of_some_kinds():
+    kinds = ["seed log", "tokenizer of a run", "checkpoint", "hostile completions", "killed while saving", "disk full"]
+    rows = faults.run(kinds, trials=2, seed=3)
+    assert [*rows] == kinds
+    for kind, row in rows.items():
+        assert row["tried"] >= 2 and row["refused"] + row["harmless"] == row["tried"], (kind, row)
