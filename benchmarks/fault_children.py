@@ -52,17 +52,9 @@ def attempt(call: Callable[[], Any], names: Sequence[str]) -> Outcome:
         return "value", call()
     except (ValueError, OSError) as error:
         ours = type(error).__module__ == "builtins" and any(name in str(error) for name in names)
-        return ("refused", str(error)) if ours else ("otherwise", _kind(error))
+        return ("refused", str(error)) if ours else ("otherwise", type(error).__name__)
     except BaseException as error:
-        return "otherwise", _kind(error)
-
-
-def _kind(error: BaseException) -> str:
-    if os.environ.get("FAULTS_DEBUG"):
-        import traceback
-
-        return "".join(traceback.format_exception(error)[-3:])
-    return type(error).__name__
+        return "otherwise", type(error).__name__
 
 
 def serve(connection: Connection) -> None:

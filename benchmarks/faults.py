@@ -188,8 +188,6 @@ def damage(campaign: Campaign, kind: str, trials: int) -> Counts:
         (way, value), ways = outcomes[0], [way for way, _ in outcomes]
         if way == "value":
             way = "harmless" if value == expected[0][1] else "silent"
-        if os.environ.get("FAULTS_DEBUG") and (way == "silent" or "otherwise" in ways):
-            print(kind, path.name, [(w, str(v)[-400:]) for w, v in outcomes], file=sys.stderr)
         counts["otherwise" if "otherwise" in ways else way] += 1
     campaign.child.close()
     return counts
@@ -242,8 +240,6 @@ def full_disk(campaign: Campaign, kind: str, trials: int) -> Counts:
         if way == "value":
             way = "harmless" if value == expected else "silent"
         counts[way if again == "harmless" else again] += 1
-        if os.environ.get("FAULTS_DEBUG"):
-            print(kind, limit, way, str(value)[:300], again, file=sys.stderr)
         shutil.rmtree(workdir)
     return counts
 
@@ -285,8 +281,6 @@ def hub(campaign: Campaign, kind: str, trials: int) -> Counts:
 def _ended(status: int, text: str) -> str:
     """Of a command: refused where it ended with a sentence of ours and a status, without a traceback."""
     last = (text.strip().splitlines() or [""])[-1]
-    if os.environ.get("FAULTS_DEBUG"):
-        print(status, text[-1500:], file=sys.stderr)
     return "refused" if status == 1 and last.startswith("es_jax.train: ") and "Traceback" not in text else "otherwise"
 
 
@@ -331,8 +325,6 @@ def completions(campaign: Campaign, kind: str, trials: int) -> Counts:
             arguments = str(campaign.root / "tasks"), task, grader, campaign.seed, trials
             way, value = campaign.child.ask("grade", *arguments, patience=10 * PATIENCE)
             wrong = sum(value) if way == "value" else trials
-            if os.environ.get("FAULTS_DEBUG"):
-                print(task, grader, way, value, file=sys.stderr)
             counts += Counts(harmless=trials - wrong, otherwise=wrong)
     return counts
 
