@@ -116,10 +116,8 @@ def battery(draw: Draw, *, numbers: int = CHUNK, chunk: int = CHUNK) -> dict[str
     """
     chunks, totals = max(numbers // chunk, 1), defaultdict(float)
     for i in range(chunks):
-        seed, leaf = (
-            np.uint32(np.asarray(rng.member_seeds(11, i, 1, streams=1))[0]),
-            np.uint32(2_654_435_761 * (i + 1) % 2**32),
-        )
+        seed = np.uint32(np.asarray(rng.member_seeds(11, i, 1, streams=1))[0])
+        leaf = np.uint32(2_654_435_761 * (i + 1) % 2**32)
         for name, value in jax.device_get(_alone(draw, seed, leaf, chunk)).items():
             totals[name] = totals[name] + np.asarray(value, np.float64)
         for which, seeds, leaves in _partners(i):

@@ -39,42 +39,40 @@ def anchored_weight_decay(
     In the paper's terms the rate is αλ: learning rate times penalty strength. l2 bounds how far the weights go; l1 also
     sets those that hardly moved back to the anchor.
 
-    Where to put it: after the optimizer, `chain(adam(1e-3), anchored_weight_decay(0.01))`, where the finished step u
-    arrives, its sign and learning rate included. That holds for every optimizer of optax whose steps depend on the
-    weights it is given. What keeps weights of its own, or skips steps, needs another place, and nothing but
-    `lookahead` can be seen from here, so heed the table (AWD is this transformation):
+    Where to put it: last, where the finished step u arrives, with its sign and learning rate, as in
+    `chain(adam(1e-3), anchored_weight_decay(0.01))`. That is right after every optimizer of optax that keeps no weights
+    of its own. Those that do, and wrappers that skip steps, need another place. Only `lookahead` can be recognised from
+    here, and is refused; of the others nothing warns you but this table, in which AWD is this transformation:
 
-    ==================================================  =============================================================
-    with                                                write
-    ==================================================  =============================================================
-    contrib.schedule_free                               schedule_free(chain(sgd(α), AWD), α); after it the weights
-                                                        that are evaluated run away. l1 reaches the anchor only in
-                                                        the limit.
-    contrib.schedule_free_sgd, schedule_free_adamw      not these: schedule_free around chain(sgd or rms, AWD)
-    lookahead                                           lookahead(chain(sgd(α), AWD), …); after it is refused.
-                                                        reset_state=True makes a new anchor at every
-                                                        synchronization: leave it False.
-    MultiSteps                                          MultiSteps(chain(…, AWD), k); after it pulls k times a step
-    apply_every                                         not this: MultiSteps as above
-    contrib.sam                                         sam(chain(…, AWD), adversary); after it the adversary's
-                                                        points are pulled too
-    apply_if_finite, conditionally_mask                 inside: a skipped step is not pulled; after: it is
-    conditionally_transform                             conditionally_transform(AWD, …) pulls at its steps alone
-    masked, partition (multi_transform),                inside or after, the same
-    selective_transform, flatten, named_chain,
+    =================================================  ===============================================================
+    with                                               write
+    =================================================  ===============================================================
+    contrib.schedule_free                              schedule_free(chain(sgd(α), AWD), α). After it, the weights
+                                                       that are evaluated run away. l1 reaches the anchor in the limit
+    contrib.schedule_free_sgd, schedule_free_adamw     not these: schedule_free around chain(sgd(α), AWD), or another
+    lookahead                                          lookahead(chain(sgd(α), AWD), …). After it: refused. Not with
+                                                       reset_state=True, which makes a new anchor at every turn
+    MultiSteps                                         MultiSteps(chain(…, AWD), k). After it, AWD pulls k times a step
+    apply_every                                        not this, for the same reason: MultiSteps
+    contrib.sam                                        sam(chain(…, AWD), adversary). After it, AWD pulls the
+                                                       adversary's points, too
+    apply_if_finite, conditionally_mask                inside, a skipped step is not pulled; after it, it is
+    conditionally_transform                            conditionally_transform(AWD, …) pulls at its steps alone
+    masked, partition, multi_transform, flatten,       inside or after: the same
+    selective_transform, named_chain,
     contrib.split_real_and_imaginary
-    scale_by_learning_rate, scale, scale_by_schedule,   chain(…, these, AWD): what comes after AWD scales the pull as
-    clip…, add_noise, contrib.reduce_on_plateau         well, and a sign after it turns the pull round
-    lbfgs, scale_by_…_linesearch, polyak_sgd            chain(these, AWD); value and gradient that they keep are
-                                                        those of weights not pulled: compute them anew
-    keep_params_nonnegative, freeze                     chain(…, AWD, these)
-    contrib.mechanize, prodigy, dadapt_adamw, dog       chain(these, AWD); they may take longer steps against the pull
-    contrib.cocob, madgrad                              nowhere: they compute weights from all gradients and the
-                                                        start, and undo the pull
-    inject_hyperparams                                  inject_hyperparams(AWD, static_args="mask")(rate=…, mask=…);
-                                                        without static_args optax takes a callable mask or dtype for a
-                                                        schedule, which is refused here
-    ==================================================  =============================================================
+    scale_by_learning_rate, scale_by_schedule, clip,   chain(these, AWD). After AWD they scale the pull as well, and a
+    add_noise, contrib.reduce_on_plateau               change of sign turns it round
+    lbfgs, line searches, polyak_sgd                   chain(these, AWD). The value and gradient that a line search
+                                                       keeps are of weights not pulled: compute them anew
+    keep_params_nonnegative, freeze                    chain(…, AWD, these)
+    contrib.mechanize, prodigy, dadapt_adamw           chain(these, AWD). They may lengthen their steps against the pull
+    contrib.cocob, madgrad                             nowhere: they compute the weights from all gradients and the
+                                                       start, and so undo the pull
+    inject_hyperparams                                 inject_hyperparams(AWD, static_args="mask")(rate=…, mask=…).
+                                                       Without static_args optax takes a callable (a mask, a dtype)
+                                                       for a schedule; what comes of that is refused
+    =================================================  ===============================================================
 
     Leaves are treated as by `optax.add_decayed_weights`: updates of integers, booleans and Python numbers leave as
     floats, complex numbers are pulled as pairs of real ones, and where an update is None it stays so.
