@@ -3,6 +3,7 @@
 This file needs nothing but jax and optax, so it can be lifted into another project by itself.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -69,9 +70,9 @@ def anchored_weight_decay(
     contrib.mechanize, prodigy, dadapt_adamw           chain(these, AWD). They may lengthen their steps against the pull
     contrib.cocob, madgrad                             nowhere: they compute the weights from all gradients and the
                                                        start, and so undo the pull
-    inject_hyperparams                                 inject_hyperparams(AWD, static_args="mask")(rate=…, mask=…).
-                                                       Without static_args optax takes a callable (a mask, a dtype)
-                                                       for a schedule; what comes of that is refused
+    inject_hyperparams                                 inject_hyperparams(AWD)(rate=…, mask=…), or around a chain. optax
+                                                       takes callables for schedules: a factory of yours that is given
+                                                       the mask needs static_args="mask", or is refused
     =================================================  ===============================================================
 
     Leaves are treated as by `optax.add_decayed_weights`: updates of integers, booleans and Python numbers leave as
@@ -120,7 +121,8 @@ def anchored_weight_decay(
             f"ema_decay is {ema_decay}: it is the anchor's weight in its own average, a number, and must be in [0, 1)"
         )
     _check_rate(rate, penalty)
-    _check_injected(mask, anchor_dtype)
+    mask = mask.make if isinstance(mask, _Mask) else mask
+    _check_mask(mask)
 
     def init(params):
         _check_params(params)
@@ -153,6 +155,30 @@ def anchored_weight_decay(
 
     transformation = optax.GradientTransformationExtraArgs(init, update)
     return transformation if mask is None else optax.masked(transformation, mask)
+
+
+class _Mask(NamedTuple):
+    """A callable that makes a mask, and is not a callable itself."""
+
+    make: Callable[[Any], Any]
+
+
+class _Signature(inspect.Signature):
+    """As `optax.inject_hyperparams` reads it, which takes every callable among the arguments for a schedule."""
+
+    def bind(self, *args, **kwargs):
+        arguments = (bound := super().bind(*args, **kwargs)).arguments
+        if callable(mask := arguments.get("mask")):
+            arguments["mask"] = _Mask(mask)
+        if callable(dtype := arguments.get("anchor_dtype")):  # a class, such as jnp.bfloat16
+            arguments["anchor_dtype"] = jnp.dtype(dtype)
+        return bound
+
+
+anchored_weight_decay.__signature__ = _Signature(  # type: ignore[attr-defined]
+    list((_plain := inspect.signature(anchored_weight_decay)).parameters.values()),
+    return_annotation=_plain.return_annotation,
+)
 
 
 def _is_float(x):
@@ -240,13 +266,12 @@ def _check_params(params: Any) -> None:
         )
 
 
-def _check_injected(mask: Any, anchor_dtype: Any) -> None:
-    """optax.inject_hyperparams takes a callable for a schedule, and hands on what it returns for a step."""
-    static = "where optax.inject_hyperparams is given a callable that is not a schedule, say static_args="
+def _check_mask(mask: Any) -> None:
     if mask is not None and not callable(mask) and jax.tree_util.treedef_is_leaf(jax.tree.structure(mask)):
-        raise ValueError(f"mask is {mask}: it must be a tree of booleans, or a callable that makes one; {static}'mask'")
-    if isinstance(anchor_dtype, jax.Array):
-        raise ValueError(f"anchor_dtype is {anchor_dtype}, an array: give a dtype; {static}'anchor_dtype'")
+        raise ValueError(
+            f"mask is {mask}: it must be a tree of booleans, or a callable that makes one; if it was a callable, say "
+            "static_args='mask' to optax.inject_hyperparams, which takes one for a schedule"
+        )
 
 
 def _check_rate(rate: Any, penalty: str) -> None:

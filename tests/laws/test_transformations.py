@@ -307,4 +307,4 @@ def test_it_can_be_lifted_out_as_one_file():
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
         names += [node.module] if isinstance(node, ast.ImportFrom) else []
         imported |= {name.split(".")[0] for name in names}
-    assert imported <= {"jax", "optax", "typing", "collections"}
+    assert imported <= {"jax", "optax", "typing", "collections", "inspect"}

@@ -1,6 +1,7 @@
 """The anchored decay on leaves of every kind, in trees of every kind, and under inject_hyperparams."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -190,27 +191,32 @@ MASKS = {
 }
 
 
+def factory_of(mask, **static):
+    return optax.inject_hyperparams(lambda rate, mask: awd(rate, mask=mask), **static)(rate=0.5, mask=mask)
+
+
 @pytest.mark.parametrize("mask", MASKS)
-def test_inject_hyperparams_with_a_callable_mask_works_or_is_refused(mask):
+def test_inject_hyperparams_with_a_callable_mask(mask):
     params = {"w": jnp.ones((2, 2)), "b": jnp.ones(2)}
-    with pytest.raises(ValueError, match=r"mask is (True|False): it must be a tree .* say static_args='mask'"):
-        optax.inject_hyperparams(awd)(rate=0.5, mask=MASKS[mask]).init(params)
-    if mask != "by value":
-        tx = optax.inject_hyperparams(awd, static_args="mask")(rate=0.5, mask=MASKS[mask])
-        (updates, _), (expected, _) = (updated(t, params, params) for t in (tx, awd(0.5, mask=MASKS[mask])))
+    mask = MASKS[mask]
+    expected, _ = updated(awd(0.5, mask=mask), params, params, jit=False)
+    injected, partial = (optax.inject_hyperparams(make) for make in (awd, functools.partial(awd, penalty="l2")))
+    static = optax.inject_hyperparams(awd, static_args="mask")
+    for tx in (injected(rate=0.5, mask=mask), partial(0.5, mask=mask), static(0.5, mask=mask)):
+        updates, _ = updated(tx, params, params, jit=False)
         jax.tree.map(np.testing.assert_array_equal, updates, expected)
+    updates, _ = updated(factory_of(mask, static_args="mask"), params, params, jit=False)
+    jax.tree.map(np.testing.assert_array_equal, updates, expected)
+    with pytest.raises(ValueError, match=r"mask is (True|False): it must be a tree .* say static_args='mask'"):
+        factory_of(mask).init(params)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, np.float16])
-def test_inject_hyperparams_with_a_class_for_a_dtype(dtype):
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16, jnp.dtype("bfloat16"), None], ids=repr)
+def test_inject_hyperparams_with_a_dtype_of_the_anchor(dtype):
     params = {"w": jnp.ones(2)}
-    with pytest.raises(ValueError, match=r"anchor_dtype is .*, an array: .* static_args='anchor_dtype'"):
-        optax.inject_hyperparams(awd)(rate=0.5, anchor_dtype=dtype).init(params)
-    for tx in (
-        optax.inject_hyperparams(awd, static_args="anchor_dtype")(rate=0.5, anchor_dtype=dtype),
-        optax.inject_hyperparams(awd)(rate=0.5, anchor_dtype=jnp.dtype(dtype)),
-    ):
-        assert tx.init(params).inner_state.anchor["w"].dtype == dtype
+    for static in ((), "anchor_dtype"):
+        tx = optax.inject_hyperparams(awd, static_args=static)(rate=0.5, anchor_dtype=dtype)
+        assert tx.init(params).inner_state.anchor["w"].dtype == (dtype or jnp.float32)
 
 
 @pytest.mark.parametrize("ema_decay", [1.5, lambda count: 2.0])
