@@ -175,9 +175,9 @@ class _Signature(inspect.Signature):
         return bound
 
 
+_plain = inspect.signature(anchored_weight_decay)
 anchored_weight_decay.__signature__ = _Signature(  # type: ignore[attr-defined]
-    list((_plain := inspect.signature(anchored_weight_decay)).parameters.values()),
-    return_annotation=_plain.return_annotation,
+    [*_plain.parameters.values()], return_annotation=_plain.return_annotation
 )
 
 
