@@ -1,4 +1,4 @@
-"""optax's laws, and the definition, for the anchored decay behind every optimizer."""
+"""optax's laws, and the definition, for the anchored decay after every optimizer."""
 
 import functools
 
@@ -59,7 +59,7 @@ def test_equals_the_definition_in_float64(penalty):
 
 @every_penalty
 @every_optimizer
-def test_behind_every_optimizer(optimizer, penalty):
+def test_after_every_optimizer(optimizer, penalty):
     """The chain ends where its optimizer's own step, pulled as defined, ends; over several steps."""
     params = start = tree()
     tx, plain = chain(optimizer, penalty), OPTIMIZERS[optimizer](0.05)
