@@ -1,0 +1,119 @@
+"""Chat templates: messages as the text that a model is to continue."""
+
+import datetime
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_PLAIN = "give the prompt as plain text"
+_NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # Unicode keeps them for use inside a program
+_TAG = r"<[\w:]*(?:think|thought|reason)[\w:]*>|\[[\w:]*(?:think|thought|reason)[\w:]*\]"
+_THOUGHTS = re.compile(_TAG, re.IGNORECASE)  # where they begin
+_EMPTY_THOUGHT = re.compile(rf"({_TAG})\s*(?P<end>(?:</|\[/)[\w:]+[>\]]\s*)?\Z", re.IGNORECASE)  # or one just begun
+
+
+def dated(tokenizer: Any, date: str | None) -> None:
+    """From now on the tokenizer's chat template sees `date`, such as "2026-11-27", as the day: through `strftime_now`,
+    for which it is midnight, and as `date_string`, "27 Nov 2026". None: the clock's day, and no `date_string`."""
+    tokenizer.template_date = date
+
+
+def apply(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> str:
+    """The messages as text. After a last message of the user's the assistant's turn is opened; a last message of the
+    assistant's is left open, as `render` in tokenizer.py says.
+
+    Raises ValueError where there are no messages or no template, and where the template is broken, refuses the
+    messages, leaves one out, or does not keep an open one.
+    """
+    if not messages:
+        raise ValueError("prompt = []: give plain text or at least one message")
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            "the prompt is a list of messages but this tokenizer has no chat template: use a model that has "
+            f"one (an instruction-tuned one), or {_PLAIN}"
+        )
+    *before, last = map(dict, messages)
+    continues = last["role"] == "assistant"
+    text = _open_turn(tokenizer, before, last) if continues else _fill(tokenizer, [*before, last], open_turn=True)
+    for message in before if continues else [*before, last]:
+        role, content = message["role"], message["content"]
+        if role != "assistant" and content.strip() not in text:  # of earlier answers, templates leave thoughts out
+            raise ValueError(
+                f"the chat template leaves out or changes the message of the role {role}, {content[:60]!r}: put its "
+                f"text into another message, or {_PLAIN}"
+            )
+    return text
+
+
+def _open_turn(tokenizer: Any, before: list[dict], last: dict) -> str:
+    """The text up to the end of the last message's content. A mark after the content shows what the template writes
+    after it. The mark itself is in no prompt, however often the template writes it, and however changed."""
+    opening = last["content"]
+    mark = next(mark for mark in _NONCHARACTERS if mark not in opening)
+    text, found, after = _fill(tokenizer, [*before, {**last, "content": opening + mark}]).rpartition(mark)
+    if opening.strip():  # the template may trim it
+        text = _fill(tokenizer, [*before, last]).removesuffix(after).rstrip() + opening[len(opening.rstrip()) :]
+    text, content = text.replace(mark, ""), opening.lstrip()
+    if not found or not text.endswith(content):
+        raise ValueError(
+            f"the chat template does not keep the open assistant message {opening!r} (its text ends in "
+            f"{text[-40 - len(opening) :]!r}): end the messages with a user message, or {_PLAIN}"
+        )
+    return _without_thought(tokenizer, before, text[: len(text) - len(content)], opening) + content
+
+
+def _without_thought(tokenizer: Any, before: list[dict], head: str, opening: str) -> str:
+    """What stands before an open message, without a thought that the template begins or ends there on its own account:
+    after a finished one the model would not think, and a message with <think> would be the second."""
+    if thought := _EMPTY_THOUGHT.search(head):
+        answer = before and _EMPTY_THOUGHT.search(_fill(tokenizer, before, open_turn=True))
+        off = answer and answer["end"]  # the messages turn thinking off: every answer begins so
+        if not off if thought["end"] else thought[1] in opening:
+            head = head[: thought.start()]
+    asked = before[-1]["content"].strip() if before else ""
+    turn = head.rpartition(asked)[2] if asked else head
+    for tag in _THOUGHTS.findall(opening):
+        if tag in turn:
+            raise ValueError(
+                f"the chat template writes {turn[turn.index(tag) :]!r} before the open assistant message {opening!r}, "
+                f"which begins a thought itself: take {tag} out of that message, or what turns thinking off (such as "
+                f"/no_think) out of the others, or {_PLAIN}"
+            )
+    return head
+
+
+def _fill(tokenizer: Any, messages: list[dict], *, open_turn: bool = False) -> str:
+    """The template's text, as `apply_chat_template` of transformers gives it, but with the tokenizer's date. That lets
+    the template see plain values alone, and a date needs a function; so its compiled template is filled here."""
+    from jinja2 import TemplateError, TemplateSyntaxError
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    named, mend = tokenizer.chat_template, f"mend its chat_template, or {_PLAIN}"
+    if isinstance(named, dict) and "default" not in named:
+        raise ValueError(f"the model has chat templates {', '.join(sorted(named))}, and none is named default: {mend}")
+    roles = ", ".join(message["role"] for message in messages)
+    try:
+        template = _compile_jinja_template(tokenizer.get_chat_template())
+        values = {**tokenizer.special_tokens_map, **_day(getattr(tokenizer, "template_date", None))}
+        return template.render(messages=messages, tools=None, documents=None, add_generation_prompt=open_turn, **values)
+    except TemplateSyntaxError as error:
+        where = f"line {error.lineno}: {error.message}"
+        raise ValueError(f"the model's chat template is not valid Jinja ({where}): {mend}") from None
+    except Exception as error:  # a template is a program, and may do anything
+        if type(error) is TemplateError:  # by its own raise_exception
+            raise ValueError(
+                f"the model's chat template refuses messages of the roles {roles} ({error}): change the prompt's "
+                f"roles, or {_PLAIN}"
+            ) from None
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"the model's chat template fails on messages of the roles {roles} ({what}): {mend}"
+        ) from error
+
+
+def _day(date: str | None) -> dict[str, Any]:
+    """What a template can ask of the day."""
+    if date is None:
+        return {}
+    day = datetime.datetime.fromisoformat(date)
+    return {"strftime_now": lambda format: day.strftime(format), "date_string": day.strftime("%d %b %Y")}
