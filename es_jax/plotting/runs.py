@@ -26,7 +26,7 @@ ERRORS = "Errors are one standard error: over seeds, or over rows where a series
 # What may differ within a series: the seed, and what no step depends on.
 ALIKE = (
     "train.", "evals.", "mesh.", "decode.slots", "decode.members_at_once", "decode.max_prompt_tokens",
-    "model.template_date", "grpo.micro_batch", "optim.anchor.strength", "optim.anchor.kappa",  # λ stands for the last two
+    "grpo.micro_batch", "model.template_date", "optim.anchor.strength", "optim.anchor.kappa",  # λ stands for both
 )  # fmt: skip
 SCHEDULES = ("es.schedule", "optim.schedule", "optim.anchor.schedule")
 # What every line of a file has; one of another name is a task's.

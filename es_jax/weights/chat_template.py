@@ -32,6 +32,9 @@ def apply(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> str:
             "the prompt is a list of messages but this tokenizer has no chat template: use a model that has "
             f"one (an instruction-tuned one), or {_PLAIN}"
         )
+    for i, message in enumerate(messages):
+        if not isinstance(message.get("content"), str):
+            raise ValueError(f"prompt[{i}].content is {message.get('content')!r}: it must be text")
     *before, last = map(dict, messages)
     continues = last["role"] == "assistant"
     text = _open_turn(tokenizer, before, last) if continues else _fill(tokenizer, [*before, last], open_turn=True)
@@ -49,8 +52,13 @@ def _open_turn(tokenizer: Any, before: list[dict], last: dict) -> str:
     """The text up to the end of the last message's content. A mark after the content shows what the template writes
     after it. The mark itself is in no prompt, however often the template writes it, and however changed."""
     opening = last["content"]
-    mark = next(mark for mark in _NONCHARACTERS if mark not in opening)
-    text, found, after = _fill(tokenizer, [*before, {**last, "content": opening + mark}]).rpartition(mark)
+    given = "".join(message["content"] for message in [*before, last])
+    mark = next(mark for mark in _NONCHARACTERS if mark not in given)
+
+    def around(content: str) -> tuple[str, str, str]:
+        return _fill(tokenizer, [*before, {**last, "content": content + mark}]).rpartition(mark)
+
+    text, found, after = around(opening)
     if opening.strip():  # the template may trim it
         text = _fill(tokenizer, [*before, last]).removesuffix(after).rstrip() + opening[len(opening.rstrip()) :]
     text, content = text.replace(mark, ""), opening.lstrip()
@@ -59,19 +67,22 @@ def _open_turn(tokenizer: Any, before: list[dict], last: dict) -> str:
             f"the chat template does not keep the open assistant message {opening!r} (its text ends in "
             f"{text[-40 - len(opening) :]!r}): end the messages with a user message, or {_PLAIN}"
         )
-    return _without_thought(tokenizer, before, text[: len(text) - len(content)], opening) + content
+    head, asked = text[: len(text) - len(content)], before[-1]["content"].strip() if before else ""
+    own = around("")[0].replace(mark, "")  # what the template writes on its own account
+    turn = own.rpartition(asked)[2] if asked else own
+    if head.endswith(turn):
+        head = head.removesuffix(turn) + _without_thought(tokenizer, before, turn, opening)
+    return head + content
 
 
-def _without_thought(tokenizer: Any, before: list[dict], head: str, opening: str) -> str:
-    """What stands before an open message, without a thought that the template begins or ends there on its own account:
-    after a finished one the model would not think, and a message with <think> would be the second."""
-    if thought := _EMPTY_THOUGHT.search(head):
+def _without_thought(tokenizer: Any, before: list[dict], turn: str, opening: str) -> str:
+    """What the template writes between the message before and the open one, without a thought that it begins or ends
+    there: after a finished one the model would not think, and a message with <think> would be the second."""
+    if thought := _EMPTY_THOUGHT.search(turn):
         answer = before and _EMPTY_THOUGHT.search(_fill(tokenizer, before, open_turn=True))
         off = answer and answer["end"]  # the messages turn thinking off: every answer begins so
         if not off if thought["end"] else thought[1] in opening:
-            head = head[: thought.start()]
-    asked = before[-1]["content"].strip() if before else ""
-    turn = head.rpartition(asked)[2] if asked else head
+            turn = turn[: thought.start()]
     for tag in _THOUGHTS.findall(opening):
         if tag in turn:
             raise ValueError(
@@ -79,7 +90,7 @@ def _without_thought(tokenizer: Any, before: list[dict], head: str, opening: str
                 f"which begins a thought itself: take {tag} out of that message, or what turns thinking off (such as "
                 f"/no_think) out of the others, or {_PLAIN}"
             )
-    return head
+    return turn
 
 
 def _fill(tokenizer: Any, messages: list[dict], *, open_turn: bool = False) -> str:
@@ -105,10 +116,8 @@ def _fill(tokenizer: Any, messages: list[dict], *, open_turn: bool = False) -> s
                 f"the model's chat template refuses messages of the roles {roles} ({error}): change the prompt's "
                 f"roles, or {_PLAIN}"
             ) from None
-        what = f"{type(error).__name__}: {error}"
-        raise ValueError(
-            f"the model's chat template fails on messages of the roles {roles} ({what}): {mend}"
-        ) from error
+        what = f"messages of the roles {roles} ({type(error).__name__}: {error})"
+        raise ValueError(f"the model's chat template fails on {what}: {mend}") from error
 
 
 def _day(date: str | None) -> dict[str, Any]:
