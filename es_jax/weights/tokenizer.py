@@ -31,15 +31,14 @@ def stop_token_ids(tokenizer: Any, *eos: int | list[int] | None) -> tuple[int, .
     return tuple(sorted(stops - {None}))
 
 
-def check_token_ids(value: Any, name: str, vocabulary: Mapping[str, int]) -> Any:
-    """The value of a field such as eos_token_id: a token id, a list of them, or None. ValueError for anything else,
-    with the id where it is a token's text."""
+def check_token_ids(value: Any, name: str) -> Any:
+    """The value of a field such as eos_token_id: a token id, a list of them, or None. ValueError for anything else."""
     for one in value if isinstance(value, list) else [] if value is None else [value]:
         if type(one) is not int or one < 0:
-            number = (one if one.isdecimal() else vocabulary.get(one)) if isinstance(one, str) else None
-            hint = "" if number is None else f"; for {one!r} write {number}"
+            text = f"; write the number that tokenizer.json has for {one!r}" if isinstance(one, str) else ""
+            text = f"; write {one} without quotation marks" if text and one.isdecimal() else text
             raise ValueError(
-                f"{name} is {value!r}: it must be a token id (a whole number from 0) or a list of them{hint}"
+                f"{name} is {value!r}: it must be a token id (a whole number from 0) or a list of them{text}"
             )
     return value
 
