@@ -62,3 +62,11 @@ def test_ids_of_gguf_metadata_are_of_its_tokens(name, value):
     says = rf"tokenizer\.ggml\.{name}_token_id is .*: it must be a token id, 0 to 258; load"
     with pytest.raises(ValueError, match=says):
         from_gguf_metadata({**tiny_metadata(), f"tokenizer.ggml.{name}_token_id": value})
+
+
+@pytest.mark.parametrize("field", ["bos_token_id", "pad_token_id"])
+def test_another_id_that_is_text_is_named_with_its_value(folder, field):
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(fields | {field: "<s>"}))
+    with pytest.raises(ValueError, match=rf"no tokenizer could be read \(.*{field}.*'<s>'"):
+        load_outline(folder)
