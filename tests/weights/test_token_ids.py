@@ -9,7 +9,7 @@ from test_model import CONFIG, tiny_metadata
 from es_jax.models.transformer import Transformer
 from es_jax.weights.gguf_tokenizer import from_gguf_metadata
 from es_jax.weights.model import Model, load_outline, save_model
-from es_jax.weights.tokenizer import check_token_ids
+from es_jax.weights.tokenizer import check_token_ids, from_folder
 
 WRONG = ["<|im_end|>", "7", "", [2, "<|im_end|>"], [[2]], -1, [0, -2], True, [False], 2.0, [2.5], {"id": 2}, [None]]
 
@@ -64,9 +64,12 @@ def test_ids_of_gguf_metadata_are_of_its_tokens(name, value):
         from_gguf_metadata({**tiny_metadata(), f"tokenizer.ggml.{name}_token_id": value})
 
 
-@pytest.mark.parametrize("field", ["bos_token_id", "pad_token_id"])
-def test_another_id_that_is_text_is_named_with_its_value(folder, field):
-    fields = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(fields | {field: "<s>"}))
-    with pytest.raises(ValueError, match=rf"no tokenizer could be read \(.*{field}.*'<s>'"):
-        load_outline(folder)
+@pytest.mark.parametrize("lines", ["Validation error\n  for 'bos_token_id':\n got '<s>'", "one\ttwo", ""])
+def test_why_a_tokenizer_cannot_be_read_is_told_in_one_line(tmp_path, monkeypatch, lines):
+    def fail(*arguments, **options):
+        raise TypeError(lines)
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", fail)
+    with pytest.raises(ValueError, match="no tokenizer could be read") as caught:
+        from_folder(tmp_path)
+    assert f"({' '.join(lines.split()) or 'TypeError'})" in str(caught.value)
