@@ -29,14 +29,14 @@ from es_jax.training.weights_at import weights_at
 from es_jax.weights.chat_template import dated
 from es_jax.weights.model import Model, load_outline
 
+Fields = dict[str, Any]  # as JSON has them
 MARKS = "subject.json"  # as in the directories of earlier versions
 SHORT = 16  # characters of a digest
 # What may differ between two runs with the same weights at each step. Digests stand for the paths.
 WITHOUT_MARK = (*directory.CHANGEABLE, directory.DATE, "model.source", "task.data_dir", "optim.anchor.source", "evals.")
 
 
-@dataclasses.dataclass(frozen=True)
-class WeightSource:
+class WeightSource(NamedTuple):
     """Weights by step, step 0 the base model.
 
     Attributes:
@@ -51,7 +51,7 @@ class WeightSource:
     """
 
     name: str
-    marks: Callable[[int], dict[str, Any]]
+    marks: Callable[[int], Fields]
     config: RunConfig
     model: Model
     last: int
@@ -64,7 +64,7 @@ class WeightSource:
 def is_run(path: Path) -> bool:
     """Whether a folder is a run's directory, by its config.json."""
     try:
-        return "digest" in json.loads((path / "config.json").read_text(encoding="utf-8"))
+        return "digest" in json.loads((path / "config.json").read_bytes())
     except (OSError, ValueError):
         return False
 
@@ -76,7 +76,7 @@ def of_run(workdir: Path, mesh: Mesh) -> WeightSource:
     directory.check_base(workdir, config.model.source, model.digest)
     perturbs = METHODS[config.method].perturbs
 
-    def marks(steps: int) -> dict[str, Any]:
+    def marks(steps: int) -> Fields:
         """A longer run keeps its marks of the first steps; the seed log tells what the fields do not, such as rates
         that followed a schedule over another number of steps."""
         steps, facts = min(steps, len(entries)), directory.read(workdir)
@@ -106,7 +106,7 @@ def of_run(workdir: Path, mesh: Mesh) -> WeightSource:
     )
 
 
-def _fields(config: RunConfig) -> dict[str, Any]:
+def _fields(config: RunConfig) -> Fields:
     fields = flatten_dict(json.loads(json.dumps(dataclasses.asdict(config))), sep=".")
     return {name: value for name, value in fields.items() if not name.startswith(WITHOUT_MARK)}
 
@@ -145,7 +145,7 @@ def with_date(source: WeightSource, folder: Path, date: str | None, *, run: bool
             date = datetime.date.today().isoformat()
     date = processes.exchange({0: date} if processes.first() else {})[0]
     dated(source.model.tokenizer, date)
-    return dataclasses.replace(source, config=source.config.dated(date))
+    return source._replace(config=source.config.dated(date))
 
 
 def check_folder(folder: Path, source: WeightSource) -> None:
@@ -180,7 +180,7 @@ class Subject(NamedTuple):
     saw, where that is known."""
 
     name: str
-    marks: dict[str, Any] | None
+    marks: Fields | None
     template_date: str | None
 
 
@@ -188,7 +188,7 @@ def _read_subject(folder: Path) -> Subject:
     """With the fields' names of today."""
     path = folder / MARKS
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_bytes())
         marks = {RENAMED.get(name, name): value for name, value in content["marks"].items()}
         return Subject(content["name"], marks, content.get("template_date"))
     except FileNotFoundError:

@@ -42,7 +42,7 @@ def _above(low: float) -> Callable[[Any], bool]:
 
 def check_date(field: str, text: str | None) -> None:
     """Raises ValueError unless it is a day, YYYY-MM-DD, or None."""
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, TypeError):
         if text is None or datetime.date.fromisoformat(text).isoformat() == text:
             return
     raise ValueError(f"{field} is {text!r}: it must be a day such as 2026-11-27")
