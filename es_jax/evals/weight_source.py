@@ -21,7 +21,7 @@ from es_jax.evals.drift import drift
 from es_jax.rundir import directory
 from es_jax.rundir.metrics import read_jsonl
 from es_jax.rundir.seed_log import NAME, read_entries
-from es_jax.training.config import ModelConfig, RunConfig, read_config
+from es_jax.training.config import ModelConfig, RunConfig, check_date, read_config
 from es_jax.training.method import METHODS
 from es_jax.training.predicted_drift import PredictedDrift
 from es_jax.training.state import load_anchor, load_base
@@ -190,7 +190,8 @@ def _read_subject(folder: Path) -> Subject:
     try:
         content = json.loads(path.read_bytes())
         marks = {RENAMED.get(name, name): value for name, value in content["marks"].items()}
-        return Subject(content["name"], marks, content.get("template_date"))
+        check_date("template_date", date := content.get("template_date"))
+        return Subject(content["name"], marks, date)
     except FileNotFoundError:
         return Subject("", None, None)
     except (AttributeError, ValueError, TypeError, KeyError) as error:

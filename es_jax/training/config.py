@@ -40,7 +40,7 @@ def _above(low: float) -> Callable[[Any], bool]:
     return lambda x: low < x < math.inf
 
 
-def check_date(field: str, text: str | None) -> None:
+def check_date(field: str, text: Any) -> None:
     """Raises ValueError unless it is a day, YYYY-MM-DD, or None."""
     with contextlib.suppress(ValueError, TypeError):
         if text is None or datetime.date.fromisoformat(text).isoformat() == text:

@@ -119,7 +119,12 @@ def test_the_evaluation_of_a_model_goes_on_the_next_day(model, tmp_path, on):
     on(SECOND)
     assert evaluated(tmp_path / "a", [0, 1]) == first == evaluated(tmp_path / "b", [0], template_date=FIRST)
     assert evaluated(tmp_path / "c", [0]) != first
-    assert json.loads((tmp_path / "c" / "subject.json").read_text())["template_date"] == SECOND
+    subject = json.loads((tmp_path / "c" / "subject.json").read_text())
+    assert subject["template_date"] == SECOND
+    for damaged in (5, "yesterday", ["2026-11-28"]):
+        (tmp_path / "c" / "subject.json").write_text(json.dumps(subject | {"template_date": damaged}))
+        with pytest.raises(ValueError, match=r"subject\.json is damaged .*template_date is .*: it must be a day"):
+            evaluated(tmp_path / "c", [0])
 
 
 def test_a_run_from_before_the_field_asks_for_the_day(model, tmp_path, on):

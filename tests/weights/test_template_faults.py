@@ -7,6 +7,7 @@ import transformers.utils.chat_template_utils as library
 from test_chat_templates import CHATML, FOLDED, NO_SYSTEM
 from test_model import tiny_metadata
 
+from es_jax.weights.boundary import encode_options
 from es_jax.weights.chat_template import dated
 from es_jax.weights.gguf_tokenizer import from_gguf_metadata
 from es_jax.weights.tokenizer import encode_prompt, render
@@ -66,6 +67,8 @@ def test_a_template_sees_the_date_of_its_tokenizer(name):
     assert (render(other, [USER]) == render(tokenizer, [USER])) == (name == "seconds")
     assert render(tokenizer, [USER, {"role": "assistant", "content": "So"}]).startswith(text)
     assert encode_prompt(tokenizer, [USER]) == tokenizer.encode(render(tokenizer, [USER]))
+    prompt, _ = encode_options(tokenizer, [USER], ["A", "B"])
+    assert tokenizer.decode(prompt).startswith(text)
 
 
 def test_the_date_stays_with_the_tokenizer(monkeypatch):
