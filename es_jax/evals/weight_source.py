@@ -26,7 +26,7 @@ from es_jax.training.method import METHODS
 from es_jax.training.predicted_drift import PredictedDrift
 from es_jax.training.state import load_anchor, load_base
 from es_jax.training.weights_at import weights_at
-from es_jax.weights.chat_template import dated
+from es_jax.weights.chat_template import set_date
 from es_jax.weights.model import Model, load_outline
 
 Fields = dict[str, Any]  # as JSON has them
@@ -144,8 +144,8 @@ def with_date(source: WeightSource, folder: Path, date: str | None, *, run: bool
         if date is None and not run and not any(folder.glob("*.jsonl")):
             date = datetime.date.today().isoformat()
     date = processes.exchange({0: date} if processes.first() else {})[0]
-    dated(source.model.tokenizer, date)
-    return source._replace(config=source.config.dated(date))
+    set_date(source.model.tokenizer, date)
+    return source._replace(config=source.config.with_date(date))
 
 
 def check_folder(folder: Path, source: WeightSource) -> None:

@@ -100,15 +100,15 @@ def _settle(workdir: Path, config: dict[str, Any], identity: dict[str, Any], sta
         old, new = (
             flatten_dict(facts["config"], sep=".") | {k: facts.get(k) for k in identity} for facts in (then, content)
         )
-        undated = old.get(DATE) is None  # from before the field was there: it may be told
+        dateless = old.get(DATE) is None  # from before the field was there: it may be told
         changed = [name for name in new if name not in CHANGEABLE and old.get(name) != new[name]]
-        changed = [name for name in changed if not (undated and name == DATE)]
+        changed = [name for name in changed if not (dateless and name == DATE)]
         if changed and started:
             differing = "; ".join(f"{name} was {old.get(name)!r} and is {new[name]!r}" for name in changed)
             day = f". If the chat template writes the date, set {DATE} to the day the run began"
             raise ValueError(
                 f"{workdir} holds a run of another config: {differing}. Choose another --workdir, or set the fields "
-                "back" + (day if undated and changed == ["rows"] else "")
+                "back" + (day if dateless and changed == ["rows"] else "")
             )
         if changed:
             shutil.rmtree(workdir / "evals", ignore_errors=True)  # of that config's weights before the first step

@@ -458,7 +458,7 @@ class RunConfig:
                     f"{field} is {text!r} with method {self.method!r}: schedules are for ES; set it to 'constant'"
                 )
 
-    def dated(self, date: str | None) -> "RunConfig":
+    def with_date(self, date: str | None) -> "RunConfig":
         """The same config with another model.template_date."""
         return dataclasses.replace(self, model=dataclasses.replace(self.model, template_date=date))
 

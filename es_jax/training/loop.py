@@ -115,10 +115,10 @@ def with_date(config: RunConfig, workdir: Path) -> RunConfig:
         if (workdir / "config.json").exists():
             there = directory.read(workdir)["config"]
             begun = there.get("model", {}).get("template_date")
-            same = there == json.loads(json.dumps(dataclasses.asdict(config.dated(begun))))
+            same = there == json.loads(json.dumps(dataclasses.asdict(config.with_date(begun))))
             date = begun if same or read_entries(workdir) else date
     date = processes.exchange({0: date} if processes.first() else {})[0]
-    return config.dated(config.model.template_date or date)
+    return config.with_date(config.model.template_date or date)
 
 
 class _Run:

@@ -28,7 +28,7 @@ from es_jax.profiling.clock import timed
 from es_jax.rundir.checkpoints import abstract
 from es_jax.rundir.seed_log import Entry
 from es_jax.training.config import Rates, RunConfig
-from es_jax.weights.chat_template import dated
+from es_jax.weights.chat_template import set_date
 from es_jax.weights.model import Model, config_only, load_model
 
 
@@ -79,7 +79,7 @@ def load_base(config: RunConfig, mesh: Mesh, *, source: str | None = None) -> Mo
         dtype=jnp.dtype(config.model.param_dtype),
         shardings=lambda name, shape: leaf_sharding(mesh, name, shape),
     )
-    dated(model.tokenizer, config.model.template_date)
+    set_date(model.tokenizer, config.model.template_date)
     return model
 
 

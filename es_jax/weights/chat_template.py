@@ -1,6 +1,7 @@
 """Chat templates: messages as the text that a model is to continue."""
 
 import datetime
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ _THOUGHTS = re.compile(_TAG, re.IGNORECASE)  # where they begin
 _EMPTY_THOUGHT = re.compile(rf"({_TAG})\s*(?P<end>(?:</|\[/)[\w:]+[>\]]\s*)?\Z", re.IGNORECASE)  # or one just begun
 
 
-def dated(tokenizer: Any, date: str | None) -> None:
+def set_date(tokenizer: Any, date: str | None) -> None:
     """From now on the tokenizer's chat template sees `date`, such as "2026-11-27", as the day: through `strftime_now`,
     for which it is midnight, and as `date_string`, "27 Nov 2026". None: the clock's day, and no `date_string`."""
     tokenizer.template_date = date
@@ -39,8 +40,9 @@ def apply(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> str:
     continues = last["role"] == "assistant"
     text = _open_turn(tokenizer, before, last) if continues else _fill(tokenizer, [*before, last], open_turn=True)
     for message in before if continues else [*before, last]:
-        role, content = message["role"], message["content"]
-        if role != "assistant" and content.strip() not in text:  # of earlier answers, templates leave thoughts out
+        role, content = message["role"], message["content"].strip()
+        quoted = json.dumps(content, ensure_ascii=False)[1:-1]  # as some templates have the results of tools
+        if role != "assistant" and content not in text and quoted not in text:  # answers may lose their thoughts
             raise ValueError(
                 f"the chat template leaves out or changes the message of the role {role}, {content[:60]!r}: put its "
                 f"text into another message, or {_PLAIN}"
@@ -52,24 +54,24 @@ def _open_turn(tokenizer: Any, before: list[dict], last: dict) -> str:
     """The text up to the end of the last message's content. A mark after the content shows what the template writes
     after it. The mark itself is in no prompt, however often the template writes it, and however changed."""
     opening = last["content"]
-    given = "".join(message["content"] for message in [*before, last])
-    mark = next(mark for mark in _NONCHARACTERS if mark not in given)
+    contents = "".join(message["content"] for message in [*before, last])
+    mark = next(mark for mark in _NONCHARACTERS if mark not in contents)
 
     def around(content: str) -> tuple[str, str, str]:
         return _fill(tokenizer, [*before, {**last, "content": content + mark}]).rpartition(mark)
 
-    text, found, after = around(opening)
+    text, marker, after = around(opening)
     if opening.strip():  # the template may trim it
         text = _fill(tokenizer, [*before, last]).removesuffix(after).rstrip() + opening[len(opening.rstrip()) :]
     text, content = text.replace(mark, ""), opening.lstrip()
-    if not found or not text.endswith(content):
+    if not marker or not text.endswith(content):
         raise ValueError(
             f"the chat template does not keep the open assistant message {opening!r} (its text ends in "
             f"{text[-40 - len(opening) :]!r}): end the messages with a user message, or {_PLAIN}"
         )
-    head, asked = text[: len(text) - len(content)], before[-1]["content"].strip() if before else ""
+    head, question = text[: len(text) - len(content)], before[-1]["content"].strip() if before else ""
     own = around("")[0].replace(mark, "")  # what the template writes on its own account
-    turn = own.rpartition(asked)[2] if asked else own
+    turn = own.rpartition(question)[2] if question else own
     if head.endswith(turn):
         head = head.removesuffix(turn) + _without_thought(tokenizer, before, turn, opening)
     return head + content
@@ -99,9 +101,10 @@ def _fill(tokenizer: Any, messages: list[dict], *, open_turn: bool = False) -> s
     from jinja2 import TemplateError, TemplateSyntaxError
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
-    named, mend = tokenizer.chat_template, f"mend its chat_template, or {_PLAIN}"
-    if isinstance(named, dict) and "default" not in named:
-        raise ValueError(f"the model has chat templates {', '.join(sorted(named))}, and none is named default: {mend}")
+    templates, mend = tokenizer.chat_template, f"mend its chat_template, or {_PLAIN}"
+    if isinstance(templates, dict) and "default" not in templates:
+        names = ", ".join(sorted(templates))
+        raise ValueError(f"the model has chat templates {names}, and none is named default: {mend}")
     roles = ", ".join(message["role"] for message in messages)
     try:
         template = _compile_jinja_template(tokenizer.get_chat_template())

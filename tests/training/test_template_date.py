@@ -19,7 +19,7 @@ from es_jax.plotting.runs import group, incomparable
 from es_jax.training import loop
 from es_jax.training.config import freeze, read_config
 from es_jax.training.loop import run
-from es_jax.weights.chat_template import dated
+from es_jax.weights.chat_template import set_date
 from es_jax.weights.model import load_outline
 from es_jax.weights.tokenizer import render
 from tests.helpers import config_of
@@ -68,7 +68,7 @@ def date_of(workdir):
     return json.loads((workdir / "config.json").read_text())["config"]["model"]["template_date"]
 
 
-def undated(workdir):
+def dateless(workdir):
     """Make it a directory from before runs had a date."""
     path = workdir / "config.json"
     content = json.loads(path.read_text())
@@ -129,21 +129,21 @@ def test_the_evaluation_of_a_model_goes_on_the_next_day(model, tmp_path, on):
 
 def test_a_run_from_before_the_field_asks_for_the_day(model, tmp_path, on):
     run(config_of(model, FIELDS, model={"template_date": FIRST}), tmp_path)
-    undated(tmp_path)
+    dateless(tmp_path)
     assert read_config(tmp_path).model.template_date is None
     on(SECOND)
     config = config_of(model, later(FIELDS))
     with pytest.raises(ValueError, match=r"rows was .* set model\.template_date to the day the run began"):
         run(config, tmp_path)
     with pytest.raises(ValueError, match=r"rows was .* set model\.template_date to the day the run began"):
-        run(config.dated(SECOND), tmp_path)
-    assert run(config.dated(FIRST), tmp_path).step == 2 and date_of(tmp_path) == FIRST
+        run(config.with_date(SECOND), tmp_path)
+    assert run(config.with_date(FIRST), tmp_path).step == 2 and date_of(tmp_path) == FIRST
     assert run(config, tmp_path).step == 2
 
 
 def test_a_run_from_before_the_field_whose_template_has_no_date_goes_on(tiny_model, tmp_path, on):
     run(config_of(tiny_model, FIELDS), tmp_path)
-    undated(tmp_path)
+    dateless(tmp_path)
     on(SECOND)
     assert run(config_of(tiny_model, later(FIELDS)), tmp_path).step == 2
     assert date_of(tmp_path) is None
@@ -155,13 +155,13 @@ def test_the_date_of_a_directory_without_a_step(model, tmp_path, on):
     config = config_of(model, FIELDS)
     on(FIRST)
     assert loop.with_date(config, tmp_path).model.template_date == FIRST
-    content = {"config": json.loads(json.dumps(loop.dataclasses.asdict(config.dated(FIRST)))), "digest": ""}
+    content = {"config": json.loads(json.dumps(loop.dataclasses.asdict(config.with_date(FIRST)))), "digest": ""}
     (tmp_path / "config.json").write_text(json.dumps(content))
     on(SECOND)
     assert loop.with_date(config, tmp_path).model.template_date == FIRST
     other = config_of(model, FIELDS, es={"population": 4})
     assert loop.with_date(other, tmp_path).model.template_date == SECOND
-    assert loop.with_date(config.dated("2020-02-29"), tmp_path).model.template_date == "2020-02-29"
+    assert loop.with_date(config.with_date("2020-02-29"), tmp_path).model.template_date == "2020-02-29"
 
 
 def test_all_processes_take_the_day_of_the_first(tmp_path, on, monkeypatch):
@@ -198,5 +198,5 @@ def test_what_is_no_day_is_refused(date):
 
 def test_a_prompt_of_the_run_is_a_prompt_of_its_date(model):
     tokenizer = load_outline(Path(model)).tokenizer
-    dated(tokenizer, FIRST)
+    set_date(tokenizer, FIRST)
     assert render(tokenizer, [{"role": "user", "content": "a"}]).startswith("Today Date: 27 Nov 2026 00:00:00\n")

@@ -8,7 +8,7 @@ from test_chat_templates import CHATML, FOLDED, NO_SYSTEM
 from test_model import tiny_metadata
 
 from es_jax.weights.boundary import encode_options
-from es_jax.weights.chat_template import dated
+from es_jax.weights.chat_template import set_date
 from es_jax.weights.gguf_tokenizer import from_gguf_metadata
 from es_jax.weights.tokenizer import encode_prompt, render
 
@@ -61,8 +61,8 @@ DATED = {
 def test_a_template_sees_the_date_of_its_tokenizer(name):
     template, text = DATED[name]
     tokenizer, other = tokenizer_with(template + LOOP), tokenizer_with(template + LOOP)
-    dated(tokenizer, "2026-01-02")
-    dated(other, "2025-12-31")
+    set_date(tokenizer, "2026-01-02")
+    set_date(other, "2025-12-31")
     assert render(tokenizer, [USER]) == f"{text}[user]{USER['content']}[assistant]"
     assert (render(other, [USER]) == render(tokenizer, [USER])) == (name == "seconds")
     assert render(tokenizer, [USER, {"role": "assistant", "content": "So"}]).startswith(text)
@@ -82,17 +82,17 @@ def test_the_date_stays_with_the_tokenizer(monkeypatch):
     assert (
         render(tokenizer, [USER]) == written_by_library(tokenizer, [USER]) == f"2031[user]{USER['content']}[assistant]"
     )
-    dated(tokenizer, "2026-01-02")
+    set_date(tokenizer, "2026-01-02")
     assert render(tokenizer, [USER]).startswith("202602 Jan 2026[user]")
     assert written_by_library(tokenizer, [USER]).startswith("2031[user]")
-    dated(tokenizer, None)
+    set_date(tokenizer, None)
     assert render(tokenizer, [USER]).startswith("2031[user]")
 
 
 @pytest.mark.parametrize("template", [CHATML, FOLDED, NO_SYSTEM])
 def test_a_template_without_a_date_writes_what_the_library_writes(template):
     tokenizer = tokenizer_with(template)
-    dated(tokenizer, "2026-01-02")
+    set_date(tokenizer, "2026-01-02")
     for messages in ([USER], [USER, {"role": "assistant", "content": "24"}, USER]):
         assert render(tokenizer, messages) == written_by_library(tokenizer, messages)
 
@@ -235,6 +235,12 @@ def test_a_message_that_the_template_leaves_out_is_named(message):
         with pytest.raises(ValueError, match=f"leaves out or changes the message of the role {message['role']}"):
             render(tokenizer_with(template), [message, USER, *opening])
     assert opened(template, "So", USER) == f"[user]{USER['content']}[assistant]So"
+
+
+def test_a_template_may_quote_a_message():
+    template = LOOP.replace("{{ m.content }}", "{{ m.content | tojson if m.role == 'tool' else m.content }}")
+    text = render(tokenizer_with(template), [USER, {"role": "tool", "content": 'say "hi"\n to é'}])
+    assert text.endswith('[tool]"say \\"hi\\"\\n to é"[assistant]')
 
 
 # Errors
