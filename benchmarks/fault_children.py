@@ -6,7 +6,6 @@ They are forked from a server that has imported this module, and with it es_jax,
 import contextlib
 import dataclasses
 import hashlib
-import json
 import os
 import random
 import resource
@@ -283,12 +282,6 @@ def leftovers(workdir: str) -> list[str]:
     root = Path(workdir)
     names = [path.name for path in (root / "ckpt").iterdir() if not path.name.isdigit()]
     return names + [path.name for path in root.rglob("*.tmp")]
-
-
-def log_of(workdir: str) -> list[str]:
-    with contextlib.suppress(FileNotFoundError):
-        return [json.dumps(json.loads(line)) for line in open(f"{workdir}/seedlog.jsonl", "rb")]
-    return []
 
 
 OPERATIONS: dict[str, Callable[..., Any]] = {
