@@ -23,7 +23,7 @@ def parse():
     before = set(flags.FLAGS)
     define_config(FIELDS)
     flags.DEFINE_string("workdir", None, "")
-    read = parser("es_jax.train", fields=FIELDS, renamed={"dir": "workdir"})
+    read = parser("es_jax.train", required=("config",), fields=FIELDS, renamed={"dir": "workdir"})
 
     def config(*arguments: str) -> RunConfig:
         for name in set(flags.FLAGS) - before:
@@ -83,6 +83,11 @@ def test_a_file_of_flags_that_cannot_be_read(parse, content, tmp_path):
     if content:
         (tmp_path / "flags").write_bytes(content)
     assert "--flagfile: " in refuse(parse, f"--flagfile={tmp_path / 'flags'}")
+
+
+def test_a_flag_that_is_missing_is_named(parse):
+    assert refuse(parse, "--workdir=x", "--config.es.population=4") == "es_jax.train: --config is missing: give it"
+    assert refuse(parse, "--config") == "es_jax.train: Missing value for flag --config"
 
 
 def test_flags_of_booleans_and_of_several_values(parse):

@@ -146,6 +146,23 @@ def test_the_folder_of_a_killed_save_goes_with_the_next_start(name, saved, tmp_p
     assert sorted(path.name for path in (workdir / "ckpt").iterdir()) == ["1", "2"]
 
 
+@pytest.mark.parametrize("then", ["a start", "a save"])
+def test_what_another_process_may_be_saving_stays_until_that_is_gone(then, tmp_path):
+    mine, other = Checkpoints(tmp_path, keep=2), Checkpoints(tmp_path, keep=2)
+    unfinished = tmp_path / "ckpt/7.orbax-checkpoint-tmp/default"
+    unfinished.mkdir(parents=True)
+    Checkpoints(tmp_path, keep=2).close()
+    mine.save(1, TREE, {})
+    assert unfinished.exists()
+    other.close()
+    if then == "a start":
+        mine.close()
+        Checkpoints(tmp_path, keep=2).close()
+    else:
+        mine.save(2, TREE, {})
+    assert not unfinished.parent.exists() and saved_steps(tmp_path)[0] == 1
+
+
 def test_what_another_process_writes_stays(tiny_model, tmp_path):
     unfinished = [tmp_path / "ckpt/7.orbax-checkpoint-tmp", tmp_path / "config.tmp"]
     unfinished[0].mkdir(parents=True)
