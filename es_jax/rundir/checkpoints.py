@@ -134,7 +134,8 @@ def _share(paths: Iterable[Path]) -> list[Path]:
 
 def _write_sums(folder: Path) -> None:
     """The sha256 of every file of the checkpoint, by its name in the folder: sums.<process>.json."""
-    files = _share(path for path in folder.rglob("*") if path.is_file())
+    every = (path for path in folder.rglob("*") if not path.name.startswith("sums."))  # which others write now
+    files = _share(path for path in every if path.is_file())
     with concurrent.futures.ThreadPoolExecutor() as pool:
         sums = {str(path.relative_to(folder)): value for path, value in zip(files, pool.map(_sum, files), strict=True)}
     directory.write_json(folder / f"sums.{jax.process_index()}.json", sums)
