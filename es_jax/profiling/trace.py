@@ -15,10 +15,9 @@ from typing import Any
 import jax
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.unknown_fields import UnknownFieldSet
-from jax.profiler import ProfileData
 
 from es_jax.generate.decode_spec import FILL
-from es_jax.profiling.clock import columns
+from es_jax.profiling.clock import Seconds, columns
 
 PROGRAMS = {"_perturb": "perturb", "_decode": "decode", "rollout": "decode", "update": "update"}  # names of jit → part
 
@@ -86,14 +85,14 @@ class Profile:
             jax.profiler.stop_trace()
 
 
-def part_seconds(folder: Path) -> dict[str, float]:
+def part_seconds(folder: Path) -> Seconds:
     """Seconds in perturb, prefill, decode and update, of all steps in the last trace below a folder; devices' mean.
 
     Only what began within a step counts, and what runs side by side counts once. {} where no known program is named.
     """
     data = max(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime).read_bytes()
     programs = dict(program for plane in _fields(data, 1) for program in _programs(plane))
-    planes = list(ProfileData.from_serialized_xspace(data).planes)
+    planes = list(jax.profiler.ProfileData.from_serialized_xspace(data).planes)
     steps = [_span(e) for plane in planes for line in plane.lines for e in line.events if e.name == "step"]
     devices = []
     for plane in planes:
@@ -112,8 +111,7 @@ def part_seconds(folder: Path) -> dict[str, float]:
             module, scope = _module(stats), scopes[_module(stats), stats.get("program_id")]
             name = str(stats.get("tf_op") or scope.get(str(stats.get("hlo_op")), ""))
             program = re.match(r"jit_(\w+)", module) or re.match(r"jit\((\w+)\)", name)
-            part = PROGRAMS.get(program[1]) if program else None
-            if part is not None:
+            if program and (part := PROGRAMS.get(program[1])):
                 spans[part].append(_span(event))
                 if part == "decode" and re.search(rf"\b{FILL}\b", name):
                     spans["prefill"].append(_span(event))
