@@ -27,6 +27,7 @@ CHANGEABLE = (
     *("evals.every", "mesh.groups", "mesh.model", "optim.anchor.memory"),
 )
 SUM = "sha256"  # the field of config.json that has the sum of the others
+DATE = "model.template_date"
 PACKAGES = ["es_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy"]
 
 
@@ -110,12 +111,15 @@ def _settle(workdir: Path, config: dict[str, Any], identity: dict[str, Any], sta
             flatten_dict({**facts["config"], **{k: facts.get(k) for k in identity}}, sep=".")
             for facts in (then, content)
         )
+        dateless = old.get(DATE) is None  # from before the field was there: it may be told
         changed = [name for name in new if name not in CHANGEABLE and old.get(name) != new[name]]
+        changed = [name for name in changed if not (dateless and name == DATE)]
         if changed and started:
             differing = "; ".join(f"{name} was {old.get(name)!r} and is {new[name]!r}" for name in changed)
+            day = f". If the chat template writes the date, set {DATE} to the day the run began"
             raise ValueError(
                 f"{workdir} holds a run of another config: {differing}. Choose another --workdir, or set the fields "
-                "back"
+                "back" + (day if dateless and changed == ["rows"] else "")
             )
         if changed:
             shutil.rmtree(workdir / "evals", ignore_errors=True)  # of that config's weights before the first step
