@@ -134,16 +134,35 @@ class MultipleChoice(PublishedTask):
         return two_views(self.grader, paper=paper, strict=strict, form=asked is not None, bonus=0.0)
 
     def choices(self, example: Example) -> Choices:
-        """The options as continuations to score; `continuation` = "text" needs an example with the options' texts."""
+        """The options as continuations to score; `continuation` = "text" needs an example with the options' texts.
+
+        They continue the prompt's own last words: of the asked form only what these have not, after a blank where the
+        prompt ends in a word or a mark.
+        """
         texts = example.meta.get("options")
         labels = DATASETS[self.kind].labels[: len(texts) if texts else None]
         right = labels.index(str(example.answer))
         if self.continuation == "label":
-            asked_form = "The answer is ({})" if labels.isalpha() else "{}"
-            return Choices(example.prompt, tuple(map(asked_form.format, labels)), right)
+            before = example.prompt if isinstance(example.prompt, str) else response_text(example, "")
+            form = _rest_of_form(before) if labels.isalpha() else "{}"
+            return Choices(example.prompt, tuple(_blank(before) + form.format(label) for label in labels), right)
         if not texts:
             raise ValueError(f"example {example.id!r} has no options' texts: set continuation to 'label'")
-        return Choices(example.meta["stem"], tuple(f" {text}" for text in texts), right)
+        stem = example.meta["stem"]
+        return Choices(stem, tuple(_blank(stem) + text for text in texts), right)
+
+
+def _blank(before: str) -> str:
+    """What parts a continuation from the text before it: a blank, but for white space, open brackets and markup."""
+    return " " if re.search(r"[^\s(\[{<>*`]\Z", before) else ""
+
+
+def _rest_of_form(before: str) -> str:
+    """What is left of "The answer is ({})" for the end of a text to be in that form; all of it in most cases."""
+    for begun, rest in (r"\banswer\s+is\W*\(\s*", "{})"), (r"\banswer\s+is\W*", "({})"), (r"\banswer\s*", "is ({})"):
+        if re.search(begun + r"\Z", before, re.IGNORECASE):
+            return rest
+    return "answer is ({})" if re.search(r"\bthe\s*\Z", before, re.IGNORECASE) else "The answer is ({})"
 
 
 def _shots(count: int, question: Question, worked: Sequence[Question]) -> Sequence[Question]:
