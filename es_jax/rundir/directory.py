@@ -126,7 +126,8 @@ def read(workdir: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
         fields = {RENAMED.get(name, name): value for name, value in flatten_dict(content["config"], sep=".").items()}
         fields.setdefault("es.generator", "threefry")  # of all runs before the field was there
-        return {**content, "config": unflatten_dict(fields, sep="."), "digest": content["digest"]}
+        there = {"config": unflatten_dict(fields, sep="."), "digest": content["digest"]}
+        return {"streams": 1, **content, **there}  # of all runs before the streams had a version
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is damaged ({error!r}): restore it, or choose another --workdir") from None
 

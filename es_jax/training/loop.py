@@ -132,6 +132,7 @@ class _Run:
             HeldOut.of(tasks[name], rows, self.model, max_prompt_tokens=limit) for name, rows in tests.items()
         ]
         self.log = SeedLog(workdir)
+        self.streams = directory.read(workdir)["streams"] if self.log.entries else rng.STREAMS
         directory.settle(workdir, dataclasses.asdict(config), identity=self._identity(), started=bool(self.log.entries))
         engine = engine_for(
             model.config,
@@ -146,7 +147,7 @@ class _Run:
         self.state = State(config, self.mesh, model.params)
         del model
         self.packing = engine.packing(self.prompts)
-        self.method = config.record.make(config, self.evaluator, self.state, self.packing)
+        self.method = config.record.make(config, self.evaluator, self.state, self.packing, self.streams)
         resume(config, workdir, self.state, self.log, self.checkpoints)
         directory.check_space(workdir, nbytes(self.state.params, self.state.opt_state))
         self.recorder = Recorder(
@@ -259,6 +260,7 @@ class _Run:
             "compute_dtype": str(compute_dtype(self.config)),
             "parameters": self.dim,
             "stop_ids": list(self.model.stop_token_ids),
+            "streams": rng.check_streams(self.streams),
             **({} if anchor is None else {"anchor_digest": load_outline(anchor).digest}),
         }
 
