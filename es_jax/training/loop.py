@@ -16,6 +16,7 @@ GRPO (grpo.py) takes the place of what comes before the metrics. A killed run go
 """
 
 import dataclasses
+import datetime
 import functools
 import hashlib
 import itertools
@@ -38,7 +39,7 @@ from es_jax.profiling.utilisation import utilisation
 from es_jax.rundir import directory
 from es_jax.rundir.checkpoints import Checkpoints, nbytes
 from es_jax.rundir.directory import compilation_cache
-from es_jax.rundir.seed_log import SeedLog
+from es_jax.rundir.seed_log import SeedLog, read_entries
 from es_jax.scoring.grading import Graded, Grader
 from es_jax.scoring.heldout import HeldOut, checked_prompt, evaluate
 from es_jax.scoring.workers import Submit, workers_of
@@ -107,6 +108,20 @@ def other_task(config: RunConfig, name: str) -> Task:
     return get_task(name) if root is None else get_task(name, data_dir=rows_folder(root, name))
 
 
+def with_date(config: RunConfig, workdir: Path) -> RunConfig:
+    """The config with the day that the run's chat template sees: as it says, or that of the run in the directory, or
+    today. A run from before the field was there has none, and its template sees the clock's. Process 0 decides."""
+    if processes.first():
+        date: str | None = datetime.date.today().isoformat()
+        if (workdir / "config.json").exists():
+            there = directory.read(workdir)["config"]
+            begun = there.get("model", {}).get("template_date")
+            same = there == json.loads(json.dumps(dataclasses.asdict(config.with_date(begun))))
+            date = begun if same or read_entries(workdir) else date
+    date = processes.exchange({0: date} if processes.first() else {})[0]
+    return config.with_date(config.model.template_date or date)
+
+
 class _Run:
     """One process's run of the loop. `__init__` checks and loads everything and brings the state to the last step."""
 
@@ -119,9 +134,10 @@ class _Run:
         tests: dict,
         submit: Submit,
     ):
-        self.config, self.workdir, self.tasks, self.examples, self.submit = config, workdir, tasks, train, submit
         self.mesh = mesh_of(config, base_config(config))
         processes.connect(self.mesh)
+        config = with_date(config, workdir)
+        self.config, self.workdir, self.tasks, self.examples, self.submit = config, workdir, tasks, train, submit
         model = load_base(config, self.mesh)
         param_shardings(self.mesh, model.params, log=True)
         self.dim = count(model.params)
