@@ -41,7 +41,10 @@ FAST: dict[str, tuple[str, ...]] = {
         "test_bare",
     ),
     "training/test_config.py": (),
+    "training/test_not_finite.py": ("test_an_option_does_not_win",),
+    "weights/test_both_transformers.py": ("test_the_tokenizer_is", "test_the_config_has"),
     "weights/test_boundary.py": (),
     "weights/test_checksums.py": (),
     "weights/test_tokenizer.py": (),
+    "weights/test_which_files.py": ("test_a_single_file",),
 }

@@ -29,6 +29,8 @@ def drift(base: Any, now: Any, *, sigma: float | None = None, predicted: float |
       |entry| of θ − θ₀, and largest_in, its leaf; predicted, and ratio = norm / predicted (None at 0);
       by_layer and by_kind, each part's norm; by_kind_relative, each part's norm / its norm in θ₀.
 
+    Raises ValueError where weights are not finite; their leaves are named.
+
     >>> row = drift({"w": jnp.zeros(4)}, {"w": jnp.array([0.0, 3.0, 0.0, -4.0])})
     >>> row["norm"], row["largest"], row["largest_in"]
     (5.0, 4.0, 'w')
@@ -42,6 +44,8 @@ def drift(base: Any, now: Any, *, sigma: float | None = None, predicted: float |
         by_kind[kind], origin[kind] = float(squares.sum()), float(before.sum())
         for i, square in enumerate(np.atleast_1d(squares)):
             by_layer[f"layer {i}" if stacked else name.split("/")[0]] += float(square)
+    if wrong := [name for name, square in by_kind.items() if not math.isfinite(square)]:
+        raise ValueError(f"drift is not finite: NaN, infinite or too large weights in {', '.join(wrong)}; take others")
     norm, dim, largest_in = math.sqrt(sum(by_kind.values())), count(now), max(largest, key=largest.__getitem__)
     base_norm, rms = math.sqrt(sum(origin.values())), norm / math.sqrt(dim)
     return {

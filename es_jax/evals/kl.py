@@ -85,6 +85,8 @@ def kl(
       n prompts and how many tokens; kl, kl_se: the published estimate, the mean over prompts of each prompt's mean over
       its tokens; kl_token, kl_token_se: the mean over all tokens (a ratio, its error linearised); kl_exact, … and
       kl_exact_token, …: the same of the sum over the vocabulary. None for the errors of a single prompt.
+
+    Raises ValueError where a prompt's is not finite.
     """
     rows = [[*prompt, *ids] for prompt, ids in zip(prompts, continuations, strict=True)]
     starts, lengths = np.array([[len(ids)] for ids in prompts]), np.array([*map(len, continuations)])
@@ -101,6 +103,12 @@ def kl(
         estimates = processes.fetch(token_kl(config, base, now, np.pad(tokens, absent), np.pad(mask, absent)))
         written = mask & (np.arange(width) >= starts[batch])
         sums += [[x[r][positions].astype(np.float64).sum() for x in estimates] for r, positions in enumerate(written)]
+    if wrong := [i for i, own in enumerate(sums) if not np.isfinite(own).all()]:
+        raise ValueError(
+            f"KL is not finite in {len(wrong)} of {len(rows)} prompts: prompt {wrong[0]}, counted from 0, has "
+            f"{np.array(sums[wrong[0]]).tolist()} by the two estimates; compute in float32 or bfloat16, or take other "
+            "weights"
+        )
     sampled, exact = np.array(sums).T
     facts = {"n": len(rows), "tokens": int(lengths.sum())}
     return facts | averages("kl", sampled, lengths) | averages("kl_exact", exact, lengths)

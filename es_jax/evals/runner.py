@@ -274,7 +274,10 @@ class _Evaluation:
                 self.drift.write({"step": step, **row})
             for name in kls:
                 prompts, facts = self.kl_inputs[name]
-                row = kl(self.engine.config, small, cast(params, dtype), prompts, continuations[name])
+                try:
+                    row = kl(self.engine.config, small, cast(params, dtype), prompts, continuations[name])
+                except ValueError as error:
+                    raise ValueError(f"step {step}, task {name!r}: {error}") from None
                 self.kl.write({"step": step, "task": name, **row, **facts})
                 self.bar.update(row["n"])
 

@@ -68,6 +68,7 @@ def score_options(
     rows: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]],
     *,
     mesh: Mesh | None = None,
+    names: Sequence[str] = (),
 ) -> list[np.ndarray]:
     """log p(option | prompt) of every option, the sum over its tokens: an array [K] for each row.
 
@@ -75,6 +76,10 @@ def score_options(
       config, params: the model; it computes in the dtype of the parameters.
       rows: (prompt, options) as token ids, at least one of each; rows may have different numbers of options.
       mesh: of the parameters, where they are cut over the devices of several processes.
+      names: of the rows, for messages; their numbers, from 0, by default.
+
+    Raises:
+      ValueError: one is NaN or infinite, by which an option would win or lose; its row is named.
 
     >>> config = TransformerConfig(family="llama", vocab_size=16, width=8, layers=1, heads=2, kv_heads=1,
     ...                            head_dim=4, mlp_dim=8)
@@ -101,6 +106,12 @@ def score_options(
             total = np.asarray(_score(config, mesh, params, prompts, lengths, options, ends))
             for r, i in enumerate(batch):
                 scores[i] = total[: len(rows[i][1]), r]
+    if wrong := [i for i, own in enumerate(scores) if not np.isfinite(own).all()]:
+        raise ValueError(
+            f"log-probabilities of options are not finite in {len(wrong)} of {len(rows)} rows: row "
+            f"{names[wrong[0]] if names else wrong[0]} has {scores[wrong[0]].tolist()}; compute in float32 or "
+            "bfloat16, or take other weights"
+        )
     return scores
 
 

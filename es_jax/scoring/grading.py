@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Container, Mapping, Sequence
+import math
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -96,6 +97,20 @@ class Grader:
     def _unpacked(self, row: list[Any]) -> Graded:
         i, text, reward, parts, length, truncated = row
         return Graded(self.examples[i], text, Score(reward, parts), length, truncated)
+
+
+def check_scores(graded: Iterable[Graded], task: str, *, remedy: str = "mend the task's score") -> None:
+    """Raises ValueError where a reward or a part of a score is NaN or infinite; rows and numbers are named."""
+    bad = {}
+    for one in graded:
+        numbers = {"reward": one.score.reward, **one.score.parts}
+        if wrong := [f"{name} {x}" for name, x in numbers.items() if not math.isfinite(x)]:
+            bad[one.example.id] = f"row {one.example.id!r} ({', '.join(wrong)})"
+    if bad:
+        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+        raise ValueError(
+            f"task {task!r} has scores that are not finite: {', '.join([*bad.values()][:5])}{more}; {remedy}"
+        )
 
 
 def means(graded: Sequence[Graded]) -> dict[str, float]:

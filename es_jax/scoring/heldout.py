@@ -16,7 +16,7 @@ from es_jax.generate.engine import Engine
 from es_jax.generate.prompts import Prompts
 from es_jax.generate.score import score_options
 from es_jax.models.config import TransformerConfig
-from es_jax.scoring.grading import Graded, Grader
+from es_jax.scoring.grading import Graded, Grader, check_scores
 from es_jax.scoring.row_results import RowResults
 from es_jax.scoring.workers import workers_of
 from es_jax.tasks.task import ChoiceTask, Example, PaperParts, Task
@@ -107,9 +107,13 @@ def evaluate(
                 for row, pending in zip(rows, grader(rows, tokens, length), strict=True)
             }
             graded = [one for (one,) in grader.shared(own).values()]
+        check_scores(graded, held.name)
         loglik = None
         if held.options is not None:
-            loglik = likeliest(model.config, params, held.options, dtype=evaluator.dtype, mesh=evaluator.mesh)
+            names = [f"{example.id!r} of task {held.name!r}" for example in held.examples]
+            loglik = likeliest(
+                model.config, params, held.options, dtype=evaluator.dtype, mesh=evaluator.mesh, names=names
+            )
         done(len(graded))
         yield held, _results(graded, loglik)
 
@@ -156,8 +160,11 @@ def likeliest(
     *,
     dtype: DTypeLike,
     mesh: Mesh | None = None,
+    names: Sequence[str] = (),
 ) -> np.ndarray:
     """Whether the right option has the highest log-probability, the sum over its tokens: [n] 0 or 1, the first of
-    equal options counting as the highest. It computes in `dtype`."""
-    scores = score_options(config, cast(params, dtype), [(prompt, options) for prompt, options, _ in rows], mesh=mesh)
+    equal options counting as the highest. It computes in `dtype`. ValueError for one that is not finite, as of
+    `score_options`."""
+    prompts = [(prompt, options) for prompt, options, _ in rows]
+    scores = score_options(config, cast(params, dtype), prompts, mesh=mesh, names=names)
     return np.array([float(np.argmax(own) == right) for own, (_, _, right) in zip(scores, rows, strict=True)])

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -25,7 +26,7 @@ from es_jax.generate.prompts import Packing, Prompts
 from es_jax.models.sharding import RULES
 from es_jax.profiling.clock import timed
 from es_jax.rundir.seed_log import Entry
-from es_jax.scoring.grading import Graded, Grader
+from es_jax.scoring.grading import Graded, Grader, check_scores
 from es_jax.training.config import RunConfig
 from es_jax.training.diagnostics import diagnose
 from es_jax.training.method import Progress, StepResult, TokenLists
@@ -53,13 +54,14 @@ class Evolution:
         scaled = dataclasses.replace(members, sign=members.sign * np.float32(rates.sigma / es.sigma))
         graded = self._graded(scaled, prompts, grade, done)
         rewards = np.array([_mean_reward(completions) for completions in graded])
-        gap, every = None, self._config.evals.every
+        gap, centre, every = None, [], self._config.evals.every
         if every and (step - 1) % every == 0 and es.rewards == "task":  # the step after an evaluation
-            (centre,) = self._graded(_unperturbed_members(1), prompts, grade, lambda n: None)
-            gap = float(rewards.mean() - _mean_reward(centre))
+            centre = self._graded(_unperturbed_members(1), prompts, grade, lambda n: None)
+            gap = float(rewards.mean() - _mean_reward(*centre))
+            gap = gap if math.isfinite(gap) else None  # with es.nan_rewards="worst"
         if es.rewards == "random":
             rewards = rng.random_rewards(self._config.train.seed, step, len(members))
-        weights = SHAPINGS[es.shaping](rewards, nan_rewards=es.nan_rewards)
+        weights = self._weights(rewards, [*graded, *centre])
         entry = Entry.of(step, members, rewards=rewards, weights=weights, rates=rates)
         self._state.apply(entry)
         metrics = diagnose(entry, learning_rate=rates.learning_rate, sigma=rates.sigma)
@@ -80,6 +82,18 @@ class Evolution:
         graded = list(grade.shared(own).values())
         done(len(members) - len(own))  # by other processes
         return graded
+
+    def _weights(self, rewards: np.ndarray, graded: list[list[Graded]]) -> np.ndarray:
+        """The shaped rewards. Scores that are not finite are refused, unless they count as the worst of the step."""
+        es, check = self._config.es, functools.partial(check_scores, itertools.chain(*graded), self._config.task.name)
+        try:
+            weights = SHAPINGS[es.shaping](rewards, nan_rewards=es.nan_rewards)
+        except ValueError as error:  # it names the members; this names their rows
+            check(remedy=str(error))
+            raise
+        if es.nan_rewards == "error":
+            check()
+        return weights
 
 
 def _mean_reward(completions: list[Graded]) -> float:

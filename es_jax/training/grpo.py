@@ -32,7 +32,7 @@ from es_jax.models.transformer import Transformer
 from es_jax.optim.chains import Chain
 from es_jax.profiling.clock import timed
 from es_jax.rundir.seed_log import Entry
-from es_jax.scoring.grading import Grader, Pending
+from es_jax.scoring.grading import Grader, Pending, check_scores
 from es_jax.training.config import GRPOConfig, RunConfig
 from es_jax.training.es import Evaluator, one_ahead
 from es_jax.training.method import Progress, StepResult, TokenLists
@@ -112,6 +112,11 @@ def token_weights(
     return (counted / per_row).astype(np.float32)
 
 
+def finite_rows(rows: Rows) -> Bool[np.ndarray, " R"]:
+    """Of which rows the log-probabilities of all tokens that count are finite."""
+    return (np.isfinite(rows.old + rows.reference) | (rows.weight == 0)).all(axis=1)
+
+
 def policy_loss(
     logprob: PerToken, old: PerToken, advantage: Float[Array, " R"], grpo: GRPOConfig
 ) -> tuple[Array, Array, Array, Array]:
@@ -163,6 +168,7 @@ class GRPO:
             done(len(rows))
         graded = [one for (one,) in grade.shared(own, texts=range(0, len(repeated), n)).values()]
         done(len(repeated) - len(own))  # by other processes
+        check_scores(graded, self._config.task.name)
         rewards = np.array([one.score.reward for one in graded])
         advantage = group_relative(rewards, np.arange(len(rewards)) // n, scale=g.scale_by_std, eps=g.std_eps)
         outputs = processes.wait(lambda: processes.fetch(calls))  # [G, Q, L] and [G, Q] of each call
@@ -171,6 +177,12 @@ class GRPO:
         )
         limit = self._policy.engine.max_prompt_tokens
         scored = self._scored(*side_by_side(repeated, tokens, length, max_prompt_tokens=limit), advantage)
+        if wrong := [one.example.id for one, row in zip(graded, finite_rows(scored), strict=True) if not row]:
+            raise ValueError(
+                f"step {step}: log-probabilities of completions are not finite, of rows {', '.join(wrong[:5])}: set "
+                f"model.dtype ({str(self._policy.dtype)!r}) to 'float32' or 'bfloat16', or lower optim.learning_rate "
+                f"({self._config.optim.learning_rate:g})"
+            )
         metrics = self._learn(scored, self._state.rates(self._config.rates(step)))
         entry = Entry(step, seeds=[], signs=[], paired=False, rewards=rewards.tolist(), weights=[])
         return entry, [graded[j::n] for j in range(n)], metrics

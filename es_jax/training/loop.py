@@ -21,8 +21,9 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ from es_jax.training.config import RunConfig, freeze
 from es_jax.training.es import Evaluator
 from es_jax.training.method import StepResult
 from es_jax.training.recorder import Recorder
-from es_jax.training.state import State, base_config, compute_dtype, load_base, mesh_of
+from es_jax.training.state import State, base_config, check_finite, compute_dtype, load_base, mesh_of
 from es_jax.training.weights_at import check_steps, resume
 from es_jax.weights.files import small_sums
 from es_jax.weights.model import load_outline
@@ -83,7 +84,7 @@ def run(config: RunConfig | config_dict.ConfigDict | dict, workdir: str | Path) 
 
     Raises:
       ValueError, OSError: bad fields, rows, weights, prompts, or a directory of another run, before any work starts;
-        rewards that are not finite or a full disk, at their step. Finished steps stay.
+        scores or weights that are not finite or a full disk, at their step. Finished steps stay.
       processes.Preempted: SIGTERM came. The last finished step has a checkpoint.
     """
     began = time.monotonic()
@@ -209,6 +210,7 @@ class _Run:
                 entry, graded, metrics = self._step(step)
                 drift = float(self.state.drift)
                 now = time.monotonic()
+            self._check_finite(step, drift, metrics)
             first = {"seconds_to_first_step": now - asked} if step == start + 1 else {}
             timings = self._timings(step, clock.seconds(), graded, total=now - began)
             self.recorder.step(entry, graded, drift, metrics, timings | first)
@@ -216,6 +218,21 @@ class _Run:
             if message := self.profile.done(step, timings, functools.partial(self.method.seconds_alone, entry)):
                 self.recorder.progress.say(message)
             self._finish_step(step)
+
+    def _check_finite(self, step: int, drift: float, metrics: Mapping[str, float | None]) -> None:
+        """Raises ValueError where the step's weights or numbers of its update are not finite; the seed log and the
+        checkpoints do not know of the step then. The drift tells it: it is the root of all weights' squares."""
+        wrong = {name: x for name, x in {"drift": drift, **metrics}.items() if x is not None and not math.isfinite(x)}
+        if not wrong:
+            return
+        rate, dtype = self.config.optim.learning_rate, self.config.model.param_dtype
+        wider = f", or set model.param_dtype ({dtype!r}) to 'float32'" * (dtype != "float32")
+        remedy = (
+            f"nothing of the step is kept, and the steps before it stay; lower optim.learning_rate ({rate:g}){wider}, "
+            "in another --workdir"
+        )
+        check_finite(self.state.params, f"step {step}: its", remedy)
+        raise ValueError(f"step {step}: {', '.join(f'{name} is {x}' for name, x in wrong.items())}: {remedy}")
 
     def _timings(
         self, step: int, seconds: dict[str, float], graded: list[list[Graded]], *, total: float

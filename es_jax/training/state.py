@@ -17,7 +17,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from es_jax.core import processes
 from es_jax.core.mesh import make_mesh, place, replicated
-from es_jax.core.tree import map_named
+from es_jax.core.tree import map_named, named_leaves
 from es_jax.es.noise import NOISES, GaussianNoise, SharedSeedNoise
 from es_jax.es.population import Members
 from es_jax.models.config import TransformerConfig
@@ -202,6 +202,22 @@ def distance(squares: Array) -> Array:
 @jax.jit
 def _square(a: Array, b: Array) -> Array:
     return jnp.sum(jnp.square(a.astype(jnp.float32) - b.astype(jnp.float32)))
+
+
+def check_finite(params: Any, whose: str, remedy: str) -> None:
+    """Raises ValueError, "`whose` weights … : `remedy`", where some are NaN, infinite, or so large that their squares
+    are: their leaves are named. All processes call it; it reads all weights, so no step of a run does."""
+    squares = named_leaves(processes.fetch(_own_squares(params)))
+    if names := [name for name, square in squares if not np.isfinite(square)]:
+        more = f" and {len(names) - 3} others" if len(names) > 3 else ""
+        raise ValueError(
+            f"{whose} weights are NaN, infinite or too large to be squared in {', '.join(names[:3])}{more}: {remedy}"
+        )
+
+
+@jax.jit
+def _own_squares(params: Any) -> Any:
+    return jax.tree.map(lambda leaf: jnp.sum(jnp.square(leaf.astype(jnp.float32))), params)
 
 
 class State:

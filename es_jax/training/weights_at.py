@@ -18,7 +18,7 @@ from es_jax.rundir import directory
 from es_jax.rundir.checkpoints import Checkpoints, restore_params, saved_steps
 from es_jax.rundir.seed_log import Entry, SeedLog, read_entries
 from es_jax.training.config import RunConfig, read_config
-from es_jax.training.state import State, base_config, load_base
+from es_jax.training.state import State, base_config, check_finite, load_base
 from es_jax.weights.model import load_outline
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,8 @@ def replay(
       (step, params). Copy the parameters if you keep them: the next step reuses their memory.
 
     Raises:
-      ValueError: a step that the log does not hold, or base weights that are not those of the run.
+      ValueError: a step that the log does not hold, one whose weights are not finite, or base weights that are not
+        those of the run.
       FileNotFoundError: no run in the directory.
     """
     return weights_at(workdir, steps, mesh=mesh, checkpoints=False)
@@ -70,7 +71,13 @@ def weights_at(
     mesh = mesh or make_mesh()
     rebuilt = _rebuilt(workdir, config, mesh, entries, [step for step in wanted if step not in saved])
     for step in wanted:
-        yield step, _restored(workdir, config, step, mesh) if step in saved else next(rebuilt)
+        params = _restored(workdir, config, step, mesh) if step in saved else next(rebuilt)
+        check_finite(
+            params,
+            f"step {step} of {workdir}: its",
+            "choose a step before it; where drift is null in metrics.jsonl, weights are not finite",
+        )
+        yield step, params
 
 
 def _restored(workdir: Path, config: RunConfig, step: int, mesh: Mesh) -> Any:
@@ -137,3 +144,6 @@ def resume(config: RunConfig, workdir: Path, state: State, log: SeedLog, checkpo
     elif last > saved:
         logger.info("resumed at step %d, the last checkpoint's: steps to %d are made again", saved, last)
         log.cut(saved)
+    if log.entries:
+        whose = f"{workdir} cannot go on from step {len(log.entries)}: its"
+        check_finite(state.params, whose, "start again with a lower optim.learning_rate in another --workdir")

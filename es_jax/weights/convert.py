@@ -17,11 +17,18 @@ from es_jax.models.config import TransformerConfig
 from es_jax.models.families import FAMILIES, WEIGHTS, Weight, weights_of
 from es_jax.models.rope import rope_frequencies
 from es_jax.models.transformer import Params, param_shapes
-from es_jax.weights.streaming import Reader, Shape, Shardings, chunks, fetch, place, place_stacked, staging, widened
-
-# Magnitudes between which the largest of a tensor lies: what float16 holds, and not subnormal throughout. Bytes in the
-# wrong order, or a flipped bit of an exponent, break this.
-_TINY, _LARGEST = float(np.finfo(np.float32).tiny), 65504.0
+from es_jax.weights.streaming import (
+    Reader,
+    Shape,
+    Shardings,
+    chunks,
+    fetch,
+    is_plausible,
+    place,
+    place_stacked,
+    staging,
+    widened,
+)
 
 
 class _Slot(NamedTuple):
@@ -104,7 +111,7 @@ def _fill(tensor: np.ndarray, reader: Reader, key: str, slot: _Slot) -> bool:
         elif chunk.dtype == tensor.dtype:
             values = chunk
         tensor[rows if order is None else order[rows]] = values
-    return bool(largest == 0 or _TINY <= largest <= _LARGEST)
+    return is_plausible(largest)
 
 
 def half_split(rows: np.ndarray, *, heads: int) -> np.ndarray:

@@ -4,15 +4,18 @@ A sha256 is known of what `save_model` wrote (SHA256SUMS, as the program sha256s
 huggingface_hub fetched: its cache names files by their sums, its download folders keep them beside the files.
 """
 
+import functools
 import hashlib
 import json
+import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SUMS = "SHA256SUMS"
+ADAPTER = "adapter_config.json"  # of peft
 _SUM = re.compile(r"[0-9a-f]{64}")
 _CHUNK = 1 << 20  # bytes that are read at once
 _PATTERNS = ["*.safetensors", "*.json", "*.jinja", "merges.txt", "tokenizer.model"]  # of a hub repository's files
@@ -22,6 +25,9 @@ SMALL = (
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
     "tokenizer.model",
 )
+
+
+logger = logging.getLogger(__name__)
 
 
 def resolve(source: str | Path, *, weights: bool = True) -> Path:
@@ -74,17 +80,26 @@ def _fetch(name: str, patterns: list[str]) -> Path:
 
 
 def find_files(folder: Path) -> tuple[Path, ...]:
-    """The weight files of a Hugging Face folder: every shard of the index, or model.safetensors; a file is its own."""
+    """The weight files of a Hugging Face folder, as transformers chooses them: model.safetensors, or every shard of the
+    index. A file is its own. A warning says which shards are not read."""
     if folder.is_file():
         return (folder,)
+    if (folder / ADAPTER).exists():
+        raise ValueError(
+            f"{folder} holds an adapter ({ADAPTER}), which changes the weights and is not read: merge it into its base "
+            "model (peft: merge_and_unload().save_pretrained(new_folder)), or delete its files to have the rest alone"
+        )
+    shards = frozenset(path.name for path in folder.glob("model-*-of-*.safetensors"))
+    if (folder / SINGLE).exists():
+        _not_read(folder, shards, SINGLE)
+        return (folder / SINGLE,)
     if (folder / INDEX).exists():
-        names = _indexed(folder / INDEX)
+        names = sorted({*weight_map([folder / INDEX]).values()})
         missing = [name for name in names if not (folder / name).exists()]
         if missing:
             raise FileNotFoundError(f"{folder}: shards named in {INDEX} are missing: {', '.join(missing)}")
+        _not_read(folder, shards.difference(names), f"what {INDEX} names")
         return tuple(folder / name for name in names)
-    if (folder / SINGLE).exists():
-        return (folder / SINGLE,)
     if any(folder.glob("*.bin")):
         raise FileNotFoundError(
             f"{folder} has weights only as .bin files, which are pickles and are not read; convert them "
@@ -95,15 +110,25 @@ def find_files(folder: Path) -> tuple[Path, ...]:
     raise FileNotFoundError(f"{folder} has neither {SINGLE} nor {INDEX}{hint}")
 
 
-def _indexed(path: Path) -> list[str]:
+@functools.cache  # it is said once
+def _not_read(folder: Path, shards: frozenset[str], chosen: str) -> None:
+    if shards:
+        logger.warning("%s: %s is read, as by transformers, and not %s", folder, chosen, ", ".join(sorted(shards)))
+
+
+def weight_map(files: Sequence[Path]) -> dict[str, str]:
+    """Which file holds which tensor, as the index beside the files says; {} where there is none."""
+    path = files[0].parent / INDEX
+    if not path.exists():
+        return {}
     try:
-        names = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
-        outside = [name for name in names if Path(name).name != name]
+        file_of = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        outside = sorted({name for name in file_of.values() if Path(name).name != name})
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error!r}): fetch the model again") from None
     if outside:
         raise ValueError(f"{path} names files outside its folder ({', '.join(outside)}): fetch the model again")
-    return names
+    return file_of
 
 
 def digest(files: Iterable[Path]) -> str:

@@ -25,6 +25,7 @@ from es_jax.weights.files import digest, find_files, resolve
 from es_jax.weights.gguf import GGUFReader, from_gguf
 from es_jax.weights.gguf_tokenizer import from_gguf_metadata
 from es_jax.weights.streaming import FileReader, Shardings
+from es_jax.weights.tokenizer_files import save_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,11 +99,10 @@ def save_model(
     run call this, the first one writes, and all return when the folder is there.
 
     Raises FileExistsError when the folder is there and not empty, OSError when it cannot be made or does not fit on its
-    disk, ValueError for a limit below 1.
+    disk, ValueError for a limit below 1, and for NaN and other numbers that `load_model` refuses.
     """
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes is {max_shard_bytes}: it must be at least 1")
-    ids = {name: getattr(model.tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     dtype = jnp.dtype(model.params["embed"]["embedding"].dtype if dtype is None else dtype)
     shapes, tensor = convert.hf_tensors(model.params, config=model.config)
     check_new(path, nbytes=dtype.itemsize * sum(math.prod(shape) for shape in shapes.values()))
@@ -111,15 +111,29 @@ def save_model(
             tensor(key)  # every process has a part of it to give
         return processes.barrier()
     with _new_folder(path) as folder:
-        config = {**to_hf(model.config), "torch_dtype": str(dtype), **ids}
+        ids = {name: getattr(model.tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        config = {**to_hf(model.config), "dtype": str(dtype), "torch_dtype": str(dtype), **ids}
         generation = {**model.generation, **ids, "eos_token_id": list(model.stop_token_ids)}
         for name, fields in (("config", config), ("generation_config", generation)):
+            fields = _with_rows(fields, model.config.vocab_size)
             (folder / f"{name}.json").write_text(json.dumps(fields, indent=2) + "\n")
-        model.tokenizer.save_pretrained(str(folder))
+        save_tokenizer(model.tokenizer, folder)
         if card is not None:
             (folder / "README.md").write_text(card, encoding="utf-8")
         safetensors.write_folder(folder, shapes, tensor, dtype=dtype, max_shard_bytes=max_shard_bytes)
     processes.barrier()
+
+
+def _with_rows(fields: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """The fields without ids of tokens for which the model has no row, such as one that a loader added for padding:
+    transformers refuses a folder with them."""
+
+    def kept(ids: Any) -> Any:
+        if isinstance(ids, list):
+            return [i for i in ids if i in range(rows)] or None
+        return ids if ids in range(rows) else None
+
+    return {name: kept(value) if name.endswith("_token_id") else value for name, value in fields.items()}
 
 
 @contextlib.contextmanager

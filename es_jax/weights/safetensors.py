@@ -14,8 +14,8 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from es_jax.weights.files import INDEX, SINGLE, SUMS
-from es_jax.weights.streaming import FileReader, Shape, StoredTensor, row_slices
+from es_jax.weights.files import INDEX, SINGLE, SUMS, weight_map
+from es_jax.weights.streaming import FileReader, Shape, StoredTensor, is_plausible, row_slices, widened
 
 _KINDS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": ml_dtypes.bfloat16}
 _FLOATS = {name: np.dtype(kind) for name, kind in _KINDS.items()}
@@ -24,17 +24,20 @@ _NUMBERS = 1 << 20  # that are written at once
 
 
 class SafetensorsReader(FileReader):
-    """The tensors of one or more files. Raises one ValueError that lists every key that stands in two files or has
-    another kind of number than floating point."""
+    """The tensors of one or more files. Raises one ValueError that lists every key that stands in two files, in another
+    one than their index says, or has another kind of number than floating point."""
 
     def __init__(self, files: Iterable[Path]) -> None:
         tensors: dict[str, StoredTensor] = {}
         problems = []
+        listed = weight_map(files) if len(files := list(files)) > 1 else {}
         for file in files:
             fields, base = _header(file)
             for key, field in fields.items():
                 if key in tensors:
                     problems.append(f"{file}: {key} stands in another file of the model too")
+                elif listed.get(key, file.name) != file.name:
+                    problems.append(f"{file}: {key} stands in {listed[key]}, says {INDEX}")
                 elif field["dtype"] not in _FLOATS:
                     problems.append(f"{file}: {key} has dtype {field['dtype']}, which is not read")
                 else:
@@ -57,7 +60,7 @@ def write_folder(
     """Write `tensor(key)` of every key as `dtype` into one file, or several and an index; one tensor at a time.
 
     A file holds at most `max_shard_bytes` of tensors, more only where a single tensor does. Their sums are written
-    beside them.
+    beside them. ValueError for numbers, as `dtype`, that would be refused when they are read.
     """
     shards: list[dict[str, Shape]] = [{}]
     filled = total = 0
@@ -120,6 +123,15 @@ def _write(path: Path, shapes: Mapping[str, Shape], tensor: Callable[[str], np.n
             values = tensor(key)
             if values.shape != shape:
                 raise ValueError(f"{key} has the shape {values.shape}, the header says {shape}")
+            largest = np.float32(0)
             for rows in row_slices(shape, _NUMBERS):
-                put(np.ascontiguousarray(values[rows], dtype).view(np.uint8).data)
+                with np.errstate(invalid="ignore", over="ignore"):  # seen in the end
+                    chunk = np.ascontiguousarray(values[rows], dtype)
+                    largest = np.maximum(largest, np.abs(widened(chunk)).max())
+                put(chunk.view(np.uint8).data)
+            if not is_plausible(largest):  # as when it is read
+                raise ValueError(
+                    f"{key} has NaN, infinite or impossibly large or small numbers as {dtype} (the largest is "
+                    f"{largest}): write it in a wider dtype, or write other weights"
+                )
     return total.hexdigest()

@@ -93,6 +93,12 @@ def widened(chunk: np.ndarray) -> np.ndarray:
     return bits.view(np.float32)
 
 
+def is_plausible(largest: Any) -> bool:
+    """Whether it can be the largest magnitude in a tensor of weights: what float16 holds, and not subnormal, or 0. NaN,
+    bytes in the wrong order, or a flipped bit of an exponent, break this."""
+    return bool(largest == 0 or np.finfo(np.float32).tiny <= largest <= 65504)
+
+
 def staging(shape: Shape, dtype: np.dtype) -> np.ndarray:
     """An empty host array for `place`, where a CPU device cannot adopt it: a leaf in adopted memory is not donated."""
     count = math.prod(shape) * dtype.itemsize

@@ -47,8 +47,8 @@ class VerificationReport:
 
     @property
     def max_kl(self) -> float:
-        """The largest KL of a position."""
-        return max(self.kl)
+        """The largest KL of a position, NaN where one is: then nothing has passed."""
+        return float(np.max(self.kl))
 
     @property
     def mean_kl(self) -> float:

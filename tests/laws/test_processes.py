@@ -223,6 +223,17 @@ def test_a_process_that_fails_tells_the_other(tmp_path, cache):
     assert len(read_entries(tmp_path)) == 1
 
 
+@pytest.mark.slow
+def test_weights_that_are_not_finite_end_both(tmp_path, cache):
+    fields = {name: value for name, value in FIELDS.items() if "anchor" not in name} | {"optim.learning_rate": 1e38}
+    status, out = Pair.training(tmp_path, cache, steps=5, fields=fields).ended()
+    assert status == [1, 1], "\n".join(out)
+    assert all("step 1: its weights are NaN, infinite or too large to be squared in embed/" in text for text in out), (
+        out
+    )
+    assert not read_entries(tmp_path) and not saved_steps(tmp_path)
+
+
 def test_one_terminated_before_its_first_step_starts_anew(tmp_path):
     command = [sys.executable, "-m", "es_jax.train", f"--config={ROOT}/configs/lab.py:steps=5", f"--workdir={tmp_path}"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
