@@ -16,8 +16,8 @@ LATEX = {sign: "\\" + sign for sign in "{}_%&#$"} | {
 }  # fmt: skip
 MARKDOWN = {"|": "\\|", "<": "&lt;", ">": "&gt;"} | {sign: "\\" + sign for sign in "\\*_`[]"}
 VIEWS = {
-    "accuracy": "accuracy", "lost_alone": "lost alone", "strict": "strict", "robust": "robust", "loglik": "likeliest",
-    "well_formed": "well-formed", "truncated": "truncated", "mean_length": "tokens",
+    "accuracy": "accuracy", "lost_alone": "lost by it alone", "strict": "strict", "robust": "robust",
+    "loglik": "likeliest", "well_formed": "well-formed", "truncated": "truncated", "mean_length": "tokens",
 }  # fmt: skip
 FORMS = [".1f" if name == "mean_length" else ".3f" for name in VIEWS]
 

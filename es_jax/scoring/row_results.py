@@ -14,8 +14,17 @@ import numpy as np
 
 from es_jax.rundir.metrics import LAST, Jsonl, read_jsonl
 
-VIEWS = {"accuracy": "right", "strict": "strict", "robust": "robust", "loglik": "loglik"}  # column → the result that it averages
-GRADERS = {"right": "lost_", "strict": "strict_lost_", "robust": "robust_lost_"}  # result → prefix of its drop's columns
+VIEWS = {
+    "accuracy": "right",
+    "strict": "strict",
+    "robust": "robust",
+    "loglik": "loglik",
+}  # column → the result that it averages
+GRADERS = {
+    "right": "lost_",
+    "strict": "strict_lost_",
+    "robust": "robust_lost_",
+}  # result → prefix of its drop's columns
 REASONS = ("format", "truncation", "knowledge")
 
 
@@ -49,7 +58,7 @@ class RowResults:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "RowResults":
-        fields = {"robust": fields["right"]} | dict(fields)  # which rows of a task with one grader lacked until 2026-11-28
+        fields = {"robust": fields["right"]} | dict(fields)  # older rows of a task with one grader
         own = {field.name: fields[field.name] for field in dataclasses.fields(cls)}
         return cls(**jax.tree.map(lambda x: np.array(x, float), own, is_leaf=lambda x: isinstance(x, list)))
 
@@ -93,8 +102,8 @@ def split_drop(base: RowResults, now: RowResults, view: str = "right") -> dict[s
     """The drop in accuracy from `base` to `now`, as the sum of three parts.
 
     Every row that is right in one and wrong in the other is booked under the reason why the wrong one is wrong:
-    "truncation" if it was cut at max_new_tokens, else "format" if it is not in the asked form or another grader finds the
-    right answer in it, else "knowledge". A row that was lost counts +1/n, a row that was gained −1/n.
+    "truncation" if it was cut at max_new_tokens, else "format" if it is not in the asked form or another grader finds
+    the right answer in it, else "knowledge". A row that was lost counts +1/n, a row that was gained −1/n.
 
     >>> wrong = RowResults(*[np.zeros(1)] * 3, None, *[np.zeros(1)] * 4)
     >>> right = dataclasses.replace(wrong, right=np.ones(1), well_formed=np.ones(1))
@@ -107,8 +116,8 @@ def split_drop(base: RowResults, now: RowResults, view: str = "right") -> dict[s
 
 
 def seen_alone(base: RowResults, now: RowResults, view: str = "right") -> float:
-    """The part of the drop in accuracy from `base` to `now` that no other grader sees: of the rows that this one lost or
-    gained where neither of the other two did the same.
+    """The part of the drop in accuracy from `base` to `now` that no other grader sees: of the rows that this one lost
+    or gained where neither of the other two did the same.
 
     >>> wrong = RowResults(*[np.zeros(2)] * 3, None, *[np.zeros(2)] * 4)
     >>> seen_alone(dataclasses.replace(wrong, right=np.ones(2), robust=np.array([1, 0])), wrong)
@@ -151,7 +160,8 @@ class EvalsFile:
             if row.get("rows") != digest:
                 raise ValueError(
                     f"{self._rows.path} was made from {row.get('n')} rows with digest {row.get('rows')!r}, and this "
-                    f"evaluation has {n} with {digest!r}: use the same --rows and --data_dir, or another --out"
+                    f"evaluation has {n} with {digest!r}: use the same --rows and --data_dir, or another --out; "
+                    "where the graders' rules have changed since, it is always another --out"
                 )
             if row.get("max_new") != max_new_tokens:
                 raise ValueError(

@@ -80,8 +80,8 @@ class Countdown(Splits):
     def score(self, example: Example, completion: str) -> Score:
         """Grades the assistant's whole turn: the prompt's open turn joined with the completion.
 
-        Paper: the last <answer>…</answer> holds an expression (see `arithmetic.parse`) that uses each number exactly once
-        and comes within 1e-5 of the target. Strict: and format, see `format_score`, is 1. Robust: `robust.expression`.
+        Paper: the last <answer>…</answer> holds an expression (see `arithmetic.parse`) that uses each number exactly
+        once and comes within 1e-5 of the target. Strict: and `format_score` is 1. Robust: `robust.expressions`.
         """
         response = response_text(example, completion)
         block = last_block(response)
@@ -99,8 +99,8 @@ class Countdown(Splits):
 
 
 def format_score(response: str, *, has_answer: bool) -> float:
-    """1.0 if the turn, with <think> in front, is a think block, a newline and an answer block, perhaps with a newline at
-    the end; else 0.1 for a think block plus 0.5 for an answer block.
+    """1.0 if the turn, with <think> in front, is a think block, a newline and an answer block, perhaps with a newline
+    at the end; else 0.1 for a think block plus 0.5 for an answer block.
 
     >>> format_score("hm</think>\\n<answer>1</answer>", has_answer=True)
     1.0

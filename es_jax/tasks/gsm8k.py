@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar
 
-from es_jax.tasks import robust
+from es_jax.tasks.robust import stated_number
 from es_jax.tasks.rows import Hub, PublishedTask, Row, check_field, text_field
 from es_jax.tasks.task import Example, Score, all_views, last_block, last_line, messages, response_text
 
@@ -70,7 +70,7 @@ class GSM8K(PublishedTask):
 
     def score(self, example: Example, completion: str) -> Score:
         """Paper: `final_number` of the completion within 1e-6. Format: its last line is #### and a run of 0-9 . , -.
-        Strict: the last line of the turn is #### and that number alone. Robust: `robust.final_number` of the turn.
+        Strict: the last line of the turn is #### and that number alone. Robust: `stated_number`.
 
         The last line is the last one that is not blank, without the white space around it.
         """
@@ -78,7 +78,11 @@ class GSM8K(PublishedTask):
         if answer is None:
             raise ValueError(f"example {example.id!r} has the answer {example.answer!r}: gsm8k needs a number")
         asked = ASKED.fullmatch(turn.rstrip()[-TAIL:].rpartition("\n")[2].strip())
-        read = (final_number(completion), number(asked[1]) if asked else None, robust.final_number(completion, response_text(example, "")))
+        read = (
+            final_number(completion),
+            number(asked[1]) if asked else None,
+            stated_number(completion, response_text(example, "")),
+        )
         paper, strict, careful = (x is not None and abs(x - answer) <= TOLERANCE for x in read)
         form = MARKER.fullmatch(last_line(completion))
         well_formed = form is not None and any(map(str.isdecimal, form[1]))
@@ -89,8 +93,8 @@ def final_number(completion: str) -> Fraction | None:
     """The number that the paper's grader reads out of a completion, or None.
 
     Of the last 4096 characters only what follows the last </think> counts. In that text the first of these that is
-    there decides, even if it holds no number: the last `#### x`, x being a run of 0-9 . , -; the last `\\boxed{x}`, up to
-    the first closing brace; the last `<answer>x</answer>`; the text itself.
+    there decides, even if it holds no number: the last `#### x`, x being a run of 0-9 . , -; the last `\\boxed{x}`, up
+    to the first closing brace; the last `<answer>x</answer>`; the text itself.
 
     >>> final_number("#### 1,000 and then \\\\boxed{3}")
     Fraction(1000, 1)

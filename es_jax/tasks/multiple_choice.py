@@ -8,7 +8,7 @@ from functools import cache
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from es_jax.tasks.robust import final_choice
+from es_jax.tasks.robust import stated_choice
 from es_jax.tasks.rows import Hub, PublishedTask, Row, Source, check_field, checked, open_split, text_field, texts_field
 from es_jax.tasks.task import Choices, Example, Score, all_views, check_known, messages, response_text
 
@@ -132,10 +132,10 @@ class MultipleChoice(PublishedTask):
 
     def score(self, example: Example, completion: str) -> Score:
         """Paper: `ChoiceDataset.paper_label`. Format: `ChoiceDataset.well_formed`. Strict: `ChoiceDataset.asked_label`.
-        Robust: `robust.final_choice` of the turn, or the option whose text is the answer."""
+        Robust: `robust.stated_choice`."""
         opening, dataset, answer = response_text(example, ""), DATASETS[self.kind], example.answer
         strict = dataset.asked_label(opening, completion) == answer
-        robust = final_choice(completion, opening, dataset.labels, example.meta.get("options", ())) == answer
+        robust = stated_choice(completion, opening, dataset.labels, example.meta.get("options", ())) == answer
         paper, form = dataset.paper_label(completion) == answer, dataset.well_formed(completion)
         return all_views(self.grader, paper=paper, strict=strict, robust=robust, form=form, bonus=0.0)
 

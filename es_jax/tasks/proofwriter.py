@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import ClassVar
 
-from es_jax.tasks.robust import final_truth
+from es_jax.tasks.robust import stated_truth
 from es_jax.tasks.rows import Hub, PublishedTask, Row, check_field, text_field
 from es_jax.tasks.task import Example, Score, all_views, last_line, messages, response_text
 
@@ -52,14 +52,17 @@ class ProofWriter(PublishedTask):
     source = (Hub("tasksource/proofwriter", shuffle=True), _native, _label)  # rows of one theory stand together there
 
     def score(self, example: Example, completion: str) -> Score:
-        """Paper: `final_label` of the completion. Format: its last line is "Answer:" and a word. Strict: the last line of
-        the turn is the answer line with the right label. Robust: `robust.final_truth` of the turn.
+        """Paper: `final_label` of the completion. Format: its last line is "Answer:" and a word. Strict: the last line
+        of the turn is exactly the answer line with the right label. Robust: `robust.stated_truth` of the completion.
 
-        The last line is the last one that is not blank. Upper and lower case are the same, and white space around a line
-        does not count.
+        The last line is the last one that is not blank. Upper and lower case are the same, and white space around a
+        line does not count.
         """
         turn, answer = response_text(example, completion), (example.answer or "").lower()
-        paper, careful = final_label(completion) == answer, final_truth(completion, response_text(example, "")) == answer
+        paper, careful = (
+            final_label(completion) == answer,
+            stated_truth(completion, response_text(example, "")) == answer,
+        )
         strict = turn.lower().strip().rpartition("\n")[2].strip() == f"answer: {answer}"
         form = FORM.fullmatch(last_line(completion)) is not None
         return all_views(self.grader, paper=paper, strict=strict, robust=careful, form=form)
@@ -68,9 +71,9 @@ class ProofWriter(PublishedTask):
 def final_label(completion: str) -> str | None:
     """The label that the paper's grader reads out of a completion, in lower case; another word, or None, for no label.
 
-    The word of the last line "Answer: word", which may stand lines below its colon; else the word of the last line that is
-    not blank, if it is one word, perhaps after "answer:" or "answer is"; else the last label that stands as a word
-    anywhere. A word that is no label is no answer.
+    The word of the last line "Answer: word", which may stand lines below its colon; else the word of the last line that
+    is not blank, if it is one word, perhaps after "answer:" or "answer is"; else the last label that stands as a word
+    anywhere. A word that is not a label is not an answer.
 
     >>> final_label("Answer: True\\nIs it false?")
     'true'

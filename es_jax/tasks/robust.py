@@ -1,8 +1,8 @@
 """What a careful person reads as the answer of a response: the robust grader's readers. docs/tasks.md has its rules.
 
-A reader looks at what follows the last </think>, of this at the last 4096 characters, and prefers the last statement that
-says what the answer is to anything that may be one. What follows "Question:" on a line of its own is read only where
-there is no answer before it: a model that was not stopped asks itself more.
+A reader looks at what follows the last </think>, of this at the last 4096 characters, and prefers the last statement
+that says what the answer is to anything that may be one. What follows a line that begins with "Question:" is read only
+where there is no answer before it: a model that was not stopped asks itself more.
 """
 
 import re
@@ -11,18 +11,19 @@ from fractions import Fraction
 from functools import cache, lru_cache
 from unicodedata import decomposition, normalize
 
-from es_jax.tasks.arithmetic import MAX_LENGTH, Expression, parse
+from es_jax.tasks.arithmetic import Expression, parse
 from es_jax.tasks.task import last_line
 
 TAIL = 4096
-LONGEST = 400  # characters of a number
+LONGEST = 100  # characters of a number
 THOUGHT = re.compile(r"</think(?:ing)?\s*>", re.IGNORECASE)
 OPEN = re.compile(r"<think(?:ing)?\s*>", re.IGNORECASE)
 SPECIAL = re.compile(r"</?think(?:ing)?\s*>|<\|[^|<>\n]{1,40}\|>|</s>|<eos>|<end_of_turn>")
 NEXT = re.compile(r"^[^\w\n]*(?:question|problem|q)\s*+\d*+\s*+:", re.IGNORECASE | re.MULTILINE)
+BLANKS = "\u00a0\u2000\u2001\u2002\u2003\u2007\u2008\u2009\u200a\u202f"
 SIGNS = str.maketrans(
     {
-        **dict.fromkeys("−–‐‑﹣", "-"), **dict.fromkeys("\u00a0\u2000\u2001\u2002\u2003\u2007\u2008\u2009\u200a\u202f", " "),
+        **dict.fromkeys("−–‐‑﹣", "-"), **dict.fromkeys(BLANKS, " "),
         "⁄": "/", "∕": "/", "÷": "/", "·": "×", "⋅": "×", "∙": "×", "’": "'", "‘": "'", "“": '"', "”": '"',
     }
 )  # fmt: skip
@@ -30,7 +31,7 @@ POWERS = re.compile("(?:\0.)+")
 FRACTION = re.compile(r"\\[dtc]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))")
 LATEX = (
     (re.compile(r"\{,\}"), ","),
-    (re.compile(r"(?<=\d)\\[,;:! ](?=\d)"), " "),
+    (re.compile(r"(?<=\d)(?:\{?\\[,;:! ]\}?|~)(?=\d)"), " "),
     (re.compile(r"\\(?:times|cdot)(?![a-z])"), "×"),
     (re.compile(r"\\div(?![a-z])"), "/"),
     (re.compile(r"\\(?:approx|simeq)(?![a-z])"), "≈"),
@@ -55,6 +56,7 @@ def _plain(sign: str) -> str:
 def _parts(opening: str, completion: str, *, fraction: str = r" \1\2/\3\4 ") -> tuple[list[str], bool]:
     """What is read of a completion, in usual signs: up to the next question, what follows it, and so on; and whether it
     stands in a thought that never ends, which `opening`, the prompt's part of the turn, may have begun."""
+    completion = completion.rstrip()
     text = THOUGHT.split(opening + completion)[-1]
     thinks = OPEN.search(text) is not None
     text = text[max(0, len(text) - min(len(completion), TAIL)) :]
@@ -75,11 +77,11 @@ DECIMAL = rf"(?:{CONTINENTAL}|(?:{GROUPED}|\d+)(?:\.\d+)?|(?<![\w.])\.\d+)(?!\d|
 NUMBER = re.compile(
     rf"(?P<sign>{SIGN})?(?:{MONEY} ?)?(?P<inner>(?<={MONEY})[-+]|(?<={MONEY} )[-+])?"
     rf"(?<![^\W_])(?<!\d[.,:/])(?<!\^)(?<!\^\{{)"
-    rf"(?:10 ?\^ ?\{{? ?(?P<ten>[-+]?\d{{1,3}})(?!\d)"
+    rf"(?:10 ?(?:\^|\*\*) ?\{{? ?(?P<ten>[-+]?\d{{1,3}})(?!\d)"
     r"|(?P<whole>\d+)(?: and)? +(?P<over>\d+) ?/ ?(?P<under>\d+)(?!\d|[.,]\d)"
     rf"|(?P<top>{DECIMAL})(?: ?/ ?{MONEY}?(?P<bottom>{DECIMAL})"
     r"|[eE](?P<e>[-+]?\d{1,3})(?![^\W_])"
-    r"| ?[×*x] ?10 ?\^ ?\{? ?(?P<power>[-+]?\d{1,3})(?!\d)"
+    r"| ?[×*x] ?10 ?(?:\^|\*\*) ?\{? ?(?P<power>[-+]?\d{1,3})(?!\d)"
     r"| ?(?P<scale>(?i:hundred|thousand|million|billion)\b|[kK](?![^\W_])))?)"
     r"(?!(?:st|nd|rd|th)\b)(?![xX:]\d)"
 )
@@ -87,15 +89,16 @@ OPERATOR = re.compile(r"[})\]]* ?(?:\*\*|[-+*×x/^]) ?[({]*\d")
 OTHER = re.compile(r"[^\n.;\d]{0,20}\bor [^\n.;\d]{0,10}")
 SCALES = {"hundred": 100, "thousand": 1000, "k": 1000, "million": 10**6, "billion": 10**9}
 ONES = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen"
-).split()
-TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+)  # fmt: skip
+TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 WORDS = {word: value for value, word in enumerate(ONES)} | {word: 10 * value for value, word in enumerate(TENS, 2)}
 WORD = rf"\b(?:{'|'.join(sorted([*WORDS, *SCALES], key=len, reverse=True))})\b"
 SPELLED = re.compile(rf"{WORD}(?:[ -](?:and )?{WORD})*", re.IGNORECASE)
 MARKER = re.compile(
-    r"(?:(?P<box>\\boxed\s*\{)|(?P<block><answer>)|(?P<line>(?<!#)#{4,}+)|\banswer(?:\s+is|\s*[:=]|[-–—])(?!\s*not\b))[\s:=*_]*",
+    r"(?:(?P<box>\\boxed\s*\{)|(?P<block><answer>)|(?P<line>(?<!#)#{4,}+)"
+    r"|\banswer(?:\s+is|\s*[:=]|[-–—])(?!\s*not\b))[\s:=*_]*",
     re.IGNORECASE,
 )
 BRACE = re.compile(r"(\\boxed\s*)?\{|\}", re.IGNORECASE)
@@ -106,10 +109,10 @@ LINES = 8  # the statements, and of each the lines, that are looked at
 LINE = 300  # characters of a line
 
 
-def final_number(completion: str, opening: str = "") -> Fraction | None:
+def stated_number(completion: str, opening: str = "") -> Fraction | None:
     """The number that a completion ends on, or None; `opening` is what the prompt opened the turn with.
 
-    >>> final_number("He pays \\boxed{9{,}500} dollars"), final_number("#### 2 1/2"), final_number("48 + 24 is 72.")
+    >>> stated_number("He pays \\\\boxed{9{,}500} dollars"), stated_number("#### 2 1/2"), stated_number("48 + 24 is 72.")
     (Fraction(9500, 1), Fraction(5, 2), Fraction(72, 1))
     """
     parts, thinks = _parts(opening, completion)
@@ -133,7 +136,7 @@ def _statements(part: str) -> Iterator[str]:
         if marker["block"]:
             text = re.split("</answer>", text, maxsplit=1, flags=re.IGNORECASE)[0]
         if marker["box"] or marker["block"]:
-            yield from [line[:LINE] for line in text[: LINES * LINE].splitlines() if line.strip()][: -LINES - 1 : -1]
+            yield from [line[:LINE] for line in text.splitlines() if line.strip()][: -LINES - 1 : -1]
             continue
         line = text.partition("\n")[0][:LINE]
         if not (marker["line"] and HEADING.match(line)):
@@ -146,11 +149,11 @@ def _stated_numbers(part: str) -> Iterator[Fraction | None]:
 
 
 def _read(line: str) -> list[Fraction | None]:
-    """What a line states: a number after its last =, at its start or after its last verb, or its first one; [] for nothing
-    and [None] for what is not one number."""
+    """What a line states: a number after its last =, at its start or after its last verb, or its first one; [] for
+    nothing, and [None] for what is not one number."""
     matches: list[re.Match[str]] = []
     for side in reversed(re.split("[=≈]", line)):
-        starts = [*(verb.end() for verb in VERB.finditer(side))][::-1] + [0]
+        starts = [0, *(verb.end() for verb in VERB.finditer(side))][::-1]
         decorated = (DECORATION.match(side, start) for start in starts)
         at_once = (NUMBER.match(side, match.end()) for match in decorated if match)
         match = next(filter(None, at_once), None) or NUMBER.search(side)
@@ -168,14 +171,14 @@ def _last_numbers(part: str) -> list[Fraction | None]:
     if any(marker["box"] or marker["block"] for marker in MARKER.finditer(part)):
         return [None]  # an answer that is no number
     last = next((at for at in range(len(part) - 1, -1, -1) if part[at].isdecimal()), 0)
-    matches = [*NUMBER.finditer(part[max(0, last - LINE) : last + 40])]
+    matches = [*NUMBER.finditer(part[max(0, last - 2 * LONGEST) : last + LONGEST // 2])]
     spelled = SPELLED.fullmatch(last_line(part).strip(" *_.\"'")[:LINE])
     return [_value(matches[-1])] if matches else [_spelled(spelled[0].lower())] if spelled else []
 
 
 def _value(match: re.Match[str]) -> Fraction | None:
-    """The value of a match of NUMBER; None for a division by zero, or far too many digits."""
-    if len(match[0]) > LINE:
+    """The value of a match of NUMBER; None for a division by zero, or too many digits."""
+    if len(match[0]) > LONGEST or match.end() == LINE:  # there the line was cut
         return None
     try:
         if match["ten"]:
@@ -184,7 +187,9 @@ def _value(match: re.Match[str]) -> Fraction | None:
             value = int(match["whole"]) + Fraction(int(match["over"]), int(match["under"]))
         else:
             value = _decimal(match["top"]) / _decimal(match["bottom"] or "1")
-            value *= Fraction(10) ** int(match["e"] or match["power"] or 0) * SCALES.get((match["scale"] or "").lower(), 1)
+            value *= Fraction(10) ** int(match["e"] or match["power"] or 0) * SCALES.get(
+                (match["scale"] or "").lower(), 1
+            )
     except ZeroDivisionError:
         return None
     return -value if "-" in f"{match['sign']}{match['inner']}" else value
@@ -197,7 +202,8 @@ def _decimal(text: str) -> Fraction:
 
 
 def _spelled(words: str) -> Fraction:
-    """
+    """The value of a number in words.
+
     >>> _spelled("two thousand and seventy-two")
     Fraction(2072, 1)
     """
@@ -225,7 +231,7 @@ def expressions(response: str) -> list[Expression]:
     parts, thinks = _parts("", response, fraction=r"(\1\2)/(\3\4)")
     stated = (line for part in parts for line in _statements(part))
     line = next(stated, "" if thinks else last_line(parts[0]).rpartition(":")[2])
-    if len(line) > MAX_LENGTH:
+    if len(line) >= LINE:
         return []
     line = re.sub(r"(?<=[\d)]) ?[x×] ?(?=[\d(])", "*", line.translate(str.maketrans("[]{}\t", "()() ")))
     line = re.sub(r"(?<=[\d)]) ?(?=\()", "*", line)
@@ -237,29 +243,32 @@ def expressions(response: str) -> list[Expression]:
 # Labels
 
 CUE = (
-    r"(?<!#)#{4,}+|\\boxed\b|<answer>|\b(?:answers?|correct (?:option|choice|ending|letter|one|way|solution)|choose|chose|pick|select"
-    r"|go with|going with|opt for)\b"
+    r"(?<!#)#{4,}+|\\boxed\b|<answer>|\b(?:answers?|correct (?:option|choice|ending|letter|one|way|solution)"
+    r"|choose|chose|pick|select|go with|going with|opt for)\b"
 )
 FILL = (
-    r"(?:[\s*_`\"'$(\[{<>:=,\-–—]{1,40}+|\b(?:is|was|are|be|would|must|should|has|to|the|that|most|\w{1,20}ly|option|choice|letter"
-    r"|number|ending|way|solution|correct|right|best|better|one|final|therefore|thus|so|then|indeed|answer)\b){0,12}+"
+    r"(?:[\s*_`\"'$(\[{<>:=,\-–—]{1,40}+|\b(?:is|was|are|be|would|must|should|has|appears?|seems?|to|the|that|of|course|most"
+    r"|\w{1,20}ly|option|choice|letter|number|ending|way|solution|correct|right|best|better|one|final|therefore|thus|so"
+    r"|then|indeed|answer)\b){0,12}+"
 )
 KIND = r"\b(?:option|choice|ending|way|solution|letter|number|answer)\b"
 WRONG = (
-    r"(?![)\]}*_\"'.:]*\s*(?:(?:is|was|does|do|seems|looks|would be|can be)\s+(?:not|wrong|incorrect|false|impossible|too|out)\b"
-    r"|(?:isn|doesn|wasn|won|can)'t\b|cannot\b|contradicts\b|fails\b))"
+    r"(?![)\]}*_\"'.:]*\s*(?:(?:is|was|does|do|seems|looks|would be|can be)\s+"
+    r"(?:not|wrong|incorrect|false|impossible|too|out)\b|(?:isn|doesn|wasn|won|can)'t\b|cannot\b|contradicts\b|fails\b))"
 )
 RIGHT = (
     r"[)\]}*_\"']*\s+(?:is|seems|must be|would be|was|looks)\s+(?:the\s+|a\s+)?(?:\w{1,20}ly\s+|most\s+|only\s+)?"
     r"(?:correct|right|best|better|answer)\b"
 )
 EDGE = r"(?:[^\w\n]|_)*+"  # what may stand around a label on its line
-SPELLED_DIGIT = re.compile(rf"(^{EDGE}|{KIND}(?: is)?{EDGE})(zero|one|two|three)\b(?={EDGE}$)", re.IGNORECASE | re.MULTILINE)
+SPELLED_DIGIT = re.compile(
+    rf"(^{EDGE}|{KIND}(?: is)?{EDGE})(zero|one|two|three)\b(?={EDGE}$)", re.IGNORECASE | re.MULTILINE
+)
 
 
 @cache
 def _choice_patterns(labels: str) -> tuple[tuple[re.Pattern[str], ...], ...]:
-    """What states a choice among these labels, and what may be one; the last match of the first that is found counts."""
+    """What states a choice among these labels, then what may be one; in each group the last match counts."""
     if labels.isalpha():  # "a stone" and "I think" hold no label
         words = "".join(x for x in labels if x in "AI") + labels.lower()
         bold = "".join(x for x in labels if x not in "AI")
@@ -267,7 +276,8 @@ def _choice_patterns(labels: str) -> tuple[tuple[re.Pattern[str], ...], ...]:
         label = rf"(?<![^\W_])(?<!\w')(?<!not )(?-i:[{bold}]|[{words}](?!\.\w){after})(?![^\W_]|'\w)"
     else:
         label = rf"(?<![^\W_])(?<!\d[.,/])(?<!not )(?<!\^)[{labels}](?![^\W_]|%|[.,/]\d)"
-    named, other = f"(?P<label>{label})", rf"(?P<hedge>[)\]}}*_\"']*\s*(?:\bor\b|\band\b|/)[\s*_(\[]*(?:option\s+)?{label})?"
+    named = f"(?P<label>{label})"
+    other = rf"(?P<hedge>[)\]}}*_\"']*\s*(?:\bor\b|\band\b|/)[\s*_(\[]*(?:option\s+)?{label}{WRONG})?"
     stated = (rf"(?:{CUE}){FILL}{named}{WRONG}{other}", rf"{named}{RIGHT}")
     whole = rf"\A\s*+{EDGE}{named}{EDGE}\s*\Z"
     alone = rf"^{EDGE}(?:{KIND}{EDGE})?{named}{EDGE}$"
@@ -278,16 +288,16 @@ def _choice_patterns(labels: str) -> tuple[tuple[re.Pattern[str], ...], ...]:
     return tuple(tuple(re.compile(x, re.IGNORECASE | re.MULTILINE) for x in group) for group in groups)
 
 
-def final_choice(completion: str, opening: str, labels: str, options: Sequence[str] = ()) -> str | None:
-    """The label that a completion ends on, or None; `opening` as for `final_number`.
+def stated_choice(completion: str, opening: str, labels: str, options: Sequence[str] = ()) -> str | None:
+    """The label that a completion ends on, or None; `opening` as for `stated_number`.
 
     Args:
       labels: one character an option, letters or digits.
       options: their texts, where they are known: an answer in the words of one of them is that option.
 
-    >>> final_choice("A stone sinks, so the answer is clearly **B**.", "", "ABCDE")
+    >>> stated_choice("A stone sinks, so the answer is clearly **B**.", "", "ABCDE")
     'B'
-    >>> final_choice("A stone sinks.", "", "ABCDE") is None
+    >>> stated_choice("A stone sinks.", "", "ABCDE") is None
     True
     """
     parts, thinks = _parts(opening, completion)
@@ -325,16 +335,17 @@ UNSURE = r"un(?:known|determined|certain|decided|decidable|provable)|indetermina
 UNSURE += r"|(?:can(?:not|'t| not)|could not) be (?:determined|proved|proven|inferred|decided|known)"
 TRUTH = re.compile(rf"\b(?:(?P<unknown>{UNSURE})|(?<!not )(?<!n't )(?<!never )(?P<known>true|false))\b", re.IGNORECASE)
 STATEMENT = re.compile(
-    rf"\b(?:statement|conclusion|claim)\s+(?:is|must be|can be)\s+(?:(?!not\b)\w+\s+){{0,2}}{TRUTH.pattern}", re.IGNORECASE
+    rf"\b(?:statement|conclusion|claim)\s+(?:is|must be|can be)\s+(?:(?!not\b)\w+\s+){{0,2}}{TRUTH.pattern}",
+    re.IGNORECASE,
 )
 HEDGE = re.compile(r"[)\]}*_\"']*\s*(?:\bor\b|/)\s*(?:true|false|unknown)\b", re.IGNORECASE)
 ONE_WORD = re.compile(r"[^\w\n]*[A-Za-z]+[^\w\n]*")
 
 
-def final_truth(completion: str, opening: str = "") -> str | None:
-    """True, False or Unknown in lower case, which a completion ends on, or None; `opening` as for `final_number`.
+def stated_truth(completion: str, opening: str = "") -> str | None:
+    """True, False or Unknown in lower case, which a completion ends on, or None; `opening` as for `stated_number`.
 
-    >>> final_truth("So the answer is **False**."), final_truth("It cannot be proved."), final_truth("This is untrue")
+    >>> stated_truth("So the answer is **False**."), stated_truth("It cannot be proved."), stated_truth("untrue")
     ('false', 'unknown', None)
     """
     parts, thinks = _parts(opening, completion)

@@ -109,13 +109,11 @@ def check_known(kind: str, name: str, known: Iterable[str]) -> None:
         raise ValueError(unknown(kind, name, known))
 
 
-def all_views(
-    grader: str, *, paper: bool, strict: bool, robust: bool, form: float | bool, bonus: float = 0.1
-) -> Score:
+def all_views(grader: str, *, paper: bool, strict: bool, robust: bool, form: float | bool, bonus: float = 0.1) -> Score:
     """The score of a completion that all graders have looked at: reward = answer + bonus · format.
 
-    `answer` is the verdict of the grader that is asked for, one of GRADERS. All their verdicts are there in each case, so
-    that one generation shows how much of an accuracy hangs on the grader. `format` is by the published rule.
+    `answer` is the verdict of the grader that is asked for, one of GRADERS. All their verdicts are there in each case,
+    so that one generation shows how much of an accuracy hangs on the grader. `format` is by the published rule.
 
     >>> all_views("paper", paper=True, strict=False, robust=True, form=0.0)
     Score(reward=1.0, parts={'answer': 1.0, 'format': 0.0, 'paper': 1.0, 'strict': 0.0, 'robust': 1.0})

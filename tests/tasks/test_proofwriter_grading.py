@@ -17,8 +17,8 @@ CASES = [  # (completion, the right answer, paper, format, strict)
     ("answer: TRUE", "True", 1, 1, 1),
     ("ANSWER: unknown", "Unknown", 1, 1, 1),
     ("Answer: True", "False", 0, 1, 0),
-    ("Answer:True", "True", 1, 0, 0),
-    ("Answer :  True", "True", 1, 0, 0),
+    ("Answer:True", "True", 1, 1, 0),
+    ("Answer :  True", "True", 1, 1, 0),
     ("Answer: True.", "True", 1, 0, 0),
     ("**Answer: True**", "True", 1, 0, 0),
     ("The answer: True", "True", 1, 0, 0),
@@ -27,7 +27,7 @@ CASES = [  # (completion, the right answer, paper, format, strict)
     ("Answer: False\nAnswer: True", "False", 0, 1, 0),
     ("Answer: True\nUnless it is false.", "True", 1, 0, 0),
     ("Answer: True\nfalse", "True", 1, 0, 0),
-    ("Answer: True\nAnswer: maybe", "True", 1, 0, 0),
+    ("Answer: True\nAnswer: maybe", "True", 0, 1, 0),
     ("True", "True", 1, 0, 0),
     ("It could be false.\nTrue", "True", 1, 0, 0),
     ("It could be false.\nThe answer is True", "True", 1, 0, 0),
@@ -41,7 +41,7 @@ CASES = [  # (completion, the right answer, paper, format, strict)
     ("true_", "True", 0, 0, 0),
     ("trueé", "True", 0, 0, 0),
     ("(True)", "True", 1, 0, 0),
-    ("Answer: Yes", "True", 0, 0, 0),
+    ("Answer: Yes", "True", 0, 1, 0),
     ("Ｔｒｕｅ", "True", 0, 0, 0),
     ("Т rue", "True", 0, 0, 0),
     ("", "Unknown", 0, 0, 0),
@@ -55,7 +55,7 @@ CASES = [  # (completion, the right answer, paper, format, strict)
 
 MONSTERS = {
     "spaces": " " * LONG + "x",
-    "spaces inside": "answer" + " " * LONG + ":" + " " * LONG + "x",
+    "spaces inside": "answer" + " " * LONG + ":" + " " * LONG + "1",
     "newlines": "\n" * LONG + "x",
     "answers": "Answer: " * LONG,
     "answer lines": "Answer: \n" * LONG,
@@ -72,12 +72,12 @@ def test_case(completion: str, answer: str, paper: int, form: int, strict: int) 
     for example in (Example("0", "?", answer), Example("0", prompt, answer)):
         if example.prompt != "?":
             completion = "\n" + completion
-        score = get_task("proofwriter").score(example, completion)
-        assert score.parts == {"answer": paper, "format": form, "strict": strict}
-        assert score.reward == paper + 0.1 * form
-        score = get_task("proofwriter", grader="strict").score(example, completion)
-        assert score.parts == {"answer": strict, "format": form, "strict": strict}
-        assert score.reward == strict + 0.1 * form
+        for grader, verdict in (("paper", paper), ("strict", strict)):
+            score = get_task("proofwriter", grader=grader).score(example, completion)
+            assert {**score.parts, "robust": None} == {
+                "answer": verdict, "format": form, "paper": paper, "strict": strict, "robust": None
+            }  # fmt: skip
+            assert score.reward == verdict + 0.1 * form
 
 
 @pytest.mark.parametrize("name", MONSTERS)
@@ -85,5 +85,5 @@ def test_monster(name: str) -> None:
     task, start = get_task("proofwriter"), time.process_time()
     for end in ("", "\nAnswer: True"):
         score = task.score(Example("0", "?", "True"), MONSTERS[name] + end)
-        assert score.parts == dict.fromkeys(("answer", "format", "strict"), float(bool(end)))
+        assert score.parts == dict.fromkeys(("answer", "format", "paper", "strict", "robust"), float(bool(end)))
     assert time.process_time() - start < 1
