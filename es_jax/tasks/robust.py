@@ -24,21 +24,21 @@ BLANKS = "\u00a0\u2000\u2001\u2002\u2003\u2007\u2008\u2009\u200a\u202f"
 SIGNS = str.maketrans(
     {
         **dict.fromkeys("−–‐‑﹣", "-"), **dict.fromkeys(BLANKS, " "),
-        "⁄": "/", "∕": "/", "÷": "/", "·": "×", "⋅": "×", "∙": "×", "’": "'", "‘": "'", "“": '"', "”": '"',
+        "⁄": "/", "∕": "/", "÷": "/", "·": "×", "⋅": "×", "∙": "×", "’": "'", "‘": "'", "“": '"', "”": '"', "İ": "I",
     }
 )  # fmt: skip
 POWERS = re.compile("(?:\0.)+")
 FRACTION = re.compile(r"\\[dtc]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))")
 LATEX = (
     (re.compile(r"\{,\}"), ","),
-    (re.compile(r"(?<=\d)(?:\{?\\[,;:! ]\}?|~)(?=\d)"), " "),
+    (re.compile(r"(?:\{\\[,;:! ]\}|\\[,;:! ]|~)(?=\d)"), " "),
     (re.compile(r"\\(?:times|cdot)(?![a-z])"), "×"),
     (re.compile(r"\\div(?![a-z])"), "/"),
     (re.compile(r"\\(?:approx|simeq)(?![a-z])"), "≈"),
     (re.compile(r"\\(?:text|math|left|right|displaystyle|quad|phantom)[a-z]*"), ""),
     (re.compile(r"\\(?!\w)"), ""),
-    (re.compile(r"(?i:\bnegative |(?<![\d)}] )\bminus )(?=[$€£]?\.?\d)"), "-"),
-    (re.compile(r"(?i:\banswer is)(?=[A-Z](?![^\W_]))"), "answer is "),  # some tokenizers lose the blank
+    (re.compile(r"(?:[Nn]egative (?<!\w.{9})|[Mm]inus (?<!\w.{6})(?<![\d)}] .{6}))(?=[$€£]?\.?\d)"), "-"),
+    (re.compile(r"[Aa]nswer is(?=[A-Z](?![^\W_]))"), "answer is "),  # some tokenizers lose the blank
 )  # fmt: skip
 
 
@@ -60,7 +60,9 @@ def _parts(opening: str, completion: str, *, fraction: str = r" \1\2/\3\4 ") -> 
     text = THOUGHT.split(opening + completion)[-1]
     thinks = OPEN.search(text) is not None
     text = text[max(0, len(text) - min(len(completion), TAIL)) :]
-    text = "".join(map(_plain, SPECIAL.sub("\n", text)))[-TAIL:].translate(SIGNS)
+    text = SPECIAL.sub("\n", text)
+    if not text.isascii():
+        text = "".join(map(_plain, text))[-TAIL:].translate(SIGNS)
     text = POWERS.sub(lambda match: "^" + match[0].replace("\0", ""), text)
     for pattern, sign in ((FRACTION, fraction), *LATEX):
         text = pattern.sub(sign, text)
@@ -97,10 +99,9 @@ WORDS = {word: value for value, word in enumerate(ONES)} | {word: 10 * value for
 WORD = rf"\b(?:{'|'.join(sorted([*WORDS, *SCALES], key=len, reverse=True))})\b"
 SPELLED = re.compile(rf"{WORD}(?:[ -](?:and )?{WORD})*", re.IGNORECASE)
 MARKER = re.compile(
-    r"(?:(?P<box>\\boxed\s*\{)|(?P<block><answer>)|(?P<line>(?<!#)#{4,}+)"
-    r"|\banswer(?:\s+is|\s*[:=]|[-–—])(?!\s*not\b))[\s:=*_]*",
-    re.IGNORECASE,
-)
+    r"(?:(?P<box>\\boxed\s*\{)|(?P<block><answer>)|(?P<line>#{4,}+)"
+    r"|answer(?<!\w.{6})(?:\s+is|\s*[:=]|[-–—])(?!\s*not\b))[\s:=*_]*"
+)  # of a text in lower case
 BRACE = re.compile(r"(\\boxed\s*)?\{|\}", re.IGNORECASE)
 HEADING = re.compile(r"\W*(?:step|part|case|solution)\b|\W*\d{1,2}[.):]\s+[A-Za-z]", re.IGNORECASE)
 VERB = re.compile(r"\b(?:is|are|was|equals?|makes?|totals?)\b|:", re.IGNORECASE)
@@ -112,7 +113,7 @@ LINE = 300  # characters of a line
 def stated_number(completion: str, opening: str = "") -> Fraction | None:
     """The number that a completion ends on, or None; `opening` is what the prompt opened the turn with.
 
-    >>> stated_number("He pays \\\\boxed{9{,}500} dollars"), stated_number("#### 2 1/2"), stated_number("48 + 24 is 72.")
+    >>> stated_number("so \\\\boxed{9{,}500} dollars"), stated_number("#### 2 1/2"), stated_number("48 + 24 is 72.")
     (Fraction(9500, 1), Fraction(5, 2), Fraction(72, 1))
     """
     parts, thinks = _parts(opening, completion)
@@ -124,12 +125,12 @@ def _statements(part: str) -> Iterator[str]:
     """The lines that say what the answer is, the last one first."""
     ends: dict[int, int] = {}  # of boxes
     opened: list[int] = []
-    for brace in BRACE.finditer(part):
+    for brace in BRACE.finditer(part) if "oxed" in part else ():
         if brace[0] != "}":
             opened.append(brace.end())
         elif opened:
             ends[opened.pop()] = brace.start()
-    for marker in [*MARKER.finditer(part)][: -LINES - 1 : -1]:
+    for marker in [*MARKER.finditer(part.lower())][: -LINES - 1 : -1]:
         text = part[marker.end() :]
         if marker["box"]:
             text = part[marker.end() : ends.get(marker.end("box"), len(part))]
@@ -168,7 +169,7 @@ def _read(line: str) -> list[Fraction | None]:
 
 def _last_numbers(part: str) -> list[Fraction | None]:
     """The last number, or the last line where it is one in words."""
-    if any(marker["box"] or marker["block"] for marker in MARKER.finditer(part)):
+    if any(marker["box"] or marker["block"] for marker in MARKER.finditer(part.lower())):
         return [None]  # an answer that is no number
     last = next((at for at in range(len(part) - 1, -1, -1) if part[at].isdecimal()), 0)
     matches = [*NUMBER.finditer(part[max(0, last - 2 * LONGEST) : last + LONGEST // 2])]
@@ -242,10 +243,10 @@ def expressions(response: str) -> list[Expression]:
 
 # Labels
 
-CUE = (
-    r"(?<!#)#{4,}+|\\boxed\b|<answer>|\b(?:answers?|correct (?:option|choice|ending|letter|one|way|solution)"
+CUE = re.compile(
+    r"#{4,}+|\\boxed\b|<answer>|(?:answers?|correct (?:option|choice|ending|letter|one|way|solution)"
     r"|choose|chose|pick|select|go with|going with|opt for)\b"
-)
+)  # in lower case
 FILL = (
     r"(?:[\s*_`\"'$(\[{<>:=,\-–—]{1,40}+|\b(?:is|was|are|be|would|must|should|has|appears?|seems?|to|the|that|of|course|most"
     r"|\w{1,20}ly|option|choice|letter|number|ending|way|solution|correct|right|best|better|one|final|therefore|thus|so"
@@ -256,10 +257,11 @@ WRONG = (
     r"(?![)\]}*_\"'.:]*\s*(?:(?:is|was|does|do|seems|looks|would be|can be)\s+"
     r"(?:not|wrong|incorrect|false|impossible|too|out)\b|(?:isn|doesn|wasn|won|can)'t\b|cannot\b|contradicts\b|fails\b))"
 )
-RIGHT = (
-    r"[)\]}*_\"']*\s+(?:is|seems|must be|would be|was|looks)\s+(?:the\s+|a\s+)?(?:\w{1,20}ly\s+|most\s+|only\s+)?"
+CALLED = re.compile(
+    r"(?:is|seems|must be|would be|was|looks)\s+(?:the\s+|a\s+)?(?:\w{1,20}ly\s+|most\s+|only\s+)?"
     r"(?:correct|right|best|better|answer)\b"
-)
+)  # in lower case
+RIGHT = rf"[)\]}}*_\"']*\s+{CALLED.pattern}"
 EDGE = r"(?:[^\w\n]|_)*+"  # what may stand around a label on its line
 SPELLED_DIGIT = re.compile(
     rf"(^{EDGE}|{KIND}(?: is)?{EDGE})(zero|one|two|three)\b(?={EDGE}$)", re.IGNORECASE | re.MULTILINE
@@ -267,8 +269,8 @@ SPELLED_DIGIT = re.compile(
 
 
 @cache
-def _choice_patterns(labels: str) -> tuple[tuple[re.Pattern[str], ...], ...]:
-    """What states a choice among these labels, then what may be one; in each group the last match counts."""
+def _choice_patterns(labels: str) -> list[re.Pattern[str]]:
+    """What follows a cue, a label that is called right, a whole completion; then in order what else may be a choice."""
     if labels.isalpha():  # "a stone" and "I think" hold no label
         words = "".join(x for x in labels if x in "AI") + labels.lower()
         bold = "".join(x for x in labels if x not in "AI")
@@ -278,14 +280,14 @@ def _choice_patterns(labels: str) -> tuple[tuple[re.Pattern[str], ...], ...]:
         label = rf"(?<![^\W_])(?<!\d[.,/])(?<!not )(?<!\^)[{labels}](?![^\W_]|%|[.,/]\d)"
     named = f"(?P<label>{label})"
     other = rf"(?P<hedge>[)\]}}*_\"']*\s*(?:\bor\b|\band\b|/)[\s*_(\[]*(?:option\s+)?{label}{WRONG})?"
-    stated = (rf"(?:{CUE}){FILL}{named}{WRONG}{other}", rf"{named}{RIGHT}")
+    cued, judged = rf"{FILL}{named}{WRONG}{other}", rf"{named}{RIGHT}"
     whole = rf"\A\s*+{EDGE}{named}{EDGE}\s*\Z"
     alone = rf"^{EDGE}(?:{KIND}{EDGE})?{named}{EDGE}$"
     kind = rf"(?<!not )(?<!than )(?:{KIND}{EDGE}|\(){named}{WRONG}{other}"
     first = rf"\A\s*+{EDGE}{named}(?:[*_\"']*[.,:;)\]]|\s+(?:because|since|as|for)\b)(?![\s\S]*^{EDGE}{label}[.,:;)])"
     end = rf"(?<!or )(?<!and ){named}{EDGE}$"
-    groups = ((*stated, whole), (alone,), (kind,), (first,), (end,))
-    return tuple(tuple(re.compile(x, re.IGNORECASE | re.MULTILINE) for x in group) for group in groups)
+    patterns = (cued, judged, whole, alone, kind, first, end)
+    return [re.compile(pattern, re.IGNORECASE | re.MULTILINE) for pattern in patterns]
 
 
 def stated_choice(completion: str, opening: str, labels: str, options: Sequence[str] = ()) -> str | None:
@@ -303,14 +305,20 @@ def stated_choice(completion: str, opening: str, labels: str, options: Sequence[
     parts, thinks = _parts(opening, completion)
     if labels.isdecimal():
         parts = [SPELLED_DIGIT.sub(lambda match: match[1] + str(WORDS[match[2].lower()]), part) for part in parts]
-    stated, *groups = _choice_patterns(labels)
-    found = _last(stated, parts)
+    cued, judged, whole, *others = _choice_patterns(labels)
+    found = None
+    for part in parts:
+        low = part.lower()
+        cues = (cued.match(part, cue.end()) for cue in CUE.finditer(low))
+        matches = [*filter(None, cues), *whole.finditer(part), *(judged.finditer(part) if CALLED.search(low) else ())]
+        found = _last(matches) if found is None else found
     if found is None and len(set(map(str.casefold, options))) == len(options):
         labelled = {_words(text): label for text, label in zip(options, labels, strict=False)}
         said = (_words(line) for part in parts for line in (*_statements(part), last_line(part)))
         found = next((labelled[words] for words in said if words in labelled), None)
-    for group in [] if thinks else groups:
-        found = _last(group, parts) if found is None else found
+    for pattern in [] if thinks else others:
+        for part in parts if found is None else ():
+            found = _last([*pattern.finditer(part)]) if found is None else found
     return found or None
 
 
@@ -319,14 +327,12 @@ def _words(text: str) -> str:
     return text.strip(" \t*_`\"'$(){}[].:,").casefold()
 
 
-def _last(patterns: Sequence[re.Pattern[str]], parts: Sequence[str]) -> str | None:
-    """The label of the last match in the first part that has one; "" where it names two."""
-    for part in parts:
-        if matches := [match for pattern in patterns for match in pattern.finditer(part)]:
-            last = max(matches, key=lambda match: match.start("label"))
-            hedged = last.groupdict().get("hedge")
-            return "" if hedged else last["label"].upper()
-    return None
+def _last(matches: Sequence[re.Match[str]]) -> str | None:
+    """The label of the last match; "" where that names two, None for no match."""
+    if not matches:
+        return None
+    last = max(matches, key=lambda match: match.start("label"))
+    return "" if last.groupdict().get("hedge") else last["label"].upper()
 
 
 # Truth

@@ -51,6 +51,31 @@ CASES = [  # (completion, the right answer, paper, format, strict)
     ("Answer: True\0", "True", 1, 0, 0),
     ("Answer:\nTrue", "True", 1, 0, 0),
     ("Answer: True Answer: False", "False", 1, 0, 0),
+    ("It is true.\nDone.", "True", 0, 0, 0),  # a last line of one word decides
+    ("It is true.\nDone", "True", 0, 0, 0),
+    ("It is true.\nDone?!", "True", 0, 0, 0),
+    ("It is true.\nDone (so)", "True", 1, 0, 0),
+    ("It is true.\nAll done.", "True", 1, 0, 0),
+    ("It is true.\nÜ", "True", 1, 0, 0),  # not of A to Z
+    ("It is true.\nQ2", "True", 1, 0, 0),
+    ("It is true.\nAnswer is no.", "True", 0, 0, 0),
+    ("It is true.\nFinal answer: false!", "False", 1, 0, 0),
+    ("It is true.\nFINAL  ANSWER is False", "False", 1, 0, 0),
+    ("It is true.\nThe answer is no", "True", 1, 0, 0),
+    ("It is true.\nAnswer:", "True", 0, 0, 0),
+    ("It is true.\nx\rNo", "True", 0, 0, 0),  # "\r" ends a line here
+    ("Answer: False\rx", "False", 0, 0, 0),  # but not an answer line
+    ("Answer: False\r\nx y", "False", 1, 0, 0),
+    ("\t answer \n:\n\n False \nso true", "False", 1, 0, 0),
+    ("so answer: False\nit is true, is it", "True", 1, 0, 0),  # not at the start of its line
+    ("Answer: False.\nAnswer: True x\nunknown to me", "Unknown", 1, 0, 0),
+    ("Answer: falsE\nAnswer: no\nAnswer: False.", "False", 0, 0, 0),
+    ("Answer: UNKNOWN\n\n", "Unknown", 1, 1, 1),
+    ("x\rAnswer: True", "True", 1, 1, 0),
+    ("Answer: True,", "True", 1, 0, 0),
+    ("Answer: T", "True", 0, 1, 0),
+    ("Answer: untrue", "True", 0, 1, 0),
+    ("Answer: 1", "True", 0, 0, 0),
 ]
 
 MONSTERS = {
