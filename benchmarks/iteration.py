@@ -98,7 +98,7 @@ class Bench:
         """An iteration of so many members at a step, members' weights in the dtype: seconds by part."""
         mesh, engine = make_mesh(1, 1), self.engine(lengths=tuple(self.lengths))
         params = jax.tree.map(jnp.copy, self.model.params)
-        grader, states = Grader(self.model, self.examples, at_once(self.task)), {}
+        grader, states = Grader(self.model, self.examples, at_once(self.task), self.prompts), {}
 
         def config(members: int) -> Any:
             anchor = {"penalty": "l2", "strength": STRENGTH}
@@ -128,7 +128,7 @@ class Bench:
 
         net = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
         anchor = [param.detach().clone() for param in net.parameters()]
-        grader = Grader(self.model, self.examples, at_once(self.task))
+        grader = Grader(self.model, self.examples, at_once(self.task), self.prompts)
 
         def score(tokens: np.ndarray) -> float:
             graded = grader(range(PROMPTS), tokens, np.array(self.lengths))

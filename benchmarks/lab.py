@@ -40,7 +40,7 @@ def main() -> None:
     model, task = load_model("lab"), get_task("lab-countdown")
     examples = task.train(PROMPTS)
     prompts = [encode_prompt(model.tokenizer, e.prompt) for e in examples]
-    grader, everyone = Grader(model, examples, at_once(task)), range(PROMPTS)
+    grader, everyone = Grader(model, examples, at_once(task), prompts), range(PROMPTS)
     engine = Engine(
         model.config, slots=PROMPTS, max_prompt_tokens=16, max_new_tokens=MAX_NEW, stop_token_ids=model.stop_token_ids
     )

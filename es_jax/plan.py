@@ -20,6 +20,7 @@ device), parts {name: bytes of a device}, collectives [{op, bytes, times, axes, 
 runs (in an iteration), flops, memory_traffic_bytes, sent_bytes, bound_seconds (of one run, on one device), error}}.
 """
 
+import functools
 import json
 import logging
 import os
@@ -42,7 +43,7 @@ def main(argv: list[str]) -> None:
     from es_jax.training.config import freeze
 
     options = flags.FLAGS
-    say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
+    say = functools.partial(print, file=sys.stderr, flush=True)
     try:
         config = freeze(options.config)
         model, origin = find_shape(config)
@@ -51,7 +52,7 @@ def main(argv: list[str]) -> None:
     except (ValueError, OSError) as error:
         if options.traceback:
             raise
-        print(f"es_jax.plan: {error}", file=sys.stderr)
+        say(f"es_jax.plan: {error}")
         sys.exit(2)
     print(json.dumps(fields(plan) | {"shape": origin}) if options.json else words(plan))
     sys.exit(0 if plan.fits else 1)

@@ -17,21 +17,20 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jinja2
 
 from es_jax.plotting import figures as draw
 from es_jax.plotting import tables
 from es_jax.plotting.figures import Plot
-from es_jax.plotting.runs import Series, caption, distinct, group, incomparable, prior_tasks, read_run
+from es_jax.plotting.runs import Row, caption, distinct, group, incomparable, prior_tasks, read_run
 from es_jax.plotting.tables import Table
 
 PAGE = "report.html.j2"  # the template, beside the figures
 TYPES = {"png": "image/png", "pdf": "application/pdf", "csv": "text/csv", "md": "text/markdown", "tex": "text/x-tex"}
 
 
-def write_report(workdirs: Sequence[str | Path], out: str | Path, *, mark: bool = False) -> dict[str, Any]:
+def write_report(workdirs: Sequence[str | Path], out: str | Path, *, mark: bool = False) -> Row:
     """Writes the page, figures and tables of some runs; returns what --json prints.
 
     Args:
@@ -51,7 +50,16 @@ def write_report(workdirs: Sequence[str | Path], out: str | Path, *, mark: bool 
         reasons = "; ".join(f"{folder}: {reason}" for folder, reason in marks.items())
         raise ValueError(f"these runs cannot be compared ({reasons}): leave them out, or show them marked with --mark")
     series, prior = group(runs, marks), prior_tasks(runs)
-    plots, absent = _plots(series, prior)
+    figures = {  # why one is absent: the figure, where there are data for it
+        "accuracies (no evaluations: evals.every above 0)": draw.accuracy_over_iterations(series),
+        "target against prior (no prior task that all runs evaluated)": draw.target_against_prior(series, prior),
+        "change in prior accuracy (none evaluated at step 0 and later)": draw.prior_change(series, prior),
+        "what the drop is made of (python -m es_jax.evaluate measures it)": draw.drop_parts(series, prior),
+        "KL (python -m es_jax.evaluate --kl measures it)": draw.kl_map(series),
+        "drift (no finished step)": draw.drift_against_theory(series),
+        "λ sweep (it needs two λ above 0 that differ in nothing else)": draw.strength_sweep(series, prior),
+    }
+    plots, absent = [*filter(None, figures.values())], [name for name, plot in figures.items() if not plot]
     results = tables.results(series, prior)
     accuracies = tables.accuracies(series, distinct([*(run.target for run in runs), *prior]))
     texts = [table for table in (results, accuracies, tables.views(series)) if table]
@@ -60,8 +68,8 @@ def write_report(workdirs: Sequence[str | Path], out: str | Path, *, mark: bool 
     labels, settings = {run.folder: one.label for one in series for run in one.runs}, caption(runs)
     sections = {kind: [_section(*pair, settings) for pair in pairs] for kind, pairs in parts.items()}
     loader = jinja2.FileSystemLoader(Path(draw.__file__).parent)
-    template = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined).get_template(PAGE)
-    page = template.render(runs=runs, labels=labels, marks=marks, absent=absent, **sections)
+    pages = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
+    page = pages.get_template(PAGE).render(runs=runs, labels=labels, marks=marks, absent=absent, **sections)
     (out / "report.tmp").write_text(page, encoding="utf-8")
     os.replace(out / "report.tmp", out / "report.html")
     return {
@@ -77,21 +85,7 @@ def write_report(workdirs: Sequence[str | Path], out: str | Path, *, mark: bool 
     }
 
 
-def _plots(series: Sequence[Series], prior: Sequence[str]) -> tuple[list[Plot], list[str]]:
-    """The figures there are data for, and why others are absent."""
-    plots = {
-        "accuracies (no evaluations: evals.every above 0)": draw.accuracy_over_iterations(series),
-        "target against prior (no prior task that all runs evaluated)": draw.target_against_prior(series, prior),
-        "change in prior accuracy (none evaluated at step 0 and later)": draw.prior_change(series, prior),
-        "what the drop is made of (python -m es_jax.evaluate measures it)": draw.drop_parts(series, prior),
-        "KL (python -m es_jax.evaluate --kl measures it)": draw.kl_map(series),
-        "drift (no finished step)": draw.drift_against_theory(series),
-        "λ sweep (it needs two λ above 0 that differ in nothing else)": draw.strength_sweep(series, prior),
-    }
-    return [plot for plot in plots.values() if plot], [name for name, plot in plots.items() if not plot]
-
-
-def _section(part: Plot | Table, paths: Mapping[str, Path], settings: str) -> dict[str, Any]:
+def _section(part: Plot | Table, paths: Mapping[str, Path], settings: str) -> Row:
     """A figure or a table; its files are data: addresses, so that the page needs nothing beside it."""
     files = {
         ending: {
@@ -101,13 +95,13 @@ def _section(part: Plot | Table, paths: Mapping[str, Path], settings: str) -> di
         for ending, path in paths.items()
     }
     image = files.pop("png", {}).get("data")
-    return vars(part) | {"caption": f"{part.caption} {settings}", "image": image, "files": list(files.values())}
+    return part._asdict() | {"caption": f"{part.caption} {settings}", "image": image, "files": list(files.values())}
 
 
 def main() -> None:
     """Arguments → write_report()."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("python -m es_jax.report", description=__doc__, formatter_class=formatter)
+    parser = argparse.ArgumentParser("python -m es_jax.report", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's directory")
     parser.add_argument("--out", required=True, help="the folder to write")
     parser.add_argument("--mark", action="store_true", help="show runs that cannot be compared, marked")

@@ -37,6 +37,7 @@ FAST: dict[str, tuple[str, ...]] = {
         "test_bare",
     ),
     "training/test_config.py": (),
+    "weights/test_boundary.py": (),
     "weights/test_checksums.py": (),
     "weights/test_tokenizer.py": (),
 }

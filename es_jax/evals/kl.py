@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float32, Int32
 from es_jax.core import processes, rng
 from es_jax.core.chunked_map import block_length, ceil_div, in_blocks
 from es_jax.generate.engine import engine_for
+from es_jax.generate.prompts import TokenLists
 from es_jax.generate.sampling import Temperature
 from es_jax.generate.score import token_positions
 from es_jax.models.config import TransformerConfig
@@ -46,9 +47,9 @@ def token_kl(
     before = [jnp.roll(model.hidden(params, tokens, positions=positions)[0], 1, axis=1) for params in (base, now)]
 
     def compare(of_base, of_now, tokens):
-        p = jax.nn.log_softmax(model.logits(base, of_base), axis=2)
-        difference = p - jax.nn.log_softmax(model.logits(now, of_now), axis=2)
-        chosen = jnp.take_along_axis(difference, tokens[..., None], axis=2)[..., 0]
+        p = jax.nn.log_softmax(model.logits(base, of_base))
+        difference = p - jax.nn.log_softmax(model.logits(now, of_now))
+        chosen = jnp.take_along_axis(difference, tokens[..., None])[..., 0]
         return chosen, jnp.sum(jnp.exp(p) * difference, axis=2)
 
     compared = in_blocks(compare, *before, tokens, block=block_length(2 * len(tokens) * config.vocab_size))
@@ -58,7 +59,7 @@ def token_kl(
 def sample(
     config: TransformerConfig,
     base: Any,
-    prompts: Sequence[Sequence[int]],
+    prompts: TokenLists,
     *,
     stop_token_ids: Sequence[int],
     slots: int,
@@ -67,25 +68,16 @@ def sample(
 ) -> list[list[int]]:
     """One continuation of every prompt at temperature 1: 1 to max_new_tokens token ids, the stop token included. Row i
     of a seed is the same whatever the rows beside it are."""
-    room = config.max_positions - max(map(len, prompts))
     engine = engine_for(
-        config,
-        prompts,
-        slots=slots,
-        max_new_tokens=min(max_new_tokens, room),
-        stop_token_ids=stop_token_ids,
-        sampler=Temperature(1.0),
-    )
+        config, prompts, slots=slots, stop_token_ids=stop_token_ids, sampler=Temperature(1.0),
+        max_new_tokens=min(max_new_tokens, config.max_positions - max(map(len, prompts))),
+    )  # fmt: skip
     tokens, length, _ = engine.generate(base, prompts, key=rng.sampling_key(seed, 0))
     return [row[:n].tolist() for row, n in zip(np.asarray(tokens), np.asarray(length), strict=True)]
 
 
 def kl(
-    config: TransformerConfig,
-    base: Any,
-    now: Any,
-    prompts: Sequence[Sequence[int]],
-    continuations: Sequence[Sequence[int]],
+    config: TransformerConfig, base: Any, now: Any, prompts: TokenLists, continuations: TokenLists
 ) -> dict[str, Any]:
     """KL(base ‖ now) on continuations of the prompts, in nats a token, with standard errors over prompts.
 
@@ -95,7 +87,7 @@ def kl(
       kl_exact_token, …: the same of the sum over the vocabulary. None for the errors of a single prompt.
     """
     rows = [[*prompt, *ids] for prompt, ids in zip(prompts, continuations, strict=True)]
-    starts, lengths = np.array([[len(ids)] for ids in prompts]), np.array([len(ids) for ids in continuations])
+    starts, lengths = np.array([[len(ids)] for ids in prompts]), np.array([*map(len, continuations)])
     ends = starts + lengths[:, None]
     width = ceil_div(int(ends.max()), WIDTH) * WIDTH
     count = max(min(TOKENS // width, len(rows)), 1)

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from es_jax.core import processes
 from es_jax.evals import drift as drifts
 from es_jax.evals.kl import kl, sample
-from es_jax.evals.weight_source import WeightSource, check_folder, claim_folder, is_run, of_model, of_run
+from es_jax.evals.weight_source import Fields, WeightSource, check_folder, claim_folder, is_run, of_model, of_run
 from es_jax.generate.engine import engine_for
 from es_jax.rundir.directory import compilation_cache, write_json
 from es_jax.rundir.metrics import Jsonl
@@ -25,6 +25,7 @@ from es_jax.tasks.task import Task
 from es_jax.training.config import MeshConfig, ModelConfig, RunConfig, read_config
 from es_jax.training.es import Evaluator
 from es_jax.training.loop import make_task, other_task
+from es_jax.training.method import TokenLists
 from es_jax.training.state import base_config, compute_dtype, mesh_of
 from es_jax.weights.model import config_only
 
@@ -72,7 +73,7 @@ def evaluate_run(
     out: str | Path | None = None,
     options: Options = Options(),
     mesh: Mesh | None = None,
-) -> dict[str, Any]:
+) -> Fields:
     """Evaluate steps of a run, or a model, and write evals/<task>.jsonl, evals/kl.jsonl and evals/drift.jsonl.
 
     The weights of a step come from its checkpoint if there is one, otherwise they are replayed from the seed log. A
@@ -201,7 +202,7 @@ class _Evaluation:
             if accuracies or kls or drift_due:
                 self.due[step] = accuracies, kls, drift_due
 
-    def run(self) -> dict[str, Any]:
+    def run(self) -> Fields:
         """Do what is not done, and return the rows of the steps."""
         if processes.first():
             claim_folder(self.folder, self.source)
@@ -210,19 +211,23 @@ class _Evaluation:
             total += sum(len(self.kl_inputs[name][0]) for _, kls, _ in self.due.values() for name in kls)
             with tqdm(total=total, unit="row", dynamic_ncols=True, disable=not processes.first()) as self.bar:
                 self._steps()
-        tasks = {name: self._rows(name) for name in self.files}
-        kl = [row for row in self._rows("kl") if row["task"] in self.kl_inputs]
         drift = self._rows("drift") if self.measure_drift else []
         warnings = [text for row in drift if (text := drifts.warning(row))]
         if processes.first():
             for text in warnings:
                 logger.warning(text)
-        return {"out": str(self.folder), "warnings": warnings, "tasks": tasks, "kl": kl, "drift": drift}
+        return {
+            "out": str(self.folder),
+            "warnings": warnings,
+            "tasks": {name: self._rows(name) for name in self.files},
+            "kl": [row for row in self._rows("kl") if row["task"] in self.kl_inputs],
+            "drift": drift,
+        }
 
-    def _rows(self, name: str) -> list[dict[str, Any]]:
+    def _rows(self, name: str) -> list[Fields]:
         return [row for row in read_evals(self.folder / f"{name}.jsonl") if row["step"] in self.steps]
 
-    def _agreed(self, kl: list[list]) -> dict[str, Any]:
+    def _agreed(self, kl: list[list]) -> Fields:
         """What is done already, as process 0 sees it. ValueError in all where one evaluates something else."""
         tests = {test.name: test.digest for test in self.tests}
         request = [self.source.marks(self.source.last), self.steps, tests, repr(self.options)]
@@ -259,9 +264,7 @@ class _Evaluation:
                 self.kl.write({"step": step, "task": name, **row, **facts})
                 self.bar.update(row["n"])
 
-    def _kl_input(
-        self, test: HeldOut, rows: Sequence[dict[str, Any]]
-    ) -> tuple[Sequence[Sequence[int]], dict[str, Any]]:
+    def _kl_input(self, test: HeldOut, rows: Sequence[Fields]) -> tuple[TokenLists, Fields]:
         """The prompts, and what must be equal for two measurements of KL to be comparable; ValueError where the file's
         rows differ in it."""
         prompts, options = test.prompts[: self.options.kl_rows], self.options
@@ -280,7 +283,7 @@ class _Evaluation:
         """What the base model wrote: sampled once, and kept in evals/continuations/<task>.json."""
         path, (prompts, facts) = self.folder / "continuations" / f"{name}.json", self.kl_inputs[name]
         model, options = self.source.model, self.options
-        known = {0: json.loads(path.read_text(encoding="utf-8"))} if processes.first() and path.exists() else {}
+        known = {0: json.loads(path.read_bytes())} if processes.first() and path.exists() else {}
         content = processes.exchange(known).get(0, {})
         if content.get("facts") == facts:
             return content["tokens"]

@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
@@ -26,14 +26,14 @@ from es_jax.training.state import load_anchor, load_base
 from es_jax.training.weights_at import weights_at
 from es_jax.weights.model import Model, load_outline
 
+Fields = dict[str, Any]  # as JSON has them
 MARKS = "subject.json"  # as in the directories of earlier versions
 SHORT = 16  # characters of a digest
 # What may differ between two runs with the same weights at each step. Digests stand for the paths.
 WITHOUT_MARK = (*directory.CHANGEABLE, "model.source", "task.data_dir", "optim.anchor.source", "evals.")
 
 
-@dataclasses.dataclass(frozen=True)
-class WeightSource:
+class WeightSource(NamedTuple):
     """Weights by step, step 0 the base model.
 
     Attributes:
@@ -48,7 +48,7 @@ class WeightSource:
     """
 
     name: str
-    marks: Callable[[int], dict[str, Any]]
+    marks: Callable[[int], Fields]
     config: RunConfig
     model: Model
     last: int
@@ -61,7 +61,7 @@ class WeightSource:
 def is_run(path: Path) -> bool:
     """Whether a folder is a run's directory, by its config.json."""
     try:
-        return "digest" in json.loads((path / "config.json").read_text(encoding="utf-8"))
+        return "digest" in json.loads((path / "config.json").read_bytes())
     except (OSError, ValueError):
         return False
 
@@ -73,7 +73,7 @@ def of_run(workdir: Path, mesh: Mesh) -> WeightSource:
     directory.check_base(workdir, config.model.source, model.digest)
     perturbs = METHODS[config.method].perturbs
 
-    def marks(steps: int) -> dict[str, Any]:
+    def marks(steps: int) -> Fields:
         """A longer run keeps its marks of the first steps; the seed log tells what the fields do not, such as rates
         that followed a schedule over another number of steps."""
         steps, facts = min(steps, len(entries)), directory.read(workdir)
@@ -103,7 +103,7 @@ def of_run(workdir: Path, mesh: Mesh) -> WeightSource:
     )
 
 
-def _fields(config: RunConfig) -> dict[str, Any]:
+def _fields(config: RunConfig) -> Fields:
     fields = flatten_dict(json.loads(json.dumps(dataclasses.asdict(config))), sep=".")
     return {name: value for name, value in fields.items() if not name.startswith(WITHOUT_MARK)}
 
@@ -159,11 +159,11 @@ def claim_folder(folder: Path, source: WeightSource) -> None:
         directory.write_json(folder / MARKS, {"name": source.name, "marks": marks})
 
 
-def _read_marks(folder: Path) -> tuple[str, dict[str, Any] | None]:
+def _read_marks(folder: Path) -> tuple[str, Fields | None]:
     """The name and the marks in subject.json, under the fields' names of today; None where there is no such file."""
     path = folder / MARKS
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_bytes())
         return content["name"], {RENAMED.get(name, name): value for name, value in content["marks"].items()}
     except FileNotFoundError:
         return "", None

@@ -15,6 +15,11 @@ PREFIX_STEP = 16  # a shared prefix is a multiple of this many tokens long, for 
 TokenLists = Sequence[Sequence[int]]  # token ids, a list for each prompt
 
 
+def padded_width(longest: int, limit: int) -> int:
+    """The width for prompts of up to `longest` tokens, at most `limit`."""
+    return min(ceil_div(longest, WIDTH_STEP) * WIDTH_STEP, limit)
+
+
 class Prompts(NamedTuple):
     """Q prompts as an engine takes them: arrays of NumPy or JAX."""
 
@@ -41,7 +46,7 @@ class Packing:
         alike = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*prompts, strict=False))
         common = min(sum(1 for _ in alike), shortest - 1)
         shared = common - common % PREFIX_STEP
-        width = min(ceil_div(longest - shared, WIDTH_STEP) * WIDTH_STEP, max(max_prompt_tokens, longest) - shared)
+        width = padded_width(longest - shared, max(max_prompt_tokens, longest) - shared)
         return cls(prefix=tuple(prompts[0][:shared]), width=width)
 
     def prefilled(self, prompts: TokenLists, *, times: int, models: int) -> int:

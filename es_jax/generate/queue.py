@@ -7,7 +7,6 @@ A chunk decodes only as many slots, and attends only as many places, as are in u
 """
 
 import dataclasses
-import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -104,12 +103,12 @@ def decode_queue(
 ) -> Generation:
     """All prompts, decoded; `Engine.decode` says what the arguments are. `limits` [Q]: in place of max_new_tokens."""
     sizes, model = LoopSizes.of(spec, *tokens.shape), Transformer(spec.config)
-    lengths = jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
+    lengths = jnp.sum(positions >= 0, axis=1)
     total = _count(lengths > 0)
-    order = jnp.argsort(-lengths, stable=True).astype(jnp.int32)
+    order = jnp.argsort(-lengths)  # JAX sorts stably
     past: tuple[Any, ...] = ()
     if len(prefix):
-        positions = jnp.arange(len(prefix), dtype=jnp.int32)[None]
+        positions = jnp.arange(len(prefix))[None]
         cache = model.empty_cache(params, 1, len(prefix))
         with jax.named_scope(FILL):
             past = (model.hidden(params, prefix[None], positions=positions, cache=cache)[1],)
@@ -151,9 +150,8 @@ def _fill_is_due(queue: _Queue, live: Array, taken: Array) -> Array:
 
 def _fill(queue: _Queue, state: _State) -> _State:
     """Prefill the next prompts of the queue into free slots, as many as there are of both."""
-    sizes, live, row = queue.sizes, state.slots.live, jnp.arange(queue.sizes.fill_rows, dtype=jnp.int32)
-    free = sizes.slots - _count(live)
-    valid = (row < free) & (state.taken + row < queue.total)
+    sizes, live, row = queue.sizes, state.slots.live, jnp.arange(queue.sizes.fill_rows)
+    valid = (row < sizes.slots - _count(live)) & (state.taken + row < queue.total)
     prompt = jnp.where(valid, queue.order[jnp.minimum(state.taken + row, sizes.prompts - 1)], sizes.prompts)
     tokens, length = (jnp.take(x, prompt, axis=0, mode="clip") for x in (queue.tokens, queue.lengths))
     none = jnp.zeros_like(prompt)
@@ -164,8 +162,8 @@ def _fill(queue: _Queue, state: _State) -> _State:
     taken = state.taken + _count(valid)
     if sizes.single:
         return state._replace(kv=kv, slots=new, taken=taken, out=out)
-    slot = jnp.where(valid, jnp.argsort(live, stable=True)[: sizes.fill_rows].astype(jnp.int32), sizes.slots)
-    slots = jax.tree.map(lambda all, some: all.at[slot].set(some, mode="drop"), state.slots, new)
+    slot = jnp.where(valid, jnp.argsort(live)[: sizes.fill_rows], sizes.slots)
+    slots = jax.tree.map(lambda all, some: all.at[slot].set(some), state.slots, new)
     filling = queue.agree(_fill_is_due(queue, slots.live, taken))
     return _State(_written(state.kv, kv, slot, none), slots, taken, out, filling, state.more)
 
@@ -175,7 +173,7 @@ def _prefill(queue: _Queue, tokens: Array, length: Array) -> tuple[Array, KV]:
     widths = queue.sizes.widths
 
     def of_width(width: int) -> Any:
-        place = jnp.arange(width, dtype=jnp.int32)[None]
+        place = jnp.arange(width)[None]
         logits, cache = queue.model.apply(
             queue.params,
             tokens[:, :width],
@@ -187,8 +185,7 @@ def _prefill(queue: _Queue, tokens: Array, length: Array) -> tuple[Array, KV]:
         return logits, _resized(cache.kv, queue.sizes.width)
 
     size = _count(queue.agree(jnp.max(length)) > np.array(widths))
-    branches = [partial(of_width, width) for width in widths]
-    return lax.switch(size, branches)
+    return lax.switch(size, [partial(of_width, width) for width in widths])
 
 
 def _sized_chunk(queue: _Queue, state: _State) -> _State:
@@ -200,20 +197,19 @@ def _sized_chunk(queue: _Queue, state: _State) -> _State:
         _count(queue.agree(used) > np.array(compiled))
         for used, compiled in ((slots, sizes.slot_sizes), (places, sizes.place_sizes))
     )
-    pairs = itertools.product(sizes.slot_sizes, sizes.place_sizes)
-    branches = [partial(_chunk, queue, slots=slots, places=places) for slots, places in pairs]
+    branches = [partial(_chunk, queue, slots=b, places=s) for b in sizes.slot_sizes for s in sizes.place_sizes]
     return lax.switch(i * len(sizes.place_sizes) + j, branches, state)
 
 
 def _chunk(queue: _Queue, state: _State, *, slots: int, places: int) -> _State:
     """Up to K decode steps of so many slots that attend the first `places` of their caches."""
     if slots == queue.sizes.slots:
-        slot, begin, kv = jnp.arange(slots, dtype=jnp.int32), state.slots, state.kv
+        slot, begin, kv = jnp.arange(slots), state.slots, state.kv
     else:
-        slot = jnp.argsort(~state.slots.live, stable=True)[:slots].astype(jnp.int32)
+        slot = jnp.argsort(~state.slots.live)[:slots]
         begin = jax.tree.map(lambda x: x[slot], state.slots)
         kv = jax.tree.map(lambda x: jnp.take(x, slot, axis=-4), state.kv)
-    place = jnp.arange(places, dtype=jnp.int32)[None]
+    place = jnp.arange(places)[None]
     past = Past(*_resized(kv, places), jnp.where(place < begin.length[:, None], place + queue.shared, -1))
     end = _steps(queue, begin, (*queue.past, past), state.taken)
     after = jax.tree.map(lambda all, some: all.at[slot].set(some), state.slots, end.slots)
@@ -260,18 +256,18 @@ def _choose(queue: _Queue, logits: Array, slots: _Slots) -> tuple[_Slots, Chosen
     if spec.logprobs:
         logprob = jnp.where(slots.live, token_logprobs(logits, token), 0.0)
     generated = slots.generated + slots.live.astype(jnp.int32)
-    stopped = jnp.any(token[:, None] == np.array(spec.stop_token_ids, np.int32)[None, :], axis=1)
+    stopped = jnp.isin(token, np.array(spec.stop_token_ids, np.int32))
     limit = queue.limits if isinstance(queue.limits, int) else jnp.take(queue.limits, slots.prompt, mode="clip")
     live = slots.live & ~stopped & (generated < limit)
     return slots._replace(token=token, generated=generated, live=live), (token, logprob)
 
 
 def _record(out: Generation, slots: _Slots, begin: Array, chosen: Chosen) -> Generation:
-    """Write down `chosen` [b, n], whose first are each prompt's tokens number `begin`."""
-    number = begin[:, None] + jnp.arange(chosen[0].shape[1], dtype=jnp.int32)[None]
-    write = lambda all, some: all.at[slots.prompt[:, None], number].set(some, mode="drop")  # noqa: E731
+    """Write down `chosen` [b, n], whose first are each prompt's tokens number `begin`; what has no place is dropped."""
+    number = begin[:, None] + jnp.arange(chosen[0].shape[1])[None]
+    write = lambda all, some: all.at[slots.prompt[:, None], number].set(some)  # noqa: E731
     tokens, logprob = jax.tree.map(write, (out.tokens, out.logprob), chosen)
-    return Generation(tokens, out.length.at[slots.prompt].set(slots.generated, mode="drop"), logprob)
+    return Generation(tokens, out.length.at[slots.prompt].set(slots.generated), logprob)
 
 
 def _map_kv(function: Callable[..., Array], *caches: KV) -> KV:
@@ -302,6 +298,6 @@ def _written(kv: Any, new: Any, slots: Array, begin: Array) -> Any:
         numbers = lax.ScatterDimensionNumbers(
             update_window_dims=(1, 2, 3), inserted_window_dims=(0,), scatter_dims_to_operand_dims=(0, 4 + axis)
         )
-        return lax.scatter(whole, index, some, numbers, mode=lax.GatherScatterMode.FILL_OR_DROP, unique_indices=False)
+        return lax.scatter(whole, index, some, numbers, mode=lax.GatherScatterMode.FILL_OR_DROP)
 
     return _map_kv(write, kv, new)

@@ -68,7 +68,7 @@ class KVCache(Past):
             k=zeros(config.head_dim, length),
             v=zeros(length, config.head_dim),
             positions=jnp.full((batch, length), -1, jnp.int32),
-            index=jnp.zeros((), jnp.int32),
+            index=jnp.int32(0),
             past=past,
         )
 
@@ -84,8 +84,8 @@ class KVCache(Past):
                 f"cache length = {length} is too short: {used} places are used, {new} more are needed; "
                 f"make it with length >= {used + new}"
             )
-        stored = jax.lax.dynamic_update_slice(self.positions, positions, (0, self.index))
-        return dataclasses.replace(self, positions=stored, index=self.index + new)
+        positions = jax.lax.dynamic_update_slice(self.positions, positions, (0, self.index))
+        return dataclasses.replace(self, positions=positions, index=self.index + new)
 
 
 def attention_mask(

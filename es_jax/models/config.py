@@ -79,7 +79,8 @@ class TransformerConfig:
     final_softcap: float | None = None  # the same for logits
 
     def __post_init__(self) -> None:
-        problems = [f"{n} = {getattr(self, n)!r} must be at least 1" for n in _COUNTS if getattr(self, n) < 1]
+        values = vars(self)
+        problems = [f"{n} = {values[n]!r} must be at least 1" for n in _COUNTS if values[n] < 1]
         if not problems and self.heads % self.kv_heads:
             problems.append(f"kv_heads = {self.kv_heads} must divide heads = {self.heads}")
         if self.head_dim % 2:
@@ -88,12 +89,10 @@ class TransformerConfig:
             problems.append(f"rope_theta = {self.rope_theta!r} must be positive")
         if not self.norm_eps >= 0:
             problems.append(f"norm_eps = {self.norm_eps!r} must not be negative")
-        for name in _POSITIVE_IF_GIVEN:
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                problems.append(f"{name} = {value!r} must be positive, or None for none")
+        given = [n for n in _POSITIVE_IF_GIVEN if values[n] is not None]
+        problems += [f"{n} = {values[n]!r} must be positive, or None for none" for n in given if not values[n] > 0]
         patterns = ("rope_layers", "local_layers")
-        problems += [f"{n} = () must name at least one layer's kind" for n in patterns if not getattr(self, n)]
+        problems += [f"{n} = () must name at least one layer's kind" for n in patterns if not values[n]]
         if self.activation not in ACTIVATIONS:
             problems.append(unknown("activation", self.activation, ACTIVATIONS))
         if problems:

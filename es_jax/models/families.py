@@ -1,16 +1,15 @@
 """What differs between model families: flags, config.json's fields, names of weights in files. One record a family."""
 
-import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from es_jax.core.names import unknown
 from es_jax.models.config import TransformerConfig
 from es_jax.models.transformer import param_shapes
 
 
-@dataclasses.dataclass(frozen=True)
-class Weight:
+class Weight(NamedTuple):
     """Where one parameter lives: its path in the tree, its key in Hugging Face and GGUF files ({}: layer)."""
 
     path: str
@@ -24,39 +23,41 @@ class Weight:
         return self.path.endswith("kernel")
 
 
-def _layer(path: str, hf: str, gguf: str, rotary: str = "") -> Weight:
-    return Weight(f"layers/{path}", f"model.layers.{{}}.{hf}", f"blk.{{}}.{gguf}", rotary)
+def _weights(table: str) -> tuple[Weight, ...]:
+    return tuple(Weight(*row.split()) for row in table.strip().splitlines())
 
 
 # The names that most families use; a family's `names` replaces some.
-WEIGHTS = (
-    Weight("embed/embedding", "model.embed_tokens.weight", "token_embd.weight"),
-    _layer("attn_norm/scale", "input_layernorm.weight", "attn_norm.weight"),
-    _layer("attn/q/kernel", "self_attn.q_proj.weight", "attn_q.weight", "heads"),
-    _layer("attn/q/bias", "self_attn.q_proj.bias", "attn_q.bias", "heads"),
-    _layer("attn/q_norm/scale", "self_attn.q_norm.weight", "attn_q_norm.weight"),
-    _layer("attn/k/kernel", "self_attn.k_proj.weight", "attn_k.weight", "kv_heads"),
-    _layer("attn/k/bias", "self_attn.k_proj.bias", "attn_k.bias", "kv_heads"),
-    _layer("attn/k_norm/scale", "self_attn.k_norm.weight", "attn_k_norm.weight"),
-    _layer("attn/v/kernel", "self_attn.v_proj.weight", "attn_v.weight"),
-    _layer("attn/v/bias", "self_attn.v_proj.bias", "attn_v.bias"),
-    _layer("attn/o/kernel", "self_attn.o_proj.weight", "attn_output.weight"),
-    _layer("mlp_norm/scale", "post_attention_layernorm.weight", "ffn_norm.weight"),
-    _layer("mlp/gate/kernel", "mlp.gate_proj.weight", "ffn_gate.weight"),
-    _layer("mlp/up/kernel", "mlp.up_proj.weight", "ffn_up.weight"),
-    _layer("mlp/down/kernel", "mlp.down_proj.weight", "ffn_down.weight"),
-    Weight("final_norm/scale", "model.norm.weight", "output_norm.weight"),
-    Weight("head/kernel", "lm_head.weight", "output.weight"),
-)
-_POST_NORMS = (
-    _layer("attn_post_norm/scale", "post_attention_layernorm.weight", "post_attention_norm.weight"),
-    _layer("mlp_norm/scale", "pre_feedforward_layernorm.weight", "ffn_norm.weight"),
-    _layer("mlp_post_norm/scale", "post_feedforward_layernorm.weight", "post_ffw_norm.weight"),
-)
+WEIGHTS = _weights("""
+    embed/embedding           model.embed_tokens.weight                        token_embd.weight
+    layers/attn_norm/scale    model.layers.{}.input_layernorm.weight           blk.{}.attn_norm.weight
+    layers/attn/q/kernel      model.layers.{}.self_attn.q_proj.weight          blk.{}.attn_q.weight       heads
+    layers/attn/q/bias        model.layers.{}.self_attn.q_proj.bias            blk.{}.attn_q.bias         heads
+    layers/attn/q_norm/scale  model.layers.{}.self_attn.q_norm.weight          blk.{}.attn_q_norm.weight
+    layers/attn/k/kernel      model.layers.{}.self_attn.k_proj.weight          blk.{}.attn_k.weight       kv_heads
+    layers/attn/k/bias        model.layers.{}.self_attn.k_proj.bias            blk.{}.attn_k.bias         kv_heads
+    layers/attn/k_norm/scale  model.layers.{}.self_attn.k_norm.weight          blk.{}.attn_k_norm.weight
+    layers/attn/v/kernel      model.layers.{}.self_attn.v_proj.weight          blk.{}.attn_v.weight
+    layers/attn/v/bias        model.layers.{}.self_attn.v_proj.bias            blk.{}.attn_v.bias
+    layers/attn/o/kernel      model.layers.{}.self_attn.o_proj.weight          blk.{}.attn_output.weight
+    layers/mlp_norm/scale     model.layers.{}.post_attention_layernorm.weight  blk.{}.ffn_norm.weight
+    layers/mlp/gate/kernel    model.layers.{}.mlp.gate_proj.weight             blk.{}.ffn_gate.weight
+    layers/mlp/up/kernel      model.layers.{}.mlp.up_proj.weight               blk.{}.ffn_up.weight
+    layers/mlp/down/kernel    model.layers.{}.mlp.down_proj.weight             blk.{}.ffn_down.weight
+    final_norm/scale          model.norm.weight                                output_norm.weight
+    head/kernel               lm_head.weight                                   output.weight
+""")
+_POST_NORMS = _weights("""
+    layers/attn_post_norm/scale  model.layers.{}.post_attention_layernorm.weight    blk.{}.post_attention_norm.weight
+    layers/mlp_norm/scale        model.layers.{}.pre_feedforward_layernorm.weight   blk.{}.ffn_norm.weight
+    layers/mlp_post_norm/scale   model.layers.{}.post_feedforward_layernorm.weight  blk.{}.post_ffw_norm.weight
+""")
 
 
-@dataclasses.dataclass(frozen=True)
-class Family:
+_NONE: Mapping[str, Any] = MappingProxyType({})
+
+
+class Family(NamedTuple):
     """One family of checkpoints.
 
     `flags` are TransformerConfig fields that all its models share, `reads` the fields that config.json sets beside
@@ -68,11 +69,10 @@ class Family:
     name: str  # model_type in config.json
     architecture: str
     gguf_architecture: str
-    _: dataclasses.KW_ONLY
-    flags: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    reads: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    missing: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    flags: Mapping[str, Any] = _NONE
+    reads: Mapping[str, str] = _NONE
+    missing: Mapping[str, Any] = _NONE
+    fixed: Mapping[str, Any] = _NONE
     windows: str = "none"
     names: tuple[Weight, ...] = ()  # rows that replace those of WEIGHTS with the same path
     gguf_permuted: bool = False  # GGUF files interleave the rows of q and k within each head

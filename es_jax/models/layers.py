@@ -26,6 +26,7 @@ MASKED = -1e30  # finite: a query that may attend nothing gets a mean of the val
 Stream = Float[Array, "B T D"]  # the residual stream
 KV = tuple[Array, Array]  # keys [B, KH, hd, S] and values [B, KH, S, hd]; B = 1 where all rows share them
 Masks = tuple[Bool[Array, "B T _"], ...]  # who attends whom, for each of the pieces attended
+dot_general = functools.partial(lax.dot_general, preferred_element_type=jnp.float32)
 
 
 @struct.dataclass
@@ -45,7 +46,7 @@ def linear(
     axis = 0
     if isinstance(kernel, Transposed):  # tied to x, since XLA would turn it round once ahead of a loop
         (x, kernel), axis = lax.optimization_barrier((x, kernel.held)), 1
-    y = lax.dot_general(x, kernel, (((x.ndim - 1,), (axis,)), ((), ())), preferred_element_type=jnp.float32)
+    y = dot_general(x, kernel, (((x.ndim - 1,), (axis,)), ((), ())))
     if bias is not None:
         y = y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape)
     return y if accumulated else y.astype(x.dtype)
@@ -85,7 +86,7 @@ def _attended(q: Array, *masks: Array, pieces: Sequence[KV], scale: float, cap: 
         jnp.where(mask[:, None, None], softcap(_product(q, k).reshape(*grouped, -1) * scale, cap), MASKED)
         for (k, _), mask in zip(pieces, masks, strict=True)
     ]
-    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(q.dtype)
+    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1)).astype(q.dtype)
     ends = np.cumsum([score.shape[-1] for score in scores])[:-1]
     parts = jnp.split(weights.reshape(batch, kv_heads, -1, weights.shape[-1]), ends, axis=-1)
     mixed = sum(_product(part, v) for part, (_, v) in zip(parts, pieces, strict=True))
@@ -99,9 +100,8 @@ def _product(x: Float[Array, "B KH M a"], y: Float[Array, "_ KH a c"]) -> Float[
     Written out, since einsum may choose an order of the operands in which CPUs are six times slower.
     """
     if len(y) == 1 < len(x):
-        contract = (((3,), (1,)), ((1,), (0,)))
-        return lax.dot_general(x, y[0], contract, preferred_element_type=jnp.float32).transpose(1, 0, 2, 3)
-    return lax.dot_general(x, y, (((3,), (2,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
+        return dot_general(x, y[0], (((3,), (1,)), ((1,), (0,)))).transpose(1, 0, 2, 3)
+    return dot_general(x, y, (((3,), (2,)), ((0, 1), (0, 1))))
 
 
 class RMSNorm(nn.Module):
@@ -111,7 +111,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
-        offset = 1.0 if self.config.norm_plus_one else 0.0
+        offset = float(self.config.norm_plus_one)
         scale = self.param("scale", nn.initializers.constant(1.0 - offset), (x.shape[-1],)).astype(jnp.float32)
         wide = x.astype(jnp.float32)
         wide = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.config.norm_eps)
@@ -160,8 +160,8 @@ class Attention(nn.Module):
             v = lax.dynamic_update_slice(old_v, v, (0, 0, index, 0))
         scale = (c.query_pre_attn_scalar or c.head_dim) ** -0.5
         mixed = attend(q, [*attended[:-1], (k, v)], masks=masks, scale=scale, cap=c.attn_softcap)
-        out = Linear(c.width, name="o")(mixed.reshape(*x.shape[:2], c.heads * c.head_dim))
-        return out, (k, v) if attended else None
+        mixed = mixed.reshape(*x.shape[:2], c.heads * c.head_dim)
+        return Linear(c.width, name="o")(mixed), (k, v) if attended else None
 
 
 class MLP(nn.Module):

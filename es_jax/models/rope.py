@@ -16,12 +16,11 @@ def rope_frequencies(config: TransformerConfig, *, local: bool = False) -> np.nd
     """Radians per position of each pair, float32 [head_dim/2]; `local`: of the layers with a sliding window."""
     separate = local and config.local_rope_theta is not None
     theta = config.local_rope_theta if separate else config.rope_theta
-    exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    plain = np.float32(1) / np.float32(theta) ** exponent
+    plain = 1 / np.float32(theta) ** (np.arange(0, config.head_dim, 2, dtype=np.float32) / config.head_dim)
     scaling = None if separate else config.rope_scaling
     if scaling is None:
         return plain
-    low = plain / np.float32(scaling.factor)
+    low = plain / scaling.factor
     if scaling.kind == "linear":
         return low
     turns = scaling.original_positions * plain.astype(np.float64) / (2 * np.pi)  # within the first context
@@ -32,7 +31,7 @@ def rope_frequencies(config: TransformerConfig, *, local: bool = False) -> np.nd
 
 def rope_angles(positions: Int[Array, "B T"], frequencies: np.ndarray) -> Angles:
     """Cosine and sine, float32 [B, T, head_dim/2], of position * frequency."""
-    angle = positions[:, :, None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)[None, None, :]
+    angle = positions[:, :, None].astype(jnp.float32) * frequencies[None, None]
     return jnp.cos(angle), jnp.sin(angle)
 
 

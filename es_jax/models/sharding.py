@@ -20,13 +20,10 @@ logger = logging.getLogger(__name__)
 RULES = (
     (r"(^|/)embed/embedding$", PartitionSpec(MODEL, GROUPS)),
     (r"(^|/)head/kernel$", PartitionSpec(GROUPS, MODEL)),
-    (r"(^|/)attn/[qkv]/kernel$", PartitionSpec(None, GROUPS, MODEL)),
+    (r"(^|/)(attn/[qkv]|mlp/(gate|up))/kernel$", PartitionSpec(None, GROUPS, MODEL)),
     (r"(^|/)attn/[qkv]/bias$", PartitionSpec(None, MODEL)),
-    (r"(^|/)attn/o/kernel$", PartitionSpec(None, MODEL, GROUPS)),
-    (r"(^|/)mlp/(gate|up)/kernel$", PartitionSpec(None, GROUPS, MODEL)),
-    (r"(^|/)mlp/down/kernel$", PartitionSpec(None, MODEL, GROUPS)),
-    (r"(^|/)\w*norm/scale$", PartitionSpec()),
-    (r"(^|/)count$", PartitionSpec()),  # of an optimizer's state
+    (r"(^|/)(attn/o|mlp/down)/kernel$", PartitionSpec(None, MODEL, GROUPS)),
+    (r"(^|/)(\w*norm/scale|count)$", PartitionSpec()),  # `count`: of an optimizer's state
 )
 
 

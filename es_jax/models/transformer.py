@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from es_jax.core.tree import map_named, named_leaves
 from es_jax.models.cache import KVCache, Past, attention_mask
 from es_jax.models.config import TransformerConfig
-from es_jax.models.layers import INIT_STD, KV, Block, Masks, RMSNorm, Stream, Transposed, linear, softcap
+from es_jax.models.layers import INIT_STD, KV, Block, Masks, RMSNorm, Stream, Transposed, dot_general, linear, softcap
 from es_jax.models.rope import Angles, rope_angles, rope_frequencies
 
 Params = dict[str, Any]
@@ -61,7 +61,7 @@ class Transformer:
         params = {
             "embed": {"embedding": INIT_STD * jax.random.normal(embed_key, (c.vocab_size, c.width))},
             "layers": layers,
-            "final_norm": {"scale": jnp.full(c.width, 0.0 if c.norm_plus_one else 1.0)},
+            "final_norm": {"scale": jnp.full(c.width, 1.0 - c.norm_plus_one)},
         }
         if not c.tied_embeddings:
             params["head"] = {"kernel": INIT_STD * jax.random.normal(head_key, (c.width, c.vocab_size))}
@@ -97,7 +97,7 @@ class Transformer:
         *,
         positions: PerToken | None = None,
         cache: KVCache | None = None,
-        around: Callable[[Callable], Callable] | None = None,
+        around: Callable[[Callable], Callable] = lambda block: block,
     ) -> tuple[Stream, KVCache | None]:
         """The residual stream after the last layer and the final norm, and the cache; see `apply`.
 
@@ -120,8 +120,7 @@ class Transformer:
             index, cache = cache.index, cache.advance(positions)
             pieces = [*cache.past, cache]
         views = _views(self.config, positions, [piece.positions for piece in pieces] or [positions])
-        block: Callable = functools.partial(self._block, index=index)
-        block = block if around is None else around(block)
+        block = around(functools.partial(self._block, index=index))
         run = self._unrolled if unrolled else self._scanned
         x, kv = run(block, self._embed(params, tokens), params["layers"], views, [piece.kv for piece in pieces])
         if cache is not None:
@@ -140,8 +139,10 @@ class Transformer:
 
     def empty_cache(self, params: Params, rows: int, length: int, *, past: tuple[Past, ...] = ()) -> KVCache:
         """A cache of the parameters' dtype, stacked as they are."""
-        stacked, dtype = not isinstance(params["layers"], list | tuple), params["embed"]["embedding"].dtype
-        return KVCache.empty(self.config, rows, length=length, dtype=dtype, stacked=stacked, past=past)
+        return KVCache.empty(
+            self.config, rows, length=length, dtype=params["embed"]["embedding"].dtype, past=past,
+            stacked=not isinstance(params["layers"], list | tuple),
+        )  # fmt: skip
 
     def _embed(self, params: Params, tokens: PerToken) -> Stream:
         x = jnp.take(params["embed"]["embedding"], tokens, axis=0, mode="clip")
@@ -177,8 +178,7 @@ class Transformer:
         elif isinstance(params.get("layers"), list | tuple):  # unrolled, as on CPU
             logits = linear(hidden, Transposed(params["embed"]["embedding"]), accumulated=True)
         else:
-            contract, embedding = (((2,), (1,)), ((), ())), params["embed"]["embedding"]
-            logits = jax.lax.dot_general(hidden, embedding, contract, preferred_element_type=jnp.float32)
+            logits = dot_general(hidden, params["embed"]["embedding"], (((2,), (1,)), ((), ())))
         return softcap(logits, self.config.final_softcap)
 
 

@@ -4,15 +4,14 @@ A run takes longer than this bound: each completion has its full length, each ch
 links work at the same time, and the noise, vector work for which no peak is published, is left out.
 """
 
-import dataclasses
+from typing import NamedTuple
 
 from es_jax.core.chips import Chip
 from es_jax.models.config import TransformerConfig
 from es_jax.models.transformer import matrix_weights
 
 
-@dataclasses.dataclass(frozen=True)
-class Work:
+class Work(NamedTuple):
     """Of one device: floating-point operations, bytes read and written in its memory, bytes sent to others."""
 
     flops: float = 0.0
@@ -40,17 +39,12 @@ def _attended(config: TransformerConfig, first: int, last: int) -> int:
     return sum(min(position + 1, window or last) for window in windows for position in range(first, last))
 
 
-def prefill_flops(config: TransformerConfig, prompts: int, prompt: int) -> float:
-    """Of prompts of `prompt` tokens each: two a weight and token, four a head dimension and token attended."""
+def forward_flops(config: TransformerConfig, rows: int, tokens: int, *, logits: int) -> float:
+    """Of rows of so many tokens, with the logits of some of them: two a weight and token, four a head dimension and
+    token attended."""
     layers, head = matrix_weights(config)
-    attention = 4 * config.heads * config.head_dim * _attended(config, 0, prompt)
-    return prompts * (2.0 * layers * prompt + 2.0 * head + attention)
-
-
-def decode_flops(config: TransformerConfig, prompts: int, prompt: int, new: int) -> float:
-    """Of `new` tokens after each of the prompts; the first of them comes from the prefill."""
-    attention = 4 * config.heads * config.head_dim * _attended(config, prompt, prompt + new - 1)
-    return prompts * (2.0 * sum(matrix_weights(config)) * (new - 1) + attention)
+    attention = 4 * config.heads * config.head_dim * _attended(config, 0, tokens)
+    return rows * (2.0 * layers * tokens + 2.0 * head * logits + attention)
 
 
 def decode_memory(

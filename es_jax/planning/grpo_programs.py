@@ -1,7 +1,6 @@
 """The programs of a GRPO run, for devices that are not here: `rollout`, `score` and `update` of its `Policy`."""
 
 import dataclasses
-from collections.abc import Iterator
 
 import jax.numpy as jnp
 
@@ -9,8 +8,7 @@ from es_jax.core import rng
 from es_jax.core.chunked_map import ceil_div
 from es_jax.core.mesh import GROUPS, over_groups
 from es_jax.generate.sampling import Temperature
-from es_jax.models.transformer import matrix_weights
-from es_jax.planning.costs import Work, prefill_flops
+from es_jax.planning.costs import Work, forward_flops
 from es_jax.planning.programs import Bytes, Program, Programs, array
 from es_jax.training.grpo import AT_ONCE, Policy, Rows
 
@@ -20,8 +18,7 @@ _PASSES = 4  # over a layer, of an update: forward, forward again for the gradie
 class PolicyPrograms(Programs):
     """As `Programs`, of a run with method="grpo"."""
 
-    def __iter__(self) -> Iterator[Program]:
-        return iter((self.load(), self.rollout(), self.score(), self.update()))
+    order = ("load", "rollout", "score", "update")
 
     @property
     def policy(self) -> Policy:
@@ -35,21 +32,20 @@ class PolicyPrograms(Programs):
         groups, policy, rows = self.mesh.shape[GROUPS], self.policy, self.prompts * self.config.grpo.rollouts
         each = min(ceil_div(rows, groups), AT_ONCE * policy.engine.slots)
         where, prefix = over_groups(self.mesh), array((0,), jnp.int32, self.everywhere)
-        tokens, keys = (
-            array((groups, each, self.width), jnp.int32, where),
-            array((groups, each), rng.key(0).dtype, where),
-        )
-        lower = lambda: Policy.rollout.lower(policy, self.params, tokens, tokens, keys, prefix)  # noqa: E731
-        times = ceil_div(rows, groups * each)
-        return self._completions("rollout", lower, prompts=each, times=times, own={"parameters"})
+        tokens = array((groups, each, self.width), jnp.int32, where)
+        keys = array((groups, each), rng.key(0).dtype, where)
+        return self._completions(
+            "rollout", lambda: Policy.rollout.lower(policy, self.params, tokens, tokens, keys, prefix),
+            prompts=each, times=ceil_div(rows, groups * each), own={"parameters"},
+        )  # fmt: skip
 
     def score(self) -> Program:
         """Log-probabilities of all rollouts before the policy moves; again for the reference where there is one."""
-        policy, rows = self.policy, self.prompts * self.config.grpo.rollouts
+        rows = self.prompts * self.config.grpo.rollouts
         tokens = array(self._micro_batches(rows), jnp.int32, self.everywhere)
         return Program(
             "score",
-            lambda: Policy.logprobs.lower(policy, self.params, tokens, tokens, self.config.decode.max_new_tokens),
+            lambda: Policy.logprobs.lower(self.policy, self.params, tokens, tokens, self.new),
             times=2 if self.config.grpo.kl_coef else 1,
             parts=self.resident,
             own={"parameters"},
@@ -58,12 +54,12 @@ class PolicyPrograms(Programs):
 
     def update(self) -> Program:
         """One optimizer step on a mini-batch."""
-        policy, grpo = self.policy, self.config.grpo
+        grpo = self.config.grpo
         rows = min(grpo.mini_batch, self.prompts) * grpo.rollouts
         shape = self._micro_batches(rows)
         tokens = array(shape, jnp.int32, self.everywhere)
         advantage = array(shape[:2], jnp.float32, self.everywhere)
-        of_tokens = array((*shape[:2], self.config.decode.max_new_tokens), jnp.float32, self.everywhere)
+        of_tokens = array((*shape[:2], self.new), jnp.float32, self.everywhere)
         batch = Rows(tokens, tokens, of_tokens, advantage, of_tokens, of_tokens)
         arguments = self.start, batch, array((), jnp.int32, self.everywhere), self.rates
         gradient = Bytes(self.resident["parameters"].device)
@@ -71,7 +67,7 @@ class PolicyPrograms(Programs):
         moved = sum(sum(part) for part in self.resident.values())
         return Program(
             "update",
-            lambda: Policy.update.lower(policy, self.params, self.opt_state, *arguments),
+            lambda: Policy.update.lower(self.policy, self.params, self.opt_state, *arguments),
             times=ceil_div(self.prompts, grpo.mini_batch),
             parts=parts,
             own=parts.keys(),
@@ -82,10 +78,8 @@ class PolicyPrograms(Programs):
     def _micro_batches(self, rows: int) -> tuple[int, int, int]:
         """The shape of that many rows in micro-batches, [M, m, P + L]."""
         size = self.policy.micro_batch
-        return ceil_div(rows, size), size, self.width + self.config.decode.max_new_tokens
+        return ceil_div(rows, size), size, self.width + self.new
 
     def _forward(self, rows: int) -> float:
         """Operations of one device for one pass over rows of full length, logits of the completions among them."""
-        new = self.config.decode.max_new_tokens
-        _, head = matrix_weights(self.model)
-        return (prefill_flops(self.model, rows, self.width + new) + 2.0 * head * rows * (new - 1)) / self.mesh.size
+        return forward_flops(self.model, rows, self.width + self.new, logits=self.new) / self.mesh.size

@@ -4,7 +4,6 @@ A collective inside a loop is sent once a turn. The compiler writes down how oft
 loops of decoding end when all rows have stopped, so their turns are given by the caller.
 """
 
-import dataclasses
 import functools
 import math
 import re
@@ -33,8 +32,7 @@ class _Instruction(NamedTuple):
     rest: str
 
 
-@dataclasses.dataclass(frozen=True)
-class Collective:
+class Collective(NamedTuple):
     """One kind of exchange of a program."""
 
     op: str  # one of `OPS`
@@ -73,8 +71,7 @@ def collectives(text: str, axes: dict[str, int], *, turns: Mapping[str, float]) 
                 kind = _collective(instruction, axes)
                 total.update([kind] if kind.group_size > 1 else [])
                 continue
-            names = re.findall(r"[\w.\-]+", " ".join(_CALLED.findall(instruction.rest)))
-            called = [exchanges(name) for name in names]
+            called = [*map(exchanges, re.findall(r"[\w.\-]+", " ".join(_CALLED.findall(instruction.rest))))]
             if instruction.op == "conditional":
                 sent = lambda branch: sum(kind.sent * times for kind, times in branch.items())  # noqa: E731
                 called = [max(called, key=sent, default=Counter())]
@@ -83,7 +80,7 @@ def collectives(text: str, axes: dict[str, int], *, turns: Mapping[str, float]) 
             total.update({kind: times * repeat for kind, times in inside.items()})
         return total
 
-    kinds = [dataclasses.replace(x, times=max(round(times), 1)) for x, times in exchanges(_ENTRY).items()]
+    kinds = (x._replace(times=max(round(times), 1)) for x, times in exchanges(_ENTRY).items())
     return sorted(kinds, key=lambda kind: -kind.bytes * kind.times)
 
 

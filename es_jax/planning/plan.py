@@ -29,8 +29,7 @@ from es_jax.training.method import METHODS
 _NAMED = 4  # kinds of collectives of a program that have words of their own; the rest are added up
 
 
-@dataclasses.dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What compiling one program showed. The fields are those of --json, see `es_jax.plan`."""
 
     name: str
@@ -123,7 +122,7 @@ def compile_program(program: Program, axes: dict[str, int]) -> tuple[Outcome, An
     outcome = Outcome(
         program.name, peak, own, sum(part.host for part in program.parts.values()),
         parts | {"rest": peak - sum(parts.values())}, kinds, seconds, program.times,
-        dataclasses.replace(program.work, sent=program.work.sent + sum(kind.sent for kind in kinds)),
+        program.work._replace(sent=program.work.sent + sum(kind.sent for kind in kinds)),
         error and error.splitlines()[0],
     )  # fmt: skip
     return outcome, compiled and compiled.output_shardings
@@ -301,8 +300,8 @@ def _sent(kinds: list[Collective]) -> str:
 
 
 def _program(plan: Plan, outcome: Outcome) -> dict[str, Any]:
-    fields = vars(outcome) | {
-        "collectives": [vars(kind) | {"axes": list(kind.axes)} for kind in outcome.collectives],
+    fields = outcome._asdict() | {
+        "collectives": [kind._asdict() | {"axes": list(kind.axes)} for kind in outcome.collectives],
         "compile_seconds": round(outcome.compile_seconds, 2),
         "flops": outcome.work.flops,
         "memory_traffic_bytes": float(outcome.work.memory),

@@ -8,6 +8,7 @@ import dataclasses
 import math
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Set
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -21,25 +22,17 @@ from es_jax.core.mesh import MODEL, over_groups, replicated
 from es_jax.es.population import Members
 from es_jax.generate.decode_spec import LoopSizes
 from es_jax.generate.engine import Engine
-from es_jax.generate.prompts import WIDTH_STEP, Prompts
+from es_jax.generate.prompts import Prompts, padded_width
 from es_jax.models.config import TransformerConfig
 from es_jax.models.known_configs import PUBLISHED, published
 from es_jax.models.sharding import param_shardings
 from es_jax.models.transformer import Transformer, matrix_weights
-from es_jax.planning.costs import Work, cache_bytes, decode_flops, decode_memory, prefill_flops
+from es_jax.planning.costs import Work, cache_bytes, decode_memory, forward_flops
 from es_jax.planning.topology import Topology
+from es_jax.training import state
 from es_jax.training.config import RunConfig
 from es_jax.training.es import Evaluator
 from es_jax.training.method import METHODS
-from es_jax.training.state import (
-    UpdateSpec,
-    anchor_stays,
-    base_config,
-    mesh_of,
-    state_shardings,
-    transformation,
-    update,
-)
 
 
 class Bytes(NamedTuple):
@@ -51,16 +44,14 @@ class Bytes(NamedTuple):
     @classmethod
     def of(cls, tree: Any) -> "Bytes":
         """Of a tree of `jax.ShapeDtypeStruct`s with shardings."""
-        device = host = 0
+        sizes = [0, 0]
         for leaf in jax.tree.leaves(tree):
-            size = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
             pinned = leaf.sharding.memory_kind == "pinned_host"
-            device, host = (device, host + size) if pinned else (device + size, host)
-        return cls(device, host)
+            sizes[pinned] += math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        return cls(*sizes)
 
 
-@dataclasses.dataclass(frozen=True)
-class Program:
+class Program(NamedTuple):
     """One program of an iteration; the names are those of `Programs`' methods."""
 
     name: str
@@ -69,28 +60,29 @@ class Program:
     parts: Mapping[str, Bytes]  # what the device holds while it runs
     own: Set[str]  # the parts that the compiler's figures contain; the others are the run's
     work: Work  # of one device in a run of it, without what is sent
-    turns: Mapping[str, float] = dataclasses.field(default_factory=dict)  # as `hlo.collectives` takes them
+    turns: Mapping[str, float] = MappingProxyType({})  # as `hlo.collectives` takes them
 
 
 class Programs:
     """A run's programs on a mesh of devices to compile for; config.model.dtype must not be "auto"."""
 
+    order = ("load", "perturb", "decode", "update")  # the methods that give them
+
     def __init__(self, config: RunConfig, model: TransformerConfig, mesh: Mesh):
         self.config, self.model, self.mesh, self.everywhere = config, model, mesh, replicated(mesh)
-        dtype = jnp.dtype(config.model.param_dtype)
-        params = jax.eval_shape(lambda: optax.tree.cast(Transformer(model).init(rng.key(0)), dtype))
+        params = jax.eval_shape(lambda: Transformer(model).init(rng.key(0), dtype=config.model.param_dtype))
         self.params = placed(params, param_shardings(mesh, params))
-        self.spec = UpdateSpec.of(config)
-        self.tx = transformation(self.spec.chain, mesh, self.params)
-        state = jax.eval_shape(self.tx.init, self.params)
-        self.opt_state = placed(state, state_shardings(self.spec.chain, mesh, state))
-        self.start = None if anchor_stays(config) else self.params
+        self.spec = state.UpdateSpec.of(config)
+        self.tx = state.transformation(self.spec.chain, mesh, self.params)
+        opt_state = jax.eval_shape(self.tx.init, self.params)
+        self.opt_state = placed(opt_state, state.state_shardings(self.spec.chain, mesh, opt_state))
+        self.start = None if state.anchor_stays(config) else self.params
         self.prompts = config.task.prompts_per_step or config.task.train_size
-        longest = config.decode.max_prompt_tokens
-        self.width = min(ceil_div(longest, WIDTH_STEP) * WIDTH_STEP, longest)
+        longest, self.new = config.decode.max_prompt_tokens, config.decode.max_new_tokens
+        self.width = padded_width(longest, longest)
         engine = Engine(
             model, slots=min(config.decode.slots, self.prompts), max_prompt_tokens=longest,
-            max_new_tokens=config.decode.max_new_tokens, stop_token_ids=(0,), unroll=False,
+            max_new_tokens=self.new, stop_token_ids=(0,), unroll=False,
         )  # fmt: skip
         self.evaluator = Evaluator.of(config, engine, mesh)
         self.rounds = ceil_div(config.es.population, self.evaluator.lanes)  # of members in an iteration
@@ -99,18 +91,15 @@ class Programs:
         self.compute_copy = Bytes(
             sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.copy)) // mesh.size
         )
-        self.resident = self._resident()
         self.rates = array((2,), jnp.float32, self.everywhere)  # (α, αλ) of a step
-
-    def _resident(self) -> dict[str, Bytes]:
-        """What a run has on its devices at any time."""
         anchor, moments = self.start, self.opt_state
         if anchor is None:
-            anchor, moments = optax.tree.get(self.opt_state, "anchor"), optax.tree.set(self.opt_state, anchor=None)
-        return {"parameters": Bytes.of(self.params), "anchor": Bytes.of(anchor), "moments": Bytes.of(moments)}
+            anchor, moments = optax.tree.get(moments, "anchor"), optax.tree.set(moments, anchor=None)
+        held = {"parameters": self.params, "anchor": anchor, "moments": moments}
+        self.resident = {name: Bytes.of(tree) for name, tree in held.items()}  # at any time
 
     def __iter__(self) -> Iterator[Program]:
-        return iter((self.load(), self.perturb(), self.decode(), self.update()))
+        return (getattr(self, name)() for name in self.order)
 
     def load(self) -> Program:
         """From the weights, which are read leaf by leaf, to the optimizer's state."""
@@ -140,19 +129,21 @@ class Programs:
         compiled `perturb` leaves it."""
         tokens = array((self.evaluator.lanes, self.prompts, self.width), jnp.int32, over_groups(self.mesh))
         rows = Prompts(tokens, tokens, array((0,), jnp.int32, self.everywhere))  # no shared prefix: a bound
-        lower = lambda: Evaluator._decode.lower(self.evaluator, self.copy, rows)  # noqa: E731
-        return self._completions("decode", lower, prompts=self.prompts, times=self.rounds, lanes=self.evaluator.at_once)
+        return self._completions(
+            "decode", lambda: Evaluator._decode.lower(self.evaluator, self.copy, rows),
+            prompts=self.prompts, times=self.rounds, lanes=self.evaluator.at_once,
+        )  # fmt: skip
 
     def _completions(
         self, name: str, lower: Callable[[], Any], *, prompts: int, times: int, lanes: int = 1,
         own: Set[str] = frozenset(),
     ) -> Program:  # fmt: skip
         """A program that completes so many prompts on each of a group's lanes."""
-        new, share = self.config.decode.max_new_tokens, self.mesh.shape[MODEL]
+        new, share = self.new, self.mesh.shape[MODEL]
         sizes = LoopSizes.of(self.evaluator.engine, prompts, self.width)
         itemsize = jnp.dtype(self.config.model.dtype).itemsize
         cache = Bytes(lanes * cache_bytes(self.model, sizes.slots * sizes.places, itemsize) // share)
-        flops = prefill_flops(self.model, prompts, self.width) + decode_flops(self.model, prompts, self.width, new)
+        flops = forward_flops(self.model, prompts, self.width + new - 1, logits=new)  # the last token is not fed
         steps, copy = ceil_div(prompts, sizes.slots) * new, sum(matrix_weights(self.model)) * itemsize
         memory = decode_memory(self.model, prompts, self.width, new, steps=steps, copy=copy, itemsize=itemsize)
         return Program(
@@ -173,7 +164,7 @@ class Programs:
         total = sum(sum(part) for part in self.resident.values())
         return Program(
             "update",
-            lambda: update.lower(self.spec, self.mesh, self.params, self.opt_state, *arguments),
+            lambda: state.update.lower(self.spec, self.mesh, self.params, self.opt_state, *arguments),
             times=1,
             parts=self.resident,
             own=self.resident.keys(),
@@ -200,17 +191,16 @@ def find_shape(config: RunConfig) -> tuple[TransformerConfig, str]:
     """The shape of a run's base model, and where it was found: "files" (a folder with a config.json, a .gguf, the hub
     or its cache), or "published" (`es_jax.models.known_configs`) where a hub name cannot be had."""
     try:
-        return base_config(config), "files"
+        return state.base_config(config), "files"
     except (FileNotFoundError, PermissionError) as error:
-        known = published(config.model.source)
-        if known is None:
-            raise type(error)(f"{error}; shapes known without it: {', '.join(PUBLISHED)}") from error
-        return known, "published"
+        if known := published(config.model.source):
+            return known, "published"
+        raise type(error)(f"{error}; shapes known without it: {', '.join(PUBLISHED)}") from error
 
 
 def programs_of(config: RunConfig, model: TransformerConfig, topology: Topology) -> Programs:
     """A run's programs, on the mesh that it asks for; model.dtype "auto" is bfloat16, as on any accelerator."""
     if config.model.dtype == "auto":
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bfloat16"))
-    mesh = mesh_of(config, model, devices=list(topology.devices), memory=topology.chip.memory)
+    mesh = state.mesh_of(config, model, devices=list(topology.devices), memory=topology.chip.memory)
     return pkgutil.resolve_name(METHODS[config.method].programs)(config, model, mesh)

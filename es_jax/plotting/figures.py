@@ -6,20 +6,31 @@ They are readable in grey: lines differ in marker, dash and darkness, and hatche
 import csv
 import textwrap
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 
 from es_jax.core.chunked_map import ceil_div
-from es_jax.plotting.runs import ERRORS, Point, Rows, Run, Series, average, distinct, last_average, together
+from es_jax.plotting.runs import (
+    ERRORS,
+    Point,
+    Row,
+    Rows,
+    Run,
+    Series,
+    Tasks,
+    average,
+    distinct,
+    last_average,
+    mean,
+    together,
+)
 
 DIMENSIONS = ("target", "family of the model", "size of the model")  # of the runs, by which changes are boxed
 REASONS = {"format": "format drift", "truncation": "truncation", "knowledge": "knowledge lost"}
@@ -30,8 +41,7 @@ FILLS = ("0.92", "0.55", "0.78", "0.35", "0.65")
 HATCHES = ("", "///", "...", "xx", "\\\\\\")
 
 
-@dataclass(frozen=True)
-class Plot:
+class Plot(NamedTuple):
     """A finished figure."""
 
     name: str  # of its files
@@ -58,7 +68,7 @@ def canvas(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained", dpi=150)
 
 
-def line(i: int) -> dict[str, Any]:
+def line(i: int) -> Row:
     """The i-th line: its colour, marker and dash."""
     return dict(
         color=COLORS[i % len(COLORS)], marker=MARKERS[i % len(MARKERS)], linestyle=DASHES[i % len(DASHES)],
@@ -66,7 +76,7 @@ def line(i: int) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def bar(i: int) -> dict[str, Any]:
+def bar(i: int) -> Row:
     """The i-th kind of bar or box: its grey and its hatch."""
     return dict(facecolor=FILLS[i % len(FILLS)], edgecolor="black", hatch=HATCHES[i % len(HATCHES)], linewidth=0.8)
 
@@ -91,10 +101,15 @@ def text(words: str, *, width: int = 34) -> str:
     return textwrap.fill(clean.replace(" = ", "\u00a0=\u00a0"), width)  # λ = 2 stays on one line
 
 
-def legend(figure: Figure, axes: Axes, *, columns: int) -> None:
+def ticks(set_ticks: Callable, names: Sequence[str], *, width: int, **style: Any) -> None:
+    """Names along one axis."""
+    set_ticks(range(len(names)), [text(name, width=width) for name in names], fontsize=8, **style)
+
+
+def legend(figure: Figure, axes: Axes, *, columns: int, width: int = 40) -> None:
     """The legend of one panel, below all panels."""
     handles, labels = axes.get_legend_handles_labels()
-    labels = [text(label, width=40) for label in labels]
+    labels = [text(label, width=width) for label in labels]
     figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)) or 1, fontsize=8)
 
 
@@ -121,11 +136,11 @@ def accuracy_over_iterations(series: Sequence[Series]) -> Plot | None:
         axes.set_title(text(one.label), fontsize=9)
         axes.set(xlabel="iteration", ylim=(-0.03, 1.03))
     legend(figure, panels[0], columns=5)
-    caption = "Held-out accuracy of each task; the thick line is the task that is trained on. " + ERRORS
+    caption = f"Held-out accuracy of each task; the thick line is the task that is trained on. {ERRORS}"
     return Plot("accuracy", "Accuracy of each task over iterations", figure, data, caption)
 
 
-def target_against_prior(series: Sequence[Series], prior: Sequence[str]) -> Plot | None:
+def target_against_prior(series: Sequence[Series], prior: Tasks) -> Plot | None:
     """Target accuracy against mean accuracy on the prior tasks, a panel for each target and model, a line a series, its
     points coloured by iteration; None where there are no prior tasks, or none was evaluated."""
     groups: dict[tuple, list] = {}
@@ -159,13 +174,17 @@ def target_against_prior(series: Sequence[Series], prior: Sequence[str]) -> Plot
                 [], [], **path, marker=style["marker"], markersize=6, markerfacecolor="white", markeredgecolor="black",
                 label=text(label, width=44),
             ))  # fmt: skip
-        mean = f"mean accuracy on {len(prior)} prior task{'s' * (len(prior) != 1)}"
-        axes.set(xlabel=text(f"accuracy on the target, {target}", width=60), ylabel=mean)
+        axes.set(
+            xlabel=text(f"accuracy on the target, {target}", width=60),
+            ylabel=f"mean accuracy on {len(prior)} prior task{'s' * (len(prior) != 1)}",
+        )
         axes.tick_params(labelbottom=True)
         if len(groups) > 1:
             axes.set_title(text(model), fontsize=9)
-        columns = 1 if len(samples) < 4 else 2
-        axes.legend(handles=samples, fontsize=7, ncols=columns, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+        axes.legend(
+            handles=samples, fontsize=7, ncols=1 if len(samples) < 4 else 2, loc="upper center",
+            bbox_to_anchor=(0.5, -0.16),
+        )  # fmt: skip
     figure.colorbar(points, ax=panels, label="iteration", shrink=1 / ceil_div(len(panels), 2), aspect=25)
     caption = f"Up and right is better: the target learnt, the rest kept. Prior tasks: {', '.join(prior)}."
     return Plot("target_against_prior", "Target against prior accuracy", figure, data, caption)
@@ -199,27 +218,25 @@ def drift_against_theory(series: Sequence[Series]) -> Plot | None:
     for axes in panels:
         axes.grid(alpha=0.3)
     legend(figure, panels[0], columns=2)
-    caption = (
+    return Plot(
+        "drift", "Drift against theory", figure, data,
         "Markers: the measured distance of the weights from where they began, mean over seeds. Lines: the closed form "
         "in exact arithmetic, where there is one. A ratio outside the grey band, 1 ± 0.02, means that precision was "
-        "lost."
-    )
-    return Plot("drift", "Drift against theory", figure, data, caption)
+        "lost.",
+    )  # fmt: skip
 
 
 def _drift(one: Series) -> Rows:
     """Means of measured and predicted drift, at the steps that all started runs of a series have."""
     rows = []
     for step, metrics in together([run.drift for run in one.runs if run.metrics]).items():
-        theories = [row.get("drift_theory") for row in metrics]
-        theory = None if None in theories else float(np.mean(theories))  # type: ignore[arg-type]
-        drift = float(np.mean([row["drift"] for row in metrics]))
+        drift, theory = mean(metrics, "drift"), mean(metrics, "drift_theory")
         ratio = drift / theory if theory else None
         rows.append({"series": one.label, "step": step, "drift": drift, "theory": theory, "ratio": ratio})
     return rows
 
 
-def prior_change(series: Sequence[Series], prior: Sequence[str]) -> Plot | None:
+def prior_change(series: Sequence[Series], prior: Tasks) -> Plot | None:
     """Change in accuracy from the base, a value for each run and prior task, as boxes by target, family and size."""
     few = len({one.first.variant() for one in series}) <= 5  # kinds of boxes, with λ
     data = [
@@ -239,33 +256,34 @@ def prior_change(series: Sequence[Series], prior: Sequence[str]) -> Plot | None:
     for axes, dimension in zip(figure.subplots(1, len(DIMENSIONS), sharey=True), DIMENSIONS, strict=True):
         groups = distinct(row[dimension] for row in data)
         for i, name in enumerate(names):
-            offset, rows = (i - (len(names) - 1) / 2) * width, [row for row in data if row["variant"] == name]
-            values = {g + offset: [row["change"] for row in rows if row[dimension] == x] for g, x in enumerate(groups)}
+            rows = [row for row in data if row["variant"] == name]
             axes.boxplot(
-                list(values.values()), positions=list(values), widths=0.85 * width, whis=(0, 100), patch_artist=True,
-                boxprops=bar(i), medianprops={"color": "black", "linewidth": 1.6}, showmeans=True,
+                [[row["change"] for row in rows if row[dimension] == x] for x in groups], label=name,
+                positions=np.arange(len(groups)) + (i - (len(names) - 1) / 2) * width, widths=0.85 * width,
+                whis=(0, 100), patch_artist=True, showmeans=True, boxprops=bar(i),
+                medianprops={"color": "black", "linewidth": 1.6},
                 meanprops={"marker": "D", "markerfacecolor": "white", "markeredgecolor": "black", "markersize": 4},
             )  # fmt: skip
         axes.axhline(0, color="black", linewidth=0.8, linestyle=":")
-        axes.set_xticks(range(len(groups)), [text(name, width=16) for name in groups], fontsize=8)
+        ticks(axes.set_xticks, groups, width=16)
         axes.set(xlabel=dimension, xlim=(-0.6, len(groups) - 0.4))
         axes.grid(alpha=0.3, axis="y")
     figure.axes[0].set_ylabel("change in prior accuracy since step 0")
-    patches = [Patch(label=text(name), **bar(i)) for i, name in enumerate(names)]
-    figure.legend(handles=patches, loc="outside lower center", ncols=min(len(names), 4), fontsize=8)
-    caption = (
+    legend(figure, axes, columns=4, width=34)
+    return Plot(
+        "prior_change", "Change in prior accuracy", figure, data,
         f"Each box is over runs and the {len(prior)} prior tasks, at each run's last evaluation: quartiles, median "
-        f"(line), mean (diamond); whiskers reach the extremes. Prior tasks: {', '.join(prior)}."
-    )
-    return Plot("prior_change", "Change in prior accuracy", figure, data, caption)
+        f"(line), mean (diamond); whiskers reach the extremes. Prior tasks: {', '.join(prior)}.",
+    )  # fmt: skip
 
 
 def _size(weights: int | None) -> str:
     if weights is None:
         return "unknown"
-    units = ((1e9, "B"), (1e6, "M"), (1e3, "k"))
-    unit, name = next((unit for unit in units if weights >= unit[0]), (1, ""))
-    return f"{weights / unit:.3g}{name}"
+    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if weights >= unit:
+            return f"{weights / unit:.3g}{name}"
+    return f"{weights:.3g}"
 
 
 def kl_map(series: Sequence[Series]) -> Plot | None:
@@ -290,20 +308,19 @@ def kl_map(series: Sequence[Series]) -> Plot | None:
     for (i, j), value in np.ndenumerate(table):
         label = "–" if np.isnan(value) else f"{value:.3g}"
         axes.text(j, i, label, ha="center", va="center", fontsize=8, color="white" if value > 0.5 * top else "black")
-    axes.set_xticks(range(len(tasks)), [text(name, width=14) for name in tasks], rotation=30, ha="right", fontsize=8)
-    axes.set_yticks(range(len(names)), [text(name, width=38) for name in names], fontsize=8)
+    ticks(axes.set_xticks, tasks, width=14, rotation=30, ha="right")
+    ticks(axes.set_yticks, names, width=38)
     axes.set(xlabel="prompts of", ylabel="run")
     figure.colorbar(image, label="KL(base ‖ now)\nnats a token")
-    caption = (
+    return Plot(
+        "kl", "KL from the base model", figure, data,
         "Exact KL over the vocabulary on continuations that the base model wrote, mean over prompts, at the last step "
         "at which all runs of a series were measured, not counting runs that never were. "
-        + ERRORS
-        + " They, the steps and how many runs there are stand in the CSV."
-    )
-    return Plot("kl", "KL from the base model", figure, data, caption)
+        f"{ERRORS} They, the steps and how many runs there are stand in the CSV.",
+    )  # fmt: skip
 
 
-def drop_parts(series: Sequence[Series], prior: Sequence[str]) -> Plot | None:
+def drop_parts(series: Sequence[Series], prior: Tasks) -> Plot | None:
     """What the drop in prior accuracy is made of: lost format, truncation, lost knowledge; None if it was not split."""
     data = [
         {"series": one.label, "reason": reason} | point.columns("lost")
@@ -320,31 +337,31 @@ def drop_parts(series: Sequence[Series], prior: Sequence[str]) -> Plot | None:
         lost, errors = _columns([row for row in data if row["reason"] == reason], "lost", "lost_se")
         y = np.arange(len(names)) + (i - 1) * 0.26
         axes.barh(y, lost, 0.24, xerr=np.array(errors, float), label=label, capsize=2, **bar(i))
-    axes.set_yticks(range(len(names)), [text(name, width=38) for name in names], fontsize=8)
+    ticks(axes.set_yticks, names, width=38)
     axes.invert_yaxis()
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set(xlabel=f"accuracy lost since step 0, mean of {len(prior)} prior task{'s' * (len(prior) != 1)}")
     axes.grid(alpha=0.3, axis="x")
     legend(figure, axes, columns=3)
-    caption = (
+    return Plot(
+        "drop", "What the drop in prior accuracy is made of", figure, data,
         "A row that was lost is booked under what is wrong with its completion: cut at max_new_tokens, else not in the "
         "asked form, else wrong in good form. Rows that were gained count against it. At the last step at which the "
         "drop of all runs of a series was split, not counting runs where it never was. Errors are over seeds, where "
-        "there are several."
-    )
-    return Plot("drop", "What the drop in prior accuracy is made of", figure, data, caption)
+        "there are several.",
+    )  # fmt: skip
 
 
-def _lost(run: Run, tasks: Sequence[str], reason: str) -> dict[int, tuple[float, None]]:
+def _lost(run: Run, tasks: Tasks, reason: str) -> dict[int, tuple[float, None]]:
     """Step → mean accuracy lost for the reason, where the drop of all tasks was split."""
     return {
-        step: (float(np.mean([row[f"lost_{reason}"] for row in rows])), None)
+        step: (mean(rows, f"lost_{reason}"), None)
         for step, rows in run.rows(tasks).items()
         if step and all(f"lost_{name}" in row for row in rows for name in REASONS)
     }
 
 
-def strength_sweep(series: Sequence[Series], prior: Sequence[str]) -> Plot | None:
+def strength_sweep(series: Sequence[Series], prior: Tasks) -> Plot | None:
     """Target and mean prior accuracy against λ, beside the base and λ = 0; None if no setting has two λ above 0."""
     groups: dict[str, list[Series]] = {}
     for one in series:
@@ -358,21 +375,21 @@ def strength_sweep(series: Sequence[Series], prior: Sequence[str]) -> Plot | Non
     figure, panels = grid(len(sweeps), columns=2, width=5.0, height=3.6, ylabel="held-out accuracy")
     data = [row for axes, sweep in zip(panels, sweeps, strict=True) for row in _sweep(axes, *sweep, prior)]
     legend(figure, panels[0], columns=3)
-    caption = (
+    return Plot(
+        "strength", "Target and prior accuracy against λ", figure, data,
         "Dashed: the same runs without a penalty, λ = 0, at the last step of the others, or at the step that it names. "
-        "Dotted: the base model. Hollow: at an earlier step than the others. " + ERRORS
-        + f" Prior tasks: {', '.join(prior) or 'none'}."
+        "Dotted: the base model. Hollow: at an earlier step than the others. "
+        f"{ERRORS} Prior tasks: {', '.join(prior) or 'none'}.",
     )  # fmt: skip
-    return Plot("strength", "Target and prior accuracy against λ", figure, data, caption)
 
 
-def _sweep(axes: Axes, penalty: str, group: Sequence[Series], prior: Sequence[str]) -> Rows:
+def _sweep(axes: Axes, penalty: str, group: Sequence[Series], prior: Tasks) -> Rows:
     first = group[0].first
     anchored = sorted((one for one in group if one.first.penalty == penalty), key=lambda one: one.first.strength)
     free = next((one for one in group if one.first.penalty == "none"), None)
     data: Rows = []
 
-    def add(penalty: str, name: str, strength: float, point: Point) -> dict[str, Any]:
+    def add(penalty: str, name: str, strength: float, point: Point) -> Row:
         columns = {"model": first.model, "target": first.target, "penalty": penalty, "lambda": strength, "of": name}
         data.append(columns | point.columns("accuracy"))
         return data[-1]
@@ -391,8 +408,7 @@ def _sweep(axes: Axes, penalty: str, group: Sequence[Series], prior: Sequence[st
                 across = axes.get_yaxis_transform()
                 axes.text(0.01, point.mean, f"step {point.step}", fontsize=7, va="bottom", transform=across)
             add("none", name, 0.0, point)
-        runs = [run for one in group for run in one.runs]
-        if starts := {run.model: start for run in runs if (start := run.accuracy(tasks).get(0))}:
+        if starts := {run.model: start for one in group for run in one.runs if (start := run.accuracy(tasks).get(0))}:
             base = average(0, list(starts.values()))
             axes.axhline(base.mean, color=style["color"], linestyle=":", linewidth=1.2, label=f"{name}, base")
             add("base", name, 0.0, base)
@@ -404,5 +420,5 @@ def _sweep(axes: Axes, penalty: str, group: Sequence[Series], prior: Sequence[st
     return data
 
 
-def _columns(rows: Sequence[Mapping[str, Any]], *names: str) -> list[list[Any]]:
+def _columns(rows: Rows, *names: str) -> list[list[Any]]:
     return [[row[name] for row in rows] for name in names]

@@ -8,9 +8,8 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from flax.traverse_util import flatten_dict
@@ -20,7 +19,9 @@ from es_jax.rundir.metrics import read_jsonl
 from es_jax.training.config import RunConfig, read_config
 from es_jax.training.method import METHODS
 
-Rows = list[dict[str, Any]]
+Row = dict[str, Any]
+Rows = list[Row]
+Tasks = Sequence[str]  # their names
 Value = tuple[float, float | None]  # with its standard error, where that is known
 ERRORS = "Errors are one standard error: over seeds, or over rows where a series is a single run."
 # What may differ within a series: the seed, and what no step depends on.
@@ -33,17 +34,25 @@ SCHEDULES = ("es.schedule", "optim.schedule", "optim.anchor.schedule")
 NEEDED = {"metrics": ("step",), "drift": ("step",), "kl": ("step", "task", "kl_exact")}
 EARLIER = {"max_new": "max_new_tokens"}  # what earlier files call a column → its name
 # Dotted field → how a label or a caption calls it. Fields that are not here keep their names.
-SYMBOLS = {
-    "es.population": "N", "es.sigma": "σ", "grpo.rollouts": "rollouts", "optim.learning_rate": "α",
-    "es.rewards": "rewards", "es.antithetic": "antithetic", "es.noise": "noise", "es.shaping": "shaping",
-    "optim.name": "optimizer", "optim.anchor.source": "anchor", "task.grader": "grader", "train.steps": "iterations",
-}  # fmt: skip
+SYMBOLS = dict(map(str.split, """
+    es.population        N
+    es.sigma             σ
+    es.rewards           rewards
+    es.antithetic        antithetic
+    es.noise             noise
+    es.shaping           shaping
+    grpo.rollouts        rollouts
+    optim.name           optimizer
+    optim.learning_rate  α
+    optim.anchor.source  anchor
+    task.grader          grader
+    train.steps          iterations
+""".strip().splitlines()))  # fmt: skip
 CAPTIONED = ("es.population", "es.sigma", "grpo.rollouts", "optim.learning_rate")  # with their method
 SKIPPED = ("method", "model.source", "task.name", "optim.anchor.penalty", "λ")  # a label has words of its own for them
 
 
-@dataclass(frozen=True)
-class Point:
+class Point(NamedTuple):
     """A mean at a step: its standard error (None if unknown) and how many runs it is over."""
 
     step: int
@@ -51,13 +60,12 @@ class Point:
     error: float | None
     runs: int
 
-    def columns(self, name: str) -> dict[str, Any]:
+    def columns(self, name: str) -> Row:
         """As columns of a figure's data, the mean under that name."""
         return {"step": self.step, name: self.mean, f"{name}_se": self.error, "runs": self.runs}
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """One run's directory. Rows are in the order of their steps."""
 
     folder: Path
@@ -66,6 +74,10 @@ class Run:
     metrics: Rows  # of metrics.jsonl
     evals: dict[str, Rows]  # of evals/<task>.jsonl, by task
     kl: Rows  # of evals/kl.jsonl
+    target: str  # the task that is trained on
+    method: str  # what labels call it: "ES"
+    penalty: str
+    size: int | None  # d, how many weights
 
     @property
     def step(self) -> int:
@@ -75,10 +87,6 @@ class Run:
     @property
     def finished(self) -> bool:
         return self.step >= self.config.train.steps
-
-    @property
-    def target(self) -> str:
-        return self.config.task.name
 
     @property
     def model(self) -> str:
@@ -91,20 +99,6 @@ class Run:
         """The letters that the model's name begins with, and a version right after them: Qwen2.5, Llama, lab."""
         match = re.match(r"[A-Za-z]+[0-9.]*", self.model)
         return match[0].rstrip(".") if match else self.model
-
-    @property
-    def size(self) -> int | None:
-        """d, how many weights."""
-        return self.facts.get("parameters")
-
-    @property
-    def method(self) -> str:
-        """What labels call it: "ES"."""
-        return self.config.method.upper()
-
-    @property
-    def penalty(self) -> str:
-        return self.config.optim.anchor.penalty
 
     @property
     def strength(self) -> float:
@@ -128,22 +122,21 @@ class Run:
         return str(own) if rows in (None, own) else f"{own} (task.seed = {rows})"
 
     @property
-    def drift(self) -> dict[int, dict[str, Any]]:
+    def drift(self) -> dict[int, Row]:
         """Step → its metrics, where the drift was measured."""
         return by_step(row for row in self.metrics if row.get("drift") is not None)
 
-    def rows(self, tasks: Sequence[str]) -> dict[int, Rows]:
+    def rows(self, tasks: Tasks) -> dict[int, Rows]:
         """Step → the evaluations of the tasks, in their order, where all of them were evaluated."""
         return together([by_step(self.evals.get(task, [])) for task in tasks])
 
-    def accuracy(self, tasks: Sequence[str]) -> dict[int, Value]:
+    def accuracy(self, tasks: Tasks) -> dict[int, Value]:
         """Step → mean accuracy over tasks and its standard error over rows, where all of them were evaluated."""
         return {
-            step: (float(np.mean([row["accuracy"] for row in rows])), _mean_error(rows, "accuracy_se"))
-            for step, rows in self.rows(tasks).items()
+            step: (mean(rows, "accuracy"), _mean_error(rows, "accuracy_se")) for step, rows in self.rows(tasks).items()
         }
 
-    def change(self, tasks: Sequence[str], step: int) -> Value:
+    def change(self, tasks: Tasks, step: int) -> Value:
         """Change in mean accuracy over tasks from step 0, and its standard error: that of paired rows, or if they were
         not paired that of two independent means, which is larger."""
         accuracy = self.accuracy(tasks)
@@ -153,7 +146,7 @@ class Run:
             error = math.hypot(end_error, start_error)
         return end - start, error
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> Row:
         """What the run is, by dotted name, without its seed; λ for the anchor's strength or κ; and train.steps where a
         schedule makes every step depend on how many there are."""
         fields = flatten_dict(dataclasses.asdict(self.config), sep=".")
@@ -165,8 +158,7 @@ class Run:
         return settings | {"λ": self.strength}
 
 
-@dataclass(frozen=True)
-class Series:
+class Series(NamedTuple):
     """Runs of one setting with different seeds, under a label that tells them from the other series."""
 
     label: str
@@ -176,17 +168,17 @@ class Series:
     def first(self) -> Run:
         return self.runs[0]
 
-    def curve(self, tasks: Sequence[str]) -> dict[int, Point]:
+    def curve(self, tasks: Tasks) -> dict[int, Point]:
         """Step → mean accuracy over tasks; its error is over seeds, or over rows for a single run."""
         runs = [run.accuracy(tasks) for run in self.runs]
         return {step: average(step, [run[step] for run in runs if step in run]) for step in sorted(set().union(*runs))}
 
-    def last(self, tasks: Sequence[str], *, step: int | None = None) -> Point | None:
+    def last(self, tasks: Tasks, *, step: int | None = None) -> Point | None:
         """The last step of the curve that all runs have; or `step`, where all runs have it."""
         whole = {step: point for step, point in self.curve(tasks).items() if point.runs == len(self.runs)}
         return whole[step if step in whole else max(whole)] if whole else None
 
-    def change(self, tasks: Sequence[str]) -> Point | None:
+    def change(self, tasks: Tasks) -> Point | None:
         """Change in mean accuracy from step 0 to the last step that all runs have, with the error of a difference."""
         end = self.last(tasks)
         if end is None or not all(0 in run.accuracy(tasks) for run in self.runs):
@@ -199,7 +191,7 @@ def distinct(values: Iterable[Any]) -> list[Any]:
     return list(dict.fromkeys(values))
 
 
-def by_step(rows: Iterable[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+def by_step(rows: Iterable[Row]) -> dict[int, Row]:
     """Step → its row."""
     return {row["step"]: row for row in rows}
 
@@ -231,7 +223,13 @@ def last_average(runs: Sequence[Mapping[int, Value]]) -> Point | None:
     return average(max(steps), steps[max(steps)]) if steps else None
 
 
-def _mean_error(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
+def mean(rows: Rows, name: str) -> Any:
+    """The mean of a column; None where a row does not have it."""
+    values = [row.get(name) for row in rows]
+    return None if None in values else float(np.mean(values))  # type: ignore[arg-type]
+
+
+def _mean_error(rows: Rows, name: str) -> float | None:
     """The error of the mean of independent values; None where one of theirs is unknown."""
     errors = [row.get(name) for row in rows]
     return None if None in errors else math.hypot(*errors) / len(errors)  # type: ignore[arg-type]
@@ -244,7 +242,10 @@ def read_run(folder: str | Path) -> Run:
     files = {path.stem: _rows(path) for path in sorted((folder / "evals").glob("*.jsonl"))}
     limit = {"max_new_tokens": config.decode.max_new_tokens}  # of evaluations that do not name theirs
     evals = {name: [limit | row for row in rows] for name, rows in files.items() if name not in NEEDED and rows}
-    return Run(folder, config, facts, _rows(folder / "metrics.jsonl"), evals, files.get("kl", []))
+    return Run(
+        folder, config, facts, _rows(folder / "metrics.jsonl"), evals, files.get("kl", []), target=config.task.name,
+        method=config.method.upper(), penalty=config.optim.anchor.penalty, size=facts.get("parameters"),
+    )  # fmt: skip
 
 
 def _rows(path: Path) -> Rows:

@@ -1,19 +1,30 @@
 """Tables of runs, with standard errors, as Markdown and LaTeX."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from es_jax.plotting.runs import ERRORS, Point, Series, by_step, distinct, together
+from es_jax.plotting.runs import ERRORS, Point, Series, Tasks, by_step, distinct, together
 
-LATEX = {sign: "\\" + sign for sign in "{}_%&#$"} | {
-    "\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "<": r"\textless{}",
-    ">": r"\textgreater{}", "±": r"$\pm$", "−": "$-$", "–": "--", "λ": r"$\lambda$", "σ": r"$\sigma$",
-    "α": r"$\alpha$", "θ": r"$\theta$", "₀": r"$_0$", "‖": r"$\Vert$", "Δ": r"$\Delta$",
-}  # fmt: skip
+LATEX = {sign: "\\" + sign for sign in "{}_%&#$"} | dict(map(str.split, r"""
+    \  \textbackslash{}
+    ^  \textasciicircum{}
+    ~  \textasciitilde{}
+    <  \textless{}
+    >  \textgreater{}
+    ±  $\pm$
+    −  $-$
+    –  --
+    λ  $\lambda$
+    σ  $\sigma$
+    α  $\alpha$
+    θ  $\theta$
+    ₀  $_0$
+    ‖  $\Vert$
+    Δ  $\Delta$
+""".strip().splitlines()))  # fmt: skip
 MARKDOWN = {"|": "\\|", "<": "&lt;", ">": "&gt;"} | {sign: "\\" + sign for sign in "\\*_`[]"}
 VIEWS = {
     "accuracy": "accuracy", "lost_alone": "lost by it alone", "strict": "strict", "robust": "robust",
@@ -22,8 +33,7 @@ VIEWS = {
 FORMS = [".1f" if name == "mean_length" else ".3f" for name in VIEWS]
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """A table of texts."""
 
     name: str  # of its files
@@ -69,7 +79,7 @@ def with_error(point: Point | None) -> str:
     return mean if point.error is None else f"{mean} ± {point.error + 1e-12:.3f}"
 
 
-def results(series: Sequence[Series], prior: Sequence[str]) -> Table:
+def results(series: Sequence[Series], prior: Tasks) -> Table:
     """Where every series stands: target and prior accuracy, their change, drift and its ratio to theory."""
     rows = []
     for one in series:
@@ -94,7 +104,7 @@ def _drift(one: Series, end: Point | None) -> tuple[str, str]:
     return _mean([row["drift"] for row in rows], ".4g"), _mean(ratios, ".3f")
 
 
-def accuracies(series: Sequence[Series], tasks: Sequence[str]) -> Table:
+def accuracies(series: Sequence[Series], tasks: Tasks) -> Table:
     """The accuracy of every task: at step 0, and where each series stands."""
     rows: list[tuple[str, ...]] = []
     for model in distinct(one.first.model for one in series):
@@ -118,8 +128,8 @@ def views(series: Sequence[Series]) -> Table | None:
                 if all("strict" in row for row in steps[step]):
                     values = ([x for row in steps[step] if (x := row.get(name)) is not None] for name in VIEWS)
                     rows.append((one.label, task, str(step), *map(_mean, values, FORMS)))
-    head = ("series", "task", "step", *VIEWS.values())
-    return Table("views", "Each task by every view", head, tuple(rows)) if rows else None
+    columns = ("series", "task", "step", *VIEWS.values())
+    return Table("views", "Each task by every view", columns, tuple(rows)) if rows else None
 
 
 def _mean(values: Sequence[float], form: str) -> str:

@@ -11,14 +11,16 @@ from typing import Any
 
 import jax
 
+Seconds = dict[str, float]  # by name
 _active: contextvars.ContextVar["Clock | None"] = contextvars.ContextVar("clock", default=None)
 
 
 def timed(name: str, outputs: Any) -> Any:
     """The outputs of a program, unchanged; the clock in use times the program under that name."""
     if clock := _active.get():
-        last = reversed(jax.tree.leaves(outputs))  # a program's all come at once; of several, the last one's
-        clock.watch(name, min(last, key=lambda leaf: leaf.nbytes))
+        # a program's all come at once; of several, the last one's
+        last = min(reversed(jax.tree.leaves(outputs)), key=lambda leaf: leaf.nbytes)
+        clock.programs.put((name, time.monotonic(), last))
     return outputs
 
 
@@ -47,9 +49,9 @@ class Clock:
     """
 
     def __init__(self) -> None:
-        self._queue: queue.Queue[tuple[str, float, Any] | None] = queue.Queue()
+        self.programs: queue.Queue[tuple[str, float, Any] | None] = queue.Queue()
         self._lock = threading.Lock()
-        self._seconds: dict[str, float] = defaultdict(float)
+        self._seconds: Seconds = defaultdict(float)
 
     def __enter__(self) -> "Clock":
         self._token = _active.set(self)
@@ -58,10 +60,7 @@ class Clock:
 
     def __exit__(self, *error: Any) -> None:
         _active.reset(self._token)
-        self._queue.put(None)
-
-    def watch(self, name: str, output: Any) -> None:
-        self._queue.put((name, time.monotonic(), output))
+        self.programs.put(None)
 
     def add(self, name: str, seconds: float) -> None:
         with self._lock:
@@ -72,38 +71,37 @@ class Clock:
         self.seconds()
         self._seconds.clear()
 
-    def seconds(self) -> dict[str, float]:
+    def seconds(self) -> Seconds:
         """Seconds by name, once all that was launched has ended."""
-        self._queue.join()
+        self.programs.join()
         with self._lock:
             return dict(self._seconds)
 
     def _follow(self) -> None:
         ended = 0.0
-        while (item := self._queue.get()) is not None:
-            name, began, output = item
+        for name, began, output in iter(self.programs.get, None):
             with contextlib.suppress(Exception):  # a program that failed raises in the thread that uses its outputs
                 jax.block_until_ready(output)
-            del item, output
+            del output
             now = time.monotonic()
             self.add(name, now - max(began, ended))
             ended = now
-            self._queue.task_done()
-        self._queue.task_done()
+            self.programs.task_done()
+        self.programs.task_done()
 
 
-def split(seconds: dict[str, float], *, total: float) -> dict[str, float]:
+def split(seconds: Seconds, *, total: float) -> Seconds:
     """A step's columns: seconds and share of each part, and of `wait`, when no program ran.
 
     `decode` holds prefill too and `update` the estimate, since each is one program; `Profile` tells both apart. `grade`
     is the host's, beside the programs: the others add up to the step without it.
     """
     parts = {name: seconds.get(name, 0.0) for name in ("perturb", "decode", "update")}
-    wait = max(total - sum(parts.values()), 0.0)
-    return columns({**parts, "wait": wait, "grade": seconds.get("grade", 0.0)}, total)
+    parts["wait"] = max(total - sum(parts.values()), 0.0)
+    return columns({**parts, "grade": seconds.get("grade", 0.0)}, total)
 
 
-def columns(parts: dict[str, float], total: float) -> dict[str, float]:
+def columns(parts: Seconds, total: float) -> Seconds:
     """Seconds of each part and their share of `total`, under the names that the files have."""
     seconds = {f"seconds_{name}": value for name, value in parts.items()}
     return seconds | {f"share_{name}": value / total for name, value in parts.items()}

@@ -15,10 +15,9 @@ from typing import Any
 import jax
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.unknown_fields import UnknownFieldSet
-from jax.profiler import ProfileData
 
 from es_jax.generate.decode_spec import FILL
-from es_jax.profiling.clock import columns
+from es_jax.profiling.clock import Seconds, columns
 
 PROGRAMS = {"_perturb": "perturb", "_decode": "decode", "rollout": "decode", "update": "update"}  # names of jit → part
 
@@ -86,27 +85,33 @@ class Profile:
             jax.profiler.stop_trace()
 
 
-def part_seconds(folder: Path) -> dict[str, float]:
+def part_seconds(folder: Path) -> Seconds:
     """Seconds in perturb, prefill, decode and update, of all steps in the last trace below a folder; devices' mean.
 
     Only what began within a step counts, and what runs side by side counts once. {} where no known program is named.
     """
     data = max(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime).read_bytes()
-    scopes = {at: scope for plane in _fields(data, 1) for at, scope in _scopes(plane)}
-    planes = list(ProfileData.from_serialized_xspace(data).planes)
+    programs = dict(program for plane in _fields(data, 1) for program in _programs(plane))
+    planes = list(jax.profiler.ProfileData.from_serialized_xspace(data).planes)
     steps = [_span(e) for plane in planes for line in plane.lines for e in line.events if e.name == "step"]
     devices = []
     for plane in planes:
+        events = [
+            (event, dict(event.stats))
+            for line in plane.lines
+            for event in line.events  # but calls of Python, and evaluations
+            if not event.name.startswith("$") and any(a <= event.start_ns <= b for a, b in steps)
+        ]
+        operations: dict[tuple[str, Any], set[str]] = defaultdict(set)
+        for _, stats in events:
+            operations[_module(stats), stats.get("program_id")].add(str(stats.get("hlo_op")))
+        scopes = {program: _scopes(programs, *program, names) for program, names in operations.items()}
         spans: dict[str, list[tuple[float, float]]] = defaultdict(list)
-        for event in (event for line in plane.lines for event in line.events):
-            if event.name.startswith("$") or not any(a <= event.start_ns <= b for a, b in steps):
-                continue  # a call of Python, or of an evaluation
-            stats = dict(event.stats)
-            module = str(stats.get("hlo_module", ""))
-            name = str(stats.get("tf_op") or scopes.get((module, str(stats.get("hlo_op"))), ""))
+        for event, stats in events:
+            module, scope = _module(stats), scopes[_module(stats), stats.get("program_id")]
+            name = str(stats.get("tf_op") or scope.get(str(stats.get("hlo_op")), ""))
             program = re.match(r"jit_(\w+)", module) or re.match(r"jit\((\w+)\)", name)
-            part = PROGRAMS.get(program[1]) if program else None
-            if part is not None:
+            if program and (part := PROGRAMS.get(program[1])):
                 spans[part].append(_span(event))
                 if part == "decode" and re.search(rf"\b{FILL}\b", name):
                     spans["prefill"].append(_span(event))
@@ -114,6 +119,19 @@ def part_seconds(folder: Path) -> dict[str, float]:
             seconds = {part: _covered(spans[part]) for part in ("perturb", "prefill", "decode", "update")}
             devices.append(seconds | {"decode": seconds["decode"] - seconds["prefill"]})
     return {part: sum(each[part] for each in devices) / len(devices) for part in devices[0]} if devices else {}
+
+
+def _module(stats: Mapping[str, Any]) -> str:
+    return str(stats.get("hlo_module", ""))
+
+
+def _scopes(programs: Mapping[str, Mapping[str, str]], module: str, number: Any, names: set[str]) -> Mapping[str, str]:
+    """Operation → scopes of the program whose operations have those names. A trace holds all programs of a process, of
+    which several may have one name; and the number of one that comes from the compilation cache is not the number that
+    its events tell."""
+    alike = [(program, scopes) for program, scopes in programs.items() if program.rpartition("(")[0] == module]
+    exact = f"{module}({number})"
+    return max(alike, key=lambda pair: (len(names & pair[1].keys()), pair[0] == exact), default=("", {}))[1]
 
 
 def _span(event: Any) -> tuple[float, float]:
@@ -128,18 +146,17 @@ def _covered(spans: list[tuple[float, float]]) -> float:
     return total / 1e9
 
 
-def _scopes(plane: bytes) -> Iterator[tuple[tuple[str, str], str]]:
-    """(module, operation) → its scopes, from the programs that a plane of the trace (an XPlane) holds.
+def _programs(plane: bytes) -> Iterator[tuple[str, dict[str, str]]]:
+    """The programs that a plane of the trace (an XPlane) holds, such as "jit__decode(8)": operation → its scopes.
 
     ProfileData leaves them out. The numbers are of fields of xplane.proto and hlo.proto: plane.event_metadata → its
-    value.stats.bytes_value → HloProto.hlo_module.computations.instructions, each with a name and metadata.op_name.
+    value, with a name and stats.bytes_value → HloProto.hlo_module.computations.instructions, each with a name and
+    metadata.op_name.
     """
-    stats = (stat for entry in _fields(plane, 4) for value in _fields(entry, 2) for stat in _fields(value, 5))
-    for module in (module for stat in stats for program in _fields(stat, 6) for module in _fields(program, 1)):
-        name = _text(module)
-        for instruction in (i for computation in _fields(module, 3) for i in _fields(computation, 2)):
-            for metadata in _fields(instruction, 7):
-                yield (name, _text(instruction)), _text(metadata, 2)
+    for program in (value for entry in _fields(plane, 4) for value in _fields(entry, 2)):
+        modules = (m for stat in _fields(program, 5) for proto in _fields(stat, 6) for m in _fields(proto, 1))
+        instructions = (i for m in modules for computation in _fields(m, 3) for i in _fields(computation, 2))
+        yield _text(program, 2), {_text(i): _text(metadata, 2) for i in instructions for metadata in _fields(i, 7)}
 
 
 def _text(message: bytes, field: int = 1) -> str:

@@ -1,6 +1,7 @@
 """From tokens to scores, on the host."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
@@ -11,12 +12,15 @@ from es_jax.core import processes
 from es_jax.profiling.clock import host
 from es_jax.scoring.workers import Submit
 from es_jax.tasks.task import Example, Score
+from es_jax.weights.boundary import PromptEnd, completion_texts, prompt_end, silent_token_ids
 from es_jax.weights.model import Model
+from es_jax.weights.tokenizer import encode_prompt
 
 
 @dataclasses.dataclass(frozen=True)
 class Graded:
-    """A completion: its text without the stop token, its score, how many tokens, and whether max_new_tokens cut it."""
+    """A completion: its text (`silent_token_ids` says without what), its score, how many tokens, and whether
+    max_new_tokens cut it."""
 
     example: Example
     text: str
@@ -30,26 +34,36 @@ Pending = Callable[[], Graded]  # waits for the score
 
 @dataclasses.dataclass(frozen=True)
 class Grader:
-    """Grades completions of a list of examples, and shares what it graded with the other processes of the run."""
+    """Grades completions of a list of examples, and shares what it graded with the other processes of the run.
+
+    `prompts` are the examples' as token ids; None: as `encode_prompt` gives them.
+    """
 
     model: Model
     examples: Sequence[Example]
     submit: Submit
+    prompts: Sequence[Sequence[int]] | None = None
 
     def __call__(self, indices: Sequence[int], tokens: np.ndarray, length: np.ndarray) -> list[Pending]:
         """Completions of the examples with those indices: tokens [B, L], length [B]."""
         with host("grade"):
-            rows = [row[:n].tolist() for _, row, n in zip(indices, tokens, length, strict=False)]
-            stopped = [bool(row) and row[-1] in self.model.stop_token_ids for row in rows]
-            texts = self.model.tokenizer.batch_decode(
-                [row[: len(row) - stop] for row, stop in zip(rows, stopped, strict=True)],
-                skip_special_tokens=True,
-                clean_up_tokenization_spaces=False,
-            )
-            return [
-                self._scored(self.examples[i], text, len(row), truncated=not stop)
-                for i, text, row, stop in zip(indices, texts, rows, stopped, strict=True)
+            tokenizer, stops = self.model.tokenizer, self.model.stop_token_ids
+            spoken = np.isin(tokens, silent_token_ids(tokenizer, stops), invert=True)
+            rows = [
+                row[:n][kept[:n]].tolist() for _, row, kept, n in zip(indices, tokens, spoken, length, strict=False)
             ]
+            texts = completion_texts(tokenizer, [self._prompt_ends[i] for i in indices], rows)
+            stopped = [n > 0 and row[n - 1] in stops for row, n in zip(tokens, length, strict=True)]
+            return [
+                self._scored(self.examples[i], text, int(n), truncated=not stop)
+                for i, text, n, stop in zip(indices, texts, length, stopped, strict=False)
+            ]
+
+    @functools.cached_property
+    def _prompt_ends(self) -> list[PromptEnd]:
+        tokenizer = self.model.tokenizer
+        prompts = [encode_prompt(tokenizer, e.prompt) for e in self.examples] if self.prompts is None else self.prompts
+        return [prompt_end(tokenizer, prompt) for prompt in prompts]
 
     def _scored(self, example: Example, text: str, length: int, *, truncated: bool) -> Pending:
         score = self.submit(example, text)

@@ -20,6 +20,7 @@ from es_jax.scoring.grading import Graded, Grader
 from es_jax.scoring.row_results import RowResults
 from es_jax.scoring.workers import workers_of
 from es_jax.tasks.task import RULES, ChoiceTask, Example, Task
+from es_jax.weights.boundary import encode_options
 from es_jax.weights.model import Model
 from es_jax.weights.tokenizer import encode_prompt
 
@@ -101,7 +102,7 @@ def evaluate(
     decoded = evaluator.unperturbed(params, queues)
     for held in tasks:
         with workers_of(held.task) as submit:  # which start while the devices decode
-            grader = Grader(model, held.examples, submit)
+            grader = Grader(model, held.examples, submit, held.prompts)
             own = {
                 row: ([row], [pending])
                 for rows, tokens, length in next(decoded).values()
@@ -135,10 +136,11 @@ def _results(graded: Sequence[Graded], loglik: np.ndarray | None) -> RowResults:
 
 def _options(task: ChoiceTask, example: Example, model: Model) -> tuple[list[int], list[list[int]], int]:
     choices = task.choices(example)
-    prompt = encode_prompt(model.tokenizer, choices.prompt)
-    options = [model.tokenizer.encode(text, add_special_tokens=False) for text in choices.options]
-    if not prompt or not all(options):
-        raise ValueError(f"row {example.id!r} of task {task.name!r} has an option or a prompt without tokens")
+    prompt, options = encode_options(model.tokenizer, choices.prompt, choices.options)
+    if not prompt or not all(choices.options) or not all(options):
+        raise ValueError(
+            f"row {example.id!r} of task {task.name!r} has an option or a prompt without tokens: take the row out"
+        )
     longest, context = max(map(len, options)), model.config.max_positions
     if len(prompt) + longest > context:
         raise ValueError(

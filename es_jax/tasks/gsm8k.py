@@ -70,13 +70,15 @@ class GSM8K(PublishedTask):
 
     def score(self, example: Example, completion: str) -> Score:
         """Paper: `final_number` of the completion within 1e-6. Format: its last line is #### and a run of 0-9 . , -.
-        Strict: the last line of the turn is #### and that number alone. Robust: `stated_number`.
+        Strict: its last line is #### and that number alone. Robust: `stated_number`.
 
-        The last line is the last one that is not blank, without the white space around it.
+        The last line is the last one that is not blank, without the white space around it. For format and strict it may
+        begin in the prompt's opening of the turn.
         """
         turn, answer = response_text(example, completion), number(example.answer)
         if answer is None:
             raise ValueError(f"example {example.id!r} has the answer {example.answer!r}: gsm8k needs a number")
+        turn = turn if completion.strip() else ""  # an opening alone is not an answer
         asked = ASKED.fullmatch(turn.rstrip()[-TAIL:].rpartition("\n")[2].strip())
         read = (
             final_number(completion),
@@ -84,9 +86,9 @@ class GSM8K(PublishedTask):
             stated_number(completion, response_text(example, "")),
         )
         paper, strict, careful = (x is not None and abs(x - answer) <= TOLERANCE for x in read)
-        form = MARKER.fullmatch(last_line(completion))
-        well_formed = form is not None and any(map(str.isdecimal, form[1]))
-        return all_views(self.grader, paper=paper, strict=strict, robust=careful, form=well_formed)
+        lines = {last_line(completion), last_line(turn)}
+        form = any(MARKER.fullmatch(line) and any(map(str.isdecimal, line)) for line in lines)
+        return all_views(self.grader, paper=paper, strict=strict, robust=careful, form=form)
 
 
 def final_number(completion: str) -> Fraction | None:

@@ -13,8 +13,7 @@ from es_jax.tasks.rows import Hub, PublishedTask, Row, Source, check_field, chec
 from es_jax.tasks.task import Choices, Example, Score, all_views, check_known, messages, response_text
 
 LETTERS = "ABCDEFGHIJ"
-ALONE = r"\A\s*[{0}]\Z"  # the form of digits
-ASKED = 40  # characters at the end of a text; more than the asked form has
+ALONE = r"\A\s*([{0}])\Z"  # the form of digits
 
 
 class Question(NamedTuple):
@@ -41,7 +40,7 @@ class ChoiceDataset:
     # What the paper's grader looks for, in this order, the first match of the first pattern that is found; and the form
     # that the end of a completion, without the white space after it, should have. Letters are looked for in capitals.
     paper: tuple[str, ...] = (r"ANSWER IS\s*\(([{0}])\)", r"ANSWER IS\s*([{0}])", r"([{0}])(?<!\w.)(?!\w)")
-    form: str = r"THE ANSWER IS\s*\([{0}]\)\.?\Z"
+    form: str = r"THE ANSWER IS\s*\(([{0}])\)\.?\Z"
     shots: int = 0  # worked examples before the question
 
     def paper_label(self, completion: str) -> str | None:
@@ -49,19 +48,22 @@ class ChoiceDataset:
         found = (re.search(pattern.format(self.labels), completion.upper()) for pattern in self.paper)
         return next((match[1] for match in found if match), None)
 
-    def well_formed(self, completion: str) -> bool:
+    def well_formed(self, opening: str, completion: str) -> bool:
         """Whether a completion ends in the published form of letters, or is a digit alone."""
-        return re.search(self.form.format(self.labels), completion.rstrip().upper()) is not None
+        return self._label(self.form, opening.upper(), completion.upper()) is not None
 
     def asked_label(self, opening: str, completion: str) -> str | None:
-        """The label of exactly the asked form, or None. Letters end the completion in that form, which may begin in the
-        opening of the assistant's turn ("The answer is ("), but the label itself may not; a digit is all of it."""
+        """The label of exactly the asked form, or None."""
+        letters = r"The answer is \((?<!\w.{{15}})([{0}])\)\.?\Z"
+        return self._label(letters if self.labels.isalpha() else ALONE, opening, completion)
+
+    def _label(self, form: str, opening: str, completion: str) -> str | None:
+        """The label at the end of a text in this form. Letters' form may begin in the opening of the assistant's turn
+        ("The answer is ("), but the label may not; a digit is all of the completion."""
         completion = completion.rstrip()
-        if not self.labels.isalpha():
-            return completion.lstrip() if completion.lstrip() in tuple(self.labels) else None
-        end = (opening + completion)[-ASKED:]
-        match = re.search(rf"(?<!\w)The answer is \(([{self.labels}])\)\.?\Z", end)
-        return match[1] if match and len(end) - match.start(1) <= len(completion) else None
+        text = opening + completion if self.labels.isalpha() else completion
+        match = re.search(form.format(self.labels), text)
+        return match[1] if match and len(text) - match.start(1) <= len(completion) else None
 
     def posed(self, question: Question) -> str:
         """The question and its labelled options, as they stand in a prompt."""
@@ -136,20 +138,39 @@ class MultipleChoice(PublishedTask):
         opening, dataset, answer = response_text(example, ""), DATASETS[self.kind], example.answer
         strict = dataset.asked_label(opening, completion) == answer
         robust = stated_choice(completion, opening, dataset.labels, example.meta.get("options", ())) == answer
-        paper, form = dataset.paper_label(completion) == answer, dataset.well_formed(completion)
+        paper, form = dataset.paper_label(completion) == answer, dataset.well_formed(opening, completion)
         return all_views(self.grader, paper=paper, strict=strict, robust=robust, form=form, bonus=0.0)
 
     def choices(self, example: Example) -> Choices:
-        """The options as continuations to score; `continuation` = "text" needs an example with the options' texts."""
+        """The options as continuations to score; `continuation` = "text" needs an example with the options' texts.
+
+        They continue the prompt's own last words: of the asked form only what these have not, after a blank where the
+        prompt ends in a word or a mark.
+        """
         texts = example.meta.get("options")
         labels = DATASETS[self.kind].labels[: len(texts) if texts else None]
         right = labels.index(str(example.answer))
         if self.continuation == "label":
-            asked_form = "The answer is ({})" if labels.isalpha() else "{}"
-            return Choices(example.prompt, tuple(map(asked_form.format, labels)), right)
+            before = example.prompt if isinstance(example.prompt, str) else response_text(example, "")
+            form = _rest_of_form(before) if labels.isalpha() else "{}"
+            return Choices(example.prompt, tuple(_blank(before) + form.format(label) for label in labels), right)
         if not texts:
             raise ValueError(f"example {example.id!r} has no options' texts: set continuation to 'label'")
-        return Choices(example.meta["stem"], tuple(f" {text}" for text in texts), right)
+        stem = example.meta["stem"]
+        return Choices(stem, tuple(_blank(stem) + text for text in texts), right)
+
+
+def _blank(before: str) -> str:
+    """What parts a continuation from the text before it: a blank, but for white space, open brackets and markup."""
+    return " " if re.search(r"[^\s(\[{<>*`]\Z", before) else ""
+
+
+def _rest_of_form(before: str) -> str:
+    """What is left of "The answer is ({})" for the end of a text to be in that form; all of it in most cases."""
+    for begun, rest in (r"\banswer\s+is\W*\(\s*", "{})"), (r"\banswer\s+is\W*", "({})"), (r"\banswer\s*", "is ({})"):
+        if re.search(begun + r"\Z", before, re.IGNORECASE):
+            return rest
+    return "answer is ({})" if re.search(r"\bthe\s*\Z", before, re.IGNORECASE) else "The answer is ({})"
 
 
 def _shots(count: int, question: Question, worked: Sequence[Question]) -> Sequence[Question]:

@@ -58,7 +58,8 @@ class ProofWriter(PublishedTask):
         The last line is the last one that is not blank. Upper and lower case are the same, and white space around a
         line does not count.
         """
-        turn, answer = response_text(example, completion), (example.answer or "").lower()
+        turn = response_text(example, completion) if completion.strip() else ""  # an opening alone is not an answer
+        answer = (example.answer or "").lower()
         paper, careful = (
             final_label(completion) == answer,
             stated_truth(completion, response_text(example, "")) == answer,

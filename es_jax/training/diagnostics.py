@@ -19,7 +19,7 @@ def diagnose(entry: Entry, *, learning_rate: float, sigma: float) -> dict[str, f
     >>> diagnose(entry, learning_rate=0.1, sigma=0.5)["expected_gain"]
     0.025
     """
-    rewards, weights = np.array(entry.rewards, float), np.array(entry.weights, float)
+    rewards = np.array(entry.rewards, float)
     numbers: dict[str, float | None] = {"expected_gain": None, "tied_members": None, "linear_to_curvature": None}
     if not np.isfinite(rewards).all():
         return numbers
@@ -31,5 +31,5 @@ def diagnose(entry: Entry, *, learning_rate: float, sigma: float) -> dict[str, f
         linear = np.repeat(odd, 2) * np.array(entry.signs, float)
         if even.std() > 0:
             numbers["linear_to_curvature"] = float(np.sqrt(np.mean(odd**2)) / even.std())
-    numbers["expected_gain"] = float(learning_rate / sigma * np.mean(weights * linear))
+    numbers["expected_gain"] = float(learning_rate / sigma * np.mean(np.array(entry.weights, float) * linear))
     return numbers

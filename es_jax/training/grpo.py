@@ -25,7 +25,7 @@ from es_jax.core.chunked_map import ceil_div, in_blocks
 from es_jax.core.mesh import GROUPS, MODEL, over_groups, own_rows, place, replicated
 from es_jax.es.shaping import finite_rewards
 from es_jax.generate.engine import Engine
-from es_jax.generate.prompts import WIDTH_STEP, Packing
+from es_jax.generate.prompts import Packing, padded_width
 from es_jax.generate.sampling import Temperature
 from es_jax.models.sharding import param_shardings
 from es_jax.models.transformer import Transformer
@@ -40,6 +40,7 @@ from es_jax.training.state import State, optimizer_step, theta0_of
 
 AT_ONCE = 4  # times the slots: rollouts that a group decodes in one call, while those of the last call are graded
 TOKENS_AT_ONCE = 512  # tokens whose logits over the whole vocabulary are held at the same time
+PerToken = Float[Array, "R N"]
 METRICS = ("loss", "tokens", "kl", "entropy", "ratio", "clip_fraction", "dual_clip_fraction")
 
 
@@ -112,7 +113,7 @@ def token_weights(
 
 
 def policy_loss(
-    logprob: Float[Array, "R N"], old: Float[Array, "R N"], advantage: Float[Array, " R"], grpo: GRPOConfig
+    logprob: PerToken, old: PerToken, advantage: Float[Array, " R"], grpo: GRPOConfig
 ) -> tuple[Array, Array, Array, Array]:
     """The clipped loss of every token, its ratio π/π_old, whether it was clipped, and whether the dual clip held.
 
@@ -126,7 +127,7 @@ def policy_loss(
     return jnp.where(dual, ceiling, worst), ratio, clipped > free, dual
 
 
-def kl_k3(logprob: Float[Array, "R N"], reference: Float[Array, "R N"], grpo: GRPOConfig) -> Float[Array, "R N"]:
+def kl_k3(logprob: PerToken, reference: PerToken, grpo: GRPOConfig) -> PerToken:
     """exp(k) − k − 1 with k = log π_ref − log π: an unbiased estimate of KL(π ‖ π_ref), never negative."""
     k = jnp.clip(reference - logprob, -grpo.log_ratio_limit, grpo.log_ratio_limit)
     return jnp.clip(jnp.exp(k) - k - 1, -grpo.kl_limit, grpo.kl_limit)
@@ -179,15 +180,17 @@ class GRPO:
     def _rollouts(self, step: int, prompts: list) -> Iterator[tuple[Any, list[int], np.ndarray, np.ndarray]]:
         """(outputs of a call, rows of this process, tokens [B, L], length [B]); one call decodes while the one before
         it is graded."""
-        engine, mesh = self._policy.engine, self._policy.mesh
-        key, groups = rng.sampling_key(self._config.train.seed, step), mesh.shape[GROUPS]
-        each = min(ceil_div(len(prompts), groups), AT_ONCE * engine.slots)
+        mesh, key = self._policy.mesh, rng.sampling_key(self._config.train.seed, step)
+        groups = mesh.shape[GROUPS]
+        each = min(ceil_div(len(prompts), groups), AT_ONCE * self._policy.engine.slots)
+        at_once = groups * each
 
         def calls() -> Iterator[tuple[int, Any]]:
-            for first in range(0, len(prompts), groups * each):
-                rows = self._packing.pack(prompts[first : first + groups * each], rows=groups * each)
-                index = jnp.arange(first, first + groups * each, dtype=jnp.uint32)
-                keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
+            for first in range(0, len(prompts), at_once):
+                rows = self._packing.pack(prompts[first : first + at_once], rows=at_once)
+                keys = jax.vmap(jax.random.fold_in, (None, 0))(
+                    key, jnp.arange(first, first + at_once, dtype=jnp.uint32)
+                )
                 parts = (rows.tokens, rows.positions, np.asarray(jax.random.key_data(keys)))
                 in_groups = tuple(x.reshape(groups, each, *x.shape[1:]) for x in parts)
                 tokens, positions, data = place(in_groups, over_groups(mesh))
@@ -221,10 +224,10 @@ class GRPO:
         """One optimizer step for each mini-batch; means over the tokens and updates of all."""
         each, values = self._policy.mini_batch, []
         for first in range(0, len(rows.tokens), each):
-            batch = Rows(*(x[first : first + each] for x in rows))
+            batch = [x[first : first + each] for x in rows]
             # every mini-batch has the same shape; the rest of a smaller one is not computed
             padded = Rows(*(self._micro_batches(x, fill, each) for x, fill in zip(batch, PADDING, strict=True)))
-            count = np.int32(ceil_div(len(batch.tokens), self._policy.micro_batch))
+            count = np.int32(ceil_div(len(batch[0]), self._policy.micro_batch))
             count = place(count, replicated(self._policy.mesh))
             values.append(timed("update", self._state.advance(self._policy.update, padded, count, rates)))
         values = processes.fetch(values)
@@ -256,12 +259,8 @@ def side_by_side(
     >>> [x.tolist() for x in out]
     [[[0, 5, 6, 7, 0]], [[-1, 0, 1, 2, -1]], [[True, False]]]
     """
-
-    def padded(longest: int, limit: int) -> int:
-        return min(ceil_div(longest, WIDTH_STEP) * WIDTH_STEP, limit)
-
-    width = padded(max(int(length.max()), 1), tokens.shape[1])
-    left = padded(max(map(len, prompts)), max_prompt_tokens)
+    width = padded_width(max(int(length.max()), 1), tokens.shape[1])
+    left = padded_width(max(map(len, prompts)), max_prompt_tokens)
     counted, before = np.arange(width) < length[:, None], [[0] * (left - len(prompt)) + [*prompt] for prompt in prompts]
     out = np.concatenate([before, np.where(counted, tokens[:, :width], 0)], axis=1).astype(np.int32)
     positions = np.arange(left + width) - left + np.array([*map(len, prompts)])[:, None]
@@ -307,9 +306,10 @@ class Policy:
             out = self.engine.decode(weights, tokens[0], positions[0], keys[0], prefix=prefix)
             return out.tokens[None], out.length[None]
 
-        out, parts = PartitionSpec(GROUPS), (PartitionSpec(), *(PartitionSpec(GROUPS),) * 3, PartitionSpec())
+        whole, apart = PartitionSpec(), PartitionSpec(GROUPS)
+        parts = (whole, apart, apart, apart, whole)
         return jax.shard_map(
-            group, mesh=self.mesh, in_specs=parts, out_specs=out, axis_names={GROUPS}, check_vma=False
+            group, mesh=self.mesh, in_specs=parts, out_specs=apart, axis_names={GROUPS}, check_vma=False
         )(params, tokens, positions, keys, prefix)
 
     @functools.partial(jax.jit, static_argnums=(0, 4))
@@ -377,7 +377,7 @@ class Policy:
         def score(before, target):
             logits = model.logits(self._gathered(outer), before) / self.grpo.temperature
             total = jax.nn.logsumexp(logits, axis=-1)
-            chosen = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
+            chosen = jnp.take_along_axis(logits, target[..., None])[..., 0]
             return chosen - total, total - jnp.sum(jax.nn.softmax(logits) * logits, axis=-1)
 
         flat = before.reshape(1, -1, before.shape[-1]), target.reshape(1, -1)

@@ -227,8 +227,9 @@ class _Run:
     def _step(self, step: int) -> StepResult:
         """The method's step, on the prompts whose turn it is."""
         rows = self._rows(step)
-        grader = Grader(self.model, [self.examples[i] for i in rows], self.submit)
-        return self.method.step(step, [self.prompts[i] for i in rows], grader, self.recorder.progress.advance)
+        prompts = [self.prompts[i] for i in rows]
+        grader = Grader(self.model, [self.examples[i] for i in rows], self.submit, prompts)
+        return self.method.step(step, prompts, grader, self.recorder.progress.advance)
 
     def _identity(self) -> dict[str, Any]:
         """What a run is besides its fields, as config.json keeps it."""

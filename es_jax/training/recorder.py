@@ -37,7 +37,7 @@ class Recorder:
         names = dict.fromkeys([config.task.name, *(held.name for held in tests)])
         self.heldout = {name: EvalsFile(workdir / "evals", name, last_step=done) for name in names}
         self.progress = Progress(steps=config.train.steps, done=done, unit=unit)
-        self.reward = float(np.mean(np.array(finished[-1].rewards, float))) if finished else None
+        self.reward = float(np.array(finished[-1].rewards, float).mean()) if finished else None
         self._predicted = PredictedDrift(config, dim, offset=offset)
         for entry in finished:
             self._predicted.add(entry)

@@ -73,8 +73,13 @@ def render(tokenizer: Any, prompt: Prompt) -> str:
 def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
     """Token ids of `render`'s text. Plain text gets the special tokens its tokenizer adds (BOS, if any; never
     an EOS at the end); rendered messages get none, their template has written them."""
-    plain = isinstance(prompt, str)
-    ids = list(tokenizer.encode(render(tokenizer, prompt), add_special_tokens=plain))
-    if plain and ids[-1:] == [tokenizer.eos_token_id] != tokenizer.encode(prompt, add_special_tokens=False)[-1:]:
-        ids.pop()
-    return ids
+    return encode_texts(tokenizer, [render(tokenizer, prompt)], plain=isinstance(prompt, str))[0]
+
+
+def encode_texts(tokenizer: Any, texts: Sequence[str], *, plain: bool) -> list[list[int]]:
+    """Token ids of rendered prompts, or of what begins with one; `plain` says whether it was plain text."""
+    rows = tokenizer(list(texts), add_special_tokens=plain)["input_ids"]
+    for ids, text in zip(rows, texts, strict=True):
+        if plain and ids[-1:] == [tokenizer.eos_token_id] != tokenizer.encode(text, add_special_tokens=False)[-1:]:
+            ids.pop()
+    return rows

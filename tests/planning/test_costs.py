@@ -8,7 +8,7 @@ from es_jax.core.chips import CHIPS, GIB, chip, find_chip
 from es_jax.models.config import TransformerConfig
 from es_jax.models.known_configs import PUBLISHED, published
 from es_jax.models.transformer import Transformer, matrix_weights, param_shapes
-from es_jax.planning.costs import cache_bytes, decode_flops, decode_memory, prefill_flops
+from es_jax.planning.costs import cache_bytes, decode_memory, forward_flops
 
 CONFIG = TransformerConfig(
     family="llama", vocab_size=64, width=32, layers=3, heads=4, kv_heads=2, head_dim=8, mlp_dim=48,
@@ -33,7 +33,7 @@ def products(jaxpr, times=1):
     return total
 
 
-def test_prefill_flops_are_those_of_the_forward_pass():
+def test_flops_are_those_of_the_forward_pass():
     """The model multiplies whole [T, T] scores; what must be computed is the lower triangle."""
     tokens, prompts = 16, 2
     params = jax.eval_shape(Transformer(CONFIG).init, jax.random.key(0))
@@ -42,20 +42,19 @@ def test_prefill_flops_are_those_of_the_forward_pass():
     whole = products(jax.make_jaxpr(apply)(params, jnp.zeros((prompts, tokens), jnp.int32)).jaxpr)
     attention = 4 * CONFIG.layers * CONFIG.heads * CONFIG.head_dim * prompts
     masked = attention * (tokens * tokens - tokens * (tokens + 1) // 2)
-    assert prefill_flops(CONFIG, prompts, tokens) == whole - masked
+    assert forward_flops(CONFIG, prompts, tokens, logits=1) == whole - masked
 
 
-def test_decoding_costs_what_the_prefill_of_its_tokens_costs():
-    """The same products token by token, and the head at each of them."""
-    layers, head = matrix_weights(CONFIG)
-    longer = prefill_flops(CONFIG, 1, 20) - prefill_flops(CONFIG, 1, 16)
-    assert decode_flops(CONFIG, 1, 16, 5) == longer + 4 * 2 * head
-    assert layers > 0
+def test_every_logit_costs_the_head():
+    _, head = matrix_weights(CONFIG)
+    assert forward_flops(CONFIG, 2, 20, logits=5) == forward_flops(CONFIG, 2, 20, logits=1) + 2 * 4 * 2 * head
 
 
 def test_windows_bound_what_is_attended():
     window = TransformerConfig(**{**CONFIG.__dict__, "sliding_window": 4})
-    assert decode_flops(window, 1, 16, 5) < decode_flops(CONFIG, 1, 16, 5)
+    pairs = sum(min(position + 1, 4) - (position + 1) for position in range(20))  # fewer than without a window
+    fewer = 4 * CONFIG.layers * CONFIG.heads * CONFIG.head_dim * pairs
+    assert forward_flops(window, 1, 20, logits=5) == forward_flops(CONFIG, 1, 20, logits=5) + fewer
 
 
 def test_bytes():

@@ -219,9 +219,12 @@ def test_monster(name: str) -> None:
 
 def test_only_the_asked_form_may_begin_in_the_prompts_open_turn() -> None:
     prompt = ({"role": "user", "content": "?"}, {"role": "assistant", "content": "5 or 6?\n####"})
-    parts = {"answer": 1, "format": 0, "paper": 1, "strict": 1, "robust": 1}
-    assert get_task("gsm8k").score(Example("0", prompt, "72"), " 72").parts == parts
+    assert set(get_task("gsm8k").score(Example("0", prompt, "72"), " 72").parts.values()) == {1}
     assert not any(get_task("gsm8k").score(Example("0", prompt, "5"), "").parts.values())
+    closed = ({"role": "user", "content": "?"}, {"role": "assistant", "content": "#### 5"})
+    assert not any(get_task("gsm8k").score(Example("0", closed, "5"), " \n").parts.values())
+    spoken = ({"role": "user", "content": "?"}, {"role": "assistant", "content": "So: "})
+    assert get_task("gsm8k").score(Example("0", spoken, "5"), "#### 5").parts["format"] == 1
 
 
 def test_numbers() -> None:

@@ -112,3 +112,15 @@ def test_monster(name: str) -> None:
         score = task.score(Example("0", "?", "True"), MONSTERS[name] + end)
         assert score.parts == dict.fromkeys(("answer", "format", "paper", "strict", "robust"), float(bool(end)))
     assert time.process_time() - start < 1
+
+
+def test_the_prompts_opening_is_not_the_models() -> None:
+    def parts(opening: str, completion: str) -> list[float]:
+        prompt = ({"role": "user", "content": "?"}, {"role": "assistant", "content": opening})
+        score = get_task("proofwriter").score(Example("0", prompt, "True"), completion)
+        return [score.parts[name] for name in ("paper", "format", "strict", "robust")]
+
+    assert parts("Answer: True", "") == parts("Answer: True", "\n") == [0, 0, 0, 0]
+    assert parts("Answer:", " True") == [1, 0, 1, 1]  # only the strict grader joins them
+    assert parts("Answer: False\n", "Answer: True") == [1, 1, 1, 1]
+    assert parts("Reasoning:", " Answer: True") == [1, 1, 0, 1]

@@ -75,7 +75,7 @@ def test_a_verl_row_brings_its_prompt(tmp_path: Path) -> None:
     prompt = [{"role": "user", "content": "Two or three?"}, {"role": "assistant", "content": "The answer"}]
     example = load(tmp_path, "arc-challenge", {"prompt": prompt, "reward_model": {"ground_truth": "C"}})
     assert example.prompt == tuple(prompt) and example.answer == "C"
-    parts = {"answer": 1.0, "format": 0.0, "paper": 1.0, "strict": 1.0, "robust": 1.0}
+    parts = dict.fromkeys(("answer", "format", "paper", "strict", "robust"), 1.0)
     assert get_task("arc-challenge").score(example, " is (C)") == Score(1.0, parts)
 
 
