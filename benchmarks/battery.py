@@ -83,7 +83,7 @@ def _together(draw: Draw, seeds: jax.Array, leaves: jax.Array, size: int) -> dic
 
 def _partners(chunk: int) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """The pairs of draws of one chunk: (which, two seeds, two leaves)."""
-    now, after = (np.asarray(rng.member_seeds(7, step, 2)) for step in (chunk, chunk + 1))
+    now, after = (np.asarray(rng.member_seeds(7, step, 2, streams=1)) for step in (chunk, chunk + 1))
     seed, leaf = int(now[0]), 1_000_003 * chunk % 2**32
     bit = seed ^ (1 << chunk % 32)
     for which, seeds, leaves in (
@@ -116,7 +116,8 @@ def battery(draw: Draw, *, numbers: int = CHUNK, chunk: int = CHUNK) -> dict[str
     """
     chunks, totals = max(numbers // chunk, 1), defaultdict(float)
     for i in range(chunks):
-        seed, leaf = np.uint32(np.asarray(rng.member_seeds(11, i, 1))[0]), np.uint32(2_654_435_761 * (i + 1) % 2**32)
+        seed = np.uint32(np.asarray(rng.member_seeds(11, i, 1, streams=1))[0])
+        leaf = np.uint32(2_654_435_761 * (i + 1) % 2**32)
         for name, value in jax.device_get(_alone(draw, seed, leaf, chunk)).items():
             totals[name] = totals[name] + np.asarray(value, np.float64)
         for which, seeds, leaves in _partners(i):

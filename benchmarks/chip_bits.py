@@ -110,8 +110,10 @@ def digests(device: jax.Device, host: jax.Device) -> dict[str, Call]:
     weights = np.random.default_rng(0).standard_normal(30).astype(np.float32)
     large = jax.tree.map(lambda leaf: 0.02 * np.random.default_rng(1).standard_normal(leaf.shape, np.float32), PARAMS)
     with jax.default_device(host):
-        member = jax.device_get(Population(2, seed=7).members(3)[1])
-        both = jax.device_get([Population(30, seed=7, antithetic=pairs).members(3) for pairs in (False, True)])
+        member = jax.device_get(Population(2, seed=7, streams=1).members(3)[1])
+        both = jax.device_get(
+            [Population(30, seed=7, antithetic=pairs, streams=1).members(3) for pairs in (False, True)]
+        )
     cases: dict[str, tuple[Call, Any]] = {"apply": (perturbed, (PARAMS, member))}
     for name, members in zip(("", " antithetic"), both, strict=True):
         cases["estimate" + name] = (GaussianNoise().estimate, (PARAMS, members, weights))
@@ -139,7 +141,7 @@ def timed(call: Call, *args: Any) -> list[float]:
 
 def times(n_apply: int, n_estimate: int) -> dict[str, Call]:
     """Parts that time the noise, and a program which only reads and writes the same bytes."""
-    members = Population(8, seed=7).members(3)
+    members = Population(8, seed=7, streams=1).members(3)
 
     def row(side: str, size: int, moved: int, call: Call, *args: Any) -> dict[str, Any]:
         with root_of(side):

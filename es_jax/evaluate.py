@@ -101,6 +101,7 @@ def entry() -> None:
     flags.DEFINE_integer("max_new_tokens", None, "Tokens after which a completion is cut; the run's by default.")
     flags.DEFINE_integer("slots", None, "Prompts decoded at once; the run's by default.")
     flags.DEFINE_string("data_dir", None, "A folder of folders of rows, named like their tasks.")
+    flags.DEFINE_string("template_date", None, "The day that the chat template sees, YYYY-MM-DD; the run's by default.")
     flags.DEFINE_integer("kl_rows", None, "Rows of each task to measure KL on; all by default.")
     flags.DEFINE_integer("kl_tokens", 256, "The longest continuation for KL, in tokens.")
     flags.DEFINE_integer("kl_seed", 0, "Of the continuations for KL.")

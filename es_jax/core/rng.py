@@ -13,7 +13,12 @@ from jaxtyping import Array, Float32, PRNGKeyArray, UInt32
 
 from es_jax.core.threefry_normal import box_muller, positions, threefry
 
-_MEMBERS, _SAMPLING = 1, 2  # what a key is for: streams that never meet
+# What a key is for: streams that never meet. `jax.random.fold_in(key, i)` is `jax.random.split(key, n)[i]`, so a
+# purpose is a number that no split reaches: one into n ≤ 4·10⁹ keys, 32 GB of them, has other keys for certain, since
+# threefry under one key is one-to-one. Version 1 is of runs from before: what splits the key of their seed, as
+# `Transformer.init` does, has their members' keys.
+_PURPOSES = {1: {"members": 1, "sampling": 2}, 2: {"members": 0xF000_0001, "sampling": 0xF000_0002}}
+STREAMS = 2  # the purposes of new runs
 MAX_SEED = 2**32 - 1
 
 
@@ -29,15 +34,28 @@ def key(seed: int | Array) -> PRNGKeyArray:
     return jax.random.key(seed, impl="threefry2x32")
 
 
-def member_seeds(seed: int, step: int | Array, n: int) -> UInt32[Array, " n"]:
+def check_streams(streams: int) -> int:
+    """The version of the streams itself. Raises ValueError for one that is not known."""
+    if streams not in _PURPOSES:
+        raise ValueError(
+            f"streams is {streams!r}: known are {', '.join(map(str, _PURPOSES))}; a newer es_jax has others"
+        )
+    return streams
+
+
+def member_seeds(seed: int, step: int | Array, n: int, *, streams: int = STREAMS) -> UInt32[Array, " n"]:
     """One 32-bit seed for each of the step's `n` independent noise vectors."""
-    stream = jax.random.fold_in(jax.random.fold_in(key(check_seed(seed)), _MEMBERS), step)
-    return jax.random.bits(stream, (n,), jnp.uint32)
+    return jax.random.bits(_step_key(seed, "members", step, streams), (n,), jnp.uint32)
 
 
-def sampling_key(seed: int, step: int | Array) -> PRNGKeyArray:
-    """The key of a step's sampled tokens."""
-    return jax.random.fold_in(jax.random.fold_in(key(check_seed(seed)), _SAMPLING), step)
+def sampling_key(seed: int, step: int | Array, *, streams: int = STREAMS) -> PRNGKeyArray:
+    """The key of a step's sampled tokens. Steps of training begin at 1; 0 is of what is sampled to measure KL."""
+    return _step_key(seed, "sampling", step, streams)
+
+
+def _step_key(seed: int, purpose: str, step: int | Array, streams: int) -> PRNGKeyArray:
+    root = jax.random.fold_in(key(check_seed(seed)), np.uint32(_PURPOSES[check_streams(streams)][purpose]))
+    return jax.random.fold_in(root, step)
 
 
 def normal(

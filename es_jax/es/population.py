@@ -45,9 +45,10 @@ class Population:
       size: N, at least 2; even when antithetic.
       seed: the run's seed, 0..2**32 − 1.
       antithetic: members come in pairs θ ± σε from N/2 seeds (mirrored sampling).
+      streams: the version of the random streams; 1 gives the members of runs from before they had one.
 
     Raises:
-      ValueError: N below 2, odd N with antithetic pairs, a seed out of range.
+      ValueError: N below 2, odd N with antithetic pairs, a seed out of range, unknown streams.
 
     >>> members = Population(4, seed=0, antithetic=True).members(0)
     >>> members.sign.tolist(), bool(members.seed[0] == members.seed[1])
@@ -58,6 +59,7 @@ class Population:
     _: dataclasses.KW_ONLY
     seed: int
     antithetic: bool = False
+    streams: int = rng.STREAMS
 
     def __post_init__(self):
         if self.size < 2:
@@ -70,11 +72,13 @@ class Population:
                 f"set it to {self.size + 1}, or antithetic to False"
             )
         rng.check_seed(self.seed)
+        rng.check_streams(self.streams)
 
     def members(self, step: int | Array) -> Members:
         """The members of a step (0, 1, 2, …): a pure function of (seed, step)."""
+        count = self.size // 2 if self.antithetic else self.size
+        seeds = rng.member_seeds(self.seed, step, count, streams=self.streams)
         if not self.antithetic:
-            return Members(rng.member_seeds(self.seed, step, self.size), jnp.ones(self.size, jnp.float32))
-        seeds = rng.member_seeds(self.seed, step, self.size // 2)
+            return Members(seeds, jnp.ones(self.size, jnp.float32))
         sign = jnp.tile(jnp.array([1.0, -1.0], jnp.float32), self.size // 2)
         return Members(jnp.repeat(seeds, 2), sign, paired=True)

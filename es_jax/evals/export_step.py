@@ -88,6 +88,7 @@ def _card(facts: dict[str, Any], step: int, dtype: str, evals: dict[str, Any] | 
         "weights": f"{facts.get('parameters', 'unknown')} numbers, written as {dtype}",
         "task": f"`{config['task']['name']}`, seed {config['task']['seed']}",
         "run seed": run["seed"],
+        "day in prompts": config["model"].get("template_date") or "not written down",
         "held out": f"`{json.dumps(evals)}`" if evals else "no evaluation at this step",
     }
     return (

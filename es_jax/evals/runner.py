@@ -15,14 +15,23 @@ from tqdm.auto import tqdm
 from es_jax.core import processes
 from es_jax.evals import drift as drifts
 from es_jax.evals.kl import kl, sample
-from es_jax.evals.weight_source import Fields, WeightSource, check_folder, claim_folder, is_run, of_model, of_run
+from es_jax.evals.weight_source import (
+    Fields,
+    WeightSource,
+    check_folder,
+    claim_folder,
+    is_run,
+    of_model,
+    of_run,
+    with_date,
+)
 from es_jax.generate.engine import engine_for
 from es_jax.rundir.directory import compilation_cache, write_json
 from es_jax.rundir.metrics import Jsonl
 from es_jax.scoring.heldout import HeldOut, cast, evaluate
 from es_jax.scoring.row_results import EvalsFile, read_evals
 from es_jax.tasks.task import Task
-from es_jax.training.config import MeshConfig, ModelConfig, RunConfig, read_config
+from es_jax.training.config import MeshConfig, ModelConfig, RunConfig, check_date, read_config
 from es_jax.training.es import Evaluator
 from es_jax.training.loop import make_task, other_task
 from es_jax.training.method import TokenLists
@@ -41,6 +50,8 @@ class Options:
       max_prompt_tokens, max_new_tokens, slots: of decoding.
       data_dir: a folder of folders of rows, named like their tasks (`-` may be `_`); None: each task's own rows, and
         for the task that was trained those of the run.
+      template_date: the day that the chat template sees, such as "2026-11-27"; None: the run's; of a model, that of the
+        folder's rows, or today.
       kl_rows: how many of the rows KL is measured on.
       kl_tokens: the longest continuation, in tokens.
       kl_seed: of the continuations.
@@ -51,13 +62,15 @@ class Options:
     max_new_tokens: int | None = None
     slots: int | None = None
     data_dir: str | None = None
+    template_date: str | None = None
     kl_rows: int | None = None
     kl_tokens: int = 256
     kl_seed: int = 0
 
     def __post_init__(self):
+        check_date("template_date", self.template_date)
         for field, value in vars(self).items():
-            if field not in ("data_dir", "kl_seed") and value is not None and value < 1:
+            if field not in ("data_dir", "template_date", "kl_seed") and value is not None and value < 1:
                 raise ValueError(f"{field} is {value}: it must be at least 1")
 
 
@@ -114,6 +127,7 @@ def evaluate_run(
     folder = path / "evals" if out is None else Path(out)
     with compilation_cache((path if run and out is None else folder) / "cache"):
         source = of_run(path, mesh) if run else of_model(str(workdir), base, mesh)
+        source = with_date(source, folder, options.template_date, run=run)
         chosen = _chosen_steps(source, every, steps)
         if tasks is None and not run:
             raise ValueError("tasks are not given: a model has none of its own, so name them")

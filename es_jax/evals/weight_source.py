@@ -4,6 +4,7 @@ evals/subject.json tells whose weights the rows of a folder are of, so that rows
 """
 
 import dataclasses
+import datetime
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -13,24 +14,26 @@ from typing import Any, NamedTuple
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
+from es_jax.core import processes
 from es_jax.core.names import RENAMED
 from es_jax.core.tree import count
 from es_jax.evals.drift import drift
 from es_jax.rundir import directory
 from es_jax.rundir.metrics import read_jsonl
 from es_jax.rundir.seed_log import NAME, read_entries
-from es_jax.training.config import ModelConfig, RunConfig, read_config
+from es_jax.training.config import ModelConfig, RunConfig, check_date, read_config
 from es_jax.training.method import METHODS
 from es_jax.training.predicted_drift import PredictedDrift
 from es_jax.training.state import load_anchor, load_base
 from es_jax.training.weights_at import weights_at
+from es_jax.weights.chat_template import set_date
 from es_jax.weights.model import Model, load_outline
 
 Fields = dict[str, Any]  # as JSON has them
 MARKS = "subject.json"  # as in the directories of earlier versions
 SHORT = 16  # characters of a digest
 # What may differ between two runs with the same weights at each step. Digests stand for the paths.
-WITHOUT_MARK = (*directory.CHANGEABLE, "model.source", "task.data_dir", "optim.anchor.source", "evals.")
+WITHOUT_MARK = (*directory.CHANGEABLE, directory.DATE, "model.source", "task.data_dir", "optim.anchor.source", "evals.")
 
 
 class WeightSource(NamedTuple):
@@ -132,13 +135,26 @@ def of_model(source: str, base: str | None, mesh: Mesh) -> WeightSource:
     )
 
 
+def with_date(source: WeightSource, folder: Path, date: str | None, *, run: bool) -> WeightSource:
+    """The source with the day that its chat template sees: `date`, else the run's, else that of the folder's rows, else
+    today. A run and rows from before the day was written down have none: the template sees the clock's. Process 0
+    decides."""
+    if processes.first():
+        date = date or source.config.model.template_date or _read_subject(folder).template_date
+        if date is None and not run and not any(folder.glob("*.jsonl")):
+            date = datetime.date.today().isoformat()
+    date = processes.exchange({0: date} if processes.first() else {})[0]
+    set_date(source.model.tokenizer, date)
+    return source._replace(config=source.config.with_date(date))
+
+
 def check_folder(folder: Path, source: WeightSource) -> None:
     """Raises ValueError where the folder's rows are of other weights than the source's.
 
     A folder without subject.json, of training or of an earlier version, is taken as it is. Rows of step 0 are of the
     base model: while there are no others, any source with the same base may go on with them.
     """
-    name, marks = _read_marks(folder)
+    name, marks, _ = _read_subject(folder)
     if marks is None:
         return
     then, now = DEFAULTS | marks, DEFAULTS | source.marks(marks.get("steps", 0))
@@ -154,19 +170,30 @@ def check_folder(folder: Path, source: WeightSource) -> None:
 
 def claim_folder(folder: Path, source: WeightSource) -> None:
     """Write subject.json, unless it tells of the same weights; to call after `check_folder`."""
-    marks = source.marks(source.last)
-    if _read_marks(folder)[1] != marks:
-        directory.write_json(folder / MARKS, {"name": source.name, "marks": marks})
+    subject = Subject(source.name, source.marks(source.last), source.config.model.template_date)
+    if _read_subject(folder)[1:] != subject[1:]:
+        directory.write_json(folder / MARKS, subject._asdict())
 
 
-def _read_marks(folder: Path) -> tuple[str, Fields | None]:
-    """The name and the marks in subject.json, under the fields' names of today; None where there is no such file."""
+class Subject(NamedTuple):
+    """What subject.json tells: a source's name and marks (None without the file), and the day that its chat template
+    saw, where that is known."""
+
+    name: str
+    marks: Fields | None
+    template_date: str | None
+
+
+def _read_subject(folder: Path) -> Subject:
+    """With the fields' names of today."""
     path = folder / MARKS
     try:
         content = json.loads(path.read_bytes())
-        return content["name"], {RENAMED.get(name, name): value for name, value in content["marks"].items()}
+        marks = {RENAMED.get(name, name): value for name, value in content["marks"].items()}
+        check_date("template_date", date := content.get("template_date"))
+        return Subject(content["name"], marks, date)
     except FileNotFoundError:
-        return "", None
+        return Subject("", None, None)
     except (AttributeError, ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"{path} is damaged ({error!r}): use another --out, or delete it where you know whose rows they are"

@@ -3,6 +3,7 @@
 This file needs nothing but jax and optax, so it can be lifted into another project by itself.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ def anchored_weight_decay(
     anchor_dtype: Any = None,
     anchor_sharding: Any = None,
     arithmetic: str = "float32",
-    ema_decay: float | None = None,
+    ema_decay: float | jax.Array | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Decay toward the weights given to `init`, applied after the step (arXiv 2605.30148, section 5).
 
@@ -36,17 +37,55 @@ def anchored_weight_decay(
       \theta_0 + (1 - \text{rate})\,\Delta \quad(\text{l2}), \qquad
       \theta_0 + \text{sign}(\Delta)\,\max(|\Delta| - \text{rate}, 0) \quad(\text{l1}).
 
-    In the paper's terms the rate is αλ: learning rate times penalty strength. Put it last in a chain, after any
-    optimizer. l2 bounds how far the weights go; l1 also sets those that hardly moved back to the anchor.
+    In the paper's terms the rate is αλ: learning rate times penalty strength. l2 bounds how far the weights go; l1 also
+    sets those that hardly moved back to the anchor.
+
+    Where to put it: last, where the finished step u arrives, with its sign and learning rate, as in
+    `chain(adam(1e-3), anchored_weight_decay(0.01))`. That is right after every optimizer of optax that keeps no weights
+    of its own. Those that do, and wrappers that skip steps, need another place. Only `lookahead` can be recognised from
+    here, and is refused; of the others nothing warns you but this table, in which AWD is this transformation:
+
+    =================================================  ===============================================================
+    with                                               write
+    =================================================  ===============================================================
+    contrib.schedule_free                              schedule_free(chain(sgd(α), AWD), α). After it, the weights
+                                                       that are evaluated run away. l1 reaches the anchor in the limit
+    contrib.schedule_free_sgd, schedule_free_adamw     not these: schedule_free around chain(sgd(α), AWD), or another
+    lookahead                                          lookahead(chain(sgd(α), AWD), …). After it: refused. Not with
+                                                       reset_state=True, which makes a new anchor at every turn
+    MultiSteps                                         MultiSteps(chain(…, AWD), k). After it, AWD pulls k times a step
+    apply_every                                        not this, for the same reason: MultiSteps
+    contrib.sam                                        sam(chain(…, AWD), adversary). After it, AWD pulls the
+                                                       adversary's points, too
+    apply_if_finite, conditionally_mask                inside, a skipped step is not pulled; after it, it is
+    conditionally_transform                            conditionally_transform(AWD, …) pulls at its steps alone
+    masked, partition, multi_transform, flatten,       inside or after: the same
+    selective_transform, named_chain,
+    contrib.split_real_and_imaginary
+    scale_by_learning_rate, scale_by_schedule, clip,   chain(these, AWD). After AWD they scale the pull as well, and a
+    add_noise, contrib.reduce_on_plateau               change of sign turns it round
+    lbfgs, line searches, polyak_sgd                   chain(these, AWD). The value and gradient that a line search
+                                                       keeps are of weights not pulled: compute them anew
+    keep_params_nonnegative, freeze                    chain(…, AWD, these)
+    contrib.mechanize, prodigy, dadapt_adamw           chain(these, AWD). They may lengthen their steps against the pull
+    contrib.cocob, madgrad                             nowhere: they compute the weights from all gradients and the
+                                                       start, and so undo the pull
+    inject_hyperparams                                 inject_hyperparams(AWD)(rate=…, mask=…), or around a chain. optax
+                                                       takes callables for schedules: a factory of yours that is given
+                                                       the mask needs static_args="mask", or is refused
+    =================================================  ===============================================================
+
+    Leaves are treated as by `optax.add_decayed_weights`: updates of integers, booleans and Python numbers leave as
+    floats, complex numbers are pulled as pairs of real ones, and where an update is None it stays so.
 
     Args:
       rate: the fraction of the distance removed a step (l2, in [0, 1)), or the distance removed a step (l1, ≥ 0);
         a number, or a schedule of the number of updates made so far.
       penalty: "l2" or "l1".
-      mask: a tree of booleans like the parameters (or a prefix of it), or a callable that makes one; leaves where it
-        is False are left alone and have no anchor.
-      anchor_dtype: dtype in which the anchor is kept; each parameter's own by default. A narrower one moves the anchor
-        itself by its rounding.
+      mask: a tree of booleans like the parameters (or a prefix of it, but not one boolean), or a callable that makes
+        one; leaves where it is False are left alone and have no anchor.
+      anchor_dtype: dtype in which the anchor of real parameters is kept; each parameter's own by default. A narrower
+        one moves the anchor itself by its rounding.
       anchor_sharding: a sharding, or a tree of them like the parameters, on which the anchor is put; by default where
         the parameters are. With a memory kind of the host, such as "pinned_host", `update` (inside jit) brings it to
         the devices one leaf at a time.
@@ -61,7 +100,8 @@ def anchored_weight_decay(
       A transformation whose `update` needs `params`. The anchor is a copy, so the parameters may be donated.
 
     Raises:
-      ValueError: an unknown penalty, a rate or ema_decay out of range, or `update` called without params.
+      ValueError: an unknown penalty, a rate or ema_decay out of range, a mask that is one boolean, parameters of
+        `optax.lookahead`, or `update` called without params.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -76,14 +116,18 @@ def anchored_weight_decay(
         raise ValueError(f"penalty is {penalty!r}: it must be one of {', '.join(map(repr, _PULL['float32']))}")
     if arithmetic not in _PULL:
         raise ValueError(f"arithmetic is {arithmetic!r}: it must be 'float32' or 'param'")
-    if ema_decay is not None and not 0 <= ema_decay < 1:
+    if not isinstance(ema_decay, None | jax.core.Tracer) and (callable(ema_decay) or not 0 <= ema_decay < 1):
         raise ValueError(
-            f"ema_decay is {ema_decay}: it is the anchor's weight in its own average and must be in [0, 1)"
+            f"ema_decay is {ema_decay}: it is the anchor's weight in its own average, a number, and must be in [0, 1)"
         )
     _check_rate(rate, penalty)
+    mask = mask.make if isinstance(mask, _Mask) else mask
+    _check_mask(mask)
 
     def init(params):
-        anchor = jax.tree.map(lambda p: jnp.array(p, dtype=anchor_dtype, copy=True), params)
+        _check_params(params)
+        whole_dtype = None if ema_decay is None else jnp.float32
+        anchor = jax.tree.map(lambda p: _copied(p, anchor_dtype, whole_dtype), params)
         if anchor_sharding is not None:
             anchor = jax.device_put(anchor, anchor_sharding)
         return AnchoredWeightDecayState(jnp.zeros([], jnp.int32), anchor)
@@ -94,36 +138,93 @@ def anchored_weight_decay(
             raise ValueError(
                 "anchored_weight_decay pulls the parameters themselves: call update(updates, state, params)"
             )
-        now = rate(state.count) if callable(rate) else rate
+        _check_params(params)
+        now, anchor = rate(state.count) if callable(rate) else rate, state.anchor
 
         def pulled(u, p, a):
-            wide = jnp.float32 if jnp.finfo(u.dtype).bits < 32 else u.dtype
-            dtype = p.dtype if arithmetic == "param" else wide
-            values = (jnp.asarray(x, dtype) for x in (u, p, a, now))
-            return _PULL[arithmetic][penalty](*values).astype(u.dtype)
+            return None if u is None else _pulled(u, p, a, now, penalty, arithmetic)
 
-        def followed(a, p, u):
-            new = (p + u.astype(p.dtype)).astype(jnp.promote_types(a.dtype, jnp.float32))
-            old = a.astype(new.dtype)
-            return (old + jnp.asarray(1 - ema_decay, new.dtype) * (new - old)).astype(a.dtype)
-
-        anchor = state.anchor
-        updates = jax.tree.map(pulled, updates, params, _on_devices(anchor, anchor_sharding))
+        updates = jax.tree.map(
+            pulled, updates, params, _on_devices(anchor, anchor_sharding), is_leaf=lambda u: u is None
+        )
         if ema_decay is not None:
-            anchor = jax.tree.map(followed, anchor, params, updates)
+            anchor = jax.tree.map(
+                lambda a, p, u: a if u is None else _followed(a, p, u, ema_decay), anchor, params, updates
+            )
         return updates, AnchoredWeightDecayState(optax.safe_increment(state.count), anchor)
 
     transformation = optax.GradientTransformationExtraArgs(init, update)
     return transformation if mask is None else optax.masked(transformation, mask)
 
 
+class _Mask(NamedTuple):
+    """A callable that makes a mask, and is not a callable itself."""
+
+    make: Callable[[Any], Any]
+
+
+class _Signature(inspect.Signature):
+    """As `optax.inject_hyperparams` reads it, which takes every callable among the arguments for a schedule."""
+
+    def bind(self, *args, **kwargs):
+        arguments = (bound := super().bind(*args, **kwargs)).arguments
+        if callable(mask := arguments.get("mask")):
+            arguments["mask"] = _Mask(mask)
+        if callable(dtype := arguments.get("anchor_dtype")):  # a class, such as jnp.bfloat16
+            arguments["anchor_dtype"] = jnp.dtype(dtype)
+        return bound
+
+
+_plain = inspect.signature(anchored_weight_decay)
+anchored_weight_decay.__signature__ = _Signature(  # type: ignore[attr-defined]
+    [*_plain.parameters.values()], return_annotation=_plain.return_annotation
+)
+
+
+def _is_float(x):
+    return jnp.issubdtype(x.dtype, jnp.inexact)
+
+
+def _copied(param, dtype, whole_dtype):
+    """A leaf of the anchor: of real numbers in `dtype`, of whole numbers and booleans in `whole_dtype`."""
+    param = jnp.asarray(param)
+    if not _is_float(param):
+        dtype = whole_dtype
+    return jnp.array(param, None if jnp.iscomplexobj(param) else dtype, copy=True)
+
+
+def _pulled(update, param, anchor, rate, penalty, arithmetic):
+    """The update of a leaf, in its own dtype, or the parameter's where only that is one of floats."""
+    u, p, a = (jnp.asarray(x) for x in (update, param, anchor))
+    if jnp.iscomplexobj(u) or jnp.iscomplexobj(p):
+        parts = ((x.real, x.imag) for x in (u, p, a))
+        return jax.lax.complex(*(_pulled(*part, rate, penalty, arithmetic) for part in zip(*parts, strict=True)))
+    own = next((x.dtype for x in (u, p) if _is_float(x)), jnp.dtype(jnp.float32))
+    wide = jnp.float32 if jnp.finfo(own).bits < 32 else own
+    dtype = p.dtype if arithmetic == "param" and _is_float(p) else wide
+    values = (jnp.asarray(x, dtype) for x in (u, p, a, rate))
+    return _PULL[arithmetic][penalty](*values).astype(own)
+
+
+def _followed(anchor, param, update, ema_decay):
+    """The anchor of a leaf after the update."""
+    param = jnp.asarray(param)
+    dtype = param.dtype if _is_float(param) else update.dtype
+    new = (param.astype(dtype) + update.astype(dtype)).astype(param.dtype)
+    new = new.astype(jnp.promote_types(anchor.dtype, jnp.float32))
+    old = anchor.astype(new.dtype)
+    return (old + jnp.asarray(1 - ema_decay, new.dtype) * (new - old)).astype(anchor.dtype)
+
+
 def _on_devices(anchor, sharding):
     """The anchor, brought from the host where its sharding keeps it there."""
-    if getattr(next(iter(jax.tree.leaves(sharding)), None), "memory_kind", None) in (None, "device"):
-        return anchor
-    if isinstance(sharding, jax.sharding.Sharding):
-        sharding = jax.tree.map(lambda _: sharding, anchor)
-    return jax.tree.map(lambda a, s: jax.device_put(a, s.with_memory_kind("device")), anchor, sharding)
+
+    def brought(sharding, part):
+        if getattr(sharding, "memory_kind", None) in (None, "device"):
+            return part
+        return jax.tree.map(lambda a: jax.device_put(a, sharding.with_memory_kind("device")), part)
+
+    return jax.tree.map(brought, sharding, anchor, is_leaf=lambda s: s is None)
 
 
 def _l2(update, param, anchor, rate):
@@ -155,6 +256,22 @@ _PULL = {
         "l1": _published(lambda moved, rate: jnp.sign(moved) * jnp.maximum(jnp.abs(moved) - rate, 0)),
     },
 }
+
+
+def _check_params(params: Any) -> None:
+    if isinstance(params, optax.LookaheadParams):
+        raise ValueError(
+            "the parameters are those of optax.lookahead: its fast and slow weights part if they are changed after it; "
+            "put the decay inside, lookahead(chain(optimizer, anchored_weight_decay(rate)), …)"
+        )
+
+
+def _check_mask(mask: Any) -> None:
+    if mask is not None and not callable(mask) and jax.tree_util.treedef_is_leaf(jax.tree.structure(mask)):
+        raise ValueError(
+            f"mask is {mask}: it must be a tree of booleans, or a callable that makes one; if it was a callable, say "
+            "static_args='mask' to optax.inject_hyperparams, which takes one for a schedule"
+        )
 
 
 def _check_rate(rate: Any, penalty: str) -> None:

@@ -27,7 +27,7 @@ ERRORS = "Errors are one standard error: over seeds, or over rows where a series
 # What may differ within a series: the seed, and what no step depends on.
 ALIKE = (
     "train.", "evals.", "mesh.", "decode.slots", "decode.members_at_once", "decode.max_prompt_tokens",
-    "grpo.micro_batch", "optim.anchor.strength", "optim.anchor.kappa",  # λ stands for the last two
+    "grpo.micro_batch", "model.template_date", "optim.anchor.strength", "optim.anchor.kappa",  # λ stands for both
 )  # fmt: skip
 SCHEDULES = ("es.schedule", "optim.schedule", "optim.anchor.schedule")
 # What every line of a file has; one of another name is a task's.
@@ -276,7 +276,9 @@ def incomparable(runs: Sequence[Run]) -> dict[Path, str]:
         for name, key, value in _compared(run):
             expected, other = first.setdefault((name, *key), (value, run))
             if expected != value:
-                reasons.setdefault(run.folder, f"{name} is {value!r}, but {expected!r} in {other.folder}")
+                days = [one.config.model.template_date for one in (run, other)]
+                day = f" (model.template_date is {days[0]!r}, and {days[1]!r} there)" if days[0] != days[1] else ""
+                reasons.setdefault(run.folder, f"{name} is {value!r}, but {expected!r} in {other.folder}{day}")
     return reasons
 
 

@@ -24,6 +24,7 @@ CHANGEABLE = (
     *("train.steps", "train.checkpoint_every", "train.keep_checkpoints", "train.samples", "train.profile"),
     *("evals.every", "mesh.groups", "mesh.model", "optim.anchor.memory"),
 )
+DATE = "model.template_date"
 PACKAGES = ["es_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy"]
 
 
@@ -99,12 +100,15 @@ def _settle(workdir: Path, config: dict[str, Any], identity: dict[str, Any], sta
         old, new = (
             flatten_dict(facts["config"], sep=".") | {k: facts.get(k) for k in identity} for facts in (then, content)
         )
+        dateless = old.get(DATE) is None  # from before the field was there: it may be told
         changed = [name for name in new if name not in CHANGEABLE and old.get(name) != new[name]]
+        changed = [name for name in changed if not (dateless and name == DATE)]
         if changed and started:
             differing = "; ".join(f"{name} was {old.get(name)!r} and is {new[name]!r}" for name in changed)
+            day = f". If the chat template writes the date, set {DATE} to the day the run began"
             raise ValueError(
                 f"{workdir} holds a run of another config: {differing}. Choose another --workdir, or set the fields "
-                "back"
+                "back" + (day if dateless and changed == ["rows"] else "")
             )
         if changed:
             shutil.rmtree(workdir / "evals", ignore_errors=True)  # of that config's weights before the first step
@@ -126,7 +130,8 @@ def read(workdir: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
         fields = {RENAMED.get(name, name): value for name, value in flatten_dict(content["config"], sep=".").items()}
         fields.setdefault("es.generator", "threefry")  # of all runs before the field was there
-        return {**content, "config": unflatten_dict(fields, sep="."), "digest": content["digest"]}
+        there = {"config": unflatten_dict(fields, sep="."), "digest": content["digest"]}
+        return {"streams": 1, **content, **there}  # of all runs before the streams had a version
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is damaged ({error!r}): restore it, or choose another --workdir") from None
 

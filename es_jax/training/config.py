@@ -1,6 +1,8 @@
 """The config of a run: ml_collections at the door, frozen dataclasses inside, which refuse values out of range."""
 
+import contextlib
 import dataclasses
+import datetime
 import math
 import operator
 import types
@@ -38,6 +40,14 @@ def _above(low: float) -> Callable[[Any], bool]:
     return lambda x: low < x < math.inf
 
 
+def check_date(field: str, text: Any) -> None:
+    """Raises ValueError unless it is a day, YYYY-MM-DD, or None."""
+    with contextlib.suppress(ValueError, TypeError):
+        if text is None or datetime.date.fromisoformat(text).isoformat() == text:
+            return
+    raise ValueError(f"{field} is {text!r}: it must be a day such as 2026-11-27")
+
+
 def _require(config: Any, group: str, must: str, holds: Callable[[Any], bool], *fields: str) -> None:
     """Raises ValueError for the first of the fields that is set and does not hold."""
     for field in fields:
@@ -61,13 +71,17 @@ class ModelConfig:
       source: a Hugging Face folder, a .gguf file, or a hub name.
       dtype: what members compute in; "auto" is bfloat16 on accelerators and float32 on CPU.
       param_dtype: what the master weights and the anchor are kept in. Anything but float32 loses small updates.
+      template_date: the day that the chat template sees, such as "2026-11-27"; None is the day the run begins, which
+        config.json then holds.
     """
 
     source: str = ""
     dtype: str = "auto"
     param_dtype: str = "float32"
+    template_date: str | None = None
 
     def __post_init__(self):
+        check_date("model.template_date", self.template_date)
         _choose(self, "model", dtype=("auto", *DTYPES), param_dtype=DTYPES)
 
 
@@ -443,6 +457,10 @@ class RunConfig:
                 raise ValueError(
                     f"{field} is {text!r} with method {self.method!r}: schedules are for ES; set it to 'constant'"
                 )
+
+    def with_date(self, date: str | None) -> "RunConfig":
+        """The same config with another model.template_date."""
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, template_date=date))
 
     @property
     def record(self) -> MethodRecord:

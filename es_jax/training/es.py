@@ -38,9 +38,13 @@ LANE = "lane"  # the axis of the members that a group evaluates at once
 class Evolution:
     """Members → rewards → weights → estimate and update (arXiv 2509.24372)."""
 
-    def __init__(self, config: RunConfig, evaluator: "Evaluator", state: State, packing: Packing):
+    def __init__(
+        self, config: RunConfig, evaluator: "Evaluator", state: State, packing: Packing, streams: int = rng.STREAMS
+    ):
         self._config, self._evaluator, self._state, self._packing = config, evaluator, state, packing
-        self._population = Population(config.es.population, seed=config.train.seed, antithetic=config.es.antithetic)
+        self._population = Population(
+            config.es.population, seed=config.train.seed, antithetic=config.es.antithetic, streams=streams
+        )
         self.unit, self.models = ("member", config.es.population), config.es.population
 
     def step(self, step: int, prompts: TokenLists, grade: Grader, done: Progress) -> StepResult:

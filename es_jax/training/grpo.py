@@ -138,8 +138,10 @@ class GRPO:
 
     models = 1
 
-    def __init__(self, config: RunConfig, evaluator: Evaluator, state: State, packing: Packing):
-        self._config, self._state, self._packing = config, state, packing
+    def __init__(
+        self, config: RunConfig, evaluator: Evaluator, state: State, packing: Packing, streams: int = rng.STREAMS
+    ):
+        self._config, self._state, self._packing, self._streams = config, state, packing, streams
         engine: Engine = dataclasses.replace(evaluator.engine, sampler=Temperature(config.grpo.temperature))
         self._policy = Policy(engine, evaluator.mesh, evaluator.dtype, state.spec.chain, config.grpo)
         prompts = config.task.prompts_per_step or config.task.train_size
@@ -180,7 +182,8 @@ class GRPO:
     def _rollouts(self, step: int, prompts: list) -> Iterator[tuple[Any, list[int], np.ndarray, np.ndarray]]:
         """(outputs of a call, rows of this process, tokens [B, L], length [B]); one call decodes while the one before
         it is graded."""
-        mesh, key = self._policy.mesh, rng.sampling_key(self._config.train.seed, step)
+        mesh = self._policy.mesh
+        key = rng.sampling_key(self._config.train.seed, step, streams=self._streams)
         groups = mesh.shape[GROUPS]
         each = min(ceil_div(len(prompts), groups), AT_ONCE * self._policy.engine.slots)
         at_once = groups * each

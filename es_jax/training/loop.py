@@ -16,6 +16,7 @@ GRPO (grpo.py) takes the place of what comes before the metrics. A killed run go
 """
 
 import dataclasses
+import datetime
 import functools
 import hashlib
 import itertools
@@ -37,7 +38,7 @@ from es_jax.profiling.utilisation import utilisation
 from es_jax.rundir import directory
 from es_jax.rundir.checkpoints import Checkpoints, nbytes
 from es_jax.rundir.directory import compilation_cache
-from es_jax.rundir.seed_log import SeedLog
+from es_jax.rundir.seed_log import SeedLog, read_entries
 from es_jax.scoring.grading import Graded, Grader
 from es_jax.scoring.heldout import HeldOut, checked_prompt, evaluate
 from es_jax.scoring.workers import Submit, workers_of
@@ -106,6 +107,20 @@ def other_task(config: RunConfig, name: str) -> Task:
     return get_task(name) if root is None else get_task(name, data_dir=rows_folder(root, name))
 
 
+def with_date(config: RunConfig, workdir: Path) -> RunConfig:
+    """The config with the day that the run's chat template sees: as it says, or that of the run in the directory, or
+    today. A run from before the field was there has none, and its template sees the clock's. Process 0 decides."""
+    if processes.first():
+        date: str | None = datetime.date.today().isoformat()
+        if (workdir / "config.json").exists():
+            there = directory.read(workdir)["config"]
+            begun = there.get("model", {}).get("template_date")
+            same = there == json.loads(json.dumps(dataclasses.asdict(config.with_date(begun))))
+            date = begun if same or read_entries(workdir) else date
+    date = processes.exchange({0: date} if processes.first() else {})[0]
+    return config.with_date(config.model.template_date or date)
+
+
 class _Run:
     """One process's run of the loop. `__init__` checks and loads everything and brings the state to the last step."""
 
@@ -118,9 +133,10 @@ class _Run:
         tests: dict,
         submit: Submit,
     ):
-        self.config, self.workdir, self.tasks, self.examples, self.submit = config, workdir, tasks, train, submit
         self.mesh = mesh_of(config, base_config(config))
         processes.connect(self.mesh)
+        config = with_date(config, workdir)
+        self.config, self.workdir, self.tasks, self.examples, self.submit = config, workdir, tasks, train, submit
         model = load_base(config, self.mesh)
         param_shardings(self.mesh, model.params, log=True)
         self.dim = count(model.params)
@@ -131,6 +147,7 @@ class _Run:
             HeldOut.of(tasks[name], rows, self.model, max_prompt_tokens=limit) for name, rows in tests.items()
         ]
         self.log = SeedLog(workdir)
+        self.streams = directory.read(workdir)["streams"] if self.log.entries else rng.STREAMS
         directory.settle(workdir, dataclasses.asdict(config), identity=self._identity(), started=bool(self.log.entries))
         engine = engine_for(
             model.config,
@@ -145,7 +162,7 @@ class _Run:
         self.state = State(config, self.mesh, model.params)
         del model
         self.packing = engine.packing(self.prompts)
-        self.method = config.record.make(config, self.evaluator, self.state, self.packing)
+        self.method = config.record.make(config, self.evaluator, self.state, self.packing, self.streams)
         resume(config, workdir, self.state, self.log, self.checkpoints)
         directory.check_space(workdir, nbytes(self.state.params, self.state.opt_state))
         self.recorder = Recorder(
@@ -242,6 +259,7 @@ class _Run:
             "compute_dtype": str(compute_dtype(self.config)),
             "parameters": self.dim,
             "stop_ids": list(self.model.stop_token_ids),
+            "streams": rng.check_streams(self.streams),
             **({} if anchor is None else {"anchor_digest": load_outline(anchor).digest}),
         }
 

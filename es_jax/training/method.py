@@ -18,7 +18,7 @@ StepResult = tuple[Entry, list[list[Graded]], Mapping[str, float | None]]
 
 @runtime_checkable
 class Method(Protocol):
-    """One way of training; made from a run's config, its evaluator, its state and the packing of its prompts.
+    """One way of training; made from a run's config, evaluator, state, packing of prompts and random streams.
 
     Attributes:
       unit: what a step is counted in on the screen, and how many a step has.

@@ -28,6 +28,7 @@ from es_jax.profiling.clock import timed
 from es_jax.rundir.checkpoints import abstract
 from es_jax.rundir.seed_log import Entry
 from es_jax.training.config import Rates, RunConfig
+from es_jax.weights.chat_template import set_date
 from es_jax.weights.model import Model, config_only, load_model
 
 
@@ -72,12 +73,14 @@ def base_config(config: RunConfig) -> TransformerConfig:
 
 def load_base(config: RunConfig, mesh: Mesh, *, source: str | None = None) -> Model:
     """The base model of a run, or of another `source`, in model.param_dtype and cut over all devices of the mesh."""
-    return load_model(
+    model = load_model(
         config.model.source if source is None else source,
         mesh=mesh,
         dtype=jnp.dtype(config.model.param_dtype),
         shardings=lambda name, shape: leaf_sharding(mesh, name, shape),
     )
+    set_date(model.tokenizer, config.model.template_date)
+    return model
 
 
 def load_anchor(config: RunConfig, mesh: Mesh, params: Any) -> Any:

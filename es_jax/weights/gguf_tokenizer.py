@@ -55,7 +55,12 @@ def from_gguf_metadata(metadata: Metadata) -> Any:
     if missing:
         raise ValueError(f"{', '.join(missing)} missing: the file has no whole tokenizer; {_FOLDER}")
     ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id", default_ids.get(name)) for name, key in _NAMES.items()}
-    special = {name: metadata["tokenizer.ggml.tokens"][i] for name, i in ids.items() if i is not None}
+    tokens = metadata["tokenizer.ggml.tokens"]
+    for name, i in ids.items():
+        if i is not None and not (type(i) is int and 0 <= i < len(tokens)):
+            field = f"tokenizer.ggml.{_NAMES[name]}_token_id"
+            raise ValueError(f"{field} is {i!r}: it must be a token id, 0 to {len(tokens) - 1}; {_FOLDER}")
+    special = {name: tokens[i] for name, i in ids.items() if i is not None}
     return PreTrainedTokenizerFast(
         tokenizer_object=build(metadata, special),
         chat_template=metadata.get("tokenizer.chat_template"),

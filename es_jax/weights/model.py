@@ -182,14 +182,20 @@ def _open(path: Path) -> tuple[Model, FileReader]:
     if path.is_file():
         gguf, generation = GGUFReader(path), {}
         config, words = from_gguf(gguf), from_gguf_metadata(gguf.metadata)
-        ends = [gguf.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+        ends = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
+        stops = [tokenizer.check_token_ids(gguf.metadata.get(name), f"{path}: {name}") for name in ends]
         gguf.metadata.clear()  # a hundred thousand strings, which the tokenizer has by now
         reader: FileReader = gguf
     else:
         config, reader = config_only(path), safetensors.SafetensorsReader(find_files(path))
-        words, generation = tokenizer.from_folder(path), _json(path / "generation_config.json")
-        ends = [fields.get("eos_token_id") for fields in (_json(path / "config.json"), generation)]
-    return Model(config, {}, words, "", tokenizer.stop_token_ids(words, *ends), generation), reader
+        generation = _json(path / "generation_config.json")
+        files = {"config.json": _json(path / "config.json"), "generation_config.json": generation}
+        stops = [
+            tokenizer.check_token_ids(fields.get("eos_token_id"), f"{path / name}: eos_token_id")
+            for name, fields in files.items()
+        ]
+        words = tokenizer.from_folder(path)
+    return Model(config, {}, words, "", tokenizer.stop_token_ids(words, *stops), generation), reader
 
 
 def _json(path: Path) -> dict[str, Any]:

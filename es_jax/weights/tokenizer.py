@@ -6,10 +6,11 @@ from typing import Any
 
 import jax
 
+from es_jax.weights import chat_template
+
 Prompt = str | Sequence[Mapping[str, Any]]
 
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|endoftext|>", "<|end_of_text|>", "<end_of_turn>")
-_SENTINEL = "\ue000open-turn\ue000"  # private-use characters: in no prompt and no template
 
 
 def from_folder(folder: Path) -> Any:
@@ -19,7 +20,7 @@ def from_folder(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     except Exception as error:  # whatever the library meets in damaged files
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ValueError(f"{folder}: no tokenizer could be read ({reason}); add its tokenizer.json") from error
 
 
@@ -30,44 +31,26 @@ def stop_token_ids(tokenizer: Any, *eos: int | list[int] | None) -> tuple[int, .
     return tuple(sorted(stops - {None}))
 
 
+def check_token_ids(value: Any, name: str) -> Any:
+    """The value of a field such as eos_token_id: a token id, a list of them, or None. ValueError for anything else."""
+    for one in value if isinstance(value, list) else [] if value is None else [value]:
+        if type(one) is not int or one < 0:
+            text = f"; write the number that tokenizer.json has for {one!r}" if isinstance(one, str) else ""
+            text = f"; write {one} without quotation marks" if text and one.isdecimal() else text
+            raise ValueError(
+                f"{name} is {value!r}: it must be a token id (a whole number from 0) or a list of them{text}"
+            )
+    return value
+
+
 def render(tokenizer: Any, prompt: Prompt) -> str:
     """The text the model is to continue. Plain text stays as it is; messages go through the chat template.
 
     After a last message of the user's the assistant's turn is opened; a last message of the assistant's is left open,
-    its content kept to the last blank, for the model to continue.
+    its content kept to the last blank, for the model to continue. An empty thought that the template puts before that
+    message is left out, unless the other messages turned thinking off. ValueError where the template does not allow it.
     """
-    if isinstance(prompt, str):
-        return prompt
-    if not prompt:
-        raise ValueError("prompt = []: give plain text or at least one message")
-    if tokenizer.chat_template is None:
-        raise ValueError(
-            "the prompt is a list of messages but this tokenizer has no chat template: use a model that has "
-            "one (an instruction-tuned one), or give the prompt as plain text"
-        )
-    from jinja2 import TemplateError
-
-    messages = [dict(message) for message in prompt]
-    opening = messages[-1]["content"] if messages[-1]["role"] == "assistant" else None
-    if opening is not None:
-        messages[-1]["content"] = opening + _SENTINEL  # so that a template that trims cannot trim the opening
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opening is None)
-    except TemplateError as error:
-        roles = ", ".join(message["role"] for message in messages)
-        raise ValueError(
-            f"the model's chat template refuses messages of the roles {roles} ({error}): change the prompt's roles, or "
-            "give it as plain text"
-        ) from None
-    if opening is None:
-        return text
-    rendered, sentinel, _ = text.rpartition(_SENTINEL)
-    if not sentinel or not rendered.endswith(opening.lstrip()):
-        raise ValueError(
-            f"the chat template does not keep the open assistant message {opening!r}: end the messages with "
-            "a user message, or give the prompt as plain text"
-        )
-    return rendered
+    return prompt if isinstance(prompt, str) else chat_template.apply(tokenizer, prompt)
 
 
 def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:

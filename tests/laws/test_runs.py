@@ -116,8 +116,9 @@ def test_random_rewards_walk_as_far_as_real_ones(tiny_model, whole, tmp_path):
     es = {"population": 6, "sigma": 0.05, "rewards": "random"}
     run(config_of(tiny_model, es=es), tmp_path)
     ours, theirs = (read_jsonl(folder / "metrics.jsonl")[-1] for folder in (tmp_path, whole[1]))
-    assert ours["drift_theory"] == pytest.approx(theirs["drift_theory"], rel=1e-4)
-    assert ours["drift"] == pytest.approx(theirs["drift"], rel=0.03)
+    assert ours["drift_theory"] > theirs["drift_theory"] * (1 - 1e-4)  # real rewards may be all equal: no step
+    ratios = [row["drift"] / row["drift_theory"] for row in (ours, theirs)]
+    assert ratios[0] == pytest.approx(ratios[1], rel=0.03)
     assert ours["reward_mean"] != theirs["reward_mean"]
 
 

@@ -1,4 +1,4 @@
-"""optax's laws, and the definition, for the anchored decay behind every optimizer."""
+"""optax's laws, and the definition, for the anchored decay after every optimizer."""
 
 import functools
 
@@ -59,7 +59,7 @@ def test_equals_the_definition_in_float64(penalty):
 
 @every_penalty
 @every_optimizer
-def test_behind_every_optimizer(optimizer, penalty):
+def test_after_every_optimizer(optimizer, penalty):
     """The chain ends where its optimizer's own step, pulled as defined, ends; over several steps."""
     params = start = tree()
     tx, plain = chain(optimizer, penalty), OPTIMIZERS[optimizer](0.05)
@@ -307,4 +307,4 @@ def test_it_can_be_lifted_out_as_one_file():
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
         names += [node.module] if isinstance(node, ast.ImportFrom) else []
         imported |= {name.split(".")[0] for name in names}
-    assert imported <= {"jax", "optax", "typing", "collections"}
+    assert imported <= {"jax", "optax", "typing", "collections", "inspect"}

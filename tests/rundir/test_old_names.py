@@ -53,7 +53,8 @@ def test_a_directory_with_the_old_names_is_replayed_evaluated_exported_and_resum
     texts = [path.read_text() for path in files]
     assert '"pop": 1' in texts[0] and '"decode.max_new": 2' in texts[1]
 
-    assert read_config(workdir) == config == read_run(workdir).config
+    date = read_config(workdir).model.template_date
+    assert read_config(workdir) == config.with_date(date) == read_run(workdir).config
     for step, params in replay(workdir):
         jax.tree.map(np.testing.assert_array_equal, params, weights[step])
     assert [row["step"] for row in evaluate_run(workdir, steps=[1, 2])["tasks"]["conciseness"]] == [0, 1, 2]
