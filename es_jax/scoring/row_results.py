@@ -161,7 +161,7 @@ class EvalsFile:
                 raise ValueError(
                     f"{self._rows.path} was made from {row.get('n')} rows with digest {row.get('rows')!r}, and this "
                     f"evaluation has {n} with {digest!r}: use the same --rows and --data_dir, or another --out; where "
-                    "the chat template writes the date, the same --template_date; where the graders' rules have changed "
+                    "the chat template writes the date, the same --template_date; where the graders' rules changed "
                     "since, only another --out will do"
                 )
             if row.get("max_new") != max_new_tokens:
