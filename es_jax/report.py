@@ -19,7 +19,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jinja2
+from absl import flags
 
+from es_jax.core.flags import arguments_of
 from es_jax.plotting import figures as draw
 from es_jax.plotting import tables
 from es_jax.plotting.figures import Plot
@@ -107,7 +109,11 @@ def main() -> None:
     parser.add_argument("--mark", action="store_true", help="show runs that cannot be compared, marked")
     parser.add_argument("--json", action="store_true", help="print the result as one line of JSON")
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
-    arguments = parser.parse_args()
+    parser.add_argument("--flagfile", help="a file of such arguments, one a line")
+    try:
+        arguments = parser.parse_args(arguments_of(sys.argv, gnu=True))
+    except flags.Error as error:
+        sys.exit(f"es_jax.report: {error}")
     try:
         result = write_report(arguments.runs, arguments.out, mark=arguments.mark)
     except (ValueError, OSError) as error:

@@ -16,12 +16,6 @@ from absl import app, flags
 
 from es_jax.core.flags import command, define_config, define_processes, parser
 
-define_config()
-flags.DEFINE_string("workdir", None, "The run's directory; a run that is there is resumed.")
-define_processes()
-flags.DEFINE_bool("json", False, "Print the result as one line of JSON.")
-flags.DEFINE_bool("traceback", False, "Show where an error came from.")
-
 
 def main(argv: list[str]) -> None:
     """Flags → config → run()."""
@@ -56,7 +50,14 @@ def main(argv: list[str]) -> None:
 
 
 def entry() -> None:
-    app.run(main, flags_parser=parser("es_jax.train", required=("config", "workdir")))
+    from es_jax.training.config import FIELDS
+
+    define_config(FIELDS)
+    flags.DEFINE_string("workdir", None, "The run's directory; a run that is there is resumed.")
+    define_processes()
+    flags.DEFINE_bool("json", False, "Print the result as one line of JSON.")
+    flags.DEFINE_bool("traceback", False, "Show where an error came from.")
+    app.run(main, flags_parser=parser("es_jax.train", required=("config", "workdir"), fields=FIELDS))
 
 
 if __name__ == "__main__":

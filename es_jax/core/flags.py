@@ -1,51 +1,134 @@
 """How the commands read their flags, and those of a command that may be one of several processes."""
 
 import contextlib
+import functools
+import importlib.machinery
+import itertools
 import logging
+import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags
+from ml_collections import config_dict
 
 from es_jax.core.extras import require
+from es_jax.core.fields import Fields
 from es_jax.core.names import RENAMED
 
 require("llm")
+_BLANK = re.compile(r"^(--?[\w.]+)\s+(?=\S)")  # between a flag and its value
+
+
+def arguments_of(argv: Sequence[str], *, gnu: bool = False) -> list[str]:
+    """The arguments after the program's name, with the lines of a file in place of its --flagfile. A line may have a
+    blank between a flag and its value. With `gnu` flags may follow positional arguments. Raises flags.Error."""
+    try:
+        arguments = flags.FLAGS.read_flags_from_files(argv[1:], force_gnu=gnu)
+    except (flags.Error, OSError, ValueError) as error:
+        raise flags.Error(f"--flagfile: {str(error).rpartition('flagfile: ')[2]}") from error
+    return [part for text in arguments for part in _BLANK.sub(r"\1\n", text, count=1).split("\n", 1)]
 
 
 def parser(
-    command: str, *, required: tuple[str, ...] = (), renamed: Mapping[str, str] | None = None
+    command: str,
+    *,
+    required: tuple[str, ...] = (),
+    renamed: Mapping[str, str] | None = None,
+    fields: Fields | None = None,
 ) -> Callable[[list[str]], list[str]]:
-    """absl's parser for a command with a --config file: it ends a mistake in the file or its arguments with a sentence.
+    """absl's parser for a command: it ends a mistake in the flags, or in a config file, with a sentence.
 
     The sentence begins with `command`, "es_jax.train". `required` are flags, `renamed` flags of earlier versions and
-    what they are called now.
+    what they are called now, `fields` those of --config.
     """
     old_flags = {f"config.{old}": f"config.{new}" for old, new in RENAMED.items()} | dict(renamed or {})
 
     def parse(argv: list[str]) -> list[str]:
         flags.mark_flags_as_required(required)
-        for name, _, value in (argument.partition("=") for argument in argv):
-            if name == "--config":  # a config file imports its neighbours: configs.common
-                sys.path.append(str(Path(value.partition(":")[0]).resolve().parent.parent))
-            elif new := name.startswith("--") and old_flags.get(name.removeprefix("--")):
-                sys.exit(f"{command}: {name} is called --{new} now: use that name")
         try:
-            return flags.FLAGS(argv)
+            rest = flags.FLAGS([argv[0], *arguments_of(argv)])
+            if fields:
+                _set_fields(fields)
+            return rest
+        except flags.UnrecognizedFlagError as error:
+            name = error.flagname
+            if name in old_flags:
+                sys.exit(f"{command}: --{name} is called --{old_flags[name]} now: use that name")
+            if fields and name.startswith("config."):
+                sys.exit(f"{command}: {fields.unknown(name.removeprefix('config.'))}")
+            sys.exit(f"{command}: {error}")
         except flags.Error as error:
-            sys.exit(f"{command}: {str(error).splitlines()[-1].strip() or error}")
-        except (AttributeError, ImportError, KeyError, SyntaxError, TypeError, ValueError) as error:
-            sys.exit(f"{command}: --config: {error}")
+            if "--traceback" in argv:
+                raise
+            text = re.sub(r"flag --(\w+)=None: Flag --\1 must have .*", r"--\1 is missing: give it", str(error))
+            sys.exit(f"{command}: {' '.join(text.split())}")
 
     return parse
 
 
-def define_config() -> flags.FlagHolder:
-    """Define --config, a config file."""
-    from ml_collections import config_flags
+class _Reader(flags.ArgumentParser):
+    """A flag's parser that calls a function, whose errors become a sentence that begins with `prefix`."""
 
-    return config_flags.DEFINE_config_file("config", None, "A config file, and after a colon its arguments.")
+    def __init__(self, read: Callable[[str], Any], prefix: str = ""):
+        self._read, self._prefix = read, prefix
+
+    def parse(self, argument: str) -> Any:
+        try:
+            return self._read(argument)
+        except Exception as error:  # a config file may raise any
+            text = error.args[0] if isinstance(error, KeyError) else str(error) or type(error).__name__
+            raise flags.Error(f"{self._prefix}{text}") from error
+
+
+def define_config(fields: Fields) -> None:
+    """Define --config, a config file, and --config.FIELD of every field."""
+    about = "A config file, and after a colon its arguments."
+    flags.DEFINE_flag(flags.Flag(_Reader(_load, "--config: "), None, "config", None, about))
+    for name, kind in fields.items():
+        make = flags.MultiFlag if typing.get_origin(kind) is tuple else flags.Flag
+        reader = _Reader(functools.partial(fields.parse, name))
+        flags.DEFINE_flag(make(reader, None, f"config.{name}", None, "A field.", boolean=kind is bool))
+
+
+def _load(text: str) -> config_dict.ConfigDict:
+    """What the get_config of a config file returns, called with what follows a colon."""
+    name, colon, argument = text.partition(":")
+    path = Path(name).expanduser().resolve()
+    if not path.is_file():
+        raise FileNotFoundError(f"{name!r} is not a file: give a config file, such as configs/lab.py")
+    sys.path.append(str(path.parent.parent))  # a config file imports its neighbours: configs.common
+    loader = importlib.machinery.SourceFileLoader("config_file", str(path))
+    module = sys.modules[loader.name] = types.ModuleType(loader.name)
+    module.__file__ = str(path)
+    loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ValueError(f"{name} has no function get_config: it must return the config")
+    config = module.get_config(argument) if colon else module.get_config()
+    if not isinstance(config, Mapping | config_dict.ConfigDict):
+        raise ValueError(f"get_config of {name} returned {config!r}: it must return a ConfigDict")
+    return config if type(config) is config_dict.ConfigDict else config_dict.ConfigDict(config)
+
+
+def _set_fields(fields: Fields) -> None:
+    """Write the fields of the command line into the config of --config."""
+    config, values = flags.FLAGS.config, {}
+    for name, kind in fields.items():
+        if (flag := flags.FLAGS[f"config.{name}"]).present:
+            is_tuple = typing.get_origin(kind) is tuple
+            values[name] = tuple(itertools.chain(*flag.value)) if is_tuple else flag.value  # type: ignore[misc]
+    with config.unlocked():
+        for name, value in values.items():
+            group, (*groups, last) = config, name.split(".")
+            for part in groups:
+                if part not in group:
+                    group[part] = config_dict.ConfigDict()
+                group = group[part]
+            group[last] = value
 
 
 def define_processes() -> None:

@@ -1,7 +1,7 @@
-"""Names that are not known, and names that were: errors say what the writer may have meant."""
+"""Names that are not known, short ones, and ones that were: errors say what the writer may have meant."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 # Fields of a run, and short names after the colon of --config: old → new. Only a run's config.json may have old ones.
 RENAMED = {
@@ -17,9 +17,35 @@ RENAMED = {
     "drift": "kappa",
 }
 
+SHORT = {  # names of fields after the colon of --config
+    "method": "method",
+    "target": "task.name",
+    "population": "es.population",
+    "sigma": "es.sigma",
+    "antithetic": "es.antithetic",
+    "rewards": "es.rewards",
+    "n": "grpo.rollouts",
+    "lr": "optim.learning_rate",
+    "anchor": "optim.anchor.penalty",
+    "kappa": "optim.anchor.kappa",
+    "strength": "optim.anchor.strength",
+    "steps": "train.steps",
+    "seed": "train.seed",
+    "data": "task.data_dir",
+    "prompts": "task.train_size",
+}
+ALIASES = SHORT | {  # what others call a field
+    "alpha": "optim.learning_rate",
+    "lambda": "optim.anchor.strength",
+    "epochs": "train.steps",
+    "iterations": "train.steps",
+    "batch_size": "task.prompts_per_step",
+}
 
-def unknown(kind: str, name: object, known: Iterable[str]) -> str:
-    """One sentence: what was not known, the nearest names to it, and all that are; or what it is called now.
+
+def unknown(kind: str, name: object, known: Iterable[str], *, near: Sequence[str] = ()) -> str:
+    """One sentence: what was not known, the nearest names to it (`near`, where the caller knows them), and all that
+    are; or what it is called now.
 
     >>> unknown("task", "countdwon", ["countdown", "gsm8k"])
     "unknown task 'countdwon': did you mean 'countdown'? Known: countdown, gsm8k"
@@ -27,6 +53,6 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> str:
     known = sorted(known)
     if (new := RENAMED.get(str(name))) in known:
         return f"{kind} {name!r} is called {new!r} now: use that name"
-    near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
+    near = near or difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
     hint = f": did you mean {' or '.join(map(repr, near))}?" if near else "."
     return f"unknown {kind} {name!r}{hint} Known: {', '.join(known)}"

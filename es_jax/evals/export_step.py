@@ -51,6 +51,7 @@ def export_run(
     if not 0 <= step <= last:
         raise ValueError(f"step is {step}, but {workdir} holds steps 0 to {last}")
     check_new(out)
+    directory.check_files(workdir, config.model.source)
     base = load_outline(config.model.source)
     directory.check_base(workdir, config.model.source, base.digest)
     wanted = jnp.dtype(config.model.param_dtype if dtype is None else dtype)

@@ -72,6 +72,7 @@ def is_run(path: Path) -> bool:
 def of_run(workdir: Path, mesh: Mesh) -> WeightSource:
     """A run's steps; nothing in its directory is changed."""
     config, entries = read_config(workdir), read_entries(workdir)
+    directory.check_files(workdir, config.model.source)
     model = load_outline(config.model.source)
     directory.check_base(workdir, config.model.source, model.digest)
     perturbs = METHODS[config.method].perturbs

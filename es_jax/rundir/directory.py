@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -18,12 +19,14 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from es_jax.core import processes
 from es_jax.core.names import RENAMED
+from es_jax.weights.files import small_sums
 
 # What may change between the start and the resumption of a run: nothing that a step's bits depend on.
 CHANGEABLE = (
     *("train.steps", "train.checkpoint_every", "train.keep_checkpoints", "train.samples", "train.profile"),
     *("evals.every", "mesh.groups", "mesh.model", "optim.anchor.memory"),
 )
+SUM = "sha256"  # the field of config.json that has the sum of the others
 DATE = "model.template_date"
 PACKAGES = ["es_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy"]
 
@@ -63,6 +66,8 @@ def _lock(workdir: Path) -> Any:
         raise OSError(f"workdir {workdir} is in use by another process: wait for it, or choose another") from None
     lock.write(f"{os.getpid()} {time.time_ns()}\n")
     lock.flush()
+    for partial in workdir.glob("*.tmp"):  # what a process that was killed did not bring to its end
+        partial.unlink(missing_ok=True)
     return lock
 
 
@@ -96,9 +101,15 @@ def _settle(workdir: Path, config: dict[str, Any], identity: dict[str, Any], sta
     path, versions = workdir / "config.json", _versions()
     content = {"config": config, **identity, "versions": versions}
     if path.exists() or started:
-        then = read(workdir)
+        try:
+            then = {"files": identity.get("files"), **read(workdir)}  # earlier versions did not keep them
+        except ValueError:
+            if started:
+                raise
+            then = {"config": {}}
         old, new = (
-            flatten_dict(facts["config"], sep=".") | {k: facts.get(k) for k in identity} for facts in (then, content)
+            flatten_dict({**facts["config"], **{k: facts.get(k) for k in identity}}, sep=".")
+            for facts in (then, content)
         )
         dateless = old.get(DATE) is None  # from before the field was there: it may be told
         changed = [name for name in new if name not in CHANGEABLE and old.get(name) != new[name]]
@@ -114,7 +125,7 @@ def _settle(workdir: Path, config: dict[str, Any], identity: dict[str, Any], sta
             shutil.rmtree(workdir / "evals", ignore_errors=True)  # of that config's weights before the first step
         else:
             content = {**then, "config": config, "resumed": [*then.get("resumed", []), versions]}
-    write_json(path, content, indent=2)
+    write_json(path, content | {SUM: _sum(content)}, indent=2)
 
 
 def read(workdir: Path) -> dict[str, Any]:
@@ -131,15 +142,39 @@ def read(workdir: Path) -> dict[str, Any]:
         fields = {RENAMED.get(name, name): value for name, value in flatten_dict(content["config"], sep=".").items()}
         fields.setdefault("es.generator", "threefry")  # of all runs before the field was there
         there = {"config": unflatten_dict(fields, sep="."), "digest": content["digest"]}
-        return {"streams": 1, **content, **there}  # of all runs before the streams had a version
-    except (ValueError, TypeError, KeyError) as error:
+        facts = {"streams": 1, **content, **there}  # of all runs before the streams had a version
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error!r}): restore it, or choose another --workdir") from None
+    if facts.pop(SUM, None) not in (None, _sum(content)):
+        raise ValueError(
+            f"{path} is not as it was written, by its {SUM}: restore it, or delete that field from it if it was "
+            "changed on purpose"
+        )
+    return facts
 
 
-def check_base(workdir: Path, source: str, digest: str) -> None:
-    """Raises ValueError unless base weights of that digest are those of the run."""
-    if digest != read(workdir)["digest"]:
-        raise ValueError(f"model.source {source!r} is not what {workdir} was trained from: digests differ")
+def _sum(content: dict[str, Any]) -> str:
+    """sha256 of config.json's content but for the sum itself; runs of earlier versions have none."""
+    fields = {name: value for name, value in content.items() if name != SUM}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def check_base(workdir: Path, source: str, digest: str, *, of: str = "model") -> None:
+    """Raises ValueError unless weights of that digest are those of the run, `of` its "model" or its "optim.anchor"."""
+    if digest != read(workdir)["digest" if of == "model" else "anchor_digest"]:
+        raise ValueError(f"{of}.source {source!r} is not what {workdir} was trained from: digests differ")
+
+
+def check_files(workdir: Path, source: str) -> None:
+    """Raises ValueError where a file of the base model's folder, weights aside, is not what the run began with. Nothing
+    is read but bytes. A run of an earlier version has nothing to compare with."""
+    began = read(workdir).get("files")
+    differing = [name for name, value in small_sums(source).items() if began and began.get(name) != value]
+    if differing:
+        raise ValueError(
+            f"{', '.join(differing)} of model.source {source!r} changed since {workdir} was started: restore it, or "
+            "choose another --workdir"
+        )
 
 
 @contextlib.contextmanager

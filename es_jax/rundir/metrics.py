@@ -27,7 +27,7 @@ class Jsonl:
     def __init__(self, path: Path, *, last_step: int = LAST):
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        rows = [row for row in read_jsonl(path) if row["step"] <= last_step]
+        rows = [row for row in read_rows(path) if row["step"] <= last_step]
         self.steps = {row["step"] for row in rows}
         content = path.read_bytes() if path.exists() else b""
         if processes.first() and content.split(b"\n")[len(rows) :] != [b""]:
@@ -63,9 +63,20 @@ def read_jsonl(
     for number, line in enumerate(Path(path).read_bytes().split(b"\n")[:-1], 1):
         try:
             rows.append(parse(json.loads(line)))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{path} line {number} {damage.format(error)}") from None
     return rows
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a `Jsonl`. Raises ValueError for a line that has no step."""
+
+    def row(fields: Any) -> dict[str, Any]:
+        if not isinstance(fields, dict) or type(fields.get("step")) is not int:
+            raise ValueError("it has no step")
+        return fields
+
+    return read_jsonl(path, parse=row, damage="cannot be read ({}): restore or delete the file")
 
 
 class Metrics:

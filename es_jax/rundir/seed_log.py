@@ -1,6 +1,10 @@
-"""seedlog.jsonl: one line a step, from which the weights of every step can be rebuilt."""
+"""seedlog.jsonl: one line a step, from which the weights of every step can be rebuilt.
+
+A line ends with the sum of what stands before it, so that a changed digit is not another step.
+"""
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Iterable
@@ -14,7 +18,7 @@ from es_jax.es.population import Members
 from es_jax.rundir.directory import sync_folder, writing
 from es_jax.rundir.metrics import read_jsonl
 
-NAME = "seedlog.jsonl"
+NAME, SUM = "seedlog.jsonl", "sum"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +77,8 @@ class SeedLog:
             with writing(self.path), open(self.path, "ab") as file:
                 before = file.tell()
                 try:
-                    file.write(json.dumps(dataclasses.asdict(entry)).encode() + b"\n")
+                    fields = dataclasses.asdict(entry)
+                    file.write(json.dumps(fields | {SUM: _sum(fields)}).encode() + b"\n")
                     file.flush()
                     os.fsync(file.fileno())
                 except OSError:
@@ -94,8 +99,20 @@ def read_entries(workdir: Path) -> list[Entry]:
     """The finished steps in a run's directory; nothing in it is changed. Raises ValueError where its log is damaged."""
     path = Path(workdir) / NAME
     damage = "the log is damaged; restore the file, or cut it before this line to fall back to that step"
-    entries = read_jsonl(path, parse=lambda fields: Entry(**fields), damage=f"cannot be read ({{}}): {damage}")
+    entries = read_jsonl(path, parse=_entry, damage=f"cannot be read ({{}}): {damage}")
     for number, entry in enumerate(entries, 1):
         if entry.step != number:
             raise ValueError(f"{path} line {number} is step {entry.step}: lines are missing; restore the file")
     return entries
+
+
+def _entry(fields: dict) -> Entry:
+    """The entry of a line; lines of earlier versions have no sum."""
+    if SUM in fields and fields.pop(SUM) != _sum(fields):
+        raise ValueError("its numbers are not those of its sum")
+    return Entry(**fields)
+
+
+def _sum(fields: dict) -> str:
+    """The first 16 digits of the sha256 of the fields as JSON."""
+    return hashlib.sha256(json.dumps(fields).encode()).hexdigest()[:16]

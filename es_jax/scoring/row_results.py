@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from es_jax.rundir.metrics import LAST, Jsonl, read_jsonl
+from es_jax.rundir.metrics import LAST, Jsonl, read_jsonl, read_rows
 
 VIEWS = {
     "accuracy": "right",
@@ -187,5 +187,5 @@ class EvalsFile:
 
 def read_evals(path: Path) -> list[dict[str, Any]]:
     """The rows of evals/<task>.jsonl, of evals/kl.jsonl or evals/drift.jsonl, in order of steps; the last of equals."""
-    rows = {(row["step"], row.get("task", "")): row for row in read_jsonl(path)}
+    rows = {(row["step"], row.get("task", "")): row for row in read_rows(path)}
     return [rows[key] for key in sorted(rows)]

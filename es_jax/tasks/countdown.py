@@ -6,7 +6,7 @@ The training task of the ES papers (arXiv 2509.24372, arXiv 2605.30148).
 import hashlib
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
@@ -15,10 +15,11 @@ from typing import Any, ClassVar
 
 from es_jax.tasks.arithmetic import Expression, parse, solve
 from es_jax.tasks.robust import expressions
-from es_jax.tasks.rows import Row, check_field, read_examples
+from es_jax.tasks.rows import FieldError, Row, check_field, read_examples
 from es_jax.tasks.task import (
     GRADERS,
     Example,
+    Message,
     Score,
     Splits,
     all_views,
@@ -46,9 +47,10 @@ class Countdown(Splits):
     """The Countdown task.
 
     Args:
-      data_dir: folder with train and test rows in the verl layout, `extra_info` holding `numbers` (whole, ≥ 0) and
-        `target` (a decimal such as "98", "-3" or "27.4"). None: problems are made here, 3 or 4 numbers in 1..99 and a
-        whole target in 10..100 that can be reached; 200 for training and 2000 for testing unless `n` says otherwise,
+      data_dir: folder with train and test rows. A row has `numbers` (whole, ≥ 0) and `target` (a decimal such as "98",
+        "-3" or "27.4") in `extra_info` or in `reward_model.ground_truth` of the verl layout; or it has the columns
+        `nums` and `target`, and the prompt is written here. None: problems are made here, 3 or 4 numbers in 1..99 and
+        a whole target in 10..100 that can be reached; 200 for training and 2000 for testing unless `n` says otherwise,
         and no set of numbers is in both, whatever the seeds.
       seed: of the problems made here; other seeds give other problems. The first n do not depend on n.
       grader: "paper", "strict" or "robust": whose answer it is in reward = answer + 0.1 · format; docs/tasks.md has the
@@ -73,7 +75,7 @@ class Countdown(Splits):
 
     def _examples(self, split: str, n: int | None) -> list[Example]:
         if self.data_dir is not None:
-            return read_examples(self.data_dir, split, n, extra=_check_extra, needs_answer=False)
+            return read_examples(self.data_dir, split, n, verl=_verl, extra=_check_extra, needs_answer=False)
         default = 200 if split == "train" else 2000
         return list(islice(_problems(split, self.seed), default if n is None else check_count(n)))
 
@@ -113,13 +115,47 @@ def format_score(response: str, *, has_answer: bool) -> float:
 
 
 def _check_extra(extra: Row) -> Row:
-    numbers: Any = extra.get("numbers")
-    target = extra.get("target")
-    whole = isinstance(numbers, list) and numbers and all(type(number) is int and number >= 0 for number in numbers)
-    check_field(whole, "extra_info.numbers", numbers, "a list of at least one whole number ≥ 0")
+    return {**extra, **_problem(extra.get("numbers"), extra.get("target"), "extra_info.numbers", "extra_info.target")}
+
+
+def _problem(numbers: Any, target: Any, numbers_name: str, target_name: str) -> dict[str, Any]:
+    whole = isinstance(numbers, list | tuple) and numbers and all(type(n) is int and n >= 0 for n in numbers)
+    check_field(whole, numbers_name, numbers, "a list of at least one whole number ≥ 0")
     decimal = isinstance(target, str | int | float) and DECIMAL.fullmatch(str(target))
-    check_field(decimal, "extra_info.target", target, "a decimal number such as '98' or '27.4'")
-    return {**extra, "numbers": tuple(numbers), "target": str(target)}
+    check_field(decimal, target_name, target, "a decimal number such as '98' or '27.4'")
+    return {"numbers": tuple(numbers), "target": str(target)}
+
+
+def _verl(row: Row) -> Row:
+    """A row with its problem in `extra_info`, and the prompt written where it has none."""
+    model, extra = row.get("reward_model"), row.get("extra_info")
+    truth = model.get("ground_truth") if isinstance(model, Mapping) else None
+    in_extra = isinstance(extra, Mapping) and any(extra.get(name) is not None for name in ("numbers", "target"))
+    if row.get("prompt") is None:
+        name = "numbers" if row.get("nums") is None and "numbers" in row else "nums"
+        if name in row and "target" in row:
+            problem = _problem(row[name], row["target"], name, "target")
+            return {**row, "prompt": list(_prompt(**problem)), "extra_info": problem}
+    elif isinstance(truth, Mapping) and isinstance(extra, Mapping | None):
+        names = [f"reward_model.ground_truth.{name}" for name in ("numbers", "target")]
+        problem = _problem(truth.get("numbers"), truth.get("target"), *names)
+        if extra and in_extra:
+            other = _check_extra(extra)
+            same = sorted(other["numbers"]) == sorted(problem["numbers"])
+            same = same and Fraction(other["target"]) == Fraction(problem["target"])
+            check_field(same, "reward_model.ground_truth", truth, "the problem of extra_info, which is another one")
+        return {**row, "extra_info": {**(extra or {}), **problem}, "reward_model": None}
+    elif in_extra or not isinstance(extra, Mapping | None):  # a field that is wrong is refused by its name
+        return row
+    raise FieldError(
+        f"its columns are {', '.join(row) or 'none'}: a row has `nums` and `target`; or `prompt`, and `numbers` and "
+        "`target` in reward_model.ground_truth or in extra_info"
+    )
+
+
+def _prompt(numbers: tuple[int, ...], target: str) -> tuple[Message, ...]:
+    user = USER.format(numbers=", ".join(map(str, numbers)), target=target)
+    return messages(system=SYSTEM, user=user, assistant=OPENING)
 
 
 def _problems(split: str, seed: int) -> Iterator[Example]:
@@ -139,9 +175,8 @@ def _problems(split: str, seed: int) -> Iterator[Example]:
             solutions = zip(sets, solve(sets, target), strict=True) if sets else ()
             problem = next(((numbers, text) for numbers, text in solutions if text is not None), None)
         numbers, equation = problem
-        user = USER.format(numbers=", ".join(map(str, numbers)), target=target)
-        prompt = messages(system=SYSTEM, user=user, assistant=OPENING)
-        yield Example(f"{split}-{len(seen)}", prompt, equation, {"numbers": numbers, "target": str(target)})
+        meta = {"numbers": numbers, "target": str(target)}
+        yield Example(f"{split}-{len(seen)}", _prompt(numbers, str(target)), equation, meta)
         seen.add((*sorted(numbers), target))
 
 

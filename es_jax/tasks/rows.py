@@ -10,7 +10,6 @@ import json
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,16 +81,21 @@ def read_examples(
     split: str,
     n: int | None = None,
     *,
+    verl: Callable[[Row], Row] = dict,
     extra: Callable[[Row], Row] = dict,
     needs_answer: bool = True,
 ) -> list[Example]:
     """The first `n` rows of a folder's split in the verl layout, as examples; None is all. Every row is checked.
 
-    `extra` checks a row's `extra_info` (empty if the row has none) and returns what becomes the example's `meta`.
-    Without `needs_answer` a row may lack `reward_model.ground_truth`; its answer is then None.
+    `verl` brings a row into that layout, where it is in another one. `extra` checks a row's `extra_info` (empty if the
+    row has none) and returns what becomes the example's `meta`. Without `needs_answer` a row may lack
+    `reward_model.ground_truth`; its answer is then None.
     """
+
+    def read(row: Row, number: int) -> Example:
+        return _verl_example(verl(row), number, extra=extra, needs_answer=needs_answer)
+
     path = find_split(data_dir, split)
-    read = partial(_verl_example, extra=extra, needs_answer=needs_answer)
     return _examples(read_rows(path), str(path), read, n)
 
 

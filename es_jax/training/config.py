@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from ml_collections import config_dict
 
 from es_jax.core import rng
+from es_jax.core.fields import Fields
 from es_jax.core.names import unknown
 from es_jax.es import theory
 from es_jax.es.noise import NOISES
@@ -29,7 +30,6 @@ from es_jax.training.method import METHODS, MethodRecord
 MEMORIES = ("device", "pinned_host")
 DTYPES = ("float32", "bfloat16", "float16")
 AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
-TUPLES: dict[type, str] = {str: "names", int: "whole numbers"}
 
 
 def _at_least(low: float) -> Callable[[Any], bool]:
@@ -424,7 +424,7 @@ class RunConfig:
             raise ValueError(unknown("method", self.method, METHODS))
         if not self.record.perturbs:
             self._check_gradients()
-        for field, text in self._schedules.items():
+        for field, text in self.schedules.items():
             try:
                 make_schedule(text, self.train.steps)
             except ValueError as error:
@@ -452,7 +452,7 @@ class RunConfig:
                 f"optim.anchor.kappa is {self.optim.anchor.kappa} with method {self.method!r}: the drift of a weight "
                 "is known in closed form for ES alone; set optim.anchor.strength instead"
             )
-        for field, text in self._schedules.items():
+        for field, text in self.schedules.items():
             if text != "constant":
                 raise ValueError(
                     f"{field} is {text!r} with method {self.method!r}: schedules are for ES; set it to 'constant'"
@@ -467,14 +467,14 @@ class RunConfig:
         return METHODS[self.method]
 
     @property
-    def _schedules(self) -> dict[str, str]:
-        """Of α, σ and λ."""
+    def schedules(self) -> dict[str, str]:
+        """Those of α, σ and λ, by field."""
         groups: dict[str, Any] = {"optim": self.optim, "es": self.es, "optim.anchor": self.optim.anchor}
         return {f"{name}.schedule": group.schedule for name, group in groups.items()}
 
     def rates(self, step: int) -> Rates:
         """Of step 1..T, by the schedules."""
-        factors = (make_schedule(text, self.train.steps)(step) for text in self._schedules.values())
+        factors = (make_schedule(text, self.train.steps)(step) for text in self.schedules.values())
         return Rates(*map(operator.mul, self._constants, factors))
 
     def logged_rates(self, entry: Entry) -> Rates:
@@ -511,6 +511,9 @@ class RunConfig:
         )
 
 
+FIELDS = Fields.of(RunConfig)
+
+
 def default_config() -> config_dict.ConfigDict:
     """All fields with their defaults, as the locked ConfigDict that config files start from."""
 
@@ -536,43 +539,9 @@ def freeze(config: config_dict.ConfigDict | dict) -> RunConfig:
     >>> freeze({"es": {"population": 8}}).es.population
     8
     """
-    problems: list[str] = []
-    values = config.to_dict() if isinstance(config, config_dict.ConfigDict) else config
-    build = _checked(values, RunConfig, "", problems)
-    if problems:
-        raise ValueError("; ".join(problems))
-    return build()
+    return FIELDS.build(RunConfig, config.to_dict() if isinstance(config, config_dict.ConfigDict) else config)
 
 
 def read_config(workdir: Path) -> RunConfig:
     """What the run in the directory was started with."""
     return freeze(directory.read(workdir)["config"])
-
-
-def _checked(value: Any, hint: Any, name: str, problems: list[str]) -> Callable[[], Any]:
-    """A function that makes the field or group, to be called when no field anywhere has a problem."""
-    allowed = typing.get_args(hint) or (hint,)
-    if dataclasses.is_dataclass(hint):
-        if isinstance(value, dict):
-            return _checked_group(value, hint, name and f"{name}.", problems)
-        problems.append(f"{name} is {value!r}: it is a group of fields")
-    elif typing.get_origin(hint) is tuple:
-        if not isinstance(value, list | tuple) or not all(type(item) is allowed[0] for item in value):
-            problems.append(f"{name} is {value!r}: it must be a tuple of {TUPLES[allowed[0]]}")
-        return lambda: tuple(value)
-    elif float in allowed and type(value) is int:
-        value = float(value)
-    elif not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
-        names = " or ".join("None" if t is type(None) else t.__name__ for t in allowed)
-        problems.append(f"{name} is {value!r}: it must be {names}")
-    return lambda: value
-
-
-def _checked_group(values: dict, kind: Any, prefix: str, problems: list[str]) -> Callable[[], Any]:
-    hints, fields = typing.get_type_hints(kind), {}
-    for name, value in values.items():
-        if name in hints:
-            fields[name] = _checked(value, hints[name], prefix + name, problems)
-        else:
-            problems.append(unknown("config field", prefix + name, [prefix + known for known in hints]))
-    return lambda: kind(**{name: make() for name, make in fields.items()})

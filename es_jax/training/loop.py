@@ -50,7 +50,8 @@ from es_jax.training.es import Evaluator
 from es_jax.training.method import StepResult
 from es_jax.training.recorder import Recorder
 from es_jax.training.state import State, base_config, compute_dtype, load_base, mesh_of
-from es_jax.training.weights_at import resume
+from es_jax.training.weights_at import check_steps, resume
+from es_jax.weights.files import small_sums
 from es_jax.weights.model import load_outline
 
 
@@ -92,6 +93,7 @@ def run(config: RunConfig | config_dict.ConfigDict | dict, workdir: str | Path) 
     tests = {name: task.test(config.evals.rows) for name, task in tasks.items()} if config.evals.every else {}
     workers = workers_of(tasks[config.task.name])
     with processes.stoppable(), directory.claim(workdir), compilation_cache(workdir / "cache"), workers as submit:
+        check_steps(config, workdir)
         return _Run(config, workdir, tasks, train, tests, submit).train(began)
 
 
@@ -198,6 +200,8 @@ class _Run:
             (self.workdir / "DONE").unlink(missing_ok=True)
         start = len(self.log.entries)
         self._finish_step(start)
+        if start == self.config.train.steps:
+            self.recorder.progress.say(f"all {start} steps are finished: to go on, set train.steps higher")
         for step in range(start + 1, self.config.train.steps + 1):
             clock.restart()
             with self.profile.step(step):
@@ -255,6 +259,7 @@ class _Run:
         content = json.dumps([rows, self.prompts, tests], default=str).encode()
         return {
             "digest": self.model.digest,
+            "files": small_sums(self.config.model.source),
             "rows": hashlib.sha256(content).hexdigest(),
             "compute_dtype": str(compute_dtype(self.config)),
             "parameters": self.dim,

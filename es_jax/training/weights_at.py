@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh
 
+from es_jax.core import processes
 from es_jax.core.mesh import make_mesh
 from es_jax.models.sharding import leaf_sharding
 from es_jax.models.transformer import param_shapes
@@ -18,6 +19,7 @@ from es_jax.rundir.checkpoints import Checkpoints, restore_params, saved_steps
 from es_jax.rundir.seed_log import Entry, SeedLog, read_entries
 from es_jax.training.config import RunConfig, read_config
 from es_jax.training.state import State, base_config, load_base
+from es_jax.weights.model import load_outline
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +54,7 @@ def weights_at(
     """
     workdir = Path(workdir)
     config, entries = read_config(workdir), read_entries(workdir)
+    directory.check_files(workdir, config.model.source)
     saved = saved_steps(workdir) if checkpoints or not config.record.replayable else []
     every = range(len(entries) + 1) if config.record.replayable else [0, *saved]
     wanted = sorted(set(every if steps is None else steps))
@@ -86,6 +89,8 @@ def _rebuilt(workdir: Path, config: RunConfig, mesh: Mesh, entries: list[Entry],
     if not any(steps):
         yield from [model.params] * len(steps)
         return
+    if (anchor := config.optim.anchor.source) is not None:
+        directory.check_base(workdir, anchor, load_outline(anchor).digest, of="optim.anchor")
     state = State(config, mesh, model.params)
     del model
     if 0 in steps:
@@ -96,16 +101,27 @@ def _rebuilt(workdir: Path, config: RunConfig, mesh: Mesh, entries: list[Entry],
             yield state.params
 
 
+def check_steps(config: RunConfig, workdir: Path) -> None:
+    """Raises ValueError where a run has more finished steps than train.steps, before anything in its directory changes;
+    says what other steps mean to a schedule."""
+    last, steps = len(read_entries(workdir)), config.train.steps
+    if last > steps:
+        raise ValueError(
+            f"train.steps is {steps} but {workdir} has {last} finished steps: set train.steps to {last}, or higher to "
+            f"go on, or choose another --workdir; the weights of step {steps} are what python -m es_jax.export "
+            f"--step={steps} writes"
+        )
+    if last and (before := directory.read(workdir)["config"]["train"]["steps"]) != steps and processes.first():
+        for field, text in config.schedules.items():
+            if text != "constant":
+                logger.warning("train.steps was %d and is %d: %s %r ends there now", before, steps, field, text)
+
+
 def resume(config: RunConfig, workdir: Path, state: State, log: SeedLog, checkpoints: Checkpoints) -> None:
     """Bring the state of a run to its last finished step: the newest checkpoint, then the log's steps since. Where the
     log cannot be replayed, the run goes back to the checkpoint, and the steps after it are made again.
     """
     last, saved = len(log.entries), checkpoints.latest() or 0
-    if last > config.train.steps:
-        raise ValueError(
-            f"train.steps is {config.train.steps} but {workdir} has {last} finished steps: "
-            "set train.steps at least as high"
-        )
     if saved > last:
         raise ValueError(
             f"{workdir} has a checkpoint of step {saved}, but its seed log ends at step {last}: restore "

@@ -16,6 +16,12 @@ SUMS = "SHA256SUMS"
 _SUM = re.compile(r"[0-9a-f]{64}")
 _CHUNK = 1 << 20  # bytes that are read at once
 _PATTERNS = ["*.safetensors", "*.json", "*.jinja", "merges.txt", "tokenizer.model"]  # of a hub repository's files
+# What says what the weights mean: config, tokenizer, chat template.
+SMALL = (
+    *("config.json", "generation_config.json", "chat_template.jinja", "chat_template.json", "tokenizer.json"),
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
+    "tokenizer.model",
+)
 
 
 def resolve(source: str | Path, *, weights: bool = True) -> Path:
@@ -93,7 +99,7 @@ def _indexed(path: Path) -> list[str]:
     try:
         names = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
         outside = [name for name in names if Path(name).name != name]
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error!r}): fetch the model again") from None
     if outside:
         raise ValueError(f"{path} names files outside its folder ({', '.join(outside)}): fetch the model again")
@@ -115,6 +121,14 @@ def digest(files: Iterable[Path]) -> str:
         remedy = "damaged, so fetch or export it again; if changed on purpose, delete the sum"
         raise ValueError(f"{'; '.join(damaged)}: {remedy}")
     return total.hexdigest()
+
+
+def small_sums(source: str | Path) -> dict[str, str | None]:
+    """sha256 in hex of each of SMALL in a model folder, None where it is not there. A .gguf file has none of them: it
+    is one file, whose sum is the model's digest."""
+    folder = resolve(source)
+    paths = [folder / name for name in SMALL if folder.is_dir()]
+    return {path.name: digest([path]) if path.is_file() else None for path in paths}
 
 
 def known_sum(path: Path) -> tuple[str, Path] | None:

@@ -201,7 +201,7 @@ def _open(path: Path) -> tuple[Model, FileReader]:
 def _json(path: Path) -> dict[str, Any]:
     try:
         fields = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}): fetch the model again") from None
     if not isinstance(fields, dict):
         raise ValueError(f"{path} holds {type(fields).__name__} instead of fields and values: fetch the model again")

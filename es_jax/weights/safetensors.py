@@ -81,12 +81,17 @@ def write_folder(
 
 
 def _header(file: Path) -> tuple[dict[str, Any], int]:
-    """The header's fields by key, and where the tensors begin. The library has checked them against the file."""
+    """The header's fields by key, and where the tensors begin. It fits into the file and is JSON before the library
+    checks the rest of it against the file."""
     try:
-        with safe_open(str(file), framework="np"), open(file, "rb") as content:
+        with open(file, "rb") as content:
             length = int.from_bytes(content.read(8), "little")
+            if 8 + length > (size := file.stat().st_size):
+                raise ValueError(f"its header needs {length} bytes, the file has {size}")
             fields = json.loads(content.read(length))
-    except (SafetensorError, ValueError) as error:
+        with safe_open(str(file), framework="np"):
+            pass
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} is truncated or corrupt ({error}): fetch it again") from None
     except OSError as error:
         raise OSError(f"{file} cannot be read ({error}): see that it is a file and readable") from None

@@ -20,7 +20,7 @@ from es_jax.training.loop import run
 from es_jax.training.weights_at import replay
 from es_jax.weights.model import load_model
 from es_jax.weights.tokenizer import encode_prompt
-from tests.helpers import config_of, same
+from tests.helpers import config_of, edit_config, same
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT = [{"role": "user", "content": "say it"}]
@@ -118,8 +118,7 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_left(workdir, tmp_pat
         with pytest.raises(OSError, match=r"does not fit on its disk \(0\.000 GB are needed, 0\.000 GB are free\)"):
             export_run(workdir, tmp_path / "out", step=1)
     shutil.copytree(workdir, tmp_path / "other")
-    facts = json.loads((workdir / "config.json").read_text())
-    (tmp_path / "other/config.json").write_text(json.dumps(facts | {"digest": "0" * 64}))
+    edit_config(tmp_path / "other", digest="0" * 64)
     with pytest.raises(ValueError, match="digests differ"):
         export_run(tmp_path / "other", tmp_path / "out")
     monkeypatch.setattr("es_jax.weights.safetensors._write", lambda *a, **k: 1 / 0)

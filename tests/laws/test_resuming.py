@@ -17,7 +17,7 @@ from es_jax.rundir.seed_log import SeedLog, read_entries
 from es_jax.training.loop import run
 from es_jax.training.state import State
 from es_jax.training.weights_at import replay
-from tests.helpers import STEPS, Killed, check_resumed, config_of, host, same
+from tests.helpers import STEPS, Killed, check_resumed, config_of, edit_config, host, same
 
 
 def test_a_half_written_line_is_no_finished_step(whole, tmp_path):
@@ -112,9 +112,7 @@ def test_resuming_with_schedules_equals_uninterrupted(tiny_model, tmp_path, monk
     entries = read_entries(tmp_path / "whole")
     assert [round(e.learning_rate / 0.02, 3) for e in entries] == [0.5, 1.0, 0.775, 0.55, 0.325, 0.1]
     assert entries[0].sigma > entries[-1].sigma == pytest.approx(0.025)
-    content = json.loads((tmp_path / "whole/config.json").read_text())
-    content["config"]["optim"]["schedule"] = "constant"  # the log, not the schedule, says what the steps were
-    (tmp_path / "whole/config.json").write_text(json.dumps(content))
+    edit_config(tmp_path / "whole", optim={"schedule": "constant"})  # the log says what the steps were
     ((_, rebuilt),) = replay(tmp_path / "whole", steps=[STEPS])
     assert same(rebuilt, final)
 

@@ -1,7 +1,6 @@
 """The laws of runs: their metrics, their evaluations, and which directories are refused."""
 
 import dataclasses
-import json
 import logging
 import shutil
 
@@ -15,7 +14,7 @@ from es_jax.training.loop import run
 from es_jax.training.recorder import Recorder
 from es_jax.training.state import State
 from es_jax.training.weights_at import replay
-from tests.helpers import STEPS, config_of, host, same
+from tests.helpers import STEPS, config_of, edit_config, host, same
 
 
 def test_a_seed_gives_the_same_run_twice_and_another_seed_another(whole, tiny_model, tmp_path):
@@ -42,9 +41,10 @@ def test_a_run_may_be_pulled_to_another_model_than_it_starts_from(whole, tiny_mo
     rows = read_jsonl(tmp_path / "second/metrics.jsonl")
     assert rows[-1]["drift"] == pytest.approx(rows[-1]["drift_theory"], rel=0.05)
     with pytest.raises(ValueError, match="anchor_digest was"):
-        content = json.loads((tmp_path / "second/config.json").read_text())
-        (tmp_path / "second/config.json").write_text(json.dumps(content | {"anchor_digest": "0"}))
+        edit_config(tmp_path / "second", anchor_digest="0")
         run(config, tmp_path / "second")
+    with pytest.raises(ValueError, match=r"optim\.anchor\.source .* digests differ"):
+        next(replay(tmp_path / "second", steps=[1]))
 
 
 def test_live_diagnostics_are_in_the_metrics(whole):
@@ -88,14 +88,11 @@ def test_a_directory_of_another_run_is_refused(whole, tiny_model, tmp_path):
     with pytest.raises(ValueError, match="rows was"):
         longer = dataclasses.replace(config.evals, rows=3)
         changed = dataclasses.replace(config, evals=longer)
-        content = json.loads((workdir / "config.json").read_text())
         shutil.copytree(workdir, tmp_path / "rows")
-        content["config"]["evals"]["rows"] = 3
-        (tmp_path / "rows/config.json").write_text(json.dumps(content))
+        edit_config(tmp_path / "rows", evals={"rows": 3})
         run(changed, tmp_path / "rows")
     shutil.copytree(workdir, tmp_path / "run")
-    content = json.loads((tmp_path / "run/config.json").read_text()) | {"digest": "0" * 64}
-    (tmp_path / "run/config.json").write_text(json.dumps(content))
+    edit_config(tmp_path / "run", digest="0" * 64)
     with pytest.raises(ValueError, match="digest was '000000000000"):
         run(config, tmp_path / "run")
     with pytest.raises(ValueError, match="digests differ"):

@@ -1,0 +1,113 @@
+"""The fields of a config, which is a dataclass of dataclasses: their full names and types, and values for them."""
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from es_jax.core.names import ALIASES, unknown
+
+TUPLES: dict[type, str] = {str: "names", int: "whole numbers"}
+TYPES: dict[type, str] = {type(None): "None", bool: "true or false"}
+BOOLS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
+
+
+class Fields(dict[str, Any]):
+    """The types of all fields by their full names, "optim.anchor.kappa"."""
+
+    @classmethod
+    def of(cls, kind: Any, prefix: str = "") -> "Fields":
+        fields = cls()
+        for name, hint in typing.get_type_hints(kind).items():
+            group = dataclasses.is_dataclass(hint)
+            fields |= cls.of(hint, f"{prefix}{name}.") if group else {prefix + name: hint}
+        return fields
+
+    @property
+    def groups(self) -> list[str]:
+        return sorted({name[:at] for name in self for at, letter in enumerate(name) if letter == "."})
+
+    def near(self, name: str) -> list[str]:
+        """Up to three that may be meant by a name: the fields that are called so, else fields and groups like it."""
+
+        def likeness(field: str) -> float:
+            pairs = ((name, field), (last, field.rpartition(".")[2]))
+            return max(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
+
+        last = name.rpartition(".")[2]
+        same = [field for field in self if last == field.rpartition(".")[2]]
+        if ALIASES.get(last) in self:
+            same = [ALIASES[last], *same]
+        like = sorted((field for field in (*self.groups, *self) if likeness(field) >= 0.6), key=likeness, reverse=True)
+        return list(dict.fromkeys(same or like))[:3]
+
+    def unknown(self, name: str) -> str:
+        """One sentence about a field that there is not: the nearest of all groups, and all of its own group."""
+        if inside := [field for field in self if field.startswith(f"{name}.")]:
+            return f"{name} is a group of fields: set {' or '.join(inside)}"
+        start = max((f"{group}." for group in self.groups if name.startswith(f"{group}.")), key=len, default="")
+        known = {start + field[len(start) :].partition(".")[0] for field in self if field.startswith(start)}
+        return unknown("config field", name, known, near=self.near(name))
+
+    def parse(self, name: str, text: str) -> Any:
+        """The text of a command line as a value of a field; "None" where it may be None. Raises ValueError for text of
+        another type.
+
+        >>> fields = Fields({"rate": float | None, "steps": tuple[int, ...]})
+        >>> fields.parse("rate", "0.9"), fields.parse("rate", "None"), fields.parse("steps", "(3, 5)")
+        (0.9, None, (3, 5))
+        """
+        hint = self[name]
+        kinds, is_tuple = typing.get_args(hint) or (hint,), typing.get_origin(hint) is tuple
+        if text == "None" and (is_tuple or type(None) in kinds):
+            return () if is_tuple else None
+        try:
+            if is_tuple:
+                items = (item.strip(" '\"") for item in text.strip("()[] ").split(","))
+                return tuple(kinds[0](item) for item in items if item)
+            return BOOLS[text.lower()] if kinds[0] is bool else kinds[0](text)
+        except (KeyError, ValueError):
+            raise ValueError(f"{name} is {text!r}: it must be {_type_names(hint)}") from None
+
+    def build(self, kind: Any, values: Any) -> Any:
+        """The dataclass of nested dicts. Raises ValueError for every unknown field and every value of another type, in
+        one message; or what the dataclasses raise."""
+        problems: list[str] = []
+        build = self._checked(values, kind, "", problems)
+        if problems:
+            raise ValueError("; ".join(problems))
+        return build()
+
+    def _checked(self, value: Any, hint: Any, name: str, problems: list[str]) -> Callable[[], Any]:
+        """A function that makes the field or group, to be called when no field anywhere has a problem."""
+        allowed = typing.get_args(hint) or (hint,)
+        if dataclasses.is_dataclass(hint):
+            if isinstance(value, Mapping):
+                return self._checked_group(value, hint, name and f"{name}.", problems)
+            problems.append(f"{name or 'the config'} is {value!r}: it is a group of fields")
+        elif typing.get_origin(hint) is tuple:
+            if not isinstance(value, list | tuple) or not all(type(item) is allowed[0] for item in value):
+                problems.append(f"{name} is {value!r}: it must be {_type_names(hint)}")
+            return lambda: tuple(value)
+        elif float in allowed and type(value) is int:
+            value = float(value)
+        elif not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+            problems.append(f"{name} is {value!r}: it must be {_type_names(hint)}")
+        return lambda: value
+
+    def _checked_group(self, values: Mapping, kind: Any, prefix: str, problems: list[str]) -> Callable[[], Any]:
+        hints, fields = typing.get_type_hints(kind), {}
+        for name, value in values.items():
+            if name in hints:
+                fields[name] = self._checked(value, hints[name], f"{prefix}{name}", problems)
+            else:
+                problems.append(self.unknown(f"{prefix}{name}"))
+        return lambda: kind(**{name: make() for name, make in fields.items()})
+
+
+def _type_names(hint: Any) -> str:
+    kinds = typing.get_args(hint) or (hint,)
+    if typing.get_origin(hint) is tuple:
+        return f"a tuple of {TUPLES[kinds[0]]}"
+    return " or ".join(TYPES.get(kind, kind.__name__) for kind in kinds)
