@@ -1,9 +1,10 @@
 """python -m es_jax.evaluate --workdir=RUN [--tasks=a,b] [--steps=0,100 | --every=K] [--kl] [--drift] [--json]
 
 Evaluates steps of a run (or a model: --workdir=FOLDER --base=MODEL) on held-out rows: accuracy by the published grader,
-by the strict one and, for multiple choice, by likelihood, with standard errors, and what a drop is made of; KL from the
-base model; drift of the weights. A step needs no checkpoint. What is finished is not done again, so the same command
-goes on after an interruption. Writes evals/<task>.jsonl, evals/kl.jsonl and evals/drift.jsonl (docs/evaluate.md).
+by the strict and the robust one and, for multiple choice, by likelihood, with standard errors, and what a drop is made
+of; KL from the base model; drift of the weights. A step needs no checkpoint. What is finished is not done again, so
+the same command goes on after an interruption. Writes evals/<task>.jsonl, evals/kl.jsonl and evals/drift.jsonl
+(docs/evaluate.md).
 On several hosts the same command runs on all, with one --workdir on a file system that they share, as for training:
 --distributed, or --coordinator_address=HOST:PORT, --num_processes and --process_id. With --json one line is printed:
 
@@ -64,7 +65,8 @@ def report(result: dict[str, Any]) -> str:
 # The columns of the tables: heading → name in a row.
 ACCURACY = {name: name for name in ("step", "accuracy")}
 ACCURACY |= {"change": "accuracy_change", "of format": "lost_format", "truncation": "lost_truncation"}
-ACCURACY |= {"knowledge": "lost_knowledge", "strict": "strict", "loglik": "loglik", "well-formed": "well_formed"}
+ACCURACY |= {"knowledge": "lost_knowledge", "by it alone": "lost_alone", "strict": "strict", "robust": "robust"}
+ACCURACY |= {"loglik": "loglik", "well-formed": "well_formed"}
 ACCURACY |= {"truncated": "truncated", "length": "mean_length"}
 KL = {name: name for name in ("step", "task", "kl", "kl_exact", "kl_token", "kl_exact_token")}
 DRIFT = {name: name for name in ("step", "norm", "predicted", "ratio", "relative", "kappa", "largest")}

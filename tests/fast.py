@@ -1,6 +1,7 @@
 """What `make fast` runs: of a file of tests those whose names begin so, or all."""
 
 FAST: dict[str, tuple[str, ...]] = {
+    "core/test_flags.py": ("test_a_", "test_every_field", "test_flags_of_booleans", "test_none_takes_back"),
     "es/test_population.py": (),
     "es/test_shaping.py": (),
     "es/test_theory.py": (),
@@ -28,6 +29,7 @@ FAST: dict[str, tuple[str, ...]] = {
     "profiling/test_clock.py": ("test_the_parts_of_a_step_add_up", "test_a_trace_is_written"),
     "scoring/test_row_results.py": (),
     "tasks/test_countdown_grading.py": (),
+    "tasks/test_countdown_layouts.py": (),
     "tasks/test_lab_problems.py": (),
     "tasks/test_rows.py": (),
     "test_house.py": (

@@ -65,7 +65,8 @@ def parser(
         except flags.Error as error:
             if "--traceback" in argv:
                 raise
-            sys.exit(f"{command}: {' '.join(str(error).split())}")
+            text = re.sub(r"flag --(\w+)=None: Flag --\1 must have .*", r"--\1 is missing: give it", str(error))
+            sys.exit(f"{command}: {' '.join(text.split())}")
 
     return parse
 

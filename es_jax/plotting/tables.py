@@ -27,8 +27,8 @@ LATEX = {sign: "\\" + sign for sign in "{}_%&#$"} | dict(map(str.split, r"""
 """.strip().splitlines()))  # fmt: skip
 MARKDOWN = {"|": "\\|", "<": "&lt;", ">": "&gt;"} | {sign: "\\" + sign for sign in "\\*_`[]"}
 VIEWS = {
-    "accuracy": "accuracy", "strict": "strict", "loglik": "likeliest", "well_formed": "well-formed",
-    "truncated": "truncated", "mean_length": "tokens",
+    "accuracy": "accuracy", "lost_alone": "lost by it alone", "strict": "strict", "robust": "robust",
+    "loglik": "likeliest", "well_formed": "well-formed", "truncated": "truncated", "mean_length": "tokens",
 }  # fmt: skip
 FORMS = [".1f" if name == "mean_length" else ".3f" for name in VIEWS]
 

@@ -2,10 +2,13 @@
 
 import concurrent.futures
 import contextlib
+import fcntl
 import hashlib
 import json
+import os
 import shutil
 import sys
+import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,9 +28,9 @@ class Checkpoints:
     def __init__(self, workdir: Path, *, keep: int):
         self.folder = _folder(workdir)
         self.folder.mkdir(parents=True, exist_ok=True)
-        if processes.first():  # of a run that was killed while it wrote or removed them; another one has no lock
-            for killed in self.folder.glob(f"*{UNFINISHED}*"):
-                shutil.rmtree(killed, ignore_errors=True)
+        self._descriptor = os.open(self.folder, os.O_RDONLY)
+        self._close_folder = weakref.finalize(self, os.close, self._descriptor)
+        self._remove_unfinished()
         self._manager = _manager(self.folder, max_to_keep=keep, create=False, enable_async_checkpointing=False)
 
     def latest(self) -> int | None:
@@ -36,6 +39,7 @@ class Checkpoints:
 
     def save(self, step: int, params: Any, opt_state: Any) -> None:
         """Write the step's checkpoint; older ones go only when it is whole. OSError where the disk is full."""
+        self._remove_unfinished()
         try:
             self._manager.save(step, args=ocp.args.StandardSave(_tree(params, opt_state)))
             self._manager.wait_until_finished()
@@ -58,6 +62,22 @@ class Checkpoints:
 
     def close(self) -> None:
         self._manager.close()
+        self._close_folder()
+
+    def _remove_unfinished(self) -> None:
+        """Remove what a killed process left of a save; but not while another process, which may be saving, has the
+        folder open. Network file systems do not lock folders: there the lock of the run has to do."""
+        if not processes.first():
+            return
+        alone = True
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            alone = not isinstance(error, BlockingIOError)
+        for path in self.folder.glob(f"*{UNFINISHED}*") if alone else ():
+            shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            fcntl.flock(self._descriptor, fcntl.LOCK_SH)
 
 
 def saved_steps(workdir: Path) -> list[int]:
@@ -114,7 +134,8 @@ def _share(paths: Iterable[Path]) -> list[Path]:
 
 def _write_sums(folder: Path) -> None:
     """The sha256 of every file of the checkpoint, by its name in the folder: sums.<process>.json."""
-    files = _share(path for path in folder.rglob("*") if path.is_file())
+    every = (path for path in folder.rglob("*") if not path.name.startswith("sums."))  # which others write now
+    files = _share(path for path in every if path.is_file())
     with concurrent.futures.ThreadPoolExecutor() as pool:
         sums = {str(path.relative_to(folder)): value for path, value in zip(files, pool.map(_sum, files), strict=True)}
     directory.write_json(folder / f"sums.{jax.process_index()}.json", sums)

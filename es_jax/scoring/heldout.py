@@ -19,7 +19,7 @@ from es_jax.models.config import TransformerConfig
 from es_jax.scoring.grading import Graded, Grader, check_scores
 from es_jax.scoring.row_results import RowResults
 from es_jax.scoring.workers import workers_of
-from es_jax.tasks.task import ChoiceTask, Example, PaperParts, Task
+from es_jax.tasks.task import RULES, ChoiceTask, Example, Task
 from es_jax.weights.boundary import encode_options
 from es_jax.weights.model import Model
 from es_jax.weights.tokenizer import encode_prompt
@@ -53,9 +53,11 @@ class HeldOut:
 
     @property
     def digest(self) -> str:
-        """Of the rows and of their tokens: what must be equal for two evaluations to be comparable."""
+        """Of the rows, of their tokens and of the graders' rules: what must be equal for two evaluations to be
+        comparable."""
         rows = [[e.prompt, e.answer, dict(e.meta)] for e in self.examples]
-        content = json.dumps([rows, [list(ids) for ids in self.prompts]], default=str, sort_keys=True)
+        rules = [RULES] if hasattr(self.task, "grader") else []  # no other task's verdicts ever changed
+        content = json.dumps([rows, [list(ids) for ids in self.prompts], *rules], default=str, sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
@@ -99,7 +101,7 @@ def evaluate(
     queues = [engine.packing(held.prompts).pack(held.prompts, rows=len(held.prompts)) for held in tasks]
     decoded = evaluator.unperturbed(params, queues)
     for held in tasks:
-        with workers_of(PaperParts(held.task)) as submit:  # which start while the devices decode
+        with workers_of(held.task) as submit:  # which start while the devices decode
             grader = Grader(model, held.examples, submit, held.prompts)
             own = {
                 row: ([row], [pending])
@@ -120,11 +122,13 @@ def evaluate(
 
 def _results(graded: Sequence[Graded], loglik: np.ndarray | None) -> RowResults:
     parts = {name: np.array([g.score.parts[name] for g in graded], float) for name in graded[0].score.parts}
-    right = parts.pop("answer")
+    answer = parts.pop("answer")
+    right = parts.pop("paper", answer)
     truncated, length, reward = np.array([[g.truncated, g.length, g.score.reward] for g in graded], float).T
     return RowResults(
         right=right,
         strict=parts.pop("strict", right),
+        robust=parts.pop("robust", right),
         loglik=loglik,
         well_formed=(parts["format"] >= 1).astype(float) if "format" in parts else None,
         truncated=truncated,

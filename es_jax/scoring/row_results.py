@@ -14,7 +14,17 @@ import numpy as np
 
 from es_jax.rundir.metrics import LAST, Jsonl, read_jsonl, read_rows
 
-VIEWS = {"accuracy": "right", "strict": "strict", "loglik": "loglik"}  # column → the result that it averages
+VIEWS = {
+    "accuracy": "right",
+    "strict": "strict",
+    "robust": "robust",
+    "loglik": "loglik",
+}  # column → the result that it averages
+GRADERS = {
+    "right": "lost_",
+    "strict": "strict_lost_",
+    "robust": "robust_lost_",
+}  # result → prefix of its drop's columns
 REASONS = ("format", "truncation", "knowledge")
 
 
@@ -24,7 +34,7 @@ class RowResults:
 
     Attributes:
       right: [n] 0 or 1, by the published grader.
-      strict: [n] 0 or 1, by the strict one; the same where a task has one grader.
+      strict, robust: [n] 0 or 1, by the other two; the same where a task has one grader.
       loglik: [n] 0 or 1, whether the right option is the likeliest; None for a task without options.
       well_formed: [n] 0 or 1, exactly the asked form; None for a task that asks for none.
       truncated: [n] 0 or 1, cut at max_new_tokens.
@@ -35,6 +45,7 @@ class RowResults:
 
     right: np.ndarray
     strict: np.ndarray
+    robust: np.ndarray
     loglik: np.ndarray | None
     well_formed: np.ndarray | None
     truncated: np.ndarray
@@ -47,6 +58,7 @@ class RowResults:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "RowResults":
+        fields = {"robust": fields["right"]} | dict(fields)  # older rows of a task with one grader
         own = {field.name: fields[field.name] for field in dataclasses.fields(cls)}
         return cls(**jax.tree.map(lambda x: np.array(x, float), own, is_leaf=lambda x: isinstance(x, list)))
 
@@ -57,9 +69,10 @@ def summary(step: int, now: RowResults, base: RowResults | None) -> dict[str, An
     for column, field in VIEWS.items():
         if getattr(now, field) is not None:
             row |= accuracy(column, getattr(now, field), None if base is None else getattr(base, field))
-    for view, prefix in (("right", "lost_"), ("strict", "strict_lost_")):
+    for view, prefix in GRADERS.items():
         if base is not None:
             row |= {prefix + reason: share for reason, share in split_drop(base, now, view).items()}
+            row[f"{prefix}alone"] = seen_alone(base, now, view)
     means = {**now.parts, "well_formed": now.well_formed, "truncated": now.truncated}
     means |= {"mean_length": now.length, "reward": now.reward}
     row |= {name: float(np.mean(values)) for name, values in means.items() if values is not None}
@@ -89,10 +102,10 @@ def split_drop(base: RowResults, now: RowResults, view: str = "right") -> dict[s
     """The drop in accuracy from `base` to `now`, as the sum of three parts.
 
     Every row that is right in one and wrong in the other is booked under the reason why the wrong one is wrong:
-    "truncation" if it was cut at max_new_tokens, else "format" if it is not in the asked form, else "knowledge".
-    A row that was lost counts +1/n, a row that was gained −1/n.
+    "truncation" if it was cut at max_new_tokens, else "format" if it is not in the asked form or another grader finds
+    the right answer in it, else "knowledge". A row that was lost counts +1/n, a row that was gained −1/n.
 
-    >>> wrong = RowResults(*(np.zeros(1), np.zeros(1), None, np.zeros(1), np.zeros(1), np.ones(1), np.zeros(1)))
+    >>> wrong = RowResults(*[np.zeros(1)] * 3, None, *[np.zeros(1)] * 4)
     >>> right = dataclasses.replace(wrong, right=np.ones(1), well_formed=np.ones(1))
     >>> split_drop(right, wrong)
     {'format': 1.0, 'truncation': 0.0, 'knowledge': 0.0}
@@ -102,9 +115,23 @@ def split_drop(base: RowResults, now: RowResults, view: str = "right") -> dict[s
     return {reason: (lost[reason] - gained[reason]) / len(was) for reason in REASONS}
 
 
+def seen_alone(base: RowResults, now: RowResults, view: str = "right") -> float:
+    """The part of the drop in accuracy from `base` to `now` that no other grader sees: of the rows that this one lost
+    or gained where neither of the other two did the same.
+
+    >>> wrong = RowResults(*[np.zeros(2)] * 3, None, *[np.zeros(2)] * 4)
+    >>> seen_alone(dataclasses.replace(wrong, right=np.ones(2), robust=np.array([1, 0])), wrong)
+    0.5
+    """
+    changes = {name: (getattr(base, name) > 0) * 1.0 - (getattr(now, name) > 0) for name in GRADERS}
+    alone = np.all([changes[view] != changes[name] for name in GRADERS if name != view], axis=0)
+    return float(np.mean(changes[view] * alone))
+
+
 def _reasons(results: RowResults, rows: np.ndarray) -> dict[str, float]:
     """How many of the rows are wrong for each reason."""
     cut, formed = results.truncated > 0, np.True_ if results.well_formed is None else results.well_formed > 0
+    formed = formed & (np.maximum.reduce([getattr(results, name) for name in GRADERS]) == 0)
     masks = {"truncation": cut, "format": ~cut & ~formed, "knowledge": ~cut & formed}
     return {reason: float(np.sum(rows & mask)) for reason, mask in masks.items()}
 
@@ -133,8 +160,9 @@ class EvalsFile:
             if row.get("rows") != digest:
                 raise ValueError(
                     f"{self._rows.path} was made from {row.get('n')} rows with digest {row.get('rows')!r}, and this "
-                    f"evaluation has {n} with {digest!r}: use the same --rows and --data_dir, or another "
-                    "--out; where the chat template writes the date, the same --template_date"
+                    f"evaluation has {n} with {digest!r}: use the same --rows and --data_dir, or another --out; where "
+                    "the chat template writes the date, the same --template_date; where the graders' rules changed "
+                    "since, only another --out will do"
                 )
             if row.get("max_new") != max_new_tokens:
                 raise ValueError(

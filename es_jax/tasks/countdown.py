@@ -13,7 +13,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
-from es_jax.tasks.arithmetic import parse, solve
+from es_jax.tasks.arithmetic import Expression, parse, solve
+from es_jax.tasks.robust import expressions
 from es_jax.tasks.rows import FieldError, Row, check_field, read_examples
 from es_jax.tasks.task import (
     GRADERS,
@@ -21,11 +22,12 @@ from es_jax.tasks.task import (
     Message,
     Score,
     Splits,
+    all_views,
     check_count,
     check_known,
+    last_block,
     messages,
     response_text,
-    two_views,
 )
 
 TOLERANCE = Fraction(1, 100_000)
@@ -51,12 +53,13 @@ class Countdown(Splits):
         a whole target in 10..100 that can be reached; 200 for training and 2000 for testing unless `n` says otherwise,
         and no set of numbers is in both, whatever the seeds.
       seed: of the problems made here; other seeds give other problems. The first n do not depend on n.
-      grader: "paper": reward = answer + 0.1 · format. "strict": the answer counts only if format is 1.
+      grader: "paper", "strict" or "robust": whose answer it is in reward = answer + 0.1 · format; docs/tasks.md has the
+        rules, with examples.
 
     >>> task = Countdown()
     >>> example = Example("0", "", None, {"numbers": (44, 19, 35), "target": "98"})
-    >>> task.score(example, "44 + 19 = 63</think>\\n<answer>44 + 19 + 35</answer>")
-    Score(reward=1.1, parts={'answer': 1.0, 'format': 1.0, 'strict': 1.0})
+    >>> task.score(example, "44 + 19 = 63</think>\\n<answer>44 + 19 + 35</answer>").reward
+    1.1
     """
 
     data_dir: str | Path | None = None
@@ -79,43 +82,34 @@ class Countdown(Splits):
     def score(self, example: Example, completion: str) -> Score:
         """Grades the assistant's whole turn: the prompt's open turn joined with the completion.
 
-        `answer` is 1 if the last <answer>…</answer> holds an expression (see `arithmetic.parse`) that uses each number
-        exactly once and comes within 1e-5 of the target. For `format` see `format_score`.
+        Paper: the last <answer>…</answer> holds an expression (see `arithmetic.parse`) that uses each number exactly
+        once and comes within 1e-5 of the target. Strict: and `format_score` is 1. Robust: `robust.expressions`.
         """
         response = response_text(example, completion)
-        answer = last_answer(response)
-        layout = format_score(response, has_answer=answer is not None)
-        expression = parse(answer or "")
-        right = expression is not None and (
-            sorted(expression.numbers) == sorted(example.meta["numbers"])
-            and abs(expression.value - Fraction(example.meta["target"])) < TOLERANCE
-        )
-        return two_views(self.grader, paper=right, strict=right and layout == 1.0, form=layout)
+        block = last_block(response)
+        form = format_score(response, has_answer=block is not None)
 
+        def right(expression: Expression | None) -> bool:
+            return expression is not None and (
+                sorted(expression.numbers) == sorted(example.meta["numbers"])
+                and abs(expression.value - Fraction(example.meta["target"])) < TOLERANCE
+            )
 
-def last_answer(response: str) -> str | None:
-    """The text of the last answer block, or None. A block runs from an opening tag to the next closing one.
-
-    >>> last_answer("<answer>1</answer> or <answer>2</answer>")
-    '2'
-    """
-    for piece in reversed(response.split("</answer>")[:-1]):
-        _, tag, inside = piece.partition("<answer>")
-        if tag:
-            return inside
-    return None
+        paper = right(parse((block or "").removesuffix("\n")))
+        robust = any(map(right, expressions(response)))
+        return all_views(self.grader, paper=paper, strict=paper and form == 1.0, robust=robust, form=form)
 
 
 def format_score(response: str, *, has_answer: bool) -> float:
-    """1.0 if the turn, with <think> in front, is a think block, a newline and an answer block; else 0.1 for a think
-    block plus 0.5 for an answer block.
+    """1.0 if the turn, with <think> in front, is a think block, a newline and an answer block, perhaps with a newline
+    at the end; else 0.1 for a think block plus 0.5 for an answer block.
 
     >>> format_score("hm</think>\\n<answer>1</answer>", has_answer=True)
     1.0
     >>> format_score("hm</think> <answer>1</answer>", has_answer=True)
     0.6
     """
-    if "</think>\n<answer>" in response and response.endswith("</answer>"):
+    if "</think>\n<answer>" in response and response.endswith(("</answer>", "</answer>\n")):
         return 1.0  # the two cannot overlap, and <think> in front opens the block that </think> closes
     return 0.1 * ("</think>" in response) + 0.5 * has_answer
 

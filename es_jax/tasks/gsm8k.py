@@ -3,11 +3,11 @@
 import re
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import chain
 from typing import ClassVar
 
+from es_jax.tasks.robust import stated_number
 from es_jax.tasks.rows import Hub, PublishedTask, Row, check_field, text_field
-from es_jax.tasks.task import Example, Score, messages, response_text, two_views
+from es_jax.tasks.task import Example, Score, all_views, last_block, last_line, messages, response_text
 
 ASK = (
     "{question}\n\nWork the problem out in short steps. Close with a line of its own that holds four number signs, a "
@@ -15,14 +15,14 @@ ASK = (
 )
 TAIL = 4096  # characters that the paper's grader looks at, and of a number; below Python's limit for converting digits
 TOLERANCE = Fraction(1, 1_000_000)
-DIGITS = r"(?:[0-9][0-9,]*(?:\.[0-9]+)?|(?<![.\w])\.[0-9]+)"  # the last dot of "so...72" and of "No.5" is not a point
-# A pattern of what `number` understands:
-NUMBER = rf"(?:[-+]?(?:\\?\$ ?)?|\$[-+]){DIGITS}(?:\\?%)?(?: ?/ ?(?:\\?\$)?{DIGITS})?"
 PLAIN = r"(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
 BARE = re.compile(rf"[-+]?{PLAIN}(?:/{PLAIN})?")
-START = re.compile(rf"[\s\\{{$%*]*({NUMBER})")  # what follows a marker
-FIRST = re.compile(rf"(?<![0-9A-Za-z]){NUMBER}|{DIGITS}")  # a sign counts unless it hangs on a word, as in covid-19
-FORM = re.compile(rf"#### ([-+]?{DIGITS}(?:/{DIGITS})?)")
+DIGITS = r"(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)"
+ASKED = re.compile(rf"#### ([-+]?{DIGITS}(?:/{DIGITS})?)")  # the strict grader's last line
+MARKER = re.compile(r"####\s*([0-9.,-]+)")
+BOX = re.compile(r"\\boxed\s*\{([^}]*)\}", re.IGNORECASE)
+WHOLES = re.compile(r"(-?\d+)/(\d+)")
+FIRST = re.compile(r"-?\d+(?:\.\d+)?")
 
 
 def number(text: str | None) -> Fraction | None:
@@ -59,45 +59,62 @@ class GSM8K(PublishedTask):
     Args:
       data_dir: folder with train and test rows, in the verl layout (`reward_model.ground_truth` a number) or with the
         fields `question` and `answer` ("… #### 72", or "72"). None: openai/gsm8k from the hub.
-      grader: "paper" or "strict"; docs/tasks.md has the rules of both, with examples.
+      grader: "paper", "strict" or "robust"; docs/tasks.md has the rules, with examples.
 
-    >>> GSM8K().score(Example("0", "", "72"), "48 + 24 = 72\\n#### 72")
-    Score(reward=1.1, parts={'answer': 1.0, 'format': 1.0, 'strict': 1.0})
+    >>> GSM8K().score(Example("0", "", "72"), "48 + 24 = 72\\n#### 72").reward
+    1.1
     """
 
     name: ClassVar[str] = "gsm8k"
     source = (Hub("openai/gsm8k", "main"), _native, _checked)
 
     def score(self, example: Example, completion: str) -> Score:
-        """Paper: `final_number` within 1e-6. Format: the last line is #### and a number. Strict: that number alone.
+        """Paper: `final_number` of the completion within 1e-6. Format: its last line is #### and a run of 0-9 . , -.
+        Strict: its last line is #### and that number alone. Robust: `stated_number`.
 
-        The last line is the last one that is not empty, without the white space around it.
+        The last line is the last one that is not blank, without the white space around it. For format and strict it may
+        begin in the prompt's opening of the turn.
         """
-        response, answer = response_text(example, completion), number(example.answer)
+        turn, answer = response_text(example, completion), number(example.answer)
         if answer is None:
             raise ValueError(f"example {example.id!r} has the answer {example.answer!r}: gsm8k needs a number")
-        last = FORM.fullmatch(response.rstrip()[-TAIL:].rpartition("\n")[2].strip())
-        asked = number(last[1]) if last else None
-        paper, strict = (x is not None and abs(x - answer) <= TOLERANCE for x in (final_number(response), asked))
-        return two_views(self.grader, paper=paper, strict=strict, form=asked is not None)
+        turn = turn if completion.strip() else ""  # an opening alone is not an answer
+        asked = ASKED.fullmatch(turn.rstrip()[-TAIL:].rpartition("\n")[2].strip())
+        read = (
+            final_number(completion),
+            number(asked[1]) if asked else None,
+            stated_number(completion, response_text(example, "")),
+        )
+        paper, strict, careful = (x is not None and abs(x - answer) <= TOLERANCE for x in read)
+        lines = {last_line(completion), last_line(turn)}
+        form = any(MARKER.fullmatch(line) and any(map(str.isdecimal, line)) for line in lines)
+        return all_views(self.grader, paper=paper, strict=strict, robust=careful, form=form)
 
 
-def final_number(response: str) -> Fraction | None:
-    """The number that the paper's grader reads out of a response, or None.
+def final_number(completion: str) -> Fraction | None:
+    """The number that the paper's grader reads out of a completion, or None.
 
-    Only the last 4096 characters count, and only what follows the last </think>. In that text: the last `#### x`, be it
-    of four number signs or more; else the last `\\boxed{x}`; else the last `<answer>x</answer>`; else the first number.
-    A marker that no number follows is not one.
+    Of the last 4096 characters only what follows the last </think> counts. In that text the first of these that is
+    there decides, even if it holds no number: the last `#### x`, x being a run of 0-9 . , -; the last `\\boxed{x}`, up
+    to the first closing brace; the last `<answer>x</answer>`; the text itself.
 
     >>> final_number("#### 1,000 and then \\\\boxed{3}")
     Fraction(1000, 1)
     >>> final_number("3 of 4 are <answer> 75% </answer>")
     Fraction(75, 1)
     """
-    tail = response.rpartition("</think>")[2][-TAIL:]
-    boxes = [piece.partition("}") for piece in tail.split("\\boxed{")[1:]]
-    answers = [piece.rpartition("<answer>") for piece in tail.split("</answer>")[:-1]]
-    marked = (re.split("#{4,}", tail)[1:], [x for x, end, _ in boxes if end], [x for _, tag, x in answers if tag])
-    written = (match[1] for texts in marked for text in reversed(texts) if (match := START.match(text)))
-    values = map(number, chain(written, (match[0] for match in FIRST.finditer(tail))))
-    return next((value for value in values if value is not None), None)
+    tail = completion[-TAIL:].rpartition("</think>")[2]
+    closed = tail[: tail.rfind("}") + 1]  # so that no box is searched to the end in vain
+    for texts in (MARKER.findall(tail), BOX.findall(closed), [last_block(tail)]):
+        if texts and texts[-1] is not None:
+            return _reading(texts[-1])
+    return _reading(tail)
+
+
+def _reading(text: str) -> Fraction | None:
+    """Whole/whole, or the first number, after the last #### in a text without , $ and %."""
+    text = re.sub("[,$%]", "", text.rpartition("####")[2])
+    if wholes := WHOLES.fullmatch(text.strip()):
+        return Fraction(int(wholes[1]), int(wholes[2])) if int(wholes[2]) else None
+    first = FIRST.search(text)
+    return Fraction(first[0]) if first else None

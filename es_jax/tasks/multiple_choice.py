@@ -8,10 +8,12 @@ from functools import cache
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from es_jax.tasks.robust import stated_choice
 from es_jax.tasks.rows import Hub, PublishedTask, Row, Source, check_field, checked, open_split, text_field, texts_field
-from es_jax.tasks.task import Choices, Example, Score, check_known, messages, response_text, two_views
+from es_jax.tasks.task import Choices, Example, Score, all_views, check_known, messages, response_text
 
 LETTERS = "ABCDEFGHIJ"
+ALONE = r"\A\s*([{0}])\Z"  # the form of digits
 
 
 class Question(NamedTuple):
@@ -35,28 +37,33 @@ class ChoiceDataset:
     heading: str  # the question in a prompt, with {} for its text
     stem: str  # the question when the options' words are scored as its continuations
     ask: str  # the last words of a prompt, which ask for the label in the asked form
-    # What the paper's grader looks for, in this order, the first match of the first pattern that is found: of letters,
-    # which it looks for in the upper-cased text.
-    paper: tuple[str, ...] = (r"ANSWER IS \(([{0}])\)", r"ANSWER IS ([{0}])\b", r"\b([{0}])\b")
+    # What the paper's grader looks for, in this order, the first match of the first pattern that is found; and the form
+    # that the end of a completion, without the white space after it, should have. Letters are looked for in capitals.
+    paper: tuple[str, ...] = (r"ANSWER IS\s*\(([{0}])\)", r"ANSWER IS\s*([{0}])", r"([{0}])(?<!\w.)(?!\w)")
+    form: str = r"THE ANSWER IS\s*\(([{0}])\)\.?\Z"
     shots: int = 0  # worked examples before the question
 
-    def paper_label(self, opening: str, completion: str) -> str | None:
-        """The label that the paper's grader reads out of a completion, or None. What is found may begin in the opening
-        of the assistant's turn ("The answer is ("), unless labels are digits."""
-        if self.labels.isalpha():
-            opening, completion = opening.upper(), completion.upper()
-        return next(filter(None, (self._first(pattern, opening, completion) for pattern in self.paper)), None)
+    def paper_label(self, completion: str) -> str | None:
+        """The label that the paper's grader reads out of a completion, or None."""
+        found = (re.search(pattern.format(self.labels), completion.upper()) for pattern in self.paper)
+        return next((match[1] for match in found if match), None)
+
+    def well_formed(self, opening: str, completion: str) -> bool:
+        """Whether a completion ends in the published form of letters, or is a digit alone."""
+        return self._label(self.form, opening.upper(), completion.upper()) is not None
 
     def asked_label(self, opening: str, completion: str) -> str | None:
-        """The label of the asked form, or None. Letters end the completion in that form, a digit is all of it."""
-        form = r"(?<!\w)The answer is \(([{0}])\)\.?\Z" if self.labels.isalpha() else r"\A\s*([{0}])\Z"
-        return self._first(form, opening, completion.rstrip())
+        """The label of exactly the asked form, or None."""
+        letters = r"The answer is \((?<!\w.{{15}})([{0}])\)\.?\Z"
+        return self._label(letters if self.labels.isalpha() else ALONE, opening, completion)
 
-    def _first(self, pattern: str, opening: str, completion: str) -> str | None:
-        """The pattern's first label that stands in the completion: one in the opening is not the model's choice."""
-        opening = opening if self.labels.isalpha() else ""
-        matches = re.finditer(pattern.format(self.labels), opening + completion)
-        return next((match[1] for match in matches if match.start(1) >= len(opening)), None)
+    def _label(self, form: str, opening: str, completion: str) -> str | None:
+        """The label at the end of a text in this form. Letters' form may begin in the opening of the assistant's turn
+        ("The answer is ("), but the label may not; a digit is all of the completion."""
+        completion = completion.rstrip()
+        text = opening + completion if self.labels.isalpha() else completion
+        match = re.search(form.format(self.labels), text)
+        return match[1] if match and len(text) - match.start(1) <= len(completion) else None
 
     def posed(self, question: Question) -> str:
         """The question and its labelled options, as they stand in a prompt."""
@@ -73,13 +80,13 @@ class MultipleChoice(PublishedTask):
       data_dir: folder with the rows, in the verl layout (`reward_model.ground_truth` a label) or with the data set's
         own fields; MMLU-Pro's worked examples are its validation rows. None: the data set from the hub. The test rows
         of HellaSwag and PIQA are their validation rows, which have labels.
-      grader: "paper" or "strict"; docs/tasks.md has the rules of both, with examples.
+      grader: "paper", "strict" or "robust"; docs/tasks.md has the rules, with examples.
       continuation: what `choices` compares: "label", the asked form with each label after the same prompt; or "text",
         each option's own words after the bare question.
 
     >>> task = MultipleChoice("arc-challenge")
-    >>> task.score(Example("0", "", "B"), "A stone sinks. The answer is (B).")
-    Score(reward=1.0, parts={'answer': 1.0, 'format': 1.0, 'strict': 1.0})
+    >>> task.score(Example("0", "", "B"), "A stone sinks. The answer is (B).").reward
+    1.0
     """
 
     kind: str
@@ -126,12 +133,13 @@ class MultipleChoice(PublishedTask):
         return dataset.hub, native, check_answer
 
     def score(self, example: Example, completion: str) -> Score:
-        """Paper: `ChoiceDataset.paper_label`. Format: `ChoiceDataset.asked_label` is there. Strict: it is right."""
-        opening, dataset = response_text(example, ""), DATASETS[self.kind]
-        asked = dataset.asked_label(opening, completion)
-        strict = asked is not None and asked == example.answer
-        paper = dataset.paper_label(opening, completion) == example.answer
-        return two_views(self.grader, paper=paper, strict=strict, form=asked is not None, bonus=0.0)
+        """Paper: `ChoiceDataset.paper_label`. Format: `ChoiceDataset.well_formed`. Strict: `ChoiceDataset.asked_label`.
+        Robust: `robust.stated_choice`."""
+        opening, dataset, answer = response_text(example, ""), DATASETS[self.kind], example.answer
+        strict = dataset.asked_label(opening, completion) == answer
+        robust = stated_choice(completion, opening, dataset.labels, example.meta.get("options", ())) == answer
+        paper, form = dataset.paper_label(completion) == answer, dataset.well_formed(opening, completion)
+        return all_views(self.grader, paper=paper, strict=strict, robust=robust, form=form, bonus=0.0)
 
     def choices(self, example: Example) -> Choices:
         """The options as continuations to score; `continuation` = "text" needs an example with the options' texts.
@@ -236,6 +244,7 @@ DATASETS: Mapping[str, ChoiceDataset] = MappingProxyType(
             stem="{}",
             ask="Reply with the ending's number, 0, 1, 2 or 3, and nothing else.",
             paper=("([{0}])",),
+            form=ALONE,
         ),
         "piqa": ChoiceDataset(
             hub=Hub("ybisk/piqa", test="validation", revision="refs/convert/parquet"),  # main holds a script
@@ -244,7 +253,8 @@ DATASETS: Mapping[str, ChoiceDataset] = MappingProxyType(
             heading="Which of two ways reaches this goal?\n\nGoal: {}",
             stem="Goal: {}\nWay:",
             ask="Reply with the number of the better way, 1 or 2, and nothing else.",
-            paper=(r"\b([{0}])\b",),
+            paper=(r"([{0}])(?<!\w.)(?!\w)",),
+            form=ALONE,
         ),
         "arc-challenge": ChoiceDataset(
             hub=Hub("allenai/ai2_arc", "ARC-Challenge"),

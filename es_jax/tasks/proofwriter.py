@@ -4,8 +4,9 @@ import re
 from dataclasses import dataclass
 from typing import ClassVar
 
+from es_jax.tasks.robust import stated_truth
 from es_jax.tasks.rows import Hub, PublishedTask, Row, check_field, text_field
-from es_jax.tasks.task import Example, Score, messages, response_text, two_views
+from es_jax.tasks.task import Example, Score, all_views, last_line, messages, response_text
 
 LABELS = ("True", "False", "Unknown")
 ASK = (
@@ -14,9 +15,10 @@ ASK = (
     "after it:\nAnswer: True\nAnswer: False\nAnswer: Unknown"
 )
 OPENING = "Reasoning:"
-FORM = re.compile(r"answer: (true|false|unknown)")  # of a line in lower case
-LINE = re.compile(r"answer\s*:\s*(true|false|unknown)")
-WORD = re.compile(r"\b(?:true|false|unknown)\b")
+FORM = re.compile(r"(?i:answer)\s*:\s*[A-Za-z]+")
+LINE = re.compile(r"^[^\S\n]*(?i:answer)\s*:\s*([A-Za-z]+)[^\S\n]*$", re.MULTILINE)
+CLOSE = re.compile(r"(?i:(?:final\s+)?answer\s*(?::|is\s)\s*)?([A-Za-z]+)[.!?,:;]*")
+WORD = re.compile(r"\b(?:true|false|unknown)\b", re.IGNORECASE)
 
 
 def _label(value: str, name: str) -> str:
@@ -40,39 +42,50 @@ class ProofWriter(PublishedTask):
     Args:
       data_dir: folder with train and test rows, in the verl layout (`reward_model.ground_truth` one of True, False,
         Unknown) or with the fields `theory`, `question` and `answer`. None: tasksource/proofwriter from the hub.
-      grader: "paper" or "strict"; docs/tasks.md has the rules of both, with examples.
+      grader: "paper", "strict" or "robust"; docs/tasks.md has the rules, with examples.
 
-    >>> ProofWriter().score(Example("0", "", "False"), "Anne is not kind.\\nAnswer: False")
-    Score(reward=1.1, parts={'answer': 1.0, 'format': 1.0, 'strict': 1.0})
+    >>> ProofWriter().score(Example("0", "", "False"), "Anne is not kind.\\nAnswer: False").reward
+    1.1
     """
 
     name: ClassVar[str] = "proofwriter"
     source = (Hub("tasksource/proofwriter", shuffle=True), _native, _label)  # rows of one theory stand together there
 
     def score(self, example: Example, completion: str) -> Score:
-        """Paper: `final_label`. Format: the last line that is not empty is the answer line. Strict: that line alone.
+        """Paper: `final_label` of the completion. Format: its last line is "Answer:" and a word. Strict: the last line
+        of the turn is exactly the answer line with the right label. Robust: `robust.stated_truth` of the completion.
 
-        Upper and lower case are the same, and white space around a line does not count.
+        The last line is the last one that is not blank. Upper and lower case are the same, and white space around a
+        line does not count.
         """
-        text, answer = response_text(example, completion).lower(), (example.answer or "").lower()
-        last = FORM.fullmatch(text.strip().rpartition("\n")[2].strip())
-        strict = last is not None and last[1] == answer
-        return two_views(self.grader, paper=final_label(text) == answer, strict=strict, form=last is not None)
+        turn = response_text(example, completion) if completion.strip() else ""  # an opening alone is not an answer
+        answer = (example.answer or "").lower()
+        paper, careful = (
+            final_label(completion) == answer,
+            stated_truth(completion, response_text(example, "")) == answer,
+        )
+        strict = turn.lower().strip().rpartition("\n")[2].strip() == f"answer: {answer}"
+        form = FORM.fullmatch(last_line(completion)) is not None
+        return all_views(self.grader, paper=paper, strict=strict, robust=careful, form=form)
 
 
-def final_label(response: str) -> str | None:
-    """The label that the paper's grader reads out of a response, in lower case, or None.
+def final_label(completion: str) -> str | None:
+    """The label that the paper's grader reads out of a completion, in lower case; another word, or None, for no label.
 
-    The last line `Answer: <label>`; else the last label that stands as a word anywhere. (The published rule has a step
-    between the two, a last line that is a label or "answer is" and a label: that label is also the last word.)
+    The word of the last line "Answer: word", which may stand lines below its colon; else the word of the last line that
+    is not blank, if it is one word, perhaps after "answer:" or "answer is"; else the last label that stands as a word
+    anywhere. A word that is not a label is not an answer.
 
     >>> final_label("Answer: True\\nIs it false?")
     'true'
     >>> final_label("So the answer is unknown")
     'unknown'
+    >>> final_label("It is true.\\nDone.")
+    'done'
     """
-    text = response.lower()
-    for line in reversed(text.split("\n")):
-        if match := LINE.fullmatch(line.strip()):
-            return match[1]
-    return next(reversed(WORD.findall(text)), None)
+    if lines := LINE.findall(completion):
+        return lines[-1].lower()
+    if word := CLOSE.fullmatch(last_line(completion)):
+        return word[1].lower()
+    words = WORD.findall(completion)
+    return words[-1].lower() if words else None

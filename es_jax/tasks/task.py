@@ -1,12 +1,14 @@
 """What a task is: examples to train and test on, and a score for what a model wrote. It holds no model and no array."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypedDict, runtime_checkable
 
 from es_jax.core.names import unknown
 
-GRADERS = ("paper", "strict")
+GRADERS = ("paper", "strict", "robust")
+RULES = 2  # the version of their rules; raise it where a verdict changes
+LINE_ENDS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"  # those of str.splitlines
 
 
 class Message(TypedDict):
@@ -52,7 +54,7 @@ class Choices:
 
 @runtime_checkable
 class Scorer(Protocol):
-    """What grades completions: a task, or a view of one."""
+    """What grades completions: a task."""
 
     @property
     def name(self) -> str:
@@ -101,53 +103,24 @@ class Splits:
         raise NotImplementedError
 
 
-@dataclass(frozen=True)
-class PaperParts:
-    """A task that grades as another one does, but with the published grader's parts, so that evaluations compare.
-
-    >>> from es_jax.tasks import get_task
-    >>> opened = Example("0", "2 + 2?", "4")
-    >>> PaperParts(get_task("gsm8k", grader="strict")).score(opened, "It is 4")
-    Score(reward=0.0, parts={'answer': 1.0, 'format': 0.0, 'strict': 0.0})
-    """
-
-    task: Any
-
-    @property
-    def name(self) -> str:
-        """The other task's name."""
-        return self.task.name
-
-    @property
-    def workers(self) -> Any:
-        """How many processes grade for the other task, see `es_jax.scoring.workers`."""
-        return getattr(self.task, "workers", 0)
-
-    def score(self, example: Example, completion: str) -> Score:
-        """Reward: of the task's own grader. Parts: of the published one."""
-        own = self.task.score(example, completion)
-        if getattr(self.task, "grader", "paper") == "paper":
-            return own
-        return Score(own.reward, replace(self.task, grader="paper").score(example, completion).parts)
-
-
 def check_known(kind: str, name: str, known: Iterable[str]) -> None:
     """Raises ValueError unless the name is known."""
     if name not in known:
         raise ValueError(unknown(kind, name, known))
 
 
-def two_views(grader: str, *, paper: bool, strict: bool, form: float | bool, bonus: float = 0.1) -> Score:
-    """The score of a completion that both graders have looked at: reward = answer + bonus · format.
+def all_views(grader: str, *, paper: bool, strict: bool, robust: bool, form: float | bool, bonus: float = 0.1) -> Score:
+    """The score of a completion that all graders have looked at: reward = answer + bonus · format.
 
-    `answer` is the verdict of the grader that is asked for. `strict`, the strict grader's, is there in both cases, so
-    that one generation shows how much of an accuracy hangs on the form.
+    `answer` is the verdict of the grader that is asked for, one of GRADERS. All their verdicts are there in each case,
+    so that one generation shows how much of an accuracy hangs on the grader. `format` is by the published rule.
 
-    >>> two_views("paper", paper=True, strict=False, form=0.0)
-    Score(reward=1.0, parts={'answer': 1.0, 'format': 0.0, 'strict': 0.0})
+    >>> all_views("paper", paper=True, strict=False, robust=True, form=0.0)
+    Score(reward=1.0, parts={'answer': 1.0, 'format': 0.0, 'paper': 1.0, 'strict': 0.0, 'robust': 1.0})
     """
-    answer = float(strict if grader == "strict" else paper)
-    return Score(answer + bonus * form, {"answer": answer, "format": float(form), "strict": float(strict)})
+    verdicts = {"paper": float(paper), "strict": float(strict), "robust": float(robust)}
+    answer = verdicts[grader]
+    return Score(answer + bonus * form, {"answer": answer, "format": float(form), **verdicts})
 
 
 def messages(**contents: str) -> tuple[Message, ...]:
@@ -168,6 +141,29 @@ def response_text(example: Example, completion: str) -> str:
     if isinstance(example.prompt, str) or not example.prompt or example.prompt[-1]["role"] != "assistant":
         return completion
     return example.prompt[-1]["content"] + completion
+
+
+def last_line(text: str) -> str:
+    """The last line that is not blank, without the white space around it; "" where there is none.
+
+    >>> last_line("one\\n two \\n\\n")
+    'two'
+    """
+    text = text.strip()
+    return text[max(map(text.rfind, LINE_ENDS)) + 1 :].strip()
+
+
+def last_block(text: str) -> str | None:
+    """What the last answer block holds, or None. A block runs from an opening tag to the next closing one.
+
+    >>> last_block("<answer>1</answer> or <answer>2</answer>")
+    '2'
+    """
+    for piece in reversed(text.split("</answer>")[:-1]):
+        _, tag, inside = piece.partition("<answer>")
+        if tag:
+            return inside
+    return None
 
 
 def check_count(n: int) -> int:

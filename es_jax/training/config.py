@@ -92,7 +92,7 @@ class TaskConfig:
     Attributes:
       name: a name of `es_jax.tasks.TASKS`.
       data_dir: a folder of rows, where the task is not to use its own; relative to the working directory.
-      grader: "paper" or "strict", where the task has both.
+      grader: "paper", "strict" or "robust", where the task has graders.
       train_size: how many training prompts there are.
       prompts_per_step: how many of them a step scores its members on; None is all of them, every step.
       seed: of the rows, where the task generates them; None is the task's own default.

@@ -23,7 +23,7 @@ def parse():
     before = set(flags.FLAGS)
     define_config(FIELDS)
     flags.DEFINE_string("workdir", None, "")
-    read = parser("es_jax.train", fields=FIELDS, renamed={"dir": "workdir"})
+    read = parser("es_jax.train", required=("config",), fields=FIELDS, renamed={"dir": "workdir"})
 
     def config(*arguments: str) -> RunConfig:
         for name in set(flags.FLAGS) - before:
@@ -83,6 +83,11 @@ def test_a_file_of_flags_that_cannot_be_read(parse, content, tmp_path):
     if content:
         (tmp_path / "flags").write_bytes(content)
     assert "--flagfile: " in refuse(parse, f"--flagfile={tmp_path / 'flags'}")
+
+
+def test_a_flag_that_is_missing_is_named(parse):
+    assert refuse(parse, "--workdir=x", "--config.es.population=4") == "es_jax.train: --config is missing: give it"
+    assert refuse(parse, "--config") == "es_jax.train: Missing value for flag --config"
 
 
 def test_flags_of_booleans_and_of_several_values(parse):
@@ -205,9 +210,16 @@ def test_the_report_takes_a_file_of_flags(tmp_path, monkeypatch):
             report.main()
 
 
-@pytest.mark.parametrize("command", ["evaluate", "export"])
-def test_other_commands_take_a_file_of_flags(command, tmp_path):
-    (tmp_path / "flags").write_text(f"--workdir {tmp_path / 'nowhere'}\n--out={tmp_path / 'out'}\n")
+@pytest.mark.parametrize(
+    ("command", "text", "says"),
+    [
+        ("evaluate", "--workdir nowhere/run\n--rows=3", "nowhere/run"),
+        ("export", "--workdir=nowhere/run\n--out\nnowhere/out", "nowhere/run"),
+        ("plan", f"--config {LAB}\n--config.es.population 4\n--topology=v5f:4x4", "v5f"),
+    ],
+)
+def test_other_commands_take_a_file_of_flags(command, text, says, tmp_path):
+    (tmp_path / "flags").write_text(text)
     line = [sys.executable, "-m", f"es_jax.{command}", "--flagfile", str(tmp_path / "flags")]
     out = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
-    assert out.returncode == 1 and out.stderr.startswith(f"es_jax.{command}: ") and "nowhere" in out.stderr
+    assert out.returncode > 0 and out.stderr.startswith(f"es_jax.{command}: ") and says in out.stderr

@@ -6,18 +6,19 @@ import math
 import numpy as np
 import pytest
 
-from es_jax.scoring.row_results import REASONS, RowResults, accuracy, split_drop, summary
+from es_jax.scoring.row_results import GRADERS, REASONS, RowResults, accuracy, seen_alone, split_drop, summary
 
 
 def verdicts(text):
-    """A row a letter: R right, r right by a fall-back of the loose grader only, K wrong, F malformed, T cut."""
+    """A row a letter: R right, r right to the paper's grader only, b wrong to it only, K wrong, F malformed, T cut."""
     letters = np.array(list(text))
     of = lambda which: np.isin(letters, list(which)).astype(float)  # noqa: E731
     return RowResults(
         right=of("Rr"),
-        strict=of("R"),
+        strict=of("Rb"),
+        robust=of("Rb"),
         loglik=None,
-        well_formed=of("RK"),
+        well_formed=of("RKb"),
         truncated=of("T"),
         length=np.ones(len(letters)),
         reward=of("Rr"),
@@ -43,6 +44,41 @@ def test_a_drop_is_split_by_why_the_wrong_one_is_wrong(base, now, expected):
     assert split_drop(verdicts(base), verdicts(now)) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("base", "now", "alone"),
+    [
+        ("RRRR", "RKKK", {"right": 0.0, "strict": 0.0, "robust": 0.0}),  # all see it
+        ("RRRR", "RbbK", {"right": 0.5, "strict": 0.0, "robust": 0.0}),  # what only the published rule misreads
+        ("bbRK", "RRbK", {"right": -0.25, "strict": 0.0, "robust": 0.0}),
+        ("KKKK", "rrRK", {"right": -0.5, "strict": 0.0, "robust": 0.0}),  # won by fall-backs alone
+        ("brbr", "rbrb", {"right": 0.0, "strict": 0.0, "robust": 0.0}),  # one loses where the others gain, as often
+        ("bbbb", "rrrK", {"right": -0.75, "strict": 0.0, "robust": 0.0}),
+    ],
+)
+def test_what_only_one_grader_sees_of_a_drop(base, now, alone):
+    base, now = verdicts(base), verdicts(now)
+    assert {view: seen_alone(base, now, view) for view in GRADERS} == alone
+    row = summary(5, now, base)
+    assert [row[f"{prefix}alone"] for prefix in GRADERS.values()] == [*alone.values()]
+
+
+def test_strict_and_robust_can_be_alone_too():
+    base, now = verdicts("RRRR"), verdicts("RRRR")
+    now = dataclasses.replace(now, strict=np.array([1.0, 0, 0, 1]), robust=np.array([1.0, 0, 1, 0]))
+    assert [seen_alone(base, now, view) for view in GRADERS] == [0.0, 0.25, 0.25]
+
+
+def test_an_answer_that_another_grader_finds_is_not_lost_knowledge():
+    assert split_drop(verdicts("RRRR"), verdicts("RbbK")) == {"format": 0.5, "truncation": 0.0, "knowledge": 0.25}
+
+
+def test_results_without_a_robust_verdict_are_of_one_grader():
+    before = verdicts("RKFT")
+    fields = before.to_json()
+    del fields["robust"]
+    assert np.array_equal(RowResults.from_json(fields).robust, before.right)
+
+
 def test_under_the_strict_grader_a_fall_back_is_format_drift():
     assert split_drop(verdicts("RRRR"), verdicts("RrrK"), "strict") == {
         "format": 0.5, "truncation": 0.0, "knowledge": 0.25,
@@ -52,10 +88,11 @@ def test_under_the_strict_grader_a_fall_back_is_format_drift():
 def test_the_parts_add_up_to_the_drop_whatever_the_rows():
     draw = np.random.default_rng(0)
     for _ in range(50):
-        base, now = (verdicts("".join(draw.choice(list("RrKFT"), 23))) for _ in range(2))
+        base, now = (verdicts("".join(draw.choice(list("RrbKFT"), 23))) for _ in range(2))
         row = summary(5, now, base)
         assert sum(row[f"lost_{reason}"] for reason in REASONS) == pytest.approx(-row["accuracy_change"])
         assert sum(row[f"strict_lost_{reason}"] for reason in REASONS) == pytest.approx(-row["strict_change"])
+        assert sum(row[f"robust_lost_{reason}"] for reason in REASONS) == pytest.approx(-row["robust_change"])
 
 
 def test_standard_errors_are_binomial_and_paired():

@@ -6,8 +6,9 @@ import time
 
 import pytest
 
-from es_jax.tasks import Example, get_task
-from es_jax.tasks.countdown import format_score, last_answer
+from es_jax.tasks import Example, Score, get_task
+from es_jax.tasks.countdown import format_score
+from es_jax.tasks.task import last_block
 
 OPENING = "Let me solve this step by step.\n<think>"
 PROBLEMS = {
@@ -22,6 +23,7 @@ PROBLEMS = {
     "0": (0, 4, 9),
     "0.000029": (1, 50_000),
     "0.000031": (1, 50_000),
+    "1936": (44, 2),
 }
 RIGHT = "44 + 19 + 35"
 
@@ -29,6 +31,11 @@ RIGHT = "44 + 19 + 35"
 def example(target: str = "98", opening: str = OPENING) -> Example:
     prompt = ({"role": "user", "content": "?"}, {"role": "assistant", "content": opening})
     return Example("0", prompt, None, {"numbers": PROBLEMS[target], "target": target})
+
+
+def paper_parts(score: Score) -> tuple[float, float, float]:
+    assert score.parts["answer"] == score.parts["paper"]
+    return score.parts["paper"], score.parts["format"], score.parts["strict"]
 
 
 LAYOUTS = {  # name: (completion, answer, format); the numbers are 44, 19, 35 and the target 98
@@ -40,7 +47,11 @@ LAYOUTS = {  # name: (completion, answer, format); the numbers are 44, 19, 35 an
     "carriage return between": (f"so</think>\r\n<answer>{RIGHT}</answer>", 1, 0.6),
     "words between": (f"so</think>\nHence\n<answer>{RIGHT}</answer>", 1, 0.6),
     "full stop after": (f"so</think>\n<answer>{RIGHT}</answer>.", 1, 0.6),
-    "newline after": (f"so</think>\n<answer>{RIGHT}</answer>\n", 1, 0.6),
+    "newline after": (f"so</think>\n<answer>{RIGHT}</answer>\n", 1, 1.0),
+    "two newlines after": (f"so</think>\n<answer>{RIGHT}</answer>\n\n", 1, 0.6),
+    "carriage return after": (f"so</think>\n<answer>{RIGHT}</answer>\r\n", 1, 0.6),
+    "blank after": (f"so</think>\n<answer>{RIGHT}</answer> ", 1, 0.6),
+    "newlines inside and after": (f"so</think>\n<answer>{RIGHT}\n</answer>\n", 1, 1.0),
     "never stops thinking": ("so 44 plus 19", 0, 0.0),
     "empty completion": ("", 0, 0.0),
     "thought only": ("so</think>\n44 + 19 + 35", 0, 0.1),
@@ -77,7 +88,12 @@ ANSWERS = [  # (what the answer block holds, target, answer)
     ("", "98", 0),
     ("   ", "98", 0),
     ("\n44 + 19 + 35\n", "98", 0),
-    ("44 + 19 + 35\n", "98", 0),
+    ("44 + 19 + 35\n", "98", 1),
+    ("44 + 19 + 35 \n", "98", 1),
+    ("44 + 19 + 35\n ", "98", 0),
+    ("44 + 19 + 35\n\n", "98", 0),
+    ("44 + 19 + 35\r\n", "98", 0),
+    ("\n44 + 19 + 35", "98", 0),
     ("44 + 19\n+ 35", "98", 0),
     ("44\t+ 19 + 35", "98", 0),
     ("44 + 19 + 35 + 44 - 44", "98", 0),
@@ -88,7 +104,7 @@ ANSWERS = [  # (what the answer block holds, target, answer)
     ("044 + 19 + 35", "98", 0),
     ("0 * 4 * 9", "0", 1),
     ("00 * 4 * 9", "0", 0),
-    ("44**19**35", "98", 0),
+    ("44**2", "1936", 0),
     ("2 ** 3 * 1", "8", 0),
     ("2 * * 3 * 1", "8", 0),
     ("(2 + 1) + 3 * 1", "8", 0),
@@ -128,7 +144,6 @@ ANSWERS = [  # (what the answer block holds, target, answer)
 
 MILLION = 1_000_000
 MONSTERS = {  # name: (completion, answer, format)
-    "powers of powers": ("so</think>\n<answer>44**19**35</answer>", 0, 1.0),
     "deep": (f"so</think>\n<answer>{'(' * MILLION}{RIGHT}{')' * MILLION}</answer>", 0, 1.0),
     "open parentheses": ("so</think>\n<answer>" + "(" * MILLION + "</answer>", 0, 1.0),
     "ten megabytes of digits": ("so</think>\n<answer>" + "9" * 10 * MILLION + "</answer>", 0, 1.0),
@@ -149,14 +164,14 @@ MONSTERS = {  # name: (completion, answer, format)
 def test_layout(name: str) -> None:
     completion, answer, layout = LAYOUTS[name]
     score = get_task("countdown").score(example(), completion)
-    assert score.parts == {"answer": answer, "format": layout, "strict": answer if layout == 1.0 else 0}
+    assert paper_parts(score) == (answer, layout, answer if layout == 1.0 else 0)
     assert score.reward == answer + 0.1 * layout
 
 
 @pytest.mark.parametrize(("text", "target", "answer"), ANSWERS)
 def test_answer(text: str, target: str, answer: int) -> None:
     score = get_task("countdown").score(example(target), f"so</think>\n<answer>{text}</answer>")
-    assert score.parts == {"answer": answer, "format": 1.0, "strict": answer}
+    assert paper_parts(score) == (answer, 1.0, answer)
 
 
 @pytest.mark.parametrize("name", MONSTERS)
@@ -165,7 +180,7 @@ def test_monster(name: str) -> None:
     task, start = get_task("countdown"), time.process_time()
     score = task.score(example(), completion)
     assert time.process_time() - start < 1
-    assert score.parts == {"answer": answer, "format": layout, "strict": answer if layout == 1.0 else 0}
+    assert paper_parts(score) == (answer, layout, answer if layout == 1.0 else 0)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -194,12 +209,12 @@ def test_plain_prompt_needs_no_open_turn() -> None:
 def test_tags_are_found_as_regular_expressions_find_them() -> None:
     rng = random.Random(0)
     words = ["<think>", "</think>", "\n", "<answer>", "</answer>", "</think>\n<answer>", "1"]
-    exact = re.compile(r"<think>.*?</think>\n<answer>.*?</answer>", re.DOTALL)
+    exact = re.compile(r"<think>.*?</think>\n<answer>.*?</answer>\n?", re.DOTALL)
     hits = 0
     for _ in range(20_000):
         text = "".join(rng.choices(words, k=rng.randint(0, 8)))
         blocks = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
-        assert last_answer(text) == (blocks[-1] if blocks else None), text
+        assert last_block(text) == (blocks[-1] if blocks else None), text
         is_exact = exact.fullmatch("<think>" + text) is not None
         assert (format_score(text, has_answer=bool(blocks)) == 1.0) == is_exact, text
         hits += is_exact

@@ -75,9 +75,8 @@ def test_a_verl_row_brings_its_prompt(tmp_path: Path) -> None:
     prompt = [{"role": "user", "content": "Two or three?"}, {"role": "assistant", "content": "The answer"}]
     example = load(tmp_path, "arc-challenge", {"prompt": prompt, "reward_model": {"ground_truth": "C"}})
     assert example.prompt == tuple(prompt) and example.answer == "C"
-    assert get_task("arc-challenge").score(example, " is (C)") == Score(
-        1.0, dict.fromkeys(("answer", "format", "strict"), 1.0)
-    )
+    parts = dict.fromkeys(("answer", "format", "paper", "strict", "robust"), 1.0)
+    assert get_task("arc-challenge").score(example, " is (C)") == Score(1.0, parts)
 
 
 @pytest.mark.parametrize(
@@ -234,6 +233,6 @@ def test_real_rows(task: str, folder: str, split: str, count: int) -> None:
         form = {"gsm8k": e.meta.get("answer"), "proofwriter": f"\nAnswer: {e.answer}"}
         choices = grader.choices(e) if task not in form else None
         text = choices.options[choices.right] if choices else form[task]
-        assert grader.score(e, text).parts == {"answer": 1.0, "format": 1.0, "strict": 1.0}, e
+        assert set(grader.score(e, text).parts.values()) == {1.0}, e
         if choices:
             assert sum(grader.score(e, option).reward for option in choices.options) == 1

@@ -9,23 +9,38 @@ from es_jax.tasks import TASKS, Example, get_task
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs/tasks.md").read_text()
 TABLES = dict(re.findall(r"^### (\S+)\n(.*?)(?=^#|\Z)", TEXT, flags=re.M | re.S))
-ROW = re.compile(r"^\| `(.*)` \| (.*?) \| (.*?) \| (.*?) \| (.*?) \| .* \|$", flags=re.M)
+ROW = re.compile(r"^\| `(.*)` \| (.*?) \| (.*?) \| (.*?) \| (.*?) \| (.*?) \| .* \|$", flags=re.M)
 ROWS = [(task, *row) for task, text in TABLES.items() for row in ROW.findall(text)]
+READ = TEXT.partition("## What the robust grader reads\n")[2].partition("\n## ")[0]
+READS = re.findall(r"^\| `(.*)` \| (.*?) \| (.*?) \| (.*?) \| (.*?) \| (.*?) \|$", READ, flags=re.M)
 
 
-@pytest.mark.parametrize(("task", "completion", "answer", "paper", "form", "strict"), ROWS)
-def test_row(task: str, completion: str, answer: str, paper: str, form: str, strict: str) -> None:
+def parts_of(task: str, grader: str, completion: str, answer: str) -> dict[str, float]:
     example = Example("0", "?", answer, {"numbers": (44, 19, 35), "target": answer} if task == "countdown" else {})
-    completion = completion.replace("\\n", "\n")
-    parts = {"format": float(form), "strict": float(strict)}
-    assert get_task(task).score(example, completion).parts == {"answer": float(paper)} | parts
-    assert get_task(task, grader="strict").score(example, completion).parts == {"answer": float(strict)} | parts
+    return dict(get_task(task, grader=grader).score(example, completion.replace("\\n", "\n")).parts)
 
 
-def test_every_task_with_two_graders_has_a_table() -> None:
+@pytest.mark.parametrize(("task", "completion", "answer", "paper", "form", "strict", "robust"), ROWS)
+def test_row(task: str, completion: str, answer: str, paper: str, form: str, strict: str, robust: str) -> None:
+    verdicts = {"paper": float(paper), "strict": float(strict), "robust": float(robust)}
+    for grader, verdict in verdicts.items():
+        parts = {"answer": verdict, "format": float(form), **verdicts}
+        assert parts_of(task, grader, completion, answer) == parts
+
+
+@pytest.mark.parametrize(("completion", "task", "answer", "paper", "strict", "robust"), READS)
+def test_what_the_robust_grader_reads(
+    completion: str, task: str, answer: str, paper: str, strict: str, robust: str
+) -> None:
+    verdicts = {"paper": float(paper), "strict": float(strict), "robust": float(robust)}
+    parts = parts_of(task, "robust", completion, answer)
+    assert {name: parts[name] for name in verdicts} == verdicts and parts["answer"] == verdicts["robust"]
+
+
+def test_every_task_with_graders_has_a_table() -> None:
     assert set(TABLES) == {name for name in TASKS if hasattr(get_task(name), "grader")}
     assert all(len([row for row in ROWS if row[0] == name]) >= 5 for name in TABLES)
-    assert len(ROWS) == TEXT.count("\n| `") - len(
+    assert len(READS) >= 20 and len(ROWS) + len(READS) == TEXT.count("\n| `") - len(
         re.findall(r"^\| `[a-z0-9…-]+` \| ", TEXT.partition("##")[0], flags=re.M)
     )
 

@@ -178,7 +178,7 @@ def test_the_command_trains_resumes_and_ends_mistakes_with_one_sentence(tiny_mod
     assert "es.sigma was 0.001 and is 0.5" in out.stderr
 
     mistakes = {
-        "--config.es.sgima=0.5": 'Did you mean "sigma"',
+        "--config.es.sgima=0.5": "did you mean 'es.sigma'?",
         "--config=configs/conciseness.py:populatio=3": "did you mean 'population'",
         "--config=README.md": "es_jax.train: ",
         "--config.es.population=many": "population",

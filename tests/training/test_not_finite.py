@@ -72,7 +72,8 @@ def promotion():
 )
 def test_weights_end_a_run_at_their_step(groups, remedy, tiny_model, tmp_path):
     with pytest.raises(ValueError, match=r"^step 1: its weights are NaN, infinite or too large.* in \w+/") as error:
-        run(config_of(tiny_model, **groups, train={"checkpoint_every": 1}), tmp_path)
+        es = {"rewards": "random"} | groups.get("es", {})  # they are not all equal
+        run(config_of(tiny_model, **groups | {"es": es, "train": {"checkpoint_every": 1}}), tmp_path)
     assert remedy in str(error.value) and "nothing of the step is kept" in str(error.value)
     assert not read_entries(tmp_path) and not saved_steps(tmp_path) and not read_jsonl(tmp_path / "metrics.jsonl")
     assert not (tmp_path / "DONE").exists()
@@ -111,7 +112,8 @@ def test_the_steps_before_stay_and_the_run_goes_on_from_them(number, tiny_model,
 def test_a_log_and_a_checkpoint_with_broken_weights_are_refused(tiny_model, tmp_path, monkeypatch):
     """What a run left that did not look at its weights."""
     monkeypatch.setattr(loop._Run, "_check_finite", lambda *_: None)
-    config = config_of(tiny_model, optim={"learning_rate": 1e38, "anchor": {}}, train={"steps": 2}, evals={"every": 0})
+    large = {"optim": {"learning_rate": 1e38, "anchor": {}}, "es": {"rewards": "random"}}
+    config = config_of(tiny_model, **large, train={"steps": 2}, evals={"every": 0})
     run(config, tmp_path / "run")
     assert saved_steps(tmp_path / "run") == [2]
     for weights in (
@@ -130,9 +132,10 @@ def test_a_log_and_a_checkpoint_with_broken_weights_are_refused(tiny_model, tmp_
 
 @pytest.mark.parametrize("rate", [1e38, 1e30])
 def test_weights_end_a_run_of_grpo(rate, tiny_model, tmp_path):
-    with pytest.raises(ValueError, match=r"^step 2: its weights are NaN, infinite or too large.* in \w+/"):
-        run(config_of(tiny_model, GRPO, optim={"learning_rate": rate}), tmp_path)
-    assert len(read_entries(tmp_path)) == 1 and not saved_steps(tmp_path)  # the first step's rewards were equal
+    with pytest.raises(ValueError, match=r"^step \d: its weights are NaN, infinite or too large.* in \w+/") as error:
+        run(config_of(tiny_model, GRPO, optim={"learning_rate": rate}, train={"steps": 9}), tmp_path)
+    step = len(read_entries(tmp_path)) + 1  # the first whose rewards are not all equal
+    assert str(error.value).startswith(f"step {step}:") and all(saved < step for saved in saved_steps(tmp_path))
 
 
 class Strange(Conciseness):

@@ -1,0 +1,431 @@
+"""The robust grader against what a careful person would mark."""
+
+from fractions import Fraction
+
+import pytest
+
+from es_jax.tasks import Example, get_task
+from es_jax.tasks.robust import stated_choice, stated_number, stated_truth
+
+NUMBERS = [  # (completion, the number that it ends on)
+    ("\\boxed{9{,}500}", "9500"),
+    ("9 500", "9500"),
+    ("−5", "-5"),
+    ("1e3", "1000"),
+    ("2 1/2", "5/2"),
+    (".5", "1/2"),
+    ("#### 9\\,500", "9500"),
+    ("#### 9 500", "9500"),
+    ("#### 9\u202f500", "9500"),
+    ("#### 9\xa0500", "9500"),
+    ("#### 9'500", "9500"),
+    ("#### 9_500", "9500"),
+    ("#### $9,500.00", "9500"),
+    ("#### 1.5e3", "1500"),
+    ("#### 1.5E-3", "3/2000"),
+    ("#### 1.2×10^3", "1200"),
+    ("\\boxed{1.2 \\times 10^{3}}", "1200"),
+    ("#### 10³", "1000"),
+    ("#### 5·10⁻³", "1/200"),
+    ("\\boxed{\\frac{5}{2}}", "5/2"),
+    ("\\boxed{2\\frac{1}{2}}", "5/2"),
+    ("\\boxed{\\dfrac12}", "1/2"),
+    ("#### ½", "1/2"),
+    ("#### 2½", "5/2"),
+    ("#### 2 and 1/2", "5/2"),
+    ("#### –5", "-5"),
+    ("#### - 5", "-5"),
+    ("#### -$5", "-5"),
+    ("#### $-5", "-5"),
+    ("#### +5", "5"),
+    ("#### (−5)", "-5"),
+    ("#### -.5", "-1/2"),
+    ("#### 5.", "5"),
+    ("#### 50%", "50"),
+    ("#### 1,00,000", "100000"),
+    ("#### 1.250,50", "2501/2"),
+    ("#### 0,5", "1/2"),
+    ("#### 1.234.567", "1234567"),
+    ("#### ７２", "72"),
+    ("#### ٧٢", "72"),
+    ("#### 72 clips", "72"),
+    ("#### x = 72", "72"),
+    ("#### The answer is 72", "72"),
+    ("#### Answer: 72", "72"),
+    ("**72**", "72"),
+    ("The answer is **72**.", "72"),
+    ("the answer is clearly 72", "72"),
+    ("so \\boxed{\\text{seventy-two}}", "72"),
+    ("Answer: one hundred and five", "105"),
+    ("#### 1.2 million", "1200000"),
+    ("#### 5k", "5000"),
+    ("48, then 72", "72"),
+    ("#### 72/0", None),
+    ("#### 48 + 24 = 72", "72"),
+    ("#### 72 = 48 + 24", "72"),
+    ("#### 48 + 24", None),
+    ("#### 72 or 71", None),
+    ("The answer is 72. It took 3 steps.", "72"),
+    ("#### 0", "0"),
+    ("\\boxed{0}", "0"),
+    ("#### 72\n\nQuestion: 5 + 5?\n#### 10", "72"),
+    ("<think>so 5", None),
+    ("<think>so 5</think>7", "7"),
+    ("<think>#### 5", "5"),
+    ("\\[ \\boxed{72} \\]", "72"),
+    ("$\\boxed{72}$ dollars in 3 days", "72"),
+    ("\\boxed{72\\text{ clips}}", "72"),
+    ("\\boxed{72^\\circ}", "72"),
+    ("It has 72 cm^2", "72"),
+    ("72 cm²", "72"),
+    ("$72.50", "145/2"),
+    ("<answer>\n72\n</answer>", "72"),
+    ("<ANSWER>72</ANSWER>", "72"),
+    ("answer: about 72", "72"),
+    ("#### minus 5", "-5"),
+    ("negative 5", "-5"),
+    ("3 #### $1/$2", "1/2"),
+    ("#### 1/.5", "2"),
+    ("#### 1e3/2", None),
+    ("1 234 567", "1234567"),
+    ("#### 9{,}500", "9500"),
+    ("$9{,}500", "9500"),
+    ("\\boxed{$9,500}", "9500"),
+    ("\\boxed{\\$9{,}500.00}", "9500"),
+    ("The answer is: $$72$$", "72"),
+    ("The final answer is $\\boxed{-\\frac{3}{4}}$.", "-3/4"),
+    ("\\boxed{−2 1/2}", "-5/2"),
+    ("1.000", "1"),
+    ("3/4", "3/4"),
+    ("¾", "3/4"),
+    ("#### 1 / 2", "1/2"),
+    ("seventy-two", "72"),
+    ("#### **72**", "72"),
+    ("#### `72`", "72"),
+    ("####72", "72"),
+    ("##### 72", "72"),
+    ("####\n72", "72"),
+    ("Total: 72", "72"),
+    ("72 and done", "72"),
+    ("#### €72", "72"),
+    ("#### 72€", "72"),
+    ("#### 72 000 €", "72000"),
+    ("-5", "-5"),
+    ("– 5", "-5"),
+    ("−5 degrees", "-5"),
+    ("1E3", "1000"),
+    ("1e+3", "1000"),
+    ("10^3", "1000"),
+    ("1 * 10^3", "1000"),
+    ("1 x 10^3", "1000"),
+    ("2 ½", "5/2"),
+    ("0.5", "1/2"),
+    ("¼", "1/4"),
+    ("12:30", None),
+    ("1st", None),
+]
+LETTERS = [  # of A to E
+    ("the answer is clearly B", "B"),
+    ("**B**", "B"),
+    ("Option B", "B"),
+    ("The answer is (B).", "B"),
+    ("The answer is: **B**", "B"),
+    ("Answer: B", "B"),
+    ("answer is option B", "B"),
+    ("\\boxed{B}", "B"),
+    ("\\boxed{\\text{(B)}}", "B"),
+    ("(B)", "B"),
+    ("B.", "B"),
+    ("B) text", "B"),
+    ("B. a stone", "B"),
+    ("I choose D", "D"),
+    ("the correct option is B", "B"),
+    ("<answer>B</answer>", "B"),
+    ("#### D", "D"),
+    ("I'd go with B", "B"),
+    ("B is correct", "B"),
+    ("(B) is the correct answer.", "B"),
+    ("Final answer: $B$", "B"),
+    ("“B”", "B"),
+    ("'B'", "B"),
+    ("[B]", "B"),
+    ("`B`", "B"),
+    ("b", "B"),
+    ("b)", "B"),
+    ("(b)", "B"),
+    ("The answer is b.", "B"),
+    ("The answer is a stone", None),
+    ("A stone sinks, so B", "B"),
+    ("A stone sinks.", None),
+    ("I think it is D", "D"),
+    ("The answer is A", "A"),
+    ("The answer is A because it sinks", "A"),
+    ("The answer is (A)", "A"),
+    ("A", "A"),
+    ("a", "A"),
+    ("The answer is not A, it is B", "B"),
+    ("The answer is not A.", None),
+    ("The answer is B. Option C would be too heavy.", "B"),
+    ("Option C is wrong, so B", "B"),
+    ("The answer is (B) or (C)", None),
+    ("B or C", None),
+    ("The answer is (C), no, the answer is (B)", "B"),
+    ("The answer is B, not C", "B"),
+    ("The answer is most likely B", "B"),
+    ("The answer must be B", "B"),
+    ("It must be B.", "B"),
+    ("The answer isB", "B"),
+    ("Ｂ", "B"),
+    ("Ⓑ", "B"),
+    ("𝐁", "B"),
+    ("The answer is (B).\n\nQuestion: what?\nThe answer is (C).", "B"),
+    ("<think>Maybe A</think>B", "B"),
+    ("<think>Maybe the answer. B", None),
+    ("The answer is **(B)** a stone", "B"),
+    ("**Answer:** B", "B"),
+    ("**Answer: (B)**", "B"),
+    ("The correct answer is B: a stone", "B"),
+    ("Answer - B", "B"),
+    ("ANSWER: B", "B"),
+    ("answer=B", "B"),
+    ("{B}", "B"),
+    ("Choice B", "B"),
+    ("Letter B", "B"),
+    ("B, since it sinks", "B"),
+    ("B because it sinks", "B"),
+    ("The answer: (B)", "B"),
+    ("The best answer is B", "B"),
+    ("The answer is therefore B", "B"),
+    ("The answer is simply (B)", "B"),
+    ("The answer would be B", "B"),
+    ("So, B", "B"),
+    ("Correct answer: B", "B"),
+    ("Thus the right choice is B.", "B"),
+    ("The answer is obviously B!", "B"),
+    ("The answer is definitely option (B).", "B"),
+    ("The answer is indeed B", "B"),
+    ("The answer is, of course, B", "B"),
+    ("The answer is in fact B", "B"),
+    ("The answer is without doubt B", "B"),
+    ("The answer appears to be B", "B"),
+    ("Hence B", "B"),
+    ("My answer: B.", "B"),
+    ("E = mc^2, so B", "B"),
+    ("D'accord, B", "B"),
+    ("A. stone\nB. wood\nC. air", None),
+    ("The answer to this question is B", "B"),
+    ("I believe the answer is B", "B"),
+    ("B is the answer", "B"),
+    ("B!", "B"),
+    ("It's B", "B"),
+    ("It is B", "B"),
+    ("I pick (B)", "B"),
+    ("The answer is \n\n(D)", "D"),
+    ("\\boxed{\\textbf{B}}", "B"),
+    ("$\\boxed{\\mathrm{B}}$", "B"),
+    ("\\(\\boxed{B}\\)", "B"),
+    ("<|im_start|>B<|im_end|>", "B"),
+    ("Option B: a stone", "B"),
+    ("option (b)", "B"),
+    ("(B) a stone", "B"),
+    ("Option A is wrong. Option B.", "B"),
+    ("Both A and B", None),
+    ("None of the above", None),
+    ("The answer is B and C", None),
+    ("The answer is B) a stone", "B"),
+    ("The answer is 'B'", "B"),
+    ("The answer is C. Wait, the answer is B.", "B"),
+    ("The answer is B.\nExplanation: A is too light, C floats, D too.", "B"),
+    ("B\n\nExplanation: a stone sinks (see C).", "B"),
+    ("(B)\nExplanation: C is wrong.", "B"),
+]
+MORE_LETTERS = [  # of A to J
+    ("The answer is I", "I"),
+    ("I think so.", None),
+    ("I believe the answer is J", "J"),
+    ("F(x) is J", "J"),
+    ("2.5 e 7", None),
+    ("Let I be it. The answer is I.", "I"),
+    ("ı", None),
+    ("I", "I"),
+    ("The answer is clearly J", "J"),
+    ("J", "J"),
+]
+DIGITS = [  # of 0 to 3
+    ("2", "2"),
+    ("(2)", "2"),
+    ("Ending 2", "2"),
+    ("**2**", "2"),
+    ("The answer is clearly 2", "2"),
+    ("Of the 3 others, 2", "2"),
+    ("In 1999 he left", None),
+    ("45", None),
+    ("12", None),
+    ("0 or 2", None),
+    ("Ending 2 fits best", "2"),
+    ("2.5", None),
+    ("50%", None),
+    ("２", "2"),
+    ("②", "2"),
+    ("²", None),
+    ("½", None),
+    ("2nd", None),
+    ("Option 2 is right, 1 is wrong", "2"),
+    ("2 is better than 1", "2"),
+    ("The best ending is 2", "2"),
+    ("\\boxed{2}", "2"),
+    ("Ending two", "2"),
+    ("two", "2"),
+    ("[2]", "2"),
+    ("2: he pours", "2"),
+    ("I choose 1", "1"),
+    ("The answer is 1.", "1"),
+    ("Answer: (2)", "2"),
+    ("2.", "2"),
+    ("ending #2", "2"),
+    ("No. 2", "2"),
+    ("number 2", "2"),
+]
+TRUTHS = [
+    ("Answer: True", "true"),
+    ("**Answer: True**", "true"),
+    ("The answer is **False**", "false"),
+    ("Answer:\n\nUnknown", "unknown"),
+    ("It is True that Anne is kind, so this is false.", "false"),
+    ("untrue", None),
+    ("Kind is true, so it is not false", "true"),
+    ("Answer: True or False", None),
+    ("Answer: Yes", None),
+    ("The statement is unknown.", "unknown"),
+    ("\\boxed{True}", "true"),
+    ("Answer: \\text{True}", "true"),
+    ("<answer>True</answer>", "true"),
+    ("#### True", "true"),
+    ("It cannot be determined.", "unknown"),
+    ("Answer: Undetermined", "unknown"),
+    ("Answer: True\nUnless it is false.", "true"),
+    ("Answer: True\n\nQuestion: x\nAnswer: False", "true"),
+    ("TRUE", "true"),
+    ("The answer is clearly true", "true"),
+    ("The statement is true, not false", "true"),
+    ("neither true nor false", "unknown"),
+    ("Answer: `False`", "false"),
+    ('Answer: "False"', "false"),
+    ("Final Answer: False.", "false"),
+    ("The statement is therefore False because no rule says it is true.", "false"),
+    ("Answer: true (by rule 2, false otherwise)", "true"),
+    ("Option True", "true"),
+    ("Ａnswer: Ｔｒｕｅ", "true"),
+]
+EXPRESSIONS = [  # (completion after <think>, target, verdict); the numbers are 44, 19, 35
+    ("so</think>\n<answer>44 + 19 + 35</answer>", "98", 1),
+    ("so</think>\n<answer>\n44 + 19 + 35\n</answer>\n", "98", 1),
+    ("so</think><answer>44 + 19 + 35 = 98</answer>", "98", 1),
+    ("so</think><answer>98 = 44 + 19 + 35</answer>", "98", 1),
+    ("so</think><answer>44 + 19 + 35 = 63 + 35 = 98</answer>", "98", 1),
+    ("so</think><answer>44 + 19 + 35 = 97</answer>", "98", 0),
+    ("so</think><answer>44 + 19 = 98</answer>", "98", 0),
+    ("so</think><answer>98</answer>", "98", 0),
+    ("so</think><ANSWER>44 + 19 + 35</ANSWER>", "98", 1),
+    ("so</think><answer>44 + 19 + 35", "98", 1),
+    ("so</think>\n44 + 19 + 35.", "98", 1),
+    ("so</think>\nThe answer is 44 + 19 + 35", "98", 1),
+    ("so</think>\nAnswer: **44 + 19 + 35**", "98", 1),
+    (r"so</think>\boxed{44 + 19 + 35}", "98", 1),
+    (r"so</think>$$\boxed{44 \times (35 - 19)}$$", "704", 1),
+    (r"so</think><answer>\left(44 - 19\right) \cdot 35</answer>", "875", 1),
+    (r"so</think><answer>44 + \frac{19}{35} </answer>", "44.542857", 1),
+    ("so</think><answer>[44 − 19] × 35</answer>", "875", 1),
+    ("so</think><answer>{44 – 19} · 35</answer>", "875", 1),
+    ("so</think><answer>(44 - 19)(35)</answer>", "875", 1),
+    ("so</think><answer>44 x 35 - 19</answer>", "1521", 1),
+    ("so</think><answer>４４ + 19 + 35</answer>", "98", 1),
+    ("so</think><answer>44 + 19 + 35</answer><|im_end|>", "98", 1),
+    ("so</think><answer>44</answer> no, <answer>44 + 19 + 35</answer>", "98", 1),
+    ("so</think><answer>44 + 19 + 35</answer> no, <answer>44</answer>", "98", 0),
+    ("so 44 + 19 + 35", "98", 0),
+    ("so\n44 + 19 + 35", "98", 0),
+    ("so <answer>44 + 19 + 35</answer>", "98", 1),
+    ("so</think><answer>44 ** 19 + 35</answer>", "98", 0),
+    ("so</think><answer>(44)**(19) + 35</answer>", "871", 0),
+    ("so</think><answer>44 // 19 - 35</answer>", "-33", 0),
+    ("so</think><answer>44 + 19 + 35 " + "= 98 " * 200 + "</answer>", "98", 0),  # too long
+    ("so</think><answer>44 + 19 + 35" + " " * 300 + "- 1</answer>", "98", 0),
+    ("so</think>\n" + "98 = " * 200 + "44 + 19 + 35", "98", 0),
+    ("so</think>", "98", 0),
+    ("", "98", 0),
+]
+OPTIONS = ("a stone", "a cloud", "A leaf.", "none of these")
+TEXTS = [  # (completion, the label of the option that it names)
+    ("The answer is a cloud.", "B"),
+    ("Answer: A leaf", "C"),
+    ("It is heavy.\nA stone", "A"),
+    ("<answer>none of these</answer>", "D"),
+    ("The answer is a bird.", None),
+    ("A stone sinks.", None),
+]
+
+
+@pytest.mark.parametrize(("completion", "number"), NUMBERS)
+def test_number(completion: str, number: str | None) -> None:
+    assert stated_number(completion) == (None if number is None else Fraction(number))
+    for answer in ("123456", number or "7"):
+        score = get_task("gsm8k", grader="robust").score(Example("0", "?", str(float(Fraction(answer)))), completion)
+        assert score.parts["answer"] == score.parts["robust"] == (answer == number)
+
+
+@pytest.mark.parametrize(
+    ("task", "completion", "label"),
+    [
+        *(("arc-challenge", *case) for case in LETTERS),
+        *(("mmlu-pro", *case) for case in MORE_LETTERS),
+        *(("hellaswag", *case) for case in DIGITS),
+    ],
+)
+def test_choice(task: str, completion: str, label: str | None) -> None:
+    labels = {"arc-challenge": "ABCDE", "mmlu-pro": "ABCDEFGHIJ", "hellaswag": "0123"}[task]
+    assert stated_choice(completion, "", labels) == label
+    rewards = [get_task(task, grader="robust").score(Example("0", "?", x), completion).reward for x in labels]
+    assert rewards == [x == label for x in labels]
+
+
+@pytest.mark.parametrize(("completion", "label"), TEXTS)
+def test_an_options_text_is_its_label(completion: str, label: str | None) -> None:
+    example = Example("0", "?", label or "A", {"options": OPTIONS})
+    assert get_task("arc-challenge").score(example, completion).parts["robust"] == (label is not None)
+    assert stated_choice(completion, "", "ABCDE", OPTIONS) == label
+
+
+@pytest.mark.parametrize(("completion", "label"), TRUTHS)
+def test_truth(completion: str, label: str | None) -> None:
+    assert stated_truth(completion) == label
+    answers = ("True", "False", "Unknown")
+    rewards = [get_task("proofwriter").score(Example("0", "?", x), completion).parts["robust"] for x in answers]
+    assert rewards == [x.lower() == label for x in answers]
+
+
+@pytest.mark.parametrize(("completion", "target", "verdict"), EXPRESSIONS)
+def test_expression(completion: str, target: str, verdict: int) -> None:
+    prompt = ({"role": "user", "content": "?"}, {"role": "assistant", "content": "Well.\n<think>"})
+    example = Example("0", prompt, None, {"numbers": (44, 19, 35), "target": target})
+    score = get_task("countdown", grader="robust").score(example, completion)
+    assert score.parts["answer"] == score.parts["robust"] == verdict
+    assert score.reward == verdict + 0.1 * score.parts["format"]
+
+
+def test_the_prompts_opening_is_not_read_but_a_thought_may_begin_in_it() -> None:
+    assert stated_number("", "It is 5. #### 5") is None and stated_number(" 72", "5, no: ####") == 72
+    assert (
+        stated_choice("", "The answer is (A).", "ABCDE") is None
+        and stated_choice("B)", "The answer is (", "ABCDE") == "B"
+    )
+    assert stated_truth("", "True or False?") is None
+    assert stated_number("so 5", "<think>") is None and stated_number("so 5</think>7", "<think>") == 7
+    assert stated_choice("so B", "<think>", "ABCDE") is None and stated_truth("it is true", "<think>") is None
+    assert stated_number("so #### 5", "<think>") == 5  # it states an answer
+
+
+def test_only_the_end_of_a_long_completion_is_read() -> None:
+    assert stated_number("#### 72" + " " * 10_000) == 72
+    assert stated_number("#### 72\n" + "no " * 3000) is None
+    assert stated_number("#### " + "9" * 2000) is None  # no person would read that
