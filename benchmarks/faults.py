@@ -1,7 +1,7 @@
 """Faults on purpose: kills, damaged files, hostile completions, a full disk, no network, NaN rewards, a dead process.
 
 Command:  python -m benchmarks.faults [--only=KIND,…] [--trials=N] [--seed=0] [--json[=FILE]]
-Cost:     MINUTES on 2 CPU cores.
+Cost:     about 5 minutes on 2 CPU cores.
 Result:   docs/reliability.md: no trial ended with other weights than it should, or without a sentence of ours.
 
 Each trial is one fault, drawn from the seed, and ends in one of four ways:

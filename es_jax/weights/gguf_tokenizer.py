@@ -64,7 +64,8 @@ def from_gguf_metadata(metadata: Metadata) -> Any:
     try:
         tokenizer = build(metadata, special)
     except Exception as error:  # whatever the library meets in damaged files
-        raise ValueError(f"its tokenizer is damaged ({error}); fetch it again, or {_FOLDER}") from error
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"its tokenizer is damaged ({reason}); fetch it again, or {_FOLDER}") from error
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         chat_template=metadata.get("tokenizer.chat_template"),

@@ -18,10 +18,13 @@ def from_folder(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        words = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     except Exception as error:  # whatever the library meets in damaged files
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ValueError(f"{folder}: no tokenizer could be read ({reason}); add its tokenizer.json") from error
+    if not isinstance(words.model_max_length, int | float):  # transformers compares it when it first encodes
+        raise ValueError(f"{folder}: model_max_length is {words.model_max_length!r}: it must be a number")
+    return words
 
 
 def stop_token_ids(tokenizer: Any, *eos: int | list[int] | None) -> tuple[int, ...]:
