@@ -166,14 +166,18 @@ def _folder(workdir: Path) -> Path:
 
 def _manager(folder: Path, **options: Any) -> ocp.CheckpointManager:
     """Processes wait for one another outside of the devices, which may be at work that nobody waits for any more."""
-    for step in sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()):
-        with _restoring(folder / str(step), "the run goes on from an older one or from the seed log"):
-            _check_sums(folder / str(step), depth=1)  # the few bytes that the manager reads at once
     count = jax.process_count()
     over_the_store = ocp.options.MultiprocessingOptions(active_processes=set(range(count)) if count > 1 else None)
-    return ocp.CheckpointManager(
-        folder, options=ocp.CheckpointManagerOptions(multiprocessing_options=over_the_store, **options)
-    )
+    manager_options = ocp.CheckpointManagerOptions(multiprocessing_options=over_the_store, **options)
+    try:
+        return ocp.CheckpointManager(folder, options=manager_options)
+    except Exception as error:  # it reads a file of each checkpoint: which is damaged?
+        for step in sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()):
+            with _restoring(folder / str(step), "the run goes on from an older one or from the seed log"):
+                _check_sums(folder / str(step), depth=1)
+        raise OSError(
+            f"the checkpoints in {folder} cannot be read ({_reason(error)}): delete the damaged one"
+        ) from error
 
 
 def abstract(tree: Any) -> Any:
