@@ -68,7 +68,7 @@ def over_groups(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(GROUPS))
 
 
-def place(tree: Any, sharding: NamedSharding) -> Any:
+def to_devices(tree: Any, sharding: NamedSharding) -> Any:
     """Host arrays, the same in all processes, on the devices of the mesh; each process fills its own."""
     if sharding.is_fully_addressable:
         return jax.device_put(tree, sharding)

@@ -109,8 +109,8 @@ def check() -> None:
         if stop:
             _put(f"{_round}/all", _STOP)
     elif jax.process_count() > 1:
-        asked, stop = stop, _look(f"{_round}/all") == _STOP
-        if asked and not stop:
+        terminated, stop = stop, _look(f"{_round}/all") == _STOP
+        if terminated and not stop:
             _put("stop", True, overwrite=True)
     if stop:
         raise Preempted

@@ -64,35 +64,35 @@ def anchored_norm(
     return walk * math.sqrt(q**2 * (1 - q ** (2 * steps)) / (1 - q**2) / steps)
 
 
-def strength_for_drift(
-    drift: float, *, learning_rate: float, sigma: float, population: int, penalty: str = "l2"
+def strength_for_kappa(
+    kappa: float, *, learning_rate: float, sigma: float, population: int, penalty: str = "l2"
 ) -> float:
     """λ with which a weight drifts κσ in the long run: α / (2Nκ²σ²) for l2, α / (√2·Nκσ) for l1.
 
     Args:
-      drift: κ > 0, the wanted stationary standard deviation of a weight in units of σ. The published strengths
+      kappa: κ > 0, the wanted stationary standard deviation of a weight in units of σ. The published strengths
         are κ ≈ 0.91 (l2) and 1.18 (l1).
 
-    >>> round(strength_for_drift(0.91, learning_rate=5e-4, sigma=1e-3, population=30), 1)
+    >>> round(strength_for_kappa(0.91, learning_rate=5e-4, sigma=1e-3, population=30), 1)
     10.1
     """
     _check(penalty, 0.0)
-    if not drift > 0:
-        raise ValueError(f"drift is {drift}: κ must be above 0; 1.0 lets a weight drift by one σ")
+    if not kappa > 0:
+        raise ValueError(f"kappa is {kappa}: κ must be above 0; 1.0 lets a weight drift by one σ")
     if penalty == "l1":
-        return learning_rate / (math.sqrt(2) * population * drift * sigma)
-    return learning_rate / (2 * population * drift**2 * sigma**2)
+        return learning_rate / (math.sqrt(2) * population * kappa * sigma)
+    return learning_rate / (2 * population * kappa**2 * sigma**2)
 
 
-def drift_for_strength(
+def kappa_for_strength(
     strength: float, *, learning_rate: float, sigma: float, population: int, penalty: str = "l2"
 ) -> float:
-    """κ, the stationary drift in units of σ that a strength λ > 0 leads to; the inverse of `strength_for_drift`.
+    """κ, the stationary drift in units of σ that a strength λ > 0 leads to; the inverse of `strength_for_kappa`.
 
-    >>> round(drift_for_strength(0.01, learning_rate=5e-4, sigma=1e-3, population=30, penalty="l1"), 2)
+    >>> round(kappa_for_strength(0.01, learning_rate=5e-4, sigma=1e-3, population=30, penalty="l1"), 2)
     1.18
     """
-    one = strength_for_drift(1.0, learning_rate=learning_rate, sigma=sigma, population=population, penalty=penalty)
+    one = strength_for_kappa(1.0, learning_rate=learning_rate, sigma=sigma, population=population, penalty=penalty)
     return one / strength if penalty == "l1" else math.sqrt(one / strength)
 
 

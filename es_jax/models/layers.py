@@ -33,7 +33,7 @@ dot_general = functools.partial(lax.dot_general, preferred_element_type=jnp.floa
 class Transposed:
     """A kernel [D, F] that is held as [F, D], as CPUs multiply few rows fastest (docs/speed.md)."""
 
-    held: Float[Array, "F D"]
+    transposed: Float[Array, "F D"]
 
 
 def linear(
@@ -45,7 +45,7 @@ def linear(
     """
     axis = 0
     if isinstance(kernel, Transposed):  # tied to x, since XLA would turn it round once ahead of a loop
-        (x, kernel), axis = lax.optimization_barrier((x, kernel.held)), 1
+        (x, kernel), axis = lax.optimization_barrier((x, kernel.transposed)), 1
     y = dot_general(x, kernel, (((x.ndim - 1,), (axis,)), ((), ())))
     if bias is not None:
         y = y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape)

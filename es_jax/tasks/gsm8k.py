@@ -79,10 +79,10 @@ class GSM8K(PublishedTask):
         if answer is None:
             raise ValueError(f"example {example.id!r} has the answer {example.answer!r}: gsm8k needs a number")
         turn = turn if completion.strip() else ""  # an opening alone is not an answer
-        asked = ASKED.fullmatch(turn.rstrip()[-TAIL:].rpartition("\n")[2].strip())
+        final = ASKED.fullmatch(turn.rstrip()[-TAIL:].rpartition("\n")[2].strip())
         read = (
             final_number(completion),
-            number(asked[1]) if asked else None,
+            number(final[1]) if final else None,
             stated_number(completion, response_text(example, "")),
         )
         paper, strict, careful = (x is not None and abs(x - answer) <= TOLERANCE for x in read)

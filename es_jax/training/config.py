@@ -490,7 +490,7 @@ class RunConfig:
     def anchor_strength(self) -> float:
         """λ: as set, or what the wanted drift κ needs; 0 without an anchor."""
         anchor = self.optim.anchor
-        return anchor.strength or 0.0 if anchor.kappa is None else self._theory(theory.strength_for_drift, anchor.kappa)
+        return anchor.strength or 0.0 if anchor.kappa is None else self._theory(theory.strength_for_kappa, anchor.kappa)
 
     @property
     def anchor_kappa(self) -> float | None:
@@ -499,7 +499,7 @@ class RunConfig:
         moving = optim.name != "sgd" or not self.record.perturbs or optim.anchor.ema_decay is not None
         if not strength or moving:
             return None
-        return optim.anchor.kappa or self._theory(theory.drift_for_strength, strength)
+        return optim.anchor.kappa or self._theory(theory.kappa_for_strength, strength)
 
     def _theory(self, formula: Any, value: float) -> float:
         return formula(

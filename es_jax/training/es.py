@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 
 from es_jax.core import processes, rng
 from es_jax.core.chunked_map import ceil_div
-from es_jax.core.mesh import GROUPS, MODEL, leaf_spec, only, over_groups, own_rows, place, replicated
+from es_jax.core.mesh import GROUPS, MODEL, leaf_spec, only, over_groups, own_rows, replicated, to_devices
 from es_jax.core.tree import map_named
 from es_jax.es.noise import GaussianNoise
 from es_jax.es.population import Members, Population
@@ -236,7 +236,7 @@ class Evaluator:
                 lanes = members[np.minimum(index, count - 1)]
                 if self.at_once == 1:  # a member's weights are large: those of the last round are to be gone
                     processes.wait(functools.partial(jax.block_until_ready, outputs))
-                lanes = place(lanes, over_groups(self.mesh))
+                lanes = to_devices(lanes, over_groups(self.mesh))
                 perturbed = timed("perturb", processes.launch(self.perturb, params, lanes, perturbed))
                 tokens = np.repeat(prompts.tokens[None], self.lanes, 0)
                 positions = np.where((index < count)[:, None, None], prompts.positions[None], np.int32(-1))
@@ -260,7 +260,7 @@ class Evaluator:
             return
 
         def calls() -> Iterator[tuple[list[range], Any]]:
-            nobody = place(_unperturbed_members(self.lanes), over_groups(self.mesh))
+            nobody = to_devices(_unperturbed_members(self.lanes), over_groups(self.mesh))
             weights = processes.launch(self.perturb, params, nobody)
             for prompts in queues:
                 count, width = prompts.tokens.shape
@@ -277,8 +277,8 @@ class Evaluator:
             yield {lane: (rows[lane], tokens, length) for lane, tokens, length in lanes}
 
     def _rows(self, tokens: np.ndarray, positions: np.ndarray, prefix: np.ndarray) -> Prompts:
-        tokens, positions = place((tokens, positions), over_groups(self.mesh))
-        return Prompts(tokens, positions, place(prefix, replicated(self.mesh)))
+        tokens, positions = to_devices((tokens, positions), over_groups(self.mesh))
+        return Prompts(tokens, positions, to_devices(prefix, replicated(self.mesh)))
 
 
 def _gathered(mesh: Mesh, part: Array, spec: PartitionSpec) -> Array:

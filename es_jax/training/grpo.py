@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Float32, Integer
 
 from es_jax.core import processes, rng
 from es_jax.core.chunked_map import ceil_div, in_blocks
-from es_jax.core.mesh import GROUPS, MODEL, over_groups, own_rows, place, replicated
+from es_jax.core.mesh import GROUPS, MODEL, over_groups, own_rows, replicated, to_devices
 from es_jax.es.shaping import finite_rewards
 from es_jax.generate.engine import Engine
 from es_jax.generate.prompts import Packing, padded_width
@@ -208,9 +208,9 @@ class GRPO:
                 )
                 parts = (rows.tokens, rows.positions, np.asarray(jax.random.key_data(keys)))
                 in_groups = tuple(x.reshape(groups, each, *x.shape[1:]) for x in parts)
-                tokens, positions, data = place(in_groups, over_groups(mesh))
+                tokens, positions, data = to_devices(in_groups, over_groups(mesh))
                 keys = jax.random.wrap_key_data(data, impl=jax.random.key_impl(keys))
-                arguments = (tokens, positions, keys, place(rows.prefix, replicated(mesh)))
+                arguments = (tokens, positions, keys, to_devices(rows.prefix, replicated(mesh)))
                 yield first, timed("decode", processes.launch(self._policy.rollout, self._state.params, *arguments))
 
         for first, outputs in one_ahead(calls()):
@@ -243,7 +243,7 @@ class GRPO:
             # every mini-batch has the same shape; the rest of a smaller one is not computed
             padded = Rows(*(self._micro_batches(x, fill, each) for x, fill in zip(batch, PADDING, strict=True)))
             count = np.int32(ceil_div(len(batch[0]), self._policy.micro_batch))
-            count = place(count, replicated(self._policy.mesh))
+            count = to_devices(count, replicated(self._policy.mesh))
             values.append(timed("update", self._state.advance(self._policy.update, padded, count, rates)))
         values = processes.fetch(values)
         tokens = max(sum(v["tokens"] for v in values), 1)
@@ -259,7 +259,7 @@ class GRPO:
         size = self._policy.micro_batch
         total = ceil_div(max(rows, len(x)), size) * size
         padded = np.concatenate([x, np.full((total - len(x), *x.shape[1:]), fill, x.dtype)])
-        return place(padded.reshape(-1, size, *x.shape[1:]), replicated(self._policy.mesh))
+        return to_devices(padded.reshape(-1, size, *x.shape[1:]), replicated(self._policy.mesh))
 
 
 def side_by_side(

@@ -201,7 +201,7 @@ class _Run:
         heldout = self.recorder.heldout[self.config.task.name].last
         return RunResult(self.workdir, step, self.state.params, self.recorder.reward, heldout)
 
-    def _loop(self, clock: Clock, asked: float) -> None:
+    def _loop(self, clock: Clock, began_run: float) -> None:
         if processes.first():
             (self.workdir / "DONE").unlink(missing_ok=True)
         start = len(self.log.entries)
@@ -216,7 +216,7 @@ class _Run:
                 drift = float(self.state.drift)
                 now = time.monotonic()
             self._check_finite(step, drift, metrics)
-            first = {"seconds_to_first_step": now - asked} if step == start + 1 else {}
+            first = {"seconds_to_first_step": now - began_run} if step == start + 1 else {}
             timings = self._timings(step, clock.seconds(), graded, total=now - began)
             self.recorder.step(entry, graded, drift, metrics, timings | first)
             self.log.append(entry)

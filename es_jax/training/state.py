@@ -16,7 +16,7 @@ from jax.lax import with_sharding_constraint
 from jax.sharding import Mesh, PartitionSpec
 
 from es_jax.core import processes
-from es_jax.core.mesh import make_mesh, place, replicated
+from es_jax.core.mesh import make_mesh, replicated, to_devices
 from es_jax.core.tree import map_named, named_leaves
 from es_jax.es.noise import NOISES, GaussianNoise, SharedSeedNoise
 from es_jax.es.population import Members
@@ -276,7 +276,7 @@ class State:
     def rates(self, rates: Rates) -> Array:
         """(α, αλ) of a step, on every device."""
         pair = np.array([rates.learning_rate, rates.learning_rate * rates.strength], np.float32)
-        return place(pair, replicated(self._mesh))
+        return to_devices(pair, replicated(self._mesh))
 
     def estimate_seconds(self, entry: Entry) -> float:
         """How long the estimate of a step takes alone, the best of three times after the one that compiles it."""
@@ -286,7 +286,7 @@ class State:
 
     def _on_devices(self, entry: Entry) -> tuple[Members, Array]:
         """Members and weights on every device, always from the host: live steps and replays are one program."""
-        return place((entry.members, np.array(entry.weights, np.float32)), replicated(self._mesh))
+        return to_devices((entry.members, np.array(entry.weights, np.float32)), replicated(self._mesh))
 
 
 def anchor_stays(config: RunConfig) -> bool:

@@ -40,19 +40,19 @@ def test_closed_forms_equal_a_simulation(penalty, strength):
 
 
 @pytest.mark.parametrize("penalty", ["l2", "l1"])
-def test_strength_for_drift_is_where_the_walk_settles(penalty):
+def test_strength_for_kappa_is_where_the_walk_settles(penalty):
     alpha, sigma, n, kappa = 1e-4, 1e-3, 30, 0.7
     common = dict(learning_rate=alpha, population=n, penalty=penalty)
-    strength = theory.strength_for_drift(kappa, sigma=sigma, **common)
+    strength = theory.strength_for_kappa(kappa, sigma=sigma, **common)
     settled = theory.anchored_norm(**common, dim=1, steps=10**6, strength=strength)
     assert settled == pytest.approx(kappa * sigma, rel=0.01)
-    assert theory.drift_for_strength(strength, sigma=sigma, **common) == pytest.approx(kappa)
+    assert theory.kappa_for_strength(strength, sigma=sigma, **common) == pytest.approx(kappa)
 
 
 def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="penalty is 'l3'"):
         theory.anchored_norm(**PAPER, population=8, strength=1.0, penalty="l3")
-    with pytest.raises(ValueError, match="drift is 0"):
-        theory.strength_for_drift(0, learning_rate=1e-3, sigma=1e-3, population=8)
+    with pytest.raises(ValueError, match="kappa is 0"):
+        theory.strength_for_kappa(0, learning_rate=1e-3, sigma=1e-3, population=8)
     with pytest.raises(ValueError, match="with l2 it must be below 1"):
         theory.anchored_norm(**PAPER, population=8, strength=3000.0)
