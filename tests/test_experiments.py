@@ -36,6 +36,7 @@ def test_a_sequence_is_pulled_where_it_says():
 def test_a_case_runs_once_and_is_reported(tmp_path, monkeypatch, capsys):
     config = lab.get_config("steps=1")
     config.update_from_flattened_dict({"task.prompts_per_step": 4, "evals.rows": 8, "evals.tasks": ("lab-add",)})
+    config.es.rewards = "random"  # so that the step moves the weights
     cases = [Case.of(config, target="lab-countdown", N=8, AWD="none", seed=0)]
     execute(cases, tmp_path, index=0)
     monkeypatch.setattr("experiments.runs.run", None)

@@ -226,7 +226,7 @@ def test_steps_must_be_numbers():
 def test_a_flag_of_an_earlier_version_is_refused_with_its_new_name(flag, now):
     parse = parser("es_jax.evaluate", renamed=RENAMED)
     with pytest.raises(SystemExit, match=f"es_jax.evaluate: --{flag[:-2]} is called --{now} now: use that name"):
-        parse(["evaluate.py", "--workdir=run", f"--{flag}"])
+        parse(["evaluate.py", f"--{flag}"])
 
 
 def test_the_likeliest_option_is_found():

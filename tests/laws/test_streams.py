@@ -5,13 +5,13 @@ import json
 import jax
 import numpy as np
 import pytest
-from helpers import config_of
 
 from es_jax.core import rng
 from es_jax.es.population import Population
 from es_jax.models.transformer import Transformer, TransformerConfig
 from es_jax.rundir.seed_log import read_entries
 from es_jax.training.loop import run
+from tests.helpers import config_of, edit_config
 
 SEEDS = [0, 17, rng.MAX_SEED]
 ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
@@ -131,15 +131,13 @@ def test_a_run_from_before_goes_on_with_the_streams_it_began_with(monkeypatch, t
     fields = FIELDS[method] | LOOP
     run(config_of(tiny_model, fields), tmp_path)
     path = tmp_path / "config.json"
-    content = json.loads(path.read_text())
-    assert content.pop("streams") == rng.STREAMS and set(versions) == {rng.STREAMS}
-    path.write_text(json.dumps(content))
+    assert json.loads(path.read_text())["streams"] == rng.STREAMS and set(versions) == {rng.STREAMS}
+    edit_config(tmp_path, streams=None)
     versions.clear()
     run(config_of(tiny_model, fields, train={"steps": 2}), tmp_path)
     assert versions == [1] and json.loads(path.read_text()).get("streams", 1) == 1
     if method == "es":
         assert read_entries(tmp_path)[1].seeds == Population(2, seed=0, streams=1).members(2).seed.tolist()
-    content["streams"] = 9
-    path.write_text(json.dumps(content))
+    edit_config(tmp_path, streams=9)
     with pytest.raises(ValueError, match=r"streams is 9: known are 1, 2"):
         run(config_of(tiny_model, fields, train={"steps": 3}), tmp_path)

@@ -72,6 +72,7 @@ def dateless(workdir):
     """Make it a directory from before runs had a date."""
     path = workdir / "config.json"
     content = json.loads(path.read_text())
+    del content["sha256"]
     del content["config"]["model"]["template_date"]
     path.write_text(json.dumps(content))
 
