@@ -27,10 +27,13 @@ def test_a_run_has_the_same_rewards_with_workers_and_without(tmp_path, monkeypat
         run(config, tmp_path / "without")
     monkeypatch.setattr(loop, "make_task", lambda config: LabWithWorkers("countdown"))
     used = []
+
+    def counted(task):
+        used.append(getattr(task, "workers", 0))
+        return workers_of(task)
+
     for module in (loop, heldout):
-        monkeypatch.setattr(
-            module, "workers_of", lambda task: used.append(getattr(task, "workers", 0)) or workers_of(task)
-        )
+        monkeypatch.setattr(module, "workers_of", counted)
     with jax.numpy_dtype_promotion("standard"):
         run(config, tmp_path / "with")
     logs = [(tmp_path / name / "seedlog.jsonl").read_text() for name in ("without", "with")]
