@@ -131,7 +131,7 @@ def seen_alone(base: RowResults, now: RowResults, view: str = "right") -> float:
 def _reasons(results: RowResults, rows: np.ndarray) -> dict[str, float]:
     """How many of the rows are wrong for each reason."""
     cut, formed = results.truncated > 0, np.True_ if results.well_formed is None else results.well_formed > 0
-    formed = formed & (np.maximum.reduce([getattr(results, name) for name in GRADERS]) == 0)
+    formed = formed & (np.max([getattr(results, name) for name in GRADERS], axis=0) == 0)
     masks = {"truncation": cut, "format": ~cut & ~formed, "knowledge": ~cut & formed}
     return {reason: float(np.sum(rows & mask)) for reason, mask in masks.items()}
 
