@@ -10,8 +10,8 @@ Arguments: configs/common.py: population, anchor=none|l2|l1, strength, kappa, ta
 Needs:    26 to 30 s on one of 2 shared CPU cores. When all is compiled anew: 11.7 s until the first step is done
           (imports, loading, compilation), 12 s for the other 299, the rest 13 evaluations of eight tasks. In all steps
           decoding takes 6.8 s, perturbing 3.0, updates 0.4; for 7.4 no program runs (Python, compilation), grading 1.2.
-Reached:  seed 0, anchor=none: target .040 → .505, mean prior .996 → .329, drift 9.209 (theory 9.208);
-          anchor=l2: target .555, prior .835, drift 3.727 (theory 3.726). More seeds: docs/study.md.
+Reached:  seed 0, anchor=none: target .040 → .500, mean prior .996 → .406, drift 9.170 (theory 9.208);
+          anchor=l2: target .605, prior .866, drift 3.733 (theory 3.726). More seeds: docs/study.md.
 GRPO:     lab.py:grpo, AdamW 1e-4, 64 prompts × 8 rollouts a step: seeds 0 to 2, 40 steps: target .040 → .710 ± .031,
           mean prior .996 → .959 ± .005, drift 0.74; about 12 CPU seconds, compilation aside. docs/study.md.
 """
