@@ -24,6 +24,13 @@ SMALL_RUN = {
     "train": {"steps": STEPS, "checkpoint_every": 4, "samples": 1},
     "evals": {"every": 3, "rows": 2},
 }
+TWO_STEPS = {  # as short as a run can be that has a step to resume from
+    "task": {"name": "conciseness", "train_size": 2},
+    "es": {"population": 2, "sigma": 0.05},
+    "decode": {"max_prompt_tokens": 160, "max_new_tokens": 2, "slots": 2},
+    "train": {"steps": 2, "checkpoint_every": 1},
+    "evals": {"every": 0},
+}
 
 
 def tiny_model(folder: Path) -> Path:

@@ -18,15 +18,9 @@ from es_jax.rundir.metrics import Jsonl
 from es_jax.scoring.row_results import read_evals
 from es_jax.training.config import freeze, read_config
 from es_jax.training.loop import run
-from tests.helpers import config_of
+from tests.helpers import TWO_STEPS, config_of
 
-FIELDS = {
-    "task": {"name": "conciseness", "train_size": 2},
-    "es": {"population": 2, "sigma": 0.05},
-    "decode": {"max_prompt_tokens": 160, "max_new_tokens": 2, "slots": 2},
-    "train": {"steps": 2, "checkpoint_every": 5},
-    "evals": {"every": 0},
-}
+FIELDS = TWO_STEPS | {"train": {"steps": 2, "checkpoint_every": 5}}
 NOISE = np.random.default_rng(0).standard_normal((40, 14), np.float32)  # what is small or compresses well has no file
 TREE = {f"w{i}": jnp.asarray(NOISE[:, : i + 8]) for i in range(6)}
 

@@ -16,18 +16,9 @@ from es_jax.tasks.conciseness import Conciseness
 from es_jax.tasks.task import Score
 from es_jax.training import loop
 from es_jax.training.loop import run
-from tests.helpers import config_of
+from tests.helpers import TWO_STEPS, config_of
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-FIELDS = {
-    "task": {"name": "conciseness", "train_size": 2},
-    "es": {"population": 2, "sigma": 0.05},
-    "decode": {"max_prompt_tokens": 160, "max_new_tokens": 2, "slots": 2},
-    "train": {"steps": 2, "checkpoint_every": 1},
-    "evals": {"every": 0},
-}
 
 
 def copy_of(model, tmp_path):
@@ -42,11 +33,11 @@ def refuse(config, workdir, says):
 
 
 def test_no_source_and_missing_weights(tiny_model, tmp_path):
-    refuse(config_of("", FIELDS), tmp_path / "run", "model.source is empty")
-    refuse(config_of(tmp_path / "nowhere", FIELDS), tmp_path / "run", "nowhere")
+    refuse(config_of("", TWO_STEPS), tmp_path / "run", "model.source is empty")
+    refuse(config_of(tmp_path / "nowhere", TWO_STEPS), tmp_path / "run", "nowhere")
     model = copy_of(tiny_model, tmp_path)
     (model / "model.safetensors").unlink()
-    refuse(config_of(model, FIELDS), tmp_path / "run", "model.safetensors")
+    refuse(config_of(model, TWO_STEPS), tmp_path / "run", "model.safetensors")
 
 
 @pytest.mark.parametrize("cut", [5, 100, -7])
@@ -54,7 +45,7 @@ def test_corrupt_weights(cut, tiny_model, tmp_path):
     model = copy_of(tiny_model, tmp_path)
     file = model / "model.safetensors"
     file.write_bytes(file.read_bytes()[:cut])
-    refuse(config_of(model, FIELDS), tmp_path / "run", "truncated or corrupt")
+    refuse(config_of(model, TWO_STEPS), tmp_path / "run", "truncated or corrupt")
 
 
 def test_weights_that_are_not_finite(tiny_model, tmp_path):
@@ -66,7 +57,7 @@ def test_weights_that_are_not_finite(tiny_model, tmp_path):
     broken["model.norm.weight"] = np.full_like(tensors["model.norm.weight"], np.nan)
     save_file(broken, model / "model.safetensors", metadata={"format": "pt"})
     refuse(
-        config_of(model, FIELDS),
+        config_of(model, TWO_STEPS),
         tmp_path / "run",
         "NaN, infinite or impossibly .*: model.norm.weight; the file is",
     )
@@ -78,12 +69,12 @@ def test_a_tokenizer_without_a_chat_template(tiny_model, tmp_path):
     fields = json.loads((model / "tokenizer_config.json").read_text())
     fields.pop("chat_template", None)
     (model / "tokenizer_config.json").write_text(json.dumps(fields))
-    refuse(config_of(model, FIELDS), tmp_path / "run", "this tokenizer has no chat template")
+    refuse(config_of(model, TWO_STEPS), tmp_path / "run", "this tokenizer has no chat template")
 
 
 def test_a_prompt_that_is_too_long(tiny_model, tmp_path):
     refuse(
-        config_of(tiny_model, FIELDS, decode={"max_prompt_tokens": 20}),
+        config_of(tiny_model, TWO_STEPS, decode={"max_prompt_tokens": 20}),
         tmp_path / "run",
         "decode.max_prompt_tokens = 20; raise",
     )
@@ -91,20 +82,24 @@ def test_a_prompt_that_is_too_long(tiny_model, tmp_path):
 
 def test_an_empty_or_too_small_data_set(tiny_model, tmp_path):
     refuse(
-        config_of(tiny_model, FIELDS, task={"train_size": 1000}), tmp_path / "run", "n is 1000, but .* ask for at most"
+        config_of(tiny_model, TWO_STEPS, task={"train_size": 1000}),
+        tmp_path / "run",
+        "n is 1000, but .* ask for at most",
     )
     (tmp_path / "rows").mkdir()
     (tmp_path / "rows/train.jsonl").write_text("")
     rows = {"data_dir": str(tmp_path / "rows")}
-    refuse(config_of(tiny_model, FIELDS, task=rows), tmp_path / "run", "train.jsonl has no rows: it needs at least one")
+    refuse(
+        config_of(tiny_model, TWO_STEPS, task=rows), tmp_path / "run", "train.jsonl has no rows: it needs at least one"
+    )
     nowhere = {"data_dir": str(tmp_path / "no")}
-    refuse(config_of(tiny_model, FIELDS, task=nowhere), tmp_path / "run", "which does not exist: looked there")
+    refuse(config_of(tiny_model, TWO_STEPS, task=nowhere), tmp_path / "run", "which does not exist: looked there")
 
 
 def test_a_workdir_that_cannot_be_made(tiny_model, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="choose another --workdir"):
-        run(config_of(tiny_model, FIELDS), tmp_path / "file" / "run")
+        run(config_of(tiny_model, TWO_STEPS), tmp_path / "file" / "run")
 
 
 def test_rewards_that_are_not_finite_end_the_run_at_their_step(tiny_model, tmp_path, monkeypatch):
@@ -117,10 +112,10 @@ def test_rewards_that_are_not_finite_end_the_run_at_their_step(tiny_model, tmp_p
     monkeypatch.setattr(loop, "make_task", lambda config: Bad())
     calls = []
     with pytest.raises(ValueError, match=r"member 1 \(nan\) of 2"):
-        run(config_of(tiny_model, FIELDS), tmp_path / "run")
+        run(config_of(tiny_model, TWO_STEPS), tmp_path / "run")
     assert len(read_entries(tmp_path / "run")) == 1
     calls = []
-    result = run(config_of(tiny_model, FIELDS, es={"nan_rewards": "worst"}), tmp_path / "other")
+    result = run(config_of(tiny_model, TWO_STEPS, es={"nan_rewards": "worst"}), tmp_path / "other")
     assert result.step == 2
 
 
@@ -136,7 +131,7 @@ def test_a_disk_that_is_full(limit, says, tiny_model, tmp_path):
         "try:\n    run(freeze(json.loads(sys.argv[1])), sys.argv[2])\n"
         "except OSError as error:\n    print(error)\n"
     )
-    config = config_of(tiny_model, FIELDS)
+    config = config_of(tiny_model, TWO_STEPS)
     command = [sys.executable, "-c", script, json.dumps(dataclasses.asdict(config)), str(tmp_path / "run")]
     own = os.environ | {"JAX_COMPILATION_CACHE_DIR": ""}  # cut programs would stay in the one that tests share
     out = subprocess.run([*command, str(limit)], capture_output=True, text=True, timeout=120, env=own)
@@ -148,7 +143,7 @@ def test_a_disk_that_is_full(limit, says, tiny_model, tmp_path):
 def test_no_space_for_even_one_checkpoint(tiny_model, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    refuse(config_of(tiny_model, FIELDS), tmp_path / "run", "one checkpoint needs")
+    refuse(config_of(tiny_model, TWO_STEPS), tmp_path / "run", "one checkpoint needs")
 
 
 def command(*arguments):
