@@ -86,6 +86,8 @@ def configure(
             raise ValueError(f"argument {item!r} is of the group {SHORT[name]}, which method {method!r} does not read")
         else:
             config.update_from_flattened_dict({SHORT[name]: FIELDS.parse(SHORT[name], text)})
+    if config.es.noise == "low_rank":
+        config.decode.members_at_once = None  # a file's number is for members with weights of their own
     anchor = config.optim.anchor
     if anchor.penalty in strengths and anchor.kappa is None and anchor.strength is None:
         anchor.strength = strengths[anchor.penalty]

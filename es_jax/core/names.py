@@ -16,12 +16,17 @@ RENAMED = {
     "pop": "population",
     "drift": "kappa",
 }
+# What a config.json from before a field was there means by its absence.
+ADDED = {"es.generator": "threefry", "es.rank": 1, "es.vectors": "gaussian"}
 
 SHORT = {  # names of fields after the colon of --config
     "method": "method",
     "target": "task.name",
     "population": "es.population",
     "sigma": "es.sigma",
+    "noise": "es.noise",
+    "rank": "es.rank",
+    "prompts_per_member": "es.prompts_per_member",
     "antithetic": "es.antithetic",
     "rewards": "es.rewards",
     "n": "grpo.rollouts",

@@ -89,6 +89,11 @@ def random_rewards(seed: int, step: int, n: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=[check_seed(seed), 2**32 + step])).standard_normal(n)
 
 
+def deal_order(seed: int, step: int, n: int) -> np.ndarray:
+    """The order in which a step's `n` prompts are dealt to its members."""
+    return np.random.Generator(np.random.Philox(key=[check_seed(seed), 2**33 + step])).permutation(n)
+
+
 def row_order(seed: int, epoch: int, n: int) -> list[int]:
     """The order in which `n` training rows are visited in one pass over them; host side, exact on every machine."""
     return np.random.Generator(np.random.Philox(key=[check_seed(seed), epoch])).permutation(n).tolist()

@@ -22,7 +22,7 @@ Row = tuple[Array | int, int]  # (i, n): a leaf [1, …] that is row i of one of
 _TOGETHER = 6  # members that one pass over a leaf adds: more read and write the sum less often, and compile longer
 
 
-def _check_float(name: str, leaf: Array) -> None:
+def _check_float(name: str, leaf: Any) -> None:
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         raise TypeError(
             f"leaf {name!r} has dtype {leaf.dtype}: noise is defined for floating-point leaves; "
@@ -61,6 +61,10 @@ class GaussianNoise:
     def __post_init__(self):
         if self.generator not in rng.GENERATORS:
             raise ValueError(unknown("generator", self.generator, rng.GENERATORS))
+
+    def perturbs(self, name: str, leaf: Any) -> bool:
+        """Whether a leaf gets noise."""
+        return True
 
     @property
     def layers_alone(self) -> bool:
@@ -120,11 +124,7 @@ class GaussianNoise:
         Raises:
           ValueError: weights that are not one number a member.
         """
-        weights = jnp.asarray(weights)
-        if weights.shape != (len(members),):
-            raise ValueError(f"weights have shape {weights.shape} for {len(members)} members: give one weight a member")
-        signed = weights.astype(jnp.float32) * members.sign * jnp.float32(-1 / len(members))
-        seeds, signed = (members.seed[::2], signed[::2] + signed[1::2]) if members.paired else (members.seed, signed)
+        seeds, signed = self._signed(members, weights)
         together = min(_TOGETHER, len(seeds))
         passes, rest = divmod(len(seeds) - 1, together)
         first = rest + 1  # members in the first, shorter pass: the others are all of one length
@@ -145,6 +145,14 @@ class GaussianNoise:
             return total
 
         return map_named(leaf_estimate, params)
+
+    def _signed(self, members: Members, weights: Float[Array | np.ndarray, " n"]) -> tuple[Array, Array]:
+        """The seeds, and what the noise of each is added with: −wₙ signₙ / N, of a pair z⁺ − z⁻ alike."""
+        weights = jnp.asarray(weights)
+        if weights.shape != (len(members),):
+            raise ValueError(f"weights have shape {weights.shape} for {len(members)} members: give one weight a member")
+        signed = weights.astype(jnp.float32) * members.sign * jnp.float32(-1 / len(members))
+        return (members.seed[::2], signed[::2] + signed[1::2]) if members.paired else (members.seed, signed)
 
 
 @dataclasses.dataclass(frozen=True)

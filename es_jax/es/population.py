@@ -37,6 +37,24 @@ class Members:
         return (self[i] for i in range(len(self)))
 
 
+def check_deal(population: int, prompts: int, each: int, *, antithetic: bool) -> None:
+    """Raises ValueError, with the nearest numbers that work, where `each` of the prompts cannot be dealt evenly to
+    that many members (`Population.deal`)."""
+
+    def works(each: int) -> bool:
+        members, rest = divmod(population * each, prompts)
+        return 1 <= each <= prompts and not rest and (members % 2 == 0 and members >= 4 if antithetic else members >= 2)
+
+    if not works(each):
+        known = sorted(filter(works, range(1, prompts + 1)), key=lambda other: (abs(other - each), other))[:3]
+        need = "an even number of at least 4 members" if antithetic else "a whole number of at least 2 members"
+        cure = f"set it to {' or '.join(map(str, known))}" if known else "raise es.population or lower the prompts"
+        raise ValueError(
+            f"es.prompts_per_member is {each} with es.population = {population} and {prompts} prompts a step: every "
+            f"prompt must be seen by {need}, and that is {population} × {each} / {prompts}; {cure}"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class Population:
     """N members a step, drawn from a run seed (arXiv 2509.24372, section 3).
@@ -73,6 +91,23 @@ class Population:
             )
         rng.check_seed(self.seed)
         rng.check_streams(self.streams)
+
+    def deal(self, step: int, prompts: int, each: int) -> np.ndarray:
+        """Which `each` of a step's prompts every member sees, int [N, each]: every prompt is seen by N·each/prompts.
+
+        A function of seed and step. The members of an antithetic pair see the same prompts.
+
+        Raises:
+          ValueError: that quotient is not a whole number of at least 2, and of pairs even and at least 4.
+
+        >>> Population(4, seed=0).deal(1, 2, 1).shape
+        (4, 1)
+        """
+        check_deal(self.size, prompts, each, antithetic=self.antithetic)
+        twice = 1 + self.antithetic
+        order = rng.deal_order(self.seed, step, prompts)
+        turns = np.arange(self.size // twice * each).reshape(-1, each) % prompts
+        return np.repeat(order[turns], twice, axis=0)
 
     def members(self, step: int | Array) -> Members:
         """The members of a step (0, 1, 2, …): a pure function of (seed, step)."""

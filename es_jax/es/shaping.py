@@ -3,7 +3,7 @@
 import logging
 
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Integer
 
 logger = logging.getLogger(__name__)
 Rewards = Float[np.ndarray | Array, " n"]
@@ -31,6 +31,24 @@ def finite_rewards(rewards: Rewards, *, nan_rewards: str = "error") -> Float[np.
         )
     logger.warning("rewards are not finite for %s: counted as the worst of the step", who)
     return np.where(np.isfinite(rewards), rewards, rewards[np.isfinite(rewards)].min())
+
+
+def centred_on_prompts(
+    rewards: Float[np.ndarray, "n k"], seen: Integer[np.ndarray, "n k"], *, nan_rewards: str = "error"
+) -> Float[np.ndarray, " n"]:
+    """sₙ = (1/k) Σⱼ (rₙⱼ − μⱼ) of members that saw different prompts, with μⱼ the mean over the G members that saw
+    prompt j: how much better a member was than others on the same prompts.
+
+    Σ sₙ = 0, and a step made of s is in expectation (1 − 1/G) of the step made of r, since μⱼ holds a G-th of the
+    member's own reward; z-scores hide a common factor. A reward that is not finite is as in `finite_rewards`.
+
+    >>> centred_on_prompts(np.array([[1.0], [3.0], [10.0], [10.0]]), np.array([[0], [0], [1], [1]])).tolist()
+    [-1.0, 1.0, 0.0, 0.0]
+    """
+    rewards = np.asarray(rewards, np.float64)
+    rows = finite_rewards(rewards.ravel(), nan_rewards=nan_rewards)
+    means = np.bincount(seen.ravel(), rows) / np.maximum(np.bincount(seen.ravel()), 1)
+    return (rows.reshape(rewards.shape) - means[seen]).mean(axis=1)
 
 
 def z_score(rewards: Rewards, *, eps: float = 1e-8, nan_rewards: str = "error") -> np.ndarray:

@@ -17,6 +17,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from es_jax.core.chunked_map import block_length, in_blocks
+from es_jax.core.low_rank import LowRank
 from es_jax.models.config import TransformerConfig
 from es_jax.models.rope import Angles, rotate
 
@@ -39,14 +40,18 @@ class Transposed:
 def linear(
     x: Float[Array, "*b D"], kernel: Any, bias: Float[Array, " F"] | None = None, *, accumulated: bool = False
 ) -> Float[Array, "*b F"]:
-    """x @ kernel (+ bias): the only place where activations meet a kernel [D, F], which may be `Transposed`.
+    """x @ kernel (+ bias): the only place where activations meet a kernel [D, F], which may be `Transposed`, or
+    `LowRank` of either.
 
     The result has x's dtype, or with `accumulated` the accumulator's, float32.
     """
-    axis = 0
+    axis, correction = 0, None
+    if isinstance(kernel, LowRank):
+        kernel, correction = kernel.base, kernel.correction(x)
     if isinstance(kernel, Transposed):  # tied to x, since XLA would turn it round once ahead of a loop
         (x, kernel), axis = lax.optimization_barrier((x, kernel.transposed)), 1
     y = dot_general(x, kernel, (((x.ndim - 1,), (axis,)), ((), ())))
+    y = y if correction is None else y + correction
     if bias is not None:
         y = y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape)
     return y if accumulated else y.astype(x.dtype)

@@ -13,6 +13,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from es_jax.core.low_rank import LowRank
 from es_jax.core.tree import map_named, named_leaves
 from es_jax.models.cache import KVCache, Past, attention_mask
 from es_jax.models.config import TransformerConfig
@@ -145,7 +146,8 @@ class Transformer:
         )  # fmt: skip
 
     def _embed(self, params: Params, tokens: PerToken) -> Stream:
-        x = jnp.take(params["embed"]["embedding"], tokens, axis=0, mode="clip")
+        table = params["embed"]["embedding"]
+        x = table.rows(tokens) if isinstance(table, LowRank) else jnp.take(table, tokens, axis=0, mode="clip")
         return x * jnp.asarray(self.config.width**0.5, x.dtype) if self.config.scale_embeddings else x
 
     def _block(self, x: Array, layer: Params, view: View, attended: Sequence[KV], index: Array | int = 0) -> Any:
@@ -175,10 +177,15 @@ class Transformer:
         """The output head applied to `hidden`'s result: float32 logits."""
         if not self.config.tied_embeddings:
             logits = linear(hidden, params["head"]["kernel"], accumulated=True)
-        elif isinstance(params.get("layers"), list | tuple):  # unrolled, as on CPU
-            logits = linear(hidden, Transposed(params["embed"]["embedding"]), accumulated=True)
         else:
-            logits = dot_general(hidden, params["embed"]["embedding"], (((2,), (1,)), ((), ())))
+            table, correction = params["embed"]["embedding"], None
+            if isinstance(table, LowRank):
+                table, correction = table.base, table.correction(hidden, transposed=True)
+            if isinstance(params.get("layers"), list | tuple):  # unrolled, as on CPU
+                logits = linear(hidden, Transposed(table), accumulated=True)
+            else:
+                logits = dot_general(hidden, table, (((2,), (1,)), ((), ())))
+            logits = logits if correction is None else logits + correction
         return softcap(logits, self.config.final_softcap)
 
 
@@ -200,7 +207,7 @@ def transpose_kernels(params: Params, *, itemsize: int) -> Params:
     """The same tree, of whatever layers, with every kernel of numbers of so many bytes `Transposed`."""
 
     def transpose(name: str, leaf: Array) -> Any:
-        wanted = name.endswith("kernel") and leaf.dtype.itemsize == itemsize
+        wanted = name.endswith(("kernel", "kernel/base")) and leaf.dtype.itemsize == itemsize
         return Transposed(leaf.swapaxes(-1, -2)) if wanted else leaf
 
     return map_named(transpose, params)

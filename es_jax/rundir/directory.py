@@ -18,7 +18,7 @@ import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from es_jax.core import processes
-from es_jax.core.names import RENAMED
+from es_jax.core.names import ADDED, RENAMED
 from es_jax.weights.files import small_sums
 
 # What may change between the start and the resumption of a run: nothing that a step's bits depend on.
@@ -140,8 +140,7 @@ def read(workdir: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         fields = {RENAMED.get(name, name): value for name, value in flatten_dict(content["config"], sep=".").items()}
-        fields.setdefault("es.generator", "threefry")  # of all runs before the field was there
-        there = {"config": unflatten_dict(fields, sep="."), "digest": content["digest"]}
+        there = {"config": unflatten_dict(ADDED | fields, sep="."), "digest": content["digest"]}
         facts = {"streams": 1, **content, **there}  # of all runs before the streams had a version
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error!r}): restore it, or choose another --workdir") from None

@@ -17,8 +17,9 @@ from es_jax.core import rng
 from es_jax.core.fields import Fields
 from es_jax.core.names import unknown
 from es_jax.es import theory
+from es_jax.es.low_rank import VECTORS
 from es_jax.es.noise import NOISES
-from es_jax.es.population import Population
+from es_jax.es.population import Population, check_deal
 from es_jax.es.shaping import SHAPINGS
 from es_jax.optim.chains import OPTIMIZERS, OPTIONS
 from es_jax.optim.schedules import largest, make_schedule, parse
@@ -123,7 +124,11 @@ class ESConfig:
       sigma: σ > 0, the noise scale.
       schedule: what σ is multiplied by, step by step: `es_jax.optim.schedules`.
       antithetic: members are pairs θ ± σε; N even.
-      noise: "gaussian", or "shared_seed" as published (equal-shaped parameters share noise; arithmetic in param_dtype).
+      noise: "gaussian"; "low_rank", with which all members share one set of weights in one batch (arXiv 2511.16652);
+        or "shared_seed" as published (equal-shaped parameters share noise; arithmetic in param_dtype).
+      rank: r ≥ 1, of low_rank.
+      vectors: of low_rank: "gaussian" noise for norm scales and biases, or "frozen".
+      prompts_per_member: how many of a step's prompts each member sees, dealt evenly; None is all of them.
       generator: what draws the noise: "threefry13", or "threefry" of jax.random, as runs without this field have it.
       shaping: "z_score" as published, or "centered_rank".
       rewards: "task", or "random" to draw them from a normal distribution instead: the control experiment that shows
@@ -136,6 +141,9 @@ class ESConfig:
     schedule: str = "constant"
     antithetic: bool = False
     noise: str = "gaussian"
+    rank: int = 1
+    vectors: str = "gaussian"
+    prompts_per_member: int | None = None
     generator: str = rng.DEFAULT
     shaping: str = "z_score"
     rewards: str = "task"
@@ -145,8 +153,14 @@ class ESConfig:
         Population(self.population, seed=0, antithetic=self.antithetic)
         if not (self.sigma > 0 and math.isfinite(self.sigma)):
             raise ValueError(f"es.sigma is {self.sigma}: the noise scale must be above 0 (the papers use 1e-3)")
-        _choose(self, "es", noise=NOISES, generator=rng.GENERATORS, shaping=SHAPINGS)
-        _choose(self, "es", rewards=("task", "random"), nan_rewards=("error", "worst"))
+        _choose(self, "es", noise=(*NOISES, "low_rank"), generator=rng.GENERATORS, shaping=SHAPINGS)
+        _choose(self, "es", rewards=("task", "random"), nan_rewards=("error", "worst"), vectors=VECTORS)
+        _require(self, "es", "at least 1", _at_least(1), "rank", "prompts_per_member")
+        if self.noise != "low_rank" and (self.rank, self.vectors) != (1, "gaussian"):
+            raise ValueError(
+                f"es.rank is {self.rank} and es.vectors {self.vectors!r} with es.noise {self.noise!r}: they are of the "
+                "noise 'low_rank'; set es.noise to that, or the two back"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -298,13 +312,15 @@ class DecodeConfig:
       max_prompt_tokens: the longest prompt allowed, in tokens.
       max_new_tokens: tokens after which a completion is cut.
       slots: prompts that a member decodes at once.
-      members_at_once: members that a group of devices evaluates in one call; more than 1 pays for small models.
+      members_at_once: members that a group of devices evaluates in one call. None: with es.noise = "low_rank" as many
+        as the memory has room for, chosen when a run starts and kept in its config.json; otherwise 1. More than 1 pays
+        for small models.
     """
 
     max_prompt_tokens: int = 512
     max_new_tokens: int = 1024
     slots: int = 64
-    members_at_once: int = 1
+    members_at_once: int | None = None
 
     def __post_init__(self):
         _require(self, "decode", "at least 1", _at_least(1), *(field.name for field in dataclasses.fields(self)))
@@ -424,6 +440,9 @@ class RunConfig:
             raise ValueError(unknown("method", self.method, METHODS))
         if not self.record.perturbs:
             self._check_gradients()
+        elif self.es.prompts_per_member is not None:
+            prompts = self.task.prompts_per_step or self.task.train_size
+            check_deal(self.es.population, prompts, self.es.prompts_per_member, antithetic=self.es.antithetic)
         for field, text in self.schedules.items():
             try:
                 make_schedule(text, self.train.steps)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import os
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -11,19 +12,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from es_jax.core import processes, rng
 from es_jax.core.chunked_map import ceil_div
+from es_jax.core.low_rank import LowRank
 from es_jax.core.mesh import GROUPS, MODEL, leaf_spec, only, over_groups, own_rows, replicated, to_devices
-from es_jax.core.tree import map_named
+from es_jax.core.tree import map_named, named_leaves
+from es_jax.es.low_rank import LowRankNoise
 from es_jax.es.noise import GaussianNoise
 from es_jax.es.population import Members, Population
-from es_jax.es.shaping import SHAPINGS
+from es_jax.es.shaping import SHAPINGS, centred_on_prompts
 from es_jax.generate.engine import Engine
 from es_jax.generate.prompts import Packing, Prompts
+from es_jax.models.layers import Transposed
 from es_jax.models.sharding import RULES
+from es_jax.models.transformer import param_shapes, unstack_layers
 from es_jax.profiling.clock import timed
 from es_jax.rundir.seed_log import Entry
 from es_jax.scoring.grading import Graded, Grader, check_scores
@@ -52,7 +57,9 @@ class Evolution:
         """The step that `Method` describes; docs/diagnostics.md explains what it records."""
         es, rates, members = self._config.es, self._config.rates(step), self._population.members(step)
         scaled = dataclasses.replace(members, sign=members.sign * np.float32(rates.sigma / es.sigma))
-        graded = self._graded(scaled, prompts, grade, done)
+        each = es.prompts_per_member or len(prompts)
+        seen = None if each == len(prompts) else self._population.deal(step, len(prompts), each)
+        graded = self._graded(scaled, prompts, grade, done, seen)
         rewards = np.array([_mean_reward(completions) for completions in graded])
         gap, centre, every = None, [], self._config.evals.every
         if every and (step - 1) % every == 0 and es.rewards == "task":  # the step after an evaluation
@@ -61,10 +68,11 @@ class Evolution:
             gap = gap if math.isfinite(gap) else None  # with es.nan_rewards="worst"
         if es.rewards == "random":
             rewards = rng.random_rewards(self._config.train.seed, step, len(members))
-        weights = self._weights(rewards, [*graded, *centre])
+        weights, compared = self._weights(rewards, [*graded, *centre], seen)
         entry = Entry.of(step, members, rewards=rewards, weights=weights, rates=rates)
         self._state.apply(entry)
-        metrics = diagnose(entry, learning_rate=rates.learning_rate, sigma=rates.sigma)
+        as_compared = dataclasses.replace(entry, rewards=[float(x) if np.isfinite(x) else None for x in compared])
+        metrics = diagnose(as_compared, learning_rate=rates.learning_rate, sigma=rates.sigma)
         if self._config.optim.name != "sgd" or es.rewards == "random":
             metrics["expected_gain"] = None
         return entry, graded, {**metrics, "curvature_gap": gap, **rates._asdict()}
@@ -73,27 +81,56 @@ class Evolution:
         """The estimate, which XLA fuses with the optimizer."""
         return {"estimate": self._state.estimate_seconds(entry)}
 
-    def _graded(self, members: Members, prompts: TokenLists, grade: Grader, done: Progress) -> list[list[Graded]]:
-        """All members' completions, in the order of the prompts."""
+    def _graded(
+        self, members: Members, prompts: TokenLists, grade: Grader, done: Progress, seen: np.ndarray | None = None
+    ) -> list[list[Graded]]:
+        """All members' completions, in the order of the prompts, or of those that each has `seen` [N, k]."""
         rows, own, everyone = self._packing.pack(prompts, rows=len(prompts)), {}, range(len(prompts))
-        for member, tokens, length in self._evaluator.members(self._state.params, members, rows):
-            own[member] = everyone, grade(everyone, tokens, length)
+        for member, tokens, length in self._evaluator.members(self._state.params, members, rows, seen):
+            dealt = everyone if seen is None else seen[member].tolist()
+            own[member] = dealt, grade(dealt, tokens, length)
             done(1)
         graded = list(grade.shared(own).values())
         done(len(members) - len(own))  # by other processes
         return graded
 
-    def _weights(self, rewards: np.ndarray, graded: list[list[Graded]]) -> np.ndarray:
-        """The shaped rewards. Scores that are not finite are refused, unless they count as the worst of the step."""
+    def _weights(
+        self, rewards: np.ndarray, graded: list[list[Graded]], seen: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The shaped rewards, and what was shaped: of members that saw different prompts, the rewards against those of
+        others on the same. Scores that are not finite are refused, unless they count as the worst of the step."""
         es, check = self._config.es, functools.partial(check_scores, itertools.chain(*graded), self._config.task.name)
         try:
+            if seen is not None and es.rewards == "task":
+                own = [[one.score.reward for one in completions] for completions in graded[: len(rewards)]]
+                rewards = centred_on_prompts(np.array(own), seen, nan_rewards=es.nan_rewards)
             weights = SHAPINGS[es.shaping](rewards, nan_rewards=es.nan_rewards)
         except ValueError as error:  # it names the members; this names their rows
             check(remedy=str(error))
             raise
         if es.nan_rewards == "error":
             check()
-        return weights
+        return weights, rewards
+
+
+MOST_AT_ONCE = 256  # members of a group in one call, of those that share their weights
+
+
+def members_at_once(config: RunConfig, engine: Engine, mesh: Mesh) -> int:
+    """decode.members_at_once where it is not set: members that share weights take a quarter of a device's memory (of
+    the machine's, on CPU) for caches and pairs; others come one by one."""
+    if config.es.noise != "low_rank":
+        return 1
+    model, itemsize = engine.config, compute_dtype(config).itemsize
+    places = engine.slots * (engine.max_prompt_tokens + engine.max_new_tokens)
+    cache = 2 * model.layers * model.kv_heads * model.head_dim * places * itemsize
+    matrices = [shape for shape in param_shapes(model).values() if len(shape) > 1]
+    pairs = 4 * config.es.rank * sum(math.prod(shape[:-2]) * sum(shape[-2:]) for shape in matrices)
+    logits = 8 * engine.slots * model.vocab_size
+    known = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    memory = known or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(jax.local_devices())
+    room = memory * mesh.shape[MODEL] // 4 // (cache + pairs + logits)
+    return max(1, min(room, MOST_AT_ONCE, ceil_div(config.es.population, mesh.shape[GROUPS])))
 
 
 def _mean_reward(completions: list[Graded]) -> float:
@@ -129,7 +166,13 @@ class Evaluator:
         """A run's. It holds no more of the config than its programs need, so that runs of one process share them."""
         noise, dtype = make_noise(config), compute_dtype(config)
         share = ceil_div(config.es.population, mesh.shape[GROUPS])  # of a group: all groups have some members
-        return cls(engine, mesh, noise, config.es.sigma, dtype, at_once=min(config.decode.members_at_once, share))
+        at_once = min(config.decode.members_at_once or 1, share)
+        return cls(engine, mesh, noise, config.es.sigma, dtype, at_once=at_once)
+
+    @property
+    def shared(self) -> bool:
+        """Whether all members decode with one set of weights, each with its own pairs of thin matrices beside it."""
+        return isinstance(self.noise, LowRankNoise)
 
     @property
     def lanes(self) -> int:
@@ -138,11 +181,41 @@ class Evaluator:
     @property
     def layer_by_layer(self) -> bool:
         """Whether layers are made one by one, as the engine wants them: to cut stacked ones up writes them twice."""
-        return self.engine.unrolled and self.at_once == 1 and self.noise.layers_alone
+        return self.engine.unrolled and self.at_once == 1 and self.noise.layers_alone and not self.shared
 
-    def perturb(self, params: Any, members: Members, old: Any = None) -> Any:
+    @functools.partial(jax.jit, static_argnums=0)
+    def shared_weights(self, params: Any) -> Any:
+        """The one copy of θ that all members decode with, where they share it: in the compute dtype and the engine's
+        layout, whole in every group and cut over `model`."""
+
+        def whole(name: str, leaf: Array) -> Array:
+            spec = leaf_spec(self.mesh, name, leaf.shape, RULES)
+            leaf = jax.lax.with_sharding_constraint(leaf.astype(self.dtype), NamedSharding(self.mesh, spec))
+            return jax.lax.with_sharding_constraint(leaf, NamedSharding(self.mesh, only(spec, MODEL)))
+
+        return self.engine.layout(map_named(whole, params))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def member_pairs(self, params: Any, members: Members) -> Any:
+        """What a round of members has of its own, lanes first in each leaf: (a, b) of every matrix, and vectors."""
+        noise, shapes = self.noise, jax.eval_shape(lambda: params)
+        assert isinstance(noise, LowRankNoise)
+        vectors = {name: leaf for name, leaf in named_leaves(params) if not noise.is_matrix(name, leaf)}
+
+        def one(vectors: Any, member: Members) -> Any:
+            tree = map_named(lambda name, shape: vectors.get(name, shape), shapes)
+            pairs = noise.pair(tree, member, sigma=self.sigma, dtype=self.dtype)
+            return unstack_layers(pairs) if self.engine.unrolled else pairs
+
+        return self._grouped(one, in_specs=(PartitionSpec(), PartitionSpec(GROUPS)), mapped=(None, 0))(vectors, members)
+
+    def perturb(self, params: Any, members: Members, old: Any = None, shared: Any = None) -> Any:
         """The weights of a round of members, in the engine's layout; where layers are made apart, in the memory of the
-        `old` round's, which are gone then: fresh memory costs a CPU as much as the noise."""
+        `old` round's, which are gone then: fresh memory costs a CPU as much as the noise. Where members share weights,
+        these (`shared_weights` of params, unless given) and `member_pairs`."""
+        if self.shared:
+            shared = self.shared_weights(params) if shared is None else shared
+            return shared, self.member_pairs(params, members)
         if not self.layer_by_layer:
             return self._perturb(params, members)
         layers, rest = {"layers": params["layers"]}, {name: leaf for name, leaf in params.items() if name != "layers"}
@@ -197,19 +270,29 @@ class Evaluator:
 
     @functools.partial(jax.jit, static_argnums=0)
     def _decode(self, params: Any, prompts: Prompts) -> Any:
+        """Completions of a round of members. `params`: as `perturb` gives them."""
+
         def one(params, tokens, positions, prefix):
-            lane = LANE if self.at_once > 1 else None
+            params = _with_pairs(*params) if self.shared else params
+            lane = LANE if self.vmapped else None
             generation = self.engine.decode(params, tokens, positions, prefix=prefix, axis_name=lane)
             return generation.tokens, generation.length
 
-        specs = (*(PartitionSpec(GROUPS),) * 3, PartitionSpec())
-        return self._grouped(one, in_specs=specs, mapped=(0, 0, 0, None))(params, *prompts)
+        lanes, all_lanes = PartitionSpec(GROUPS), PartitionSpec()
+        own: tuple[Any, Any] = ((all_lanes, lanes), (None, 0)) if self.shared else (lanes, 0)
+        return self._grouped(one, in_specs=(own[0], lanes, lanes, all_lanes), mapped=(own[1], 0, 0, None))(
+            params, *prompts
+        )
+
+    @property
+    def vmapped(self) -> bool:
+        return self.at_once > 1 or self.shared
 
     def _grouped(self, one: Any, *, in_specs: tuple, mapped: tuple) -> Any:
         """`one` over lanes: shard_map over groups of devices, vmap over the lanes of a group."""
 
         def group(*args):
-            if self.at_once > 1:
+            if self.vmapped:
                 return jax.vmap(one, in_axes=mapped, axis_name=LANE)(*args)
             first = functools.partial(jax.tree.map, lambda x: x[0])
             args = (arg if axis is None else first(arg) for arg, axis in zip(args, mapped, strict=True))
@@ -220,26 +303,32 @@ class Evaluator:
             group, mesh=self.mesh, in_specs=in_specs, out_specs=out, axis_names={GROUPS}, check_vma=False
         )
 
-    def members(self, params: Any, members: Members, prompts: Prompts) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """(member, tokens [Q, L], length [Q]) of every member that this process decodes, on all prompts.
+    def members(
+        self, params: Any, members: Members, prompts: Prompts, seen: np.ndarray | None = None
+    ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """(member, tokens [Q, L], length [Q]) of every member that this process decodes, on all prompts, or on those
+        with the indices `seen` [N, Q].
 
         A round is dispatched before the one before it is handed out, so the devices have work while the host grades.
         Lanes left over in the last round decode padding. The weights of one round are gone before those of the next are
         made, or give them their memory, except where members are small and run several at once.
         """
         count = len(members)
+        shared = timed("perturb", processes.launch(self.shared_weights, params)) if self.shared else None
 
         def rounds() -> Iterator[tuple[np.ndarray, Any]]:
             perturbed = outputs = None
             for first in range(0, count, self.lanes):
                 index = np.arange(first, first + self.lanes)
                 lanes = members[np.minimum(index, count - 1)]
-                if self.at_once == 1:  # a member's weights are large: those of the last round are to be gone
+                if not self.vmapped:  # a member's weights are large: those of the last round are to be gone
                     processes.wait(functools.partial(jax.block_until_ready, outputs))
                 lanes = to_devices(lanes, over_groups(self.mesh))
-                perturbed = timed("perturb", processes.launch(self.perturb, params, lanes, perturbed))
-                tokens = np.repeat(prompts.tokens[None], self.lanes, 0)
-                positions = np.where((index < count)[:, None, None], prompts.positions[None], np.int32(-1))
+                perturbed = timed("perturb", processes.launch(self.perturb, params, lanes, perturbed, shared))
+                dealt = np.arange(len(prompts.tokens))[None] if seen is None else seen[np.minimum(index, count - 1)]
+                shape = (self.lanes, dealt.shape[1], prompts.tokens.shape[1])
+                tokens = np.broadcast_to(prompts.tokens[dealt], shape)
+                positions = np.where((index < count)[:, None, None], prompts.positions[dealt], np.int32(-1))
                 rows = self._rows(tokens, positions, prompts.prefix)
                 outputs = timed("decode", processes.launch(self._decode, perturbed, rows))
                 perturbed = perturbed if self.layer_by_layer else None
@@ -288,6 +377,15 @@ def _gathered(mesh: Mesh, part: Array, spec: PartitionSpec) -> Array:
     gather = functools.partial(jax.lax.all_gather, axis_name=GROUPS, axis=list(spec).index(GROUPS), tiled=True)
     cut = only(spec, MODEL)  # by hand: the partitioner would gather over `model` too
     return jax.shard_map(gather, in_specs=cut, out_specs=cut, axis_names={MODEL}, check_vma=False)(part)
+
+
+def _with_pairs(shared: Any, pairs: Any) -> Any:
+    """A member's weights of those that all share: `LowRank` matrices, and vectors of its own."""
+
+    def own(base: Any, pair: Any) -> Any:
+        return LowRank(base, *pair) if isinstance(pair, tuple) else pair
+
+    return jax.tree.map(own, shared, pairs, is_leaf=lambda leaf: isinstance(leaf, Transposed))
 
 
 def _unpack(members: Iterable[int], outputs: Any) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:

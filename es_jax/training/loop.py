@@ -48,10 +48,18 @@ from es_jax.tasks import get_task
 from es_jax.tasks.rows import rows_folder
 from es_jax.tasks.task import Example, Task
 from es_jax.training.config import RunConfig, freeze
-from es_jax.training.es import Evaluator
+from es_jax.training.es import Evaluator, members_at_once
 from es_jax.training.method import StepResult
 from es_jax.training.recorder import Recorder
-from es_jax.training.state import State, base_config, check_finite, compute_dtype, load_base, mesh_of
+from es_jax.training.state import (
+    State,
+    base_config,
+    check_finite,
+    compute_dtype,
+    load_base,
+    mesh_of,
+    perturbed_count,
+)
 from es_jax.training.weights_at import check_steps, resume
 from es_jax.weights.files import small_sums
 from es_jax.weights.model import load_outline
@@ -152,15 +160,22 @@ class _Run:
         ]
         self.log = SeedLog(workdir)
         self.streams = directory.read(workdir)["streams"] if self.log.entries else rng.STREAMS
-        directory.settle(workdir, dataclasses.asdict(config), identity=self._identity(), started=bool(self.log.entries))
+        own = config.es.prompts_per_member if config.record.perturbs else None
         engine = engine_for(
             model.config,
             [*self.prompts, *(ids for test in self.tests for ids in test.prompts)],
-            slots=min(config.decode.slots, config.task.prompts_per_step or len(train)),
+            slots=min(config.decode.slots, own or config.task.prompts_per_step or len(train)),
             max_new_tokens=config.decode.max_new_tokens,
             stop_token_ids=model.stop_token_ids,
             field="decode.max_new_tokens",
         )
+        if config.decode.members_at_once is None:
+            known = directory.read(workdir)["config"]["decode"] if self.log.entries else {}
+            number = known.get("members_at_once") or members_at_once(config, engine, self.mesh)
+            number = processes.exchange({0: number} if processes.first() else {})[0]  # hosts may differ in memory
+            config = dataclasses.replace(config, decode=dataclasses.replace(config.decode, members_at_once=number))
+            self.config = config
+        directory.settle(workdir, dataclasses.asdict(config), identity=self._identity(), started=bool(self.log.entries))
         self.evaluator = Evaluator.of(config, engine, self.mesh)
         self.checkpoints = Checkpoints(workdir, keep=config.train.keep_checkpoints)
         self.state = State(config, self.mesh, model.params)
@@ -174,8 +189,8 @@ class _Run:
                 digest=test.digest, max_new_tokens=config.decode.max_new_tokens, n=len(test.examples)
             )
         self.recorder = Recorder(
-            config, workdir, dim=self.dim, finished=self.log.entries, tests=self.tests, unit=self.method.unit,
-            offset=self.state.offset,
+            config, workdir, dim=perturbed_count(config, self.state.params), finished=self.log.entries,
+            tests=self.tests, unit=self.method.unit, offset=self.state.offset,
         )  # fmt: skip
         self.profile = Profile(config.train.profile, workdir, last=config.train.steps)
         self.recorder.progress.say(f"{self.dim:,} weights, {self.mesh.size} devices, {self.state.sentence}")
@@ -244,7 +259,7 @@ class _Run:
     ) -> dict[str, Any]:
         """Where a step's time went, and what it made of the machine."""
         prompts, engine = [self.prompts[i] for i in self._rows(step)], self.evaluator.engine
-        times, models = len(graded), self.method.models
+        times, models = sum(map(len, graded)) // len(prompts), self.method.models  # how often each prompt is completed
         prompt, new = times * sum(map(len, prompts)), sum(one.length for one in itertools.chain(*graded))
         used = utilisation(
             engine.config,

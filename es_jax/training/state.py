@@ -18,6 +18,7 @@ from jax.sharding import Mesh, PartitionSpec
 from es_jax.core import processes
 from es_jax.core.mesh import make_mesh, replicated, to_devices
 from es_jax.core.tree import map_named, named_leaves
+from es_jax.es.low_rank import LowRankNoise
 from es_jax.es.noise import NOISES, GaussianNoise, SharedSeedNoise
 from es_jax.es.population import Members
 from es_jax.models.config import TransformerConfig
@@ -35,7 +36,15 @@ from es_jax.weights.model import Model, config_only, load_model
 def make_noise(config: RunConfig) -> GaussianNoise:
     if config.es.noise == "shared_seed":
         return SharedSeedNoise(config.es.generator, stacked="layers/")
+    if config.es.noise == "low_rank":
+        return LowRankNoise(config.es.generator, rank=config.es.rank, vectors=config.es.vectors, stacked="layers/")
     return NOISES[config.es.noise](config.es.generator)
+
+
+def perturbed_count(config: RunConfig, params: Any) -> int:
+    """d of the closed forms of drift: how many weights get noise."""
+    noise = make_noise(config)
+    return sum(leaf.size for name, leaf in named_leaves(params) if noise.perturbs(name, leaf))
 
 
 def compute_dtype(config: RunConfig) -> jnp.dtype:

@@ -10,6 +10,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from es_jax.core import rng
 from es_jax.core.mesh import GROUPS, MODEL, make_mesh
+from es_jax.core.tree import named_leaves
+from es_jax.es.low_rank import LowRankNoise
 from es_jax.es.noise import NOISES, GaussianNoise, SharedSeedNoise
 from es_jax.es.population import Population
 from es_jax.models.sharding import param_shardings
@@ -25,8 +27,11 @@ RULES = [
     ("layers/[ab]", PartitionSpec(None, GROUPS, MODEL)),
     ("", PartitionSpec()),
 ]
-KINDS = {name: make() for name, make in NOISES.items()} | {"threefry": GaussianNoise("threefry")}
+FULL = {name: make() for name, make in NOISES.items()} | {"threefry": GaussianNoise("threefry")}
+LOW = {f"rank_{rank}": LowRankNoise(rank=rank, stacked="layers/") for rank in (1, 4)}
+KINDS = FULL | LOW
 every_noise = pytest.mark.parametrize("noise", KINDS.values(), ids=KINDS)
+every_low_rank = pytest.mark.parametrize("noise", LOW.values(), ids=LOW)
 
 
 def eps(noise, member, params=PARAMS):
@@ -101,7 +106,7 @@ def test_antithetic_pairs_sum_to_zero(noise):
     assert equal(eps(noise, plus), jax.tree.map(jnp.negative, eps(noise, minus)))
 
 
-@every_noise
+@pytest.mark.parametrize("noise", FULL.values(), ids=FULL)
 def test_moments_and_independence_of_members_and_steps(noise):
     params = {"w": jnp.zeros((400, 500))}
     draws = [
@@ -135,14 +140,89 @@ def test_shared_seed_sees_stacked_layers_as_the_parameters_they_are_made_of():
 
 
 @every_noise
-def test_estimate_is_unbiased_on_a_quadratic(noise):
+@pytest.mark.parametrize("shape", [(4,), (2, 2)])
+def test_estimate_is_unbiased_on_a_quadratic(noise, shape):
     """For r(θ) = −|θ − 1|²/2 the estimate, unshaped, is minus the gradient of the reward times σ, in expectation."""
-    theta, sigma, n = {"w": jnp.zeros(4)}, 0.3, 40_000
+    theta, sigma, n = {"w": jnp.zeros(shape)}, 0.3, 40_000
     members = Population(n, seed=11, antithetic=True).members(0)
     perturbed = jax.vmap(lambda m: noise.apply(theta, m, sigma=sigma))(members)
-    rewards = -0.5 * jnp.sum((perturbed["w"] - 1.0) ** 2, axis=1)
+    rewards = -0.5 * jnp.sum((perturbed["w"] - 1.0).reshape(n, -1) ** 2, axis=1)
     gradient = noise.estimate(theta, members, rewards)["w"] / sigma
-    np.testing.assert_allclose(gradient, -np.ones(4), atol=0.06)
+    np.testing.assert_allclose(gradient, -np.ones(shape), atol=0.06)
+
+
+@every_low_rank
+def test_entries_of_low_rank_have_mean_0_and_variance_1_and_odd_moments_vanish(noise):
+    """Over 8000 layers of 6 × 5: the entries of one matrix are uncorrelated, not independent."""
+    params = {"layers/w": jnp.zeros((8000, 6, 5))}
+    draw = np.asarray(eps(noise, Population(2, seed=5).members(1)[0], params)["layers/w"], np.float64).reshape(8000, 30)
+    fourth = 9 if noise.rank == 1 else 3 + 6 / noise.rank  # E ε⁴ of a sum of r products of normals, over √r
+    assert np.abs(draw.mean(0)).max() < 5 / 8000**0.5
+    assert np.abs((draw**2).mean(0) - 1).max() < 5 * ((fourth - 1) / 8000) ** 0.5
+    assert abs((draw**3).mean()) < 5 * (225 / 8000) ** 0.5  # E ε⁶ of rank 1; 30 entries share 11 numbers
+    assert abs((draw**4).mean() - fourth) < 1.0
+    assert np.abs(np.corrcoef(draw.T) - np.eye(30)).max() < 5 / 8000**0.5
+
+
+@every_low_rank
+def test_low_rank_noise_is_independent_between_leaves_layers_members_and_steps(noise):
+    params, draws = {"layers/a": jnp.zeros((2, 90, 80)), "b": jnp.zeros((90, 80))}, []
+    for step in (1, 2):
+        for member in Population(2, seed=5).members(step):
+            out = eps(noise, member, params)
+            draws += [np.asarray(matrix).ravel() for matrix in (*out["layers/a"], out["b"])]
+    assert np.linalg.matrix_rank(draws[0].reshape(90, 80)) == noise.rank
+    # a correlation of two matrices is a product of those of their factors, of 90 and 80 numbers each
+    assert np.abs(np.corrcoef(draws) - np.eye(len(draws))).max() < 25 / (90 * 80) ** 0.5
+
+
+def test_vectors_of_low_rank_have_full_noise_or_none():
+    member, members = Population(2, seed=0).members(0)[0], Population(6, seed=3).members(1)
+    frozen, whole = LowRankNoise(vectors="frozen", stacked="layers/"), LowRankNoise(stacked="layers/")
+    full = eps(GaussianNoise(), member)
+    assert np.array_equal(eps(whole, member)["layers"]["norm"], full["layers"]["norm"])
+    assert np.array_equal(eps(frozen, member)["layers"]["norm"], np.zeros((3, 40)))
+    assert not np.asarray(frozen.estimate(PARAMS, members, jnp.arange(6.0))["layers"]["norm"]).any()
+    perturbed = {name for name, leaf in named_leaves(PARAMS) if frozen.perturbs(name, leaf)}
+    assert perturbed == {"embed", "layers/a", "layers/b", "odd"}
+
+
+@every_low_rank
+def test_members_of_low_rank_are_the_dense_ones(noise):
+    members = Population(4, seed=1, antithetic=True).members(0)
+    tree = noise.members_of(PARAMS, members, sigma=0.1)
+    assert tree["embed"].base is PARAMS["embed"] or np.array_equal(tree["embed"].base, PARAMS["embed"])
+    for i, member in enumerate(members):
+        dense = noise.apply(PARAMS, member, sigma=0.1)
+        for leaf, expected in ((tree["embed"], dense["embed"]), (tree["layers"]["a"], dense["layers"]["a"])):
+            own = leaf.base + jnp.einsum("...dr,...fr->...df", leaf.a[i], leaf.b[i])
+            np.testing.assert_allclose(own, expected, atol=2e-6)
+        assert np.array_equal(tree["layers"]["norm"][i], dense["layers"]["norm"])
+
+
+def test_an_estimate_of_1024_members_has_the_same_bits_on_every_mesh():
+    """With sizes that are no multiple of 8, where a matrix product of all members differs."""
+    params = {"w": jnp.zeros((60, 250)), "layers/v": jnp.zeros((3, 36, 52))}
+    members, weights = Population(1024, seed=3).members(1), jax.random.normal(jax.random.key(0), (1024,))
+    estimates = []
+    for n, model in ((1, 1), (2, 1), (2, 2), (4, 2)):
+        mesh = make_mesh(None, model, devices=jax.devices()[:n])
+        where = {
+            "w": NamedSharding(mesh, PartitionSpec(GROUPS, MODEL)),
+            "layers/v": NamedSharding(mesh, PartitionSpec(None, GROUPS, MODEL)),
+        }
+        noise = LowRankNoise(stacked="layers/")
+        estimates.append(jax.jit(noise.estimate, out_shardings=where)(params, members, weights))
+    assert all(equal(estimates[0], other) for other in estimates[1:])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"rank": 0}, "rank is 0"), ({"rank": True}, "rank is True"), ({"vectors": "none"}, "frozen")],
+)
+def test_low_rank_noise_refuses(options, message):
+    with pytest.raises(ValueError, match=message):
+        LowRankNoise(**options)
 
 
 def test_float32_arithmetic_in_16_bit_leaves_and_one_rounding():

@@ -1,0 +1,200 @@
+"""Members that share one set of weights decode as members with weights of their own."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from es_jax.core.mesh import make_mesh
+from es_jax.core.tree import map_named, named_leaves
+from es_jax.es.population import Population
+from es_jax.generate.engine import Engine
+from es_jax.models.transformer import Transformer, param_shapes
+from es_jax.training.config import freeze
+from es_jax.training.es import Evaluator, members_at_once
+from es_jax.training.loop import run
+from es_jax.training.state import make_noise
+from es_jax.training.weights_at import replay
+from tests.helpers import config_of, host, same
+from tests.laws.test_engine import CONFIGS as TIED
+from tests.laws.test_engine import PROMPTS
+from tests.laws.test_mesh import placed
+
+CONFIGS = {"llama": TIED["llama"], "qwen2": dataclasses.replace(TIED["qwen2"], tied_embeddings=False)}
+FAMILIES = tuple(CONFIGS)
+TOLERANCE = 5e-5  # of the largest logit, in float32
+
+
+@functools.cache
+def params_of(family):
+    """Random weights, scaled up so that the likeliest token is not always the same."""
+    params = jax.jit(Transformer(CONFIGS[family]).init)(jax.random.key(1))
+    return jax.tree.map(lambda x: x * 8, params)
+
+
+def evaluator_of(family, *, mesh=None, at_once=4, unroll=False, population=8, slots=2, dtype="float32", **es):
+    fields = {"es": {"sigma": 0.02, "noise": "low_rank", "population": population, **es}, "model": {"dtype": dtype}}
+    fields["decode"] = {"members_at_once": at_once}
+    engine = Engine(
+        CONFIGS[family], slots=slots, max_prompt_tokens=16, max_new_tokens=10, stop_token_ids=(0,), unroll=unroll
+    )
+    return Evaluator.of(freeze(fields), engine, mesh or make_mesh(1))
+
+
+def dense(evaluator, params, member):
+    return evaluator.noise.apply(params, member, sigma=evaluator.sigma)
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_those_of_the_dense_member(family, rank):
+    params, evaluator = params_of(family), evaluator_of(family, rank=rank)
+    members, model = Population(4, seed=3, antithetic=True).members(1), Transformer(CONFIGS[family])
+    tokens = jnp.arange(24).reshape(2, 12) % CONFIGS[family].vocab_size
+    tree = evaluator.noise.members_of(params, members, sigma=0.02)
+    for i, member in enumerate(members):
+        own = map_named(lambda name, leaf, i=i: leaf[i] if not name.endswith("base") else leaf, tree)
+        got, expected = (model.apply(p, tokens)[0] for p in (own, dense(evaluator, params, member)))
+        np.testing.assert_allclose(got, expected, atol=TOLERANCE * float(jnp.abs(expected).max()))
+
+
+def test_in_bfloat16_logits_are_no_further_from_float32_than_those_of_dense_members():
+    """Over 24 models, for all members of one share the rounding of its base."""
+    evaluator, tokens = evaluator_of("llama", rank=1), jnp.arange(24).reshape(2, 12) % CONFIGS["llama"].vocab_size
+    members, logits = Population(4, seed=3).members(1), jax.jit(Transformer(CONFIGS["llama"]).apply)
+    errors = []
+    for seed in range(24):
+        params = jax.tree.map(lambda x: x * 8, jax.jit(Transformer(CONFIGS["llama"]).init)(jax.random.key(seed)))
+        for i, member in enumerate(members):
+            shared = evaluator.noise.members_of(params, members[i : i + 1], sigma=0.02, dtype=jnp.bfloat16)
+            own = map_named(lambda name, leaf: leaf if name.endswith("base") else leaf[0], shared)
+            exact = dense(evaluator, params, member)
+            half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), exact)
+            wide, low, cast = (np.asarray(logits(p, tokens)[0], np.float64) for p in (exact, own, half))
+            errors.append([np.square(low - wide).mean(), np.square(cast - wide).mean()])
+    low, cast = np.exp(np.log(errors).mean(axis=0) / 2)
+    assert low <= 1.05 * cast  # measured: 0.999
+
+
+@pytest.mark.parametrize("unroll", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_are_those_of_the_dense_member(family, unroll, capsys):
+    """Wherever the two best logits of the dense member are further apart than the tolerance."""
+    params, evaluator = params_of(family), evaluator_of(family, unroll=unroll)
+    members, engine, excluded, total = Population(8, seed=3).members(1), evaluator.engine, 0, 0
+    model, prompts = Transformer(CONFIGS[family]), engine.packing(PROMPTS).pack(PROMPTS, rows=len(PROMPTS))
+    for member, tokens, length in evaluator.members(params, members, prompts):
+        weights = dense(evaluator, params, members[member])
+        expected = engine.generate(weights, PROMPTS)
+        for row, prompt in enumerate(PROMPTS):
+            n = int(expected.length[row])
+            both = np.array([*prompt, *expected.tokens[row][:n]], np.int32)
+            logits = np.sort(np.asarray(model.apply(weights, both[None])[0][0, len(prompt) - 1 : -1]), axis=1)
+            near = logits[:, -1] - logits[:, -2] <= 2 * TOLERANCE * np.abs(logits).max()
+            total, certain = total + n, int(np.argmax(near)) if near.any() else n
+            excluded += n - certain
+            assert tokens[row][:certain].tolist() == expected.tokens[row][:certain].tolist()
+            assert near.any() or length[row] == n
+    print(f"{excluded} of {total} tokens come after a near tie")
+    assert excluded <= 0.01 * total
+
+
+def test_members_see_the_prompts_that_they_are_dealt():
+    params, evaluator = params_of("llama"), evaluator_of("llama", slots=1)
+    population, prompts = Population(8, seed=3), PROMPTS[:4]
+    members, seen = population.members(1), population.deal(1, 4, 2)
+    rows = evaluator.engine.packing(PROMPTS).pack(prompts, rows=4)
+    every = {member: tokens for member, tokens, _ in evaluator.members(params, members, rows)}
+    for member, tokens, _ in evaluator.members(params, members, rows, seen):
+        assert np.array_equal(tokens, every[member][seen[member]])
+
+
+def test_no_copy_of_a_members_weights_exists():
+    """No array of any compiled program has as many numbers as the members' copies of a matrix would."""
+    evaluator, members = evaluator_of("llama", at_once=8), Population(8, seed=0).members(1)
+    params, prompts = params_of("llama"), evaluator.engine.packing(PROMPTS).pack(PROMPTS, rows=len(PROMPTS))
+    shapes = param_shapes(CONFIGS["llama"])
+    smallest = min(int(np.prod(shape[-2:])) for name, shape in shapes.items() if name.endswith(("kernel", "embedding")))
+    shared = evaluator.shared_weights(params)
+    pairs = evaluator.member_pairs(params, members)
+    rows = type(prompts)(*(np.broadcast_to(x, (8, *x.shape)) for x in prompts[:2]), prompts.prefix)
+    programs = [
+        Evaluator.shared_weights.lower(evaluator, params),
+        Evaluator.member_pairs.lower(evaluator, params, members),
+        Evaluator._decode.lower(evaluator, (shared, pairs), rows),
+    ]
+    matrices = {shape[-2:] for name, shape in shapes.items() if name.endswith(("kernel", "embedding"))}
+    matrices |= {shape[::-1] for shape in matrices}
+    for program in programs:
+        text = program.compile().as_text()
+        found = {tuple(map(int, dims.split(","))) for dims in re.findall(r"\bf32\[([\d,]+)\]", text)}
+        copies = [dims for dims in found if dims[-2:] in matrices and np.prod(dims[:-2], dtype=int) % 8 == 0]
+        assert not [dims for dims in copies if np.prod(dims) >= 8 * smallest], copies
+
+
+@pytest.mark.parametrize(("groups", "model"), [(4, 1), (2, 2), (4, 2)])
+def test_tokens_are_the_same_on_a_mesh(groups, model):
+    params, members = params_of("llama"), Population(8, seed=3).members(1)
+    outputs = []
+    for mesh in (make_mesh(1), make_mesh(groups, model)):
+        evaluator = evaluator_of("llama", mesh=mesh, at_once=2)
+        rows = evaluator.engine.packing(PROMPTS).pack(PROMPTS, rows=len(PROMPTS))
+        where = placed(params, mesh)
+        outputs.append({member: tokens.tolist() for member, tokens, _ in evaluator.members(where, members, rows)})
+    assert outputs[0] == outputs[1]
+
+
+def test_an_unperturbed_model_is_the_model():
+    evaluator, params = evaluator_of("llama"), params_of("llama")
+    queue = evaluator.engine.packing(PROMPTS).pack(PROMPTS, rows=len(PROMPTS))
+    (lanes,) = evaluator.unperturbed(params, [queue])
+    tokens = {row: list(t[i, : n[i]]) for rows, t, n in lanes.values() for i, row in enumerate(rows)}
+    alone = evaluator.engine.generate(params, PROMPTS)
+    assert [tokens[i] for i in range(len(PROMPTS))] == [
+        list(t[:n]) for t, n in zip(alone.tokens, alone.length, strict=True)
+    ]
+
+
+RUN = {
+    "es": {"noise": "low_rank", "population": 8, "prompts_per_member": 1},
+    "task": {"train_size": 4},
+    "decode": {"members_at_once": None},
+    "evals": {"every": 0},
+}
+
+
+def test_a_run_resumes_and_replays_to_the_same_bits_and_keeps_how_many_members_run_at_once(tiny_model, tmp_path):
+    def config(steps):
+        return config_of(tiny_model, **RUN, train={"steps": steps, "checkpoint_every": 2})
+
+    whole = run(config(4), tmp_path / "whole")
+    run(config(3), tmp_path / "cut")
+    resumed = run(config(4), tmp_path / "cut")
+    assert same(whole.params, resumed.params)
+    assert same(host(dict(replay(tmp_path / "whole", steps=[4]))[4]), whole.params)
+    text = (tmp_path / "cut" / "config.json").read_text()
+    assert '"members_at_once": 8' in text.replace("\n", "")
+
+
+def test_frozen_vectors_stay_and_matrices_move(tiny_model, tmp_path):
+    es = RUN["es"] | {"vectors": "frozen"}
+    anchor = {"optim": {"anchor": {"penalty": "l2", "strength": 5.0}}}
+    result = run(config_of(tiny_model, **RUN | {"es": es} | anchor, train={"steps": 2}), tmp_path)
+    noise = make_noise(config_of(tiny_model, es=es))
+    start = host(dict(replay(tmp_path, steps=[0]))[0])
+    for (name, before), (_, after) in zip(named_leaves(start), named_leaves(host(result.params)), strict=True):
+        assert np.array_equal(before, after) != noise.perturbs(name, before), name
+
+
+def test_members_at_once_follow_from_memory(monkeypatch):
+    engine = evaluator_of("llama").engine
+    config = freeze({"es": {"noise": "low_rank", "population": 1000}})
+    assert members_at_once(freeze({}), engine, make_mesh(1)) == 1
+    assert members_at_once(config, engine, make_mesh(1)) == 256
+    monkeypatch.setattr("os.sysconf", lambda name: 4096 if name == "SC_PAGE_SIZE" else 2500)
+    few = members_at_once(config, engine, make_mesh(1))
+    assert 1 <= few < 256
