@@ -27,6 +27,7 @@ Item = TypeVar("Item")
 SIZES = ("lab", "full")
 EVALS = {"evals.rows": 100, "train.samples": 1}  # of a run at laboratory size
 PRETRAINED = {  # model.source → the arguments of experiments.pretrain_lab that make it
+    "runs/lab-1": "--seed=1",
     "runs/lab-sort": "--target=sort",
     "runs/lab-far": "--echo=0.9",
     "runs/lab-qwen3": "--family=qwen3",
@@ -106,7 +107,7 @@ def evaluations(case: Case, folder: Path) -> list[dict[str, Any]]:
     """A line for each step at which all of a run's tasks were evaluated.
 
     Its labels, step, accuracy on the target and mean over the prior tasks. of_format and of_knowledge are the parts of
-    the prior tasks' drop; ratio is drift over the closed form.
+    the prior tasks' drop; ratio is drift over the closed form; pace is the run's median of seconds a step.
     """
     config, record = case.config, read_run(folder)
     metrics = {row["step"]: row for row in record.metrics}
@@ -129,6 +130,7 @@ def evaluations(case: Case, folder: Path) -> list[dict[str, Any]]:
             "drift": now.get("drift", 0.0),
             "ratio": now["drift"] / theory if theory else None,
             "kappa": now.get("kappa", 0.0),
+            "pace": float(np.median([row["seconds"] for row in record.metrics])) if record.metrics else None,
         })  # fmt: skip
     return lines
 
@@ -165,6 +167,7 @@ def main(
     *,
     labels: Sequence[str],
     figure: Callable[[list[dict[str, Any]], Path], None] | None = None,
+    table: Callable[[list[dict[str, Any]]], str] | None = None,
 ) -> None:
     """The command line of an experiment: run or resume, then write name.csv, name.md and name.png.
 
@@ -174,6 +177,7 @@ def main(
       cases: (size, seeds) → the list.
       labels: what the table's rows are told apart by.
       figure: draws the lines into a file.
+      table: of the lines, in place of the common one.
     """
     args = arguments(doc, name).parse_args()
     with plain_errors(traceback=args.traceback):
@@ -185,7 +189,7 @@ def main(
             execute(grid, args.out, index=args.index)
         finished = {case.folder(args.out): case for case in grid if done(case.folder(args.out))}
         lines = [line for folder, case in finished.items() for line in evaluations(case, folder)]
-        report(lines, args.docs or args.out, name, labels=labels, figure=figure)
+        report(lines, args.docs or args.out, name, labels=labels, figure=figure, text=table and table(lines))
         page(list(finished), args.out / "report")
 
 
@@ -231,6 +235,7 @@ def report(
     labels: Sequence[str],
     columns: Sequence[str] = MEASURED,
     figure: Callable[[list[dict[str, Any]], Path], None] | None = None,
+    text: str | None = None,
 ) -> None:
     """name.csv with a line for each evaluation, name.md with the table, name.png."""
     if not lines:
@@ -241,7 +246,7 @@ def report(
         writer = csv.DictWriter(file, list(lines[0]))
         writer.writeheader()
         writer.writerows(lines)
-    text = table(lines, labels, columns)
+    text = text or table(lines, labels, columns)
     (docs / f"{name}.md").write_text(text + "\n")
     if figure is not None:
         figure(lines, docs / f"{name}.png")
