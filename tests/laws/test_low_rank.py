@@ -13,9 +13,8 @@ from es_jax.core.mesh import make_mesh
 from es_jax.core.tree import map_named, named_leaves
 from es_jax.es.noise import GaussianNoise
 from es_jax.es.population import Population
-from es_jax.generate.decode_spec import CHUNK
+from es_jax.generate.decode_spec import BLOCK, CHUNK
 from es_jax.generate.engine import Engine
-from es_jax.generate.queue import BLOCK
 from es_jax.models.transformer import Transformer, param_shapes
 from es_jax.training.config import freeze
 from es_jax.training.es import Evaluator, members_at_once
