@@ -127,7 +127,7 @@ class LowRankNoise(GaussianNoise):
         matrices = map_named(self.is_matrix, params)
         vectors = super().estimate
         seeds, signed = self._signed(members, weights)
-        passes, rest = divmod(len(seeds), BLOCK)
+        first = (len(seeds) - 1) % BLOCK + 1  # members in the first, shorter pass; no zeros are held to begin with
 
         def matrix(name, leaf):
             _check_float(name, leaf)
@@ -140,8 +140,9 @@ class LowRankNoise(GaussianNoise):
                     total = _add_outer(total, a[i], b[i])
                 return total
 
-            total = add(0, rest, jnp.zeros(leaf.shape, jnp.float32)) if rest else jnp.zeros(leaf.shape, jnp.float32)
-            total = lax.fori_loop(0, passes, lambda k, t: add(rest + k * BLOCK, BLOCK, t), total) if passes else total
+            total, passes = add(0, first, None), (len(seeds) - first) // BLOCK
+            if passes:
+                total = lax.fori_loop(0, passes, lambda k, t: add(first + k * BLOCK, BLOCK, t), total)
             return total.astype(self._arithmetic(leaf))
 
         def one(name, leaf, is_matrix):
