@@ -283,13 +283,15 @@ def verdict(plan: Plan) -> str:
 
 def _remedies(plan: Plan, worst: Outcome) -> Iterator[str]:
     """What would make room, with how much, by arithmetic alone: another plan must show it."""
-    names = "KV cache", "compute copy", "pairs", "other round", "anchor"
-    cache, copy, pairs, other, anchor = (worst.parts.get(name, 0) for name in names)
+    cache, copy, anchor = (worst.parts.get(name, 0) for name in ("KV cache", "compute copy", "anchor"))
     groups, model, at_once = plan.mesh[GROUPS], plan.mesh[MODEL], plan.members_at_once
-    if at_once > 1 and plan.config.record.perturbs and (lanes := cache + (pairs or copy) + other):
-        fewer = at_once - math.ceil(plan.short * at_once / lanes)
+    if at_once > 1 and worst.name in ("perturb", "decode"):
+        all_have = {"parameters", "anchor", "moments"} | ({"compute copy"} if "pairs" in worst.parts else set())
+        lanes = sum(size for name, size in worst.parts.items() if name not in all_have)  # nearly all grows with them
+        fewer, share = at_once - math.ceil(plan.short * at_once / lanes), ceil_div(plan.config.es.population, groups)
         if fewer > 0:
-            yield f"decode.members_at_once={fewer} frees {_gib(lanes * (at_once - fewer) / at_once)}"
+            fewer = ceil_div(share, ceil_div(share, fewer))  # of as many rounds
+            yield f"decode.members_at_once={fewer} frees about {_gib(lanes * (at_once - fewer) / at_once)}"
     if cache:
         slots = plan.slots - math.ceil(plan.short * plan.slots / cache)
         if slots > 0:

@@ -1,11 +1,12 @@
 """The programs of a run, lowered for devices that are not here: they are asked for from the run's own classes.
 
-`load` makes the optimizer's state (the anchor in it), `perturb` a round of members, `decode` their completions, `update`
-is the estimate and the step. With low-rank noise `share` makes the one copy of the weights that all members have, and
-`perturb` what each has of its own. Arrays have shapes and shardings, but no numbers.
+`load` makes the optimizer's state (the anchor in it), `perturb` a round of members, `decode` their completions,
+`update` is the estimate and the step. With low-rank noise `share` makes the one copy of the weights that all members
+have, and `perturb` what each has of its own. Arrays have shapes and shardings, but no numbers.
 """
 
 import dataclasses
+import functools
 import math
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Set
@@ -19,7 +20,7 @@ from jax.sharding import Mesh
 
 from es_jax.core import rng
 from es_jax.core.chunked_map import ceil_div
-from es_jax.core.mesh import GROUPS, MODEL, over_groups, replicated
+from es_jax.core.mesh import MODEL, over_groups, replicated
 from es_jax.es.low_rank import BLOCK, LowRankNoise
 from es_jax.es.population import Members
 from es_jax.generate.decode_spec import LoopSizes
@@ -33,7 +34,7 @@ from es_jax.planning.costs import Work, cache_bytes, decode_memory, forward_flop
 from es_jax.planning.topology import Topology
 from es_jax.training import state
 from es_jax.training.config import RunConfig
-from es_jax.training.es import Evaluator, members_at_once, prompts_of_member
+from es_jax.training.es import Evaluator, members_at_once, pair_bytes, prompts_of_member
 from es_jax.training.method import METHODS
 
 
@@ -71,7 +72,7 @@ class Programs:
     decode.members_at_once is chosen as a run does, from that memory, where the config leaves it open.
     """
 
-    order = ("load", "share", "perturb", "decode", "update")  # the methods that give them
+    order: tuple[str, ...] = ("load", "share", "perturb", "decode", "update")  # the methods that give them
 
     def __init__(self, config: RunConfig, model: TransformerConfig, mesh: Mesh, memory: int):
         self.model, self.mesh, self.everywhere = model, mesh, replicated(mesh)
@@ -97,26 +98,29 @@ class Programs:
         evaluator = self.evaluator = Evaluator.of(config, engine, mesh)
         self.rounds = ceil_div(config.es.population, evaluator.lanes)  # of members in an iteration
         self.members = _members(evaluator.lanes, over_groups(mesh))
-        # What `decode` takes, by the program that makes it; where it lies is known when that is compiled.
-        if evaluator.shared:
-            shared = jax.eval_shape(evaluator.shared_weights, self.params)
-            pairs = jax.eval_shape(evaluator.member_pairs, self.params, self.members)
-            self.weights = {"share": shared, "perturb": pairs}
-            copy, own = "compute copy", "pairs"
-            self.members_parts = {copy: _bytes(shared, mesh.shape[MODEL]), own: _bytes(pairs, mesh.shape[GROUPS])}
-        else:
-            self.weights = {"perturb": jax.eval_shape(evaluator._perturb, self.params, self.members)}
-            own = "compute copy"
-            self.members_parts = {own: _bytes(self.weights["perturb"], mesh.size)}
+        noise, dtype = evaluator.noise, jnp.dtype(evaluator.dtype)
+        size = sum(leaf.size for leaf in jax.tree.leaves(self.params)) * dtype.itemsize // mesh.shape[MODEL]
+        own = copy = {"compute copy": Bytes(size if evaluator.shared else evaluator.at_once * size)}
+        self.copy, self.pairs = copy, {}
+        if isinstance(noise, LowRankNoise):
+            own = self.pairs = {"pairs": Bytes(evaluator.at_once * pair_bytes(noise, model, dtype))}
         # A round is dispatched while the one before it decodes, but for large members.
-        twice = evaluator.vmapped and self.rounds > 1
-        self.other_round = {"other round": self.members_parts[own]} if twice else {}
+        self.other_round = {"other round": next(iter(own.values()))} if evaluator.vmapped and self.rounds > 1 else {}
         self.rates = array((2,), jnp.float32, self.everywhere)  # (α, αλ) of a step
         anchor, moments = self.start, self.opt_state
         if anchor is None:
             anchor, moments = optax.tree.get(moments, "anchor"), optax.tree.set(moments, anchor=None)
         held = {"parameters": self.params, "anchor": anchor, "moments": moments}
         self.resident = {name: Bytes.of(tree) for name, tree in held.items()}  # at any time
+
+    @functools.cached_property
+    def weights(self) -> dict[str, Any]:
+        """What `decode` takes, by the program that makes it; where it lies is known when that is compiled."""
+        evaluator = self.evaluator
+        if not evaluator.shared:
+            return {"perturb": jax.eval_shape(evaluator._perturb, self.params, self.members)}
+        pairs = jax.eval_shape(evaluator.member_pairs, self.params, self.members)
+        return {"share": jax.eval_shape(evaluator.shared_weights, self.params), "perturb": pairs}
 
     def __iter__(self) -> Iterator[Program]:
         return (getattr(self, name)() for name in self.order if name != "share" or self.evaluator.shared)
@@ -126,7 +130,7 @@ class Programs:
         where = jax.tree.map(lambda leaf: leaf.sharding, self.opt_state)
         return Program(
             "load",
-            lambda: jax.jit(self.tx.init, out_shardings=where).lower(self.params),
+            lambda: jax.jit(self.tx.init, out_shardings=where, keep_unused=True).lower(self.params),
             times=0,
             parts=self.resident,
             own=self.resident.keys() if self.start is None else {"parameters", "moments"},
@@ -135,29 +139,26 @@ class Programs:
 
     def share(self) -> Program:
         """The copy of the weights that all members share, whole in every group."""
-        copy = {"compute copy": self.members_parts["compute copy"]}
         return Program(
             "share",
             lambda: Evaluator.shared_weights.lower(self.evaluator, self.params),
             times=1,
-            parts=self.resident | copy,
-            own={"parameters", *copy},
-            work=Work(memory=self.resident["parameters"].device + sum(part.device for part in copy.values())),
+            parts=self.resident | self.copy,
+            own={"parameters", *self.copy},
+            work=Work(memory=self.resident["parameters"].device + self.copy["compute copy"].device),
         )
 
     def perturb(self) -> Program:
         """The weights of one round of members; where all share one copy, what each has of its own."""
-        evaluator, parts = self.evaluator, self.members_parts
-        shared = evaluator.shared
-        program, own = (Evaluator.member_pairs, "pairs") if shared else (Evaluator._perturb, "compute copy")
-        read = 0 if shared else self.resident["parameters"].device  # of matrices that are shared the shapes alone
+        program, own = (Evaluator.member_pairs, self.pairs) if self.pairs else (Evaluator._perturb, self.copy)
+        read = {} if self.pairs else {"parameters": self.resident["parameters"]}  # shared ones: their shapes alone
         return Program(
             "perturb",
-            lambda: program.lower(evaluator, self.params, self.members),
+            lambda: program.lower(self.evaluator, self.params, self.members),
             times=self.rounds,
-            parts=self.resident | parts | self.other_round,
-            own={own} if shared else {own, "parameters"},
-            work=Work(memory=read + parts[own].device),
+            parts=self.resident | self.copy | self.pairs | self.other_round,
+            own={*own, *read},
+            work=Work(memory=sum(part.device for part in (own | read).values())),
         )
 
     def decode(self) -> Program:
@@ -166,12 +167,16 @@ class Programs:
         evaluator, where = self.evaluator, over_groups(self.mesh)
         tokens = array((evaluator.lanes, self.each, self.width), jnp.int32, where)
         rows = Prompts(tokens, tokens, array((0,), jnp.int32, self.everywhere))  # no shared prefix: a bound
-        weights = tuple(self.weights.values()) if evaluator.shared else self.weights["perturb"]
+
+        def lower() -> Any:
+            weights = tuple(self.weights.values()) if evaluator.shared else self.weights["perturb"]
+            return Evaluator._decode.lower(evaluator, weights, rows)
+
         program = self._completions(
-            "decode", lambda: Evaluator._decode.lower(evaluator, weights, rows),
-            prompts=self.each, times=self.rounds, lanes=evaluator.at_once, rank=self._rank,
+            "decode", lower, prompts=self.each, times=self.rounds, lanes=evaluator.at_once, rank=self._rank,
         )  # fmt: skip
-        return program._replace(parts={**program.parts, **self.other_round})
+        parts = {**program.parts, **self.pairs, **self.other_round}
+        return program._replace(parts=parts, own={*program.own, *self.pairs})
 
     @property
     def _rank(self) -> int:
@@ -190,14 +195,14 @@ class Programs:
         cache = Bytes(lanes * cache_bytes(self.model, sizes.slots * sizes.places, itemsize) // share)
         flops = forward_flops(self.model, prompts, self.width + new - 1, logits=new, rank=rank)  # the last is not fed
         steps, copy = ceil_div(prompts, sizes.slots) * new, sum(matrix_weights(self.model)) * itemsize
-        copy = copy / lanes + 4 * rank * sum(pair_numbers(self.model)) if rank else copy  # a lane's part
-        memory = decode_memory(self.model, prompts, self.width, new, steps=steps, copy=copy, itemsize=itemsize)
+        read = copy / lanes + 4 * rank * sum(pair_numbers(self.model)) if rank else copy  # for one lane
+        memory = decode_memory(self.model, prompts, self.width, new, steps=steps, copy=read, itemsize=itemsize)
         return Program(
             name,
             lower,
             times=times,
-            parts=self.resident | self.members_parts | {"KV cache": cache},
-            own={*self.members_parts, "KV cache", *own},
+            parts=self.resident | self.copy | {"KV cache": cache},
+            own={*self.copy, "KV cache", *own},
             work=Work(flops * lanes / share, memory * lanes / share),
             turns=sizes.turns,
         )
@@ -218,11 +223,6 @@ class Programs:
             work=Work(memory=total + (1 + 2.0 * passes) * self.resident["parameters"].device),
             turns={"": passes or n},
         )
-
-
-def _bytes(tree: Any, parts: int) -> Bytes:
-    """Of arrays cut in so many parts, as the small ones that are not are few."""
-    return Bytes(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)) // parts)
 
 
 def array(shape: tuple[int, ...], dtype: Any, sharding: Any) -> Any:

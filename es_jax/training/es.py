@@ -27,6 +27,7 @@ from es_jax.es.shaping import SHAPINGS, centred_on_prompts
 from es_jax.generate.decode_spec import LoopSizes
 from es_jax.generate.engine import Engine
 from es_jax.generate.prompts import Packing, Prompts
+from es_jax.models.config import TransformerConfig
 from es_jax.models.layers import Transposed
 from es_jax.models.sharding import RULES
 from es_jax.models.transformer import param_shapes, unstack_layers
@@ -123,6 +124,14 @@ def prompts_of_member(config: RunConfig) -> int:
     return dealt or config.task.prompts_per_step or config.task.train_size
 
 
+@functools.lru_cache(maxsize=64)
+def pair_bytes(noise: LowRankNoise, model: TransformerConfig, dtype: jnp.dtype) -> int:
+    """Of what a member has of its own, where all share one copy of the weights in that dtype."""
+    params = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in param_shapes(model).items()}
+    pair = jax.eval_shape(functools.partial(noise.pair, sigma=1.0), params, _unperturbed_members(1)[0])
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pair))
+
+
 def members_at_once(config: RunConfig, engine: Engine, mesh: Mesh, *, memory: int | None = None) -> int:
     """decode.members_at_once where it is not set: members that share weights take half of what the weights leave of a
     device's `memory` (by default as it tells itself; of the machine's, on CPU); others come one by one.
@@ -134,18 +143,14 @@ def members_at_once(config: RunConfig, engine: Engine, mesh: Mesh, *, memory: in
         return 1
     model, noise, dtype, cut = engine.config, make_noise(config), compute_dtype(config), mesh.shape[MODEL]
     assert isinstance(noise, LowRankNoise)
-    params = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in param_shapes(model).items()}
-    member = jax.eval_shape(lambda: _unperturbed_members(1)[0])
-    pair = jax.eval_shape(functools.partial(noise.pair, sigma=config.es.sigma, dtype=dtype), params, member)
-    pairs = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pair))
     sizes = LoopSizes.of(engine, prompts_of_member(config), engine.max_prompt_tokens)
     tokens = sizes.fill_rows * sizes.width
     cache = 2 * model.layers * model.kv_heads * model.head_dim * sizes.slots * sizes.places * dtype.itemsize
     widest = 8 * max(tokens * model.mlp_dim, min(tokens * model.heads * sizes.width, HELD // 2))
-    each = 3 * pairs + ceil_div(2 * cache + widest + 8 * sizes.slots * model.vocab_size, cut)
+    each = 3 * pair_bytes(noise, model, dtype) + ceil_div(2 * cache + widest + 8 * sizes.slots * model.vocab_size, cut)
     copies = 2 if config.optim.name == "sgd" else 4  # with the anchor or θ₀, and moments
     master = copies * jnp.dtype(config.model.param_dtype).itemsize
-    held = sum(leaf.size for leaf in params.values()) * (master / mesh.size + dtype.itemsize / cut)
+    held = sum(map(math.prod, param_shapes(model).values())) * (master / mesh.size + dtype.itemsize / cut)
     if memory is None:
         known = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
         memory = known or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(jax.local_devices())
