@@ -154,8 +154,9 @@ def members_at_once(config: RunConfig, engine: Engine, mesh: Mesh, *, memory: in
     if memory is None:
         known = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
         memory = known or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(jax.local_devices())
-    room = int(memory - held) // 2 // each
-    return max(1, min(room, MOST_AT_ONCE, ceil_div(config.es.population, mesh.shape[GROUPS])))
+    share = ceil_div(config.es.population, mesh.shape[GROUPS])
+    most = max(1, min(int(memory - held) // 2 // each, MOST_AT_ONCE))
+    return ceil_div(share, ceil_div(share, most))  # of as many rounds the smallest: lanes left over decode padding
 
 
 def _mean_reward(completions: list[Graded]) -> float:
