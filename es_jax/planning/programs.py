@@ -67,14 +67,15 @@ class Program(NamedTuple):
 
 
 class Programs:
-    """A run's programs on a mesh of devices of so much memory to compile for; config.model.dtype must not be "auto".
+    """A run's programs on a mesh of devices to compile for; config.model.dtype must not be "auto".
 
-    decode.members_at_once is chosen as a run does, from that memory, where the config leaves it open.
+    Where the config leaves decode.members_at_once open it is chosen as a run does, from the `memory` of a device (by
+    default, of one that is here).
     """
 
     order: tuple[str, ...] = ("load", "share", "perturb", "decode", "update")  # the methods that give them
 
-    def __init__(self, config: RunConfig, model: TransformerConfig, mesh: Mesh, memory: int):
+    def __init__(self, config: RunConfig, model: TransformerConfig, mesh: Mesh, memory: int | None = None):
         self.model, self.mesh, self.everywhere = model, mesh, replicated(mesh)
         params = jax.eval_shape(lambda: Transformer(model).init(rng.key(0), dtype=config.model.param_dtype))
         self.params = placed(params, param_shardings(mesh, params))

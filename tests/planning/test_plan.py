@@ -237,7 +237,7 @@ def test_a_step_reads_shared_weights_once():
 
 
 @pytest.mark.parametrize(("noise", "memory", "expected"), [
-    ("gaussian", 2**34, 1), ("low_rank", 2**34, 16), ("low_rank", 10 * 2**20, 9), ("low_rank", 2**20, 1)
+    ("gaussian", 2**34, 1), ("low_rank", 2**34, 16), ("low_rank", 10 * 2**20, 8), ("low_rank", 2**20, 1)
 ])  # fmt: skip
 def test_members_at_once_are_chosen_from_the_memory_planned_for(noise, memory, expected):
     config = at_once(LOW_RANK | {"es": {"noise": noise, "population": 16}}, None)
