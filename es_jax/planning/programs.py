@@ -100,9 +100,10 @@ class Programs:
         self.rounds = ceil_div(config.es.population, evaluator.lanes)  # of members in an iteration
         self.members = _members(evaluator.lanes, over_groups(mesh))
         noise, dtype = evaluator.noise, jnp.dtype(evaluator.dtype)
-        size = sum(leaf.size for leaf in jax.tree.leaves(self.params)) * dtype.itemsize // mesh.shape[MODEL]
-        own = copy = {"compute copy": Bytes(size if evaluator.shared else evaluator.at_once * size)}
-        self.copy, self.pairs = copy, {}
+        copy = jax.eval_shape(evaluator.shared_weights, self.params) if evaluator.shared else self.params
+        size = sum(leaf.size for leaf in jax.tree.leaves(copy)) * dtype.itemsize // mesh.shape[MODEL]
+        own = self.copy = {"compute copy": Bytes(size if evaluator.shared else evaluator.at_once * size)}
+        self.pairs: dict[str, Bytes] = {}
         if isinstance(noise, LowRankNoise):
             own = self.pairs = {"pairs": Bytes(evaluator.at_once * pair_bytes(noise, model, dtype))}
         # A round is dispatched while the one before it decodes, but for large members.
@@ -191,7 +192,7 @@ class Programs:
         """A program that completes so many prompts on each of a group's lanes; with a `rank` these share one copy of
         the weights, which a step reads once."""
         new, share = self.new, self.mesh.shape[MODEL]
-        sizes = LoopSizes.of(self.evaluator.engine, prompts, self.width)
+        sizes = LoopSizes.of(self.evaluator.engine, prompts, self.width, lanes=lanes)
         itemsize = jnp.dtype(self.config.model.dtype).itemsize
         cache = Bytes(lanes * cache_bytes(self.model, sizes.slots * sizes.places, itemsize) // share)
         flops = forward_flops(self.model, prompts, self.width + new - 1, logits=new, rank=rank)  # the last is not fed
@@ -217,7 +218,7 @@ class Programs:
         passes = ceil_div(n // 2 if antithetic else n, BLOCK) if self._rank else 0
         return Program(
             "update",
-            lambda: state.update.lower(self.spec, self.mesh, self.params, self.opt_state, *arguments),
+            lambda: state.update_on(self.mesh).lower(self.spec, self.mesh, self.params, self.opt_state, *arguments),
             times=1,
             parts=self.resident,
             own=self.resident.keys(),

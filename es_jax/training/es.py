@@ -16,8 +16,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from es_jax.core import processes, rng
-from es_jax.core.chunked_map import HELD, ceil_div
-from es_jax.core.low_rank import LowRank
+from es_jax.core.chunked_map import ceil_div
+from es_jax.core.low_rank import LowRank, split
 from es_jax.core.mesh import GROUPS, MODEL, leaf_spec, only, over_groups, own_rows, replicated, to_devices
 from es_jax.core.tree import map_named, named_leaves
 from es_jax.es.low_rank import LowRankNoise
@@ -27,6 +27,7 @@ from es_jax.es.shaping import SHAPINGS, centred_on_prompts
 from es_jax.generate.decode_spec import LoopSizes
 from es_jax.generate.engine import Engine
 from es_jax.generate.prompts import Packing, Prompts
+from es_jax.generate.queue import BLOCK
 from es_jax.models.config import TransformerConfig
 from es_jax.models.layers import Transposed
 from es_jax.models.sharding import RULES
@@ -137,20 +138,21 @@ def members_at_once(config: RunConfig, engine: Engine, mesh: Mesh, *, memory: in
     device's `memory` (by default as it tells itself; of the machine's, on CPU); others come one by one.
 
     A member's part is estimated: its cache, and once more what a chunk attends of it; its pairs, in the order in which
-    layers use them, and those of the next round; the widest activations of a prefill, and logits.
+    layers use them, and those of the next round; the widest activations of a block of a prefill, and logits.
     """
     if config.es.noise != "low_rank":
         return 1
     model, noise, dtype, cut = engine.config, make_noise(config), compute_dtype(config), mesh.shape[MODEL]
     assert isinstance(noise, LowRankNoise)
-    sizes = LoopSizes.of(engine, prompts_of_member(config), engine.max_prompt_tokens)
-    tokens = sizes.fill_rows * sizes.width
+    sizes = LoopSizes.of(engine, prompts_of_member(config), engine.max_prompt_tokens, lanes=MOST_AT_ONCE)
     cache = 2 * model.layers * model.kv_heads * model.head_dim * sizes.slots * sizes.places * dtype.itemsize
-    widest = 8 * max(tokens * model.mlp_dim, min(tokens * model.heads * sizes.width, HELD // 2))
+    widest = 8 * sizes.fill_rows * BLOCK * max(model.mlp_dim, model.heads * sizes.width)
     each = 3 * pair_bytes(noise, model, dtype) + ceil_div(2 * cache + widest + 8 * sizes.slots * model.vocab_size, cut)
     copies = 2 if config.optim.name == "sgd" else 4  # with the anchor or θ₀, and moments
     master = copies * jnp.dtype(config.model.param_dtype).itemsize
-    held = sum(map(math.prod, param_shapes(model).values())) * (master / mesh.size + dtype.itemsize / cut)
+    shapes = param_shapes(model)
+    copied = sum(map(math.prod, [*shapes.values(), shapes["embed/embedding"]]))  # with what its cast loses
+    held = sum(map(math.prod, shapes.values())) * master / mesh.size + copied * dtype.itemsize / cut
     if memory is None:
         known = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
         memory = known or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(jax.local_devices())
@@ -212,14 +214,22 @@ class Evaluator:
     @functools.partial(jax.jit, static_argnums=0)
     def shared_weights(self, params: Any) -> Any:
         """The one copy of θ that all members decode with, where they share it: in the compute dtype and the engine's
-        layout, whole in every group and cut over `model`."""
+        layout, whole in every group and cut over `model`; and what the embedding lost by the cast (`LowRank.rest`)."""
 
-        def whole(name: str, leaf: Array) -> Array:
-            spec = leaf_spec(self.mesh, name, leaf.shape, RULES)
-            leaf = jax.lax.with_sharding_constraint(leaf.astype(self.dtype), NamedSharding(self.mesh, spec))
-            return jax.lax.with_sharding_constraint(leaf, NamedSharding(self.mesh, only(spec, MODEL)))
+        def whole(name: str, leaf: Array) -> tuple[Array, Array | None]:
+            spec, rest = leaf_spec(self.mesh, name, leaf.shape, RULES), None
+            if name == "embed/embedding":
+                leaf, rest = split(leaf, self.dtype)
 
-        return self.engine.layout(map_named(whole, params))
+            def gathered(part: Array) -> Array:
+                part = jax.lax.with_sharding_constraint(part.astype(self.dtype), NamedSharding(self.mesh, spec))
+                return jax.lax.with_sharding_constraint(part, NamedSharding(self.mesh, only(spec, MODEL)))
+
+            return gathered(leaf), rest if rest is None else gathered(rest)
+
+        parts = map_named(whole, params)
+        weights = jax.tree.map(lambda pair: pair[0], parts, is_leaf=lambda x: isinstance(x, tuple))
+        return self.engine.layout(weights), parts["embed"]["embedding"][1]
 
     @functools.partial(jax.jit, static_argnums=0)
     def member_pairs(self, params: Any, members: Members) -> Any:
@@ -407,11 +417,14 @@ def _gathered(mesh: Mesh, part: Array, spec: PartitionSpec) -> Array:
 
 def _with_pairs(shared: Any, pairs: Any) -> Any:
     """A member's weights of those that all share: `LowRank` matrices, and vectors of its own."""
+    weights, rest = shared
 
     def own(base: Any, pair: Any) -> Any:
         return LowRank(base, *pair) if isinstance(pair, tuple) else pair
 
-    return jax.tree.map(own, shared, pairs, is_leaf=lambda leaf: isinstance(leaf, Transposed))
+    params = jax.tree.map(own, weights, pairs, is_leaf=lambda leaf: isinstance(leaf, Transposed))
+    params["embed"]["embedding"] = dataclasses.replace(params["embed"]["embedding"], rest=rest)
+    return params
 
 
 def _unpack(members: Iterable[int], outputs: Any) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:

@@ -177,8 +177,8 @@ def at_once(config, number):
 
 
 def test_parts_and_runs_of_members_that_share_their_weights():
-    """One copy in bfloat16, cut over `model` alone; of each member of a round [D, 1] and [F, 1] of every matrix, in
-    float32, and vectors in bfloat16, whole on every device of its group."""
+    """One copy in bfloat16, cut over `model` alone, and what the cast took from the embedding; of each member of a round
+    [D, 1] and [F, 1] of every matrix, in float32, and vectors in bfloat16, whole on every device of its group."""
     programs = on_cpu(LOW_RANK | {"mesh": {"groups": 2, "model": 2}}, devices=4)
     by_name = {program.name: program for program in programs}
     assert [*by_name] == ["load", "share", "perturb", "decode", "update"]
@@ -186,7 +186,7 @@ def test_parts_and_runs_of_members_that_share_their_weights():
     kernels = 2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 256  # of a layer: q and o, k and v, the MLP
     vectors = 2 * (2 * 128 + 128 + 2 * 64) + 128  # norms and biases of two layers, the final norm
     held = by_name["decode"].parts
-    assert held["compute copy"] == Bytes(2 * (2 * kernels + 512 * 128 + vectors) // 2)
+    assert held["compute copy"] == Bytes(2 * (2 * kernels + 2 * 512 * 128 + vectors) // 2)
     pairs = 2 * (2 * 256 + 2 * 192 + 3 * 384) + 512 + 128
     assert held["pairs"] == held["other round"] == Bytes(4 * (4 * pairs + 2 * vectors))
     assert held["KV cache"] == Bytes(4 * 2 * 2 * 4 * (32 + 7) * 2 * 32 * 2 // 2)  # 4 members × 4 slots, a half of them
