@@ -177,8 +177,8 @@ def at_once(config, number):
 
 
 def test_parts_and_runs_of_members_that_share_their_weights():
-    """One copy in bfloat16, cut over `model` alone, and what the cast took from the embedding; of each member of a round
-    [D, 1] and [F, 1] of every matrix, in float32, and vectors in bfloat16, whole on every device of its group."""
+    """One copy in bfloat16, cut over `model` alone, and what the cast took from the embedding; of each member of a
+    round [D, 1] and [F, 1] of every matrix, in float32, and vectors in bfloat16, whole on every device of its group."""
     programs = on_cpu(LOW_RANK | {"mesh": {"groups": 2, "model": 2}}, devices=4)
     by_name = {program.name: program for program in programs}
     assert [*by_name] == ["load", "share", "perturb", "decode", "update"]
