@@ -23,7 +23,7 @@ from es_jax.core.chunked_map import ceil_div
 from es_jax.core.mesh import MODEL, over_groups, replicated
 from es_jax.es.low_rank import BLOCK, LowRankNoise
 from es_jax.es.population import Members
-from es_jax.generate.decode_spec import LoopSizes
+from es_jax.generate.decode_spec import PART, LoopSizes
 from es_jax.generate.engine import Engine
 from es_jax.generate.prompts import Prompts, padded_width
 from es_jax.models.config import TransformerConfig
@@ -196,7 +196,8 @@ class Programs:
         itemsize = jnp.dtype(self.config.model.dtype).itemsize
         cache = Bytes(lanes * cache_bytes(self.model, sizes.slots * sizes.places, itemsize) // share)
         flops = forward_flops(self.model, prompts, self.width + new - 1, logits=new, rank=rank)  # the last is not fed
-        steps, copy = ceil_div(prompts, sizes.slots) * new, sum(matrix_weights(self.model)) * itemsize
+        steps = ceil_div(prompts, sizes.slots) * (int(sizes.turns[PART]) + new - 1)  # a prefill's passes among them
+        copy = sum(matrix_weights(self.model)) * itemsize
         read = copy / lanes + 4 * rank * sum(pair_numbers(self.model)) if rank else copy  # for one lane
         memory = decode_memory(self.model, prompts, self.width, new, steps=steps, copy=read, itemsize=itemsize)
         return Program(

@@ -24,10 +24,9 @@ from es_jax.es.low_rank import LowRankNoise
 from es_jax.es.noise import GaussianNoise
 from es_jax.es.population import Members, Population
 from es_jax.es.shaping import SHAPINGS, centred_on_prompts
-from es_jax.generate.decode_spec import LoopSizes
+from es_jax.generate.decode_spec import BLOCK, LoopSizes
 from es_jax.generate.engine import Engine
 from es_jax.generate.prompts import Packing, Prompts
-from es_jax.generate.queue import BLOCK
 from es_jax.models.config import TransformerConfig
 from es_jax.models.layers import Transposed
 from es_jax.models.sharding import RULES
