@@ -7,17 +7,18 @@ taken to be as long as decode.max_prompt_tokens allows.
 
   --topology  v5e:4x4, v5p:4x4x4, v6e:8x8, tpu7x:2x2x1, v4:2x2x1; GPUs as slices × hosts × GPUs: h100:1x1x8, a100:1x2x8
   --slices    TPU slices of that shape, joined by the data-centre network
-  --search    try meshes and slot counts, and print the best that fits
+  --search    try meshes, members at once (with es.noise=low_rank) and slot counts, and print the best that fits
   --json      print one line of JSON
 
 TPUs need libtpu (pip install 'es_jax[plan]'). For GPUs: pip install --no-deps jax-cuda12-plugin jax-cuda12-pjrt, in the
 version of jax. The exit code is 0 when it fits, 1 when not, and 2 when the question has a mistake.
 
-With --json: fits, verdict, topology, devices, memory_bytes (of a device), mesh {groups, model}, slots, bound_seconds
-(of an iteration), compile_seconds (of all), shape ("files" or "published"), and programs {name: {peak_bytes (of a
-device, with what the run holds beside the program), own_bytes (of these the program's), host_bytes (pinned, for one
-device), parts {name: bytes of a device}, collectives [{op, bytes, times, axes, groups, group_size}], compile_seconds,
-runs (in an iteration), flops, memory_traffic_bytes, sent_bytes, bound_seconds (of one run, on one device), error}}.
+With --json: fits, verdict, topology, devices, memory_bytes (of a device), mesh {groups, model}, slots, members_at_once,
+bound_seconds (of an iteration), compile_seconds (of all), shape ("files" or "published"), and programs {name:
+{peak_bytes (of a device, with what the run holds beside the program), own_bytes (of these the program's), host_bytes
+(pinned, for one device), parts {name: bytes of a device}, collectives [{op, bytes, times, axes, groups, group_size}],
+compile_seconds, runs (in an iteration), flops, memory_traffic_bytes, sent_bytes, bound_seconds (of one run, on one
+device), error}}.
 """
 
 import functools
@@ -67,7 +68,7 @@ def entry() -> None:
     define_config(FIELDS)
     flags.DEFINE_string("topology", None, "What to compile for: v5e:4x4, v5p:4x4x4, h100:1x1x8, …")
     flags.DEFINE_integer("slices", 1, "TPU slices of that shape.", lower_bound=1)
-    flags.DEFINE_bool("search", False, "Try meshes and slot counts, and print the best that fits.")
+    flags.DEFINE_bool("search", False, "Try meshes, members at once and slot counts, print the best that fits.")
     flags.DEFINE_bool("json", False, "Print the plan as one line of JSON.")
     flags.DEFINE_bool("traceback", False, "Show where an error came from.")
     app.run(main, flags_parser=parser("es_jax.plan", required=("config", "topology"), fields=FIELDS))

@@ -4,11 +4,12 @@ A run takes longer than this bound: each completion has its full length, each ch
 links work at the same time, and the noise, vector work for which no peak is published, is left out.
 """
 
+import math
 from typing import NamedTuple
 
 from es_jax.core.chips import Chip
 from es_jax.models.config import TransformerConfig
-from es_jax.models.transformer import matrix_weights
+from es_jax.models.transformer import matrix_weights, param_shapes
 
 
 class Work(NamedTuple):
@@ -39,17 +40,24 @@ def _attended(config: TransformerConfig, first: int, last: int) -> int:
     return sum(min(position + 1, window or last) for window in windows for position in range(first, last))
 
 
-def forward_flops(config: TransformerConfig, rows: int, tokens: int, *, logits: int) -> float:
-    """Of rows of so many tokens, with the logits of some of them: two a weight and token, four a head dimension and
-    token attended."""
-    layers, head = matrix_weights(config)
+def pair_numbers(config: TransformerConfig) -> tuple[int, int]:
+    """Numbers of a member's thin matrices of rank 1 that meet every token's activations: in the layers, in the head."""
+    kernels = (shape for name, shape in param_shapes(config).items() if name.startswith("layers/") and len(shape) > 2)
+    return sum(math.prod(shape[:-2]) * sum(shape[-2:]) for shape in kernels), config.width + config.vocab_size
+
+
+def forward_flops(config: TransformerConfig, rows: int, tokens: int, *, logits: int, rank: int = 0) -> float:
+    """Of rows of so many tokens, with the logits of some of them: two a weight and token, two a number of the member's
+    pairs of that rank, four a head dimension and token attended."""
+    both = zip(matrix_weights(config), pair_numbers(config), strict=True)
+    layers, head = (weights + rank * pairs for weights, pairs in both)
     attention = 4 * config.heads * config.head_dim * _attended(config, 0, tokens)
     return rows * (2.0 * layers * tokens + 2.0 * head * logits + attention)
 
 
 def decode_memory(
-    config: TransformerConfig, prompts: int, prompt: int, new: int, *, steps: int, copy: int, itemsize: int
+    config: TransformerConfig, prompts: int, prompt: int, new: int, *, steps: int, copy: float, itemsize: int
 ) -> float:
-    """Bytes that decoding reads: the member's weights (`copy` bytes) at each step, and the keys and values attended."""
+    """Bytes that a member's decoding reads: `copy` bytes of weights at each step, and the keys and values attended."""
     attended = _attended(config, prompt, prompt + new - 1)
     return steps * copy + prompts * attended * 2.0 * config.kv_heads * config.head_dim * itemsize

@@ -1,6 +1,6 @@
 """Compile a run's programs for a topology, judge whether it fits, and say so in words and as JSON.
 
-`search` tries meshes and slot counts until no other can be faster than the best that fits.
+`search` tries meshes, members at once and slot counts until no other can be faster than the best that fits.
 """
 
 import contextlib
@@ -24,6 +24,7 @@ from es_jax.planning.hlo import Collective, collectives
 from es_jax.planning.programs import Program, placed, programs_of
 from es_jax.planning.topology import Topology
 from es_jax.training.config import RunConfig
+from es_jax.training.es import prompts_of_member
 from es_jax.training.method import METHODS
 
 _NAMED = 4  # kinds of collectives of a program that have words of their own; the rest are added up
@@ -52,6 +53,7 @@ class Plan:
     topology: Topology
     mesh: dict[str, int]
     slots: int
+    members_at_once: int
     programs: tuple[Outcome, ...]
 
     @property
@@ -89,19 +91,20 @@ def make_plan(
     compiled = {} if compiled is None else compiled
     programs, outcomes = programs_of(config, model, topology), []
     axes = {axis: programs.mesh.shape[axis] for axis in (GROUPS, MODEL)}
-    slots = programs.evaluator.engine.slots
+    slots, at_once = programs.evaluator.engine.slots, programs.evaluator.at_once
+    sizes = {"perturb": (at_once,), "decode": (at_once, slots), "rollout": (slots,)}
     for program in programs:
-        key = (program.name, *axes.values(), slots if program.name in ("decode", "rollout") else None)
+        key = (program.name, *axes.values(), *sizes.get(program.name, ()))
         if key not in compiled:
             compiled[key] = compile_program(program, axes)
             say(f"{program.name}: compiled in {compiled[key][0].compile_seconds:.0f} s")
         outcome, shardings = compiled[key]
         outcomes.append(outcome)
-        if program.name == "perturb":
+        if program.name in programs.weights:
             if outcome.error:
                 break  # where decode would find the members' weights is not known
-            programs.copy = placed(programs.copy, shardings)
-    return Plan(programs.config, topology, axes, slots, tuple(outcomes))
+            programs.weights[program.name] = placed(programs.weights[program.name], shardings)
+    return Plan(programs.config, topology, axes, slots, at_once, tuple(outcomes))
 
 
 def compile_program(program: Program, axes: dict[str, int]) -> tuple[Outcome, Any]:
@@ -158,7 +161,7 @@ def _needed(error: str) -> int:
 
 
 class Candidate(NamedTuple):
-    """A config with a mesh and a slot count, and what is known of it before anything is compiled."""
+    """A config with a mesh, members at once and a slot count, and what is known of it before anything is compiled."""
 
     config: RunConfig
     seconds: float  # the bound on an iteration, without what is sent between devices
@@ -168,7 +171,8 @@ class Candidate(NamedTuple):
 def search(config: RunConfig, model: TransformerConfig, topology: Topology, *, say: Callable[[str], None]) -> Plan:
     """The plan with the lowest bound on an iteration's time among those that fit, else the one nearest to fitting.
 
-    All meshes of the devices and 1, 1/2, 1/4, … of a step's prompts as slots are candidates, the most promising first.
+    All meshes of the devices, 1, 1/2, 1/4, … of a member's prompts as slots and, where members share their weights, 1,
+    2, 4, … members at once are candidates, the most promising first.
 
     Raises:
       ValueError: no mesh suits the model and the topology.
@@ -179,6 +183,8 @@ def search(config: RunConfig, model: TransformerConfig, topology: Topology, *, s
         if any(plan.fits and plan.seconds <= seconds for plan in plans):
             break
         name = f"groups {variant.mesh.groups} × model {variant.mesh.model}, {variant.decode.slots} slots"
+        if variant.es.noise == "low_rank":
+            name += f", {variant.decode.members_at_once} at once"
         report = lambda line, name=name: say(f"{name}: {line}")  # noqa: E731
         if least > topology.chip.memory:
             report(f"needs more than {_gib(least)} GiB, not compiled")
@@ -193,14 +199,17 @@ def search(config: RunConfig, model: TransformerConfig, topology: Topology, *, s
 
 def candidates(config: RunConfig, model: TransformerConfig, topology: Topology) -> list[Candidate]:
     """All that suit, the lowest bound first; of equal ones that which cuts members over fewer devices."""
-    prompts, devices = config.task.prompts_per_step or config.task.train_size, len(topology.devices)
+    prompts, devices = prompts_of_member(config), len(topology.devices)
     shares, results = (model.heads, model.kv_heads, model.mlp_dim, model.vocab_size, devices), []
     powers = ([2**i for i in range(number.bit_length())] for number in (devices, prompts))
-    for width, batches in itertools.product(*powers):
-        if any(size % width for size in shares):
+    share = config.es.population if config.record.perturbs and config.es.noise == "low_rank" else 0
+    at_once = [2**i for i in range(share.bit_length())] or [config.decode.members_at_once]
+    for width, batches, number in itertools.product(*powers, at_once):
+        groups = devices // width
+        if any(size % width for size in shares) or (share and number > 1 and number > share / groups):
             continue
-        mesh = dataclasses.replace(config.mesh, groups=devices // width, model=width)
-        decode = dataclasses.replace(config.decode, slots=ceil_div(prompts, batches))
+        mesh = dataclasses.replace(config.mesh, groups=groups, model=width)
+        decode = dataclasses.replace(config.decode, slots=ceil_div(prompts, batches), members_at_once=number)
         variant = dataclasses.replace(config, mesh=mesh, decode=decode)
         programs = list(programs_of(variant, model, topology))
         seconds = sum(program.times * program.work.seconds(topology.chip) for program in programs)
@@ -229,7 +238,7 @@ def words(plan: Plan) -> str:
     return "\n".join([
         f"{size} of {config.model.source}, computed in {config.model.dtype}, weights in "
         f"{config.model.param_dtype}, on {plan.topology.name}: {devices} devices of {_gib(chip.memory)} GiB, "
-        f"groups {plan.mesh[GROUPS]} × model {plan.mesh[MODEL]}, {plan.slots} slots",
+        f"groups {plan.mesh[GROUPS]} × model {plan.mesh[MODEL]}, {_lanes(plan)}",
         "",
         *("  ".join(map(str.ljust, row, widths)).rstrip() for row in cells),
         "",
@@ -252,6 +261,7 @@ def fields(plan: Plan) -> dict[str, Any]:
         "memory_bytes": plan.topology.chip.memory,
         "mesh": plan.mesh,
         "slots": plan.slots,
+        "members_at_once": plan.members_at_once,
         "bound_seconds": plan.seconds,
         "compile_seconds": sum(outcome.compile_seconds for outcome in plan.programs),
         "programs": {outcome.name: _program(plan, outcome) for outcome in plan.programs},
@@ -274,7 +284,14 @@ def verdict(plan: Plan) -> str:
 def _remedies(plan: Plan, worst: Outcome) -> Iterator[str]:
     """What would make room, with how much, by arithmetic alone: another plan must show it."""
     cache, copy, anchor = (worst.parts.get(name, 0) for name in ("KV cache", "compute copy", "anchor"))
-    groups, model = plan.mesh[GROUPS], plan.mesh[MODEL]
+    groups, model, at_once = plan.mesh[GROUPS], plan.mesh[MODEL], plan.members_at_once
+    if at_once > 1 and worst.name in ("perturb", "decode"):
+        all_have = {"parameters", "anchor", "moments"} | ({"compute copy"} if "pairs" in worst.parts else set())
+        lanes = sum(size for name, size in worst.parts.items() if name not in all_have)  # nearly all grows with them
+        fewer, share = at_once - math.ceil(plan.short * at_once / lanes), ceil_div(plan.config.es.population, groups)
+        if fewer > 0:
+            fewer = ceil_div(share, ceil_div(share, fewer))  # of as many rounds
+            yield f"decode.members_at_once={fewer} frees about {_gib(lanes * (at_once - fewer) / at_once)}"
     if cache:
         slots = plan.slots - math.ceil(plan.short * plan.slots / cache)
         if slots > 0:
@@ -283,6 +300,17 @@ def _remedies(plan: Plan, worst: Outcome) -> Iterator[str]:
         yield f"mesh.model={2 * model} with mesh.groups={groups // 2} frees about {_gib((copy + cache) / 2)}"
     if anchor and plan.config.optim.anchor.penalty != "none":
         yield f"optim.anchor.memory=pinned_host frees {_gib(anchor)} while members are evaluated"
+
+
+def _lanes(plan: Plan) -> str:
+    """What a group decodes at once."""
+    config, slots = plan.config, f"{plan.slots} slot{'s' if plan.slots > 1 else ''}"
+    if not config.record.perturbs:
+        return slots
+    members = f"{plan.members_at_once} member{'s' if plan.members_at_once > 1 else ''} at once"
+    few = config.es.prompts_per_member
+    of = f", {few} of {config.task.prompts_per_step or config.task.train_size} prompts each" if few else ""
+    return f"{slots}, {members}{of}"
 
 
 def _sent(kinds: list[Collective]) -> str:

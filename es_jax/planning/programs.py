@@ -1,10 +1,12 @@
 """The programs of a run, lowered for devices that are not here: they are asked for from the run's own classes.
 
 `load` makes the optimizer's state (the anchor in it), `perturb` a round of members, `decode` their completions,
-`update` is the estimate and the step. Arrays have shapes and shardings, but no numbers.
+`update` is the estimate and the step. With low-rank noise `share` makes the one copy of the weights that all members
+have, and `perturb` what each has of its own. Arrays have shapes and shardings, but no numbers.
 """
 
 import dataclasses
+import functools
 import math
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Set
@@ -19,19 +21,20 @@ from jax.sharding import Mesh
 from es_jax.core import rng
 from es_jax.core.chunked_map import ceil_div
 from es_jax.core.mesh import MODEL, over_groups, replicated
+from es_jax.es.low_rank import BLOCK, LowRankNoise
 from es_jax.es.population import Members
-from es_jax.generate.decode_spec import LoopSizes
+from es_jax.generate.decode_spec import PART, LoopSizes
 from es_jax.generate.engine import Engine
 from es_jax.generate.prompts import Prompts, padded_width
 from es_jax.models.config import TransformerConfig
 from es_jax.models.known_configs import PUBLISHED, published
 from es_jax.models.sharding import param_shardings
 from es_jax.models.transformer import Transformer, matrix_weights
-from es_jax.planning.costs import Work, cache_bytes, decode_memory, forward_flops
+from es_jax.planning.costs import Work, cache_bytes, decode_memory, forward_flops, pair_numbers
 from es_jax.planning.topology import Topology
 from es_jax.training import state
 from es_jax.training.config import RunConfig
-from es_jax.training.es import Evaluator
+from es_jax.training.es import Evaluator, members_at_once, pair_bytes, prompts_of_member
 from es_jax.training.method import METHODS
 
 
@@ -64,12 +67,16 @@ class Program(NamedTuple):
 
 
 class Programs:
-    """A run's programs on a mesh of devices to compile for; config.model.dtype must not be "auto"."""
+    """A run's programs on a mesh of devices to compile for; config.model.dtype must not be "auto".
 
-    order = ("load", "perturb", "decode", "update")  # the methods that give them
+    Where the config leaves decode.members_at_once open it is chosen as a run does, from the `memory` of a device (by
+    default, of one that is here).
+    """
 
-    def __init__(self, config: RunConfig, model: TransformerConfig, mesh: Mesh):
-        self.config, self.model, self.mesh, self.everywhere = config, model, mesh, replicated(mesh)
+    order: tuple[str, ...] = ("load", "share", "perturb", "decode", "update")  # the methods that give them
+
+    def __init__(self, config: RunConfig, model: TransformerConfig, mesh: Mesh, memory: int | None = None):
+        self.model, self.mesh, self.everywhere = model, mesh, replicated(mesh)
         params = jax.eval_shape(lambda: Transformer(model).init(rng.key(0), dtype=config.model.param_dtype))
         self.params = placed(params, param_shardings(mesh, params))
         self.spec = state.UpdateSpec.of(config)
@@ -78,19 +85,29 @@ class Programs:
         self.opt_state = placed(opt_state, state.state_shardings(self.spec.chain, mesh, opt_state))
         self.start = None if state.anchor_stays(config) else self.params
         self.prompts = config.task.prompts_per_step or config.task.train_size
+        self.each = prompts_of_member(config)
         longest, self.new = config.decode.max_prompt_tokens, config.decode.max_new_tokens
         self.width = padded_width(longest, longest)
         engine = Engine(
-            model, slots=min(config.decode.slots, self.prompts), max_prompt_tokens=longest,
+            model, slots=min(config.decode.slots, self.each), max_prompt_tokens=longest,
             max_new_tokens=self.new, stop_token_ids=(0,), unroll=False,
         )  # fmt: skip
-        self.evaluator = Evaluator.of(config, engine, mesh)
-        self.rounds = ceil_div(config.es.population, self.evaluator.lanes)  # of members in an iteration
-        self.members = _members(self.evaluator.lanes, over_groups(mesh))
-        self.copy = jax.eval_shape(self.evaluator._perturb, self.params, self.members)
-        self.compute_copy = Bytes(
-            sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.copy)) // mesh.size
-        )
+        if config.decode.members_at_once is None:
+            number = members_at_once(config, engine, mesh, memory=memory)
+            config = dataclasses.replace(config, decode=dataclasses.replace(config.decode, members_at_once=number))
+        self.config = config
+        evaluator = self.evaluator = Evaluator.of(config, engine, mesh)
+        self.rounds = ceil_div(config.es.population, evaluator.lanes)  # of members in an iteration
+        self.members = _members(evaluator.lanes, over_groups(mesh))
+        noise, dtype = evaluator.noise, jnp.dtype(evaluator.dtype)
+        copy = jax.eval_shape(evaluator.shared_weights, self.params) if evaluator.shared else self.params
+        size = sum(leaf.size for leaf in jax.tree.leaves(copy)) * dtype.itemsize // mesh.shape[MODEL]
+        own = self.copy = {"compute copy": Bytes(size if evaluator.shared else evaluator.at_once * size)}
+        self.pairs: dict[str, Bytes] = {}
+        if isinstance(noise, LowRankNoise):
+            own = self.pairs = {"pairs": Bytes(evaluator.at_once * pair_bytes(noise, model, dtype))}
+        # A round is dispatched while the one before it decodes, but for large members.
+        self.other_round = {"other round": next(iter(own.values()))} if evaluator.vmapped and self.rounds > 1 else {}
         self.rates = array((2,), jnp.float32, self.everywhere)  # (α, αλ) of a step
         anchor, moments = self.start, self.opt_state
         if anchor is None:
@@ -98,78 +115,116 @@ class Programs:
         held = {"parameters": self.params, "anchor": anchor, "moments": moments}
         self.resident = {name: Bytes.of(tree) for name, tree in held.items()}  # at any time
 
+    @functools.cached_property
+    def weights(self) -> dict[str, Any]:
+        """What `decode` takes, by the program that makes it; where it lies is known when that is compiled."""
+        evaluator = self.evaluator
+        if not evaluator.shared:
+            return {"perturb": jax.eval_shape(evaluator._perturb, self.params, self.members)}
+        pairs = jax.eval_shape(evaluator.member_pairs, self.params, self.members)
+        return {"share": jax.eval_shape(evaluator.shared_weights, self.params), "perturb": pairs}
+
     def __iter__(self) -> Iterator[Program]:
-        return (getattr(self, name)() for name in self.order)
+        return (getattr(self, name)() for name in self.order if name != "share" or self.evaluator.shared)
 
     def load(self) -> Program:
         """From the weights, which are read leaf by leaf, to the optimizer's state."""
         where = jax.tree.map(lambda leaf: leaf.sharding, self.opt_state)
         return Program(
             "load",
-            lambda: jax.jit(self.tx.init, out_shardings=where).lower(self.params),
+            lambda: jax.jit(self.tx.init, out_shardings=where, keep_unused=True).lower(self.params),
             times=0,
             parts=self.resident,
             own=self.resident.keys() if self.start is None else {"parameters", "moments"},
             work=Work(memory=2.0 * sum(part.device for part in self.resident.values())),
         )
 
+    def share(self) -> Program:
+        """The copy of the weights that all members share, whole in every group."""
+        return Program(
+            "share",
+            lambda: Evaluator.shared_weights.lower(self.evaluator, self.params),
+            times=1,
+            parts=self.resident | self.copy,
+            own={"parameters", *self.copy},
+            work=Work(memory=self.resident["parameters"].device + self.copy["compute copy"].device),
+        )
+
     def perturb(self) -> Program:
-        """The weights of one round of members."""
+        """The weights of one round of members; where all share one copy, what each has of its own."""
+        program, own = (Evaluator.member_pairs, self.pairs) if self.pairs else (Evaluator._perturb, self.copy)
+        read = {} if self.pairs else {"parameters": self.resident["parameters"]}  # shared ones: their shapes alone
         return Program(
             "perturb",
-            lambda: Evaluator._perturb.lower(self.evaluator, self.params, self.members),
+            lambda: program.lower(self.evaluator, self.params, self.members),
             times=self.rounds,
-            parts=self.resident | {"compute copy": self.compute_copy},
-            own={"parameters", "compute copy"},
-            work=Work(memory=self.resident["parameters"].device + self.compute_copy.device),
+            parts=self.resident | self.copy | self.pairs | self.other_round,
+            own={*own, *read},
+            work=Work(memory=sum(part.device for part in (own | read).values())),
         )
 
     def decode(self) -> Program:
-        """Prefill and completions of one round of members, a slotful of prompts at a time, with `copy` placed where the
-        compiled `perturb` leaves it."""
-        tokens = array((self.evaluator.lanes, self.prompts, self.width), jnp.int32, over_groups(self.mesh))
+        """Prefill and completions of one round of members, a slotful of prompts at a time, with `weights` placed where
+        the compiled programs leave them."""
+        evaluator, where = self.evaluator, over_groups(self.mesh)
+        tokens = array((evaluator.lanes, self.each, self.width), jnp.int32, where)
         rows = Prompts(tokens, tokens, array((0,), jnp.int32, self.everywhere))  # no shared prefix: a bound
-        return self._completions(
-            "decode", lambda: Evaluator._decode.lower(self.evaluator, self.copy, rows),
-            prompts=self.prompts, times=self.rounds, lanes=self.evaluator.at_once,
+
+        def lower() -> Any:
+            weights = tuple(self.weights.values()) if evaluator.shared else self.weights["perturb"]
+            return Evaluator._decode.lower(evaluator, weights, rows)
+
+        program = self._completions(
+            "decode", lower, prompts=self.each, times=self.rounds, lanes=evaluator.at_once, rank=self._rank,
         )  # fmt: skip
+        parts = {**program.parts, **self.pairs, **self.other_round}
+        return program._replace(parts=parts, own={*program.own, *self.pairs})
+
+    @property
+    def _rank(self) -> int:
+        """Of the members' pairs; 0 where they have none."""
+        return self.evaluator.noise.rank if isinstance(self.evaluator.noise, LowRankNoise) else 0
 
     def _completions(
-        self, name: str, lower: Callable[[], Any], *, prompts: int, times: int, lanes: int = 1,
+        self, name: str, lower: Callable[[], Any], *, prompts: int, times: int, lanes: int = 1, rank: int = 0,
         own: Set[str] = frozenset(),
     ) -> Program:  # fmt: skip
-        """A program that completes so many prompts on each of a group's lanes."""
+        """A program that completes so many prompts on each of a group's lanes; with a `rank` these share one copy of
+        the weights, which a step reads once."""
         new, share = self.new, self.mesh.shape[MODEL]
-        sizes = LoopSizes.of(self.evaluator.engine, prompts, self.width)
+        sizes = LoopSizes.of(self.evaluator.engine, prompts, self.width, lanes=lanes)
         itemsize = jnp.dtype(self.config.model.dtype).itemsize
         cache = Bytes(lanes * cache_bytes(self.model, sizes.slots * sizes.places, itemsize) // share)
-        flops = forward_flops(self.model, prompts, self.width + new - 1, logits=new)  # the last token is not fed
-        steps, copy = ceil_div(prompts, sizes.slots) * new, sum(matrix_weights(self.model)) * itemsize
-        memory = decode_memory(self.model, prompts, self.width, new, steps=steps, copy=copy, itemsize=itemsize)
+        flops = forward_flops(self.model, prompts, self.width + new - 1, logits=new, rank=rank)  # the last is not fed
+        steps = ceil_div(prompts, sizes.slots) * (int(sizes.turns[PART]) + new - 1)  # a prefill's passes among them
+        copy = sum(matrix_weights(self.model)) * itemsize
+        read = copy / lanes + 4 * rank * sum(pair_numbers(self.model)) if rank else copy  # for one lane
+        memory = decode_memory(self.model, prompts, self.width, new, steps=steps, copy=read, itemsize=itemsize)
         return Program(
             name,
             lower,
             times=times,
-            parts=self.resident | {"compute copy": self.compute_copy, "KV cache": cache},
-            own={"compute copy", "KV cache", *own},
+            parts=self.resident | self.copy | {"KV cache": cache},
+            own={*self.copy, "KV cache", *own},
             work=Work(flops * lanes / share, memory * lanes / share),
             turns=sizes.turns,
         )
 
     def update(self) -> Program:
-        """Estimate and step."""
-        n = self.config.es.population
-        members = dataclasses.replace(_members(n, self.everywhere), paired=self.config.es.antithetic)
+        """Estimate and step. Of low-rank noise a pass over a leaf, read and written, adds a block of members."""
+        n, antithetic = self.config.es.population, self.config.es.antithetic
+        members = dataclasses.replace(_members(n, self.everywhere), paired=antithetic)
         arguments = self.start, members, array((n,), jnp.float32, self.everywhere), self.rates
         total = sum(sum(part) for part in self.resident.values())
+        passes = ceil_div(n // 2 if antithetic else n, BLOCK) if self._rank else 0
         return Program(
             "update",
             lambda: state.update_on(self.mesh).lower(self.spec, self.mesh, self.params, self.opt_state, *arguments),
             times=1,
             parts=self.resident,
             own=self.resident.keys(),
-            work=Work(memory=total + self.resident["parameters"].device),
-            turns={"": n},
+            work=Work(memory=total + (1 + 2.0 * passes) * self.resident["parameters"].device),
+            turns={"": passes or n},
         )
 
 
@@ -203,4 +258,4 @@ def programs_of(config: RunConfig, model: TransformerConfig, topology: Topology)
     if config.model.dtype == "auto":
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bfloat16"))
     mesh = state.mesh_of(config, model, devices=list(topology.devices), memory=topology.chip.memory)
-    return pkgutil.resolve_name(METHODS[config.method].programs)(config, model, mesh)
+    return pkgutil.resolve_name(METHODS[config.method].programs)(config, model, mesh, topology.chip.memory)

@@ -24,8 +24,10 @@ from es_jax.es.low_rank import LowRankNoise
 from es_jax.es.noise import GaussianNoise
 from es_jax.es.population import Members, Population
 from es_jax.es.shaping import SHAPINGS, centred_on_prompts
+from es_jax.generate.decode_spec import BLOCK, LoopSizes
 from es_jax.generate.engine import Engine
 from es_jax.generate.prompts import Packing, Prompts
+from es_jax.models.config import TransformerConfig
 from es_jax.models.layers import Transposed
 from es_jax.models.sharding import RULES
 from es_jax.models.transformer import param_shapes, unstack_layers
@@ -116,21 +118,46 @@ class Evolution:
 MOST_AT_ONCE = 256  # members of a group in one call, of those that share their weights
 
 
-def members_at_once(config: RunConfig, engine: Engine, mesh: Mesh) -> int:
-    """decode.members_at_once where it is not set: members that share weights take a quarter of a device's memory (of
-    the machine's, on CPU) for caches and pairs; others come one by one."""
+def prompts_of_member(config: RunConfig) -> int:
+    """How many of a step's prompts each member sees."""
+    dealt = config.es.prompts_per_member if config.record.perturbs else None
+    return dealt or config.task.prompts_per_step or config.task.train_size
+
+
+@functools.lru_cache(maxsize=64)
+def pair_bytes(noise: LowRankNoise, model: TransformerConfig, dtype: jnp.dtype) -> int:
+    """Of what a member has of its own, where all share one copy of the weights in that dtype."""
+    params = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in param_shapes(model).items()}
+    pair = jax.eval_shape(functools.partial(noise.pair, sigma=1.0), params, _unperturbed_members(1)[0])
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pair))
+
+
+def members_at_once(config: RunConfig, engine: Engine, mesh: Mesh, *, memory: int | None = None) -> int:
+    """decode.members_at_once where it is not set: members that share weights take half of what the weights leave of a
+    device's `memory` (by default as it tells itself; of the machine's, on CPU); others come one by one.
+
+    A member's part is estimated: its cache, and once more what a chunk attends of it; its pairs, in the order in which
+    layers use them, and those of the next round; the widest activations of a block of a prefill, and logits.
+    """
     if config.es.noise != "low_rank":
         return 1
-    model, itemsize = engine.config, compute_dtype(config).itemsize
-    places = engine.slots * (engine.max_prompt_tokens + engine.max_new_tokens)
-    cache = 2 * model.layers * model.kv_heads * model.head_dim * places * itemsize
-    matrices = [shape for shape in param_shapes(model).values() if len(shape) > 1]
-    pairs = 4 * config.es.rank * sum(math.prod(shape[:-2]) * sum(shape[-2:]) for shape in matrices)
-    logits = 8 * engine.slots * model.vocab_size
-    known = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    memory = known or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(jax.local_devices())
-    room = memory * mesh.shape[MODEL] // 4 // (cache + pairs + logits)
-    return max(1, min(room, MOST_AT_ONCE, ceil_div(config.es.population, mesh.shape[GROUPS])))
+    model, noise, dtype, cut = engine.config, make_noise(config), compute_dtype(config), mesh.shape[MODEL]
+    assert isinstance(noise, LowRankNoise)
+    sizes = LoopSizes.of(engine, prompts_of_member(config), engine.max_prompt_tokens, lanes=MOST_AT_ONCE)
+    cache = 2 * model.layers * model.kv_heads * model.head_dim * sizes.slots * sizes.places * dtype.itemsize
+    widest = 8 * sizes.fill_rows * BLOCK * max(model.mlp_dim, model.heads * sizes.width)
+    each = 3 * pair_bytes(noise, model, dtype) + ceil_div(2 * cache + widest + 8 * sizes.slots * model.vocab_size, cut)
+    copies = 2 if config.optim.name == "sgd" else 4  # with the anchor or θ₀, and moments
+    master = copies * jnp.dtype(config.model.param_dtype).itemsize
+    shapes = param_shapes(model)
+    copied = sum(map(math.prod, [*shapes.values(), shapes["embed/embedding"]]))  # with what its cast loses
+    held = sum(map(math.prod, shapes.values())) * master / mesh.size + copied * dtype.itemsize / cut
+    if memory is None:
+        known = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+        memory = known or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(jax.local_devices())
+    share = ceil_div(config.es.population, mesh.shape[GROUPS])
+    most = max(1, min(int(memory - held) // 2 // each, MOST_AT_ONCE))
+    return ceil_div(share, ceil_div(share, most))  # of as many rounds the smallest: lanes left over decode padding
 
 
 def _mean_reward(completions: list[Graded]) -> float:

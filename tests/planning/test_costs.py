@@ -5,10 +5,14 @@ import jax.numpy as jnp
 import pytest
 
 from es_jax.core.chips import CHIPS, GIB, chip, find_chip
+from es_jax.core.low_rank import LowRank
+from es_jax.core.tree import map_named
+from es_jax.es.low_rank import LowRankNoise
+from es_jax.es.population import Population
 from es_jax.models.config import TransformerConfig
 from es_jax.models.known_configs import PUBLISHED, published
 from es_jax.models.transformer import Transformer, matrix_weights, param_shapes
-from es_jax.planning.costs import cache_bytes, decode_memory, forward_flops
+from es_jax.planning.costs import cache_bytes, decode_memory, forward_flops, pair_numbers
 
 CONFIG = TransformerConfig(
     family="llama", vocab_size=64, width=32, layers=3, heads=4, kv_heads=2, head_dim=8, mlp_dim=48,
@@ -48,6 +52,34 @@ def test_flops_are_those_of_the_forward_pass():
 def test_every_logit_costs_the_head():
     _, head = matrix_weights(CONFIG)
     assert forward_flops(CONFIG, 2, 20, logits=5) == forward_flops(CONFIG, 2, 20, logits=1) + 2 * 4 * 2 * head
+
+
+@pytest.mark.parametrize("rank", [1, 2, 5])
+def test_flops_of_a_member_with_pairs_are_those_of_the_forward_pass(rank):
+    """x a bᵀ beside every product with a shared matrix; the lookup, which is not counted, takes one product more."""
+    noise, tokens, prompts = LowRankNoise(rank=rank, stacked="layers/"), 16, 2
+    params = jax.eval_shape(Transformer(CONFIG).init, jax.random.key(0))
+    member = Population(2, seed=0).members(0)[0]
+    last = jnp.full((prompts,), tokens - 1, jnp.int32)
+    apply = lambda params, x: Transformer(CONFIG).apply(params, x, logits_at=last)[0]  # noqa: E731
+
+    def counted(params, member):
+        pairs = noise.pair(params, member, sigma=1.0)
+        tree = map_named(lambda name, x, pair: LowRank(x, *pair) if noise.is_matrix(name, x) else pair, params, pairs)
+        return apply(tree, jnp.zeros((prompts, tokens), jnp.int32))
+
+    more = products(jax.make_jaxpr(counted)(params, member).jaxpr)
+    more -= products(jax.make_jaxpr(apply)(params, jnp.zeros((prompts, tokens), jnp.int32)).jaxpr)
+    lookup = 2 * rank * CONFIG.width * prompts * tokens
+    flops = [forward_flops(CONFIG, prompts, tokens, logits=1, rank=r) for r in (0, rank)]
+    assert (
+        more - lookup
+        == flops[1] - flops[0]
+        == 2
+        * prompts
+        * rank
+        * sum(numbers * times for numbers, times in zip(pair_numbers(CONFIG), (tokens, 1), strict=True))
+    )
 
 
 def test_windows_bound_what_is_attended():

@@ -16,6 +16,8 @@ import pytest
 from es_jax.core.chips import chip
 from es_jax.core.mesh import make_mesh
 from es_jax.models.config import TransformerConfig
+from es_jax.models.transformer import matrix_weights
+from es_jax.planning.costs import Work, pair_numbers
 from es_jax.planning.plan import candidates, compile_program, fields, make_plan, words
 from es_jax.planning.programs import Bytes, find_shape, programs_of
 from es_jax.planning.topology import Topology, topology
@@ -155,3 +157,115 @@ def test_a_mistake_ends_the_command_with_a_sentence():
     command = [sys.executable, "-m", "es_jax.plan", "--config=configs/countdown.py", "--topology=v5f:4x4"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "'v5e'" in done.stderr and "Traceback" not in done.stderr
+
+
+LOW_RANK = CONFIG | {
+    "es": {"noise": "low_rank", "population": 16, "prompts_per_member": 4},
+    "decode": CONFIG["decode"] | {"members_at_once": 4},
+}
+
+
+def on_cpu(config, devices=1, memory=None, slots=4):
+    """The programs of a run on CPU devices of so much memory, at that many slots."""
+    one = chip("v5e") if memory is None else dataclasses.replace(chip("v5e"), memory=memory)
+    config = config | {"decode": config["decode"] | {"slots": slots}}
+    return programs_of(freeze(config), SMALL, Topology("cpu", one, tuple(jax.devices()[:devices])))
+
+
+def at_once(config, number):
+    return config | {"decode": config["decode"] | {"members_at_once": number}}
+
+
+def test_parts_and_runs_of_members_that_share_their_weights():
+    """One copy in bfloat16, cut over `model` alone, and what the cast took from the embedding; of each member of a
+    round [D, 1] and [F, 1] of every matrix, in float32, and vectors in bfloat16, whole on every device of its group."""
+    programs = on_cpu(LOW_RANK | {"mesh": {"groups": 2, "model": 2}}, devices=4)
+    by_name = {program.name: program for program in programs}
+    assert [*by_name] == ["load", "share", "perturb", "decode", "update"]
+    assert [program.times for program in by_name.values()] == [0, 1, 2, 2, 1]
+    kernels = 2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 256  # of a layer: q and o, k and v, the MLP
+    vectors = 2 * (2 * 128 + 128 + 2 * 64) + 128  # norms and biases of two layers, the final norm
+    held = by_name["decode"].parts
+    assert held["compute copy"] == Bytes(2 * (2 * kernels + 2 * 512 * 128 + vectors) // 2)
+    pairs = 2 * (2 * 256 + 2 * 192 + 3 * 384) + 512 + 128
+    assert held["pairs"] == held["other round"] == Bytes(4 * (4 * pairs + 2 * vectors))
+    assert held["KV cache"] == Bytes(4 * 2 * 2 * 4 * (32 + 7) * 2 * 32 * 2 // 2)  # 4 members × 4 slots, a half of them
+    assert "other round" not in on_cpu(at_once(LOW_RANK, 16)).decode().parts
+    assert "pairs" not in by_name["share"].parts and by_name["share"].parts["compute copy"] == held["compute copy"]
+
+
+def peak(programs):
+    """Of `decode`, as XLA's own compiler for CPUs has it."""
+    stats = programs.decode().lower().compile().memory_analysis()
+    return stats.argument_size_in_bytes + stats.temp_size_in_bytes
+
+
+def test_the_peak_of_decoding_grows_by_pairs_and_caches_and_not_by_copies():
+    config = LOW_RANK | {"es": {"noise": "low_rank", "population": 32, "prompts_per_member": 1}}
+    few, many = (on_cpu(at_once(config, number)) for number in (2, 16))
+    copy, more = (few.decode().parts[name].device for name in ("compute copy", "pairs"))
+    cache = few.decode().parts["KV cache"].device
+    grown = peak(many) - peak(few)
+    assert grown > 7 * (more + cache)
+    assert grown < 7 * (more + cache) + 7 * copy  # fourteen copies more, if each member had one
+
+
+@pytest.mark.parametrize(
+    ("noise", "each", "slots", "used"),
+    [("gaussian", None, 64, 8), ("gaussian", 4, 64, 4), ("low_rank", None, 4, 4), ("low_rank", 1, 64, 1)],
+)
+def test_members_decode_the_prompts_that_they_see(noise, each, slots, used):
+    """As many as es.prompts_per_member says, whatever the noise, and no more slots than those."""
+    config = LOW_RANK | {"es": {"noise": noise, "population": 32, "prompts_per_member": each}}
+    programs = on_cpu(at_once(config, 2), slots=slots)
+    tokens = programs.decode().lower().args_info[0][-1].tokens
+    assert tokens.shape[:2] == (2, each or 8) and programs.evaluator.engine.slots == used
+
+
+def test_a_step_reads_shared_weights_once():
+    """Eight members read the copy once, and each its pairs and cache; of copies of their own they read eight."""
+
+    def work(noise, number):
+        return on_cpu(at_once(LOW_RANK | {"es": LOW_RANK["es"] | {"noise": noise}}, number)).decode().work
+
+    own, one, eight = work("gaussian", 1), work("low_rank", 1), work("low_rank", 8)
+    copy = 8 * 2 * sum(matrix_weights(SMALL))  # eight steps
+    assert work("gaussian", 8) == Work(8 * own.flops, 8 * own.memory)
+    assert eight.memory == copy + 8 * (one.memory - copy)
+    assert one.memory == own.memory + 8 * 4 * sum(pair_numbers(SMALL))
+    assert eight.flops == 8 * one.flops > 8 * own.flops
+
+
+@pytest.mark.parametrize(("noise", "memory", "expected"), [
+    ("gaussian", 2**34, 1), ("low_rank", 2**34, 16), ("low_rank", 10 * 2**20, 8), ("low_rank", 2**20, 1)
+])  # fmt: skip
+def test_members_at_once_are_chosen_from_the_memory_planned_for(noise, memory, expected):
+    config = at_once(LOW_RANK | {"es": {"noise": noise, "population": 16}}, None)
+    programs = on_cpu(config, memory=memory)
+    assert programs.config.decode.members_at_once == programs.evaluator.at_once == expected
+
+
+def test_the_search_tries_members_at_once_where_they_share_weights():
+    cpu = Topology("cpu:1", chip("v5e"), tuple(jax.devices()[:1]))
+    found = [one.config.decode for one in candidates(freeze(LOW_RANK), SMALL, cpu)]
+    assert {(one.members_at_once, one.slots) for one in found} == set(itertools.product((1, 2, 4, 8, 16), (1, 2, 4)))
+    assert (found[0].members_at_once, found[0].slots) == (16, 4)
+    own = LOW_RANK | {"es": LOW_RANK["es"] | {"noise": "gaussian"}}
+    assert {one.config.decode.members_at_once for one in candidates(freeze(own), SMALL, cpu)} == {4}
+
+
+@needs_libtpu
+def test_a_plan_of_shared_weights_says_how_many_decode_at_once(annotations):
+    """What is compiled, `--json` and the words; and where a chip is too small, how many fewer would fit."""
+    config, compiled = freeze(LOW_RANK | {"mesh": {"groups": 4}}), {}
+    plan = make_plan(config, SMALL, topology("v5e:2x2"), compiled=compiled)
+    said = fields(plan)
+    assert said["fits"] and said["members_at_once"] == 4 and ("decode", 4, 1, 4, 4) in compiled
+    assert [program["runs"] for program in said["programs"].values()] == [0, 1, 1, 1, 1]
+    assert "4 slots, 4 members at once, 4 of 8 prompts each" in words(plan)
+    for program in said["programs"].values():
+        assert sum(program["parts"].values()) == program["peak_bytes"] >= program["own_bytes"]
+    decode = plan.programs[3]
+    memory = decode.peak_bytes - (decode.parts["pairs"] + decode.parts["KV cache"]) // 4
+    small = dataclasses.replace(plan.topology, chip=dataclasses.replace(plan.topology.chip, memory=memory))
+    assert "decode.members_at_once=2 frees about" in words(dataclasses.replace(plan, topology=small))
