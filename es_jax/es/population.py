@@ -48,10 +48,12 @@ def check_deal(population: int, prompts: int, each: int, *, antithetic: bool) ->
     if not works(each):
         known = sorted(filter(works, range(1, prompts + 1)), key=lambda other: (abs(other - each), other))[:3]
         need = "an even number of at least 4 members" if antithetic else "a whole number of at least 2 members"
-        cure = f"set it to {' or '.join(map(str, known))}" if known else "raise es.population or lower the prompts"
+        why = f"every prompt must be seen by {need}, and that is {population} × {each} / {prompts}"
+        why = why if each <= prompts else "a member cannot see a prompt twice"
+        cure = f"set it to {' or '.join(map(str, known))}" if known else "set es.population to 4 or more"
         raise ValueError(
-            f"es.prompts_per_member is {each} with es.population = {population} and {prompts} prompts a step: every "
-            f"prompt must be seen by {need}, and that is {population} × {each} / {prompts}; {cure}"
+            f"es.prompts_per_member is {each} with es.population = {population} and {prompts} prompts a step: {why}; "
+            f"{cure}"
         )
 
 
