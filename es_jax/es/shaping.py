@@ -37,8 +37,9 @@ def centred_on_prompts(rewards: Float[np.ndarray, "n k"], seen: Integer[np.ndarr
     """sₙ = (1/k) Σⱼ (rₙⱼ − μⱼ) of members that saw different prompts, with μⱼ the mean over the G members that saw
     prompt j: how much better a member was than others on the same prompts.
 
-    Σ sₙ = 0, and a step made of s is in expectation (1 − 1/G) of the step made of r, since μⱼ holds a G-th of the
-    member's own reward; z-scores hide a common factor. Members that did equally well are equal: what rounding alone
+    Σ sₙ = 0. A step made of s is in expectation (1 − 1/G) of the step made of r, since μⱼ holds a G-th of the member's
+    own reward; it is all of that step where members are antithetic pairs, for a pair adds μⱼ to nothing. z-scores hide
+    a common factor. Members that did equally well are equal: what rounding alone
     tells apart is not told apart. A member with a reward that is not finite has its mean, which is not finite either,
     and is in no μⱼ.
 
