@@ -150,17 +150,15 @@ def test_the_expected_step_is_that_of_the_rewards_less_a_part_in_the_members_of_
     assert total / uncentred == pytest.approx(1 if antithetic else 1 - 1 / group, rel=1e-9)
 
 
-@pytest.mark.parametrize(("population", "group"), [(4, 2), (16, 8)])
-def test_the_mean_of_many_steps_is_less_by_a_part_in_the_members_of_a_prompt(population, group):
-    """Over 6000 steps in two dimensions; their mean's own error is below .01."""
-    draw, steps = np.random.default_rng(2), np.zeros((2, 2))
-    for t in range(6000):
-        seen, noise = deal(population, 2, 1, False, step=t), draw.normal(size=(population, 2))
-        rewards = noise[:, :1] + 0.5 * noise[:, 1:] + np.array([0.0, 7.0])[seen]
-        steps += [centred_on_prompts(rewards, seen) @ noise, (rewards - 3.5)[:, 0] @ noise]
-    centred, plain = steps / (6000 * population)
-    np.testing.assert_allclose(centred, (1 - 1 / group) * np.array([1, 0.5]), atol=0.04)
-    np.testing.assert_allclose(plain, [1, 0.5], atol=0.25)  # the difficulty of the prompts is noise there
+@pytest.mark.parametrize(("prompts", "group"), [(8, 2), (2, 8)])
+def test_the_mean_of_many_steps_is_less_by_a_part_in_the_members_of_a_prompt(prompts, group):
+    """Over 800 steps of 16 members in two dimensions; the mean's own error is about .02."""
+    draw, gradient, mean = np.random.default_rng(2), np.array([1.0, -0.5]), np.zeros(2)
+    for t in range(800):
+        seen, noise = deal(16, prompts, 1, False, step=t), draw.normal(size=(16, 2))
+        rewards = (noise @ gradient)[:, None] + 7.0 * np.arange(prompts)[seen]
+        mean += centred_on_prompts(rewards, seen) @ noise / (16 * 800)
+    np.testing.assert_allclose(mean, (1 - 1 / group) * gradient, atol=0.05)
 
 
 @pytest.mark.parametrize("shape", sorted(SHAPINGS))
