@@ -59,7 +59,17 @@ def table(lines: Sequence[Mapping[str, Any]]) -> str:
     """Markdown: means ± standard errors over runs, and differences paired by model and seed: to 8 members of full rank
     without AWD, and to the same members without AWD."""
     last = last_lines(lines)
-    head = ["N × k", "prompts", "noise", "AWD", "runs", "target", "prior", "prior − that of 8 × 64", "AWD's part of prior"]
+    head = [
+        "N × k",
+        "prompts",
+        "noise",
+        "AWD",
+        "runs",
+        "target",
+        "prior",
+        "prior − that of 8 × 64",
+        "AWD's part of prior",
+    ]
     head += ["AWD's part of target", "drift", "drift / closed form", "seconds a step"]
     text = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for key in dict.fromkeys(labels for labels, _ in last):
@@ -75,7 +85,10 @@ def table(lines: Sequence[Mapping[str, Any]]) -> str:
         cells += [paired((8, 64, "full rank", "none"), "prior")]
         cells += [paired(free, column) if awd != "none" else "" for column in ("prior", "accuracy")]
         cells += [f"{np.mean([line['drift'] for line in own.values()]):.3f}"]
-        cells += [mean_se(line["ratio"] for line in own.values()), f"{np.median([x['pace'] for x in own.values()]):.3f}"]
+        cells += [
+            mean_se(line["ratio"] for line in own.values()),
+            f"{np.median([x['pace'] for x in own.values()]):.3f}",
+        ]
         text.append("| " + " | ".join(cells) + " |")
     return "\n".join(text)
 

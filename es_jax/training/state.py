@@ -43,8 +43,8 @@ def make_noise(config: RunConfig) -> GaussianNoise:
 
 
 def perturbed_count(config: RunConfig, params: Any) -> int:
-    """d of the closed forms of drift: how many weights get noise."""
-    noise = make_noise(config)
+    """d of the closed forms of drift: how many weights get noise; of a method without noise, all."""
+    noise = make_noise(config) if config.record.perturbs else GaussianNoise()
     return sum(leaf.size for name, leaf in named_leaves(params) if noise.perturbs(name, leaf))
 
 

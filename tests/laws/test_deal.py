@@ -24,11 +24,11 @@ DEALS = [
     (24, 4, 1, True, 6),
 ]
 REFUSED = [  # population, prompts, prompts a member, antithetic
-    (8, 64, 7, False),
+    (8, 12, 7, False),
     (30, 8, 3, False),
     (8, 8, 1, False),
     (6, 4, 5, False),
-    (7, 64, 1, False),
+    (7, 10, 1, False),
     (12, 6, 1, True),
     (8, 6, 1, True),
     (6, 4, 9, True),
@@ -74,25 +74,40 @@ def test_a_refusal_names_the_nearest_numbers_that_work(population, prompts, each
                 "task": {"prompts_per_step": prompts},
             }
         )
-    named = [int(x) for x in re.search(r"set it to ([\d or]+)$", str(e.value)).group(1).split(" or ")]
-    works = []
-    for other in range(1, 2 * prompts):
-        try:
-            check_deal(population, prompts, other, antithetic=antithetic)
-        except ValueError:
-            continue
-        works.append(other)
-        group = Fraction(population * other, prompts)
-        assert group.denominator == 1 and group >= 2 and other <= prompts
-        assert not antithetic or (group % 2 == 0 and group >= 4)
-    assert named == sorted(works, key=lambda other: (abs(other - each), other))[:3]
+    found = re.search(r"; set it to ([\d or]+)(?:, or es\.population to ([\d or]+))?$", str(e.value))
+    named, sizes = ([int(x) for x in (words or "").split(" or ") if x] for words in found.groups())
+    assert named == nearest(each, [k for k in range(1, 2 * prompts) if accepted(population, prompts, k, antithetic)])
+    assert sizes == nearest(
+        population, [n for n in range(2, population + 10 * prompts) if accepted(n, prompts, each, antithetic)]
+    )
+    assert bool(sizes) == (each <= prompts)
     for other in named:
         deal(population, prompts, other, antithetic)
+    for other in sizes:
+        deal(other, prompts, each, antithetic)
 
 
-@pytest.mark.parametrize("each", [1, 2, 3])
-def test_a_single_pair_cannot_be_dealt_to(each):
-    with pytest.raises(ValueError, match=r"4 members.*; set es\.population to 4 or more$"):
+def nearest(value, known):
+    return sorted(known, key=lambda other: (abs(other - value), other))[:3]
+
+
+def accepted(population, prompts, each, antithetic):
+    """Whether it is dealt, which must be so where all prompts are seen equally often and often enough."""
+    group = Fraction(population * each, prompts)
+    even = not antithetic or (group % 2 == 0 and group >= 4 and population % 2 == 0)
+    works = each <= prompts and group.denominator == 1 and group >= 2 and even
+    try:
+        check_deal(population, prompts, each, antithetic=antithetic)
+    except ValueError:
+        assert not works
+        return False
+    assert works
+    return True
+
+
+@pytest.mark.parametrize(("each", "sizes"), [(1, "12 or 18 or 24"), (2, "6 or 12 or 18"), (3, "4 or 6 or 8")])
+def test_a_single_pair_cannot_be_dealt_to(each, sizes):
+    with pytest.raises(ValueError, match=rf"at least 4 members, .*; set es\.population to {sizes}$"):
         freeze(
             {
                 "es": {"population": 2, "prompts_per_member": each, "antithetic": True},
@@ -103,7 +118,9 @@ def test_a_single_pair_cannot_be_dealt_to(each):
 
 def test_without_prompts_per_step_all_training_prompts_count():
     fields = {"es": {"population": 8, "prompts_per_member": 1}}
-    with pytest.raises(ValueError, match=r"and 6 prompts a step: .* 8 × 1 / 6; set it to 3 or 6"):
+    with pytest.raises(
+        ValueError, match=r"and 6 prompts a step: .* 8 × 1 / 6; set it to 3 or 6, or es\.population to 12 or 18 or 24"
+    ):
         freeze(fields | {"task": {"train_size": 6}})
     freeze(fields | {"task": {"train_size": 6, "prompts_per_step": 4}})
 

@@ -59,6 +59,23 @@ def dying_at(step, monkeypatch):
     monkeypatch.setattr(SeedLog, "append", dying)
 
 
+def test_short_names():
+    config = freeze(lab.get_config("noise=low_rank,rank=4,population=256,prompts_per_member=2"))
+    assert (config.es.noise, config.es.rank, config.es.population, config.es.prompts_per_member) == (
+        "low_rank",
+        4,
+        256,
+        2,
+    )
+    assert config.decode.members_at_once is None and freeze(lab.get_config("")).decode.members_at_once == 4
+    with pytest.raises(
+        ValueError, match=r"es\.prompts_per_member is 1 with es\.population = 8 .* set it to 16 or 24 or 32"
+    ):
+        freeze(lab.get_config("noise=low_rank,prompts_per_member=1"))
+    with pytest.raises(ValueError, match=r"'prompts_per_member=1' is of the group es"):
+        lab.get_config("grpo,prompts_per_member=1")
+
+
 def lab_config(argument, **fields):
     config = lab.get_config(argument)
     config.update_from_flattened_dict({"mesh.groups": 1, **{name.replace("__", "."): x for name, x in fields.items()}})
@@ -236,7 +253,8 @@ def test_frozen_leaves_keep_their_bits_under_every_optimizer(name, tiny_model, t
 
 
 def test_an_optimizer_with_decay_of_its_own_runs_and_resumes(tiny_model, tmp_path, monkeypatch):
-    es, optim = {"noise": "low_rank", "vectors": "frozen", "rewards": "random"}, OPTIMIZERS["following"]
+    es = {"noise": "low_rank", "vectors": "frozen", "rewards": "random", "schedule": "cosine:0.5"}
+    optim = OPTIMIZERS["following"]
     config = dealt(tiny_model, es=es, optim=optim, train={"steps": 3, "checkpoint_every": 1})
     with jax.numpy_dtype_promotion("standard"):  # optax's adam needs it
         final = host(run(config, tmp_path / "whole").params)
