@@ -252,7 +252,7 @@ def test_frozen_leaves_keep_their_bits_under_every_optimizer(name, tiny_model, t
     assert predicted is None or float(state.drift) == pytest.approx(predicted, rel=0.04)
 
 
-def test_an_optimizer_with_decay_of_its_own_runs_and_resumes(tiny_model, tmp_path, monkeypatch):
+def test_a_run_with_frozen_leaves_and_decay_resumes_and_is_evaluated(tiny_model, tmp_path, monkeypatch):
     es = {"noise": "low_rank", "vectors": "frozen", "rewards": "random", "schedule": "cosine:0.5"}
     optim = OPTIMIZERS["following"]
     config = dealt(tiny_model, es=es, optim=optim, train={"steps": 3, "checkpoint_every": 1})
@@ -263,7 +263,11 @@ def test_an_optimizer_with_decay_of_its_own_runs_and_resumes(tiny_model, tmp_pat
             run(config, tmp_path / "cut")
         assert same(run(config, tmp_path / "cut").params, final)
         ((_, rebuilt),) = replay(tmp_path / "cut", steps=[3])
+        evaluate_run(tmp_path / "cut", steps=[3], drift=True, options=Options(rows=2))
     assert same(rebuilt, final)
+    (drift,), row = read_jsonl(tmp_path / "cut/evals/drift.jsonl"), read_jsonl(tmp_path / "cut/metrics.jsonl")[-1]
+    assert drift["dim"] == perturbed_count(config, final) < sum(leaf.size for leaf in jax.tree.leaves(final))
+    assert drift["kappa"] == pytest.approx(row["kappa"], rel=1e-5)
 
 
 WALKS = {  # of 300 steps in the laboratory, N = 8: how near the closed form is
