@@ -130,14 +130,14 @@ class Bench:
         anchor = [param.detach().clone() for param in net.parameters()]
         grader = Grader(self.model, self.examples, at_once(self.task), self.prompts)
 
-        def score(tokens: np.ndarray) -> float:
+        def score(member: int, tokens: np.ndarray) -> float:
             graded = grader(range(PROMPTS), tokens, np.array(self.lengths))
             return float(np.mean([one().score.reward for one in graded]))
 
         def call(members: int, step: int) -> dict[str, float]:
             lengths = self.lengths if step > 1 else [2] * PROMPTS  # nothing is compiled: a short one warms it up
             return peer_torch.iteration(
-                net, anchor, self.prompts, [lengths] * members, score,
+                net, anchor, [self.prompts] * members, [lengths] * members, score,
                 step=step, sigma=SIGMA, rate=RATE, decay=RATE * STRENGTH, stop=self.model.stop_token_ids[0],
             )  # fmt: skip
 

@@ -113,9 +113,9 @@ def _padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, t
 def iteration(
     model: Any,
     anchor: Sequence[torch.Tensor],
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[Sequence[int]]],
     lengths: Sequence[Sequence[int]],
-    score: Callable[[np.ndarray], float],
+    score: Callable[[int, np.ndarray], float],
     *,
     step: int,
     sigma: float,
@@ -123,7 +123,8 @@ def iteration(
     decay: float,
     stop: int,
 ) -> dict[str, float]:
-    """One ES iteration with a member for each row of lengths; seconds by part."""
+    """One ES iteration: a list of prompts and one of lengths for each member, its number and tokens scored; seconds by
+    part."""
     params, seconds = list(model.parameters()), {"perturb": 0.0, "generate": 0.0, "grade": 0.0, "update": 0.0}
     seeds, rewards = [1000 * step + i for i in range(len(lengths))], []
 
@@ -133,10 +134,10 @@ def iteration(
         seconds[part] += time.perf_counter() - began
         return result
 
-    for seed, own in zip(seeds, lengths, strict=True):
+    for i, (seed, asked, own) in enumerate(zip(seeds, prompts, lengths, strict=True)):
         timed("perturb", perturb, params, seed, sigma)
-        tokens = timed("generate", generate, model, prompts, max(own), stop=stop, lengths=own)
-        rewards.append(timed("grade", score, tokens))
+        tokens = timed("generate", generate, model, asked, max(own), stop=stop, lengths=own)
+        rewards.append(timed("grade", score, i, tokens))
         timed("perturb", perturb, params, seed, -sigma)
     z = np.array(rewards)
     z = (z - z.mean()) / (z.std() + 1e-8)

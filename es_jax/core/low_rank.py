@@ -17,11 +17,13 @@ class LowRank:
     Attributes:
       base: [D, F] (or what holds it), the same for all members.
       a, b: [D, r] and [F, r], of one member, float32: they are small, and rounding them would add to that of the base.
+      rest: what `base` lost when it was rounded, or None: a row that is looked up is rounded, and is to be once.
     """
 
     base: Any
     a: Float[Array, "*n D r"]
     b: Float[Array, "*n F r"]
+    rest: Any = None
 
     @property
     def dtype(self) -> Any:
@@ -34,8 +36,23 @@ class LowRank:
 
     def rows(self, index: Array) -> Array:
         """The rows of base + a bᵀ with those indices, summed in float32 and cast once."""
-        base, a = (jnp.take(x, index, axis=0, mode="clip") for x in (self.base, self.a))
-        return (base.astype(jnp.float32) + _product(a, self.b, axis=1)).astype(base.dtype)
+        take = lambda x: jnp.take(x, index, axis=0, mode="clip").astype(jnp.float32)  # noqa: E731
+        row = take(self.base) + _product(take(self.a), self.b, axis=1)
+        return (row if self.rest is None else row + take(self.rest)).astype(self.dtype)
+
+
+def split(leaf: Float[Array, "*n"], dtype: Any) -> tuple[Array, Array | None]:
+    """The leaf in a dtype, and what it lost by that, in the same dtype; None where it is of that dtype.
+
+    >>> base, rest = split(jnp.float32([1 + 2**-9]), jnp.bfloat16)
+    >>> float(base[0]), float(rest[0]) == 2**-9
+    (1.0, True)
+    """
+    if leaf.dtype == dtype:
+        return leaf, None
+    kind = jnp.finfo(dtype)
+    near = lax.reduce_precision(leaf, kind.nexp, kind.nmant)  # a compiler may take a cast there and back for nothing
+    return near.astype(dtype), (leaf - near).astype(dtype)
 
 
 def _product(x: Array, y: Array, *, axis: int) -> Array:

@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from es_jax.core import rng
-from es_jax.core.low_rank import LowRank
+from es_jax.core.low_rank import LowRank, split
 from es_jax.core.names import unknown
 from es_jax.core.tree import map_named
 from es_jax.es.noise import GaussianNoise, PyTree, Row, _check_float, _rounded
@@ -97,7 +97,10 @@ class LowRankNoise(GaussianNoise):
         pairs = jax.vmap(lambda member: self.pair(params, member, sigma=sigma, dtype=dtype))(members)
 
         def member(name, leaf, pair):
-            return LowRank(leaf.astype(dtype or leaf.dtype), *pair) if self.is_matrix(name, leaf) else pair
+            if not self.is_matrix(name, leaf):
+                return pair
+            base, rest = split(leaf, dtype or leaf.dtype)
+            return LowRank(base, *pair, rest)
 
         return map_named(member, params, pairs)
 

@@ -10,6 +10,7 @@ from es_jax.generate.sampling import Greedy, Sampler
 from es_jax.models.config import TransformerConfig
 
 CHUNK = 32  # decode steps between merges
+LANE_CHUNK = 256  # the same where all prompts of several lanes are decoded at once: a merge copies all lanes' caches
 SHORTEST = 128  # places that a chunk attends at least, where there are as many
 FEWEST = 8  # slots that a chunk decodes at least, where there are as many
 FILL, STEPS = "fill", "steps"  # what prefill and the decode steps are called in traces and in the compiled program
@@ -55,10 +56,12 @@ class LoopSizes(NamedTuple):
     turns: dict[str, float]  # of the outer loop (""), and of the inner ones in each of its turns, where no prompt stops
 
     @classmethod
-    def of(cls, spec: DecodeSpec, prompts: int, width: int) -> "LoopSizes":
-        """Those of so many prompts of that width."""
-        slots, later = min(spec.slots, prompts), spec.max_new_tokens - 1
-        steps, single = min(CHUNK, later), prompts <= spec.slots and later <= CHUNK
+    def of(cls, spec: DecodeSpec, prompts: int, width: int, *, lanes: int = 1) -> "LoopSizes":
+        """Those of so many prompts of that width, on each of so many lanes of a vmap."""
+        slots, later, chunk = min(spec.slots, prompts), spec.max_new_tokens - 1, CHUNK
+        if lanes > 1 and prompts <= spec.slots and later <= LANE_CHUNK:
+            chunk = LANE_CHUNK
+        steps, single = min(chunk, later), prompts <= spec.slots and later <= chunk
         fill_rows, longest = slots if single else ceil_div(slots, 4), width + later
         chunks = ceil_div(prompts, slots) * ceil_div(later, max(steps, 1))
         doubled = (SHORTEST << i for i in range(longest.bit_length()))

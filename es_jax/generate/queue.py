@@ -17,11 +17,13 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float32, Int32
 
+from es_jax.core.chunked_map import ceil_div
 from es_jax.generate.decode_spec import FILL, STEPS, DecodeSpec, LoopSizes
 from es_jax.generate.score import token_logprobs
 from es_jax.models.cache import KVCache, Past, PerLayer
 from es_jax.models.transformer import Transformer
 
+BLOCK, BLOCKS = 16, 1024  # tokens that a prefill of several lanes takes at a time: of a row, and of all
 KV = tuple[PerLayer, PerLayer]
 Chosen = tuple[Array, Array | None]  # tokens, and their log-probabilities where they are asked for
 
@@ -102,16 +104,15 @@ def decode_queue(
     limits: Array | None = None,
 ) -> Generation:
     """All prompts, decoded; `Engine.decode` says what the arguments are. `limits` [Q]: in place of max_new_tokens."""
-    sizes, model = LoopSizes.of(spec, *tokens.shape), Transformer(spec.config)
+    sizes, model = LoopSizes.of(spec, *tokens.shape, lanes=_lanes(axis_name)), Transformer(spec.config)
     lengths = jnp.sum(positions >= 0, axis=1)
     total = _count(lengths > 0)
     order = jnp.argsort(-lengths)  # JAX sorts stably
     past: tuple[Any, ...] = ()
     if len(prefix):
-        positions = jnp.arange(len(prefix))[None]
-        cache = model.empty_cache(params, 1, len(prefix))
+        positions, last = jnp.arange(len(prefix))[None], jnp.int32([len(prefix) - 1])
         with jax.named_scope(FILL):
-            past = (model.hidden(params, prefix[None], positions=positions, cache=cache)[1],)
+            past = (_hidden(model, params, prefix[None], positions, last, (), axis_name)[1],)
     limit = spec.max_new_tokens if limits is None else limits
     queue = _Queue(spec, sizes, model, params, tokens, keys, limit, axis_name, lengths, total, order, past, len(prefix))
 
@@ -127,6 +128,10 @@ def decode_queue(
     with jax.named_scope(FILL):
         state = _fill(queue, state)
     return _chunk(queue, state, slots=sizes.slots, places=sizes.width).out if sizes.steps else state.out
+
+
+def _lanes(axis_name: str | None) -> int:
+    return 1 if axis_name is None else lax.axis_size(axis_name)
 
 
 def _count(flags: Array) -> Array:
@@ -170,22 +175,53 @@ def _fill(queue: _Queue, state: _State) -> _State:
 
 def _prefill(queue: _Queue, tokens: Array, length: Array) -> tuple[Array, KV]:
     """Logits after each row [R, V], and its keys and values at P places."""
-    widths = queue.sizes.widths
+    widths, model = queue.sizes.widths, queue.model
 
     def of_width(width: int) -> Any:
         place = jnp.arange(width)[None]
-        logits, cache = queue.model.apply(
-            queue.params,
-            tokens[:, :width],
-            positions=jnp.where(place < length[:, None], place + queue.shared, -1),
-            cache=queue.model.empty_cache(queue.params, len(tokens), width, past=queue.past),
-            logits_at=jnp.maximum(length - 1, 0),
-        )
-        assert cache is not None
-        return logits, _resized(cache.kv, queue.sizes.width)
+        positions = jnp.where(place < length[:, None], place + queue.shared, -1)
+        at = jnp.maximum(length - 1, 0)
+        hidden, cache = _hidden(model, queue.params, tokens[:, :width], positions, at, queue.past, queue.axis_name)
+        return model.logits(queue.params, hidden)[:, 0], _resized(cache.kv, queue.sizes.width)
 
     size = _count(queue.agree(jnp.max(length)) > np.array(widths))
     return lax.switch(size, [partial(of_width, width) for width in widths])
+
+
+def _hidden(
+    model: Transformer, params: Any, tokens: Array, positions: Array, at: Array, past: tuple[Past, ...],
+    axis_name: str | None,
+) -> tuple[Array, KVCache]:  # fmt: skip
+    """The hidden state of token `at` of each row [R, 1, D], and the cache of all.
+
+    Several lanes take a block of tokens at a time: what is in memory for a token is so for each of them.
+    """
+    rows, width = tokens.shape
+    lanes = _lanes(axis_name)
+    block = max(BLOCK, BLOCKS // rows // lanes) if lanes > 1 else width
+    count = ceil_div(width, block)
+    padding = [(0, 0), (0, count * block - width if count > 1 else 0)]
+    tokens, positions = jnp.pad(tokens, padding), jnp.pad(positions, padding, constant_values=-1)
+    cache = model.empty_cache(params, *tokens.shape)
+
+    def part(first: Array | int, cache: KVCache, block: int) -> tuple[Array, KVCache]:
+        own, places = (lax.dynamic_slice_in_dim(x, first, block, axis=1) for x in (tokens, positions))
+        cache = dataclasses.replace(cache, past=past)
+        hidden, cache = model.hidden(params, own, positions=places, cache=cache)  # type: ignore[assignment]
+        place = jnp.clip(at - first, 0, block - 1)
+        hidden = jnp.take_along_axis(hidden, place[:, None, None], axis=1)
+        return hidden, dataclasses.replace(cache, past=())
+
+    if count == 1:
+        return part(0, cache, width)
+
+    def turn(i: Array, state: tuple[Array, KVCache]) -> tuple[Array, KVCache]:
+        new, cache = part(i * block, state[1], block)
+        here = (at // block == i)[:, None, None]
+        return jnp.where(here, new, state[0]), cache
+
+    start = jnp.zeros((rows, 1, model.config.width), params["embed"]["embedding"].dtype)
+    return lax.fori_loop(0, count, turn, (start, cache))
 
 
 def _sized_chunk(queue: _Queue, state: _State) -> _State:

@@ -164,7 +164,7 @@ class Programs:
         total = sum(sum(part) for part in self.resident.values())
         return Program(
             "update",
-            lambda: state.update.lower(self.spec, self.mesh, self.params, self.opt_state, *arguments),
+            lambda: state.update_on(self.mesh).lower(self.spec, self.mesh, self.params, self.opt_state, *arguments),
             times=1,
             parts=self.resident,
             own=self.resident.keys(),

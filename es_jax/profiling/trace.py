@@ -19,14 +19,14 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 from es_jax.generate.decode_spec import FILL
 from es_jax.profiling.clock import Seconds, columns
 
-PROGRAMS = {
+PROGRAMS = {  # names of jit → part
     "_perturb": "perturb",
     "shared_weights": "perturb",
     "member_pairs": "perturb",
     "_decode": "decode",
     "rollout": "decode",
     "update": "update",
-}  # names of jit → part
+}
 
 
 class Profile:

@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 
 from es_jax.core import processes, rng
 from es_jax.core.chunked_map import ceil_div
-from es_jax.core.low_rank import LowRank
+from es_jax.core.low_rank import LowRank, split
 from es_jax.core.mesh import GROUPS, MODEL, leaf_spec, only, over_groups, own_rows, replicated, to_devices
 from es_jax.core.tree import map_named, named_leaves
 from es_jax.es.low_rank import LowRankNoise
@@ -186,14 +186,22 @@ class Evaluator:
     @functools.partial(jax.jit, static_argnums=0)
     def shared_weights(self, params: Any) -> Any:
         """The one copy of θ that all members decode with, where they share it: in the compute dtype and the engine's
-        layout, whole in every group and cut over `model`."""
+        layout, whole in every group and cut over `model`; and what the embedding lost by the cast (`LowRank.rest`)."""
 
-        def whole(name: str, leaf: Array) -> Array:
-            spec = leaf_spec(self.mesh, name, leaf.shape, RULES)
-            leaf = jax.lax.with_sharding_constraint(leaf.astype(self.dtype), NamedSharding(self.mesh, spec))
-            return jax.lax.with_sharding_constraint(leaf, NamedSharding(self.mesh, only(spec, MODEL)))
+        def whole(name: str, leaf: Array) -> tuple[Array, Array | None]:
+            spec, rest = leaf_spec(self.mesh, name, leaf.shape, RULES), None
+            if name == "embed/embedding":
+                leaf, rest = split(leaf, self.dtype)
 
-        return self.engine.layout(map_named(whole, params))
+            def gathered(part: Array) -> Array:
+                part = jax.lax.with_sharding_constraint(part.astype(self.dtype), NamedSharding(self.mesh, spec))
+                return jax.lax.with_sharding_constraint(part, NamedSharding(self.mesh, only(spec, MODEL)))
+
+            return gathered(leaf), rest if rest is None else gathered(rest)
+
+        parts = map_named(whole, params)
+        weights = jax.tree.map(lambda pair: pair[0], parts, is_leaf=lambda x: isinstance(x, tuple))
+        return self.engine.layout(weights), parts["embed"]["embedding"][1]
 
     @functools.partial(jax.jit, static_argnums=0)
     def member_pairs(self, params: Any, members: Members) -> Any:
@@ -381,11 +389,14 @@ def _gathered(mesh: Mesh, part: Array, spec: PartitionSpec) -> Array:
 
 def _with_pairs(shared: Any, pairs: Any) -> Any:
     """A member's weights of those that all share: `LowRank` matrices, and vectors of its own."""
+    weights, rest = shared
 
     def own(base: Any, pair: Any) -> Any:
         return LowRank(base, *pair) if isinstance(pair, tuple) else pair
 
-    return jax.tree.map(own, shared, pairs, is_leaf=lambda leaf: isinstance(leaf, Transposed))
+    params = jax.tree.map(own, weights, pairs, is_leaf=lambda leaf: isinstance(leaf, Transposed))
+    params["embed"]["embedding"] = dataclasses.replace(params["embed"]["embedding"], rest=rest)
+    return params
 
 
 def _unpack(members: Iterable[int], outputs: Any) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:

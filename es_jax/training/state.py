@@ -121,7 +121,6 @@ class UpdateSpec:
         return cls(make_noise(config), Chain.of(config))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
 def update(
     spec: UpdateSpec,
     mesh: Mesh,
@@ -143,6 +142,23 @@ def update(
     moved, opt_state = optimizer_step(spec.chain, mesh, params, opt_state, gradient, rates)
     params = map_named(lambda name, old, new: new if spec.noise.perturbs(name, old) else old, params, moved)
     return params, opt_state, _squares(mesh, params, theta0_of(mesh, opt_state, start))
+
+
+# The CPU backend orders what it runs so that much can run at once: then the estimates of all leaves are held together.
+_LEAF_BY_LEAF = (
+    {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+    if jax.__version_info__ >= (0, 10)
+    else {"xla_cpu_enable_concurrency_optimized_scheduler": False}
+)
+_update, _update_on_cpu = (
+    jax.jit(update, static_argnums=(0, 1), donate_argnums=(2, 3), compiler_options=options)
+    for options in (None, _LEAF_BY_LEAF)
+)
+
+
+def update_on(mesh: Mesh) -> Any:
+    """`update`, jitted for the devices of the mesh."""
+    return _update_on_cpu if mesh.devices.flat[0].platform == "cpu" else _update
 
 
 def _gradient(noise: GaussianNoise, mesh: Mesh, params: Any, members: Members, weights: Array) -> Any:
@@ -271,7 +287,7 @@ class State:
 
     def apply(self, entry: Entry) -> None:
         """Make the entry's step, from the weights of the step before it: `update`, as in every run and replay of ES."""
-        self.params, self.opt_state, squares = update(*self.update_arguments(entry))
+        self.params, self.opt_state, squares = update_on(self._mesh)(*self.update_arguments(entry))
         self.drift = distance(timed("update", squares))
 
     def advance(self, program: Callable[..., tuple], *arguments: Any) -> Any:

@@ -11,8 +11,11 @@ import pytest
 
 from es_jax.core.mesh import make_mesh
 from es_jax.core.tree import map_named, named_leaves
+from es_jax.es.noise import GaussianNoise
 from es_jax.es.population import Population
+from es_jax.generate.decode_spec import CHUNK
 from es_jax.generate.engine import Engine
+from es_jax.generate.queue import BLOCK
 from es_jax.models.transformer import Transformer, param_shapes
 from es_jax.training.config import freeze
 from es_jax.training.es import Evaluator, members_at_once
@@ -45,6 +48,7 @@ def evaluator_of(family, *, mesh=None, at_once=4, unroll=False, population=8, sl
     return Evaluator.of(freeze(fields), engine, mesh or make_mesh(1))
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def dense(evaluator, params, member):
     return evaluator.noise.apply(params, member, sigma=evaluator.sigma)
 
@@ -53,31 +57,32 @@ def dense(evaluator, params, member):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_those_of_the_dense_member(family, rank):
     params, evaluator = params_of(family), evaluator_of(family, rank=rank)
-    members, model = Population(4, seed=3, antithetic=True).members(1), Transformer(CONFIGS[family])
+    members, apply = Population(4, seed=3, antithetic=True).members(1), jax.jit(Transformer(CONFIGS[family]).apply)
     tokens = jnp.arange(24).reshape(2, 12) % CONFIGS[family].vocab_size
-    tree = evaluator.noise.members_of(params, members, sigma=0.02)
+    tree = jax.jit(functools.partial(evaluator.noise.members_of, sigma=0.02))(params, members)
     for i, member in enumerate(members):
-        own = map_named(lambda name, leaf, i=i: leaf[i] if not name.endswith("base") else leaf, tree)
-        got, expected = (model.apply(p, tokens)[0] for p in (own, dense(evaluator, params, member)))
+        own = map_named(lambda name, leaf, i=i: leaf if name.endswith("base") else leaf[i], tree)
+        got, expected = (apply(p, tokens)[0] for p in (own, dense(evaluator, params, member)))
         np.testing.assert_allclose(got, expected, atol=TOLERANCE * float(jnp.abs(expected).max()))
 
 
 def test_in_bfloat16_logits_are_no_further_from_float32_than_those_of_dense_members():
-    """Over 24 models, for all members of one share the rounding of its base."""
-    evaluator, tokens = evaluator_of("llama", rank=1), jnp.arange(24).reshape(2, 12) % CONFIGS["llama"].vocab_size
-    members, logits = Population(4, seed=3).members(1), jax.jit(Transformer(CONFIGS["llama"]).apply)
-    errors = []
-    for seed in range(24):
-        params = jax.tree.map(lambda x: x * 8, jax.jit(Transformer(CONFIGS["llama"]).init)(jax.random.key(seed)))
+    """Root mean squares over 96 members, as a ratio: measured .99, and 1.04 with rows of the embedding cast twice."""
+    noise, tokens = evaluator_of("llama", rank=1).noise, jnp.arange(24).reshape(2, 12) % CONFIGS["llama"].vocab_size
+    logits, ratios = jax.jit(Transformer(CONFIGS["llama"]).apply), []
+    members_of = jax.jit(functools.partial(noise.members_of, sigma=0.002, dtype=jnp.bfloat16))
+    apply = jax.jit(functools.partial(noise.apply, sigma=0.002))
+    for seed in range(16):
+        params = jax.jit(Transformer(CONFIGS["llama"]).init)(jax.random.key(seed))
+        members = Population(6, seed=seed).members(1)
         for i, member in enumerate(members):
-            shared = evaluator.noise.members_of(params, members[i : i + 1], sigma=0.02, dtype=jnp.bfloat16)
-            own = map_named(lambda name, leaf: leaf if name.endswith("base") else leaf[0], shared)
-            exact = dense(evaluator, params, member)
+            shared = members_of(params, members[i : i + 1])
+            own = map_named(lambda name, leaf: leaf if name.endswith(("base", "rest")) else leaf[0], shared)
+            exact = apply(params, member)
             half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), exact)
             wide, low, cast = (np.asarray(logits(p, tokens)[0], np.float64) for p in (exact, own, half))
-            errors.append([np.square(low - wide).mean(), np.square(cast - wide).mean()])
-    low, cast = np.exp(np.log(errors).mean(axis=0) / 2)
-    assert low <= 1.05 * cast  # measured: 0.999
+            ratios.append(np.square(low - wide).mean() / np.square(cast - wide).mean())
+    assert np.exp(np.mean(np.log(ratios)) / 2) <= 1.01
 
 
 @pytest.mark.parametrize("unroll", [False, True])
@@ -86,14 +91,17 @@ def test_tokens_are_those_of_the_dense_member(family, unroll, capsys):
     """Wherever the two best logits of the dense member are further apart than the tolerance."""
     params, evaluator = params_of(family), evaluator_of(family, unroll=unroll)
     members, engine, excluded, total = Population(8, seed=3).members(1), evaluator.engine, 0, 0
-    model, prompts = Transformer(CONFIGS[family]), engine.packing(PROMPTS).pack(PROMPTS, rows=len(PROMPTS))
+    apply, prompts = (
+        jax.jit(Transformer(CONFIGS[family]).apply),
+        engine.packing(PROMPTS).pack(PROMPTS, rows=len(PROMPTS)),
+    )
     for member, tokens, length in evaluator.members(params, members, prompts):
         weights = dense(evaluator, params, members[member])
         expected = engine.generate(weights, PROMPTS)
         for row, prompt in enumerate(PROMPTS):
             n = int(expected.length[row])
             both = jnp.array([*prompt, *expected.tokens[row][:n].tolist()], jnp.int32)
-            logits = np.sort(np.asarray(model.apply(weights, both[None])[0][0, len(prompt) - 1 : -1]), axis=1)
+            logits = np.sort(np.asarray(apply(weights, both[None])[0][0, len(prompt) - 1 : -1]), axis=1)
             near = logits[:, -1] - logits[:, -2] <= 2 * TOLERANCE * np.abs(logits).max()
             total, certain = total + n, int(np.argmax(near)) if near.any() else n
             excluded += n - certain
@@ -101,6 +109,22 @@ def test_tokens_are_those_of_the_dense_member(family, unroll, capsys):
             assert near.any() or length[row] == n
     print(f"{excluded} of {total} tokens come after a near tie")
     assert excluded <= 0.01 * total
+
+
+@pytest.mark.parametrize("shared", [0, 20])
+def test_lanes_prefill_in_blocks_and_decode_in_one_chunk(shared):
+    """Prompts and a shared prefix longer than a block, completions longer than a chunk of one lane."""
+    config, rng = CONFIGS["llama"], np.random.default_rng(0)
+    prefix = rng.integers(1, 40, shared).tolist()
+    prompts = [prefix + rng.integers(1, 40, length).tolist() for length in (3, 17, 33, 40)]
+    engine = Engine(config, slots=4, max_prompt_tokens=60, max_new_tokens=CHUNK + 4, stop_token_ids=(0,), unroll=False)
+    evaluator = dataclasses.replace(evaluator_of("llama", at_once=4), engine=engine)
+    params, members = params_of("llama"), Population(4, seed=3).members(1)
+    rows = engine.packing(prompts).pack(prompts, rows=4)
+    assert len(rows.prefix) == shared and BLOCK < rows.tokens.shape[1]
+    for member, tokens, length in evaluator.members(params, members, rows):
+        expected = engine.generate(dense(evaluator, params, members[member]), prompts)
+        assert np.array_equal(tokens, expected.tokens) and np.array_equal(length, expected.length)
 
 
 def test_members_see_the_prompts_that_they_are_dealt():
@@ -114,27 +138,31 @@ def test_members_see_the_prompts_that_they_are_dealt():
 
 
 @pytest.mark.unchecked  # `lower` puts descriptions where arrays stand
-def test_no_copy_of_a_members_weights_exists():
-    """No array of any compiled program has as many numbers as the members' copies of a matrix would."""
-    evaluator, members = evaluator_of("llama", at_once=8), Population(8, seed=0).members(1)
-    params, prompts = params_of("llama"), evaluator.engine.packing(PROMPTS).pack(PROMPTS, rows=len(PROMPTS))
-    shapes = param_shapes(CONFIGS["llama"])
-    smallest = min(int(np.prod(shape[-2:])) for name, shape in shapes.items() if name.endswith(("kernel", "embedding")))
-    shared = evaluator.shared_weights(params)
-    pairs = evaluator.member_pairs(params, members)
-    rows = type(prompts)(*(np.broadcast_to(x, (8, *x.shape)) for x in prompts[:2]), prompts.prefix)
-    programs = [
-        Evaluator.shared_weights.lower(evaluator, params),
-        Evaluator.member_pairs.lower(evaluator, params, members),
-        Evaluator._decode.lower(evaluator, (shared, pairs), rows),
-    ]
-    matrices = {shape[-2:] for name, shape in shapes.items() if name.endswith(("kernel", "embedding"))}
+@pytest.mark.parametrize("unroll", [False, True])
+def test_no_copy_of_a_members_weights_exists(unroll):
+    """No array of a compiled program is a matrix for each of the members; sizes are such that activations are none."""
+    config = dataclasses.replace(CONFIGS["llama"], width=40, heads=4, head_dim=12, mlp_dim=88, vocab_size=56)
+    engine = Engine(config, slots=2, max_prompt_tokens=16, max_new_tokens=10, stop_token_ids=(0,), unroll=unroll)
+    evaluator = dataclasses.replace(evaluator_of("llama", at_once=8), engine=engine)
+    params, members = jax.jit(Transformer(config).init)(jax.random.key(1)), Population(8, seed=0).members(1)
+    rows = engine.packing(PROMPTS).pack(PROMPTS, rows=len(PROMPTS))
+    rows = type(rows)(*(np.broadcast_to(x, (8, *x.shape)) for x in rows[:2]), rows.prefix)
+    matrices = {shape[-2:] for name, shape in param_shapes(config).items() if name.endswith(("kernel", "embedding"))}
     matrices |= {shape[::-1] for shape in matrices}
-    for program in programs:
+    assert not any({2, 10, 16} & set(shape) for shape in matrices)
+
+    def copies(program):
         text = program.compile().as_text()
-        found = {tuple(map(int, dims.split(","))) for dims in re.findall(r"\bf32\[([\d,]+)\]", text)}
-        copies = [dims for dims in found if dims[-2:] in matrices and np.prod(dims[:-2], dtype=int) % 8 == 0]
-        assert not [dims for dims in copies if np.prod(dims) >= 8 * smallest], copies
+        shapes = {tuple(map(int, dims.split(","))) for dims in re.findall(r"\b(?:f32|bf16)\[([\d,]+)\]", text)}
+        assert len(shapes) > 5
+        return [dims for dims in shapes if dims[-2:] in matrices and np.prod(dims[:-2], dtype=int) % 8 == 0]
+
+    shared, pairs = evaluator.shared_weights(params), evaluator.member_pairs(params, members)
+    assert not copies(Evaluator.shared_weights.lower(evaluator, params))
+    assert not copies(Evaluator.member_pairs.lower(evaluator, params, members))
+    assert not copies(Evaluator._decode.lower(evaluator, (shared, pairs), rows))
+    dense = dataclasses.replace(evaluator, noise=GaussianNoise())
+    assert copies(Evaluator._perturb.lower(dense, params, members))  # so the test sees them where they are
 
 
 @pytest.mark.parametrize(("groups", "model"), [(4, 1), (2, 2), (4, 2)])

@@ -25,7 +25,7 @@ from es_jax.planning.programs import Programs
 from es_jax.rundir.seed_log import Entry
 from es_jax.training.es import Evaluator
 from es_jax.training.loop import run
-from es_jax.training.state import State, mesh_of, update
+from es_jax.training.state import State, mesh_of, update_on
 from es_jax.training.weights_at import replay
 from es_jax.weights.model import Model, load_model, save_model
 from tests.helpers import config_of, host, same
@@ -239,7 +239,7 @@ def test_a_plan_compiles_the_update_that_a_run_compiles(qwen, params):
         config = config_of(qwen, FIELDS, optim=optim, es=es)
         with jax.numpy_dtype_promotion("standard"):  # optax's adam needs it
             state = State(config, mesh, placed(params, mesh))
-            run = update.lower(*state.update_arguments(entry_of(config, 1)))
+            run = update_on(mesh).lower(*state.update_arguments(entry_of(config, 1)))
             plan = Programs(config, SMALL, mesh).update().lower()
         run, plan = (hashlib.sha256(lowered.as_text().encode()).hexdigest() for lowered in (run, plan))
         assert run == plan
@@ -255,7 +255,7 @@ def test_the_update_sends_nothing_and_works_in_place(params, penalty):
     config = config_of("", FIELDS, optim={"learning_rate": 0.01, "anchor": anchor})
     state = State(config, mesh, placed(params, mesh))
     arguments = state.update_arguments(entry_of(config, 1))
-    assert traffic(update.lower(*arguments).compile()) == []
+    assert traffic(update_on(mesh).lower(*arguments).compile()) == []
     leaf = lambda: dict(named_leaves(state.params))["layers/mlp/up/kernel"]  # noqa: E731
     where = [shard.data.unsafe_buffer_pointer() for shard in leaf().addressable_shards]
     before = state.params
