@@ -13,7 +13,8 @@ CHUNK = 32  # decode steps between merges
 LANE_CHUNK = 256  # the same where all prompts of several lanes are decoded at once: a merge copies all lanes' caches
 SHORTEST = 128  # places that a chunk attends at least, where there are as many
 FEWEST = 8  # slots that a chunk decodes at least, where there are as many
-FILL, STEPS = "fill", "steps"  # what prefill and the decode steps are called in traces and in the compiled program
+BLOCK, BLOCKS = 16, 1024  # tokens that a prefill of several lanes takes at a time: of a row, and of all
+FILL, PART, STEPS = "fill", "part", "steps"  # prefill, its blocks and decode steps in traces and compiled programs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,12 @@ class DecodeSpec:
                 raise ValueError(f"stop token {token} is outside the vocabulary of {self.config.vocab_size}")
 
 
+def block_length(rows: int, width: int, lanes: int) -> int:
+    """Tokens of a row that one pass of a prefill takes: all, but of several lanes, each of which holds what a token
+    needs, BLOCKS in all."""
+    return width if lanes == 1 else min(width, max(BLOCK, BLOCKS // rows // lanes))
+
+
 class LoopSizes(NamedTuple):
     """The sizes of one call of `generate.queue.decode_queue`, for the program that runs and for the planner alike."""
 
@@ -52,7 +59,7 @@ class LoopSizes(NamedTuple):
     fill_rows: int  # rows of a prefill: a quarter of the slots (all, if single): free ones do not wait for the last
     slot_sizes: list[int]  # how many slots a chunk may have: all, a half, a quarter
     place_sizes: list[int]  # of the slots' caches, what a chunk may attend: SHORTEST, doubled up to all that is needed
-    widths: list[int]  # of a prefill: that of the prompts, a half, a quarter
+    widths: list[int]  # of a prefill: that of the prompts, and of one lane a half and a quarter
     turns: dict[str, float]  # of the outer loop (""), and of the inner ones in each of its turns, where no prompt stops
 
     @classmethod
@@ -75,6 +82,11 @@ class LoopSizes(NamedTuple):
             fill_rows=fill_rows,
             slot_sizes=sorted({max(ceil_div(slots, part), min(FEWEST, slots)) for part in (1, 2, 4)}),
             place_sizes=[*(places for places in doubled if places <= 0.75 * longest), longest],
-            widths=sorted({min(max(ceil_div(width, part), 32), width) for part in (1, 2, 4)}),
-            turns={"": chunks, FILL: ceil_div(prompts, fill_rows) / max(chunks, 1), STEPS: steps},
+            widths=sorted({min(max(ceil_div(width, part), 32), width) for part in ((1, 2, 4) if lanes == 1 else (1,))}),
+            turns={
+                "": chunks,
+                FILL: ceil_div(prompts, fill_rows) / max(chunks, 1),
+                PART: ceil_div(width, block_length(fill_rows, width, lanes)),
+                STEPS: steps,
+            },
         )

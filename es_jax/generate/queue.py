@@ -17,13 +17,11 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float32, Int32
 
-from es_jax.core.chunked_map import ceil_div
-from es_jax.generate.decode_spec import FILL, STEPS, DecodeSpec, LoopSizes
+from es_jax.generate.decode_spec import FILL, PART, STEPS, DecodeSpec, LoopSizes, block_length
 from es_jax.generate.score import token_logprobs
 from es_jax.models.cache import KVCache, Past, PerLayer
 from es_jax.models.transformer import Transformer
 
-BLOCK, BLOCKS = 16, 1024  # tokens that a prefill of several lanes takes at a time: of a row, and of all
 KV = tuple[PerLayer, PerLayer]
 Chosen = tuple[Array, Array | None]  # tokens, and their log-probabilities where they are asked for
 
@@ -197,14 +195,12 @@ def _hidden(
     Several lanes take a block of tokens at a time: what is in memory for a token is so for each of them.
     """
     rows, width = tokens.shape
-    lanes = _lanes(axis_name)
-    block = max(BLOCK, BLOCKS // rows // lanes) if lanes > 1 else width
-    count = ceil_div(width, block)
-    padding = [(0, 0), (0, count * block - width if count > 1 else 0)]
+    block = block_length(rows, width, _lanes(axis_name))
+    padding = [(0, 0), (0, -width % block)]
     tokens, positions = jnp.pad(tokens, padding), jnp.pad(positions, padding, constant_values=-1)
     cache = model.empty_cache(params, *tokens.shape)
 
-    def part(first: Array | int, cache: KVCache, block: int) -> tuple[Array, KVCache]:
+    def part(first: Array | int, cache: KVCache) -> tuple[Array, KVCache]:
         own, places = (lax.dynamic_slice_in_dim(x, first, block, axis=1) for x in (tokens, positions))
         cache = dataclasses.replace(cache, past=past)
         hidden, cache = model.hidden(params, own, positions=places, cache=cache)  # type: ignore[assignment]
@@ -212,16 +208,16 @@ def _hidden(
         hidden = jnp.take_along_axis(hidden, place[:, None, None], axis=1)
         return hidden, dataclasses.replace(cache, past=())
 
-    if count == 1:
-        return part(0, cache, width)
+    if block == width:
+        return part(0, cache)
 
     def turn(i: Array, state: tuple[Array, KVCache]) -> tuple[Array, KVCache]:
-        new, cache = part(i * block, state[1], block)
-        here = (at // block == i)[:, None, None]
-        return jnp.where(here, new, state[0]), cache
+        new, cache = part(i * block, state[1])
+        return jnp.where((at // block == i)[:, None, None], new, state[0]), cache
 
     start = jnp.zeros((rows, 1, model.config.width), params["embed"]["embedding"].dtype)
-    return lax.fori_loop(0, count, turn, (start, cache))
+    with jax.named_scope(PART):
+        return lax.fori_loop(0, lax.pmax(jnp.max(at), axis_name) // block + 1, turn, (start, cache))
 
 
 def _sized_chunk(queue: _Queue, state: _State) -> _State:
