@@ -1,7 +1,7 @@
 """Who is evaluated in a step: a seed and a sign for every member, and nothing else."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -41,17 +41,25 @@ def check_deal(population: int, prompts: int, each: int, *, antithetic: bool) ->
     """Raises ValueError, with the nearest numbers that work, where `each` of the prompts cannot be dealt evenly to
     that many members (`Population.deal`)."""
 
-    def works(each: int) -> bool:
-        members, rest = divmod(population * each, prompts)
-        return 1 <= each <= prompts and not rest and (members % 2 == 0 and members >= 4 if antithetic else members >= 2)
+    def works(size: int, each: int) -> bool:
+        members, rest = divmod(size * each, prompts)
+        even = not antithetic or (size % 2 == members % 2 == 0 and members >= 4)
+        return 1 <= each <= prompts and not rest and members >= 2 and even
 
-    if not works(each):
-        known = sorted(filter(works, range(1, prompts + 1)), key=lambda other: (abs(other - each), other))[:3]
+    def nearest(value: int, known: Iterable[int]) -> str:
+        return " or ".join(map(str, sorted(known, key=lambda other: (abs(other - value), other))[:3]))
+
+    if not works(population, each):
         need = "an even number of at least 4 members" if antithetic else "a whole number of at least 2 members"
-        cure = f"set it to {' or '.join(map(str, known))}" if known else "raise es.population or lower the prompts"
+        why = f"every prompt must be seen by {need}, and that is {population} × {each} / {prompts}"
+        cures = {
+            "it": nearest(each, (k for k in range(1, prompts + 1) if works(population, k))),
+            "es.population": nearest(population, (n for n in range(2, population + 8 * prompts + 1) if works(n, each))),
+        }
         raise ValueError(
-            f"es.prompts_per_member is {each} with es.population = {population} and {prompts} prompts a step: every "
-            f"prompt must be seen by {need}, and that is {population} × {each} / {prompts}; {cure}"
+            f"es.prompts_per_member is {each} with es.population = {population} and {prompts} prompts a step: "
+            + (why if each <= prompts else "a member cannot see a prompt twice")
+            + f"; set {', or '.join(f'{field} to {values}' for field, values in cures.items() if values)}"
         )
 
 

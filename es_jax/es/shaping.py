@@ -33,22 +33,30 @@ def finite_rewards(rewards: Rewards, *, nan_rewards: str = "error") -> Float[np.
     return np.where(np.isfinite(rewards), rewards, rewards[np.isfinite(rewards)].min())
 
 
-def centred_on_prompts(
-    rewards: Float[np.ndarray, "n k"], seen: Integer[np.ndarray, "n k"], *, nan_rewards: str = "error"
-) -> Float[np.ndarray, " n"]:
+def centred_on_prompts(rewards: Float[np.ndarray, "n k"], seen: Integer[np.ndarray, "n k"]) -> Float[np.ndarray, " n"]:
     """sₙ = (1/k) Σⱼ (rₙⱼ − μⱼ) of members that saw different prompts, with μⱼ the mean over the G members that saw
     prompt j: how much better a member was than others on the same prompts.
 
-    Σ sₙ = 0, and a step made of s is in expectation (1 − 1/G) of the step made of r, since μⱼ holds a G-th of the
-    member's own reward; z-scores hide a common factor. A reward that is not finite is as in `finite_rewards`.
+    Σ sₙ = 0. A step made of s is in expectation (1 − 1/G) of the step made of r, since μⱼ holds a G-th of the member's
+    own reward; it is all of that step where members are antithetic pairs, for a pair adds μⱼ to nothing. z-scores hide
+    a common factor. Members that did equally well are equal: what rounding alone
+    tells apart is not told apart. A member with a reward that is not finite has its mean, which is not finite either,
+    and is in no μⱼ.
 
     >>> centred_on_prompts(np.array([[1.0], [3.0], [10.0], [10.0]]), np.array([[0], [0], [1], [1]])).tolist()
     [-1.0, 1.0, 0.0, 0.0]
     """
     rewards = np.asarray(rewards, np.float64)
-    rows = finite_rewards(rewards.ravel(), nan_rewards=nan_rewards)
-    means = np.bincount(seen.ravel(), rows) / np.maximum(np.bincount(seen.ravel()), 1)
-    return (rows.reshape(rewards.shape) - means[seen]).mean(axis=1)
+    out, whole = rewards.mean(axis=1), np.isfinite(rewards).all(axis=1)
+    rewards, prompts = rewards[whole], seen[whole]
+    low = np.full(seen.max() + 1, np.inf)
+    np.minimum.at(low, prompts, rewards)
+    above = rewards - low[prompts]  # of prompts of any difficulty, as large as their spread
+    sums, counts = (np.bincount(prompts.ravel(), x, minlength=len(low)) for x in (above.ravel(), None))
+    out[whole] = (above - (sums / np.maximum(counts, 1))[prompts]).mean(axis=1)
+    digit = 1e-12 * above.max(initial=0.0) or 1.0
+    out[whole] = np.round(out[whole] / digit) * digit
+    return out
 
 
 def z_score(rewards: Rewards, *, eps: float = 1e-8, nan_rewards: str = "error") -> np.ndarray:

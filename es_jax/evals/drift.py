@@ -16,13 +16,16 @@ TOLERANCE = 0.02  # of measured / predicted; beyond it precision was lost
 LAYERS = "layers/"  # leaves under it hold one matrix a layer, stacked on their first axis
 
 
-def drift(base: Any, now: Any, *, sigma: float | None = None, predicted: float | None = None) -> dict[str, Any]:
+def drift(
+    base: Any, now: Any, *, sigma: float | None = None, predicted: float | None = None, dim: int | None = None
+) -> dict[str, Any]:
     """‖θ − θ₀‖ and what it is made of.
 
     Args:
       base, now: θ₀ and θ, trees of one structure; leaves under "layers/" are stacked over the layers.
       sigma: σ, for κ.
       predicted: the norm in exact arithmetic, where it is known.
+      dim: d, where not all weights get noise.
 
     Returns:
       norm; relative, norm / ‖θ₀‖; rms, norm / √d, the drift of a weight; kappa, rms / σ; dim, d; largest, the largest
@@ -46,7 +49,7 @@ def drift(base: Any, now: Any, *, sigma: float | None = None, predicted: float |
             by_layer[f"layer {i}" if stacked else name.split("/")[0]] += float(square)
     if wrong := [name for name, square in by_kind.items() if not math.isfinite(square)]:
         raise ValueError(f"drift is not finite: NaN, infinite or too large weights in {', '.join(wrong)}; take others")
-    norm, dim, largest_in = math.sqrt(sum(by_kind.values())), count(now), max(largest, key=largest.__getitem__)
+    norm, dim, largest_in = math.sqrt(sum(by_kind.values())), dim or count(now), max(largest, key=largest.__getitem__)
     base_norm, rms = math.sqrt(sum(origin.values())), norm / math.sqrt(dim)
     return {
         "norm": norm,

@@ -35,7 +35,7 @@ from es_jax.training.config import MeshConfig, ModelConfig, RunConfig, check_dat
 from es_jax.training.es import Evaluator
 from es_jax.training.loop import make_task, other_task
 from es_jax.training.method import TokenLists
-from es_jax.training.state import base_config, compute_dtype, mesh_of
+from es_jax.training.state import base_config, compute_dtype, mesh_of, perturbed_count
 from es_jax.weights.model import config_only
 
 logger = logging.getLogger(__name__)
@@ -270,7 +270,8 @@ class _Evaluation:
             for test, results in evaluate(self.evaluator, source.model, params, accuracies, done=self.bar.update):
                 self.files[test.name].add(step, results, digest=test.digest, max_new_tokens=self.max_new_tokens)
             if drift_due:
-                row = drifts.drift(base, params, sigma=source.sigma(step), predicted=predicted.get(step))
+                sigma, dim = source.sigma(step), perturbed_count(source.config, base)
+                row = drifts.drift(base, params, sigma=sigma, predicted=predicted.get(step), dim=dim)
                 self.drift.write({"step": step, **row})
             for name in kls:
                 prompts, facts = self.kl_inputs[name]

@@ -16,14 +16,13 @@ from jax.sharding import Mesh
 
 from es_jax.core import processes
 from es_jax.core.names import RENAMED
-from es_jax.evals.drift import drift
 from es_jax.rundir import directory
 from es_jax.rundir.metrics import read_jsonl
 from es_jax.rundir.seed_log import NAME, read_entries
 from es_jax.training.config import ModelConfig, RunConfig, check_date, read_config
 from es_jax.training.method import METHODS
 from es_jax.training.predicted_drift import PredictedDrift
-from es_jax.training.state import load_anchor, load_base, perturbed_count
+from es_jax.training.state import anchor_offset, load_anchor, load_base, perturbed_count
 from es_jax.training.weights_at import weights_at
 from es_jax.weights.chat_template import set_date
 from es_jax.weights.model import Model, load_outline
@@ -86,7 +85,7 @@ def of_run(workdir: Path, mesh: Mesh) -> WeightSource:
         return {"base": model.digest[:SHORT]} | _fields(config) | named | {"steps": steps, "seedlog": log}
 
     def predicted(last: int, start: Any) -> dict[int, float | None]:
-        offset = drift(start, load_anchor(config, mesh, start))["norm"] if config.optim.anchor.source else 0.0
+        offset = anchor_offset(config, load_anchor(config, mesh, start), start) if config.optim.anchor.source else 0.0
         prediction, norms = PredictedDrift(config, perturbed_count(config, start), offset=offset), {}
         for entry in entries[:last] if perturbs else ():
             prediction.add(entry)

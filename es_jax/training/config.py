@@ -127,13 +127,15 @@ class ESConfig:
       noise: "gaussian"; "low_rank", with which all members share one set of weights in one batch (arXiv 2511.16652);
         or "shared_seed" as published (equal-shaped parameters share noise; arithmetic in param_dtype).
       rank: r ≥ 1, of low_rank.
-      vectors: of low_rank: "gaussian" noise for norm scales and biases, or "frozen".
-      prompts_per_member: how many of a step's prompts each member sees, dealt evenly; None is all of them.
+      vectors: of low_rank: "gaussian" noise for norm scales and biases, or "frozen": nothing moves them, no decay of an
+        optimizer's own and no anchor elsewhere.
+      prompts_per_member: how many of a step's prompts each member sees, dealt evenly; None is all of them. Members are
+        then compared with those that saw the same prompts.
       generator: what draws the noise: "threefry13", or "threefry" of jax.random, as runs without this field have it.
       shaping: "z_score" as published, or "centered_rank".
       rewards: "task", or "random" to draw them from a normal distribution instead: the control experiment that shows
         what the random walk does by itself. Members are still decoded and graded for the metrics.
-      nan_rewards: "error", or "worst" to count a member whose reward is not finite as the worst of its step.
+      nan_rewards: "error", or "worst" to count a member with a reward that is not finite as the worst of its step.
     """
 
     population: int = 30

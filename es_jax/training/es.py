@@ -105,7 +105,7 @@ class Evolution:
         try:
             if seen is not None and es.rewards == "task":
                 own = [[one.score.reward for one in completions] for completions in graded[: len(rewards)]]
-                rewards = centred_on_prompts(np.array(own), seen, nan_rewards=es.nan_rewards)
+                rewards = centred_on_prompts(np.array(own), seen)
             weights = SHAPINGS[es.shaping](rewards, nan_rewards=es.nan_rewards)
         except ValueError as error:  # it names the members; this names their rows
             check(remedy=str(error))

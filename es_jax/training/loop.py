@@ -127,7 +127,10 @@ def with_date(config: RunConfig, workdir: Path) -> RunConfig:
         if (workdir / "config.json").exists():
             there = directory.read(workdir)["config"]
             begun = there.get("model", {}).get("template_date")
-            same = there == json.loads(json.dumps(dataclasses.asdict(config.with_date(begun))))
+            fields = json.loads(json.dumps(dataclasses.asdict(config.with_date(begun))))
+            if fields["decode"]["members_at_once"] is None:  # chosen after the day
+                fields["decode"]["members_at_once"] = there.get("decode", {}).get("members_at_once")
+            same = there == fields
             date = begun if same or read_entries(workdir) else date
     date = processes.exchange({0: date} if processes.first() else {})[0]
     return config.with_date(config.model.template_date or date)

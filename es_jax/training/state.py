@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 import timeit
 from collections.abc import Callable
@@ -42,8 +43,8 @@ def make_noise(config: RunConfig) -> GaussianNoise:
 
 
 def perturbed_count(config: RunConfig, params: Any) -> int:
-    """d of the closed forms of drift: how many weights get noise."""
-    noise = make_noise(config)
+    """d of the closed forms of drift: how many weights get noise; of a method without noise, all."""
+    noise = make_noise(config) if config.record.perturbs else GaussianNoise()
     return sum(leaf.size for name, leaf in named_leaves(params) if noise.perturbs(name, leaf))
 
 
@@ -101,6 +102,13 @@ def load_anchor(config: RunConfig, mesh: Mesh, params: Any) -> Any:
     return anchor
 
 
+def anchor_offset(config: RunConfig, anchor: Any, params: Any) -> float:
+    """‖anchor − θ₀‖ of the weights that get noise: others stay where they are."""
+    noise, squares = make_noise(config), jax.tree.map(_square, anchor, params)
+    moving = [noise.perturbs(name, leaf) for name, leaf in named_leaves(params)]
+    return math.sqrt(sum(float(x) for x in itertools.compress(jax.tree.leaves(squares), moving)))
+
+
 @dataclasses.dataclass(frozen=True)
 class UpdateSpec:
     """All that `update` depends on beside shapes and the mesh: runs whose α, σ or λ differ share the program."""
@@ -125,12 +133,14 @@ def update(
 ) -> tuple[Any, Any, Array]:
     """One step of the weights: (params, opt_state, squares). Parameters and optimizer state are donated.
 
-    Every device makes all members' noise for its own slice, and nothing is sent, but for max_grad_norm. `squares`
-    [groups, model] holds each device's part of ‖θ − θ₀‖², which `distance` adds up. θ₀ is `start`, or the anchor
-    where that is None. `rates`: (α, αλ) of the step.
+    Leaves that get no noise stay, whatever the optimizer's own decay or an anchor elsewhere would do. Every device
+    makes all members' noise for its own slice, and nothing is sent, but for max_grad_norm. `squares` [groups, model]
+    holds each device's part of ‖θ − θ₀‖², which `distance` adds up. θ₀ is `start`, or the anchor where that is None.
+    `rates`: (α, αλ) of the step.
     """
     gradient = _gradient(spec.noise, mesh, params, members, weights)
-    params, opt_state = optimizer_step(spec.chain, mesh, params, opt_state, gradient, rates)
+    moved, opt_state = optimizer_step(spec.chain, mesh, params, opt_state, gradient, rates)
+    params = map_named(lambda name, old, new: new if spec.noise.perturbs(name, old) else old, params, moved)
     return params, opt_state, _squares(mesh, params, theta0_of(mesh, opt_state, start))
 
 
@@ -249,7 +259,7 @@ class State:
     """Weights θ and optimizer state. `apply`, `advance` and `restore` move them, and nothing else does.
 
     Each move donates `params` and `opt_state`, so keep no reference across it. `drift` is ‖θ − θ₀‖ after the last step,
-    `offset` ‖anchor − θ₀‖ at the start, `sentence` what the optimizer is.
+    `offset` as by `anchor_offset`, `sentence` what the optimizer is.
     """
 
     def __init__(self, config: RunConfig, mesh: Mesh, params: Any):
@@ -266,7 +276,7 @@ class State:
         self.offset = 0.0
         if config.optim.anchor.source is not None:
             other = load_anchor(config, mesh, params)
-            self.offset = math.sqrt(sum(float(x) for x in jax.tree.leaves(jax.tree.map(_square, other, params))))
+            self.offset = anchor_offset(config, other, params)
             anchors = jax.tree.map(lambda leaf: leaf.sharding, optax.tree.get(self.opt_state, "anchor"))
             self.opt_state = optax.tree.set(self.opt_state, anchor=jax.device_put(other, anchors))
 

@@ -165,6 +165,20 @@ def test_two_processes_evaluate_what_one_does(trained, cache, tmp_path):
             assert [one[key] for key in numbers] == pytest.approx([two[key] for key in numbers], rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.slow
+def test_two_processes_deal_what_one_does(cache, tmp_path):
+    """Members that share their weights and see four of eight prompts, each of which three members see."""
+    fields = FIELDS | {"es.noise": "low_rank", "es.prompts_per_member": 4, "evals.every": 0, "decode.slots": 4}
+    status, out = Pair.training(tmp_path / "two", cache, steps=2, fields=fields).ended()
+    assert status == [0, 0], "\n".join(out)
+    result = run(config_of(2, fields=fields), tmp_path / "one")
+    logs = [(tmp_path / name / "seedlog.jsonl").read_bytes() for name in ("one", "two")]
+    assert logs[0] == logs[1] and logs[0].count(b"\n") == 2
+    ((_, replayed),) = replay(tmp_path / "two", steps=[2], mesh=make_mesh(1))
+    for (name, ours), (_, theirs) in zip(named_leaves(result.params), named_leaves(replayed), strict=True):
+        np.testing.assert_array_equal(ours, theirs, err_msg=name)
+
+
 GRPO = {name: value for name, value in FIELDS.items() if not name.startswith(("es.", "optim."))} | {
     "grpo.rollouts": 4,
     "grpo.mini_batch": 4,

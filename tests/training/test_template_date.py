@@ -151,12 +151,15 @@ def test_a_run_from_before_the_field_whose_template_has_no_date_goes_on(tiny_mod
     evaluate_run(tmp_path)
 
 
-def test_the_date_of_a_directory_without_a_step(model, tmp_path, on):
-    """It is kept while the run is the same one, and else it is today."""
+@pytest.mark.parametrize("members_at_once", [None, 1, 7])
+def test_the_date_of_a_directory_without_a_step(members_at_once, model, tmp_path, on):
+    """It is kept while the run is the same one, and else it is today. How many members run at once may have been
+    chosen by the run."""
     config = config_of(model, FIELDS)
     on(FIRST)
     assert loop.with_date(config, tmp_path).model.template_date == FIRST
     content = {"config": json.loads(json.dumps(loop.dataclasses.asdict(config.with_date(FIRST)))), "digest": ""}
+    content["config"]["decode"]["members_at_once"] = members_at_once
     (tmp_path / "config.json").write_text(json.dumps(content))
     on(SECOND)
     assert loop.with_date(config, tmp_path).model.template_date == FIRST
