@@ -13,7 +13,10 @@ FAST: dict[str, tuple[str, ...]] = {
     "laws/test_kills.py": ("test_killed_at_any_point_and_resumed_equals_uninterrupted[after the seed log-2]",),
     "laws/test_low_rank.py": ("test_members_at_once_follow_from_memory",),
     "laws/test_low_rank_runs.py": ("test_short_names", "test_frozen_leaves_keep_their_bits"),
-    "laws/test_mesh.py": ("test_every_parameter_has_a_rule", "test_the_update_sends_nothing_and_works_in_place[l2]"),
+    "laws/test_mesh.py": (
+        "test_every_parameter_has_a_rule",
+        "test_the_update_sends_nothing_and_works_in_place[l2-gaussian]",
+    ),
     "laws/test_noise.py": ("test_estimate_equals_the_brute_force_sum", "test_antithetic_pairs_sum_to_zero"),
     "laws/test_processes.py": ("test_a_process_that_cannot_listen_ends_all_the_same",),
     "laws/test_replay.py": ("test_replay_needs_only_config_and_seed_log",),

@@ -118,23 +118,33 @@ class LowRankNoise(GaussianNoise):
 
         return map_named(pair, params)
 
-    def estimate(self, params: PyTree, members: Members, weights: Float[Array | np.ndarray, " n"]) -> PyTree:
+    def estimate(
+        self,
+        params: PyTree,
+        members: Members,
+        weights: Float[Array | np.ndarray, " n"],
+        *,
+        specs: PyTree = None,
+    ) -> PyTree:
         """−(1/N) Σ wₙ signₙ Aₙ Bₙᵀ/√r, as `GaussianNoise.estimate`; dense matrices of members are never made.
 
         Outer products are added in member order, each rounded by itself: a matrix product would add them in an order
         that depends on the shape of a device's slice.
+
+        Args:
+          params, members, weights: as of `GaussianNoise.estimate`.
+          specs: inside a `shard_map`, how each leaf is cut (a tree of PartitionSpecs): a device then gets its slice. It
+            draws whole A and B, which are small, and sends nothing, where a partitioner may draw and send parts.
         """
-        matrices = map_named(self.is_matrix, params)
-        vectors = super().estimate
         seeds, signed = self._signed(members, weights)
         first = (len(seeds) - 1) % BLOCK + 1  # members in the first, shorter pass; no zeros are held to begin with
+        vectors = super().estimate
 
-        def matrix(name, leaf):
-            _check_float(name, leaf)
-
+        def matrix(name, leaf, spec):
             def add(start, count, total):
                 seed, weight = (lax.dynamic_slice_in_dim(x, start, count) for x in (seeds, signed))
                 a, b = jax.vmap(lambda one: self.factors(one, name, leaf.shape))(seed)
+                a, b = _slice(a, (None, *spec[:-1])), _slice(b, (None, *spec[:-2], spec[-1]))
                 a = lax.optimization_barrier(_rounded(a * weight.reshape(-1, *(1,) * (a.ndim - 1))))
                 for i in range(count):
                     total = _add_outer(total, a[i], b[i])
@@ -145,15 +155,25 @@ class LowRankNoise(GaussianNoise):
                 total = lax.fori_loop(0, passes, lambda k, t: add(first + k * BLOCK, BLOCK, t), total)
             return total.astype(self._arithmetic(leaf))
 
-        def one(name, leaf, is_matrix):
-            if is_matrix:
-                return matrix(name, leaf)
+        def one(name, leaf, spec=()):
+            _check_float(name, leaf)
+            spec = (*spec, *(None,) * (leaf.ndim - len(spec)))
+            if self.is_matrix(name, leaf):
+                return matrix(name, leaf, spec)
             if self.vectors == "frozen":
-                _check_float(name, leaf)
-                return jnp.zeros(leaf.shape, self._arithmetic(leaf))
-            return vectors({name: leaf}, members, weights)[name]
+                return _slice(jnp.zeros(leaf.shape, self._arithmetic(leaf)), spec)
+            return _slice(vectors({name: leaf}, members, weights)[name], spec)
 
-        return map_named(one, params, matrices)
+        return map_named(one, params) if specs is None else map_named(one, params, specs)
+
+
+def _slice(x: Array, spec: tuple[str | None, ...]) -> Array:
+    """A device's part of an array that is cut so; inside a `shard_map`."""
+    for axis, entry in enumerate(spec):
+        if entry is not None:
+            size = x.shape[axis] // lax.axis_size(entry)
+            x = lax.dynamic_slice_in_dim(x, lax.axis_index(entry) * size, size, axis)
+    return x
 
 
 def _add_outer(total: Array | None, a: Array, b: Array) -> Array:

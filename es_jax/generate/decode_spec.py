@@ -13,7 +13,7 @@ CHUNK = 32  # decode steps between merges
 LANE_CHUNK = 256  # the same where all prompts of several lanes are decoded at once: a merge copies all lanes' caches
 SHORTEST = 128  # places that a chunk attends at least, where there are as many
 FEWEST = 8  # slots that a chunk decodes at least, where there are as many
-BLOCK, BLOCKS = 16, 1024  # tokens that a prefill of several lanes takes at a time: of a row, and of all
+BLOCK, BLOCKS = 16, 256  # tokens that a prefill of several lanes takes at a time: of a row at least, and of all
 FILL, PART, STEPS = "fill", "part", "steps"  # prefill, its blocks and decode steps in traces and compiled programs
 
 

@@ -11,9 +11,9 @@ from jaxtyping import Array, Int32, Key, PRNGKeyArray
 
 from es_jax.core import processes
 from es_jax.core.chunked_map import ceil_div
-from es_jax.generate.decode_spec import DecodeSpec
+from es_jax.generate.decode_spec import DecodeSpec, LoopSizes
 from es_jax.generate.prompts import Packing, TokenLists
-from es_jax.generate.queue import Generation, decode_queue
+from es_jax.generate.queue import Filled, Generation, decode_queue, fill_queue
 from es_jax.generate.sampling import Greedy
 from es_jax.models.config import TransformerConfig
 from es_jax.models.transformer import transpose_kernels, unstack_layers
@@ -116,6 +116,7 @@ class Engine(DecodeSpec):
         *,
         prefix: Int32[Array, " C"] | None = None,
         axis_name: str | None = None,
+        filled: Filled | None = None,
     ) -> Generation:
         """All Q prompts through the slots; pure, for use inside jit, vmap and shard_map.
 
@@ -125,11 +126,36 @@ class Engine(DecodeSpec):
           keys: one for each row, where the sampler draws. Token t of a row uses `fold_in(key, t)`.
           axis_name: of the vmap around this call, if there is one: what it maps over then runs in step, which keeps
             vmap from choosing between old and new caches in every step.
+          filled: of `fill` with the same arguments.
         """
         if keys is None and not isinstance(self.sampler, Greedy):
             raise ValueError(f"sampler is {self.sampler}: give keys [Q] to draw from")
         prefix = jnp.zeros(0, jnp.int32) if prefix is None else prefix
-        return decode_queue(self, params, tokens, positions, keys, prefix, axis_name)
+        return decode_queue(self, params, tokens, positions, keys, prefix, axis_name, filled=filled)
+
+    def fill(
+        self,
+        params: Any,
+        tokens: Int32[Array, "Q P"],
+        positions: Int32[Array, "Q P"],
+        *,
+        prefix: Int32[Array, " C"],
+        axis_name: str,
+    ) -> Filled:
+        """The prefill of `decode`, greedy, where `parted` says that it may be done apart; for some lanes of a vmap."""
+        return fill_queue(self, params, tokens, positions, None, prefix, axis_name)
+
+    def parted(self, lanes: int, prompts: int, width: int) -> int:
+        """How many of so many lanes a prefill takes at a time: all, or a part of which there is a whole number.
+
+        A prefill goes on to the longest prompt of the lanes that it takes, so lanes with prompts of one length belong
+        together; on accelerators it takes more of them, whose products are too small otherwise.
+        """
+        most = 16 if self.unrolled else 64
+        if not LoopSizes.of(self, prompts, width, lanes=lanes).single:
+            return lanes
+        part = next(part for part in range(min(most, lanes), 0, -1) if lanes % part == 0)
+        return part if part >= 4 else lanes
 
     def generate(self, params: Any, prompts: TokenLists, *, key: PRNGKeyArray | None = None) -> Generation:
         """Completions of a list of token-id prompts, in their order, as host arrays.

@@ -90,6 +90,13 @@ class _Chunk(NamedTuple):
     going: Array
 
 
+class Filled(NamedTuple):
+    """What a prefill of all prompts leaves, arrays alone: `decode_queue` goes on from it."""
+
+    past: tuple[Past, ...]
+    state: _State
+
+
 def decode_queue(
     spec: DecodeSpec,
     params: Any,
@@ -100,32 +107,64 @@ def decode_queue(
     axis_name: str | None,
     *,
     limits: Array | None = None,
+    filled: Filled | None = None,
 ) -> Generation:
-    """All prompts, decoded; `Engine.decode` says what the arguments are. `limits` [Q]: in place of max_new_tokens."""
+    """All prompts, decoded; `Engine.decode` says what the arguments are. `limits` [Q]: in place of max_new_tokens.
+    `filled`: as `fill_queue` of the same arguments gives it, which then is not done again."""
+    past = None if filled is None else filled.past
+    queue, state = _begin(spec, params, tokens, positions, keys, prefix, axis_name, limits, past)
+    sizes = queue.sizes
+    if not sizes.single:
+        return lax.while_loop(lambda state: state.more, partial(_turn, queue), state).out
+    if filled is None:
+        with jax.named_scope(FILL):
+            state = _fill(queue, state)
+    else:
+        state = filled.state
+    return _chunk(queue, state, slots=sizes.slots, places=sizes.width).out if sizes.steps else state.out
+
+
+def fill_queue(
+    spec: DecodeSpec,
+    params: Any,
+    tokens: Array,
+    positions: Array,
+    keys: Array | None,
+    prefix: Array,
+    axis_name: str | None,
+    *,
+    limits: Array | None = None,
+) -> Filled:
+    """The prefill of `decode_queue` where one is all there is (`LoopSizes.single`): of some of its lanes, perhaps."""
+    with jax.named_scope(FILL):
+        queue, state = _begin(spec, params, tokens, positions, keys, prefix, axis_name, limits, None)
+        return Filled(queue.past, _fill(queue, state))
+
+
+def _begin(
+    spec: DecodeSpec, params: Any, tokens: Array, positions: Array, keys: Array | None, prefix: Array,
+    axis_name: str | None, limits: Array | None, past: tuple[Past, ...] | None,
+) -> tuple[_Queue, _State]:  # fmt: skip
+    """The queue, its shared prefix prefilled unless `past` is that, and slots without a prompt."""
     sizes, model = LoopSizes.of(spec, *tokens.shape, lanes=_lanes(axis_name)), Transformer(spec.config)
     lengths = jnp.sum(positions >= 0, axis=1)
     total = _count(lengths > 0)
     order = jnp.argsort(-lengths)  # JAX sorts stably
-    past: tuple[Any, ...] = ()
-    if len(prefix):
-        positions, last = jnp.arange(len(prefix))[None], jnp.int32([len(prefix) - 1])
-        with jax.named_scope(FILL):
-            past = (_hidden(model, params, prefix[None], positions, last, (), axis_name)[1],)
+    if past is None:
+        past = ()
+        if len(prefix):
+            places, last = jnp.arange(len(prefix))[None], jnp.int32([len(prefix) - 1])
+            with jax.named_scope(FILL):
+                past = (_hidden(model, params, prefix[None], places, last, (), axis_name)[1],)
     limit = spec.max_new_tokens if limits is None else limits
     queue = _Queue(spec, sizes, model, params, tokens, keys, limit, axis_name, lengths, total, order, past, len(prefix))
-
     cache = model.empty_cache(params, sizes.slots, 0 if sizes.single else sizes.places - sizes.steps)
     shape, none = (sizes.prompts, spec.max_new_tokens), jnp.zeros(sizes.slots, jnp.int32)
     logprob = jnp.zeros(shape, jnp.float32) if spec.logprobs else None
     out = Generation(jnp.zeros(shape, jnp.int32), jnp.zeros(sizes.prompts, jnp.int32), logprob)
     any_prompt = queue.agree(total > 0)
     slots = _Slots(none + sizes.prompts, none, none, none, none > 0)
-    state = _State(cache.kv, slots, jnp.int32(0), out, filling=any_prompt, more=any_prompt)
-    if not sizes.single:
-        return lax.while_loop(lambda state: state.more, partial(_turn, queue), state).out
-    with jax.named_scope(FILL):
-        state = _fill(queue, state)
-    return _chunk(queue, state, slots=sizes.slots, places=sizes.width).out if sizes.steps else state.out
+    return queue, _State(cache.kv, slots, jnp.int32(0), out, filling=any_prompt, more=any_prompt)
 
 
 def _lanes(axis_name: str | None) -> int:

@@ -307,17 +307,43 @@ class Evaluator:
     def _decode(self, params: Any, prompts: Prompts) -> Any:
         """Completions of a round of members. `params`: as `perturb` gives them."""
 
-        def one(params, tokens, positions, prefix):
+        engine, lane = self.engine, LANE if self.vmapped else None
+        part = engine.parted(self.at_once, *prompts.tokens.shape[1:])
+
+        def fill(params, *rows, prefix):
+            return engine.fill(_with_pairs(*params) if self.shared else params, *rows, prefix=prefix, axis_name=LANE)
+
+        def one(params, tokens, positions, filled, prefix):
             params = _with_pairs(*params) if self.shared else params
-            lane = LANE if self.vmapped else None
-            generation = self.engine.decode(params, tokens, positions, prefix=prefix, axis_name=lane)
+            rows = tokens, positions
+            generation = engine.decode(params, *rows, prefix=prefix, axis_name=lane, filled=filled)
             return generation.tokens, generation.length
 
-        lanes, all_lanes = PartitionSpec(GROUPS), PartitionSpec()
-        own: tuple[Any, Any] = ((all_lanes, lanes), (None, 0)) if self.shared else (lanes, 0)
-        return self._grouped(one, in_specs=(own[0], lanes, lanes, all_lanes), mapped=(own[1], 0, 0, None))(
-            params, *prompts
-        )
+        def group(params, tokens, positions, prefix):
+            own, filled = (None, 0) if self.shared else 0, None
+            if not self.vmapped:
+                first = functools.partial(jax.tree.map, lambda x: x[0])
+                out = one(first(params), tokens[0], positions[0], None, prefix)
+                return jax.tree.map(lambda x: x[None], out)
+            if part < self.at_once:
+                common, apart = (params[0], params[1:]) if self.shared else (None, (params,))
+                mapped = jax.tree.map(lambda x: x.reshape(-1, part, *x.shape[1:]), (apart, tokens, positions))
+
+                def some(lanes):
+                    (params,), *rows = lanes
+                    params = (common, params) if self.shared else params
+                    each = functools.partial(fill, prefix=prefix)
+                    return jax.vmap(each, in_axes=(own, 0, 0), axis_name=LANE)(params, *rows)
+
+                filled = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.lax.map(some, mapped))
+            run = jax.vmap(functools.partial(one, prefix=prefix), in_axes=(own, 0, 0, 0), axis_name=LANE)
+            return run(params, tokens, positions, filled)
+
+        lanes, everywhere = PartitionSpec(GROUPS), PartitionSpec()
+        specs = ((everywhere, lanes) if self.shared else lanes, lanes, lanes, everywhere)
+        return jax.shard_map(
+            group, mesh=self.mesh, in_specs=specs, out_specs=lanes, axis_names={GROUPS}, check_vma=False
+        )(params, *prompts)
 
     @property
     def vmapped(self) -> bool:
@@ -348,26 +374,29 @@ class Evaluator:
         Lanes left over in the last round decode padding. The weights of one round are gone before those of the next are
         made, or give them their memory, except where members are small and run several at once.
         """
-        count = len(members)
+        count, order = len(members), np.arange(len(members))
+        if seen is not None:  # members with prompts of one length are neighbours: see `Engine.parted`
+            order = np.argsort(-(prompts.positions >= 0).sum(axis=1)[seen].max(axis=1), kind="stable")
         shared = timed("perturb", processes.launch(self.shared_weights, params)) if self.shared else None
 
         def rounds() -> Iterator[tuple[np.ndarray, Any]]:
             perturbed = outputs = None
             for first in range(0, count, self.lanes):
                 index = np.arange(first, first + self.lanes)
-                lanes = members[np.minimum(index, count - 1)]
+                which = order[np.minimum(index, count - 1)]
+                lanes = members[which]
                 if not self.vmapped:  # a member's weights are large: those of the last round are to be gone
                     processes.wait(functools.partial(jax.block_until_ready, outputs))
                 lanes = to_devices(lanes, over_groups(self.mesh))
                 perturbed = timed("perturb", processes.launch(self.perturb, params, lanes, perturbed, shared))
-                dealt = np.arange(len(prompts.tokens))[None] if seen is None else seen[np.minimum(index, count - 1)]
+                dealt = np.arange(len(prompts.tokens))[None] if seen is None else seen[which]
                 shape = (self.lanes, dealt.shape[1], prompts.tokens.shape[1])
                 tokens = np.broadcast_to(prompts.tokens[dealt], shape)
                 positions = np.where((index < count)[:, None, None], prompts.positions[dealt], np.int32(-1))
                 rows = self._rows(tokens, positions, prompts.prefix)
                 outputs = timed("decode", processes.launch(self._decode, perturbed, rows))
                 perturbed = perturbed if self.layer_by_layer else None
-                yield index[index < count].tolist(), outputs
+                yield which[index < count].tolist(), outputs
 
         for lanes, outputs in one_ahead(rounds()):
             yield from _unpack(lanes, outputs)

@@ -162,7 +162,15 @@ def update_on(mesh: Mesh) -> Any:
 
 
 def _gradient(noise: GaussianNoise, mesh: Mesh, params: Any, members: Members, weights: Array) -> Any:
-    return with_sharding_constraint(noise.estimate(params, members, weights), param_shardings(mesh, params))
+    where = param_shardings(mesh, params)
+    if not isinstance(noise, LowRankNoise):
+        return with_sharding_constraint(noise.estimate(params, members, weights), where)
+    shapes, specs = jax.eval_shape(lambda: params), jax.tree.map(lambda sharding: sharding.spec, where)
+    own = functools.partial(noise.estimate, shapes, specs=specs)
+    everywhere = PartitionSpec()
+    return jax.shard_map(own, mesh=mesh, in_specs=(everywhere, everywhere), out_specs=specs, check_vma=False)(
+        members, weights
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -126,6 +126,26 @@ def test_lanes_prefill_in_blocks_and_decode_in_one_chunk(shared):
         assert np.array_equal(tokens, expected.tokens) and np.array_equal(length, expected.length)
 
 
+@pytest.mark.parametrize(("unroll", "noise"), [(True, "low_rank"), (False, "low_rank"), (False, "gaussian")])
+def test_lanes_of_like_lengths_prefill_together(unroll, noise):
+    """Parts of the lanes are filled one after another, and all are decoded together, whatever each member sees."""
+    config, rng = CONFIGS["llama"], np.random.default_rng(0)
+    prompts = [rng.integers(1, 40, length).tolist() for length in (3, 17, 40, 33)]
+    engine = Engine(config, slots=1, max_prompt_tokens=80, max_new_tokens=6, stop_token_ids=(0,), unroll=unroll)
+    at_once = 32 if unroll else 128
+    evaluator = evaluator_of("llama", at_once=at_once, population=2 * at_once, noise=noise)
+    evaluator = dataclasses.replace(evaluator, engine=engine)
+    assert engine.parted(at_once, 1, 48) == at_once // 2
+    population, rows = Population(2 * at_once, seed=3), engine.packing(prompts).pack(prompts, rows=4)
+    members, seen = population.members(1), population.deal(1, 4, 1)
+    out = {member: tokens for member, tokens, _ in evaluator.members(params_of("llama"), members, rows, seen)}
+    assert sorted(out) == list(range(2 * at_once))
+    for member in range(0, 2 * at_once, 9):
+        weights = dense(evaluator, params_of("llama"), members[member])
+        expected = engine.generate(weights, [prompts[i] for i in seen[member]])
+        assert np.array_equal(out[member], expected.tokens)
+
+
 def test_members_see_the_prompts_that_they_are_dealt():
     params, evaluator = params_of("llama"), evaluator_of("llama", slots=1)
     population, prompts = Population(8, seed=3), PROMPTS[:4]

@@ -247,12 +247,12 @@ def test_a_plan_compiles_the_update_that_a_run_compiles(qwen, params):
     assert len(digests) == 3  # the first two are one program
 
 
-@pytest.mark.parametrize("penalty", ["l2", "none"])
+@pytest.mark.parametrize(("penalty", "noise"), [("l2", "gaussian"), ("none", "gaussian"), ("l2", "low_rank")])
 @pytest.mark.unchecked  # `lower` puts descriptions where arrays stand
-def test_the_update_sends_nothing_and_works_in_place(params, penalty):
+def test_the_update_sends_nothing_and_works_in_place(params, penalty, noise):
     mesh, start = make_mesh(4, 2), dict(named_leaves(host(params)))
     anchor = {"penalty": penalty} | ({"strength": 1.0} if penalty != "none" else {})
-    config = config_of("", FIELDS, optim={"learning_rate": 0.01, "anchor": anchor})
+    config = config_of("", FIELDS, optim={"learning_rate": 0.01, "anchor": anchor}, es={"noise": noise})
     state = State(config, mesh, placed(params, mesh))
     arguments = state.update_arguments(entry_of(config, 1))
     assert traffic(update_on(mesh).lower(*arguments).compile()) == []

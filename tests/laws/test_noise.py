@@ -1,6 +1,7 @@
 """The laws that every kind of noise obeys."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -211,8 +212,11 @@ def test_an_estimate_of_1024_members_has_the_same_bits_on_every_mesh():
             "w": NamedSharding(mesh, PartitionSpec(GROUPS, MODEL)),
             "layers/v": NamedSharding(mesh, PartitionSpec(None, GROUPS, MODEL)),
         }
-        noise = LowRankNoise(stacked="layers/")
+        noise, specs = LowRankNoise(stacked="layers/"), {name: sharding.spec for name, sharding in where.items()}
         estimates.append(jax.jit(noise.estimate, out_shardings=where)(params, members, weights))
+        own = functools.partial(noise.estimate, params, specs=specs)
+        cut = jax.shard_map(own, mesh=mesh, in_specs=PartitionSpec(), out_specs=specs, check_vma=False)
+        estimates.append(jax.jit(cut)(members, weights))
     assert all(equal(estimates[0], other) for other in estimates[1:])
 
 
