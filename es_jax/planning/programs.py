@@ -196,7 +196,9 @@ class Programs:
         itemsize = jnp.dtype(self.config.model.dtype).itemsize
         cache = Bytes(lanes * cache_bytes(self.model, sizes.slots * sizes.places, itemsize) // share)
         flops = forward_flops(self.model, prompts, self.width + new - 1, logits=new, rank=rank)  # the last is not fed
-        steps = ceil_div(prompts, sizes.slots) * (int(sizes.turns[PART]) + new - 1)  # a prefill's passes among them
+        engine = self.evaluator.engine
+        passes = int(sizes.turns[PART]) * (lanes // engine.parted(lanes, prompts, self.width))  # of a prefill
+        steps = ceil_div(prompts, sizes.slots) * (passes + new - 1)
         copy = sum(matrix_weights(self.model)) * itemsize
         read = copy / lanes + 4 * rank * sum(pair_numbers(self.model)) if rank else copy  # for one lane
         memory = decode_memory(self.model, prompts, self.width, new, steps=steps, copy=read, itemsize=itemsize)
