@@ -229,12 +229,11 @@ def test_a_step_reads_shared_weights_once():
         return on_cpu(at_once(LOW_RANK | {"es": LOW_RANK["es"] | {"noise": noise}}, number)).decode().work
 
     own, one, eight = work("gaussian", 1), work("low_rank", 1), work("low_rank", 8)
-    copy = 2 * sum(matrix_weights(SMALL))
-    assert work("gaussian", 8) == Work(8 * own.flops, 8 * own.memory)
-    assert eight.memory == 9 * copy + 8 * (
-        one.memory - 8 * copy
-    )  # the prefill takes two passes, and seven steps follow
-    assert one.memory == own.memory + 8 * 4 * sum(pair_numbers(SMALL))
+    copy, pairs = 2 * sum(matrix_weights(SMALL)), 4 * sum(pair_numbers(SMALL))
+    # eight steps of one member, and one more of each of eight, whose prefill takes two passes
+    assert work("gaussian", 8) == Work(8 * own.flops, 8 * (own.memory + copy))
+    assert eight.memory == 9 * copy + 8 * (one.memory - 8 * copy + pairs)
+    assert one.memory == own.memory + 8 * pairs
     assert eight.flops == 8 * one.flops > 8 * own.flops
 
 
