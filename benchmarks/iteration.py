@@ -67,10 +67,18 @@ class EndedEngine(Engine):
 
     lengths: tuple[int, ...] = ()
 
-    def decode(self, params, tokens, positions, keys=None, *, prefix=None, axis_name=None) -> Generation:
+    def decode(self, params, tokens, positions, keys=None, *, prefix=None, axis_name=None, filled=None) -> Generation:
+        spec, limits = dataclasses.replace(self, sampler=GreedyWithout(self.stop_token_ids)), self._limits
+        rows = tokens, positions, keys, prefix
+        return queue.decode_queue(spec, params, *rows, axis_name, limits=limits, filled=filled)
+
+    def fill(self, params, tokens, positions, *, prefix, axis_name) -> queue.Filled:
         spec = dataclasses.replace(self, sampler=GreedyWithout(self.stop_token_ids))
-        limits = jnp.array(self.lengths, jnp.int32)
-        return queue.decode_queue(spec, params, tokens, positions, keys, prefix, axis_name, limits=limits)
+        return queue.fill_queue(spec, params, tokens, positions, None, prefix, axis_name, limits=self._limits)
+
+    @property
+    def _limits(self):
+        return jnp.array(self.lengths, jnp.int32)
 
 
 @dataclasses.dataclass(frozen=True)

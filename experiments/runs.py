@@ -112,7 +112,7 @@ def evaluations(case: Case, folder: Path) -> list[dict[str, Any]]:
     config, record = case.config, read_run(folder)
     metrics = {row["step"]: row for row in record.metrics}
     others = [name for name in config.evals.tasks if name != config.task.name]
-    lines = []
+    lines, paces = [], [row["seconds"] for row in record.metrics if "seconds" in row]
     for step, (row, *prior) in record.rows([config.task.name, *others]).items():
         mean = lambda name, prior=prior: (  # noqa: E731
             float(np.mean([p[name] for p in prior])) if prior and all(name in p for p in prior) else None
@@ -130,7 +130,7 @@ def evaluations(case: Case, folder: Path) -> list[dict[str, Any]]:
             "drift": now.get("drift", 0.0),
             "ratio": now["drift"] / theory if theory else None,
             "kappa": now.get("kappa", 0.0),
-            "pace": float(np.median([row["seconds"] for row in record.metrics])) if record.metrics else None,
+            "pace": float(np.median(paces)) if paces else None,
         })  # fmt: skip
     return lines
 
