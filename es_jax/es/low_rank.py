@@ -78,7 +78,7 @@ class LowRankNoise(GaussianNoise):
         a, b = draw(f"{name} A", (*stack, rows, self.rank)), draw(f"{name} B", (*stack, columns, self.rank))
         return lax.optimization_barrier((_rounded(a * jnp.float32(self.rank**-0.5)) if self.rank > 1 else a, b))
 
-    def _sample(self, seed: Array, name: str, leaf: Array, row: Row | None = None) -> Float[Array, "..."]:
+    def _sample(self, seed: Array, name: str, leaf: Any, row: Row | None = None) -> Float[Array, "..."]:
         if not self.is_matrix(name, leaf):
             return super()._sample(seed, name, leaf, row) if self.vectors == "gaussian" else jnp.zeros(leaf.shape)
         a, b = self.factors(seed, name, leaf.shape, row)

@@ -71,13 +71,13 @@ class GaussianNoise:
         """Whether the noise of one layer can be drawn alone, at its own cost and with the same bits."""
         return self.generator == "threefry13"
 
-    def _sample(self, seed: Array, name: str, leaf: Array, row: Row | None = None) -> Float[Array, "..."]:
+    def _sample(self, seed: Array, name: str, leaf: Any, row: Row | None = None) -> Float[Array, "..."]:
         """ε of one leaf for one member, in the dtype of the arithmetic."""
         index, shape = (None, leaf.shape) if row is None else (row[0], (row[1], *leaf.shape[1:]))
         noise = rng.normal(seed, name, shape, generator=self.generator, row=index)
         return noise.astype(self._arithmetic(leaf))
 
-    def _arithmetic(self, leaf: Array) -> jnp.dtype:
+    def _arithmetic(self, leaf: Any) -> jnp.dtype:
         return jnp.dtype(jnp.float64) if leaf.dtype == jnp.float64 else jnp.dtype(jnp.float32)
 
     def apply(
@@ -176,10 +176,10 @@ class SharedSeedNoise(GaussianNoise):
 
     stacked: str | None = None
 
-    def _arithmetic(self, leaf: Array) -> jnp.dtype:
+    def _arithmetic(self, leaf: Any) -> jnp.dtype:
         return leaf.dtype
 
-    def _sample(self, seed: Array, name: str, leaf: Array, row: Row | None = None) -> Float[Array, "..."]:
+    def _sample(self, seed: Array, name: str, leaf: Any, row: Row | None = None) -> Float[Array, "..."]:
         index, shape = None, leaf.shape
         if self.stacked and name.startswith(self.stacked):
             shape = leaf.shape[1:]

@@ -375,7 +375,7 @@ class Evaluator:
         made, or give them their memory, except where members are small and run several at once.
         """
         count, order = len(members), np.arange(len(members))
-        if seen is not None:  # members with prompts of one length are neighbours: see `Engine.parted`
+        if seen is not None and self.vmapped:  # members with prompts of one length are neighbours: see `Engine.parted`
             order = np.argsort(-(prompts.positions >= 0).sum(axis=1)[seen].max(axis=1), kind="stable")
         shared = timed("perturb", processes.launch(self.shared_weights, params)) if self.shared else None
 

@@ -143,7 +143,7 @@ def test_none_takes_back_what_the_file_or_a_short_name_set(parse):
         ("--config.optim.b1=high", "optim.b1 is 'high': it must be float or None"),
         ("--config.es.antithetic=maybe", "es.antithetic is 'maybe': it must be true or false"),
         ("--config.train.profile=(3, x)", "train.profile is '(3, x)': it must be a tuple of whole numbers"),
-        ("--config.decode.members_at_once=None", "decode.members_at_once is 'None': it must be int"),
+        ("--config.decode.slots=None", "decode.slots is 'None': it must be int"),
     ],
 )
 def test_a_mistake_in_a_field_is_one_sentence(parse, argument, says):

@@ -98,7 +98,7 @@ def test_memory_does_not_grow_with_the_population(noise):
         lowered = jax.jit(noise.estimate).lower(PARAMS, Population(n, seed=0).members(0), jnp.ones(n))
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
-    assert temporary(256) < temporary(16) + 256 * 64
+    assert temporary(256) < temporary(16) + 256 * 128
 
 
 @every_noise
@@ -162,7 +162,8 @@ def test_entries_of_low_rank_have_mean_0_and_variance_1_and_odd_moments_vanish(n
     assert np.abs((draw**2).mean(0) - 1).max() < 5 * ((fourth - 1) / 8000) ** 0.5
     assert abs((draw**3).mean()) < 5 * (225 / 8000) ** 0.5  # E ε⁶ of rank 1; 30 entries share 11 numbers
     assert abs((draw**4).mean() - fourth) < 1.0
-    assert np.abs(np.corrcoef(draw.T) - np.eye(30)).max() < 5 / 8000**0.5
+    product = 1 + 2 / noise.rank  # the variance of that of two entries of a row: E a⁴ = 3 for one rank
+    assert np.abs(np.corrcoef(draw.T) - np.eye(30)).max() < 5 * (product / 8000) ** 0.5
 
 
 @every_low_rank

@@ -34,7 +34,7 @@ def test_a_directory_with_the_old_names_is_replayed_evaluated_exported_and_resum
         "task": {"name": "conciseness", "train_size": 2},
         "es": {"population": 2, "sigma": 0.05},
         "optim": {"anchor": {"penalty": "l2", "kappa": 0.5}},
-        "decode": {"max_prompt_tokens": 160, "max_new_tokens": 2, "slots": 2},
+        "decode": {"max_prompt_tokens": 160, "max_new_tokens": 2, "slots": 2, "members_at_once": 1},
         "train": {"steps": 2, "checkpoint_every": 2, "keep_checkpoints": 1},
         "evals": {"every": 1, "rows": 3},
         "mesh": {"groups": 1},
