@@ -34,7 +34,7 @@ from benchmarks.compare import add_json, report
 from es_jax.core.mesh import make_mesh
 from es_jax.es.population import Population
 from es_jax.generate import queue
-from es_jax.generate.engine import Engine, Generation
+from es_jax.generate.engine import Engine
 from es_jax.generate.sampling import Greedy
 from es_jax.profiling.clock import Clock, split
 from es_jax.scoring.grading import Grader
@@ -67,18 +67,9 @@ class EndedEngine(Engine):
 
     lengths: tuple[int, ...] = ()
 
-    def decode(self, params, tokens, positions, keys=None, *, prefix=None, axis_name=None, filled=None) -> Generation:
-        spec, limits = dataclasses.replace(self, sampler=GreedyWithout(self.stop_token_ids)), self._limits
-        rows = tokens, positions, keys, prefix
-        return queue.decode_queue(spec, params, *rows, axis_name, limits=limits, filled=filled)
-
-    def fill(self, params, tokens, positions, *, prefix, axis_name) -> queue.Filled:
-        spec = dataclasses.replace(self, sampler=GreedyWithout(self.stop_token_ids))
-        return queue.fill_queue(spec, params, tokens, positions, None, prefix, axis_name, limits=self._limits)
-
-    @property
-    def _limits(self):
-        return jnp.array(self.lengths, jnp.int32)
+    def begin(self, *arguments, filled=None):
+        spec, limits = dataclasses.replace(self, sampler=GreedyWithout(self.stop_token_ids)), self.lengths
+        return queue.begin_queue(spec, *arguments, limits=jnp.array(limits, jnp.int32), filled=filled)
 
 
 @dataclasses.dataclass(frozen=True)

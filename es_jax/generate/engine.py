@@ -13,7 +13,7 @@ from es_jax.core import processes
 from es_jax.core.chunked_map import ceil_div
 from es_jax.generate.decode_spec import DecodeSpec, LoopSizes
 from es_jax.generate.prompts import Packing, TokenLists
-from es_jax.generate.queue import Filled, Generation, decode_queue, fill_queue
+from es_jax.generate.queue import Filled, Generation, Queue, State, begin_queue, decode_queue, fill_queue
 from es_jax.generate.sampling import Greedy
 from es_jax.models.config import TransformerConfig
 from es_jax.models.transformer import transpose_kernels, unstack_layers
@@ -131,7 +131,7 @@ class Engine(DecodeSpec):
         if keys is None and not isinstance(self.sampler, Greedy):
             raise ValueError(f"sampler is {self.sampler}: give keys [Q] to draw from")
         prefix = jnp.zeros(0, jnp.int32) if prefix is None else prefix
-        return decode_queue(self, params, tokens, positions, keys, prefix, axis_name, filled=filled)
+        return decode_queue(*self.begin(params, tokens, positions, keys, prefix, axis_name, filled=filled))
 
     def fill(
         self,
@@ -143,7 +143,11 @@ class Engine(DecodeSpec):
         axis_name: str,
     ) -> Filled:
         """The prefill of `decode`, greedy, where `parted` says that it may be done apart; for some lanes of a vmap."""
-        return fill_queue(self, params, tokens, positions, None, prefix, axis_name)
+        return fill_queue(*self.begin(params, tokens, positions, None, prefix, axis_name))
+
+    def begin(self, *arguments: Any, filled: Filled | None = None) -> tuple[Queue, State]:
+        """`begin_queue` of the arguments, for `decode` and `fill`; an engine that ends rows otherwise has its own."""
+        return begin_queue(self, *arguments, filled=filled)
 
     def parted(self, lanes: int, prompts: int, width: int) -> int:
         """How many of so many lanes a prefill takes at a time: all, or a part of which there is a whole number.

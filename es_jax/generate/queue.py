@@ -41,7 +41,7 @@ class Generation(NamedTuple):
     logprob: Float32[Array, "Q L"] | None
 
 
-class _Queue(NamedTuple):
+class Queue(NamedTuple):
     """What is the same in all turns of the loops."""
 
     spec: DecodeSpec
@@ -57,6 +57,7 @@ class _Queue(NamedTuple):
     order: Array  # [Q], in which they are taken: longest first, so that those filled together are alike
     past: tuple[Past, ...]  # the prefix, computed once for all prompts
     shared: int  # tokens of the prefix
+    filled: bool  # whether the only prefill is done
 
     def agree(self, x: Array) -> Array:
         """The maximum over the lanes of a vmap (of bools: whether any). A value that all lanes share keeps loops and
@@ -74,7 +75,7 @@ class _Slots(NamedTuple):
     live: Array  # bool
 
 
-class _State(NamedTuple):
+class State(NamedTuple):
     kv: KV  # the slots' caches
     slots: _Slots
     taken: Array  # prompts taken from the queue
@@ -94,10 +95,25 @@ class Filled(NamedTuple):
     """What a prefill of all prompts leaves, arrays alone: `decode_queue` goes on from it."""
 
     past: tuple[Past, ...]
-    state: _State
+    state: State
 
 
-def decode_queue(
+def decode_queue(queue: Queue, state: State) -> Generation:
+    """All prompts of what `begin_queue` gives, decoded."""
+    sizes = queue.sizes
+    if not sizes.single:
+        return lax.while_loop(lambda state: state.more, partial(_turn, queue), state).out
+    state = state if queue.filled else fill_queue(queue, state).state
+    return _chunk(queue, state, slots=sizes.slots, places=sizes.width).out if sizes.steps else state.out
+
+
+def fill_queue(queue: Queue, state: State) -> Filled:
+    """The prefill of `decode_queue` where one is all there is (`LoopSizes.single`): of some of its lanes, perhaps."""
+    with jax.named_scope(FILL):
+        return Filled(queue.past, _fill(queue, state))
+
+
+def begin_queue(
     spec: DecodeSpec,
     params: Any,
     tokens: Array,
@@ -108,63 +124,35 @@ def decode_queue(
     *,
     limits: Array | None = None,
     filled: Filled | None = None,
-) -> Generation:
-    """All prompts, decoded; `Engine.decode` says what the arguments are. `limits` [Q]: in place of max_new_tokens.
-    `filled`: as `fill_queue` of the same arguments gives it, which then is not done again."""
-    past = None if filled is None else filled.past
-    queue, state = _begin(spec, params, tokens, positions, keys, prefix, axis_name, limits, past)
-    sizes = queue.sizes
-    if not sizes.single:
-        return lax.while_loop(lambda state: state.more, partial(_turn, queue), state).out
-    if filled is None:
-        with jax.named_scope(FILL):
-            state = _fill(queue, state)
-    else:
-        state = filled.state
-    return _chunk(queue, state, slots=sizes.slots, places=sizes.width).out if sizes.steps else state.out
+) -> tuple[Queue, State]:
+    """What `fill_queue` and `decode_queue` take: the shared prefix is prefilled, and no slot has a prompt.
 
-
-def fill_queue(
-    spec: DecodeSpec,
-    params: Any,
-    tokens: Array,
-    positions: Array,
-    keys: Array | None,
-    prefix: Array,
-    axis_name: str | None,
-    *,
-    limits: Array | None = None,
-) -> Filled:
-    """The prefill of `decode_queue` where one is all there is (`LoopSizes.single`): of some of its lanes, perhaps."""
-    with jax.named_scope(FILL):
-        queue, state = _begin(spec, params, tokens, positions, keys, prefix, axis_name, limits, None)
-        return Filled(queue.past, _fill(queue, state))
-
-
-def _begin(
-    spec: DecodeSpec, params: Any, tokens: Array, positions: Array, keys: Array | None, prefix: Array,
-    axis_name: str | None, limits: Array | None, past: tuple[Past, ...] | None,
-) -> tuple[_Queue, _State]:  # fmt: skip
-    """The queue, its shared prefix prefilled unless `past` is that, and slots without a prompt."""
+    `Engine.decode` says what the arguments are. `limits` [Q]: in place of max_new_tokens. `filled`: as `fill_queue`
+    gives it of the same arguments; neither the prefix nor the prompts are then prefilled again.
+    """
     sizes, model = LoopSizes.of(spec, *tokens.shape, lanes=_lanes(axis_name)), Transformer(spec.config)
     lengths = jnp.sum(positions >= 0, axis=1)
     total = _count(lengths > 0)
     order = jnp.argsort(-lengths)  # JAX sorts stably
-    if past is None:
-        past = ()
-        if len(prefix):
-            places, last = jnp.arange(len(prefix))[None], jnp.int32([len(prefix) - 1])
-            with jax.named_scope(FILL):
-                past = (_hidden(model, params, prefix[None], places, last, (), axis_name)[1],)
+    past: tuple[Any, ...] = () if filled is None else filled.past
+    if len(prefix) and filled is None:
+        places, last = jnp.arange(len(prefix))[None], jnp.int32([len(prefix) - 1])
+        with jax.named_scope(FILL):
+            past = (_hidden(model, params, prefix[None], places, last, (), axis_name)[1],)
     limit = spec.max_new_tokens if limits is None else limits
-    queue = _Queue(spec, sizes, model, params, tokens, keys, limit, axis_name, lengths, total, order, past, len(prefix))
+    queue = Queue(
+        spec, sizes, model, params, tokens, keys, limit, axis_name, lengths, total, order, past, len(prefix),
+        filled=filled is not None,
+    )  # fmt: skip
+    if filled is not None:
+        return queue, filled.state
     cache = model.empty_cache(params, sizes.slots, 0 if sizes.single else sizes.places - sizes.steps)
     shape, none = (sizes.prompts, spec.max_new_tokens), jnp.zeros(sizes.slots, jnp.int32)
     logprob = jnp.zeros(shape, jnp.float32) if spec.logprobs else None
     out = Generation(jnp.zeros(shape, jnp.int32), jnp.zeros(sizes.prompts, jnp.int32), logprob)
     any_prompt = queue.agree(total > 0)
     slots = _Slots(none + sizes.prompts, none, none, none, none > 0)
-    return queue, _State(cache.kv, slots, jnp.int32(0), out, filling=any_prompt, more=any_prompt)
+    return queue, State(cache.kv, slots, jnp.int32(0), out, filling=any_prompt, more=any_prompt)
 
 
 def _lanes(axis_name: str | None) -> int:
@@ -175,7 +163,7 @@ def _count(flags: Array) -> Array:
     return jnp.sum(flags, dtype=jnp.int32)
 
 
-def _turn(queue: _Queue, state: _State) -> _State:
+def _turn(queue: Queue, state: State) -> State:
     with jax.named_scope(FILL):
         state = lax.while_loop(lambda state: state.filling, partial(_fill, queue), state)
     if queue.sizes.steps:
@@ -184,13 +172,13 @@ def _turn(queue: _Queue, state: _State) -> _State:
     return state._replace(filling=filling, more=filling | queue.agree(jnp.any(state.slots.live)))
 
 
-def _fill_is_due(queue: _Queue, live: Array, taken: Array) -> Array:
+def _fill_is_due(queue: Queue, live: Array, taken: Array) -> Array:
     """Whether so many slots are free that a prefill is due."""
     left, sizes = queue.total - taken, queue.sizes
     return (left > 0) & (sizes.slots - _count(live) >= jnp.minimum(left, sizes.fill_rows))
 
 
-def _fill(queue: _Queue, state: _State) -> _State:
+def _fill(queue: Queue, state: State) -> State:
     """Prefill the next prompts of the queue into free slots, as many as there are of both."""
     sizes, live, row = queue.sizes, state.slots.live, jnp.arange(queue.sizes.fill_rows)
     valid = (row < sizes.slots - _count(live)) & (state.taken + row < queue.total)
@@ -207,10 +195,10 @@ def _fill(queue: _Queue, state: _State) -> _State:
     slot = jnp.where(valid, jnp.argsort(live)[: sizes.fill_rows], sizes.slots)
     slots = jax.tree.map(lambda all, some: all.at[slot].set(some), state.slots, new)
     filling = queue.agree(_fill_is_due(queue, slots.live, taken))
-    return _State(_written(state.kv, kv, slot, none), slots, taken, out, filling, state.more)
+    return State(_written(state.kv, kv, slot, none), slots, taken, out, filling, state.more)
 
 
-def _prefill(queue: _Queue, tokens: Array, length: Array) -> tuple[Array, KV]:
+def _prefill(queue: Queue, tokens: Array, length: Array) -> tuple[Array, KV]:
     """Logits after each row [R, V], and its keys and values at P places."""
     widths, model = queue.sizes.widths, queue.model
 
@@ -259,7 +247,7 @@ def _hidden(
         return lax.fori_loop(0, lax.pmax(jnp.max(at), axis_name) // block + 1, turn, (start, cache))
 
 
-def _sized_chunk(queue: _Queue, state: _State) -> _State:
+def _sized_chunk(queue: Queue, state: State) -> State:
     """A chunk of the smallest compiled size that holds all live slots, and all slots while prompts wait."""
     sizes, live = queue.sizes, state.slots.live
     slots = jnp.where(state.taken < queue.total, sizes.slots, _count(live))
@@ -272,7 +260,7 @@ def _sized_chunk(queue: _Queue, state: _State) -> _State:
     return lax.switch(i * len(sizes.place_sizes) + j, branches, state)
 
 
-def _chunk(queue: _Queue, state: _State, *, slots: int, places: int) -> _State:
+def _chunk(queue: Queue, state: State, *, slots: int, places: int) -> State:
     """Up to K decode steps of so many slots that attend the first `places` of their caches."""
     if slots == queue.sizes.slots:
         slot, begin, kv = jnp.arange(slots), state.slots, state.kv
@@ -290,7 +278,7 @@ def _chunk(queue: _Queue, state: _State, *, slots: int, places: int) -> _State:
     return state._replace(slots=after, out=out)
 
 
-def _steps(queue: _Queue, slots: _Slots, past: tuple[Past, ...], taken: Array) -> _Chunk:
+def _steps(queue: Queue, slots: _Slots, past: tuple[Past, ...], taken: Array) -> _Chunk:
     """The loop of a chunk; it ends early where all slots have stopped or a prefill is due."""
     sizes, model, shape = queue.sizes, queue.model, (len(slots.prompt), queue.sizes.steps)
 
@@ -315,7 +303,7 @@ def _steps(queue: _Queue, slots: _Slots, past: tuple[Past, ...], taken: Array) -
         return lax.while_loop(lambda chunk: chunk.going, step, start)
 
 
-def _choose(queue: _Queue, logits: Array, slots: _Slots) -> tuple[_Slots, Chosen]:
+def _choose(queue: Queue, logits: Array, slots: _Slots) -> tuple[_Slots, Chosen]:
     """Each live slot's next token, and its log-probability; slots that stop live no longer."""
     spec, logprob = queue.spec, None
     if queue.keys is None:

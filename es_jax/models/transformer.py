@@ -207,7 +207,7 @@ def transpose_kernels(params: Params, *, itemsize: int) -> Params:
     """The same tree, of whatever layers, with every kernel of numbers of so many bytes `Transposed`."""
 
     def transpose(name: str, leaf: Array) -> Any:
-        wanted = name.endswith(("kernel", "kernel/base")) and leaf.dtype.itemsize == itemsize
+        wanted = name.endswith("kernel") and leaf.dtype.itemsize == itemsize
         return Transposed(leaf.swapaxes(-1, -2)) if wanted else leaf
 
     return map_named(transpose, params)

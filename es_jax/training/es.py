@@ -242,7 +242,8 @@ class Evaluator:
             pairs = noise.pair(tree, member, sigma=self.sigma, dtype=self.dtype)
             return unstack_layers(pairs) if self.engine.unrolled else pairs
 
-        return self._grouped(one, in_specs=(PartitionSpec(), PartitionSpec(GROUPS)), mapped=(None, 0))(vectors, members)
+        lanes, specs = self._lanes(one, mapped=(None, 0)), (PartitionSpec(), PartitionSpec(GROUPS))
+        return self._grouped(lanes, in_specs=specs)(vectors, members)
 
     def perturb(self, params: Any, members: Members, old: Any = None, shared: Any = None) -> Any:
         """The weights of a round of members, in the engine's layout; where layers are made apart, in the memory of the
@@ -275,7 +276,7 @@ class Evaluator:
 
         parts = jax.tree.map(lambda spec: only(spec, GROUPS), specs)
         in_specs = (parts, PartitionSpec(GROUPS), PartitionSpec())
-        return self._grouped(one, in_specs=in_specs, mapped=(None, 0, None))(params, members, layer)
+        return self._grouped(self._lanes(one, mapped=(None, 0, None)), in_specs=in_specs)(params, members, layer)
 
     def _perturbed_leaf(
         self, name: str, part: Array, spec: PartitionSpec, member: Members, layer: Array | None
@@ -309,59 +310,52 @@ class Evaluator:
 
         engine, lane = self.engine, LANE if self.vmapped else None
         part = engine.parted(self.at_once, *prompts.tokens.shape[1:])
+        of_member = _with_pairs if self.shared else lambda weights: weights
+        own = (None, 0) if self.shared else (0,)  # of what is common, and of what each lane has
 
-        def fill(params, *rows, prefix):
-            return engine.fill(_with_pairs(*params) if self.shared else params, *rows, prefix=prefix, axis_name=LANE)
+        def fill(weights, tokens, positions, prefix):
+            return engine.fill(of_member(*weights), tokens, positions, prefix=prefix, axis_name=LANE)
 
-        def one(params, tokens, positions, filled, prefix):
-            params = _with_pairs(*params) if self.shared else params
+        def one(weights, tokens, positions, filled, prefix):
             rows = tokens, positions
-            generation = engine.decode(params, *rows, prefix=prefix, axis_name=lane, filled=filled)
+            generation = engine.decode(of_member(*weights), *rows, prefix=prefix, axis_name=lane, filled=filled)
             return generation.tokens, generation.length
 
-        def group(params, tokens, positions, prefix):
-            own, filled = (None, 0) if self.shared else 0, None
-            if not self.vmapped:
-                first = functools.partial(jax.tree.map, lambda x: x[0])
-                out = one(first(params), tokens[0], positions[0], None, prefix)
-                return jax.tree.map(lambda x: x[None], out)
+        def group(weights, tokens, positions, prefix):
+            filled = None
             if part < self.at_once:
-                common, apart = (params[0], params[1:]) if self.shared else (None, (params,))
-                mapped = jax.tree.map(lambda x: x.reshape(-1, part, *x.shape[1:]), (apart, tokens, positions))
-
-                def some(lanes):
-                    (params,), *rows = lanes
-                    params = (common, params) if self.shared else params
-                    each = functools.partial(fill, prefix=prefix)
-                    return jax.vmap(each, in_axes=(own, 0, 0), axis_name=LANE)(params, *rows)
-
-                filled = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.lax.map(some, mapped))
-            run = jax.vmap(functools.partial(one, prefix=prefix), in_axes=(own, 0, 0, 0), axis_name=LANE)
-            return run(params, tokens, positions, filled)
+                *common, apart = weights
+                each = self._lanes(fill, mapped=(own, 0, 0, None))
+                some = lambda lanes: each((*common, lanes[0]), *lanes[1:], prefix)  # noqa: E731
+                parts = jax.tree.map(lambda x: x.reshape(-1, part, *x.shape[1:]), (apart, tokens, positions))
+                filled = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.lax.map(some, parts))
+            return self._lanes(one, mapped=(own, 0, 0, 0, None))(weights, tokens, positions, filled, prefix)
 
         lanes, everywhere = PartitionSpec(GROUPS), PartitionSpec()
-        specs = ((everywhere, lanes) if self.shared else lanes, lanes, lanes, everywhere)
-        return jax.shard_map(
-            group, mesh=self.mesh, in_specs=specs, out_specs=lanes, axis_names={GROUPS}, check_vma=False
-        )(params, *prompts)
+        weights, specs = (params, (everywhere, lanes)) if self.shared else ((params,), (lanes,))
+        return self._grouped(group, in_specs=(specs, lanes, lanes, everywhere))(weights, *prompts)
 
     @property
     def vmapped(self) -> bool:
         return self.at_once > 1 or self.shared
 
-    def _grouped(self, one: Any, *, in_specs: tuple, mapped: tuple) -> Any:
-        """`one` over lanes: shard_map over groups of devices, vmap over the lanes of a group."""
+    def _lanes(self, one: Any, *, mapped: tuple) -> Any:
+        """`one` over the lanes of a group: a vmap, or the one lane alone."""
+        if self.vmapped:
+            return jax.vmap(one, in_axes=mapped, axis_name=LANE)
 
-        def group(*args):
-            if self.vmapped:
-                return jax.vmap(one, in_axes=mapped, axis_name=LANE)(*args)
+        def alone(*args):
             first = functools.partial(jax.tree.map, lambda x: x[0])
             args = (arg if axis is None else first(arg) for arg, axis in zip(args, mapped, strict=True))
             return jax.tree.map(lambda x: x[None], one(*args))
 
-        out = PartitionSpec(GROUPS)
+        return alone
+
+    def _grouped(self, group: Any, *, in_specs: tuple) -> Any:
+        """A function of a group's lanes, as `_lanes` gives it, over all groups of devices."""
+        lanes = PartitionSpec(GROUPS)
         return jax.shard_map(
-            group, mesh=self.mesh, in_specs=in_specs, out_specs=out, axis_names={GROUPS}, check_vma=False
+            group, mesh=self.mesh, in_specs=in_specs, out_specs=lanes, axis_names={GROUPS}, check_vma=False
         )
 
     def members(

@@ -48,7 +48,7 @@ from es_jax.tasks import get_task
 from es_jax.tasks.rows import rows_folder
 from es_jax.tasks.task import Example, Task
 from es_jax.training.config import RunConfig, freeze
-from es_jax.training.es import Evaluator, members_at_once
+from es_jax.training.es import Evaluator, members_at_once, prompts_of_member
 from es_jax.training.method import StepResult
 from es_jax.training.recorder import Recorder
 from es_jax.training.state import (
@@ -163,11 +163,10 @@ class _Run:
         ]
         self.log = SeedLog(workdir)
         self.streams = directory.read(workdir)["streams"] if self.log.entries else rng.STREAMS
-        own = config.es.prompts_per_member if config.record.perturbs else None
         engine = engine_for(
             model.config,
             [*self.prompts, *(ids for test in self.tests for ids in test.prompts)],
-            slots=min(config.decode.slots, own or config.task.prompts_per_step or len(train)),
+            slots=min(config.decode.slots, prompts_of_member(config)),
             max_new_tokens=config.decode.max_new_tokens,
             stop_token_ids=model.stop_token_ids,
             field="decode.max_new_tokens",
