@@ -62,7 +62,7 @@ class Queue(NamedTuple):
     def agree(self, x: Array) -> Array:
         """The maximum over the lanes of a vmap (of bools: whether any). A value that all lanes share keeps loops and
         branches as they are, where one of each lane would turn them into choices between whole caches."""
-        return x if self.axis_name is None else lax.pmax(x.astype(jnp.int32), self.axis_name).astype(x.dtype)
+        return _over_lanes(x, self.axis_name)
 
 
 class _Slots(NamedTuple):
@@ -76,7 +76,7 @@ class _Slots(NamedTuple):
 
 
 class State(NamedTuple):
-    kv: KV  # the slots' caches
+    kv: Any  # the slots' caches
     slots: _Slots
     taken: Array  # prompts taken from the queue
     out: Generation
@@ -89,6 +89,15 @@ class _Chunk(NamedTuple):
     slots: _Slots
     chosen: Chosen  # [b, K]
     going: Array
+
+
+class _Decoded(NamedTuple):
+    """What a chunk leaves: all but the slots' caches, and what is to be written to them."""
+
+    state: State  # its caches are not the chunk's matter: None
+    kv: KV  # [B, ...] of the chunk
+    slot: Array  # [B], whose they are; B where a row is none
+    begin: Array  # [B], the place from which on they are written
 
 
 class Filled(NamedTuple):
@@ -104,7 +113,7 @@ def decode_queue(queue: Queue, state: State) -> Generation:
     if not sizes.single:
         return lax.while_loop(lambda state: state.more, partial(_turn, queue), state).out
     state = state if queue.filled else fill_queue(queue, state).state
-    return _chunk(queue, state, slots=sizes.slots, places=sizes.width).out if sizes.steps else state.out
+    return _chunk(queue, state, slots=sizes.slots, places=sizes.width).state.out if sizes.steps else state.out
 
 
 def fill_queue(queue: Queue, state: State) -> Filled:
@@ -153,6 +162,10 @@ def begin_queue(
     any_prompt = queue.agree(total > 0)
     slots = _Slots(none + sizes.prompts, none, none, none, none > 0)
     return queue, State(cache.kv, slots, jnp.int32(0), out, filling=any_prompt, more=any_prompt)
+
+
+def _over_lanes(x: Array, axis_name: str | None) -> Array:
+    return x if axis_name is None else lax.pmax(x.astype(jnp.int32), axis_name).astype(x.dtype)
 
 
 def _lanes(axis_name: str | None) -> int:
@@ -225,26 +238,39 @@ def _hidden(
     block = block_length(rows, width, _lanes(axis_name))
     padding = [(0, 0), (0, -width % block)]
     tokens, positions = jnp.pad(tokens, padding), jnp.pad(positions, padding, constant_values=-1)
-    cache = model.empty_cache(params, *tokens.shape)
 
-    def part(first: Array | int, cache: KVCache) -> tuple[Array, KVCache]:
+    def part(first: Array | int, past: tuple[Past, ...]) -> tuple[Array, KVCache]:
         own, places = (lax.dynamic_slice_in_dim(x, first, block, axis=1) for x in (tokens, positions))
-        cache = dataclasses.replace(cache, past=past)
+        cache = model.empty_cache(params, rows, block, past=past)
         hidden, cache = model.hidden(params, own, positions=places, cache=cache)  # type: ignore[assignment]
         place = jnp.clip(at - first, 0, block - 1)
-        hidden = jnp.take_along_axis(hidden, place[:, None, None], axis=1)
-        return hidden, dataclasses.replace(cache, past=())
+        return jnp.take_along_axis(hidden, place[:, None, None], axis=1), dataclasses.replace(cache, past=())
 
     if block == width:
-        return part(0, cache)
+        return part(0, past)
 
     def turn(i: Array, state: tuple[Array, KVCache]) -> tuple[Array, KVCache]:
-        new, cache = part(i * block, state[1])
-        return jnp.where((at // block == i)[:, None, None], new, state[0]), cache
+        new, own = part(i * block, (*past, state[1]))
+        hidden = jnp.where((at // block == i)[:, None, None], new, state[0])
+        return hidden, _extended(state[1], own, new, axis_name)
 
     start = jnp.zeros((rows, 1, model.config.width), params["embed"]["embedding"].dtype)
     with jax.named_scope(PART):
-        return lax.fori_loop(0, lax.pmax(jnp.max(at), axis_name) // block + 1, turn, (start, cache))
+        turns = lax.pmax(jnp.max(at), axis_name) // block + 1
+        return lax.fori_loop(0, turns, turn, (start, model.empty_cache(params, *tokens.shape)))
+
+
+def _extended(cache: KVCache, own: KVCache, result: Array, axis_name: str | None) -> KVCache:
+    """The cache with all that `own` has, which is written when a result that needed both is there: compilers for CPUs
+    copy a cache of which they cannot tell that it was read before."""
+    index = _after(result, cache.index, axis_name)
+    return dataclasses.replace(cache, index=index).extended(*own.kv, own.positions)
+
+
+def _after(result: Array, number: Array, axis_name: str | None) -> Array:
+    """The number, in a form in which no compiler knows it before the result is there."""
+    there = _over_lanes(jnp.any(result > 0), axis_name).astype(jnp.int32)
+    return jnp.minimum(number, number + there)
 
 
 def _sized_chunk(queue: Queue, state: State) -> State:
@@ -257,11 +283,13 @@ def _sized_chunk(queue: Queue, state: State) -> State:
         for used, compiled in ((slots, sizes.slot_sizes), (places, sizes.place_sizes))
     )
     branches = [partial(_chunk, queue, slots=b, places=s) for b in sizes.slot_sizes for s in sizes.place_sizes]
-    return lax.switch(i * len(sizes.place_sizes) + j, branches, state)
+    end = lax.switch(i * len(sizes.place_sizes) + j, branches, state)
+    return end.state._replace(kv=_written(state.kv, end.kv, end.slot, end.begin))
 
 
-def _chunk(queue: Queue, state: State, *, slots: int, places: int) -> State:
-    """Up to K decode steps of so many slots that attend the first `places` of their caches."""
+def _chunk(queue: Queue, state: State, *, slots: int, places: int) -> _Decoded:
+    """Up to K decode steps of so many slots that attend the first `places` of their caches, which it only reads: a
+    branch that gave them back would copy them."""
     if slots == queue.sizes.slots:
         slot, begin, kv = jnp.arange(slots), state.slots, state.kv
     else:
@@ -273,9 +301,10 @@ def _chunk(queue: Queue, state: State, *, slots: int, places: int) -> State:
     end = _steps(queue, begin, (*queue.past, past), state.taken)
     after = jax.tree.map(lambda all, some: all.at[slot].set(some), state.slots, end.slots)
     out = _record(state.out, end.slots, begin.generated, end.chosen)
-    if not queue.sizes.single:
-        state = state._replace(kv=_written(state.kv, end.cache.kv, slot, begin.length))
-    return state._replace(slots=after, out=out)
+    more = queue.sizes.slots - slots
+    kv = jax.tree.map(lambda x: jnp.pad(x, [(0, more if i == x.ndim - 4 else 0) for i in range(x.ndim)]), end.cache.kv)
+    slot, begins = jnp.pad(slot, (0, more), constant_values=queue.sizes.slots), jnp.pad(begin.length, (0, more))
+    return _Decoded(state._replace(kv=None, slots=after, out=out), kv, slot, begins)
 
 
 def _steps(queue: Queue, slots: _Slots, past: tuple[Past, ...], taken: Array) -> _Chunk:
@@ -285,20 +314,21 @@ def _steps(queue: Queue, slots: _Slots, past: tuple[Past, ...], taken: Array) ->
     def step(chunk: _Chunk) -> _Chunk:
         index, slots = chunk.cache.index, chunk.slots
         position = jnp.where(slots.live, slots.length + queue.shared, -1)[:, None]
-        whole = dataclasses.replace(chunk.cache, past=past)
-        logits, cache = model.apply(queue.params, slots.token[:, None], positions=position, cache=whole)
-        assert cache is not None
+        own = model.empty_cache(queue.params, len(position), 1, past=(*past, chunk.cache))
+        logits, own = model.apply(queue.params, slots.token[:, None], positions=position, cache=own)  # type: ignore[assignment]
         slots = slots._replace(length=slots.length + slots.live.astype(jnp.int32))
         slots, new = _choose(queue, logits[:, 0], slots)
         chosen = jax.tree.map(lambda x, y: lax.dynamic_update_slice(x, y[:, None], (0, index)), chunk.chosen, new)
         going = queue.agree(jnp.any(slots.live)) & (index + 1 < sizes.steps)
         if sizes.prompts > sizes.slots:
             going &= ~queue.agree(_fill_is_due(queue, slots.live, taken))
-        return _Chunk(dataclasses.replace(cache, past=()), slots, chosen, going)
+        return _Chunk(_extended(chunk.cache, own, slots.token, queue.axis_name), slots, chosen, going)
 
     logprob = jnp.zeros(shape, jnp.float32) if queue.spec.logprobs else None
     chosen, going = (jnp.zeros(shape, jnp.int32), logprob), queue.agree(jnp.any(slots.live))
-    start = _Chunk(model.empty_cache(queue.params, *shape), slots, chosen, going)
+    zero = _after(slots.token, jnp.int32(0), queue.axis_name)  # else the cache is there as long as the prefill runs
+    cache = jax.tree.map(lambda x: x + zero.astype(x.dtype), model.empty_cache(queue.params, *shape))
+    start = _Chunk(cache, slots, chosen, going)
     with jax.named_scope(STEPS):
         return lax.while_loop(lambda chunk: chunk.going, step, start)
 

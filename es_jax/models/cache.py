@@ -1,6 +1,7 @@
 """The keys and values of tokens already seen, and where each of them stands."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -72,20 +73,36 @@ class KVCache(Past):
             past=past,
         )
 
-    def advance(self, positions: Int[Array, "B T"]) -> "KVCache":
-        """The cache after T more tokens: their positions are stored and `index` moves on. Writes no keys.
-
-        Raises ValueError when T tokens cannot fit. Inside jit `index` is unknown: there the caller sees to it.
-        """
-        new, length = positions.shape[1], self.positions.shape[1]
+    def check_room(self, new: int) -> None:
+        """Raises ValueError when so many tokens do not fit; inside jit, `index` unknown, the caller sees to it."""
+        length = self.positions.shape[1]
         used = 0 if isinstance(self.index, jax.core.Tracer) else int(self.index)
         if used + new > length:
             raise ValueError(
                 f"cache length = {length} is too short: {used} places are used, {new} more are needed; "
                 f"make it with length >= {used + new}"
             )
-        positions = jax.lax.dynamic_update_slice(self.positions, positions, (0, self.index))
-        return dataclasses.replace(self, positions=positions, index=self.index + new)
+
+    def used_before(self, new: int) -> tuple[Past, ...]:
+        """What so many tokens find in the cache: itself, or nothing where they fill it."""
+        return (self,) if new < self.positions.shape[1] else ()
+
+    def extended(self, k: PerLayer, v: PerLayer, positions: Int[Array, "B T"]) -> "KVCache":
+        """The cache with the keys, values and positions of T more tokens, written once, in the next places."""
+        new = positions.shape[1]
+
+        def write(whole: Array, some: Array, axis: int) -> Array:
+            if new == whole.shape[axis]:
+                return some
+            return jax.lax.dynamic_update_slice_in_dim(whole, some, self.index, axis)
+
+        return dataclasses.replace(
+            self,
+            k=jax.tree.map(functools.partial(write, axis=-1), self.k, k),
+            v=jax.tree.map(functools.partial(write, axis=-2), self.v, v),
+            positions=write(self.positions, positions, 1),
+            index=self.index + new,
+        )
 
 
 def attention_mask(

@@ -138,17 +138,16 @@ class Linear(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions. Gives the output, and the cache with the new keys and values.
+    """Grouped-query attention with rotary positions. Gives the output, and the tokens' own keys and values.
 
-    `attended` is the past, piece by piece, and last the cache, written from place `index` on; () without a cache.
+    `attended`: keys and values of tokens before these, piece by piece, which are only read. `masks`: of them, and last
+    of the tokens themselves.
     """
 
     config: TransformerConfig
 
     @nn.compact
-    def __call__(
-        self, x: Stream, angles: Angles, masks: Masks, attended: Sequence[KV], index: Array | int
-    ) -> tuple[Stream, KV | None]:
+    def __call__(self, x: Stream, angles: Angles, masks: Masks, attended: Sequence[KV]) -> tuple[Stream, KV]:
         c = self.config
 
         def project(name: str, heads: int, *, turn: bool = True) -> Array:
@@ -159,14 +158,10 @@ class Attention(nn.Module):
 
         q, k, v = project("q", c.heads), project("k", c.kv_heads), project("v", c.kv_heads, turn=False)
         k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
-        if attended:
-            old_k, old_v = attended[-1]
-            k = lax.dynamic_update_slice(old_k, k, (0, 0, 0, index))
-            v = lax.dynamic_update_slice(old_v, v, (0, 0, index, 0))
         scale = (c.query_pre_attn_scalar or c.head_dim) ** -0.5
-        mixed = attend(q, [*attended[:-1], (k, v)], masks=masks, scale=scale, cap=c.attn_softcap)
+        mixed = attend(q, [*attended, (k, v)], masks=masks, scale=scale, cap=c.attn_softcap)
         mixed = mixed.reshape(*x.shape[:2], c.heads * c.head_dim)
-        return Linear(c.width, name="o")(mixed), (k, v) if attended else None
+        return Linear(c.width, name="o")(mixed), (k, v)
 
 
 class MLP(nn.Module):
@@ -188,11 +183,9 @@ class Block(nn.Module):
     config: TransformerConfig
 
     @nn.compact
-    def __call__(
-        self, x: Stream, angles: Angles, masks: Masks, attended: Sequence[KV], index: Array | int
-    ) -> tuple[Stream, KV | None]:
+    def __call__(self, x: Stream, angles: Angles, masks: Masks, attended: Sequence[KV]) -> tuple[Stream, KV]:
         c, norm = self.config, functools.partial(RMSNorm, self.config)
-        mixed, kv = Attention(c, name="attn")(norm(name="attn_norm")(x), angles, masks, attended, index)
+        mixed, kv = Attention(c, name="attn")(norm(name="attn_norm")(x), angles, masks, attended)
         x = x + (norm(name="attn_post_norm")(mixed) if c.post_norms else mixed)
         y = MLP(c, name="mlp")(norm(name="mlp_norm")(x))
         return x + (norm(name="mlp_post_norm")(y) if c.post_norms else y), kv

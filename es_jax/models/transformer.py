@@ -58,7 +58,7 @@ class Transformer:
         x = jnp.zeros((1, 1, c.width))
         positions = jnp.zeros((1, 1), jnp.int32)
         view = _views(c, positions, [positions])[c.layer_kinds[0]]
-        layers = jax.vmap(lambda k: Block(c).init(k, x, *view, (), 0)["params"])(jax.random.split(layers_key, c.layers))
+        layers = jax.vmap(lambda k: Block(c).init(k, x, *view, ())["params"])(jax.random.split(layers_key, c.layers))
         params = {
             "embed": {"embedding": INIT_STD * jax.random.normal(embed_key, (c.vocab_size, c.width))},
             "layers": layers,
@@ -109,8 +109,7 @@ class Transformer:
             if cache is not None:
                 raise ValueError("positions = None with a cache: give the position of every token [B, T]")
             positions = _count_up(tokens)
-        pieces: list[Past] = []  # the past, and last the cache
-        index: Array | int = 0
+        pieces: list[Past] = []  # what came before these tokens
         unrolled = isinstance(params["layers"], list | tuple)
         if cache is not None:
             if isinstance(cache.k, tuple) != unrolled:
@@ -118,14 +117,15 @@ class Transformer:
                     f"{'unstacked' if unrolled else 'stacked'} layers need KVCache.empty(..., stacked={not unrolled}), "
                     f"this cache is {'stacked' if unrolled else 'per layer'}"
                 )
-            index, cache = cache.index, cache.advance(positions)
-            pieces = [*cache.past, cache]
-        views = _views(self.config, positions, [piece.positions for piece in pieces] or [positions])
-        block = around(functools.partial(self._block, index=index))
+            cache.check_room(tokens.shape[1])
+            pieces = [*cache.past, *cache.used_before(tokens.shape[1])]
+        views = _views(self.config, positions, [*(piece.positions for piece in pieces), positions])
         run = self._unrolled if unrolled else self._scanned
-        x, kv = run(block, self._embed(params, tokens), params["layers"], views, [piece.kv for piece in pieces])
+        kept = [piece.kv for piece in pieces]
+        block = functools.partial(self._block, keep=cache is not None)
+        x, kv = run(around(block), self._embed(params, tokens), params["layers"], views, kept)
         if cache is not None:
-            cache = dataclasses.replace(cache, k=kv[0], v=kv[1])
+            cache = cache.extended(*kv, positions)
         normed: Any = RMSNorm(self.config).apply({"params": params["final_norm"]}, x)
         return normed, cache
 
@@ -150,10 +150,11 @@ class Transformer:
         x = table.rows(tokens) if isinstance(table, LowRank) else jnp.take(table, tokens, axis=0, mode="clip")
         return x * jnp.asarray(self.config.width**0.5, x.dtype) if self.config.scale_embeddings else x
 
-    def _block(self, x: Array, layer: Params, view: View, attended: Sequence[KV], index: Array | int = 0) -> Any:
-        return Block(self.config).apply({"params": layer}, x, *view, attended, index)
+    def _block(self, x: Array, layer: Params, view: View, attended: Sequence[KV], *, keep: bool = False) -> Any:
+        x, kv = Block(self.config).apply({"params": layer}, x, *view, attended)
+        return x, kv if keep else None
 
-    # The layers, one after another: x, and the keys and values of the cache where there is one.
+    # The layers, one after another: x, and the tokens' keys and values where they are kept.
     def _scanned(self, block: Any, x: Array, layers: Params, views: dict, pieces: list[Any]) -> tuple[Array, Any]:
         kinds, stacked = None, next(iter(views.values()))
         if len(views) > 1:
@@ -171,7 +172,7 @@ class Transformer:
         for i, (layer, kind) in enumerate(zip(layers, self.config.layer_kinds, strict=True)):
             x, kv = block(x, layer, views[kind], [(k[i], v[i]) for k, v in pieces])
             pairs.append(kv)
-        return x, tuple(zip(*pairs, strict=True)) if pieces else None
+        return x, None if pairs[0] is None else tuple(zip(*pairs, strict=True))
 
     def logits(self, params: Params, hidden: Stream) -> Float[Array, "B T V"]:
         """The output head applied to `hidden`'s result: float32 logits."""

@@ -327,8 +327,7 @@ class Evaluator:
                 *common, apart = weights
                 each = self._lanes(fill, mapped=(own, 0, 0, None))
                 some = lambda lanes: each((*common, lanes[0]), *lanes[1:], prefix)  # noqa: E731
-                parts = jax.tree.map(lambda x: x.reshape(-1, part, *x.shape[1:]), (apart, tokens, positions))
-                filled = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.lax.map(some, parts))
+                filled = _in_parts(some, (apart, tokens, positions), part=part)
             return self._lanes(one, mapped=(own, 0, 0, 0, None))(weights, tokens, positions, filled, prefix)
 
         lanes, everywhere = PartitionSpec(GROUPS), PartitionSpec()
@@ -435,6 +434,19 @@ def _gathered(mesh: Mesh, part: Array, spec: PartitionSpec) -> Array:
     gather = functools.partial(jax.lax.all_gather, axis_name=GROUPS, axis=list(spec).index(GROUPS), tiled=True)
     cut = only(spec, MODEL)  # by hand: the partitioner would gather over `model` too
     return jax.shard_map(gather, in_specs=cut, out_specs=cut, axis_names={MODEL}, check_vma=False)(part)
+
+
+def _in_parts(some: Any, lanes: Any, *, part: int) -> Any:
+    """`some` of so many lanes at a time; what it gives is written where it is to stay."""
+    at = lambda i: jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i, part), lanes)  # noqa: E731
+    count = jax.tree.leaves(lanes)[0].shape[0]
+    empty = jax.tree.map(lambda x: jnp.zeros((count, *x.shape[1:]), x.dtype), jax.eval_shape(some, at(0)))
+    write = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=0)
+
+    def turn(i: Array, whole: Any) -> Any:
+        return jax.tree.map(lambda x, own: write(x, own, i * part), whole, some(at(i * part)))
+
+    return jax.lax.fori_loop(0, count // part, turn, empty)
 
 
 def _with_pairs(shared: Any, pairs: Any) -> Any:
