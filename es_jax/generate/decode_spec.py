@@ -10,7 +10,7 @@ from es_jax.generate.sampling import Greedy, Sampler
 from es_jax.models.config import TransformerConfig
 
 CHUNK = 32  # decode steps between merges
-LANE_CHUNK = 256  # the same where all prompts of several lanes are decoded at once: a merge copies all lanes' caches
+LANE_CHUNK = 256  # the same where all prompts of several lanes are decoded at once: without merges nothing is cut out
 SHORTEST = 128  # places that a chunk attends at least, where there are as many
 FEWEST = 8  # slots that a chunk decodes at least, where there are as many
 BLOCK, BLOCKS = 16, 256  # tokens that a prefill of several lanes takes at a time: of a row at least, and of all
