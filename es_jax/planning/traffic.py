@@ -25,9 +25,10 @@ FREE = frozenset({
     "domain", "partition-id", "replica-id",
 })  # fmt: skip
 HIDDEN = (
-    "__cublas$", "__cudnn$", "__cub$", "__gpu$xla.gpu.triton", "triton_kernel_call", "mosaic_gpu", "tpu_custom_call",
+    "__cublas$", "__cudnn$", "__cub$", "__gpu$TopK", "TopK",
+    "__gpu$xla.gpu.triton", "triton_kernel_call", "mosaic_gpu", "tpu_custom_call",
 )  # fmt: skip
-"""How the targets of calls begin whose operands and results say what they move: libraries, and kernels in Pallas."""
+"""How the targets of calls begin whose operands and results say what they move: of libraries, and of Pallas."""
 FREE_CALLS = ("AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast", "GatherScatterIndicesBitpacked")
 """Calls by which the compiler for TPUs notes something, and that compute nothing."""
 
