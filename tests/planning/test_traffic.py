@@ -31,6 +31,16 @@ SLICE = "%s = f32[1,100]{1,0} dynamic-slice(%p, %i, %i), dynamic_slice_sizes={1,
 UPDATE = "%u = f32[10,100]{1,0} dynamic-update-slice(%p, %q, %i, %i)"
 
 
+BRANCHES = "".join(
+    computation(name, "%p = f32[10,100]{1,0} parameter(0)", *lines)
+    for name, lines in {
+        "small": ["%r = f32[1,100]{1,0} slice(%p), slice={[0:1], [0:100]}"],
+        "large": ["%r = f32[10,100]{1,0} copy(%p)"],
+        "middle": ["%r = f32[4,100]{1,0} slice(%p), slice={[0:4], [0:100]}"],
+    }.items()
+)
+
+
 @pytest.mark.parametrize(("line", "moved", "kernels"), [
     ("%r = f32[10,100]{1,0} copy(%x)", 8000, 1),
     ("%r = f32[1000]{0} bitcast(%x)", 0, 0),
@@ -58,10 +68,17 @@ def test_what_one_instruction_moves(line, moved, kernels):
      2000 + 4 + 2000),
     ((P, Q, I, "%d = f32[10,1]{1,0} dot(%p, %q), rhs_contracting_dims={1}", "%r = f32[1,1]{1,0} slice(%d)"),
      4000 + 400 + 4),  # a product needs all, and nobody asks for i
+    ((P, Q, I, "%b = f32[10,100]{1,0} broadcast(%q), dimensions={0,1}", SLICE.replace("%p", "%b")), 400 + 4 + 400),
+    ((P, Q, I, "%n = f32[10,100]{1,0} negate(%p)", "%e = f32[10,100]{1,0} add(%p, %n)", SLICE.replace("%p", "%e")),
+     400 + 4 + 400),  # the same row, used twice
+    ((P, Q, I, "%s = f32[1,100]{1,0} fusion(%p, %q, %i), kind=kLoop, calls=%first",
+      "%t = f32[1,100]{1,0} fusion(%p, %q, %i), kind=kLoop, calls=%first", "%r = f32[1,100]{1,0} add(%s, %t)"),
+     800 + 4 + 400),  # fusions in a fusion, each with a row of its own
 ])  # fmt: skip
 def test_what_a_fusion_reads(lines, moved):
     shape = lines[-1].split()[2]
-    text = entry(f"%r = {shape} fusion(%x, %y, %i), kind=kLoop, calls=%f", before=computation("f", *lines))
+    before = computation("first", P, Q, I, SLICE) + computation("f", *lines)
+    text = entry(f"%r = {shape} fusion(%x, %y, %i), kind=kLoop, calls=%f", before=before)
     assert count(text) == Traffic(moved, 1)
 
 
@@ -128,6 +145,18 @@ def test_a_turn_of_the_loop_in_a_scope():
     counter = TrafficCounter(text, turns={"": 9, "steps": 1000})
     assert counter.turn("steps") == Traffic(808 + 9, 2)
     assert counter.turn("fill") is None
+    inner = TrafficCounter(text.replace("steps/while", "steps/while/body/part/while"), turns={"part": 3, "steps": 5})
+    assert inner.turn("steps") is None and inner.turn("part") == Traffic(808 + 9, 2)
+
+
+@pytest.mark.parametrize("order", [("small", "large"), ("large", "small"), ("large", "middle")])
+def test_of_several_loops_in_a_scope_the_one_that_moves_most_counts(order):
+    bodies = BRANCHES + computation("condition", "%p = f32[10,100]{1,0} parameter(0)", "%l = pred[] constant(true)")
+    loops = [
+        f"%{name} = f32[10,100]{{1,0}} while(%x), condition=%condition, body=%{name}, "
+        f'metadata={{op_name="jit(f)/steps/while"}}' for name in order
+    ]  # fmt: skip
+    assert TrafficCounter(entry(*loops, before=bodies), turns={}).turn("steps") == Traffic(8000, 1)
 
 
 def test_a_part_that_does_not_run_does_not_count():
@@ -135,16 +164,6 @@ def test_a_part_that_does_not_run_does_not_count():
     text = loop([unknown], attributes=', metadata={op_name="jit(f)/steps/while"}')
     assert count(text, turns={"steps": 0}) == Traffic()
     assert count(text, turns={"steps": 1}).bytes is None
-
-
-BRANCHES = "".join(
-    computation(name, "%p = f32[10,100]{1,0} parameter(0)", *lines)
-    for name, lines in {
-        "small": ["%r = f32[1,100]{1,0} slice(%p), slice={[0:1], [0:100]}"],
-        "large": ["%r = f32[10,100]{1,0} copy(%p)"],
-        "middle": ["%r = f32[4,100]{1,0} slice(%p), slice={[0:4], [0:100]}"],
-    }.items()
-)
 
 
 @pytest.mark.parametrize(("branches", "moved"), [
@@ -237,6 +256,8 @@ def test_an_exchange_that_is_started_and_ended_counts_once():
     started = "%s = (f32[1,100]{1,0}, f32[10,100]{1,0}) all-gather-start(%y), replica_groups=[1,10]<=[10]"
     done = "%r = f32[10,100]{1,0} all-gather-done(%s)"
     assert count(entry(started, done)) == Traffic(400 + 4000, 1)
+    started = "%s = f32[1,100]{1,0} all-reduce-start(%y), replica_groups=[1,10]<=[10], to_apply=%add"
+    assert count(entry(started, done.replace("all-gather", "all-reduce"))) == Traffic(400 + 400, 1)
 
 
 def compiled(fn, *shapes):
