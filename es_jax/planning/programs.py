@@ -253,8 +253,9 @@ class Programs:
         total = sum(sum(part) for part in self.resident.values())
         passes = ceil_div(n // 2 if antithetic else n, BLOCK) if self._rank else 0
         parameters, anchor, moments = (self.resident[name].device for name in ("parameters", "anchor", "moments"))
+        least = 2.0 * (parameters + moments) + anchor
         if self.start is not None and self.config.optim.anchor.ema_decay is None:  # an anchor that stays is read only
-            moments -= Bytes.of(optax.tree.get(self.opt_state, "anchor")).device / 2
+            least -= Bytes.of(optax.tree.get(self.opt_state, "anchor")).device
         return Program(
             "update",
             lambda: state.update_on(self.mesh).lower(self.spec, self.mesh, self.params, self.opt_state, *arguments),
@@ -263,7 +264,7 @@ class Programs:
             own=self.resident.keys(),
             work=Work(memory=total + (1 + 2.0 * passes) * self.resident["parameters"].device),
             turns={"": passes or n},
-            counted={"": Counted(2.0 * (parameters + moments) + anchor)},
+            counted={"": Counted(least)},
         )
 
 
