@@ -88,6 +88,10 @@ class Bench:
         examples = task.train(PROMPTS)
         return cls(model, task, examples, [encode_prompt(model.tokenizer, e.prompt) for e in examples], lengths)
 
+    def grader(self) -> Grader:
+        """One of an iteration, as it does not grade a completion twice."""
+        return Grader(self.model, self.examples, at_once(self.task), self.prompts)
+
     def engine(self, kind: type[Engine] = EndedEngine, **more: Any) -> Engine:
         longest = max(map(len, self.prompts))
         sizes = {"slots": PROMPTS, "max_prompt_tokens": longest, "max_new_tokens": MAX_NEW}
@@ -97,7 +101,7 @@ class Bench:
         """An iteration of so many members at a step, members' weights in the dtype: seconds by part."""
         mesh, engine = make_mesh(1, 1), self.engine(lengths=tuple(self.lengths))
         params = jax.tree.map(jnp.copy, self.model.params)
-        grader, states = Grader(self.model, self.examples, at_once(self.task), self.prompts), {}
+        states: dict[str, State] = {}
 
         def config(members: int) -> Any:
             anchor = {"penalty": "l2", "strength": STRENGTH}
@@ -110,6 +114,7 @@ class Bench:
                 states["one"] = State(config(members), mesh, params)
             evaluator = Evaluator.of(config(members), engine, mesh)
             method = Evolution(config(members), evaluator, states["one"], engine.packing(self.prompts))
+            grader = self.grader()
             with Clock() as clock:
                 began = time.monotonic()
                 method.step(step, self.prompts, grader, lambda done: None)
@@ -127,13 +132,14 @@ class Bench:
 
         net = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
         anchor = [param.detach().clone() for param in net.parameters()]
-        grader = Grader(self.model, self.examples, at_once(self.task), self.prompts)
-
-        def score(member: int, tokens: np.ndarray) -> float:
-            graded = grader(range(PROMPTS), tokens, np.array(self.lengths))
-            return float(np.mean([one().score.reward for one in graded]))
 
         def call(members: int, step: int) -> dict[str, float]:
+            grader = self.grader()
+
+            def score(member: int, tokens: np.ndarray) -> float:
+                graded = grader(range(PROMPTS), tokens, np.array(self.lengths))
+                return float(np.mean([one().score.reward for one in graded]))
+
             lengths = self.lengths if step > 1 else [2] * PROMPTS  # nothing is compiled: a short one warms it up
             return peer_torch.iteration(
                 net, anchor, [self.prompts] * members, [lengths] * members, score,

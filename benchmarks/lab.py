@@ -40,7 +40,7 @@ def main() -> None:
     model, task = load_model("lab"), get_task("lab-countdown")
     examples = task.train(PROMPTS)
     prompts = [encode_prompt(model.tokenizer, e.prompt) for e in examples]
-    grader, everyone = Grader(model, examples, at_once(task), prompts), range(PROMPTS)
+    everyone = range(PROMPTS)
     engine = Engine(
         model.config, slots=PROMPTS, max_prompt_tokens=16, max_new_tokens=MAX_NEW, stop_token_ids=model.stop_token_ids
     )
@@ -54,6 +54,7 @@ def main() -> None:
         evaluator, params = Evaluator.of(config, engine, mesh), jax.device_put(model.params, replicated(mesh))
 
         def call() -> None:
+            grader = Grader(model, examples, at_once(task), prompts)
             for _, tokens, length in evaluator.members(params, members, rows):
                 rewards.append(np.mean([one().score.reward for one in grader(everyone, tokens, length)]))
 
@@ -65,6 +66,7 @@ def main() -> None:
 
     def peer(generate):
         def call() -> None:
+            grader = Grader(model, examples, at_once(task), prompts)
             for seed in range(args.members):
                 peer_torch.perturb(list(net.parameters()), seed, SIGMA)
                 tokens = generate(net, prompts)

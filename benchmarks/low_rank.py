@@ -67,7 +67,7 @@ class Work:
             object.__setattr__(self, name, value)
 
     def grader(self) -> Grader:
-        """One that knows each row to have all its tokens."""
+        """One of an iteration, as it does not grade a completion twice."""
         return Grader(self.model, self.examples, at_once(self.task), self.prompts)
 
     def config(self, noise: str, population: int, **decode: Any) -> RunConfig:
@@ -79,7 +79,7 @@ class Work:
 
     def ours(self, noise: str, together: int | None) -> Callable[[int], float]:
         """An iteration of so many members: its seconds."""
-        mesh, grader, made, turns = make_mesh(1, 1), self.grader(), {}, [0]
+        mesh, made, turns = make_mesh(1, 1), {}, [0]
         sizes = {"slots": self.args.k, "max_new_tokens": NEW, "max_prompt_tokens": max(map(len, self.prompts))}
         engine = EndedEngine(
             self.model.config, stop_token_ids=self.model.stop_token_ids, lengths=(NEW,) * self.args.k, **sizes
@@ -95,6 +95,7 @@ class Work:
             evaluator = Evaluator.of(config, engine, mesh)
             method = Evolution(config, evaluator, made["state"], engine.packing(self.prompts))
             turns[0] += 1
+            grader = self.grader()
             began = time.perf_counter()
             _, graded, _ = method.step(turns[0], self.prompts, grader, lambda done: None)
             float(made["state"].drift)
@@ -114,10 +115,11 @@ class Work:
 
         net = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, self.args.dtype)).eval()
         anchor = [param.detach().clone() for param in net.parameters()]
-        grader, turns = self.grader(), [0]
+        turns = [0]
 
         def call(members: int) -> float:
             turns[0] += 1
+            grader = self.grader()
             dealt = Population(members, seed=0).deal(turns[0], PROMPTS, self.args.k).tolist()
             lengths = [NEW] * self.args.k
 

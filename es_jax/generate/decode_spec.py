@@ -10,7 +10,7 @@ from es_jax.generate.sampling import Greedy, Sampler
 from es_jax.models.config import TransformerConfig
 
 CHUNK = 32  # decode steps between merges
-LANE_CHUNK = 256  # the same where all prompts of several lanes are decoded at once: a merge copies all lanes' caches
+LANE_CHUNK = 256  # the same where all prompts of several lanes are decoded at once: without merges nothing is cut out
 SHORTEST = 128  # places that a chunk attends at least, where there are as many
 FEWEST = 8  # slots that a chunk decodes at least, where there are as many
 BLOCK, BLOCKS = 16, 256  # tokens that a prefill of several lanes takes at a time: of a row at least, and of all
@@ -58,7 +58,7 @@ class LoopSizes(NamedTuple):
     places: int  # of a slot's keys and values, a chunk's among them: all that a prompt can need, and a chunk more
     fill_rows: int  # rows of a prefill: a quarter of the slots (all, if single): free ones do not wait for the last
     slot_sizes: list[int]  # how many slots a chunk may have: all, a half, a quarter
-    place_sizes: list[int]  # of the slots' caches, what a chunk may attend: SHORTEST, doubled up to all that is needed
+    place_sizes: list[int]  # of them, what a chunk may attend: SHORTEST, doubled up to all; all need not be cut out
     widths: list[int]  # of a prefill: that of the prompts, and of one lane a half and a quarter
     turns: dict[str, float]  # of the outer loop (""), and of the inner ones in each of its turns, where no prompt stops
 
@@ -71,17 +71,18 @@ class LoopSizes(NamedTuple):
         steps, single = min(chunk, later), prompts <= spec.slots and later <= chunk
         fill_rows, longest = slots if single else ceil_div(slots, 4), width + later
         chunks = ceil_div(prompts, slots) * ceil_div(later, max(steps, 1))
-        doubled = (SHORTEST << i for i in range(longest.bit_length()))
+        whole = width + spec.max_new_tokens + steps  # of the slots' caches: a chunk of any slot has room
+        doubled, near = (SHORTEST << i for i in range(longest.bit_length())), 20 * whole <= 21 * longest
         return cls(
             prompts,
             width,
             slots,
             steps,
             single,
-            places=width + steps if single else width + spec.max_new_tokens + 2 * steps,
+            places=width + steps if single else whole + steps,
             fill_rows=fill_rows,
             slot_sizes=sorted({max(ceil_div(slots, part), min(FEWEST, slots)) for part in (1, 2, 4)}),
-            place_sizes=[*(places for places in doubled if places <= 0.75 * longest), longest],
+            place_sizes=[*(places for places in doubled if places <= 0.75 * longest), whole if near else longest],
             widths=sorted({min(max(ceil_div(width, part), 32), width) for part in ((1, 2, 4) if lanes == 1 else (1,))}),
             turns={
                 "": chunks,

@@ -87,9 +87,10 @@ def _attended(q: Array, *masks: Array, pieces: Sequence[KV], scale: float, cap: 
     grouped = (batch, kv_heads, heads // kv_heads, length)
     q = q.reshape(batch, length, *grouped[1:3], head_dim).transpose(0, 2, 3, 1, 4)
     q = q.reshape(batch, kv_heads, -1, head_dim)
+    queries = [q, *(lax.optimization_barrier(q) for _ in pieces[1:])]  # of one, XLA for GPUs joins the keys: a copy
     scores = [
-        jnp.where(mask[:, None, None], softcap(_product(q, k).reshape(*grouped, -1) * scale, cap), MASKED)
-        for (k, _), mask in zip(pieces, masks, strict=True)
+        jnp.where(mask[:, None, None], softcap(_product(query, k).reshape(*grouped, -1) * scale, cap), MASKED)
+        for query, (k, _), mask in zip(queries, pieces, masks, strict=True)
     ]
     weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1)).astype(q.dtype)
     ends = np.cumsum([score.shape[-1] for score in scores])[:-1]

@@ -125,7 +125,8 @@ class Transformer:
         block = functools.partial(self._block, keep=cache is not None)
         x, kv = run(around(block), self._embed(params, tokens), params["layers"], views, kept)
         if cache is not None:
-            cache = cache.extended(*kv, positions)
+            k, v = kv
+            cache = cache.extended(k, v, positions)
         normed: Any = RMSNorm(self.config).apply({"params": params["final_norm"]}, x)
         return normed, cache
 

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -46,19 +46,29 @@ class Grader:
     prompts: Sequence[Sequence[int]] | None = None
 
     def __call__(self, indices: Sequence[int], tokens: np.ndarray, length: np.ndarray) -> list[Pending]:
-        """Completions of the examples with those indices: tokens [B, L], length [B]."""
+        """Completions of the examples with those indices: tokens [B, L], length [B].
+
+        One that another member gave to the same example before is not graded again.
+        """
         with host("grade"):
-            tokenizer, stops = self.model.tokenizer, self.model.stop_token_ids
-            spoken = np.isin(tokens, silent_token_ids(tokenizer, stops), invert=True)
-            rows = [
-                row[:n][kept[:n]].tolist() for _, row, kept, n in zip(indices, tokens, spoken, length, strict=False)
-            ]
-            texts = completion_texts(tokenizer, [self._prompt_ends[i] for i in indices], rows)
-            stopped = [n > 0 and row[n - 1] in stops for row, n in zip(tokens, length, strict=True)]
-            return [
-                self._scored(self.examples[i], text, int(n), truncated=not stop)
-                for i, text, n, stop in zip(indices, texts, length, stopped, strict=False)
-            ]
+            rows = [row[:n] for _, row, n in zip(indices, tokens, length, strict=False)]
+            keys = [(int(i), row.tobytes()) for i, row in zip(indices, rows, strict=True)]
+            new = {key: row for key, row in zip(keys, rows, strict=True) if key not in self._pending}
+            self._pending.update(zip(new, self._graded([i for i, _ in new], list(new.values())), strict=True))
+            return [self._pending[key] for key in keys]
+
+    def _graded(self, indices: Sequence[int], rows: Sequence[np.ndarray]) -> Iterator[Pending]:
+        tokenizer, stops = self.model.tokenizer, self.model.stop_token_ids
+        silent = silent_token_ids(tokenizer, stops)
+        spoken = [[token for token in row.tolist() if token not in silent] for row in rows]
+        texts = completion_texts(tokenizer, [self._prompt_ends[i] for i in indices], spoken)
+        for i, text, row in zip(indices, texts, rows, strict=True):
+            stopped = len(row) > 0 and row[-1] in stops
+            yield self._scored(self.examples[i], text, len(row), truncated=not stopped)
+
+    @functools.cached_property
+    def _pending(self) -> dict[tuple[int, bytes], Pending]:
+        return {}
 
     @functools.cached_property
     def _prompt_ends(self) -> list[PromptEnd]:

@@ -61,7 +61,10 @@ class Scorer(Protocol):
         """The task's key in `TASKS`."""
 
     def score(self, example: Example, completion: str) -> Score:
-        """Grades the text a model wrote after the prompt. Never raises for a strange completion."""
+        """Grades the text a model wrote after the prompt. Never raises for a strange completion.
+
+        It depends on its arguments alone: a step grades the same completion of an example once.
+        """
 
 
 @runtime_checkable

@@ -136,8 +136,9 @@ def members_at_once(config: RunConfig, engine: Engine, mesh: Mesh, *, memory: in
     """decode.members_at_once where it is not set: members that share weights take half of what the weights leave of a
     device's `memory` (by default as it tells itself; of the machine's, on CPU); others come one by one.
 
-    A member's part is estimated: its cache, and once more what a chunk attends of it; its pairs, in the order in which
-    layers use them, and those of the next round; the widest activations of a block of a prefill, and logits.
+    A member's part is estimated: its cache, and once more what a chunk attends of it, or a prefill of some members
+    writes; its pairs, in the order in which layers use them, and those of the next round; the widest activations of a
+    block of a prefill, and logits.
     """
     if config.es.noise != "low_rank":
         return 1

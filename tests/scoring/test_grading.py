@@ -178,3 +178,24 @@ def test_options_compare_as_the_whole_texts_do(options):
         axis=1
     )
     assert found[0] - found[1] == pytest.approx(float(total[0] - total[1]), abs=1e-4)
+
+
+def test_a_completion_is_scored_once_for_each_example():
+    calls = []
+
+    class Counting(Echo):
+        def score(self, example, completion):
+            calls.append((example.id, completion))
+            return super().score(example, completion)
+
+    model = model_of(sorted(KINDS)[0])
+    examples = [Example("a", "the", None), Example("b", "the", None)]
+    ids = ids_after(model.tokenizer, "the", " 72")
+    tokens = np.array([[*ids, 2, 9], [*ids, 2, 0], [*ids, 2, 0], [*ids, 9, 9]], np.int32)
+    lengths = np.array([len(ids) + 1] * 3 + [len(ids) + 2])
+    grade = Grader(model, examples, at_once(Counting()))
+    first = [wait() for wait in grade([0, 0, 1, 0], tokens, lengths)]
+    again = [wait() for wait in grade([0], tokens[:1], lengths[:1])]
+    assert [id for id, _ in calls] == ["a", "b", "a"]  # what stands after a completion's end is none of it
+    assert first[0] == first[1] == again[0] and first[2].example is examples[1]
+    assert (first[0].truncated, first[3].truncated, first[3].length) == (False, True, len(ids) + 2)
