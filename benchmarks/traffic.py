@@ -25,7 +25,7 @@ CONFIG = {
     "decode": {"max_prompt_tokens": 256, "max_new_tokens": 1024},
     "optim": {"anchor": {"penalty": "l2", "strength": 10.0}},
 }
-PARTS = {"decode": ("step", "prefill")}  # of programs that are not counted as a whole
+PARTS = {"decode": ("step", "chunk", "prefill")}  # of programs that are not counted as a whole
 FIELDS = ("bytes", "bytes_least", "ratio", "kernels", "unknown_calls")
 HEAD = """| topology | model | slots | of | GB | at least, GB | ratio | kernels | compile, s |
 |---|---|---|---|---|---|---|---|---|"""

@@ -363,7 +363,7 @@ def _sent(kinds: list[Collective]) -> str:
 def _read(outcome: Outcome) -> Iterator[str]:
     """A line a part of a program."""
     for name, part in outcome.moved.items():
-        what = {"": "", "step": ", a step of all slots at all places"}.get(name, f", a {name}")
+        what = {"": "", "step": ", a step of all slots at all places", "chunk": ", a chunk beside its steps"}
         least, traffic = f"{part.least / 1e9:.4g} GB at least", part.traffic
         if traffic is None:
             figures = f"not known, {least}"
@@ -371,7 +371,7 @@ def _read(outcome: Outcome) -> Iterator[str]:
             figures = f"not known, for it calls {', '.join(sorted(traffic.unknown))}; {least}"
         else:
             figures = f"{traffic.known / 1e9:.4g} GB, {part.ratio:.2f} × {least}; {round(traffic.kernels)} kernels"
-        yield f"{outcome.name}{what}: {figures}"
+        yield f"{outcome.name}{what.get(name, f', a {name}')}: {figures}"
 
 
 def _program(plan: Plan, outcome: Outcome) -> dict[str, Any]:

@@ -226,24 +226,26 @@ class Programs:
         )
 
     def _least(self, sizes: LoopSizes, lanes: int, itemsize: int) -> dict[str, Counted]:
-        """Of a decode step with all slots at their last place, and of a prefill: each weight that they use is read
-        once, and each lane's keys and values; those of the new tokens are written. The step is one of the last chunk
-        that is compiled: of all slots, at all places."""
+        """Of a decode step with all slots at their last place, of a chunk of steps beside these, and of a prefill: each
+        weight that they use is read once, and each lane's keys and values; those of new tokens are written, and after a
+        chunk read and written once more. The chunk is the last that is compiled: of all slots, at all places."""
         model, share = self.model, self.mesh.shape[MODEL]
         weights = sum(math.prod(shape) for shape in param_shapes(model).values())
         weights -= 0 if model.tied_embeddings else model.width * model.vocab_size  # rows of it are looked up
         copies = 1 if self.evaluator.shared else lanes
         read = copies * weights * itemsize / share + sum(part.device for part in self.pairs.values())
         places = self.width + self.new - 1
-        live = decode_memory(model, sizes.slots, places - 1, 2, steps=0, copy=0, itemsize=itemsize)
-        step, fill = (
-            lanes * cache_bytes(model, tokens, itemsize) for tokens in (sizes.slots, sizes.fill_rows * sizes.width)
+        live = lanes * decode_memory(model, sizes.slots, places - 1, 2, steps=0, copy=0, itemsize=itemsize)
+        step, chunk, fill = (
+            lanes * cache_bytes(model, tokens, itemsize)
+            for tokens in (sizes.slots, sizes.slots * sizes.steps, sizes.fill_rows * sizes.width)
         )
-        where: dict[str, Any] = {"turns": {STEPS: 0}} if sizes.single else {"scope": FILL}
-        return {
-            "step": Counted(read + (lanes * live + step) / share, STEPS, branches={"": -1}),
-            "prefill": Counted(read + fill / share, **where),
-        }
+        last, counted = {"": -1}, {}
+        counted["step"] = Counted(read + (live + step) / share, STEPS, branches=last)
+        if sizes.single:
+            return counted | {"prefill": Counted(read + fill / share, turns={STEPS: 0})}
+        counted["chunk"] = Counted(2 * chunk / share, "", turns={STEPS: 0, FILL: 0}, branches=last)
+        return counted | {"prefill": Counted(read + fill / share, FILL)}
 
     def update(self) -> Program:
         """Estimate and step. Of low-rank noise a pass over a leaf, read and written, adds a block of members."""

@@ -238,6 +238,8 @@ def test_what_a_step_and_a_prefill_must_move(change, slots, weights, rows):
     counted = programs_of(config, model, cpu).decode().counted
     assert counted["step"].least == 2 * weights + slots * (39 + 1) * token
     assert counted["prefill"].least == 2 * weights + rows * 32 * token
+    chunk = {name: part.least for name, part in counted.items() if name == "chunk"}
+    assert chunk == ({} if slots == 8 else {"chunk": 2 * slots * 7 * token})
 
 
 def test_what_a_step_of_members_that_share_their_weights_must_move():
