@@ -9,7 +9,7 @@ of N = 30 do: κ = 1.94.
 Command:  python -m experiments.members --seeds 0 1 2 [--index=$I] [--docs=docs/lab]
           first python -m experiments.pretrain_lab --seed=1 --out=runs/lab-1
 Cost:     a run of the laboratory takes 10 to 90 s on 2 CPU cores, 60 runs a seed.
-Result:   not yet run whole.
+Result:   docs/study.md, "Members or prompts"; docs/lab/members.csv
 """
 
 import itertools
