@@ -31,6 +31,7 @@ FAST: dict[str, tuple[str, ...]] = {
     "optim/test_placement.py": ("test_the_place_of_the_table_has_the_fixed_point",),
     "optim/test_schedules.py": (),
     "planning/test_costs.py": (),
+    "planning/test_traffic.py": (),
     "plotting/test_run_folders.py": (),
     "profiling/test_clock.py": ("test_the_parts_of_a_step_add_up", "test_a_trace_is_written"),
     "scoring/test_row_results.py": (),

@@ -8,7 +8,7 @@ import functools
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -16,20 +16,34 @@ import numpy as np
 OPS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
        "collective-broadcast")  # fmt: skip
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?[\w.\-]+ = (.*?) ([a-z][a-z0-9\-]*)\((.*)$")
-_ARRAY = re.compile(r"\b(?:pred|(?:bf|[suf])(\d+)(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\((.*)$")
+_OPERANDS = re.compile(r"[^()]*(?:\((?:[^()]|\([^()]*\))*\)[^()]*)*")  # up to the bracket that closes them
+ARRAY = re.compile(r"\b(?:pred|(?:bf|[sufc])(\d+)(?:e\d+m\d+\w*)?)\[([\d,]*)\](?:\{([^{}]*)\})?")  # bits, shape, layout
 _CALLED = re.compile(
     r"\b(?:calls|to_apply|body|condition|branch_computations|true_computation|false_computation)="
     r"(\{[^}]*\}|%?[\w.\-]+)"
 )
-_ENTRY = "ENTRY"
+ENTRY = "ENTRY"
 
 
-class _Instruction(NamedTuple):
+class Instruction(NamedTuple):
+    """One line of a program: name = shape op(operands), attributes."""
+
     root: bool
+    name: str
     shape: str
     op: str
-    rest: str
+    rest: str  # operands and attributes
+
+    @property
+    def operands(self) -> list[str]:
+        """The names of the instructions whose results it takes."""
+        return re.findall(r"%([\w.\-]+)", _OPERANDS.match(self.rest)[0])  # type: ignore[index]
+
+    def called(self, role: str) -> list[str]:
+        """The computations that an attribute of that name gives."""
+        match = re.search(rf"\b{role}=(\{{[^}}]*\}}|%?[\w.\-]+)", self.rest)
+        return re.findall(r"[\w.\-]+", match[1]) if match else []
 
 
 class Collective(NamedTuple):
@@ -60,7 +74,7 @@ def collectives(text: str, axes: dict[str, int], *, turns: Mapping[str, float]) 
       turns: of the loops whose number the compiler does not know, by a scope (`jax.named_scope`) that they are in, the
         innermost that is known; "" is for all others.
     """
-    bodies = _computations(text)
+    bodies = computations(text)
 
     @functools.cache
     def exchanges(name: str) -> Counter:
@@ -76,27 +90,27 @@ def collectives(text: str, axes: dict[str, int], *, turns: Mapping[str, float]) 
                 sent = lambda branch: sum(kind.sent * times for kind, times in branch.items())  # noqa: E731
                 called = [max(called, key=sent, default=Counter())]
             inside = sum(called, Counter())
-            repeat = _turns(instruction.rest, bodies, turns) if instruction.op == "while" and inside else 1
+            repeat = turns_of(instruction.rest, bodies, turns) if instruction.op == "while" and inside else 1
             total.update({kind: times * repeat for kind, times in inside.items()})
         return total
 
-    kinds = (x._replace(times=max(round(times), 1)) for x, times in exchanges(_ENTRY).items())
+    kinds = (x._replace(times=max(round(times), 1)) for x, times in exchanges(ENTRY).items())
     return sorted(kinds, key=lambda kind: -kind.bytes * kind.times)
 
 
-def _computations(text: str) -> dict[str, list[_Instruction]]:
-    """The instructions of every computation by its name; that in which the program begins is called `_ENTRY`."""
-    bodies: dict[str, list[_Instruction]] = {}
-    current: list[_Instruction] = []
+def computations(text: str) -> dict[str, list[Instruction]]:
+    """The instructions of every computation by its name; that in which the program begins is called `ENTRY`."""
+    bodies: dict[str, list[Instruction]] = {}
+    current: list[Instruction] = []
     for line in text.splitlines():
         if match := _COMPUTATION.match(line):
-            current = bodies.setdefault(_ENTRY if match[1] else match[2], [])
+            current = bodies.setdefault(ENTRY if match[1] else match[2], [])
         elif match := _INSTRUCTION.match(line):
-            current.append(_Instruction(bool(match[1]), *match.groups()[1:]))
+            current.append(Instruction(bool(match[1]), *match.groups()[1:]))
     return bodies
 
 
-def _turns(loop: str, bodies: Mapping[str, list[_Instruction]], turns: Mapping[str, float]) -> float:
+def turns_of(loop: str, bodies: Mapping[str, list[Instruction]], turns: Mapping[str, float]) -> float:
     """Turns of a loop: as the compiler writes them, or the bound in a condition that is nothing but i < bound."""
     if count := re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', loop):
         return int(count[1])
@@ -106,15 +120,20 @@ def _turns(loop: str, bodies: Mapping[str, list[_Instruction]], turns: Mapping[s
     counts_up = any(one.root and one.op == "compare" and "direction=LT" in one.rest for one in instructions)
     if len(bounds) == 1 and counts_up:
         return int(bounds[0])
-    scope = re.search(r'op_name="([^"]*)"', loop)
-    path = scope[1] if scope else ""
-    return turns.get(max((name for name in turns if name and name in path), key=path.rfind, default=""), 1)
+    return turns.get(scope_of(loop, turns), 1)
 
 
-def _collective(instruction: _Instruction, axes: dict[str, int]) -> Collective:
+def scope_of(instruction: str, scopes: Iterable[str]) -> str:
+    """Of these scopes the innermost that an instruction is in; "" where it is in none."""
+    match = re.search(r'op_name="([^"]*)"', instruction)
+    path = match[1] if match else ""
+    return max((name for name in scopes if name and name in path), key=path.rfind, default="")
+
+
+def _collective(instruction: Instruction, axes: dict[str, int]) -> Collective:
     """The exchange of one instruction. But for all-reduce, its "-start" gives what leaves before what arrives."""
-    op, arrays = instruction.op.removesuffix("-start"), _ARRAY.findall(instruction.shape)
-    sizes = [int(bits or 8) * math.prod(_numbers(shape)) // 8 for bits, shape in arrays]
+    op, arrays = instruction.op.removesuffix("-start"), ARRAY.findall(instruction.shape)
+    sizes = [int(bits or 8) * math.prod(_numbers(shape)) // 8 for bits, shape, _ in arrays]
     if op == instruction.op or op == "all-reduce":
         arriving = sum(sizes)  # perhaps several arrays at once
     else:

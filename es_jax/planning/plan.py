@@ -5,11 +5,13 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
+import operator
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from typing import Any, NamedTuple
 
 import jax
@@ -21,13 +23,26 @@ from es_jax.core.mesh import GROUPS, MODEL
 from es_jax.models.config import TransformerConfig
 from es_jax.planning.costs import Work
 from es_jax.planning.hlo import Collective, collectives
-from es_jax.planning.programs import Program, placed, programs_of
+from es_jax.planning.programs import Counted, Program, placed, programs_of
 from es_jax.planning.topology import Topology
+from es_jax.planning.traffic import Traffic, TrafficCounter
 from es_jax.training.config import RunConfig
 from es_jax.training.es import prompts_of_member
 from es_jax.training.method import METHODS
 
 _NAMED = 4  # kinds of collectives of a program that have words of their own; the rest are added up
+
+
+class Moved(NamedTuple):
+    """What a part of a program reads and writes in a device's memory, and must at least."""
+
+    traffic: Traffic | None  # None where the program did not compile, or has no such loop
+    least: float
+
+    @property
+    def ratio(self) -> float | None:
+        known = self.traffic.bytes if self.traffic else None
+        return known and known / self.least
 
 
 class Outcome(NamedTuple):
@@ -43,6 +58,7 @@ class Outcome(NamedTuple):
     runs: int
     work: Work  # of one run on a device
     error: str | None
+    moved: dict[str, Moved]  # by the name of the part, as `Program.counted`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,11 +94,13 @@ def make_plan(
     *,
     say: Callable[[str], None] = lambda line: None,
     compiled: dict[Any, Any] | None = None,
+    only: Set[str] | None = None,
 ) -> Plan:
     """Compile every program of the run, for a model of that shape.
 
     Args:
       say: gets a line on each program when it is compiled.
+      only: the names of the programs to compile; what others need of one that is left out is not known.
       compiled: what earlier plans of the same model and topology compiled; it is used, and added to.
 
     Raises:
@@ -94,6 +112,8 @@ def make_plan(
     slots, at_once = programs.evaluator.engine.slots, programs.evaluator.at_once
     sizes = {"perturb": (at_once,), "decode": (at_once, slots), "rollout": (slots,)}
     for program in programs:
+        if only is not None and program.name not in only:
+            continue
         key = (program.name, *axes.values(), *sizes.get(program.name, ()))
         if key not in compiled:
             compiled[key] = compile_program(program, axes)
@@ -119,7 +139,8 @@ def compile_program(program: Program, axes: dict[str, int]) -> tuple[Outcome, An
             raise
     seconds = time.monotonic() - began
     own = _peak(compiled.memory_analysis()) if compiled else _needed(str(error))
-    kinds = collectives(compiled.as_text(), axes, turns=program.turns) if compiled else []
+    text = compiled.as_text() if compiled else ""
+    kinds = collectives(text, axes, turns=program.turns) if compiled else []
     parts = {name: part.device for name, part in program.parts.items() if part.device}
     peak = own + sum(size for name, size in parts.items() if name not in program.own)
     outcome = Outcome(
@@ -127,8 +148,17 @@ def compile_program(program: Program, axes: dict[str, int]) -> tuple[Outcome, An
         parts | {"rest": peak - sum(parts.values())}, kinds, seconds, program.times,
         program.work._replace(sent=program.work.sent + sum(kind.sent for kind in kinds)),
         error and error.splitlines()[0],
+        {name: Moved(_traffic(text, program, part), part.least) for name, part in program.counted.items()},
     )  # fmt: skip
     return outcome, compiled and compiled.output_shardings
+
+
+def _traffic(text: str, program: Program, part: Counted) -> Traffic | None:
+    """Of a part of a program whose compiled text that is; "" where it did not compile."""
+    if not text:
+        return None
+    counter = TrafficCounter(text, turns={**program.turns, **part.turns}, branches=part.branches)
+    return counter.program() if part.scope is None else counter.turn(part.scope)
 
 
 @contextlib.contextmanager
@@ -245,6 +275,9 @@ def words(plan: Plan) -> str:
         "Sent between devices, of one run of each program:",
         *(f"  {outcome.name}: {_sent(outcome.collectives)}" for outcome in plan.programs),
         "",
+        "Read and written in a device's memory, counted kernel by kernel:",
+        *(f"  {line}" for outcome in plan.programs for line in _read(outcome)),
+        "",
         f"An iteration takes at least {plan.seconds:.4g} s: a bound, not a measurement, with every completion at its "
         f"full length, the published peaks of the {chip.name}, and noise, scheduling and host left out.",
         verdict(plan),
@@ -327,6 +360,20 @@ def _sent(kinds: list[Collective]) -> str:
     return f"{sum(kind.sent for kind in kinds) / 1e9:.4g} GB a device. " + "; ".join(parts)
 
 
+def _read(outcome: Outcome) -> Iterator[str]:
+    """A line a part of a program."""
+    for name, part in outcome.moved.items():
+        what = {"": "", "step": ", a step of all slots at all places", "chunk": ", a chunk beside its steps"}
+        least, traffic = f"{part.least / 1e9:.4g} GB at least", part.traffic
+        if traffic is None:
+            figures = f"not known, {least}"
+        elif traffic.unknown:
+            figures = f"not known, for it calls {', '.join(sorted(traffic.unknown))}; {least}"
+        else:
+            figures = f"{traffic.known / 1e9:.4g} GB, {part.ratio:.2f} × {least}; {round(traffic.kernels)} kernels"
+        yield f"{outcome.name}{what.get(name, f', a {name}')}: {figures}"
+
+
 def _program(plan: Plan, outcome: Outcome) -> dict[str, Any]:
     fields = outcome._asdict() | {
         "collectives": [kind._asdict() | {"axes": list(kind.axes)} for kind in outcome.collectives],
@@ -336,7 +383,21 @@ def _program(plan: Plan, outcome: Outcome) -> dict[str, Any]:
         "sent_bytes": outcome.work.sent,
         "bound_seconds": outcome.work.seconds(plan.topology.chip),
     }
-    return {name: value for name, value in fields.items() if name not in ("name", "work")}
+    moved = (_moved(part, f"{name}_" if name else "") for name, part in outcome.moved.items())
+    kept = {name: value for name, value in fields.items() if name not in ("name", "work", "moved")}
+    return functools.reduce(operator.or_, moved, kept)
+
+
+def _moved(part: Moved, prefix: str) -> dict[str, Any]:
+    traffic = part.traffic or Traffic()
+    known = traffic.bytes if part.traffic else None
+    return {
+        f"{prefix}bytes": None if known is None else round(known),
+        f"{prefix}bytes_least": round(part.least),
+        f"{prefix}ratio": part.ratio,
+        f"{prefix}kernels": round(traffic.kernels) if part.traffic else None,
+        f"{prefix}unknown_calls": sorted(traffic.unknown),
+    }
 
 
 def _gib(size: float) -> str:

@@ -23,13 +23,13 @@ from es_jax.core.chunked_map import ceil_div
 from es_jax.core.mesh import MODEL, over_groups, replicated
 from es_jax.es.low_rank import BLOCK, LowRankNoise
 from es_jax.es.population import Members
-from es_jax.generate.decode_spec import PART, LoopSizes
+from es_jax.generate.decode_spec import FILL, PART, STEPS, LoopSizes
 from es_jax.generate.engine import Engine
 from es_jax.generate.prompts import Prompts, padded_width
 from es_jax.models.config import TransformerConfig
 from es_jax.models.known_configs import PUBLISHED, published
 from es_jax.models.sharding import param_shardings
-from es_jax.models.transformer import Transformer, matrix_weights
+from es_jax.models.transformer import Transformer, matrix_weights, param_shapes
 from es_jax.planning.costs import Work, cache_bytes, decode_memory, forward_flops, pair_numbers
 from es_jax.planning.topology import Topology
 from es_jax.training import state
@@ -54,6 +54,15 @@ class Bytes(NamedTuple):
         return cls(*sizes)
 
 
+class Counted(NamedTuple):
+    """A part of a program whose bytes are counted, and what they must be at least on one device."""
+
+    least: float
+    scope: str | None = None  # one turn of the outermost loop in it; None: a run of the program
+    turns: Mapping[str, float] = MappingProxyType({})  # in the place of the program's
+    branches: Mapping[str, int] = MappingProxyType({})  # as `traffic.TrafficCounter` takes them
+
+
 class Program(NamedTuple):
     """One program of an iteration; the names are those of `Programs`' methods."""
 
@@ -64,6 +73,7 @@ class Program(NamedTuple):
     own: Set[str]  # the parts that the compiler's figures contain; the others are the run's
     work: Work  # of one device in a run of it, without what is sent
     turns: Mapping[str, float] = MappingProxyType({})  # as `hlo.collectives` takes them
+    counted: Mapping[str, Counted] = MappingProxyType({})  # "" for the whole program, else by the name of the part
 
 
 class Programs:
@@ -154,13 +164,15 @@ class Programs:
         """The weights of one round of members; where all share one copy, what each has of its own."""
         program, own = (Evaluator.member_pairs, self.pairs) if self.pairs else (Evaluator._perturb, self.copy)
         read = {} if self.pairs else {"parameters": self.resident["parameters"]}  # shared ones: their shapes alone
+        moved = sum(part.device for part in (own | read).values())
         return Program(
             "perturb",
             lambda: program.lower(self.evaluator, self.params, self.members),
             times=self.rounds,
             parts=self.resident | self.copy | self.pairs | self.other_round,
             own={*own, *read},
-            work=Work(memory=sum(part.device for part in (own | read).values())),
+            work=Work(memory=moved),
+            counted={"": Counted(moved)},
         )
 
     def decode(self) -> Program:
@@ -210,7 +222,30 @@ class Programs:
             own={*self.copy, "KV cache", *own},
             work=Work(flops * lanes / share, memory * lanes / share),
             turns=sizes.turns,
+            counted=self._least(sizes, lanes, itemsize),
         )
+
+    def _least(self, sizes: LoopSizes, lanes: int, itemsize: int) -> dict[str, Counted]:
+        """Of a decode step with all slots at their last place, of a chunk of steps beside these, and of a prefill: each
+        weight that they use is read once, and each lane's keys and values; those of new tokens are written, and after a
+        chunk read and written once more. The chunk is the last that is compiled: of all slots, at all places."""
+        model, share = self.model, self.mesh.shape[MODEL]
+        weights = sum(math.prod(shape) for shape in param_shapes(model).values())
+        weights -= 0 if model.tied_embeddings else model.width * model.vocab_size  # rows of it are looked up
+        copies = 1 if self.evaluator.shared else lanes
+        read = copies * weights * itemsize / share + sum(part.device for part in self.pairs.values())
+        places = self.width + self.new - 1
+        live = lanes * decode_memory(model, sizes.slots, places - 1, 2, steps=0, copy=0, itemsize=itemsize)
+        step, chunk, fill = (
+            lanes * cache_bytes(model, tokens, itemsize)
+            for tokens in (sizes.slots, sizes.slots * sizes.steps, sizes.fill_rows * sizes.width)
+        )
+        last, counted = {"": -1}, {}
+        counted["step"] = Counted(read + (live + step) / share, STEPS, branches=last)
+        if sizes.single:
+            return counted | {"prefill": Counted(read + fill / share, turns={STEPS: 0})}
+        counted["chunk"] = Counted(2 * chunk / share, "", turns={STEPS: 0, FILL: 0}, branches=last)
+        return counted | {"prefill": Counted(read + fill / share, FILL)}
 
     def update(self) -> Program:
         """Estimate and step. Of low-rank noise a pass over a leaf, read and written, adds a block of members."""
@@ -219,6 +254,10 @@ class Programs:
         arguments = self.start, members, array((n,), jnp.float32, self.everywhere), self.rates
         total = sum(sum(part) for part in self.resident.values())
         passes = ceil_div(n // 2 if antithetic else n, BLOCK) if self._rank else 0
+        parameters, anchor, moments = (self.resident[name].device for name in ("parameters", "anchor", "moments"))
+        least = 2.0 * (parameters + moments) + anchor
+        if self.start is not None and self.config.optim.anchor.ema_decay is None:  # an anchor that stays is read only
+            least -= Bytes.of(optax.tree.get(self.opt_state, "anchor")).device
         return Program(
             "update",
             lambda: state.update_on(self.mesh).lower(self.spec, self.mesh, self.params, self.opt_state, *arguments),
@@ -227,6 +266,7 @@ class Programs:
             own=self.resident.keys(),
             work=Work(memory=total + (1 + 2.0 * passes) * self.resident["parameters"].device),
             turns={"": passes or n},
+            counted={"": Counted(least)},
         )
 
 

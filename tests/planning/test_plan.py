@@ -18,9 +18,10 @@ from es_jax.core.mesh import make_mesh
 from es_jax.models.config import TransformerConfig
 from es_jax.models.transformer import matrix_weights
 from es_jax.planning.costs import Work, pair_numbers
-from es_jax.planning.plan import candidates, compile_program, fields, make_plan, words
+from es_jax.planning.plan import Moved, candidates, compile_program, fields, make_plan, words
 from es_jax.planning.programs import Bytes, find_shape, programs_of
 from es_jax.planning.topology import Topology, topology
+from es_jax.planning.traffic import Traffic
 from es_jax.training.config import freeze
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,6 +62,31 @@ def test_a_small_run_fits_four_chips(plan):
         assert program["compile_seconds"] > 0 and program["error"] is None
         assert sum(program["parts"].values()) == program["peak_bytes"] >= program["own_bytes"] > 0
     assert "fits" in words(plan).splitlines()[-1] and "bound, not a measurement" in words(plan)
+
+
+@needs_libtpu
+def test_what_programs_move_is_told(plan):
+    """This model stays in the fast memory of the chips, so that a step may move less than it would have to."""
+    said, lines = fields(plan)["programs"], words(plan)
+    for name, prefix in (("perturb", ""), ("update", ""), ("decode", "step_"), ("decode", "prefill_")):
+        moved, least, ratio, kernels = (
+            said[name][prefix + field] for field in ("bytes", "bytes_least", "ratio", "kernels")
+        )
+        assert moved > 0 and least > 0 and kernels > 0 and np.isclose(ratio, moved / least, rtol=1e-3)
+        assert said[name][prefix + "unknown_calls"] == []
+    assert said["perturb"]["ratio"] >= 1 and "bytes" not in said["decode"] | said["load"]
+    assert "decode, a step of all slots at all places: " in lines and "update: " in lines
+
+
+@needs_libtpu
+def test_a_program_with_an_unknown_call_has_no_figure(plan):
+    decode = plan.programs[2]
+    moved = {"step": Moved(Traffic(5e9, 3, frozenset({"nobody_knows"})), 2e9), "prefill": Moved(None, 3e9)}
+    unknown = dataclasses.replace(plan, programs=(decode._replace(moved=moved),))
+    said = fields(unknown)["programs"]["decode"]
+    assert said["step_bytes"] is None and said["step_ratio"] is None and said["step_unknown_calls"] == ["nobody_knows"]
+    assert said["step_bytes_least"] == 2e9 and said["prefill_bytes"] is None and said["prefill_kernels"] is None
+    assert "not known, for it calls nobody_knows; 2 GB at least" in words(unknown)
 
 
 @needs_libtpu
@@ -192,6 +218,55 @@ def test_parts_and_runs_of_members_that_share_their_weights():
     assert held["KV cache"] == Bytes(4 * 2 * 2 * 4 * (32 + 7) * 2 * 32 * 2 // 2)  # 4 members × 4 slots, a half of them
     assert "other round" not in on_cpu(at_once(LOW_RANK, 16)).decode().parts
     assert "pairs" not in by_name["share"].parts and by_name["share"].parts["compute copy"] == held["compute copy"]
+
+
+LAYER = 2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 256 + 2 * 128 + 128 + 2 * 64  # kernels, norms, biases
+TABLE, KV = 512 * 128, 2 * 2 * 2 * 32 * 2  # the embedding; bytes of a token's keys and values
+
+
+@pytest.mark.parametrize(("change", "slots", "weights", "rows"), [
+    ({}, 8, 2 * LAYER + TABLE + 128, 8),  # one prefill
+    ({}, 4, 2 * LAYER + TABLE + 128, 1),  # prefills of a quarter of the slots
+    ({"tied_embeddings": False}, 4, 2 * LAYER + TABLE + 128, 1),  # a table is only looked up where the head is another
+    ({"layers": 3}, 2, 3 * LAYER + TABLE + 128, 1),
+])  # fmt: skip
+def test_what_a_step_and_a_prefill_must_move(change, slots, weights, rows):
+    """A row has 32 + 7 places at its end; one more token is written in a step, a prompt of 32 in a prefill."""
+    model, cpu = dataclasses.replace(SMALL, **change), Topology("cpu", chip("v5e"), tuple(jax.devices()[:1]))
+    config = freeze(CONFIG | {"decode": CONFIG["decode"] | {"slots": slots}})
+    token = KV * model.layers // 2
+    counted = programs_of(config, model, cpu).decode().counted
+    assert counted["step"].least == 2 * weights + slots * (39 + 1) * token
+    assert counted["prefill"].least == 2 * weights + rows * 32 * token
+    chunk = {name: part.least for name, part in counted.items() if name == "chunk"}
+    assert chunk == ({} if slots == 8 else {"chunk": 2 * slots * 7 * token})
+
+
+def test_what_a_step_of_members_that_share_their_weights_must_move():
+    """The copy once, and of each of four members its pairs and caches; on half of the devices half of it."""
+    one = on_cpu(LOW_RANK)
+    pairs, caches = one.decode().parts["pairs"].device, 4 * 4 * (39 + 1) * KV
+    weights = 2 * (2 * LAYER + TABLE + 128)
+    assert one.decode().counted["step"].least == weights + pairs + caches
+    halves = on_cpu(LOW_RANK | {"mesh": {"groups": 1, "model": 2}}, devices=2)
+    assert halves.decode().counted["step"].least == (weights + caches) / 2 + pairs
+    own = on_cpu(at_once(LOW_RANK | {"es": LOW_RANK["es"] | {"noise": "gaussian"}}, 4))
+    assert own.decode().counted["step"].least == own.evaluator.at_once * weights + own.evaluator.at_once * caches / 4
+
+
+@pytest.mark.parametrize(("optim", "reads_and_writes", "reads"), [
+    ({"anchor": {"penalty": "l2", "strength": 10.0}}, ["parameters"], ["parameters"]),  # a fixed anchor
+    ({"anchor": {"penalty": "l2", "strength": 10.0, "ema_decay": 0.9}}, ["parameters"] * 2, ["parameters"]),  # θ₀ too
+    ({"anchor": {"penalty": "l2", "strength": 10.0, "memory": "pinned_host"}}, ["parameters"], []),
+    ({"name": "adamw", "anchor": {"penalty": "none"}}, ["parameters"] * 3, ["parameters"]),
+])  # fmt: skip
+def test_what_an_update_must_move(optim, reads_and_writes, reads):
+    programs = on_cpu(CONFIG | {"optim": optim})
+    least = sum(2 * programs.resident[name].device for name in reads_and_writes)
+    least += sum(programs.resident[name].device for name in reads)
+    assert abs(programs.update().counted[""].least - least) < 100  # and the numbers of steps
+    copy = programs.copy["compute copy"].device
+    assert programs.perturb().counted[""].least == programs.resident["parameters"].device + copy
 
 
 def peak(programs):

@@ -1,0 +1,96 @@
+"""What a decode step moves in memory, against what it must: of compiled programs, for chips that are not here.
+
+Command:  python -m benchmarks.traffic [--models=…] [--slots=64,200] [--topology=h100:1x1x1,v5e:2x2] [--json[=FILE]]
+Cost:     see the column "compile, s"; v5e needs libtpu, h100 the CUDA plugin (docs/scale.md).
+Result:   docs/speed.md.
+
+The programs are those of `python -m es_jax.plan`, and so those of a run: 200 prompts of up to 256 tokens, 1024 new
+tokens, bfloat16 members of float32 weights, an l2 anchor. A step is one of all slots, each at 1279 places; `--programs`
+names what else is compiled (perturb must be, for it places the weights that decode takes).
+"""
+
+import argparse
+import json
+from typing import Any
+
+import jax
+
+from benchmarks.compare import add_json, write_json
+
+MODELS = ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-1.5B", "Qwen/Qwen2.5-3B")
+CONFIG = {
+    "model": {"dtype": "bfloat16"},
+    "task": {"train_size": 200},
+    "es": {"population": 32},
+    "decode": {"max_prompt_tokens": 256, "max_new_tokens": 1024},
+    "optim": {"anchor": {"penalty": "l2", "strength": 10.0}},
+}
+PARTS = {"decode": ("step", "chunk", "prefill")}  # of programs that are not counted as a whole
+FIELDS = ("bytes", "bytes_least", "ratio", "kernels", "unknown_calls")
+HEAD = """| topology | model | slots | of | GB | at least, GB | ratio | kernels | compile, s |
+|---|---|---|---|---|---|---|---|---|"""
+
+
+def cells(topology_name: str, model_name: str, slots: int, programs: set[str]) -> list[dict[str, Any]]:
+    """Of each part of the programs the fields of `plan --json` on what it moves."""
+    from es_jax.planning.plan import fields, make_plan
+    from es_jax.planning.programs import find_shape
+    from es_jax.planning.topology import topology
+    from es_jax.training.config import freeze
+
+    config = freeze({
+        **CONFIG, "model": {**CONFIG["model"], "source": model_name}, "decode": {**CONFIG["decode"], "slots": slots}
+    })  # fmt: skip
+    plan = fields(make_plan(config, find_shape(config)[0], topology(topology_name), only=programs))
+    run = {"topology": topology_name, "model": model_name, "slots": slots, "mesh": plan["mesh"], "jax": jax.__version__}
+    found = []
+    for name, program in plan["programs"].items():
+        same = run | {field: program[field] for field in ("compile_seconds", "error")}
+        for part in PARTS.get(name, ("",)):
+            prefix = f"{part}_" if part else ""
+            if f"{prefix}bytes" in program:
+                found.append(same | {"of": part or name} | {field: program[prefix + field] for field in FIELDS})
+    return found
+
+
+def row(cell: dict[str, Any]) -> str:
+    """Of the table; where there is no figure, why."""
+    least = f"{cell['bytes_least'] / 1e9:.2f}"
+    if cell["bytes"] is None:
+        why = cell["error"] or ", ".join(cell["unknown_calls"]) or "no such loop"
+        figures = [f"not known: {why}", least, "", ""]
+    else:
+        figures = [f"{cell['bytes'] / 1e9:.2f}", least, f"{cell['ratio']:.2f}", str(cell["kernels"])]
+    name = cell["model"].split("/")[-1]
+    return "| " + " | ".join([
+        cell["topology"], name, str(cell["slots"]), cell["of"], *figures, f"{cell['compile_seconds']:.0f}"
+    ]) + " |"  # fmt: skip
+
+
+def main() -> None:
+    jax.config.update("jax_platforms", "cpu")  # chips that are here are left alone
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--slots", default="64,200")
+    parser.add_argument("--topology", default="h100:1x1x1,v5e:2x2")
+    parser.add_argument("--programs", default="perturb,decode")
+    add_json(parser)
+    args = parser.parse_args()
+    result: list[dict[str, Any]] = []
+    if args.json != "-":
+        print(HEAD, flush=True)
+    for topology_name in args.topology.split(","):
+        for model_name in args.models.split(","):
+            for slots in map(int, args.slots.split(",")):
+                new = cells(topology_name, model_name, slots, set(args.programs.split(",")))
+                result += new
+                if args.json != "-":
+                    print("\n".join(map(row, new)), flush=True)
+                if args.json not in (None, "-"):
+                    write_json(result, args.json)
+    if args.json == "-":
+        print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
