@@ -38,7 +38,7 @@ class KVCache(Past):
     """S places a row, some yet empty. A place holds the key and value of one token, and its position, -1 when empty.
 
     `k` and `v` are stacked over a leading axis of L layers (for the scanned layers) or tuples of L arrays (for unrolled
-    layers, which update them in place). `index`: the next place to write, shared by all rows. `past`: what is attended
+    layers), which layers only read. `index`: the next place to write, shared by all rows. `past`: what is attended
     besides. Who attends whom follows from positions alone: padding, at position -1, costs a place and changes nothing.
     """
 

@@ -331,3 +331,17 @@ def test_held_out_prompts_are_dealt_to_all_devices(at_once, count):
     found = {row: list(t[i, : n[i]]) for rows, t, n in lanes.values() for i, row in enumerate(rows)}
     alone = e.generate(params_of("llama"), prompts)
     assert [found[i] for i in range(count)] == [list(t[:n]) for t, n in zip(alone.tokens, alone.length, strict=True)]
+
+
+def test_no_step_copies_the_cache_of_its_chunk():
+    """Read from the compiled program: outside its entry, where the caches begin, no copy has the shape of one."""
+    config = TransformerConfig(
+        family="llama", vocab_size=32, width=16, layers=2, heads=4, kv_heads=2, head_dim=8, mlp_dim=24
+    )
+    engine = Engine(config, slots=3, max_prompt_tokens=7, max_new_tokens=20, stop_token_ids=(0,), unroll=True)
+    params = jax.eval_shape(lambda: engine.layout(Transformer(config).init(jax.random.key(0))))
+    rows = jax.ShapeDtypeStruct((3, 7), jnp.int32)
+    text = jax.jit(engine.decode).lower(params, rows, rows).compile().as_text()
+    inside = text.partition("\nENTRY ")[0]
+    copied = re.compile(r"= f32\[3,2,(?:8,19|19,8)\]\S* copy\(%(?!param)")
+    assert "f32[3,2,8,19]" in inside and not copied.findall(inside)
