@@ -59,6 +59,11 @@ def make_mesh(groups: int | None = None, model: int = 1, *, devices: list | None
     return Mesh(grid, (GROUPS, MODEL), axis_types=(AxisType.Auto,) * 2)
 
 
+def on_gpus(mesh: Mesh) -> bool:
+    """Whether the devices are NVIDIA's, here or compiled for."""
+    return mesh.devices.flat[0].platform in ("gpu", "cuda")
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 

@@ -5,13 +5,14 @@ carried along, so resuming and replaying need no random state, and the bits do n
 """
 
 import zlib
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, PRNGKeyArray, UInt32
 
-from es_jax.core.threefry_normal import box_muller, positions, threefry
+from es_jax.core.threefry_normal import box_muller, counters, positions, threefry
 
 # What a key is for: streams that never meet. `jax.random.fold_in(key, i)` is `jax.random.split(key, n)[i]`, so a
 # purpose is a number that no split reaches: one into n ≤ 4·10⁹ keys, 32 GB of them, has other keys for certain, since
@@ -67,6 +68,14 @@ def normal(
     those of that index of the first axis alone, [1, …].
     """
     return GENERATORS[generator](seed, np.uint32(zlib.crc32(name.encode())), shape, row)
+
+
+def normal_at(
+    seed: UInt32[Array, ""], name: str, shape: tuple[int, ...], index: Sequence[UInt32[Array, "..."]]
+) -> Float32[Array, "..."]:
+    """The numbers that `normal` of generator "threefry13" has at one index along each axis; in a kernel of Pallas."""
+    words = threefry((seed, jnp.uint32(zlib.crc32(name.encode()))), counters(shape, index))
+    return box_muller(*words, in_kernel=True)
 
 
 def _threefry13(seed: Array, leaf: Array | np.uint32, shape: tuple[int, ...], row: Array | int | None = None) -> Array:

@@ -136,7 +136,7 @@ class LowRankNoise(GaussianNoise):
           specs: inside a `shard_map`, how each leaf is cut (a tree of PartitionSpecs): a device then gets its slice. It
             draws whole A and B, which are small, and sends nothing, where a partitioner may draw and send parts.
         """
-        seeds, signed = self._signed(members, weights)
+        seeds, signed = self.summands(members, weights)
         first = (len(seeds) - 1) % BLOCK + 1  # members in the first, shorter pass; no zeros are held to begin with
         vectors = super().estimate
 

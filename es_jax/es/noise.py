@@ -5,6 +5,7 @@ makes just the slice it holds, and the estimate needs no communication and has t
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -71,6 +72,21 @@ class GaussianNoise:
         """Whether the noise of one layer can be drawn alone, at its own cost and with the same bits."""
         return self.generator == "threefry13"
 
+    @property
+    def elementwise(self) -> bool:
+        """Whether every number of ε can be made alone, of a seed, the leaf's name and shape, and an index."""
+        return type(self) is GaussianNoise and self.generator == "threefry13"
+
+    def estimate_at(
+        self, name: str, shape: tuple[int, ...], index: Sequence[Array], seeds: Any, signed: Any
+    ) -> Float[Array, "..."]:
+        """`estimate` of the elements with that index, in a kernel of Pallas; `seeds` and `signed`: of `summands`."""
+
+        def add(i: Array, total: Array) -> Array:
+            return total + _rounded(signed[i] * rng.normal_at(seeds[i], name, shape, index))
+
+        return jax.lax.fori_loop(0, len(seeds), add, jnp.zeros(index[-1].shape, jnp.float32))
+
     def _sample(self, seed: Array, name: str, leaf: Any, row: Row | None = None) -> Float[Array, "..."]:
         """ε of one leaf for one member, in the dtype of the arithmetic."""
         index, shape = (None, leaf.shape) if row is None else (row[0], (row[1], *leaf.shape[1:]))
@@ -124,7 +140,7 @@ class GaussianNoise:
         Raises:
           ValueError: weights that are not one number a member.
         """
-        seeds, signed = self._signed(members, weights)
+        seeds, signed = self.summands(members, weights)
         together = min(_TOGETHER, len(seeds))
         passes, rest = divmod(len(seeds) - 1, together)
         first = rest + 1  # members in the first, shorter pass: the others are all of one length
@@ -146,7 +162,7 @@ class GaussianNoise:
 
         return map_named(leaf_estimate, params)
 
-    def _signed(self, members: Members, weights: Float[Array | np.ndarray, " n"]) -> tuple[Array, Array]:
+    def summands(self, members: Members, weights: Float[Array | np.ndarray, " n"]) -> tuple[Array, Array]:
         """The seeds, and what the noise of each is added with: −wₙ signₙ / N, of a pair z⁺ − z⁻ alike."""
         weights = jnp.asarray(weights)
         if weights.shape != (len(members),):

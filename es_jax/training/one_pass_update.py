@@ -1,0 +1,121 @@
+"""`update` on a GPU: of each leaf one kernel, which makes the estimate, takes the step and pulls to the anchor.
+
+θ and what the optimizer holds are read once and written once; what the step leaves as it is, a fixed anchor, is read.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.sharding import Mesh, PartitionSpec
+
+from es_jax.core.one_pass import one_pass
+from es_jax.core.tree import named_leaves
+from es_jax.es.noise import GaussianNoise
+from es_jax.es.population import Members
+from es_jax.models.sharding import param_shardings
+from es_jax.optim.chains import Chain
+
+_PARAMS, _START = -1, -2  # beside the parts of the optimizer's state, which are numbered
+
+
+def takes_one_pass(noise: GaussianNoise, chain: Chain) -> bool:
+    """Whether no element of the update needs another: not so where the gradient is clipped by its norm."""
+    return noise.elementwise and chain.max_grad_norm is None
+
+
+def update_in_one_pass(
+    noise: GaussianNoise,
+    chain: Chain,
+    mesh: Mesh,
+    params: Any,
+    opt_state: Any,
+    start: Any,
+    members: Members,
+    weights: Array,
+    rates: Array,
+    *,
+    interpret: bool = False,
+) -> tuple[Any, Any, Array]:
+    """What `update` returns, of the same arguments; inside jit. `interpret`: as of `one_pass`."""
+    like, leaves = jax.tree.structure(params), named_leaves(params)
+    specs = [sharding.spec for sharding in jax.tree.leaves(param_shardings(mesh, params))]
+    parts, structure = jax.tree.flatten(opt_state, is_leaf=lambda part: jax.tree.structure(part) == like)
+    trees = {i: part for i, part in enumerate(parts) if jax.tree.structure(part) == like}
+    numbers = {i: part for i, part in enumerate(parts) if i not in trees}
+    step = _elementwise(chain, structure)
+    kinds = {i: _some(jax.tree.leaves(tree)[0]) for i, tree in trees.items()}
+    of_one = jax.make_jaxpr(step)(_some(weights), _some(leaves[0][1]), kinds, numbers, (rates[0], rates[1])).jaxpr
+    moving = [i for i, old, new in zip(trees, of_one.invars[2:], of_one.outvars[1:], strict=False) if old is not new]
+
+    columns = {_PARAMS: params, **trees} | ({} if start is None else {_START: start})
+    if chain.memory != "device":
+        columns = {name: jax.device_put(tree, param_shardings(mesh, tree)) for name, tree in columns.items()}
+    columns = {name: jax.tree.leaves(tree) for name, tree in columns.items()}
+    anchor = _START if start is not None else next(
+        i for i, tree in trees.items() if tree is optax.tree.get(opt_state, "anchor")
+    )  # fmt: skip
+    own = [_PARAMS, *moving]
+    scalars = [*noise.summands(members, weights), rates, *(number.reshape(1) for number in numbers.values())]
+
+    def of_leaf(name: str, shape: tuple[int, ...], spec: PartitionSpec, scalars: Any, arrays: Any) -> tuple[Any, Array]:
+        def elements(index: list[Array], scalars: Sequence[Any], values: list[Array]) -> tuple[list[Array], list[Array]]:
+            (seeds, signed, pair, *rest), at = scalars, dict(zip(arrays, values, strict=True))
+            gradient = noise.estimate_at(name, shape, index, seeds, signed)
+            own_numbers = {i: x[0] for i, x in zip(numbers, rest, strict=True)}
+            param, state, _ = step(gradient, at[_PARAMS], {i: at[i] for i in trees}, own_numbers, (pair[0], pair[1]))
+            origin = (at | state)[anchor]
+            square = jnp.square(param.astype(jnp.float32) - origin.astype(jnp.float32))
+            return [param, *(state[i] for i in moving)], [square]
+
+        sizes = zip((*spec, *(None,) * (len(shape) - len(spec))), arrays[_PARAMS].shape, strict=True)
+        results, (square,) = one_pass(
+            elements, scalars, [*arrays.values()], [arrays[i].dtype for i in own], sums=1, interpret=interpret,
+            offset=[0 if entry is None else jax.lax.axis_index(entry) * size for entry, size in sizes],
+            aliases={list(arrays).index(i): result for result, i in enumerate(own)},
+        )  # fmt: skip
+        copies = [jax.lax.axis_index(axis) for axis in mesh.axis_names if axis not in spec]
+        square = jnp.where(sum(copies, jnp.int32(0)) == 0, square, 0.0)  # a leaf held several times counts once
+        return dict(zip(own, results, strict=True)), square
+
+    def local(scalars: Any, columns: Any) -> tuple[Any, Array]:
+        rows = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
+        done = [
+            of_leaf(name, leaf.shape, spec, scalars, row)
+            for (name, leaf), spec, row in zip(leaves, specs, rows, strict=True)
+        ]
+        return {i: [new[i] for new, _ in done] for i in own}, sum(square for _, square in done)[None, None]
+
+    moved, squares = jax.shard_map(
+        local, mesh=mesh, in_specs=(PartitionSpec(), {i: specs for i in columns}),
+        out_specs=({i: specs for i in own}, PartitionSpec(*mesh.axis_names)), check_vma=False,
+    )(scalars, columns)  # fmt: skip
+    moved = {i: jax.tree.unflatten(like, column) for i, column in moved.items()}
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (_some(weights), _some(leaves[0][1]), kinds))
+    counted = step(*zeros, numbers, (rates[0], rates[1]))[2]
+    state = trees | counted | {i: moved[i] for i in moving}
+    return moved[_PARAMS], jax.tree.unflatten(structure, [state[i] for i in range(len(parts))]), squares
+
+
+def _some(leaf: Any) -> jax.ShapeDtypeStruct:
+    """Elements of a leaf, to look at what a step makes of them."""
+    return jax.ShapeDtypeStruct((1,), leaf.dtype)
+
+
+def _elementwise(chain: Chain, structure: Any) -> Callable:
+    """The optimizer's step of some elements of a leaf: (gradient, parameter, state, numbers, rates) → (parameter,
+    state, numbers). `state` and `numbers` are the parts of the optimizer's, by their place in it."""
+    chain = dataclasses.replace(chain, memory="device")
+
+    def step(gradient: Array, param: Array, state: dict, numbers: dict, rates: Any) -> tuple[Array, dict, dict]:
+        parts = {i: [x] for i, x in state.items()} | numbers
+        tree = jax.tree.unflatten(structure, [parts[i] for i in range(len(parts))])
+        updates, tree = chain.transformation(rates).update([gradient], tree, [param])
+        new = structure.flatten_up_to(tree)
+        return optax.apply_updates([param], updates)[0], {i: new[i][0] for i in state}, {i: new[i] for i in numbers}
+
+    return step
