@@ -77,6 +77,12 @@ class GaussianNoise:
         """Whether every number of ε can be made alone, of a seed, the leaf's name and shape, and an index."""
         return type(self) is GaussianNoise and self.generator == "threefry13"
 
+    def apply_at(
+        self, name: str, shape: tuple[int, ...], index: Sequence[Array], seed: Array, scale: Array, leaf: Array
+    ) -> Float[Array, "..."]:
+        """`apply` to the elements with that index, in a kernel of Pallas, not cast yet; `scale`: sign·σ."""
+        return leaf.astype(jnp.float32) + _rounded(scale * rng.normal_at(seed, name, shape, index))
+
     def estimate_at(
         self, name: str, shape: tuple[int, ...], index: Sequence[Array], seeds: Any, signed: Any
     ) -> Float[Array, "..."]:

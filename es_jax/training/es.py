@@ -18,7 +18,19 @@ from jax.typing import DTypeLike
 from es_jax.core import processes, rng
 from es_jax.core.chunked_map import ceil_div
 from es_jax.core.low_rank import LowRank, split
-from es_jax.core.mesh import GROUPS, MODEL, leaf_spec, only, over_groups, own_rows, replicated, to_devices
+from es_jax.core.mesh import (
+    GROUPS,
+    MODEL,
+    leaf_spec,
+    offset_of,
+    on_gpus,
+    only,
+    over_groups,
+    own_rows,
+    replicated,
+    to_devices,
+)
+from es_jax.core.one_pass import one_pass
 from es_jax.core.tree import map_named, named_leaves
 from es_jax.es.low_rank import LowRankNoise
 from es_jax.es.noise import GaussianNoise
@@ -285,6 +297,9 @@ class Evaluator:
         """A member's leaf, from its parts over `groups`; of one that is cut, a layer at most is gathered at once."""
         cut, size = only(spec, MODEL), self.mesh.shape[GROUPS]
 
+        if layer is None and size == 1 and on_gpus(self.mesh) and self.noise.elementwise:
+            return self._perturbed_in_one_pass(name, part, cut, member)
+
         def perturbed(part, row=None):
             whole = {name: _gathered(self.mesh, part, spec)}
             leaf = self.noise.apply(whole, member, sigma=self.sigma, dtype=self.dtype, row=row)[name]
@@ -304,6 +319,26 @@ class Evaluator:
 
         shape = [n * size if entry == GROUPS else n for n, entry in zip(part.shape, spec, strict=True)]
         return jax.lax.fori_loop(0, len(part), stacked, jnp.zeros(shape, self.dtype))
+
+    def _perturbed_in_one_pass(
+        self, name: str, leaf: Array, cut: PartitionSpec, member: Members, *, interpret: bool = False
+    ) -> Array:
+        """A member's leaf on GPUs, by a kernel: XLA writes the random words of some leaves to memory and reads them."""
+
+        def elements(index: Any, scalars: Any, values: Any) -> tuple[list[Array], list[Array]]:
+            seed, scale = (x[0] for x in scalars)
+            return [self.noise.apply_at(name, leaf.shape, index, seed, scale, values[0])], []
+
+        def local(part: Array, *scalars: Array) -> Array:
+            offset = offset_of(cut, part.shape)
+            return one_pass(elements, scalars, [part], [self.dtype], offset=offset, interpret=interpret)[0][0]
+
+        scalars = (x.reshape(1) for x in (member.seed, jnp.float32(self.sigma) * member.sign))
+        everywhere = PartitionSpec()
+        inside = jax.shard_map(
+            local, in_specs=(cut, everywhere, everywhere), out_specs=cut, axis_names={MODEL}, check_vma=False
+        )
+        return inside(leaf, *scalars)
 
     @functools.partial(jax.jit, static_argnums=0)
     def _decode(self, params: Any, prompts: Prompts) -> Any:

@@ -13,6 +13,7 @@ import optax
 from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
+from es_jax.core.mesh import offset_of
 from es_jax.core.one_pass import one_pass
 from es_jax.core.tree import named_leaves
 from es_jax.es.noise import GaussianNoise
@@ -72,10 +73,9 @@ def update_in_one_pass(
             square = jnp.square(param.astype(jnp.float32) - origin.astype(jnp.float32))
             return [param, *(state[i] for i in moving)], [square]
 
-        sizes = zip((*spec, *(None,) * (len(shape) - len(spec))), arrays[_PARAMS].shape, strict=True)
         results, (square,) = one_pass(
             elements, scalars, [*arrays.values()], [arrays[i].dtype for i in own], sums=1, interpret=interpret,
-            offset=[0 if entry is None else jax.lax.axis_index(entry) * size for entry, size in sizes],
+            offset=offset_of(spec, arrays[_PARAMS].shape),
             aliases={list(arrays).index(i): result for result, i in enumerate(own)},
         )  # fmt: skip
         copies = [jax.lax.axis_index(axis) for axis in mesh.axis_names if axis not in spec]
