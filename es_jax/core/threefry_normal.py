@@ -55,13 +55,13 @@ def threefry(key: tuple[Words, Words], counter: tuple[Words, Words], *, rounds: 
     return x, y
 
 
-def positions(shape: tuple[int, ...], row: Array | int | None = None) -> tuple[Words, Words]:
-    """The counter of every element of an array: see `counters`. With `row`, those of that index of the first axis
-    alone, [1, …]."""
+def positions(shape: tuple[int, ...], rows: tuple[Array | int, int] | None = None) -> tuple[Words, Words]:
+    """The counter of every element of an array: see `counters`. With `rows` (first, count), those of so many rows
+    alone, [count, …]."""
 
     def along(axis: int) -> Words:
-        index = lax.broadcasted_iota(jnp.uint32, shape if row is None else (1, *shape[1:]), axis)
-        return index + jnp.asarray(row, jnp.uint32) if axis == 0 and row is not None else index
+        index = lax.broadcasted_iota(jnp.uint32, shape if rows is None else (rows[1], *shape[1:]), axis)
+        return index + jnp.asarray(rows[0], jnp.uint32) if axis == 0 and rows is not None else index
 
     return counters(shape, map(along, range(len(shape))))
 

@@ -19,7 +19,7 @@ from es_jax.core.tree import map_named
 from es_jax.es.population import Members
 
 PyTree = Any
-Row = tuple[Array | int, int]  # (i, n): a leaf [1, …] that is row i of one of [n, …]
+Row = tuple[Array | int, int]  # (i, n): a leaf [k, …] that is the k rows from the i-th of one of [n, …]
 _TOGETHER = 6  # members that one pass over a leaf adds: more read and write the sum less often, and compile longer
 
 
@@ -29,6 +29,11 @@ def _check_float(name: str, leaf: Any) -> None:
             f"leaf {name!r} has dtype {leaf.dtype}: noise is defined for floating-point leaves; "
             "take the others out of the tree before perturbing it"
         )
+
+
+def rows_of(shape: tuple[int, ...], row: Row | None) -> tuple[rng.Rows | None, tuple[int, ...]]:
+    """Of a leaf of that shape, which rows it is of what shape."""
+    return (None, shape) if row is None else ((row[0], shape[0]), (row[1], *shape[1:]))
 
 
 def _rounded(product: Array) -> Array:
@@ -95,8 +100,8 @@ class GaussianNoise:
 
     def _sample(self, seed: Array, name: str, leaf: Any, row: Row | None = None) -> Float[Array, "..."]:
         """ε of one leaf for one member, in the dtype of the arithmetic."""
-        index, shape = (None, leaf.shape) if row is None else (row[0], (row[1], *leaf.shape[1:]))
-        noise = rng.normal(seed, name, shape, generator=self.generator, row=index)
+        rows, shape = rows_of(leaf.shape, row)
+        noise = rng.normal(seed, name, shape, generator=self.generator, rows=rows)
         return noise.astype(self._arithmetic(leaf))
 
     def _arithmetic(self, leaf: Any) -> jnp.dtype:
@@ -112,7 +117,8 @@ class GaussianNoise:
           member: one member (`members[i]`, or a slot of a vmap).
           sigma: σ > 0.
           dtype: dtype of the result's leaves; each leaf's own by default.
-          row: (i, n) where every leaf [1, …] is row i of the leaf [n, …] that is perturbed, which need not be there.
+          row: (i, n) where every leaf [k, …] is k rows, from row i on, of the leaf [n, …] that is perturbed, which need not be
+            there.
 
         Raises:
           ValueError: σ ≤ 0.  TypeError: a leaf that is not floating point, which is named.
@@ -202,12 +208,11 @@ class SharedSeedNoise(GaussianNoise):
         return leaf.dtype
 
     def _sample(self, seed: Array, name: str, leaf: Any, row: Row | None = None) -> Float[Array, "..."]:
-        index, shape = None, leaf.shape
         if self.stacked and name.startswith(self.stacked):
-            shape = leaf.shape[1:]
-        elif row is not None:  # the whole leaf is the parameter
-            index, shape = row[0], (row[1], *leaf.shape[1:])
-        eps = rng.normal(seed, "x".join(map(str, shape)), shape, generator=self.generator, row=index)
+            rows, shape = None, leaf.shape[1:]
+        else:  # the whole leaf is the parameter
+            rows, shape = rows_of(leaf.shape, row)
+        eps = rng.normal(seed, "x".join(map(str, shape)), shape, generator=self.generator, rows=rows)
         return jnp.broadcast_to(eps.astype(leaf.dtype), leaf.shape)
 
 

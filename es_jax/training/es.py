@@ -127,6 +127,7 @@ class Evolution:
         return weights, rewards
 
 
+ROWS_AT_ONCE = 2**22  # numbers of a matrix that are gathered at once, where it has no layers: 16 MiB of float32
 MOST_AT_ONCE = 256  # members of a group in one call, of those that share their weights
 
 
@@ -310,15 +311,40 @@ class Evaluator:
 
         if layer is not None:
             return alone(layer)[0]
-        if size == 1 or GROUPS not in spec or not name.startswith("layers/") or not self.noise.layers_alone:
+        if size == 1 or GROUPS not in spec or not self.noise.layers_alone:
             return perturbed(part)
+        if not name.startswith("layers/"):
+            return perturbed(part) if spec[0] == GROUPS else self._perturbed_rows(name, part, spec, member)
 
         def stacked(i, stack):
             stack = jax.lax.dynamic_update_slice_in_dim(stack, alone(i), i, 0)
             return jax.lax.with_sharding_constraint(stack, cut)
 
         shape = [n * size if entry == GROUPS else n for n, entry in zip(part.shape, spec, strict=True)]
-        return jax.lax.fori_loop(0, len(part), stacked, jnp.zeros(shape, self.dtype))
+        return jax.lax.fori_loop(0, len(part), stacked, jax.lax.empty(tuple(shape), self.dtype))
+
+    def _perturbed_rows(self, name: str, part: Array, spec: PartitionSpec, member: Members) -> Array:
+        """A member's matrix of which every device has some columns, and over `model` some rows: by blocks of rows."""
+        cut = only(spec, MODEL)
+
+        def local(part: Array, member: Members) -> Array:
+            rows, columns = len(part), part.shape[1] * self.mesh.shape[GROUPS]
+            count = ceil_div(rows * columns, ROWS_AT_ONCE)
+            block, start = ceil_div(rows, count), offset_of(cut, part.shape)[0]
+
+            def turn(i: Array, whole: Array) -> Array:
+                at = jnp.minimum(i * block, rows - block)  # the last block has some rows of the one before it again
+                some = jax.lax.dynamic_slice_in_dim(part, at, block)
+                leaf = {name: jax.lax.all_gather(some, GROUPS, axis=1, tiled=True)}
+                row = start + at, rows * self.mesh.shape[MODEL] if cut[0] else rows
+                leaf = self.noise.apply(leaf, member, sigma=self.sigma, dtype=self.dtype, row=row)
+                return jax.lax.dynamic_update_slice_in_dim(whole, leaf[name], at, 0)
+
+            return jax.lax.fori_loop(0, count, turn, jax.lax.empty((rows, columns), self.dtype))
+
+        everywhere = PartitionSpec()
+        inside = jax.shard_map(local, in_specs=(cut, everywhere), out_specs=cut, axis_names={MODEL}, check_vma=False)
+        return inside(part, member)
 
     def _perturbed_in_one_pass(
         self, name: str, leaf: Array, cut: PartitionSpec, member: Members, *, interpret: bool = False
