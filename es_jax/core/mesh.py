@@ -59,9 +59,10 @@ def make_mesh(groups: int | None = None, model: int = 1, *, devices: list | None
     return Mesh(grid, (GROUPS, MODEL), axis_types=(AxisType.Auto,) * 2)
 
 
-def on_gpus(mesh: Mesh) -> bool:
-    """Whether the devices are NVIDIA's, here or compiled for."""
-    return mesh.devices.flat[0].platform in ("gpu", "cuda")
+def platform_of(mesh: Mesh) -> str:
+    """ "cpu", "gpu" or "tpu": of the devices, which are here or are compiled for."""
+    platform = mesh.devices.flat[0].platform
+    return "gpu" if platform in ("cuda", "rocm") else platform
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
@@ -23,10 +24,10 @@ from es_jax.core.mesh import (
     MODEL,
     leaf_spec,
     offset_of,
-    on_gpus,
     only,
     over_groups,
     own_rows,
+    platform_of,
     replicated,
     to_devices,
 )
@@ -298,7 +299,7 @@ class Evaluator:
         """A member's leaf, from its parts over `groups`; of one that is cut, a layer at most is gathered at once."""
         cut, size = only(spec, MODEL), self.mesh.shape[GROUPS]
 
-        if layer is None and size == 1 and on_gpus(self.mesh) and self.noise.elementwise:
+        if layer is None and size == 1 and platform_of(self.mesh) == "gpu" and self.noise.elementwise:
             return self._perturbed_in_one_pass(name, part, cut, member)
 
         def perturbed(part, row=None):
@@ -338,7 +339,8 @@ class Evaluator:
                 leaf = {name: jax.lax.all_gather(some, GROUPS, axis=1, tiled=True)}
                 row = start + at, rows * self.mesh.shape[MODEL] if cut[0] else rows
                 leaf = self.noise.apply(leaf, member, sigma=self.sigma, dtype=self.dtype, row=row)
-                return jax.lax.dynamic_update_slice_in_dim(whole, leaf[name], at, 0)
+                leaf = with_layout_constraint(leaf[name], Layout((0, 1)))  # else a TPU turns all of it round later
+                return jax.lax.dynamic_update_slice_in_dim(whole, leaf, at, 0)
 
             return jax.lax.fori_loop(0, count, turn, jax.lax.empty((rows, columns), self.dtype))
 
@@ -357,7 +359,7 @@ class Evaluator:
 
         def local(part: Array, *scalars: Array) -> Array:
             offset = offset_of(cut, part.shape)
-            return one_pass(elements, scalars, [part], [self.dtype], offset=offset, interpret=interpret)[0][0]
+            return one_pass(elements, scalars, [part], [self.dtype], offset=offset, platform="gpu", interpret=interpret)[0][0]
 
         scalars = (x.reshape(1) for x in (member.seed, jnp.float32(self.sigma) * member.sign))
         everywhere = PartitionSpec()

@@ -1,4 +1,4 @@
-"""`update` on a GPU: of each leaf one kernel, which makes the estimate, takes the step and pulls to the anchor.
+"""`update` on GPUs and TPUs: of each leaf one kernel, which makes the estimate, takes the step and pulls to the anchor.
 
 θ and what the optimizer holds are read once and written once; what the step leaves as it is, a fixed anchor, is read.
 """
@@ -40,9 +40,10 @@ def update_in_one_pass(
     weights: Array,
     rates: Array,
     *,
+    platform: str,
     interpret: bool = False,
 ) -> tuple[Any, Any, Array]:
-    """What `update` returns, of the same arguments; inside jit. `interpret`: as of `one_pass`."""
+    """What `update` returns, of the same arguments; inside jit. `platform`, `interpret`: as of `one_pass`."""
     like, leaves = jax.tree.structure(params), named_leaves(params)
     specs = [sharding.spec for sharding in jax.tree.leaves(param_shardings(mesh, params))]
     parts, structure = jax.tree.flatten(opt_state, is_leaf=lambda part: jax.tree.structure(part) == like)
@@ -74,7 +75,7 @@ def update_in_one_pass(
             return [param, *(state[i] for i in moving)], [square]
 
         results, (square,) = one_pass(
-            elements, scalars, [*arrays.values()], [arrays[i].dtype for i in own], sums=1, interpret=interpret,
+            elements, scalars, [*arrays.values()], [arrays[i].dtype for i in own], sums=1, platform=platform, interpret=interpret,
             offset=offset_of(spec, arrays[_PARAMS].shape),
             aliases={list(arrays).index(i): result for result, i in enumerate(own)},
         )  # fmt: skip

@@ -17,7 +17,7 @@ from jax.lax import with_sharding_constraint
 from jax.sharding import Mesh, PartitionSpec
 
 from es_jax.core import processes
-from es_jax.core.mesh import make_mesh, on_gpus, replicated, to_devices
+from es_jax.core.mesh import make_mesh, platform_of, replicated, to_devices
 from es_jax.core.tree import map_named, named_leaves
 from es_jax.es.low_rank import LowRankNoise
 from es_jax.es.noise import NOISES, GaussianNoise, SharedSeedNoise
@@ -139,8 +139,10 @@ def update(
     holds each device's part of ‖θ − θ₀‖², which `distance` adds up. θ₀ is `start`, or the anchor where that is None.
     `rates`: (α, αλ) of the step.
     """
-    if on_gpus(mesh) and takes_one_pass(spec.noise, spec.chain):
-        return update_in_one_pass(spec.noise, spec.chain, mesh, params, opt_state, start, members, weights, rates)
+    if (platform := platform_of(mesh)) != "cpu" and takes_one_pass(spec.noise, spec.chain):
+        return update_in_one_pass(
+            spec.noise, spec.chain, mesh, params, opt_state, start, members, weights, rates, platform=platform
+        )
     gradient = _gradient(spec.noise, mesh, params, members, weights)
     moved, opt_state = optimizer_step(spec.chain, mesh, params, opt_state, gradient, rates)
     params = map_named(lambda name, old, new: new if spec.noise.perturbs(name, old) else old, params, moved)
@@ -161,7 +163,7 @@ _update, _update_on_cpu = (
 
 def update_on(mesh: Mesh) -> Any:
     """`update`, jitted for the devices of the mesh."""
-    return _update_on_cpu if mesh.devices.flat[0].platform == "cpu" else _update
+    return _update_on_cpu if platform_of(mesh) == "cpu" else _update
 
 
 def _gradient(noise: GaussianNoise, mesh: Mesh, params: Any, members: Members, weights: Array) -> Any:
