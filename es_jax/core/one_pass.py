@@ -99,7 +99,7 @@ def _on_gpu(
         interpret=interpret,
         **options,
     )(*scalars, *(x.reshape(rows, columns) for x in arrays))
-    return [x.reshape(shape) for x in out[: len(dtypes)]], out[len(dtypes) :]
+    return [x.reshape(shape) for x in out[: len(dtypes)]], list(out[len(dtypes) :])
 
 
 def _on_tpu(
@@ -148,7 +148,7 @@ def _on_tpu(
         interpret=interpret,
         **options,
     )(*scalars, *map(view, arrays))
-    return [(x.swapaxes(1, 2) if turned else x).reshape(shape) for x in out[: len(dtypes)]], out[len(dtypes) :]
+    return [(x.swapaxes(1, 2) if turned else x).reshape(shape) for x in out[: len(dtypes)]], list(out[len(dtypes) :])
 
 
 def _tiles(rows: int, columns: int) -> int:

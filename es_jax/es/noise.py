@@ -117,8 +117,8 @@ class GaussianNoise:
           member: one member (`members[i]`, or a slot of a vmap).
           sigma: σ > 0.
           dtype: dtype of the result's leaves; each leaf's own by default.
-          row: (i, n) where every leaf [k, …] is k rows, from row i on, of the leaf [n, …] that is perturbed, which need not be
-            there.
+          row: (i, n) where every leaf [k, …] is k rows, from row i on, of the leaf [n, …] that is perturbed, which need
+            not be there.
 
         Raises:
           ValueError: σ ≤ 0.  TypeError: a leaf that is not floating point, which is named.

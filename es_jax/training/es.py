@@ -358,8 +358,11 @@ class Evaluator:
             return [self.noise.apply_at(name, leaf.shape, index, seed, scale, values[0])], []
 
         def local(part: Array, *scalars: Array) -> Array:
-            offset = offset_of(cut, part.shape)
-            return one_pass(elements, scalars, [part], [self.dtype], offset=offset, platform="gpu", interpret=interpret)[0][0]
+            results, _ = one_pass(
+                elements, scalars, [part], [self.dtype], offset=offset_of(cut, part.shape), platform="gpu",
+                interpret=interpret,
+            )  # fmt: skip
+            return results[0]
 
         scalars = (x.reshape(1) for x in (member.seed, jnp.float32(self.sigma) * member.sign))
         everywhere = PartitionSpec()

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -56,50 +57,56 @@ def update_in_one_pass(
 
     columns = {_PARAMS: params, **trees} | ({} if start is None else {_START: start})
     if chain.memory != "device":
-        columns = {name: jax.device_put(tree, param_shardings(mesh, tree)) for name, tree in columns.items()}
-    columns = {name: jax.tree.leaves(tree) for name, tree in columns.items()}
-    anchor = _START if start is not None else next(
-        i for i, tree in trees.items() if tree is optax.tree.get(opt_state, "anchor")
-    )  # fmt: skip
-    own = [_PARAMS, *moving]
+        columns = {i: jax.device_put(tree, param_shardings(mesh, tree)) for i, tree in columns.items()}
+    lists = {i: jax.tree.leaves(tree) for i, tree in columns.items()}
+    anchored = optax.tree.get(opt_state, "anchor")
+    origin = _START if start is not None else next(i for i, tree in trees.items() if tree is anchored)
     scalars = [*noise.summands(members, weights), rates, *(number.reshape(1) for number in numbers.values())]
+    over = functools.partial(
+        _over_leaf, noise, step, tuple(trees), tuple(numbers), moving, origin, platform=platform, interpret=interpret
+    )
 
-    def of_leaf(name: str, shape: tuple[int, ...], spec: PartitionSpec, scalars: Any, arrays: Any) -> tuple[Any, Array]:
-        def elements(index: list[Array], scalars: Sequence[Any], values: list[Array]) -> tuple[list[Array], list[Array]]:
-            (seeds, signed, pair, *rest), at = scalars, dict(zip(arrays, values, strict=True))
-            gradient = noise.estimate_at(name, shape, index, seeds, signed)
-            own_numbers = {i: x[0] for i, x in zip(numbers, rest, strict=True)}
-            param, state, _ = step(gradient, at[_PARAMS], {i: at[i] for i in trees}, own_numbers, (pair[0], pair[1]))
-            origin = (at | state)[anchor]
-            square = jnp.square(param.astype(jnp.float32) - origin.astype(jnp.float32))
-            return [param, *(state[i] for i in moving)], [square]
-
-        results, (square,) = one_pass(
-            elements, scalars, [*arrays.values()], [arrays[i].dtype for i in own], sums=1, platform=platform, interpret=interpret,
-            offset=offset_of(spec, arrays[_PARAMS].shape),
-            aliases={list(arrays).index(i): result for result, i in enumerate(own)},
-        )  # fmt: skip
-        copies = [jax.lax.axis_index(axis) for axis in mesh.axis_names if axis not in spec]
-        square = jnp.where(sum(copies, jnp.int32(0)) == 0, square, 0.0)  # a leaf held several times counts once
-        return dict(zip(own, results, strict=True)), square
-
-    def local(scalars: Any, columns: Any) -> tuple[Any, Array]:
-        rows = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
-        done = [
-            of_leaf(name, leaf.shape, spec, scalars, row)
-            for (name, leaf), spec, row in zip(leaves, specs, rows, strict=True)
-        ]
-        return {i: [new[i] for new, _ in done] for i in own}, sum(square for _, square in done)[None, None]
+    def local(scalars: Any, lists: Any) -> tuple[Any, Array]:
+        results, squares = [], jnp.float32(0)
+        for k, ((name, leaf), spec) in enumerate(zip(leaves, specs, strict=True)):
+            result, square = over(name, leaf.shape, spec, scalars, {i: column[k] for i, column in lists.items()})
+            results.append(result)
+            copies = [jax.lax.axis_index(axis) for axis in mesh.axis_names if axis not in spec]
+            squares += jnp.where(sum(copies, jnp.int32(0)) == 0, square, 0.0)  # one held several times counts once
+        return {i: [result[i] for result in results] for i in [_PARAMS, *moving]}, squares[None, None]
 
     moved, squares = jax.shard_map(
-        local, mesh=mesh, in_specs=(PartitionSpec(), {i: specs for i in columns}),
-        out_specs=({i: specs for i in own}, PartitionSpec(*mesh.axis_names)), check_vma=False,
-    )(scalars, columns)  # fmt: skip
+        local, mesh=mesh, in_specs=(PartitionSpec(), {i: specs for i in lists}),
+        out_specs=({i: specs for i in [_PARAMS, *moving]}, PartitionSpec(*mesh.axis_names)), check_vma=False,
+    )(scalars, lists)  # fmt: skip
     moved = {i: jax.tree.unflatten(like, column) for i, column in moved.items()}
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (_some(weights), _some(leaves[0][1]), kinds))
-    counted = step(*zeros, numbers, (rates[0], rates[1]))[2]
-    state = trees | counted | {i: moved[i] for i in moving}
+    state = trees | step(*zeros, numbers, (rates[0], rates[1]))[2] | {i: moved[i] for i in moving}
     return moved[_PARAMS], jax.tree.unflatten(structure, [state[i] for i in range(len(parts))]), squares
+
+
+def _over_leaf(
+    noise: GaussianNoise, step: Callable, trees: Sequence[int], numbers: Sequence[int], moving: Sequence[int],
+    origin: int, name: str, shape: tuple[int, ...], spec: PartitionSpec, scalars: Sequence[Array],
+    arrays: dict[int, Array], **options: Any,
+) -> tuple[dict[int, Array], Array]:  # fmt: skip
+    """A device's part of one leaf: what the step changes of `arrays`, and the square of its distance from `origin`."""
+    own = [_PARAMS, *moving]
+
+    def elements(index: list[Array], scalars: Sequence[Any], values: list[Array]) -> tuple[list[Array], list[Array]]:
+        (seeds, signed, pair, *rest), at = scalars, dict(zip(arrays, values, strict=True))
+        gradient = noise.estimate_at(name, shape, index, seeds, signed)
+        counts = {i: x[0] for i, x in zip(numbers, rest, strict=True)}
+        param, state, _ = step(gradient, at[_PARAMS], {i: at[i] for i in trees}, counts, (pair[0], pair[1]))
+        far = param.astype(jnp.float32) - (at | state)[origin].astype(jnp.float32)
+        return [param, *(state[i] for i in moving)], [jnp.square(far)]
+
+    results, (square,) = one_pass(
+        elements, scalars, [*arrays.values()], [arrays[i].dtype for i in own], sums=1,
+        offset=offset_of(spec, arrays[_PARAMS].shape),
+        aliases={list(arrays).index(i): result for result, i in enumerate(own)}, **options,
+    )  # fmt: skip
+    return dict(zip(own, results, strict=True)), square
 
 
 def _some(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -47,9 +47,7 @@ def both(platform, mesh, optim, es, dtype=jnp.float32):
     members = Population(6, seed=3, antithetic=config.es.antithetic).members(1)
     arguments = params, opt_state, start, members, jnp.linspace(-1, 1.5, 6), jnp.float32([0.05, 0.005])
     assert takes_one_pass(spec.noise, spec.chain)
-    kernels = functools.partial(
-        update_in_one_pass, spec.noise, spec.chain, mesh, platform=platform, interpret=True
-    )
+    kernels = functools.partial(update_in_one_pass, spec.noise, spec.chain, mesh, platform=platform, interpret=True)
     with jax.numpy_dtype_promotion("standard"):  # optax's adam needs it
         return jax.jit(functools.partial(state.update, spec, mesh))(*arguments), jax.jit(kernels)(*arguments)
 
