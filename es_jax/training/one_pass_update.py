@@ -53,7 +53,8 @@ def update_in_one_pass(
     step = _elementwise(chain, structure)
     kinds = {i: _some(jax.tree.leaves(tree)[0]) for i, tree in trees.items()}
     of_one = jax.make_jaxpr(step)(_some(weights), _some(leaves[0][1]), kinds, numbers, (rates[0], rates[1])).jaxpr
-    moving = [i for i, old, new in zip(trees, of_one.invars[2:], of_one.outvars[1:], strict=False) if old is not new]
+    changes = zip([_PARAMS, *trees], of_one.invars[1:], of_one.outvars, strict=False)
+    own = {i: new.aval.dtype for i, old, new in changes if old is not new}  # moments may become wider
 
     columns = {_PARAMS: params, **trees} | ({} if start is None else {_START: start})
     if chain.memory != "device":
@@ -63,7 +64,7 @@ def update_in_one_pass(
     origin = _START if start is not None else next(i for i, tree in trees.items() if tree is anchored)
     scalars = [*noise.summands(members, weights), rates, *(number.reshape(1) for number in numbers.values())]
     over = functools.partial(
-        _over_leaf, noise, step, tuple(trees), tuple(numbers), moving, origin, platform=platform, interpret=interpret
+        _over_leaf, noise, step, tuple(trees), tuple(numbers), own, origin, platform=platform, interpret=interpret
     )
 
     def local(scalars: Any, lists: Any) -> tuple[Any, Array]:
@@ -73,25 +74,25 @@ def update_in_one_pass(
             results.append(result)
             copies = [jax.lax.axis_index(axis) for axis in mesh.axis_names if axis not in spec]
             squares += jnp.where(sum(copies, jnp.int32(0)) == 0, square, 0.0)  # one held several times counts once
-        return {i: [result[i] for result in results] for i in [_PARAMS, *moving]}, squares[None, None]
+        return {i: [result[i] for result in results] for i in own}, squares[None, None]
 
     moved, squares = jax.shard_map(
         local, mesh=mesh, in_specs=(PartitionSpec(), {i: specs for i in lists}),
-        out_specs=({i: specs for i in [_PARAMS, *moving]}, PartitionSpec(*mesh.axis_names)), check_vma=False,
+        out_specs=({i: specs for i in own}, PartitionSpec(*mesh.axis_names)), check_vma=False,
     )(scalars, lists)  # fmt: skip
     moved = {i: jax.tree.unflatten(like, column) for i, column in moved.items()}
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (_some(weights), _some(leaves[0][1]), kinds))
-    state = trees | step(*zeros, numbers, (rates[0], rates[1]))[2] | {i: moved[i] for i in moving}
+    state = trees | step(*zeros, numbers, (rates[0], rates[1]))[2] | {i: moved[i] for i in own}
     return moved[_PARAMS], jax.tree.unflatten(structure, [state[i] for i in range(len(parts))]), squares
 
 
 def _over_leaf(
-    noise: GaussianNoise, step: Callable, trees: Sequence[int], numbers: Sequence[int], moving: Sequence[int],
+    noise: GaussianNoise, step: Callable, trees: Sequence[int], numbers: Sequence[int], own: dict[int, Any],
     origin: int, name: str, shape: tuple[int, ...], spec: PartitionSpec, scalars: Sequence[Array],
     arrays: dict[int, Array], **options: Any,
 ) -> tuple[dict[int, Array], Array]:  # fmt: skip
-    """A device's part of one leaf: what the step changes of `arrays`, and the square of its distance from `origin`."""
-    own = [_PARAMS, *moving]
+    """A device's part of one leaf: `own`, what the step changes of `arrays`, to what dtypes; and the square of its
+    distance from `origin`."""
 
     def elements(index: list[Array], scalars: Sequence[Any], values: list[Array]) -> tuple[list[Array], list[Array]]:
         (seeds, signed, pair, *rest), at = scalars, dict(zip(arrays, values, strict=True))
@@ -99,12 +100,13 @@ def _over_leaf(
         counts = {i: x[0] for i, x in zip(numbers, rest, strict=True)}
         param, state, _ = step(gradient, at[_PARAMS], {i: at[i] for i in trees}, counts, (pair[0], pair[1]))
         far = param.astype(jnp.float32) - (at | state)[origin].astype(jnp.float32)
-        return [param, *(state[i] for i in moving)], [jnp.square(far)]
+        new = state | {_PARAMS: param}
+        return [new[i] for i in own], [jnp.square(far)]
 
     results, (square,) = one_pass(
-        elements, scalars, [*arrays.values()], [arrays[i].dtype for i in own], sums=1,
+        elements, scalars, [*arrays.values()], list(own.values()), sums=1,
         offset=offset_of(spec, arrays[_PARAMS].shape),
-        aliases={list(arrays).index(i): result for result, i in enumerate(own)}, **options,
+        aliases={list(arrays).index(i): result for result, i in enumerate(own) if arrays[i].dtype == own[i]}, **options,
     )  # fmt: skip
     return dict(zip(own, results, strict=True)), square
 
