@@ -17,7 +17,7 @@ made of them wherever float32 products and sums are rounded as IEEE 754 says, an
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import jax.numpy as jnp
 from jax import lax
@@ -78,13 +78,13 @@ def counters(shape: tuple[int, ...], index: Iterable[Words]) -> tuple[Words, Wor
         cut -= 1
     if math.prod(shape[:cut]) > 2**32 or max(shape, default=0) > 2**32:
         raise ValueError(f"an array of shape {shape} has more places than a counter of two 32-bit words: cut the leaf")
-    index = tuple(index)
-    return _place(shape[:cut], index[:cut]), _place(shape[cut:], index[cut:])
+    index = iter(index)
+    return _place(shape[:cut], index), _place(shape[cut:], index)
 
 
-def _place(shape: tuple[int, ...], index: tuple[Words, ...]) -> Words:
-    place = index[0] if index else jnp.uint32(0)
-    for size, along in zip(shape[1:], index[1:], strict=True):
+def _place(shape: tuple[int, ...], index: Iterator[Words]) -> Words:
+    place = next(index) if shape else jnp.uint32(0)
+    for size, along in zip(shape[1:], index, strict=False):
         place = along + place * jnp.uint32(size)
     return place
 

@@ -100,7 +100,9 @@ def test_every_element_is_read_once_with_its_index(platform, shape):
 
     def function(index, scalars, elements):
         place = sum(1000**axis * along.astype(jnp.int32) for axis, along in enumerate(index))
-        return [place + jnp.zeros(elements[0].shape, jnp.int32), elements[0] * scalars[0][1]], [elements[0] > -1]
+        return [place + jnp.zeros(elements[0].shape, jnp.int32), elements[0] * scalars[0][1]], [
+            jnp.ones(elements[0].shape, jnp.float32)
+        ]
 
     call = functools.partial(
         one_pass.one_pass, function, [jnp.float32([9, 2])], [x], [jnp.int32, jnp.float32],
