@@ -18,6 +18,7 @@ FAST: dict[str, tuple[str, ...]] = {
         "test_the_update_sends_nothing_and_works_in_place[l2-gaussian]",
     ),
     "laws/test_noise.py": ("test_estimate_equals_the_brute_force_sum", "test_antithetic_pairs_sum_to_zero"),
+    "laws/test_one_pass.py": ("test_what_needs_more", "test_every_element_is_read_once_with_its_index"),
     "laws/test_processes.py": ("test_a_process_that_cannot_listen_ends_all_the_same",),
     "laws/test_replay.py": ("test_replay_needs_only_config_and_seed_log",),
     "laws/test_resuming.py": ("test_a_half_written_line_is_no_finished_step", "test_a_finished_run_started_again"),
