@@ -100,10 +100,11 @@ def define_config(fields: Fields) -> None:
 def _define_options(fields: Fields, arguments: Sequence[str]) -> list[str]:
     """Define --config.task.options.NAME of every name that is there, and return those that are defined."""
     for argument in arguments:
-        name = argument.lstrip("-").partition("=")[0].removeprefix("config.")
-        if argument.startswith(("-config.", "--config.")) and fields.of_option(name) and f"config.{name}" not in flags.FLAGS:
+        flag = argument.lstrip("-").partition("=")[0]
+        name = flag.removeprefix("config.")
+        if argument.startswith("-") and flag != name and fields.of_option(name) and flag not in flags.FLAGS:
             reader = _Reader(functools.partial(fields.parse, name))
-            flags.DEFINE_flag(flags.Flag(reader, None, f"config.{name}", None, "An option."))
+            flags.DEFINE_flag(flags.Flag(reader, None, flag, None, "An option."))
     defined = (flag.removeprefix("config.") for flag in flags.FLAGS if flag.startswith("config."))
     return [name for name in defined if fields.of_option(name)]
 

@@ -28,6 +28,7 @@ CHANGEABLE = (
 )
 SUM = "sha256"  # the field of config.json that has the sum of the others
 DATE = "model.template_date"
+SOURCES = "task_sources"  # sums of the tasks from outside the package; they may change, with a warning
 PACKAGES = ["es_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy"]
 
 
@@ -93,7 +94,7 @@ def settle(workdir: Path, config: dict[str, Any], *, identity: dict[str, Any], s
     if differing:
         raise ValueError(
             f"process {jax.process_index()} differs from process 0: {'; '.join(differing)}. All processes of a run "
-            "need the same model files and rows"
+            "need the same model files, rows and tasks"
         )
 
 
@@ -107,12 +108,10 @@ def _settle(workdir: Path, config: dict[str, Any], identity: dict[str, Any], sta
             if started:
                 raise
             then = {"config": {}}
-        old, new = (
-            flatten_dict({**facts["config"], **{k: facts.get(k) for k in identity}}, sep=".")
-            for facts in (then, content)
-        )
+        old, new = (_flat({**facts["config"], **{k: facts.get(k) for k in identity}}) for facts in (then, content))
         dateless = old.get(DATE) is None  # from before the field was there: it may be told
-        changed = [name for name in new if name not in CHANGEABLE and old.get(name) != new[name]]
+        fixed = [name for name in new if name not in CHANGEABLE and not name.startswith(SOURCES)]
+        changed = [name for name in fixed if old.get(name) != new[name]]
         changed = [name for name in changed if not (dateless and name == DATE)]
         if changed and started:
             differing = "; ".join(f"{name} was {old.get(name)!r} and is {new[name]!r}" for name in changed)
@@ -124,8 +123,16 @@ def _settle(workdir: Path, config: dict[str, Any], identity: dict[str, Any], sta
         if changed:
             shutil.rmtree(workdir / "evals", ignore_errors=True)  # of that config's weights before the first step
         else:
-            content = {**then, "config": config, "resumed": [*then.get("resumed", []), versions]}
+            before = {SOURCES: then.pop(SOURCES, None)}
+            sources = {SOURCES: identity[SOURCES]} if SOURCES in identity else {}
+            resumed = versions if before == sources or before[SOURCES] is None else versions | before
+            content = {**then, "config": config, **sources, "resumed": [*then.get("resumed", []), resumed]}
     write_json(path, content | {SUM: _sum(content)}, indent=2)
+
+
+def _flat(groups: dict[str, Any]) -> dict[str, Any]:
+    """Values by dotted name; a field of free options is a value."""
+    return flatten_dict(groups, sep=".", is_leaf=lambda path, _: path == ("task", "options"))
 
 
 def read(workdir: Path) -> dict[str, Any]:
@@ -139,7 +146,7 @@ def read(workdir: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path} does not exist: {workdir} is not a run's directory")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        fields = {RENAMED.get(name, name): value for name, value in flatten_dict(content["config"], sep=".").items()}
+        fields = {RENAMED.get(name, name): value for name, value in _flat(content["config"]).items()}
         there = {"config": unflatten_dict(ADDED | fields, sep="."), "digest": content["digest"]}
         facts = {"streams": 1, **content, **there}  # of all runs before the streams had a version
     except (ValueError, TypeError, KeyError, RecursionError) as error:

@@ -36,7 +36,7 @@ def at_once(task: Scorer) -> Submit:
 
 @contextlib.contextmanager
 def workers_of(task: Scorer, timeout_seconds: float | None = None) -> Iterator[Submit]:
-    """As many processes as the task's `workers` says, and at least one where there is a timeout, until the context ends.
+    """As many processes as the task's `workers` says, at least one where there is a timeout, until the context ends.
 
     What it gives takes an example and a completion, and returns the function that waits for the score; without
     processes it scores at once.

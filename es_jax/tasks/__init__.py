@@ -16,7 +16,7 @@ from es_jax.tasks.lab import KINDS, Lab
 from es_jax.tasks.multiple_choice import DATASETS, MultipleChoice
 from es_jax.tasks.proofwriter import ProofWriter
 from es_jax.tasks.simple import SimpleTask
-from es_jax.tasks.task import Choices, ChoiceTask, Example, Message, Score, Task, check_known, response_text
+from es_jax.tasks.task import Choices, ChoiceTask, Example, Message, Score, Task, check_known, name_of, response_text
 
 __all__ = [
     "TASKS", "ChoiceTask", "Choices", "Example", "Message", "Score", "SimpleTask", "Task", "check_name", "get_task",
@@ -87,7 +87,8 @@ def name_and_options(task: Task) -> tuple[str, dict[str, Any]]:
     """The name and the options with which `get_task` makes the task again; a name alone that says what it is, where
     that cannot be told. Raises ValueError for one that cannot be the name of a file."""
     name, options = outside.described(task)
-    if (own := getattr(task, "name", None)) in TASKS and type(task).__module__.startswith("es_jax."):
+    own = name_of(task)
+    if own in TASKS and type(task).__module__.startswith("es_jax."):
         return own, {option: value for option, value in options.items() if option != "kind"}
     return name, options
 

@@ -1,4 +1,4 @@
-"""The task `rows`: the rows of any data set, by its columns: a template for the prompt, the answer's column, a grader."""
+"""The task `rows`: any data set by its columns: a template for the prompt, the answer's column, and a grader."""
 
 import json
 import re
@@ -77,7 +77,9 @@ class Columns(Splits):
         if self.test_rows is not None and check_count(self.test_rows) and self.test_split != "test":
             raise ValueError(f"test_rows is {self.test_rows} and test_split {self.test_split!r}: set one of them")
         if self.test_rows is None and self.train_split == self.test_split:
-            raise ValueError(f"train_split and test_split are both {self.test_split!r}: set test_rows, or another split")
+            raise ValueError(
+                f"train_split and test_split are both {self.test_split!r}: set test_rows, or another split"
+            )
         object.__setattr__(self, "prompt", _template(self.prompt))
         object.__setattr__(self, "functions", (load(self.grader),) if outside else ())
 
@@ -115,7 +117,8 @@ class Columns(Splits):
             check_field(valid, str(self.answer), answer, "the answer, text that is not empty or a number")
             if self.grader == "number":
                 found = number_of(str(answer))
-                check_field(found is not None, str(self.answer), answer, "a number such as '72', or text that ends in #### 72")
+                wanted = "a number such as '72', or text that ends in #### 72"
+                check_field(found is not None, str(self.answer), answer, wanted)
         return own_example(prompt, answer, _id(row, number), meta)
 
     def _filled(self, template: str, row: Row, name: str) -> str:
@@ -126,7 +129,7 @@ class Columns(Splits):
             if column is None:
                 return match[0][0]
             if column == self.choices:
-                return "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, self._options(row)[0], strict=False))
+                return "\n".join(map("{}. {}".format, LETTERS, self._options(row)[0]))
             return _text(column, _value(row, column, name))
 
         return SLOT.sub(value, template)
@@ -136,9 +139,12 @@ class Columns(Splits):
         if self.choices is None:
             return (), LETTERS[:10]
         found = _value(row, self.choices, "choices")
-        texts, labels = (found.get("text"), found.get("label")) if isinstance(found, Mapping) else (found, None)
-        valid = isinstance(texts, Sequence) and not isinstance(texts, str) and 2 <= len(texts) <= len(LETTERS)
-        check_field(valid and all(isinstance(x, SCALARS) for x in texts), self.choices, found, "a list of 2 to 26 options")
+        named = found if isinstance(found, Mapping) else {"text": found}
+        texts: Any = named.get("text")
+        labels: Any = named.get("label")
+        valid = isinstance(texts, list | tuple) and 2 <= len(texts) <= len(LETTERS)
+        valid = valid and all(isinstance(text, SCALARS) for text in texts)
+        check_field(valid, self.choices, found, "a list of 2 to 26 options")
         return tuple(map(str, texts)), list(map(str, labels)) if labels else LETTERS[: len(texts)]
 
     def _label(self, answer: Any, row: Row, options: Sequence[str]) -> str:
@@ -153,8 +159,8 @@ class Columns(Splits):
             at = options.index(text)
         elif text.isdecimal() and options:
             at = int(text)
-        wanted = "a letter" + (", an option's text or its number from 0" if options else "; set choices where it is not one")
-        check_field(0 <= at < len(labels), str(self.answer), answer, wanted)
+        more = ", an option's text or its number from 0" if options else "; set choices where it is not one"
+        check_field(0 <= at < len(labels), str(self.answer), answer, f"a letter{more}")
         return LETTERS[at]
 
     def score(self, example: Example, completion: str) -> Score:
@@ -184,11 +190,11 @@ def number_of(answer: str) -> Any:
 
 def _template(prompt: Any) -> Any:
     """The template as text, or as messages with text. Raises ValueError for what is not one."""
-    if isinstance(prompt, str) and prompt.lstrip().startswith("[{"):
+    if isinstance(prompt, str) and re.match(r"\s*\[\s*\{\s*\"", prompt):
         try:
             prompt = json.loads(prompt)
-        except ValueError:
-            pass  # text, such as "[{category}] {question}"
+        except ValueError as error:
+            raise ValueError(f"prompt is {prompt!r}: it begins as messages do, but is not JSON ({error})") from None
     messages = prompt if isinstance(prompt, list | tuple) else [{"role": "user", "content": prompt}]
     valid = messages and all(
         isinstance(message, Mapping) and sorted(message) == ["content", "role"] and isinstance(message["content"], str)
@@ -196,8 +202,8 @@ def _template(prompt: Any) -> Any:
     )
     if not valid or not any(message["content"] for message in messages):
         raise ValueError(
-            f"prompt is {reprlib.repr(prompt)}: it should be a template such as 'Question: {{question}}', {{column}} for "
-            "a column's value, or a list of messages {role, content} with templates"
+            f"prompt is {reprlib.repr(prompt)}: it should be a template such as 'Question: {{question}}', in which "
+            "{column} stands for a row's value, or a list of messages {role, content} with templates"
         )
     texts = [message["content"] for message in messages]
     for text in texts:

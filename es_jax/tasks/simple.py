@@ -40,7 +40,9 @@ class SimpleTask(Splits):
 
     def score(self, example: Example, completion: str) -> Score | float:
         """The reward of a completion, a number; at least 1 counts as a right answer. A Score says more than that."""
-        raise NotImplementedError(f"{type(self).__name__} has no score: give it a method score(self, example, completion)")
+        raise NotImplementedError(
+            f"{type(self).__name__} has no score: give it a method score(self, example, completion)"
+        )
 
     def _examples(self, split: str, n: int | None) -> list[Example]:
         rows = islice(self.rows(split), None if n is None else check_count(n))

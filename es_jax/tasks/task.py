@@ -205,7 +205,7 @@ def take(examples: Sequence[Example], n: int | None, *, source: str) -> list[Exa
         raise ValueError(f"{source} is empty: it needs at least one example")
     if n is not None and check_count(n) > len(examples):
         raise ValueError(
-            f"n is {n}, but {source} has {len(examples)} examples: ask for at most {len(examples)} (task.train_size for "
-            "training, evals.rows for the test)"
+            f"n is {n}, but {source} has {len(examples)} examples: ask for at most {len(examples)} (task.train_size, "
+            "or evals.rows for the test)"
         )
     return list(examples[:n])

@@ -33,7 +33,9 @@ def test_workers_start_with_the_context():
 def test_the_death_of_a_worker_is_told_with_the_example_that_it_scored():
     with workers_of(Slow()) as submit:
         last, other = submit(Example("1", "", None), "die"), submit(Example("2", "", None), "0.1")
-        with pytest.raises(ValueError, match=r"'slow' could not score example '1': its worker process ended \(exit code -9\)"):
+        with pytest.raises(
+            ValueError, match=r"'slow' could not score example '1': its worker process ended \(exit code -9\)"
+        ):
             last()
         assert other().reward == 2
 
@@ -58,13 +60,19 @@ def test_a_task_that_cannot_travel_is_told_before_anything_starts():
     class Local(Slow):
         pass
 
-    with pytest.raises(ValueError, match=r"'slow' cannot be sent to a worker process .*at the top of a file"), workers_of(Local()):
+    with (
+        pytest.raises(ValueError, match=r"'slow' cannot be sent to a worker process .*at the top of a file"),
+        workers_of(Local()),
+    ):
         pass
 
 
 @pytest.mark.parametrize("limit", [0, -1.0, "3", float("inf")])
 def test_a_wrong_timeout_is_refused(limit):
-    with pytest.raises(ValueError, match=rf"has timeout_seconds {limit!r}: set it"), workers_of(Slow(timeout_seconds=limit)):
+    with (
+        pytest.raises(ValueError, match=rf"has timeout_seconds {limit!r}: set it"),
+        workers_of(Slow(timeout_seconds=limit)),
+    ):
         pass
 
 
