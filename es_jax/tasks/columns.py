@@ -3,7 +3,7 @@
 import json
 import re
 import reprlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -86,13 +86,14 @@ class Columns(Splits):
     def _examples(self, split: str, n: int | None) -> list[Example]:
         held = self.test_rows
         hub = Hub(self.hub or "", self.subset, self.train_split, self.test_split, self.revision)
-        rows, source = open_split(hub, split if held is None else "train", self.data_dir)
+        whole, source = open_split(hub, split if held is None else "train", self.data_dir)
+        rows: Iterable[Row] = whole
         if held is not None:
-            size = len(rows)  # type: ignore[arg-type]
+            size = len(whole)  # type: ignore[arg-type]
             if held >= size:
                 raise ValueError(f"test_rows is {held}, but {source} has {size} rows: leave some to train on")
             part = range(size - held) if split == "train" else range(size - held, size)
-            rows, source = (rows[i] for i in part), f"the {split} rows of {source}"  # type: ignore[index]
+            rows, source = (whole[i] for i in part), f"the {split} rows of {source}"  # type: ignore[index]
         return examples_of(islice(rows, None if n is None else check_count(n)), source, self._example, n)
 
     def _example(self, row: Row, number: int) -> Example:

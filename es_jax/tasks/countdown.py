@@ -154,7 +154,7 @@ def _divided(rows: Iterable[Row], source: str, split: str, n: int | None) -> lis
     examples = checked(rows, source, _example)
     own = (example for example in examples if _split_of(example.meta["numbers"]) == split)
     part = islice(own, None if n is None else check_count(n))
-    return examples_of(part, f"the part of {source} for the split {split}", lambda example, number: example, n)
+    return examples_of(part, f"the {split} part of {source}", lambda example, number: example, n)
 
 
 def _check_extra(extra: Row) -> Row:

@@ -94,12 +94,12 @@ def as_score(value: Any) -> Score:
     >>> as_score(True)
     Score(reward=1.0, parts={'answer': 1.0})
     """
-    score = value if isinstance(value, Score) else Score(value, {})
-    for number in (score.reward, *score.parts.values()):
+    raw, raw_parts = (value.reward, value.parts) if isinstance(value, Score) else (value, {})
+    for number in (raw, *raw_parts.values()):
         if not hasattr(number, "__float__"):  # text has none
             raise TypeError(f"score returned {value!r}: it must be a number, or a Score of numbers")
-    reward = float(score.reward)
-    parts = {"answer": float(reward >= 1)} | {name: float(part) for name, part in score.parts.items()}
+    reward = float(raw)
+    parts = {"answer": float(reward >= 1)} | {name: float(part) for name, part in raw_parts.items()}
     if parts["answer"] > 1 or parts["answer"] < 0:
         raise ValueError(f"score returned {value!r}: the part 'answer' must be 0 to 1; its mean is the accuracy")
     return Score(reward, parts)

@@ -560,13 +560,11 @@ def default_config() -> config_dict.ConfigDict:
                 kinds = typing.get_args(hint)
                 default = config_dict.placeholder(object if list in kinds else kinds[0])
             fields[name] = convert(default) if dataclasses.is_dataclass(hint) else default
-        fields.lock()
-        for value in fields.values():
-            if value == config_dict.ConfigDict():  # free options: any name may be set
-                value.unlock()
-        return fields
+        return fields.lock()
 
-    return convert(RunConfig())
+    config = convert(RunConfig())
+    config.task.options.unlock()  # any name may be set
+    return config
 
 
 def freeze(config: config_dict.ConfigDict | dict) -> RunConfig:
