@@ -26,7 +26,7 @@ from es_jax.evals.weight_source import (
     with_date,
 )
 from es_jax.generate.engine import engine_for
-from es_jax.rundir.directory import compilation_cache, write_json
+from es_jax.rundir.directory import changed_sources, compilation_cache, write_json
 from es_jax.rundir.metrics import Jsonl
 from es_jax.scoring.heldout import HeldOut, cast, evaluate
 from es_jax.scoring.row_results import EvalsFile, read_evals
@@ -37,13 +37,12 @@ from es_jax.training.es import Evaluator
 from es_jax.training.method import TokenLists
 from es_jax.training.run_tasks import (
     by_label,
-    changed_sources,
+    held_out,
     make_task,
     other_task,
     rows_of,
     source_digests,
     takes_rows,
-    timeout_of,
 )
 from es_jax.training.state import base_config, compute_dtype, mesh_of, perturbed_count
 from es_jax.weights.model import config_only
@@ -208,13 +207,8 @@ class _Evaluation:
         limit, rows = options.max_prompt_tokens or config.decode.max_prompt_tokens, options.rows or config.evals.rows
         tasks = _make_tasks(config, wanted, options.data_dir)
         self.warnings = changed_sources(source.facts, source_digests(tasks))
-        self.tests = [
-            HeldOut.of(
-                task, rows_of(task, "test", rows, name), model, max_prompt_tokens=limit, label=name,
-                timeout_seconds=timeout_of(config, name),
-            )
-            for name, task in tasks.items()
-        ]  # fmt: skip
+        tests = {name: rows_of(task, "test", rows, name) for name, task in tasks.items()}
+        self.tests = held_out(config, tasks, tests, model, limit)
         self.max_new_tokens = options.max_new_tokens or config.decode.max_new_tokens
         self.engine = engine_for(
             model.config,

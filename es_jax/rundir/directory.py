@@ -5,12 +5,13 @@ import fcntl
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from es_jax.core import processes
 from es_jax.core.names import ADDED, RENAMED
 from es_jax.weights.files import small_sums
+
+logger = logging.getLogger(__name__)
 
 # What may change between the start and the resumption of a run: nothing that a step's bits depend on.
 CHANGEABLE = (
@@ -123,11 +126,23 @@ def _settle(workdir: Path, config: dict[str, Any], identity: dict[str, Any], sta
         if changed:
             shutil.rmtree(workdir / "evals", ignore_errors=True)  # of that config's weights before the first step
         else:
-            before = {SOURCES: then.pop(SOURCES, None)}
+            sentences = changed_sources(then, identity)
+            for sentence in sentences:
+                logger.warning(sentence)
+            resumed = versions | ({SOURCES: then[SOURCES]} if sentences else {})
             sources = {SOURCES: identity[SOURCES]} if SOURCES in identity else {}
-            resumed = versions if before == sources or before[SOURCES] is None else versions | before
             content = {**then, "config": config, **sources, "resumed": [*then.get("resumed", []), resumed]}
     write_json(path, content | {SUM: _sum(content)}, indent=2)
+
+
+def changed_sources(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Sentences about tasks from outside the package whose source is another one now, by their sums in two records."""
+    was, is_ = (facts.get(SOURCES) or {} for facts in (then, now))
+    return [
+        f"the source of task {name!r} changed since the run wrote its config.json: its scores may differ from before"
+        for name in is_
+        if name in was and was[name] != is_[name]
+    ]
 
 
 def _flat(groups: dict[str, Any]) -> dict[str, Any]:

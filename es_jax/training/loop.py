@@ -21,7 +21,6 @@ import functools
 import hashlib
 import itertools
 import json
-import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -42,7 +41,7 @@ from es_jax.rundir.checkpoints import Checkpoints, nbytes
 from es_jax.rundir.directory import compilation_cache
 from es_jax.rundir.seed_log import SeedLog, read_entries
 from es_jax.scoring.grading import Graded, Grader
-from es_jax.scoring.heldout import HeldOut, checked_prompt, evaluate
+from es_jax.scoring.heldout import checked_prompt, evaluate
 from es_jax.scoring.row_results import EvalsFile
 from es_jax.scoring.workers import Submit, workers_of
 from es_jax.tasks.outside import label
@@ -53,12 +52,11 @@ from es_jax.training.method import StepResult
 from es_jax.training.recorder import Recorder
 from es_jax.training.run_tasks import (
     by_label,
-    changed_sources,
+    held_out,
     make_task,
     other_task,
     rows_of,
     source_digests,
-    timeout_of,
     with_task,
 )
 from es_jax.training.state import (
@@ -73,8 +71,6 @@ from es_jax.training.state import (
 from es_jax.training.weights_at import check_steps, resume
 from es_jax.weights.files import small_sums
 from es_jax.weights.model import load_outline
-
-logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,13 +162,7 @@ class _Run:
         self.model = dataclasses.replace(model, params={})  # the state alone holds weights: updates donate them
         limit = config.decode.max_prompt_tokens
         self.prompts = [checked_prompt(self.model, config.task.name, example, limit) for example in train]
-        self.tests = [
-            HeldOut.of(
-                tasks[name], rows, self.model, max_prompt_tokens=limit, label=name,
-                timeout_seconds=timeout_of(config, name),
-            )
-            for name, rows in tests.items()
-        ]  # fmt: skip
+        self.tests = held_out(config, tasks, tests, self.model, limit)
         self.log = SeedLog(workdir)
         self.streams = directory.read(workdir)["streams"] if self.log.entries else rng.STREAMS
         engine = engine_for(
@@ -189,12 +179,7 @@ class _Run:
             number = processes.exchange({0: number} if processes.first() else {})[0]  # hosts may differ in memory
             config = dataclasses.replace(config, decode=dataclasses.replace(config.decode, members_at_once=number))
             self.config = config
-        identity = self._identity()
-        for text in (
-            changed_sources(directory.read(workdir), identity) if self.log.entries and processes.first() else ()
-        ):
-            logger.warning(text)
-        directory.settle(workdir, dataclasses.asdict(config), identity=identity, started=bool(self.log.entries))
+        directory.settle(workdir, dataclasses.asdict(config), identity=self._identity(), started=bool(self.log.entries))
         self.evaluator = Evaluator.of(config, engine, self.mesh)
         self.checkpoints = Checkpoints(workdir, keep=config.train.keep_checkpoints)
         self.state = State(config, self.mesh, model.params)

@@ -5,11 +5,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from es_jax.core.names import unknown
+from es_jax.rundir.directory import SOURCES
+from es_jax.scoring.heldout import HeldOut
 from es_jax.tasks import TASKS, get_task, name_and_options, options_of, source_digest
 from es_jax.tasks.outside import label
 from es_jax.tasks.rows import rows_folder
 from es_jax.tasks.task import Example, Task
 from es_jax.training.config import RunConfig
+from es_jax.weights.model import Model
 
 OPTIONS = ("data_dir", "hub", "prompt", "answer", "grader", "seed")  # of a task, which have a field of their own
 
@@ -79,23 +82,30 @@ def rows_of(task: Task, split: str, n: int, name: str) -> list[Example]:
     return rows
 
 
-def timeout_of(config: RunConfig, name: str) -> float | None:
-    """task.timeout_seconds, for a task by what files call it."""
-    own = name == label(config.task.name) or name not in TASKS
-    return config.task.timeout_seconds if own else None
+def held_out(
+    config: RunConfig,
+    tasks: Mapping[str, Task],
+    rows: Mapping[str, list[Example]],
+    model: Model,
+    max_prompt_tokens: int,
+) -> list[HeldOut]:
+    """The held-out rows of tasks, by what files call these. task.timeout_seconds is for the trained one and for those
+    from outside the package."""
+    own, limit = label(config.task.name), config.task.timeout_seconds
+    return [
+        HeldOut.of(
+            tasks[name],
+            of_task,
+            model,
+            max_prompt_tokens=max_prompt_tokens,
+            label=name,
+            timeout_seconds=limit if name == own or name not in TASKS else None,
+        )
+        for name, of_task in rows.items()
+    ]
 
 
 def source_digests(tasks: Mapping[str, Task]) -> dict[str, Any]:
     """The sum of the source of each task from outside the package, as config.json keeps them under "task_sources"."""
     digests = {name: digest for name, task in tasks.items() if (digest := source_digest(task))}
-    return {"task_sources": digests} if digests else {}
-
-
-def changed_sources(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Sentences about tasks whose source is another one now, by two of `source_digests`."""
-    was, is_ = (facts.get("task_sources") or {} for facts in (then, now))
-    return [
-        f"the source of task {name!r} changed since the run wrote its config.json: its scores may differ from before"
-        for name in is_
-        if name in was and was[name] != is_[name]
-    ]
+    return {SOURCES: digests} if digests else {}
