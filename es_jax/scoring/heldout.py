@@ -58,7 +58,9 @@ class HeldOut:
         """Raises ValueError for a prompt longer than `max_prompt_tokens` tokens, which is named."""
         name = label or name_of(task)
         prompts = [checked_prompt(model, name, example, max_prompt_tokens) for example in examples]
-        options = [_options(task, example, model) for example in examples] if isinstance(task, ChoiceTask) else None
+        options = None
+        if isinstance(task, ChoiceTask) and callable(task.choices):  # a field may have that name
+            options = [_options(task, example, model) for example in examples]
         return cls(task, examples, prompts, options, label, timeout_seconds)
 
     @property

@@ -35,7 +35,7 @@ class Columns(Splits):
       grader: "exact", "number", "choice", "contains", or a function of one's own, "FILE.py:NAME" or
         "package.module:NAME", which is called with an example and a completion and returns the reward. In the example's
         `meta` are the row's columns.
-      choices: the column with a row's options, for the grader "choice"; {choices} lists them with letters.
+      choices_column: the column with a row's options, for the grader "choice"; in the prompt they have letters.
       subset: the data set's config, where it has several.
       train_split, test_split: the names of its splits; on the hub also slices, "train[:90%]".
       test_rows: so many rows at the end of the train split are for testing instead.
@@ -51,7 +51,7 @@ class Columns(Splits):
     prompt: Any = None
     answer: str | None = None
     grader: str = "exact"
-    choices: str | None = None
+    choices_column: str | None = None
     subset: str | None = None
     train_split: str = "train"
     test_split: str = "test"
@@ -129,7 +129,7 @@ class Columns(Splits):
             column = match[1]
             if column is None:
                 return match[0][0]
-            if column == self.choices:
+            if column == self.choices_column:
                 return "\n".join(map("{}. {}".format, LETTERS, self._options(row)[0]))
             return _text(column, _value(row, column, name))
 
@@ -137,15 +137,15 @@ class Columns(Splits):
 
     def _options(self, row: Row) -> tuple[tuple[str, ...], Sequence[str]]:
         """A row's options and what the data set calls them; of a row without options the letters."""
-        if self.choices is None:
+        if self.choices_column is None:
             return (), LETTERS[:10]
-        found = _value(row, self.choices, "choices")
+        found = _value(row, self.choices_column, "choices_column")
         named = found if isinstance(found, Mapping) else {"text": found}
         texts: Any = named.get("text")
         labels: Any = named.get("label")
         valid = isinstance(texts, list | tuple) and 2 <= len(texts) <= len(LETTERS)
         valid = valid and all(isinstance(text, SCALARS) for text in texts)
-        check_field(valid, self.choices, found, "a list of 2 to 26 options")
+        check_field(valid, self.choices_column, found, "a list of 2 to 26 options")
         return tuple(map(str, texts)), list(map(str, labels)) if labels else LETTERS[: len(texts)]
 
     def _label(self, answer: Any, row: Row, options: Sequence[str]) -> str:
@@ -160,7 +160,7 @@ class Columns(Splits):
             at = options.index(text)
         elif text.isdecimal() and options:
             at = int(text)
-        more = ", an option's text or its number from 0" if options else "; set choices where it is not one"
+        more = ", an option's text or its number from 0" if options else "; set choices_column where it is not one"
         check_field(0 <= at < len(labels), str(self.answer), answer, f"a letter{more}")
         return LETTERS[at]
 

@@ -76,10 +76,13 @@ def load(name: str) -> Any:
       ValueError: there is no such module, loading it raised, or it has no such name.
     """
     place, _, thing = name.rpartition(":")
+    path = Path(place).expanduser().resolve() if place.endswith(".py") else None
+    if path and not path.is_file():
+        raise FileNotFoundError(
+            f"{name!r} cannot be loaded: there is no {path}: give the path from {Path.cwd()}, or whole"
+        )
     try:
-        module = load_file(Path(place)) if place.endswith(".py") else _import(place)
-    except OSError:
-        raise
+        module = load_file(path) if path else _import(place)
     except Exception as error:
         raise ValueError(f"{name!r} cannot be loaded: {place} raised {type(error).__name__}: {error}") from error
     try:
@@ -91,11 +94,7 @@ def load(name: str) -> Any:
 
 def load_file(path: Path, source: bytes | None = None) -> types.ModuleType:
     """The module of a file, which may import its neighbours; a file that changed is another module."""
-    if source is None:
-        path = path.expanduser().resolve()
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist: give the path of a .py file, from {Path.cwd()} or whole")
-        source = path.read_bytes()
+    source = path.read_bytes() if source is None else source
     name = f"{path.stem}_{hashlib.sha256(str(path).encode() + source).hexdigest()[:12]}"
     if name in sys.modules:
         return sys.modules[name]

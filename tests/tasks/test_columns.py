@@ -79,10 +79,10 @@ def test_a_template_is_messages_or_text_and_values_are_text(tmp_path: Path) -> N
             {"answer": "note", "grader": "exact"},
             "field 'note' is None: it should be the answer, text that is not empty",
         ),
-        ({"answer": "result", "grader": "choice"}, "field 'result' is 0: it should be a letter; set choices"),
-        ({"grader": "choice", "choices": "unt"}, "choices: unknown column 'unt'"),
+        ({"answer": "result", "grader": "choice"}, "field 'result' is 0: it should be a letter; set choices_column"),
+        ({"grader": "choice", "choices_column": "unt"}, "choices_column: unknown column 'unt'"),
         (
-            {"grader": "choice", "choices": "question"},
+            {"grader": "choice", "choices_column": "question"},
             r"field 'question' is '0 \+ 0\?': it should be a list of 2 to 26",
         ),
         ({"test_rows": 6}, r"test_rows is 6, but .*train\.jsonl has 6 rows: leave some"),
@@ -109,7 +109,7 @@ def test_a_column_or_value_that_is_not_there_is_named(tmp_path: Path, options: d
         ({"answer": None}, "the grader 'number' has no answer: set answer to the column"),
         ({"grader": "exakt"}, "unknown grader of the task 'rows' 'exakt': did you mean 'exact'"),
         ({"grader": "paper"}, r"unknown grader of the task 'rows' 'paper'.*FILE\.py:NAME"),
-        ({"grader": "no_such.py:fn"}, r"no_such\.py does not exist"),
+        ({"grader": "no_such.py:fn"}, r"'no_such\.py:fn' cannot be loaded: there is no "),
         ({"train_split": "test"}, "train_split and test_split are both 'test'"),
         ({"test_rows": 0}, "n is 0"),
         ({"question": 1}, "unknown option of task 'rows' 'question'"),
@@ -164,7 +164,7 @@ def test_graders(tmp_path: Path, grader: str, reference: Any, completion: str, r
 )
 def test_options_are_listed_and_the_right_one_is_found(tmp_path: Path, options: Any, answer: Any, letter: str) -> None:
     write(tmp_path, [{"question": "?", "options": options, "result": answer}], "train.parquet", "test.parquet")
-    task = task_of(tmp_path, grader="choice", choices="options", prompt="{question}\n{options}")
+    task = task_of(tmp_path, grader="choice", choices_column="options", prompt="{question}\n{options}")
     (example,) = task.train()
     texts = options["text"] if isinstance(options, dict) else options
     assert example.prompt == "\n".join(["?", *(f"{label}. {text}" for label, text in zip("ABC", texts, strict=False))])
@@ -180,7 +180,7 @@ def test_options_are_listed_and_the_right_one_is_found(tmp_path: Path, options: 
 def test_an_option_that_is_none_is_named(tmp_path: Path, options: list, answer: Any) -> None:
     write(tmp_path, [{"question": "?", "options": options, "result": answer}])
     with pytest.raises(ValueError, match=rf"field 'result' is {answer!r}: it should be a letter, an option's text"):
-        task_of(tmp_path, grader="choice", choices="options").train()
+        task_of(tmp_path, grader="choice", choices_column="options").train()
 
 
 def test_a_function_of_ones_own_sees_the_columns(tmp_path: Path) -> None:

@@ -120,7 +120,11 @@ def test_a_file_that_changed_is_loaded_again_and_its_neighbours_count_in_its_sum
 @pytest.mark.parametrize(
     ("name", "error", "says"),
     [
-        ("own/miror.py:Mirror", FileNotFoundError, r"own/miror\.py does not exist: give the path"),
+        (
+            "own/miror.py:Mirror",
+            FileNotFoundError,
+            r"'own/miror\.py:Mirror' cannot be loaded: there is no /.*miror\.py: give",
+        ),
         ("own/mirror.py:Miror", ValueError, r"own/mirror\.py has no 'Miror'; it defines Mirror, short, Outer, ready"),
         ("own/mirror.py:number", ValueError, "is 3, which has no train and no test and no score: it must be a task"),
         ("own/mirror.py:Outer", ValueError, "has no train and no test and no score"),

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import logging
+import os
+import re
 import subprocess
 import sys
 import time
@@ -13,7 +15,7 @@ import pytest
 
 from configs.lab import get_config
 from es_jax.evals.export_step import export_run
-from es_jax.evals.runner import evaluate_run
+from es_jax.evals.runner import Options, evaluate_run
 from es_jax.plotting.runs import read_run
 from es_jax.report import write_report
 from es_jax.rundir import directory
@@ -21,7 +23,9 @@ from es_jax.rundir.metrics import read_jsonl
 from es_jax.tasks import Example, Score, SimpleTask
 from es_jax.training.config import freeze, read_config
 from es_jax.training.loop import run
+from tests import helpers
 
+ROOT = Path(__file__).resolve().parents[2]
 SOURCE = """
 import time
 from es_jax import SimpleTask
@@ -224,19 +228,33 @@ def test_a_wrong_field_is_named_before_anything_starts(folder, task, says):
     assert says in str(error.value) and not Path("run").exists()
 
 
+def test_the_example_of_the_readme_and_the_docs_trains(folder):
+    """With a model that has a chat template; 20 lines in all."""
+    blocks = [
+        re.search(r"```python\n(from es_jax import SimpleTask.*?)```", (ROOT / name).read_text(), flags=re.S)[1]
+        for name in ("README.md", "docs/tasks.md")
+    ]
+    assert blocks[0] == blocks[1] and len(blocks[0].splitlines()) <= 20
+    (folder / "my_task.py").write_text(blocks[0])
+    config = helpers.config_of(helpers.tiny_model(folder / "model"), helpers.TWO_STEPS)
+    result = run(config, "run", task="my_task.py:Initials")
+    assert result.step == 2 and read_config(Path("run")).task.name == "my_task.py:Initials"
+    (row,) = evaluate_run("run", steps=[0], options=Options(rows=16))["tasks"]["my_task.Initials"]
+    assert row["n"] == 16 and row["accuracy"] == 0 and -1 < row["reward"] < 1  # random weights
+
+
 @pytest.mark.slow
 def test_the_commands_take_the_name_and_its_options(folder):
     """Of another working directory's module too, and the error is one line."""
-    root = Path(__file__).resolve().parents[2]
     fields = ["task.train_size=8", "task.prompts_per_step=4", "train.steps=1", "evals.rows=4", "evals.tasks="]
 
     def command(name: str, *arguments: str):
-        env = {**__import__("os").environ, "PYTHONPATH": str(root)}
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
         return subprocess.run(
             [sys.executable, "-m", f"es_jax.{name}", *arguments], capture_output=True, text=True, env=env
         )
 
-    train = [f"--config={root}/configs/lab.py:population=2", *(f"--config.{field}" for field in fields)]
+    train = [f"--config={ROOT}/configs/lab.py:population=2", *(f"--config.{field}" for field in fields)]
     train += ["--config.task.name=reverse:Reverse", "--config.task.options.size=9", "--workdir=run"]
     out = command("train", *train)
     assert out.returncode == 1 and out.stderr.splitlines()[-1].startswith(
