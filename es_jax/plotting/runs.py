@@ -28,7 +28,8 @@ ERRORS = "Errors are one standard error: over seeds, or over rows where a series
 # What may differ within a series: the seed, and what no step depends on.
 ALIKE = (
     "train.", "evals.", "mesh.", "decode.slots", "decode.members_at_once", "decode.max_prompt_tokens",
-    "grpo.micro_batch", "model.template_date", "optim.anchor.strength", "optim.anchor.kappa",  # λ stands for both
+    "grpo.micro_batch", "model.template_date", "task.timeout_seconds",
+    "optim.anchor.strength", "optim.anchor.kappa",  # λ stands for both
 )  # fmt: skip
 SCHEDULES = ("es.schedule", "optim.schedule", "optim.anchor.schedule")
 # What every line of a file has; one of another name is a task's.

@@ -19,7 +19,7 @@ from es_jax.tasks.simple import SimpleTask
 from es_jax.tasks.task import Choices, ChoiceTask, Example, Message, Score, Task, check_known, name_of, response_text
 
 __all__ = [
-    "TASKS", "ChoiceTask", "Choices", "Example", "Message", "Score", "SimpleTask", "Task", "check_name", "get_task",
+    "TASKS", "ChoiceTask", "Choices", "Example", "Message", "Score", "SimpleTask", "Task", "check_name", "check_task", "get_task",
     "name_and_options", "options_of", "response_text", "source_digest",
 ]  # fmt: skip
 
@@ -69,12 +69,15 @@ def get_task(name: str, **options: Any) -> Task:
     except Exception as error:
         text = ", ".join(f"{option}={value!r}" for option, value in options.items()) or "no options"
         raise ValueError(f"task {name!r} with {text} raised {type(error).__name__}: {error}") from error
+    return check_task(task, f"task {name!r}")
+
+
+def check_task(task: Any, what: str) -> Task:
+    """Returns the task; raises ValueError for anything else, a class too."""
     lacking = [method for method in ("train", "test", "score") if not callable(getattr(task, method, None))]
-    if lacking:
-        raise ValueError(
-            f"task {name!r} is {task!r}, which has no {' and no '.join(lacking)}: it must be a task, as a subclass of "
-            "es_jax.SimpleTask is"
-        )
+    if lacking or inspect.isclass(task):
+        reason = f"which has no {' and no '.join(lacking)}" if lacking else "a class: call it"
+        raise ValueError(f"{what} is {task!r}, {reason}: it must be a task, as an object of a subclass of SimpleTask is")
     return task
 
 
@@ -86,10 +89,12 @@ def options_of(name: str) -> list[str] | None:
 def name_and_options(task: Task) -> tuple[str, dict[str, Any]]:
     """The name and the options with which `get_task` makes the task again; a name alone that says what it is, where
     that cannot be told. Raises ValueError for one that cannot be the name of a file."""
-    name, options = outside.described(task)
+    name, options = outside.described(check_task(task, "task"))
     own = name_of(task)
     if own in TASKS and type(task).__module__.startswith("es_jax."):
         return own, {option: value for option, value in options.items() if option != "kind"}
+    if name in TASKS or name == Columns.name:  # a subclass has the name of its base
+        return type(task).__name__, {}
     return name, options
 
 

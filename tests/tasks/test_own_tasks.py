@@ -126,7 +126,7 @@ def test_a_file_that_changed_is_loaded_again_and_its_neighbours_count_in_its_sum
             r"'own/miror\.py:Mirror' cannot be loaded: there is no /.*miror\.py: give",
         ),
         ("own/mirror.py:Miror", ValueError, r"own/mirror\.py has no 'Miror'; it defines Mirror, short, Outer, ready"),
-        ("own/mirror.py:number", ValueError, "is 3, which has no train and no test and no score: it must be a task"),
+        ("own/mirror.py:number", ValueError, "is 3, which has no train and no test and no score: it must be a task, as"),
         ("own/mirror.py:Outer", ValueError, "has no train and no test and no score"),
         ("own/broken.py:Task", ValueError, r"own/broken\.py raised ZeroDivisionError: division by zero"),
         ("own/syntax.py:Task", ValueError, r"own/syntax\.py raised SyntaxError"),
@@ -192,6 +192,7 @@ def test_an_object_has_the_name_that_makes_it_again(task: Any, name: str, option
     assert name_and_options(task) == (name.format(here=__name__), options)
 
 
+@pytest.mark.unchecked
 def test_the_class_of_a_file_has_the_files_name_and_a_local_one_its_own(folder: Path) -> None:
     assert name_and_options(get_task("own/mirror.py:Outer.Inner"))[0] == "Inner"  # its size is not known
 
@@ -199,6 +200,15 @@ def test_the_class_of_a_file_has_the_files_name_and_a_local_one_its_own(folder: 
         pass
 
     assert name_and_options(Local()) == ("Local", {})
+    assert name_and_options(type("Mine", (type(get_task("countdown")),), {"__module__": "none"})()) == ("none:Mine", {})
+
+    class Other(type(get_task("countdown"))):
+        extra = 1
+
+    assert name_and_options(Other()) == ("Other", {})  # not the built-in one
+    for wrong in (Local, 3):
+        with pytest.raises(ValueError, match=r"task is .*, (a class: call it|which has no train).*it must be a task"):
+            name_and_options(wrong)
     Local.name = "a/b"
     with pytest.raises(ValueError, match="task 'a/b' names files of the run: give it a name of letters"):
         name_and_options(Local())

@@ -228,6 +228,53 @@ def test_a_wrong_field_is_named_before_anything_starts(folder, task, says):
     assert says in str(error.value) and not Path("run").exists()
 
 
+def test_rows_by_columns_train_and_are_evaluated(folder):
+    (folder / "rows").mkdir()
+    lines = [json.dumps({"question": f"R{i:05}", "key": f"{i:05}"[::-1]}) for i in range(12)]
+    (folder / "rows/train.jsonl").write_text("\n".join(lines))
+    (folder / "judge.py").write_text("def first(example, completion): return completion[:1] == example.meta['key'][0]")
+    fields = {"name": "rows", "data_dir": "rows", "prompt": "{question}=", "answer": "key", "options": {"test_rows": 4}}
+    for grader, accuracy in (("exact", 1.0), ("judge.py:first", 1.0), ("choice", None)):
+        config = config_of(**fields, grader=grader)
+        if accuracy is None:
+            with pytest.raises(ValueError, match="field 'key' is '00000': it should be a letter"):
+                run(config, "choice")
+            continue
+        result = run(config, grader.partition(":")[0])
+        assert result.heldout["accuracy"] == accuracy and result.heldout["n"] == 4
+        (row, last) = evaluate_run(result.workdir, out=f"evals/{result.workdir}")["tasks"]["rows"]
+        assert row["accuracy"] == last["accuracy"] == accuracy
+    assert list(directory.read(Path("judge.py"))["task_sources"]) == ["rows"]
+    assert "task_sources" not in directory.read(Path("exact"))
+    labels = write_report(["exact", "judge.py"], "report", mark=True)["series"]
+    assert len(labels) == 2
+
+
+def test_a_run_from_before_the_fields_goes_on(folder):
+    """Its config.json has no options, and neither have the marks of its evaluations."""
+    config = config_of(name="lab-countdown")
+    run(config, "run")
+    evaluate_run("run", out="run/evals")
+    new = ("hub", "prompt", "answer", "options", "timeout_seconds")
+    content = json.loads(Path("run/config.json").read_text())
+    del content["sha256"]
+    for field in new:
+        del content["config"]["task"][field]
+    Path("run/config.json").write_text(json.dumps(content))
+    subject = json.loads(Path("run/evals/subject.json").read_text())
+    subject["marks"] = {
+        name: value for name, value in subject["marks"].items() if name.removeprefix("task.") not in new
+    }
+    Path("run/evals/subject.json").write_text(json.dumps(subject))
+    assert read_config(Path("run")).task.options == {}
+    config.train.steps = 3
+    assert run(config, "run").step == 3
+    assert [row["step"] for row in evaluate_run("run", steps=[3])["tasks"]["lab-countdown"]] == [0, 3]
+    with pytest.raises(ValueError, match=r"task\.options was \{\} and is \{'seed': 3\}"):
+        config.task.options.seed = 3
+        run(config, "run")
+
+
 def test_the_example_of_the_readme_and_the_docs_trains(folder):
     """With a model that has a chat template; 20 lines in all."""
     blocks = [
