@@ -46,7 +46,7 @@ def export_run(
     """
     workdir, out = Path(workdir), Path(out).expanduser()
     facts = directory.read(workdir)
-    config = freeze(facts["config"])
+    config = freeze(facts["config"], begun=True)
     last = len(read_entries(workdir))
     step = last if step is None else step
     if not 0 <= step <= last:

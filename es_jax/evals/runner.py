@@ -181,7 +181,7 @@ def _make_tasks(config: RunConfig, tasks: Sequence[str | Task], data_dir: str | 
     for task in tasks:
         name = task if isinstance(task, str) else name_and_options(task)[0]
         if not isinstance(task, str) and made.get(name, task) is not task:
-            raise ValueError(f"two of the tasks are called {name!r}: evaluate them one by one, each with an --out of its own")
+            raise ValueError(f"two of the tasks are called {name!r}: evaluate them one by one, each with its own out")
         if not isinstance(task, str):
             made[name] = task
         elif name not in made:

@@ -77,7 +77,9 @@ def check_task(task: Any, what: str) -> Task:
     lacking = [method for method in ("train", "test", "score") if not callable(getattr(task, method, None))]
     if lacking or inspect.isclass(task):
         reason = f"which has no {' and no '.join(lacking)}" if lacking else "a class: call it"
-        raise ValueError(f"{what} is {task!r}, {reason}: it must be a task, as an object of a subclass of SimpleTask is")
+        raise ValueError(
+            f"{what} is {task!r}, {reason}: it must be a task, as an object of a subclass of SimpleTask is"
+        )
     return task
 
 
@@ -91,7 +93,7 @@ def name_and_options(task: Task) -> tuple[str, dict[str, Any]]:
     that cannot be told. Raises ValueError for one that cannot be the name of a file."""
     name, options = outside.described(check_task(task, "task"))
     own = name_of(task)
-    if own in TASKS and type(task).__module__.startswith("es_jax."):
+    if own in (*TASKS, Columns.name) and type(task).__module__.startswith("es_jax."):
         return own, {option: value for option, value in options.items() if option != "kind"}
     if name in TASKS or name == Columns.name:  # a subclass has the name of its base
         return type(task).__name__, {}

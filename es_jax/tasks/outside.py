@@ -153,21 +153,22 @@ def described(task: Any) -> tuple[str, dict[str, Any]]:
     """The name and the options under which an object is made again: those of its class, where nothing else is in it;
     otherwise a name that says what it is, and no more."""
     kind = type(task)
-    fields = {field.name: field for field in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else {}
-    plain = getattr(task, "name", kind.__name__)
-    values = {name: getattr(task, name) for name, field in fields.items() if field.init}
-    values = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
-    values = {name: value for name, value in values.items() if value != fields[name].default}
+    fields = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
+    plain, values = getattr(task, "name", kind.__name__), {}
+    whole = set(getattr(task, "__dict__", {})) <= {field.name for field in fields}
+    try:
+        for field in fields:
+            value = getattr(task, field.name)
+            value = str(value) if isinstance(value, Path) else value
+            if field.init and value != field.default:
+                whole, values[field.name] = whole and json.loads(json.dumps(value)) == value, value
+    except (TypeError, ValueError):  # one that JSON has not, or an array
+        whole = False
     place = kind.__module__
     if place in loaded or place == "__main__":
         path = Path(loaded[place][0] if place in loaded else getattr(sys.modules[place], "__file__", None) or "")
         place = str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
     name = f"{place}:{kind.__qualname__}"
-    whole = set(getattr(task, "__dict__", {})) <= set(fields)
-    try:
-        whole = whole and json.loads(json.dumps(values)) == values
-    except (TypeError, ValueError):
-        whole = False
     if whole and is_reference(name) and place.partition(".")[0] not in sys.stdlib_module_names:
         return name, values
     if not LABEL.fullmatch(str(plain)):

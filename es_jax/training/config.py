@@ -400,11 +400,6 @@ class EvalsConfig:
 
     def __post_init__(self):
         _require(self, "evals", "at least 1", _at_least(1), "rows")
-        for name in self.tasks:
-            try:
-                check_name(name)
-            except ValueError as error:
-                raise ValueError(f"evals.tasks: {error}") from None
         _require(self, "evals", "0 (never) or more", _at_least(0), "every")
 
 
@@ -567,8 +562,9 @@ def default_config() -> config_dict.ConfigDict:
     return config
 
 
-def freeze(config: config_dict.ConfigDict | dict) -> RunConfig:
-    """The validated RunConfig of a ConfigDict or of plain nested dicts (a run's config.json).
+def freeze(config: config_dict.ConfigDict | dict, *, begun: bool = False) -> RunConfig:
+    """The validated RunConfig of a ConfigDict or of plain nested dicts; of a run that has `begun`, from its config.json,
+    whose tasks need not be here any more.
 
     Raises:
       ValueError: every unknown field (with the nearest known), every field of the wrong type, in one message; or the
@@ -577,9 +573,15 @@ def freeze(config: config_dict.ConfigDict | dict) -> RunConfig:
     >>> freeze({"es": {"population": 8}}).es.population
     8
     """
-    return FIELDS.build(RunConfig, config.to_dict() if isinstance(config, config_dict.ConfigDict) else config)
+    frozen = FIELDS.build(RunConfig, config.to_dict() if isinstance(config, config_dict.ConfigDict) else config)
+    for name in () if begun else frozen.evals.tasks:
+        try:
+            check_name(name)
+        except ValueError as error:
+            raise ValueError(f"evals.tasks: {error}") from None
+    return frozen
 
 
 def read_config(workdir: Path) -> RunConfig:
     """What the run in the directory was started with."""
-    return freeze(directory.read(workdir)["config"])
+    return freeze(directory.read(workdir)["config"], begun=True)

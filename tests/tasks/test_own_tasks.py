@@ -126,7 +126,11 @@ def test_a_file_that_changed_is_loaded_again_and_its_neighbours_count_in_its_sum
             r"'own/miror\.py:Mirror' cannot be loaded: there is no /.*miror\.py: give",
         ),
         ("own/mirror.py:Miror", ValueError, r"own/mirror\.py has no 'Miror'; it defines Mirror, short, Outer, ready"),
-        ("own/mirror.py:number", ValueError, "is 3, which has no train and no test and no score: it must be a task, as"),
+        (
+            "own/mirror.py:number",
+            ValueError,
+            "is 3, which has no train and no test and no score: it must be a task, as",
+        ),
         ("own/mirror.py:Outer", ValueError, "has no train and no test and no score"),
         ("own/broken.py:Task", ValueError, r"own/broken\.py raised ZeroDivisionError: division by zero"),
         ("own/syntax.py:Task", ValueError, r"own/syntax\.py raised SyntaxError"),
@@ -186,6 +190,7 @@ def test_packages_register_names(folder: Path, monkeypatch: pytest.MonkeyPatch) 
         (TASKS["countdown"](grader="strict"), "countdown", {"grader": "strict"}),
         (TASKS["piqa"](continuation="text"), "piqa", {"continuation": "text"}),
         (TASKS["lab-add"](seed=3), "lab-add", {"seed": 3}),
+        (get_task("rows", hub="a/b", prompt="{q}", answer="r"), "rows", {"hub": "a/b", "prompt": "{q}", "answer": "r"}),
     ],
 )
 def test_an_object_has_the_name_that_makes_it_again(task: Any, name: str, options: dict) -> None:

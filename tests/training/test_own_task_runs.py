@@ -161,6 +161,8 @@ def test_own_tasks_watch_what_is_forgotten_too(folder):
         run(config, "other")
     with pytest.raises(ValueError, match=r"evals\.tasks: unknown task 'revers'"):
         freeze({"evals": {"tasks": ["revers"]}})
+    helpers.edit_config(Path("run"), evals={"tasks": [NAME, "of a package that is gone"]})
+    assert read_run("run").step == 2 and export_run("run", "exported")["step"] == 2
 
 
 @pytest.mark.parametrize("method", ["population=4", "grpo,n=2"])
