@@ -19,8 +19,8 @@ from es_jax.tasks.simple import SimpleTask
 from es_jax.tasks.task import Choices, ChoiceTask, Example, Message, Score, Task, check_known, name_of, response_text
 
 __all__ = [
-    "TASKS", "ChoiceTask", "Choices", "Example", "Message", "Score", "SimpleTask", "Task", "check_name", "check_task", "get_task",
-    "name_and_options", "options_of", "response_text", "source_digest",
+    "TASKS", "ChoiceTask", "Choices", "Example", "Message", "Score", "SimpleTask", "Task", "check_name", "check_task",
+    "get_task", "name_and_options", "options_of", "response_text", "source_digest",
 ]  # fmt: skip
 
 TASKS: Mapping[str, Callable[..., Any]] = MappingProxyType(

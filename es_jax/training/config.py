@@ -563,8 +563,8 @@ def default_config() -> config_dict.ConfigDict:
 
 
 def freeze(config: config_dict.ConfigDict | dict, *, begun: bool = False) -> RunConfig:
-    """The validated RunConfig of a ConfigDict or of plain nested dicts; of a run that has `begun`, from its config.json,
-    whose tasks need not be here any more.
+    """The validated RunConfig of a ConfigDict or of plain nested dicts; or, `begun`, of a run's config.json, whose tasks
+    need not be here any more.
 
     Raises:
       ValueError: every unknown field (with the nearest known), every field of the wrong type, in one message; or the
