@@ -563,7 +563,7 @@ def default_config() -> config_dict.ConfigDict:
 
 
 def freeze(config: config_dict.ConfigDict | dict, *, begun: bool = False) -> RunConfig:
-    """The validated RunConfig of a ConfigDict or of plain nested dicts; or, `begun`, of a run's config.json, whose tasks
+    """The validated RunConfig of a ConfigDict or of plain nested dicts; or, `begun`, of a run's config.json: its tasks
     need not be here any more.
 
     Raises:
