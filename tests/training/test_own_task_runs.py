@@ -242,13 +242,13 @@ def test_rows_by_columns_train_and_are_evaluated(folder):
             with pytest.raises(ValueError, match="field 'key' is '00000': it should be a letter"):
                 run(config, "choice")
             continue
-        result = run(config, grader.partition(":")[0])
+        result = run(config, f"{grader.partition('.')[0]}-run")
         assert result.heldout["accuracy"] == accuracy and result.heldout["n"] == 4
         (row, last) = evaluate_run(result.workdir, out=f"evals/{result.workdir}")["tasks"]["rows"]
         assert row["accuracy"] == last["accuracy"] == accuracy
-    assert list(directory.read(Path("judge.py"))["task_sources"]) == ["rows"]
-    assert "task_sources" not in directory.read(Path("exact"))
-    labels = write_report(["exact", "judge.py"], "report", mark=True)["series"]
+    assert list(directory.read(Path("judge-run"))["task_sources"]) == ["rows"]
+    assert "task_sources" not in directory.read(Path("exact-run"))
+    labels = write_report(["exact-run", "judge-run"], "report", mark=True)["series"]
     assert len(labels) == 2
 
 
