@@ -41,16 +41,24 @@ from es_jax.rundir.checkpoints import Checkpoints, nbytes
 from es_jax.rundir.directory import compilation_cache
 from es_jax.rundir.seed_log import SeedLog, read_entries
 from es_jax.scoring.grading import Graded, Grader
-from es_jax.scoring.heldout import HeldOut, checked_prompt, evaluate
+from es_jax.scoring.heldout import checked_prompt, evaluate
 from es_jax.scoring.row_results import EvalsFile
 from es_jax.scoring.workers import Submit, workers_of
-from es_jax.tasks import get_task
-from es_jax.tasks.rows import rows_folder
+from es_jax.tasks.outside import label
 from es_jax.tasks.task import Example, Task
 from es_jax.training.config import RunConfig, freeze
 from es_jax.training.es import Evaluator, members_at_once, prompts_of_member
 from es_jax.training.method import StepResult
 from es_jax.training.recorder import Recorder
+from es_jax.training.run_tasks import (
+    by_label,
+    held_out,
+    make_task,
+    other_task,
+    rows_of,
+    source_digests,
+    with_task,
+)
 from es_jax.training.state import (
     State,
     base_config,
@@ -84,12 +92,16 @@ class RunResult:
     heldout: dict[str, Any] | None
 
 
-def run(config: RunConfig | config_dict.ConfigDict | dict, workdir: str | Path) -> RunResult:
+def run(
+    config: RunConfig | config_dict.ConfigDict | dict, workdir: str | Path, *, task: Task | str | None = None
+) -> RunResult:
     """Train, from the start or from where the directory's run stopped; the bits are the same either way.
 
     Args:
       config: a RunConfig, or the ConfigDict of a config file.
       workdir: the run's directory; made if need be.
+      task: in place of task.name: a name, or a task itself. config.json has the name and the options that make it
+        again, where its class tells them; otherwise whoever goes on with the run or evaluates it gives it again.
 
     Raises:
       ValueError, OSError: bad fields, rows, weights, prompts, or a directory of another run, before any work starts;
@@ -98,25 +110,17 @@ def run(config: RunConfig | config_dict.ConfigDict | dict, workdir: str | Path) 
     """
     began = time.monotonic()
     config, workdir = config if isinstance(config, RunConfig) else freeze(config), Path(workdir)
-    tasks = {name: other_task(config, name) for name in config.evals.tasks} | {config.task.name: make_task(config)}
-    train = tasks[config.task.name].train(config.task.train_size)
-    tests = {name: task.test(config.evals.rows) for name, task in tasks.items()} if config.evals.every else {}
-    workers = workers_of(tasks[config.task.name])
+    config = config if task is None else with_task(config, task)
+    trained = make_task(config) if task is None or isinstance(task, str) else task
+    others = ((name, other_task(config, name)) for name in config.evals.tasks if name != config.task.name)
+    tasks = by_label([*others, (config.task.name, trained)])
+    train = rows_of(trained, "train", config.task.train_size, config.task.name)
+    every, size = config.evals.every, config.evals.rows
+    tests = {name: rows_of(one, "test", size, name) for name, one in tasks.items()} if every else {}
+    workers = workers_of(trained, config.task.timeout_seconds)
     with processes.stoppable(), directory.claim(workdir), compilation_cache(workdir / "cache"), workers as submit:
         check_steps(config, workdir)
         return _Run(config, workdir, tasks, train, tests, submit).train(began)
-
-
-def make_task(config: RunConfig) -> Task:
-    """The run's task, with the options that are set."""
-    options = {name: getattr(config.task, name) for name in ("data_dir", "grader", "seed")}
-    return get_task(config.task.name, **{name: value for name, value in options.items() if value is not None})
-
-
-def other_task(config: RunConfig, name: str) -> Task:
-    """A task of evals.tasks, with its rows from evals.data_dir where that is set."""
-    root = None if name.startswith("lab-") else config.evals.data_dir
-    return get_task(name) if root is None else get_task(name, data_dir=rows_folder(root, name))
 
 
 def with_date(config: RunConfig, workdir: Path) -> RunConfig:
@@ -158,9 +162,7 @@ class _Run:
         self.model = dataclasses.replace(model, params={})  # the state alone holds weights: updates donate them
         limit = config.decode.max_prompt_tokens
         self.prompts = [checked_prompt(self.model, config.task.name, example, limit) for example in train]
-        self.tests = [
-            HeldOut.of(tasks[name], rows, self.model, max_prompt_tokens=limit) for name, rows in tests.items()
-        ]
+        self.tests = held_out(config, tasks, tests, self.model, limit)
         self.log = SeedLog(workdir)
         self.streams = directory.read(workdir)["streams"] if self.log.entries else rng.STREAMS
         engine = engine_for(
@@ -215,7 +217,7 @@ class _Run:
             self.profile.close()
             self.checkpoints.close()
             self.recorder.close()
-        heldout = self.recorder.heldout[self.config.task.name].last
+        heldout = self.recorder.heldout[label(self.config.task.name)].last
         return RunResult(self.workdir, step, self.state.params, self.recorder.reward, heldout)
 
     def _loop(self, clock: Clock, began_run: float) -> None:
@@ -304,6 +306,7 @@ class _Run:
             "parameters": self.dim,
             "stop_ids": list(self.model.stop_token_ids),
             "streams": rng.check_streams(self.streams),
+            **source_digests(self.tasks),
             **({} if anchor is None else {"anchor_digest": load_outline(anchor).digest}),
         }
 
