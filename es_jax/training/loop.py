@@ -27,11 +27,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
 from ml_collections import config_dict
 
 from es_jax.core import processes, rng
 from es_jax.core.tree import count
 from es_jax.generate.engine import engine_for
+from es_jax.models.config import TransformerConfig
 from es_jax.models.sharding import param_shardings
 from es_jax.profiling.clock import Clock, split
 from es_jax.profiling.trace import Profile
@@ -39,6 +41,7 @@ from es_jax.profiling.utilisation import utilisation
 from es_jax.rundir import directory
 from es_jax.rundir.checkpoints import Checkpoints, nbytes
 from es_jax.rundir.directory import compilation_cache
+from es_jax.rundir.metrics import say
 from es_jax.rundir.seed_log import SeedLog, read_entries
 from es_jax.scoring.grading import Graded, Grader
 from es_jax.scoring.heldout import HeldOut, checked_prompt, evaluate
@@ -47,22 +50,25 @@ from es_jax.scoring.workers import Submit, workers_of
 from es_jax.tasks import get_task
 from es_jax.tasks.rows import rows_folder
 from es_jax.tasks.task import Example, Task
-from es_jax.training.config import RunConfig, freeze
-from es_jax.training.es import Evaluator, members_at_once, prompts_of_member
+from es_jax.training.config import MeshConfig, RunConfig, freeze
+from es_jax.training.es import Evaluator, choose_slots, members_at_once, prompts_of_member
 from es_jax.training.method import StepResult
 from es_jax.training.recorder import Recorder
 from es_jax.training.state import (
     State,
     base_config,
     check_finite,
+    choose_mesh,
     compute_dtype,
     load_base,
-    mesh_of,
     perturbed_count,
 )
 from es_jax.training.weights_at import check_steps, resume
 from es_jax.weights.files import small_sums
 from es_jax.weights.model import load_outline
+
+# Fields that may be None: a number is chosen for them when a run starts.
+CHOSEN = (("decode", "slots"), ("decode", "members_at_once"), ("mesh", "groups"), ("mesh", "model"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,12 +134,27 @@ def with_date(config: RunConfig, workdir: Path) -> RunConfig:
             there = directory.read(workdir)["config"]
             begun = there.get("model", {}).get("template_date")
             fields = json.loads(json.dumps(dataclasses.asdict(config.with_date(begun))))
-            if fields["decode"]["members_at_once"] is None:  # chosen after the day
-                fields["decode"]["members_at_once"] = there.get("decode", {}).get("members_at_once")
+            for group, name in CHOSEN:
+                if fields[group][name] is None:
+                    fields[group][name] = there.get(group, {}).get(name)
             same = there == fields
             date = begun if same or read_entries(workdir) else date
     date = processes.exchange({0: date} if processes.first() else {})[0]
     return config.with_date(config.model.template_date or date)
+
+
+def with_mesh_and_slots(config: RunConfig, mesh: Mesh, model: TransformerConfig, known: dict[str, Any]) -> RunConfig:
+    """The config with the sizes of the mesh, and with decode.slots: as it says, as in the `known` config of the run, or
+    chosen."""
+    slots, before = config.decode.slots, known.get("decode", {}).get("slots")
+    if slots is None and before is not None:
+        slots, why = before, f"decode.slots: {before}, as when the run began"
+        say(why)
+    elif slots is None:
+        slots, why = choose_slots(config, model, mesh)
+        say(why)
+    decode = dataclasses.replace(config.decode, slots=slots)
+    return dataclasses.replace(config, decode=decode, mesh=MeshConfig(**mesh.shape))
 
 
 class _Run:
@@ -148,9 +169,13 @@ class _Run:
         tests: dict,
         submit: Submit,
     ):
-        self.mesh = mesh_of(config, base_config(config))
+        known = directory.read(workdir)["config"] if read_entries(workdir) else {}
+        self.mesh, why = choose_mesh(config, shape := base_config(config), before=known.get("mesh", {}).get("model"))
+        if self.mesh.size > 1:
+            say(why)
         processes.connect(self.mesh)
-        config = with_date(config, workdir)
+        config = with_mesh_and_slots(with_date(config, workdir), self.mesh, shape, known)
+        assert config.decode.slots is not None
         self.config, self.workdir, self.tasks, self.examples, self.submit = config, workdir, tasks, train, submit
         model = load_base(config, self.mesh)
         param_shardings(self.mesh, model.params, log=True)
@@ -172,8 +197,7 @@ class _Run:
             field="decode.max_new_tokens",
         )
         if config.decode.members_at_once is None:
-            known = directory.read(workdir)["config"]["decode"] if self.log.entries else {}
-            number = known.get("members_at_once") or members_at_once(config, engine, self.mesh)
+            number = known.get("decode", {}).get("members_at_once") or members_at_once(config, engine, self.mesh)
             number = processes.exchange({0: number} if processes.first() else {})[0]  # hosts may differ in memory
             config = dataclasses.replace(config, decode=dataclasses.replace(config.decode, members_at_once=number))
             self.config = config
