@@ -402,7 +402,7 @@ class MeshConfig:
     Attributes:
       groups: groups; None is as many as there are devices for.
       model: devices that share one member, by its heads, MLP and vocabulary; None is the fewest with room for it, or as
-        many as when the run began where they have room. config.json says what was chosen last.
+        many as when the run began, where that is more. The sizes are told, and `mesh` in config.json has them.
     """
 
     groups: int | None = None

@@ -50,7 +50,7 @@ from es_jax.scoring.workers import Submit, workers_of
 from es_jax.tasks import get_task
 from es_jax.tasks.rows import rows_folder
 from es_jax.tasks.task import Example, Task
-from es_jax.training.config import MeshConfig, RunConfig, freeze
+from es_jax.training.config import RunConfig, freeze
 from es_jax.training.es import Evaluator, choose_slots, members_at_once, prompts_of_member
 from es_jax.training.method import StepResult
 from es_jax.training.recorder import Recorder
@@ -67,8 +67,8 @@ from es_jax.training.weights_at import check_steps, resume
 from es_jax.weights.files import small_sums
 from es_jax.weights.model import load_outline
 
-# Fields that may be None: a number is chosen for them when a run starts.
-CHOSEN = (("decode", "slots"), ("decode", "members_at_once"), ("mesh", "groups"), ("mesh", "model"))
+# Fields of `decode` that may be None: a number is chosen for them when a run starts.
+CHOSEN = ("slots", "members_at_once")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,27 +134,24 @@ def with_date(config: RunConfig, workdir: Path) -> RunConfig:
             there = directory.read(workdir)["config"]
             begun = there.get("model", {}).get("template_date")
             fields = json.loads(json.dumps(dataclasses.asdict(config.with_date(begun))))
-            for group, name in CHOSEN:
-                if fields[group][name] is None:
-                    fields[group][name] = there.get(group, {}).get(name)
+            for name in CHOSEN:
+                if fields["decode"][name] is None:
+                    fields["decode"][name] = there.get("decode", {}).get(name)
             same = there == fields
             date = begun if same or read_entries(workdir) else date
     date = processes.exchange({0: date} if processes.first() else {})[0]
     return config.with_date(config.model.template_date or date)
 
 
-def with_mesh_and_slots(config: RunConfig, mesh: Mesh, model: TransformerConfig, known: dict[str, Any]) -> RunConfig:
-    """The config with the sizes of the mesh, and with decode.slots: as it says, as in the `known` config of the run, or
-    chosen."""
-    slots, before = config.decode.slots, known.get("decode", {}).get("slots")
-    if slots is None and before is not None:
-        slots, why = before, f"decode.slots: {before}, as when the run began"
-        say(why)
-    elif slots is None:
+def with_slots(config: RunConfig, mesh: Mesh, model: TransformerConfig, *, before: int | None) -> RunConfig:
+    """The config with decode.slots: as it says, as `before` in the run that goes on, or chosen; says which."""
+    if config.decode.slots is not None:
+        return config
+    slots, why = before, f"decode.slots: {before}, as when the run began"
+    if slots is None:
         slots, why = choose_slots(config, model, mesh)
-        say(why)
-    decode = dataclasses.replace(config.decode, slots=slots)
-    return dataclasses.replace(config, decode=decode, mesh=MeshConfig(**mesh.shape))
+    say(why)
+    return dataclasses.replace(config, decode=dataclasses.replace(config.decode, slots=slots))
 
 
 class _Run:
@@ -169,12 +166,13 @@ class _Run:
         tests: dict,
         submit: Submit,
     ):
-        known = directory.read(workdir)["config"] if read_entries(workdir) else {}
-        self.mesh, why = choose_mesh(config, shape := base_config(config), before=known.get("mesh", {}).get("model"))
+        facts = directory.read(workdir) if read_entries(workdir) else {}
+        known = facts.get("config", {}).get("decode", {})
+        self.mesh, why = choose_mesh(config, shape := base_config(config), before=facts.get("mesh", {}).get("model"))
         if self.mesh.size > 1:
             say(why)
         processes.connect(self.mesh)
-        config = with_mesh_and_slots(with_date(config, workdir), self.mesh, shape, known)
+        config = with_slots(with_date(config, workdir), self.mesh, shape, before=known.get("slots"))
         assert config.decode.slots is not None
         self.config, self.workdir, self.tasks, self.examples, self.submit = config, workdir, tasks, train, submit
         model = load_base(config, self.mesh)
@@ -197,11 +195,12 @@ class _Run:
             field="decode.max_new_tokens",
         )
         if config.decode.members_at_once is None:
-            number = known.get("decode", {}).get("members_at_once") or members_at_once(config, engine, self.mesh)
+            number = known.get("members_at_once") or members_at_once(config, engine, self.mesh)
             number = processes.exchange({0: number} if processes.first() else {})[0]  # hosts may differ in memory
             config = dataclasses.replace(config, decode=dataclasses.replace(config.decode, members_at_once=number))
             self.config = config
-        directory.settle(workdir, dataclasses.asdict(config), identity=self._identity(), started=bool(self.log.entries))
+        facts = {"identity": self._identity(), "started": bool(self.log.entries), "mesh": dict(self.mesh.shape)}
+        directory.settle(workdir, dataclasses.asdict(config), **facts)
         self.evaluator = Evaluator.of(config, engine, self.mesh)
         self.checkpoints = Checkpoints(workdir, keep=config.train.keep_checkpoints)
         self.state = State(config, self.mesh, model.params)

@@ -17,7 +17,7 @@ from es_jax.planning.topology import Topology
 from es_jax.training.config import default_config, freeze
 from es_jax.training.es import choose_slots
 from es_jax.training.loop import run
-from tests.helpers import TWO_STEPS, config_of, edit_config, same
+from tests.helpers import TWO_STEPS, config_of, same
 
 FIELDS = {
     "model": {"dtype": "bfloat16"},
@@ -76,8 +76,9 @@ def test_the_smallest_device_counts_and_one_that_reports_nothing(monkeypatch):
 
 def test_without_a_report_there_are_64_slots(tiny_model, tmp_path, capsys):
     run(config_of(tiny_model, NONE), tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())["config"]
-    assert config["decode"]["slots"] == 64 and config["mesh"] == {"groups": 8, "model": 1}
+    facts = json.loads((tmp_path / "config.json").read_text())
+    assert facts["config"]["decode"]["slots"] == 64 and facts["mesh"] == {"groups": 8, "model": 1}
+    assert facts["config"]["mesh"] == {"groups": None, "model": None}  # as it was asked for
     said = capsys.readouterr().err
     assert "decode.slots: 64, as the devices do not report their memory" in said
     assert "mesh: groups 8 × model 1 of 8 devices: the devices do not report their memory" in said
@@ -111,13 +112,15 @@ def test_a_chosen_number_stays_with_the_run(tiny_model, tmp_path, monkeypatch, c
 
 
 def test_a_run_from_before_keeps_the_slots_that_it_had(tiny_model, tmp_path, monkeypatch):
-    """Its config.json has 64, and a mesh that nothing was written of."""
+    """Its config.json has 64 of them, and nothing of a mesh."""
     run(config_of(tiny_model, NONE, train={"steps": 1}), tmp_path)
-    edit_config(tmp_path, mesh={"groups": None, "model": None})
+    content = json.loads((tmp_path / "config.json").read_text())
+    del content["sha256"], content["mesh"]
+    (tmp_path / "config.json").write_text(json.dumps(content))
     monkeypatch.setattr(processes, "device_memory", lambda: 2_000_000)
     run(config_of(tiny_model, NONE), tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())["config"]
-    assert config["decode"]["slots"] == 64 and config["mesh"]["groups"] == 8
+    facts = json.loads((tmp_path / "config.json").read_text())
+    assert facts["config"]["decode"]["slots"] == 64 and facts["mesh"] == {"groups": 8, "model": 1}
 
 
 def test_another_number_than_the_runs_is_refused(tiny_model, tmp_path):
