@@ -21,6 +21,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -76,8 +77,13 @@ class Variant(NamedTuple):
     options: dict[str, str] = {}  # noqa: RUF012 - never changed
 
 
+def fields_of_engine(**fields: Any) -> dict[str, Any]:
+    """Those that there are."""
+    return {name: value for name, value in fields.items() if name in Engine.__dataclass_fields__}
+
+
 AS_IT_IS = "as it is"  # what a run has
-VARIANTS = {AS_IT_IS: Variant({}), "layers in a scan": Variant({"unroll": False})}
+VARIANTS = {AS_IT_IS: Variant({}), "layers in a scan": Variant(fields_of_engine(unroll=False, in_place=False))}
 LAWS = [
     *("test_noise.py::test_estimate_equals_the_brute_force_sum", "test_noise.py::test_antithetic_pairs_sum_to_zero"),
     "test_noise.py::test_moments_and_independence_of_members_and_steps",
@@ -157,38 +163,40 @@ class Kit:
         return {"copy_bytes_per_s": 4 * numbers / copy, "flops": 2 * size**3 / product, "memory_bytes": memory}
 
     @functools.cached_property
-    def weights(self) -> dict[bool, Any]:
-        """A member's, as engines with their layers apart, or stacked, take them."""
-        kinds = {e.engine.unrolled: e for e in (self.evaluator(1, 1, variant) for variant in self.variants)}
-        return {kind: jax.block_until_ready(e.perturb(self.params, self.lane)) for kind, e in kinds.items()}
+    def weights(self) -> dict[str, Any]:
+        """A member's, as the engine of each variant takes them."""
+        makers = {variant: self.evaluator(1, 1, variant) for variant in self.variants}
+        return {name: jax.block_until_ready(e.perturb(self.params, self.lane)) for name, e in makers.items()}
 
     @functools.cached_property
     def variants(self) -> list[str]:
         """Those that are programs of their own."""
         kinds = {}
         for name, variant in VARIANTS.items():
-            kinds.setdefault((self.evaluator(1, 1, name).engine.unrolled, str(variant.options)), name)
+            engine = self.evaluator(1, 1, name).engine
+            how = (engine.unrolled, getattr(engine, "writes_in_place", False), str(variant.options))
+            kinds.setdefault(how, name)
         return list(kinds.values())
 
     @functools.cached_property
     def programs(self) -> dict[tuple, Any]:
         """Compiled side by side, for all parts that use them: a program, or why there is none."""
         jobs: dict[tuple, Callable[[], Any]] = {}
-        for variant in self.variants if "decode" in self.parts else ():
-            for rows in self.rows:
-                for new in (1, self.new):
-                    lower = functools.partial(self._decode, rows, new, variant)
-                    jobs[variant, rows, new] = lambda f=lower, v=variant: f().compile(VARIANTS[v].options or None)
+        for variant, weights in self.weights.items() if "decode" in self.parts else ():
+            for rows, new in itertools.product(self.rows, (1, self.new)):
+                lower = functools.partial(self._decode, rows, new, variant, weights)
+                jobs[variant, rows, new] = lambda f=lower, v=variant: f().compile(VARIANTS[v].options or None)
         for kind in ("l2", "none") if {"members", "iteration"} & {*self.parts} else ():
-            jobs["update", kind] = lambda k=kind: self._update(k, self.population).compile()
-        if "iteration" in self.parts and self.population != 2:  # whose calls find in the cache what is compiled here
-            jobs["update", 2] = lambda: self._update("l2", 2).compile()
+            update = functools.partial(self._update, self.state(kind))
+            jobs["update", kind] = lambda f=update: f(self.population).compile()
+            if kind == "l2" and self.population != 2:  # the calls of `iteration` find it in the cache
+                jobs["update", 2] = lambda f=update: f(2).compile()
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             return dict(zip(jobs, pool.map(attempt, jobs.values()), strict=True))
 
-    def _decode(self, rows: int, new: int, variant: str) -> Any:
+    def _decode(self, rows: int, new: int, variant: str, weights: Any) -> Any:
         evaluator = self.evaluator(rows, new, variant)
-        return Evaluator._decode.lower(evaluator, self.weights[evaluator.engine.unrolled], self.packed(evaluator))
+        return Evaluator._decode.lower(evaluator, weights, self.packed(evaluator))
 
     def packed(self, evaluator: Evaluator) -> Any:
         """The prompts of an evaluator's slots on the device."""
@@ -196,8 +204,8 @@ class Kit:
         tokens, positions, prefix = evaluator.engine.packing(prompts).pack(prompts, rows=len(prompts))
         return evaluator._rows(tokens[None], positions[None], prefix)
 
-    def _update(self, kind: str, population: int) -> Any:
-        return update_on(self.mesh).lower(*self.state(kind).update_arguments(entry_of(population)))
+    def _update(self, state: State, population: int) -> Any:
+        return update_on(self.mesh).lower(*state.update_arguments(entry_of(population)))
 
     @functools.cached_property
     def updates(self) -> dict[str, float]:
@@ -256,11 +264,10 @@ def decode(kit: Kit) -> dict[str, Any]:
 
 
 def _decode(kit: Kit, variant: str, rows: int) -> dict[str, float]:
-    seconds, model = {}, kit.model
+    seconds, model, weights = {}, kit.model, kit.weights[variant]
     for new in (1, kit.new):
         evaluator = kit.evaluator(rows, new, variant)
         program, arguments = kit.program(variant, rows, new), kit.packed(evaluator)
-        weights = kit.weights[evaluator.engine.unrolled]
         seconds[new] = median(lambda p=program, w=weights, a=arguments: p(w, a), 2)
     prefill, whole = seconds[1], seconds[kit.new]
     used = sum(leaf.nbytes for leaf in jax.tree.leaves(weights))

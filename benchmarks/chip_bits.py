@@ -1,8 +1,8 @@
 """Whether a device makes the noise of a CPU to the last bit: a part of `benchmarks.chip`.
 
 `stages` compares each stage of a number with the host's CPU: values that differ, units in the last place. The roots are
-of mantissas in both parities of the exponent: of 2^24 values these are all there are. `digests` are of perturbed
-weights, of estimates and of updates; those of a CPU are in chip_digests.json.
+of mantissas in both parities of the exponent: of 2^24 values these are all there are. `digests` are of noise,
+of members and of updates as a run makes them; those of a CPU are in chip_digests.json.
 """
 
 import functools
@@ -13,15 +13,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from es_jax.core import threefry_normal
-from es_jax.es.low_rank import LowRankNoise
+from es_jax.core.mesh import make_mesh, over_groups, to_devices
 from es_jax.es.noise import GaussianNoise
-from es_jax.es.population import Members, Population
-from es_jax.optim.anchored import anchored_weight_decay
+from es_jax.es.population import Population
+from es_jax.generate.engine import Engine
+from es_jax.models.config import TransformerConfig
+from es_jax.models.sharding import param_shardings
+from es_jax.models.transformer import Transformer
+from es_jax.rundir.seed_log import Entry
+from es_jax.training.config import freeze
+from es_jax.training.es import Evaluator
+from es_jax.training.state import State
 
 Call = Callable[..., Any]
+KINDS: dict[str, dict[str, Any]] = {"full rank": {}, "antithetic": {"antithetic": True}}
+MODEL = TransformerConfig(  # of sizes that no block divides
+    family="qwen2", vocab_size=519, width=104, layers=2, heads=4, kv_heads=2, head_dim=16, mlp_dim=139
+)
 PARAMS = {"a": np.zeros((257, 129), np.float32), "layers/b": np.zeros((3, 64, 65), np.float32)}
 
 
@@ -72,34 +82,40 @@ def stages(device: jax.Device, host: jax.Device, n: int) -> dict[str, Call]:
     }
 
 
-def perturbed(params: Any, member: Members) -> Any:
-    return GaussianNoise().apply(params, member, sigma=1.0)
-
-
-def updated(params: Any, members: Members, weights: jax.Array) -> Any:
-    optimizer = optax.chain(optax.sgd(0.1), anchored_weight_decay(0.005))
-    gradient = GaussianNoise().estimate(params, members, weights)
-    updates, _ = optimizer.update(gradient, optimizer.init(params), params)
-    return optax.apply_updates(params, updates)
-
-
 def digests(device: jax.Device) -> dict[str, str]:
-    """Of what a step makes of noise on that device."""
+    """Of noise and an estimate, and of what a run's own programs make of them on that device: a member, two updates."""
     weights = np.random.default_rng(0).standard_normal(30).astype(np.float32)
-    large = jax.tree.map(lambda leaf: 0.02 * np.random.default_rng(1).standard_normal(leaf.shape, np.float32), PARAMS)
     with jax.default_device(jax.devices("cpu")[0]):
-        member = jax.device_get(Population(2, seed=7, streams=1).members(3)[1])
-        plain, pairs = jax.device_get([
-            Population(30, seed=7, antithetic=antithetic, streams=1).members(3) for antithetic in (False, True)
-        ])  # fmt: skip
-    low_rank = LowRankNoise(stacked="layers/")
-    cases: dict[str, tuple[Call, Any]] = {
-        "apply": (perturbed, (PARAMS, member)),
-        "estimate": (GaussianNoise().estimate, (PARAMS, plain, weights)),
-        "update": (updated, (large, plain, weights)),
-        "estimate antithetic": (GaussianNoise().estimate, (PARAMS, pairs, weights)),
-        "update antithetic": (updated, (large, pairs, weights)),
-        "pair of rank 1": (functools.partial(low_rank.pair, sigma=1.0), (PARAMS, member)),
-        "estimate of rank 1": (low_rank.estimate, (PARAMS, plain, weights)),
+        members = jax.device_get(Population(30, seed=7, streams=1).members(3))
+    noise = GaussianNoise()
+    result = {
+        "apply": digest(on(device, functools.partial(noise.apply, sigma=1.0), PARAMS, members[1])),
+        "estimate": digest(on(device, noise.estimate, PARAMS, members, weights)),
     }
-    return {name: digest(on(device, call, *args)) for name, (call, args) in cases.items()}
+    return result | {f"{name}, {kind}": value for kind in KINDS for name, value in of_a_run(device, kind).items()}
+
+
+def of_a_run(device: jax.Device, kind: str) -> dict[str, str]:
+    mesh = make_mesh(1, 1, devices=[device])
+    optim = {"learning_rate": 0.1, "anchor": {"penalty": "l2", "strength": 0.05}}
+    config = freeze({"model": {"dtype": "float32"}, "es": {"population": 30, **KINDS[kind]}, "optim": optim})
+    numbers = np.random.default_rng(1)  # jax.random's normal numbers need not have the same bits everywhere
+    shapes = jax.eval_shape(Transformer(MODEL).init, jax.random.key(0))
+    params = jax.tree.map(lambda leaf: 0.02 * numbers.standard_normal(leaf.shape, np.float32), shapes)
+    params = jax.device_put(params, param_shardings(mesh, params))
+    engine = Engine(MODEL, slots=1, max_prompt_tokens=1, max_new_tokens=1, stop_token_ids=())
+    population = Population(30, seed=7, antithetic=config.es.antithetic)
+    lane = to_devices(population.members(3)[np.arange(1, 2)], over_groups(mesh))
+    member = Evaluator.of(config, engine, mesh).perturb(params, lane)
+    state = State(config, mesh, params)
+    for step in (1, 2):
+        rewards = np.random.default_rng(step).standard_normal(30)
+        state.apply(Entry.of(step, population.members(step), rewards=rewards, weights=rewards.astype(np.float32)))
+    return {"member": digest(stacked(member)), "updates": digest(state.params)}
+
+
+def stacked(tree: Any) -> Any:
+    """With the layers in one array, where an engine has them apart."""
+    if isinstance(tree, dict) and isinstance(layers := tree.get("layers"), tuple):
+        return {**tree, "layers": jax.tree.map(lambda *leaves: np.stack(leaves), *layers)}
+    return tree

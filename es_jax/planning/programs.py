@@ -98,14 +98,13 @@ class Programs:
         self.each = prompts_of_member(config)
         longest, self.new = config.decode.max_prompt_tokens, config.decode.max_new_tokens
         self.width = padded_width(longest, longest)
-        if config.decode.slots is None:
-            slots, _ = choose_slots(config, model, mesh, memory=memory)
-            config = dataclasses.replace(config, decode=dataclasses.replace(config.decode, slots=slots))
-            assert config.decode.slots is not None
         engine = Engine(
-            model, slots=min(config.decode.slots, self.each), max_prompt_tokens=longest,
+            model, slots=self.each, max_prompt_tokens=longest,
             max_new_tokens=self.new, stop_token_ids=(0,), unroll=False,
         )  # fmt: skip
+        slots = config.decode.slots or choose_slots(config, engine, mesh, memory=memory)[0]
+        config = dataclasses.replace(config, decode=dataclasses.replace(config.decode, slots=slots))
+        engine = dataclasses.replace(engine, slots=min(slots, self.each))
         if config.decode.members_at_once is None:
             number = members_at_once(config, engine, mesh, memory=memory)
             config = dataclasses.replace(config, decode=dataclasses.replace(config.decode, members_at_once=number))

@@ -179,23 +179,21 @@ def members_at_once(config: RunConfig, engine: Engine, mesh: Mesh, *, memory: in
 SLOTS = 64  # where devices do not report their memory
 
 
-def choose_slots(
-    config: RunConfig, model: TransformerConfig, mesh: Mesh, *, memory: int | None = None
-) -> tuple[int, str]:
+def choose_slots(config: RunConfig, engine: Engine, mesh: Mesh, *, memory: int | None = None) -> tuple[int, str]:
     """decode.slots where it is not set, and why: all of a member's prompts, a half, a third, … in half of what the
     weights leave of a device's `memory`, by default as devices report it.
 
-    Prompts count as decode.max_prompt_tokens long, so that the number is known before there are prompts.
+    Prompts count as decode.max_prompt_tokens long, so that a plan, which has none, finds the same number.
     """
     memory = processes.device_memory() if memory is None else memory
     if memory is None:
         return SLOTS, f"decode.slots: {SLOTS}, as the devices do not report their memory"
     decode, prompts, lanes = config.decode, prompts_of_member(config), config.decode.members_at_once or 1
-    room = max(_half_of_the_rest(config, model, mesh, memory), 0)
+    room = max(_half_of_the_rest(config, engine.config, mesh, memory), 0)
     longest, new = decode.max_prompt_tokens, decode.max_new_tokens
     for batches in range(1, prompts + 1):
         slots = ceil_div(prompts, batches)
-        engine = Engine(model, slots=slots, max_prompt_tokens=longest, max_new_tokens=new, stop_token_ids=())
+        engine = dataclasses.replace(engine, slots=slots, max_prompt_tokens=longest)
         needed = lanes * _lane_bytes(engine, prompts, compute_dtype(config).itemsize, lanes=lanes) // mesh.shape[MODEL]
         if needed <= room:
             break

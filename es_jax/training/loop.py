@@ -32,8 +32,7 @@ from ml_collections import config_dict
 
 from es_jax.core import processes, rng
 from es_jax.core.tree import count
-from es_jax.generate.engine import engine_for
-from es_jax.models.config import TransformerConfig
+from es_jax.generate.engine import Engine, engine_for
 from es_jax.models.sharding import param_shardings
 from es_jax.profiling.clock import Clock, split
 from es_jax.profiling.trace import Profile
@@ -143,15 +142,21 @@ def with_date(config: RunConfig, workdir: Path) -> RunConfig:
     return config.with_date(config.model.template_date or date)
 
 
-def with_slots(config: RunConfig, mesh: Mesh, model: TransformerConfig, *, before: int | None) -> RunConfig:
-    """The config with decode.slots: as it says, as `before` in the run that goes on, or chosen; says which."""
-    if config.decode.slots is not None:
-        return config
-    slots, why = before, f"decode.slots: {before}, as when the run began"
+def with_numbers(config: RunConfig, engine: Engine, mesh: Mesh, known: Mapping[str, int]) -> tuple[RunConfig, Engine]:
+    """Both with decode.slots and decode.members_at_once: as the config says, as `known` from when the run began, or
+    chosen."""
+    slots, at_once = config.decode.slots, config.decode.members_at_once
     if slots is None:
-        slots, why = choose_slots(config, model, mesh)
-    say(why)
-    return dataclasses.replace(config, decode=dataclasses.replace(config.decode, slots=slots))
+        slots, why = known.get("slots"), f"decode.slots: {known.get('slots')}, as when the run began"
+        if slots is None:
+            slots, why = choose_slots(config, engine, mesh)
+        say(why)
+    engine = dataclasses.replace(engine, slots=min(slots, engine.slots))
+    if at_once is None:
+        at_once = known.get("members_at_once") or members_at_once(config, engine, mesh)
+        at_once = processes.exchange({0: at_once} if processes.first() else {})[0]  # hosts may differ in memory
+    decode = dataclasses.replace(config.decode, slots=slots, members_at_once=at_once)
+    return dataclasses.replace(config, decode=decode), engine
 
 
 class _Run:
@@ -167,13 +172,11 @@ class _Run:
         submit: Submit,
     ):
         facts = directory.read(workdir) if read_entries(workdir) else {}
-        known = facts.get("config", {}).get("decode", {})
-        self.mesh, why = choose_mesh(config, shape := base_config(config), before=facts.get("mesh", {}).get("model"))
+        self.mesh, why = choose_mesh(config, base_config(config), before=facts.get("mesh", {}).get("model"))
         if self.mesh.size > 1:
             say(why)
         processes.connect(self.mesh)
-        config = with_slots(with_date(config, workdir), self.mesh, shape, before=known.get("slots"))
-        assert config.decode.slots is not None
+        config = with_date(config, workdir)
         self.config, self.workdir, self.tasks, self.examples, self.submit = config, workdir, tasks, train, submit
         model = load_base(config, self.mesh)
         param_shardings(self.mesh, model.params, log=True)
@@ -189,18 +192,17 @@ class _Run:
         engine = engine_for(
             model.config,
             [*self.prompts, *(ids for test in self.tests for ids in test.prompts)],
-            slots=min(config.decode.slots, prompts_of_member(config)),
+            slots=prompts_of_member(config),
             max_new_tokens=config.decode.max_new_tokens,
             stop_token_ids=model.stop_token_ids,
             field="decode.max_new_tokens",
         )
-        if config.decode.members_at_once is None:
-            number = known.get("members_at_once") or members_at_once(config, engine, self.mesh)
-            number = processes.exchange({0: number} if processes.first() else {})[0]  # hosts may differ in memory
-            config = dataclasses.replace(config, decode=dataclasses.replace(config.decode, members_at_once=number))
-            self.config = config
-        facts = {"identity": self._identity(), "started": bool(self.log.entries), "mesh": dict(self.mesh.shape)}
-        directory.settle(workdir, dataclasses.asdict(config), **facts)
+        config, engine = with_numbers(config, engine, self.mesh, facts.get("config", {}).get("decode", {}))
+        self.config = config
+        directory.settle(
+            workdir, dataclasses.asdict(config), identity=self._identity(), started=bool(self.log.entries),
+            mesh=dict(self.mesh.shape),
+        )  # fmt: skip
         self.evaluator = Evaluator.of(config, engine, self.mesh)
         self.checkpoints = Checkpoints(workdir, keep=config.train.keep_checkpoints)
         self.state = State(config, self.mesh, model.params)

@@ -49,7 +49,7 @@ def test_all_that_one_process_measures(tmp_path, monkeypatch):
 
 def test_noise_has_the_bits_of_the_digests(tmp_path, monkeypatch):
     found = measured(tmp_path, monkeypatch, "--parts=noise")["noise"]
-    assert all(row["equal"] for row in found["digests"].values()) and len(found["digests"]) == 7
+    assert all(row["equal"] for row in found["digests"].values()) and len(found["digests"]) == 6
     assert all(stage["different"] == 0 for stage in found["stages"].values())
 
 
@@ -57,8 +57,9 @@ def test_noise_of_other_bits_is_told(monkeypatch):
     """A device whose cosine is a few units in the last place off."""
     known, exact = json.loads(chip.DIGESTS.read_text())["digests"], threefry_normal._cosine
     monkeypatch.setattr(threefry_normal, "_cosine", lambda word: exact(word) * (1 + 2.0**-21))
+    monkeypatch.setattr(chip_bits, "KINDS", {})  # whose programs may have been compiled before
     made = chip_bits.digests(jax.devices()[0])
-    assert made.keys() == known.keys() and not any(made[name] == known[name] for name in known)
+    assert len(made) == 2 and not any(made[name] == known[name] for name in made)
 
 
 @pytest.mark.slow

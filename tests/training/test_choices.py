@@ -10,6 +10,7 @@ import pytest
 from es_jax.core import processes
 from es_jax.core.chips import chip
 from es_jax.evals import runner
+from es_jax.generate.engine import Engine
 from es_jax.models.config import TransformerConfig
 from es_jax.models.known_configs import published
 from es_jax.planning.programs import programs_of
@@ -36,9 +37,16 @@ def on(groups, model):
     return types.SimpleNamespace(shape={"groups": groups, "model": model}, size=groups * model)
 
 
+def engine_of(model, config, longest=1):
+    """One of a run whose prompts have at most so many tokens."""
+    new = config.decode.max_new_tokens
+    return Engine(model, slots=1, max_prompt_tokens=longest, max_new_tokens=new, stop_token_ids=())
+
+
 def slots_of(model, name, groups, cut, **changes):
     fields = {group: FIELDS.get(group, {}) | changes.get(group, {}) for group in {**FIELDS, **changes}}
-    return choose_slots(freeze(fields), published(model), on(groups, cut), memory=chip(name).memory)[0]
+    engine = engine_of(published(model), freeze(fields))
+    return choose_slots(freeze(fields), engine, on(groups, cut), memory=chip(name).memory)[0]
 
 
 @pytest.mark.unchecked
@@ -138,7 +146,7 @@ def test_a_plan_chooses_as_a_run_does(memory):
     config = freeze(FIELDS | {"mesh": {"groups": 1, "model": 1}})
     one = dataclasses.replace(chip("v5e"), memory=memory)
     programs = programs_of(config, model, Topology("cpu", one, tuple(jax.devices()[:1])))
-    chosen = choose_slots(config, model, programs.mesh, memory=memory)[0]
+    chosen = choose_slots(config, engine_of(model, config, longest=7), programs.mesh, memory=memory)[0]
     assert programs.evaluator.engine.slots == programs.config.decode.slots == chosen
 
 
