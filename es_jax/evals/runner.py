@@ -33,7 +33,7 @@ from es_jax.scoring.row_results import EvalsFile, read_evals
 from es_jax.tasks import name_and_options
 from es_jax.tasks.task import Task
 from es_jax.training.config import MeshConfig, ModelConfig, RunConfig, check_date, read_config
-from es_jax.training.es import Evaluator
+from es_jax.training.es import SLOTS, Evaluator
 from es_jax.training.method import TokenLists
 from es_jax.training.run_tasks import (
     by_label,
@@ -56,7 +56,7 @@ class Options:
 
     Attributes:
       rows: test rows of each task.
-      max_prompt_tokens, max_new_tokens, slots: of decoding.
+      max_prompt_tokens, max_new_tokens, slots: of decoding; slots of a model that no run made is 64.
       data_dir: a folder of folders of rows, named like their tasks (`-` may be `_`); None: each task's own rows, and
         for the task that was trained those of the run.
       template_date: the day that the chat template sees, such as "2026-11-27"; None: the run's; of a model, that of the
@@ -215,7 +215,7 @@ class _Evaluation:
         self.engine = engine_for(
             model.config,
             [ids for test in self.tests for ids in test.prompts],
-            slots=options.slots or config.decode.slots,
+            slots=options.slots or config.decode.slots or SLOTS,
             max_new_tokens=self.max_new_tokens,
             stop_token_ids=model.stop_token_ids,
         )

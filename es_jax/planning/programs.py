@@ -34,7 +34,7 @@ from es_jax.planning.costs import Work, cache_bytes, decode_memory, forward_flop
 from es_jax.planning.topology import Topology
 from es_jax.training import state
 from es_jax.training.config import RunConfig
-from es_jax.training.es import Evaluator, members_at_once, pair_bytes, prompts_of_member
+from es_jax.training.es import Evaluator, choose_slots, members_at_once, pair_bytes, prompts_of_member
 from es_jax.training.method import METHODS
 
 
@@ -79,8 +79,8 @@ class Program(NamedTuple):
 class Programs:
     """A run's programs on a mesh of devices to compile for; config.model.dtype must not be "auto".
 
-    Where the config leaves decode.members_at_once open it is chosen as a run does, from the `memory` of a device (by
-    default, of one that is here).
+    Where the config leaves decode.slots and decode.members_at_once open they are chosen as a run does, from the
+    `memory` of a device (by default, of one that is here).
     """
 
     order: tuple[str, ...] = ("load", "share", "perturb", "decode", "update")  # the methods that give them
@@ -99,9 +99,12 @@ class Programs:
         longest, self.new = config.decode.max_prompt_tokens, config.decode.max_new_tokens
         self.width = padded_width(longest, longest)
         engine = Engine(
-            model, slots=min(config.decode.slots, self.each), max_prompt_tokens=longest,
+            model, slots=self.each, max_prompt_tokens=longest,
             max_new_tokens=self.new, stop_token_ids=(0,), unroll=False,
         )  # fmt: skip
+        slots = config.decode.slots or choose_slots(config, engine, mesh, memory=memory)[0]
+        config = dataclasses.replace(config, decode=dataclasses.replace(config.decode, slots=slots))
+        engine = dataclasses.replace(engine, slots=min(slots, self.each))
         if config.decode.members_at_once is None:
             number = members_at_once(config, engine, mesh, memory=memory)
             config = dataclasses.replace(config, decode=dataclasses.replace(config.decode, members_at_once=number))

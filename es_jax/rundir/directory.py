@@ -75,7 +75,14 @@ def _lock(workdir: Path) -> Any:
     return lock
 
 
-def settle(workdir: Path, config: dict[str, Any], *, identity: dict[str, Any], started: bool) -> None:
+def settle(
+    workdir: Path,
+    config: dict[str, Any],
+    *,
+    identity: dict[str, Any],
+    started: bool,
+    mesh: dict[str, int] | None = None,
+) -> None:
     """Write config.json, or check that the run that is there is this one.
 
     Of several processes the first writes; all call it.
@@ -84,13 +91,15 @@ def settle(workdir: Path, config: dict[str, Any], *, identity: dict[str, Any], s
       config: the run's fields, as nested dicts.
       identity: what else a run is, by name: digests of base weights and of prompts, the compute dtype, …
       started: whether it has a finished step. Without one the directory is taken over, whatever it was meant for.
+      mesh: the sizes of the mesh, which may be another each time.
 
     Raises:
       ValueError: the directory holds another run, or this process has another one than the first; what differs is
         named.
     """
     if processes.first():
-        _settle(workdir, json.loads(json.dumps(config)), identity, started)  # as it is read back: lists for tuples
+        config = json.loads(json.dumps(config))  # as it is read back: lists for tuples
+        _settle(workdir, config, identity, started, mesh or {})
     processes.barrier()
     there = read(workdir)
     differing = [f"{k} is {there.get(k)!r} there and {v!r} here" for k, v in identity.items() if there.get(k) != v]
@@ -101,9 +110,11 @@ def settle(workdir: Path, config: dict[str, Any], *, identity: dict[str, Any], s
         )
 
 
-def _settle(workdir: Path, config: dict[str, Any], identity: dict[str, Any], started: bool) -> None:
+def _settle(
+    workdir: Path, config: dict[str, Any], identity: dict[str, Any], started: bool, mesh: dict[str, int]
+) -> None:
     path, versions = workdir / "config.json", _versions()
-    content = {"config": config, **identity, "versions": versions}
+    content = {"config": config, **identity, "mesh": mesh, "versions": versions}
     if path.exists() or started:
         try:
             then = {"files": identity.get("files"), **read(workdir)}  # earlier versions did not keep them
@@ -131,7 +142,8 @@ def _settle(workdir: Path, config: dict[str, Any], identity: dict[str, Any], sta
                 logger.warning(sentence)
             resumed = versions | ({SOURCES: then[SOURCES]} if sentences else {})
             sources = {SOURCES: identity[SOURCES]} if SOURCES in identity else {}
-            content = {**then, "config": config, **sources, "resumed": [*then.get("resumed", []), resumed]}
+            own = {"config": config, "mesh": mesh, **sources}
+            content = {**then, **own, "resumed": [*then.get("resumed", []), resumed]}
     write_json(path, content | {SUM: _sum(content)}, indent=2)
 
 

@@ -325,7 +325,8 @@ class DecodeConfig:
     Attributes:
       max_prompt_tokens: the longest prompt allowed, in tokens.
       max_new_tokens: tokens after which a completion is cut.
-      slots: prompts that a member decodes at once.
+      slots: prompts that a member decodes at once. None: as many as the devices' memory has room for, chosen when a run
+        starts and kept in its config.json; 64 where devices do not report it, as on CPU.
       members_at_once: members that a group of devices evaluates in one call. None: with es.noise = "low_rank" as many
         as the memory has room for, chosen when a run starts and kept in its config.json; otherwise 1. More than 1 pays
         for small models.
@@ -333,7 +334,7 @@ class DecodeConfig:
 
     max_prompt_tokens: int = 512
     max_new_tokens: int = 1024
-    slots: int = 64
+    slots: int | None = None
     members_at_once: int | None = None
 
     def __post_init__(self):
@@ -409,7 +410,8 @@ class MeshConfig:
 
     Attributes:
       groups: groups; None is as many as there are devices for.
-      model: devices that share one member, by its heads, MLP and vocabulary; None is the fewest with room for it.
+      model: devices that share one member, by its heads, MLP and vocabulary; None is the fewest with room for it, or as
+        many as when the run began, where that is more. The sizes are told, and `mesh` in config.json has them.
     """
 
     groups: int | None = None

@@ -27,11 +27,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
 from ml_collections import config_dict
 
 from es_jax.core import processes, rng
 from es_jax.core.tree import count
-from es_jax.generate.engine import engine_for
+from es_jax.generate.engine import Engine, engine_for
 from es_jax.models.sharding import param_shardings
 from es_jax.profiling.clock import Clock, split
 from es_jax.profiling.trace import Profile
@@ -39,6 +40,7 @@ from es_jax.profiling.utilisation import utilisation
 from es_jax.rundir import directory
 from es_jax.rundir.checkpoints import Checkpoints, nbytes
 from es_jax.rundir.directory import compilation_cache
+from es_jax.rundir.metrics import say
 from es_jax.rundir.seed_log import SeedLog, read_entries
 from es_jax.scoring.grading import Graded, Grader
 from es_jax.scoring.heldout import checked_prompt, evaluate
@@ -47,7 +49,7 @@ from es_jax.scoring.workers import Submit, workers_of
 from es_jax.tasks.outside import label
 from es_jax.tasks.task import Example, Task
 from es_jax.training.config import RunConfig, freeze
-from es_jax.training.es import Evaluator, members_at_once, prompts_of_member
+from es_jax.training.es import Evaluator, choose_slots, members_at_once, prompts_of_member
 from es_jax.training.method import StepResult
 from es_jax.training.recorder import Recorder
 from es_jax.training.run_tasks import (
@@ -63,14 +65,17 @@ from es_jax.training.state import (
     State,
     base_config,
     check_finite,
+    choose_mesh,
     compute_dtype,
     load_base,
-    mesh_of,
     perturbed_count,
 )
 from es_jax.training.weights_at import check_steps, resume
 from es_jax.weights.files import small_sums
 from es_jax.weights.model import load_outline
+
+# Fields of `decode` that may be None: a number is chosen for them when a run starts.
+CHOSEN = ("slots", "members_at_once")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,12 +137,30 @@ def with_date(config: RunConfig, workdir: Path) -> RunConfig:
             there = directory.read(workdir)["config"]
             begun = there.get("model", {}).get("template_date")
             fields = json.loads(json.dumps(dataclasses.asdict(config.with_date(begun))))
-            if fields["decode"]["members_at_once"] is None:  # chosen after the day
-                fields["decode"]["members_at_once"] = there.get("decode", {}).get("members_at_once")
+            for name in CHOSEN:
+                if fields["decode"][name] is None:
+                    fields["decode"][name] = there.get("decode", {}).get(name)
             same = there == fields
             date = begun if same or read_entries(workdir) else date
     date = processes.exchange({0: date} if processes.first() else {})[0]
     return config.with_date(config.model.template_date or date)
+
+
+def with_numbers(config: RunConfig, engine: Engine, mesh: Mesh, known: Mapping[str, int]) -> tuple[RunConfig, Engine]:
+    """Both with decode.slots and decode.members_at_once: as the config says, as `known` from when the run began, or
+    chosen."""
+    slots, at_once = config.decode.slots, config.decode.members_at_once
+    if slots is None:
+        slots, why = known.get("slots"), f"decode.slots: {known.get('slots')}, as when the run began"
+        if slots is None:
+            slots, why = choose_slots(config, engine, mesh)
+        say(why)
+    engine = dataclasses.replace(engine, slots=min(slots, engine.slots))
+    if at_once is None:
+        at_once = known.get("members_at_once") or members_at_once(config, engine, mesh)
+        at_once = processes.exchange({0: at_once} if processes.first() else {})[0]  # hosts may differ in memory
+    decode = dataclasses.replace(config.decode, slots=slots, members_at_once=at_once)
+    return dataclasses.replace(config, decode=decode), engine
 
 
 class _Run:
@@ -152,7 +175,10 @@ class _Run:
         tests: dict,
         submit: Submit,
     ):
-        self.mesh = mesh_of(config, base_config(config))
+        facts = directory.read(workdir) if read_entries(workdir) else {}
+        self.mesh, why = choose_mesh(config, base_config(config), before=facts.get("mesh", {}).get("model"))
+        if self.mesh.size > 1:
+            say(why)
         processes.connect(self.mesh)
         config = with_date(config, workdir)
         self.config, self.workdir, self.tasks, self.examples, self.submit = config, workdir, tasks, train, submit
@@ -168,18 +194,17 @@ class _Run:
         engine = engine_for(
             model.config,
             [*self.prompts, *(ids for test in self.tests for ids in test.prompts)],
-            slots=min(config.decode.slots, prompts_of_member(config)),
+            slots=prompts_of_member(config),
             max_new_tokens=config.decode.max_new_tokens,
             stop_token_ids=model.stop_token_ids,
             field="decode.max_new_tokens",
         )
-        if config.decode.members_at_once is None:
-            known = directory.read(workdir)["config"]["decode"] if self.log.entries else {}
-            number = known.get("members_at_once") or members_at_once(config, engine, self.mesh)
-            number = processes.exchange({0: number} if processes.first() else {})[0]  # hosts may differ in memory
-            config = dataclasses.replace(config, decode=dataclasses.replace(config.decode, members_at_once=number))
-            self.config = config
-        directory.settle(workdir, dataclasses.asdict(config), identity=self._identity(), started=bool(self.log.entries))
+        config, engine = with_numbers(config, engine, self.mesh, facts.get("config", {}).get("decode", {}))
+        self.config = config
+        directory.settle(
+            workdir, dataclasses.asdict(config), identity=self._identity(), started=bool(self.log.entries),
+            mesh=dict(self.mesh.shape),
+        )  # fmt: skip
         self.evaluator = Evaluator.of(config, engine, self.mesh)
         self.checkpoints = Checkpoints(workdir, keep=config.train.keep_checkpoints)
         self.state = State(config, self.mesh, model.params)
