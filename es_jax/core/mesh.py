@@ -59,6 +59,12 @@ def make_mesh(groups: int | None = None, model: int = 1, *, devices: list | None
     return Mesh(grid, (GROUPS, MODEL), axis_types=(AxisType.Auto,) * 2)
 
 
+def platform_of(mesh: Mesh) -> str:
+    """ "cpu", "gpu" or "tpu": of the devices, which are here or are compiled for."""
+    platform = mesh.devices.flat[0].platform
+    return "gpu" if platform in ("cuda", "rocm") else platform
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
@@ -117,3 +123,9 @@ def leaf_spec(mesh: Mesh, name: str, shape: tuple[int, ...], rules: Rules) -> Pa
 def only(spec: PartitionSpec, axis: str) -> PartitionSpec:
     """The same cut along one axis of the mesh alone."""
     return PartitionSpec(*(entry if entry == axis else None for entry in spec))
+
+
+def offset_of(spec: PartitionSpec, shape: tuple[int, ...]) -> list[jax.Array | int]:
+    """Where a device's part of that shape begins along each axis of an array cut so; inside a `shard_map`."""
+    entries = (*spec, *(None,) * (len(shape) - len(spec)))
+    return [0 if axis is None else jax.lax.axis_index(axis) * n for axis, n in zip(entries, shape, strict=True)]

@@ -5,13 +5,14 @@ carried along, so resuming and replaying need no random state, and the bits do n
 """
 
 import zlib
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, PRNGKeyArray, UInt32
 
-from es_jax.core.threefry_normal import box_muller, positions, threefry
+from es_jax.core.threefry_normal import box_muller, counters, positions, threefry
 
 # What a key is for: streams that never meet. `jax.random.fold_in(key, i)` is `jax.random.split(key, n)[i]`, so a
 # purpose is a number that no split reaches: one into n ≤ 4·10⁹ keys, 32 GB of them, has other keys for certain, since
@@ -20,6 +21,7 @@ from es_jax.core.threefry_normal import box_muller, positions, threefry
 _PURPOSES = {1: {"members": 1, "sampling": 2}, 2: {"members": 0xF000_0001, "sampling": 0xF000_0002}}
 STREAMS = 2  # the purposes of new runs
 MAX_SEED = 2**32 - 1
+Rows = tuple[Array | int, int]  # (first, count): of an array, so many of its rows
 
 
 def check_seed(seed: int) -> int:
@@ -59,23 +61,31 @@ def _step_key(seed: int, purpose: str, step: int | Array, streams: int) -> PRNGK
 
 
 def normal(
-    seed: UInt32[Array, ""], name: str, shape: tuple[int, ...], *, generator: str, row: Array | int | None = None
+    seed: UInt32[Array, ""], name: str, shape: tuple[int, ...], *, generator: str, rows: Rows | None = None
 ) -> Float32[Array, "..."]:
     """N(0, 1) for one leaf of one member: a function of its seed, the leaf's name and the position in the leaf.
 
-    A stable hash of the name keys the draw together with the seed. `generator` is a name of `GENERATORS`. With `row`,
-    those of that index of the first axis alone, [1, …].
+    A stable hash of the name keys the draw together with the seed. `generator` is a name of `GENERATORS`. With `rows`
+    (first, count), those of so many rows alone, [count, …].
     """
-    return GENERATORS[generator](seed, np.uint32(zlib.crc32(name.encode())), shape, row)
+    return GENERATORS[generator](seed, np.uint32(zlib.crc32(name.encode())), shape, rows)
 
 
-def _threefry13(seed: Array, leaf: Array | np.uint32, shape: tuple[int, ...], row: Array | int | None = None) -> Array:
-    return box_muller(*threefry((seed, jnp.uint32(leaf)), positions(shape, row)))
+def normal_at(
+    seed: UInt32[Array, ""], name: str, shape: tuple[int, ...], index: Sequence[UInt32[Array, "..."]]
+) -> Float32[Array, "..."]:
+    """The numbers that `normal` of generator "threefry13" has at one index along each axis; in a kernel of Pallas."""
+    words = threefry((seed, jnp.uint32(zlib.crc32(name.encode()))), counters(shape, index))
+    return box_muller(*words, in_kernel=True)
 
 
-def _threefry(seed: Array, leaf: Array | np.uint32, shape: tuple[int, ...], row: Array | int | None = None) -> Array:
+def _threefry13(seed: Array, leaf: Array | np.uint32, shape: tuple[int, ...], rows: Rows | None = None) -> Array:
+    return box_muller(*threefry((seed, jnp.uint32(leaf)), positions(shape, rows)))
+
+
+def _threefry(seed: Array, leaf: Array | np.uint32, shape: tuple[int, ...], rows: Rows | None = None) -> Array:
     whole = jax.random.normal(jax.random.fold_in(key(seed), leaf), shape, jnp.float32)
-    return whole if row is None else jax.lax.dynamic_slice_in_dim(whole, row, 1)
+    return whole if rows is None else jax.lax.dynamic_slice_in_dim(whole, *rows)
 
 
 # How the noise of members is drawn. "threefry13" is fused into what uses it (see `threefry_normal`); "threefry" is

@@ -17,6 +17,7 @@ made of them wherever float32 products and sums are rounded as IEEE 754 says, an
 """
 
 import math
+from collections.abc import Iterable, Iterator
 
 import jax.numpy as jnp
 from jax import lax
@@ -54,34 +55,45 @@ def threefry(key: tuple[Words, Words], counter: tuple[Words, Words], *, rounds: 
     return x, y
 
 
-def positions(shape: tuple[int, ...], row: Array | int | None = None) -> tuple[Words, Words]:
-    """The counter of every element of an array: its place among the leading axes, and among the trailing ones.
+def positions(shape: tuple[int, ...], rows: tuple[Array | int, int] | None = None) -> tuple[Words, Words]:
+    """The counter of every element of an array: see `counters`. With `rows` (first, count), those of so many rows
+    alone, [count, …]."""
+
+    def along(axis: int) -> Words:
+        index = lax.broadcasted_iota(jnp.uint32, shape if rows is None else (rows[1], *shape[1:]), axis)
+        return index + jnp.asarray(rows[0], jnp.uint32) if axis == 0 and rows is not None else index
+
+    return counters(shape, map(along, range(len(shape))))
+
+
+def counters(shape: tuple[int, ...], index: Iterable[Words]) -> tuple[Words, Words]:
+    """The counter of the element with that index along each axis: its place among the leading axes of an array, and
+    among the trailing ones.
 
     The trailing axes are as many as have at most 2**32 elements, so every element of a larger array has its own pair.
-    With `row`, those of that index of the first axis alone, [1, …]. Raises ValueError for more than 2**32 leading
-    places, or an axis longer than that.
+    Raises ValueError for more than 2**32 leading places, or an axis longer than that.
     """
     cut = len(shape)
     while cut and math.prod(shape[cut - 1 :]) <= 2**32:
         cut -= 1
     if math.prod(shape[:cut]) > 2**32 or max(shape, default=0) > 2**32:
         raise ValueError(f"an array of shape {shape} has more places than a counter of two 32-bit words: cut the leaf")
-    return _place(shape, range(cut), row), _place(shape, range(cut, len(shape)), row)
+    index = iter(index)
+    return _place(shape[:cut], index), _place(shape[cut:], index)
 
 
-def _place(shape: tuple[int, ...], axes: range, row: Array | int | None) -> Words:
-    place, slab = jnp.uint32(0), shape if row is None else (1, *shape[1:])
-    for axis in axes:
-        index = lax.broadcasted_iota(jnp.uint32, slab, axis)
-        if axis == 0 and row is not None:
-            index = index + jnp.asarray(row, jnp.uint32)
-        place = index + place * jnp.uint32(shape[axis]) if axis > axes.start else index
+def _place(shape: tuple[int, ...], index: Iterator[Words]) -> Words:
+    place = next(index) if shape else jnp.uint32(0)
+    for size, along in zip(shape[1:], index, strict=False):
+        place = along + place * jnp.uint32(size)
     return place
 
 
-def box_muller(radius: Words, angle: Words) -> Numbers:
-    """One number of N(0, 1) from two random words."""
+def box_muller(radius: Words, angle: Words, *, in_kernel: bool = False) -> Numbers:
+    """One number of N(0, 1) from two random words; `in_kernel`: of Pallas, which cannot ask for the platform."""
     square = _minus_two_log(radius)
+    if in_kernel:
+        return _exact_sqrt(square) * _cosine(angle)
     root = lax.platform_dependent(square, cpu=jnp.sqrt, default=_exact_sqrt)  # a CPU's root is exact already
     return root * _cosine(angle)
 

@@ -14,7 +14,7 @@ from es_jax.core import rng
 from es_jax.core.low_rank import LowRank, split
 from es_jax.core.names import unknown
 from es_jax.core.tree import map_named
-from es_jax.es.noise import GaussianNoise, PyTree, Row, _check_float, _rounded
+from es_jax.es.noise import GaussianNoise, PyTree, Row, _check_float, _rounded, rows_of
 from es_jax.es.population import Members
 
 VECTORS = ("gaussian", "frozen")
@@ -72,9 +72,9 @@ class LowRankNoise(GaussianNoise):
 
         Both are made once, and held: they are not to be drawn again for every entry of their product.
         """
-        index, first = (None, shape[:1]) if row is None else (row[0], (row[1],))
-        stack, (rows, columns) = (first + shape[1:])[:-2], shape[-2:]
-        draw = functools.partial(rng.normal, seed, generator=self.generator, row=index)
+        part, whole = rows_of(shape, row)
+        stack, (rows, columns) = whole[:-2], shape[-2:]
+        draw = functools.partial(rng.normal, seed, generator=self.generator, rows=part)
         a, b = draw(f"{name} A", (*stack, rows, self.rank)), draw(f"{name} B", (*stack, columns, self.rank))
         return lax.optimization_barrier((_rounded(a * jnp.float32(self.rank**-0.5)) if self.rank > 1 else a, b))
 
@@ -136,7 +136,7 @@ class LowRankNoise(GaussianNoise):
           specs: inside a `shard_map`, how each leaf is cut (a tree of PartitionSpecs): a device then gets its slice. It
             draws whole A and B, which are small, and sends nothing, where a partitioner may draw and send parts.
         """
-        seeds, signed = self._signed(members, weights)
+        seeds, signed = self.summands(members, weights)
         first = (len(seeds) - 1) % BLOCK + 1  # members in the first, shorter pass; no zeros are held to begin with
         vectors = super().estimate
 

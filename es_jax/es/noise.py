@@ -5,6 +5,7 @@ makes just the slice it holds, and the estimate needs no communication and has t
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from es_jax.core.tree import map_named
 from es_jax.es.population import Members
 
 PyTree = Any
-Row = tuple[Array | int, int]  # (i, n): a leaf [1, …] that is row i of one of [n, …]
+Row = tuple[Array | int, int]  # (i, n): a leaf [k, …] that is the k rows from the i-th of one of [n, …]
 _TOGETHER = 6  # members that one pass over a leaf adds: more read and write the sum less often, and compile longer
 
 
@@ -28,6 +29,11 @@ def _check_float(name: str, leaf: Any) -> None:
             f"leaf {name!r} has dtype {leaf.dtype}: noise is defined for floating-point leaves; "
             "take the others out of the tree before perturbing it"
         )
+
+
+def rows_of(shape: tuple[int, ...], row: Row | None) -> tuple[rng.Rows | None, tuple[int, ...]]:
+    """Of a leaf of that shape, which rows it is of what shape."""
+    return (None, shape) if row is None else ((row[0], shape[0]), (row[1], *shape[1:]))
 
 
 def _rounded(product: Array) -> Array:
@@ -71,10 +77,31 @@ class GaussianNoise:
         """Whether the noise of one layer can be drawn alone, at its own cost and with the same bits."""
         return self.generator == "threefry13"
 
+    @property
+    def elementwise(self) -> bool:
+        """Whether every number of ε can be made alone, of a seed, the leaf's name and shape, and an index."""
+        return type(self) is GaussianNoise and self.generator == "threefry13"
+
+    def apply_at(
+        self, name: str, shape: tuple[int, ...], index: Sequence[Array], seed: Array, scale: Array, leaf: Array
+    ) -> Float[Array, "..."]:
+        """`apply` to the elements with that index, in a kernel of Pallas, not cast yet; `scale`: sign·σ."""
+        return leaf.astype(jnp.float32) + _rounded(scale * rng.normal_at(seed, name, shape, index))
+
+    def estimate_at(
+        self, name: str, shape: tuple[int, ...], index: Sequence[Array], seeds: Any, signed: Any
+    ) -> Float[Array, "..."]:
+        """`estimate` of the elements with that index, in a kernel of Pallas; `seeds` and `signed`: of `summands`."""
+
+        def add(i: Array, total: Array) -> Array:
+            return total + _rounded(signed[i] * rng.normal_at(seeds[i], name, shape, index))
+
+        return jax.lax.fori_loop(0, len(seeds), add, jnp.zeros(index[-1].shape, jnp.float32))
+
     def _sample(self, seed: Array, name: str, leaf: Any, row: Row | None = None) -> Float[Array, "..."]:
         """ε of one leaf for one member, in the dtype of the arithmetic."""
-        index, shape = (None, leaf.shape) if row is None else (row[0], (row[1], *leaf.shape[1:]))
-        noise = rng.normal(seed, name, shape, generator=self.generator, row=index)
+        rows, shape = rows_of(leaf.shape, row)
+        noise = rng.normal(seed, name, shape, generator=self.generator, rows=rows)
         return noise.astype(self._arithmetic(leaf))
 
     def _arithmetic(self, leaf: Any) -> jnp.dtype:
@@ -90,7 +117,8 @@ class GaussianNoise:
           member: one member (`members[i]`, or a slot of a vmap).
           sigma: σ > 0.
           dtype: dtype of the result's leaves; each leaf's own by default.
-          row: (i, n) where every leaf [1, …] is row i of the leaf [n, …] that is perturbed, which need not be there.
+          row: (i, n) where every leaf [k, …] is k rows, from row i on, of the leaf [n, …] that is perturbed, which need
+            not be there.
 
         Raises:
           ValueError: σ ≤ 0.  TypeError: a leaf that is not floating point, which is named.
@@ -124,7 +152,7 @@ class GaussianNoise:
         Raises:
           ValueError: weights that are not one number a member.
         """
-        seeds, signed = self._signed(members, weights)
+        seeds, signed = self.summands(members, weights)
         together = min(_TOGETHER, len(seeds))
         passes, rest = divmod(len(seeds) - 1, together)
         first = rest + 1  # members in the first, shorter pass: the others are all of one length
@@ -146,7 +174,7 @@ class GaussianNoise:
 
         return map_named(leaf_estimate, params)
 
-    def _signed(self, members: Members, weights: Float[Array | np.ndarray, " n"]) -> tuple[Array, Array]:
+    def summands(self, members: Members, weights: Float[Array | np.ndarray, " n"]) -> tuple[Array, Array]:
         """The seeds, and what the noise of each is added with: −wₙ signₙ / N, of a pair z⁺ − z⁻ alike."""
         weights = jnp.asarray(weights)
         if weights.shape != (len(members),):
@@ -180,12 +208,11 @@ class SharedSeedNoise(GaussianNoise):
         return leaf.dtype
 
     def _sample(self, seed: Array, name: str, leaf: Any, row: Row | None = None) -> Float[Array, "..."]:
-        index, shape = None, leaf.shape
         if self.stacked and name.startswith(self.stacked):
-            shape = leaf.shape[1:]
-        elif row is not None:  # the whole leaf is the parameter
-            index, shape = row[0], (row[1], *leaf.shape[1:])
-        eps = rng.normal(seed, "x".join(map(str, shape)), shape, generator=self.generator, row=index)
+            rows, shape = None, leaf.shape[1:]
+        else:  # the whole leaf is the parameter
+            rows, shape = rows_of(leaf.shape, row)
+        eps = rng.normal(seed, "x".join(map(str, shape)), shape, generator=self.generator, rows=rows)
         return jnp.broadcast_to(eps.astype(leaf.dtype), leaf.shape)
 
 

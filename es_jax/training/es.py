@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
@@ -19,7 +20,19 @@ from es_jax.core import processes, rng
 from es_jax.core.chips import GIB
 from es_jax.core.chunked_map import ceil_div
 from es_jax.core.low_rank import LowRank, split
-from es_jax.core.mesh import GROUPS, MODEL, leaf_spec, only, over_groups, own_rows, replicated, to_devices
+from es_jax.core.mesh import (
+    GROUPS,
+    MODEL,
+    leaf_spec,
+    offset_of,
+    only,
+    over_groups,
+    own_rows,
+    platform_of,
+    replicated,
+    to_devices,
+)
+from es_jax.core.one_pass import one_pass
 from es_jax.core.tree import map_named, named_leaves
 from es_jax.es.low_rank import LowRankNoise
 from es_jax.es.noise import GaussianNoise
@@ -116,6 +129,7 @@ class Evolution:
         return weights, rewards
 
 
+ROWS_AT_ONCE = 2**22  # numbers of a matrix that are gathered at once, where it has no layers: 16 MiB of float32
 MOST_AT_ONCE = 256  # members of a group in one call, of those that share their weights
 
 
@@ -327,6 +341,9 @@ class Evaluator:
         """A member's leaf, from its parts over `groups`; of one that is cut, a layer at most is gathered at once."""
         cut, size = only(spec, MODEL), self.mesh.shape[GROUPS]
 
+        if layer is None and size == 1 and platform_of(self.mesh) == "gpu" and self.noise.elementwise:
+            return self._perturbed_in_one_pass(name, part, cut, member)
+
         def perturbed(part, row=None):
             whole = {name: _gathered(self.mesh, part, spec)}
             leaf = self.noise.apply(whole, member, sigma=self.sigma, dtype=self.dtype, row=row)[name]
@@ -337,15 +354,64 @@ class Evaluator:
 
         if layer is not None:
             return alone(layer)[0]
-        if size == 1 or GROUPS not in spec or not name.startswith("layers/") or not self.noise.layers_alone:
+        if size == 1 or GROUPS not in spec or not self.noise.layers_alone:
             return perturbed(part)
+        if not name.startswith("layers/"):
+            return perturbed(part) if spec[0] == GROUPS else self._perturbed_rows(name, part, spec, member)
 
         def stacked(i, stack):
             stack = jax.lax.dynamic_update_slice_in_dim(stack, alone(i), i, 0)
             return jax.lax.with_sharding_constraint(stack, cut)
 
         shape = [n * size if entry == GROUPS else n for n, entry in zip(part.shape, spec, strict=True)]
-        return jax.lax.fori_loop(0, len(part), stacked, jnp.zeros(shape, self.dtype))
+        return jax.lax.fori_loop(0, len(part), stacked, jax.lax.empty(tuple(shape), self.dtype))
+
+    def _perturbed_rows(self, name: str, part: Array, spec: PartitionSpec, member: Members) -> Array:
+        """A member's matrix of which every device has some columns, and over `model` some rows: by blocks of rows."""
+        cut = only(spec, MODEL)
+
+        def local(part: Array, member: Members) -> Array:
+            rows, columns = len(part), part.shape[1] * self.mesh.shape[GROUPS]
+            count = ceil_div(rows * columns, ROWS_AT_ONCE)
+            block, start = ceil_div(rows, count), offset_of(cut, part.shape)[0]
+
+            def turn(i: Array, whole: Array) -> Array:
+                at = jnp.minimum(i * block, rows - block)  # the last block has some rows of the one before it again
+                some = jax.lax.dynamic_slice_in_dim(part, at, block)
+                leaf = {name: jax.lax.all_gather(some, GROUPS, axis=1, tiled=True)}
+                row = start + at, rows * self.mesh.shape[MODEL] if cut[0] else rows
+                leaf = self.noise.apply(leaf, member, sigma=self.sigma, dtype=self.dtype, row=row)
+                leaf = with_layout_constraint(leaf[name], Layout((0, 1)))  # else a TPU turns all of it round later
+                return jax.lax.dynamic_update_slice_in_dim(whole, leaf, at, 0)
+
+            return jax.lax.fori_loop(0, count, turn, jax.lax.empty((rows, columns), self.dtype))
+
+        everywhere = PartitionSpec()
+        inside = jax.shard_map(local, in_specs=(cut, everywhere), out_specs=cut, axis_names={MODEL}, check_vma=False)
+        return inside(part, member)
+
+    def _perturbed_in_one_pass(
+        self, name: str, leaf: Array, cut: PartitionSpec, member: Members, *, interpret: bool = False
+    ) -> Array:
+        """A member's leaf on GPUs, by a kernel: XLA writes the random words of some leaves to memory and reads them."""
+
+        def elements(index: Any, scalars: Any, values: Any) -> tuple[list[Array], list[Array]]:
+            seed, scale = (x[0] for x in scalars)
+            return [self.noise.apply_at(name, leaf.shape, index, seed, scale, values[0])], []
+
+        def local(part: Array, *scalars: Array) -> Array:
+            results, _ = one_pass(
+                elements, scalars, [part], [self.dtype], offset=offset_of(cut, part.shape), platform="gpu",
+                interpret=interpret,
+            )  # fmt: skip
+            return results[0]
+
+        scalars = (x.reshape(1) for x in (member.seed, jnp.float32(self.sigma) * member.sign))
+        everywhere = PartitionSpec()
+        inside = jax.shard_map(
+            local, in_specs=(cut, everywhere, everywhere), out_specs=cut, axis_names={MODEL}, check_vma=False
+        )
+        return inside(leaf, *scalars)
 
     @functools.partial(jax.jit, static_argnums=0)
     def _decode(self, params: Any, prompts: Prompts) -> Any:

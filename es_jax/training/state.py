@@ -18,7 +18,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from es_jax.core import processes
 from es_jax.core.chips import GIB
-from es_jax.core.mesh import make_mesh, replicated, to_devices
+from es_jax.core.mesh import make_mesh, platform_of, replicated, to_devices
 from es_jax.core.tree import map_named, named_leaves
 from es_jax.es.low_rank import LowRankNoise
 from es_jax.es.noise import NOISES, GaussianNoise, SharedSeedNoise
@@ -31,6 +31,7 @@ from es_jax.profiling.clock import timed
 from es_jax.rundir.checkpoints import abstract
 from es_jax.rundir.seed_log import Entry
 from es_jax.training.config import Rates, RunConfig
+from es_jax.training.one_pass_update import takes_one_pass, update_in_one_pass
 from es_jax.weights.chat_template import set_date
 from es_jax.weights.model import Model, config_only, load_model
 
@@ -158,6 +159,10 @@ def update(
     holds each device's part of ‖θ − θ₀‖², which `distance` adds up. θ₀ is `start`, or the anchor where that is None.
     `rates`: (α, αλ) of the step.
     """
+    if (platform := platform_of(mesh)) != "cpu" and takes_one_pass(spec.noise, spec.chain):
+        return update_in_one_pass(
+            spec.noise, spec.chain, mesh, params, opt_state, start, members, weights, rates, platform=platform
+        )
     gradient = _gradient(spec.noise, mesh, params, members, weights)
     moved, opt_state = optimizer_step(spec.chain, mesh, params, opt_state, gradient, rates)
     params = map_named(lambda name, old, new: new if spec.noise.perturbs(name, old) else old, params, moved)
@@ -178,7 +183,7 @@ _update, _update_on_cpu = (
 
 def update_on(mesh: Mesh) -> Any:
     """`update`, jitted for the devices of the mesh."""
-    return _update_on_cpu if mesh.devices.flat[0].platform == "cpu" else _update
+    return _update_on_cpu if platform_of(mesh) == "cpu" else _update
 
 
 def _gradient(noise: GaussianNoise, mesh: Mesh, params: Any, members: Members, weights: Array) -> Any:

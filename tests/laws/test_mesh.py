@@ -169,6 +169,35 @@ def test_members_are_made_the_same_on_every_mesh(params):
     assert all(same(made[0], other) for other in made[1:])
 
 
+@pytest.mark.parametrize("at_once", [500, 1056, 10**6])
+def test_an_embedding_gathered_by_blocks_of_rows_is_the_whole_one(params, monkeypatch, at_once):
+    monkeypatch.setattr("es_jax.training.es.ROWS_AT_ONCE", at_once)  # blocks that divide the rows, and not; one block
+    everyone, found = Population(16, seed=0).members(0), []
+    for groups, model in ((1, 1), (8, 1), (4, 2)):
+        mesh = make_mesh(groups, model)
+        evaluator = evaluator_of(mesh, es={"population": 16, "sigma": at_once / 1e5})  # each compiled anew
+        perturbed = evaluator._perturb(placed(params, mesh), everyone[np.arange(groups)])
+        found.append(np.asarray(perturbed["embed"]["embedding"][0]))
+    assert all(np.array_equal(found[0], other) for other in found[1:])
+
+
+@pytest.mark.parametrize(("model", "at_once"), [(1, 1), (4, 1), (1, 2)])
+def test_a_kernel_makes_the_members_that_the_program_makes(params, monkeypatch, model, at_once):
+    mesh = make_mesh(1, model)
+    evaluator = evaluator_of(mesh, decode={"members_at_once": at_once}, model={"dtype": "bfloat16"})
+    arguments = placed(params, mesh), Population(4, seed=0).members(0)[np.arange(at_once)]
+
+    def perturbed():
+        return jax.jit(lambda *arguments: Evaluator._perturb.__wrapped__(evaluator, *arguments))(*arguments)
+
+    def by_kernel(self, name, part, spec, member, layer):
+        return self._perturbed_in_one_pass(name, part, only(spec, MODEL), member, interpret=True)
+
+    expected = dict(named_leaves(perturbed()))
+    monkeypatch.setattr(Evaluator, "_perturbed_leaf", by_kernel)
+    assert same(expected, dict(named_leaves(perturbed())))
+
+
 @pytest.mark.unchecked  # descriptions of arrays pass through the tree
 @pytest.mark.parametrize("wide", [1, 1000])
 def test_layers_made_apart_are_those_made_together(params, monkeypatch, wide):

@@ -278,11 +278,12 @@ def test_any_sharding_of_the_users_own():
 
 @every_noise
 @pytest.mark.parametrize("generator", rng.GENERATORS)
-def test_a_row_alone_is_the_row_of_the_whole(noise, generator):
+@pytest.mark.parametrize("first", [2, 1])
+def test_rows_alone_are_the_rows_of_the_whole(noise, generator, first):
     noise, member = dataclasses.replace(noise, generator=generator), Population(2, seed=5).members(1)[1]
     for held in (noise, SharedSeedNoise(generator, stacked="layers/")):
         whole = jax.jit(lambda p, held=held: held.apply(p, member, sigma=0.1))(PARAMS)["layers"]["a"]
-        row = {"layers": {"a": PARAMS["layers"]["a"][2:]}}
-        alone = jax.jit(lambda i, held=held, row=row: held.apply(row, member, sigma=0.1, row=(i, 3)))(2)
+        row = {"layers": {"a": PARAMS["layers"]["a"][first:]}}
+        alone = jax.jit(lambda i, held=held, row=row: held.apply(row, member, sigma=0.1, row=(i, 3)))(first)
         ulps = 0 if held.layers_alone else 4  # jax.random's numbers depend on the program they are made in
-        np.testing.assert_allclose(alone["layers"]["a"][0], whole[2], rtol=0, atol=ulps * 2.0**-23)
+        np.testing.assert_allclose(alone["layers"]["a"], whole[first:], rtol=0, atol=ulps * 2.0**-23)
