@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -27,9 +28,10 @@ from es_jax.generate.decode_spec import FILL, PART, STEPS, LoopSizes
 from es_jax.generate.engine import Engine
 from es_jax.generate.prompts import Prompts, padded_width
 from es_jax.models.config import TransformerConfig
+from es_jax.models.decode_attention import supports
 from es_jax.models.known_configs import PUBLISHED, published
 from es_jax.models.sharding import param_shardings
-from es_jax.models.transformer import Transformer, matrix_weights, param_shapes
+from es_jax.models.transformer import Transformer, matrix_weights, param_shapes, without_layers
 from es_jax.planning.costs import Work, cache_bytes, decode_memory, forward_flops, pair_numbers
 from es_jax.planning.topology import Topology
 from es_jax.training import state
@@ -83,7 +85,8 @@ class Programs:
     default, of one that is here).
     """
 
-    order: tuple[str, ...] = ("load", "share", "perturb", "decode", "update")  # the methods that give them
+    # The methods that give them; not all have all.
+    order: tuple[str, ...] = ("load", "share", "perturb", "perturb_layer", "decode", "update")
 
     def __init__(self, config: RunConfig, model: TransformerConfig, mesh: Mesh, memory: int | None = None):
         self.model, self.mesh, self.everywhere = model, mesh, replicated(mesh)
@@ -98,9 +101,10 @@ class Programs:
         self.each = prompts_of_member(config)
         longest, self.new = config.decode.max_prompt_tokens, config.decode.max_new_tokens
         self.width = padded_width(longest, longest)
+        in_place = mesh.devices.flat[0].platform in ("gpu", "cuda") and supports(model)  # as `Engine` chooses there
         engine = Engine(
-            model, slots=min(config.decode.slots, self.each), max_prompt_tokens=longest,
-            max_new_tokens=self.new, stop_token_ids=(0,), unroll=False,
+            model, slots=min(config.decode.slots, self.each), max_prompt_tokens=longest, max_new_tokens=self.new,
+            stop_token_ids=(0,), unroll=in_place, in_place=in_place,
         )  # fmt: skip
         if config.decode.members_at_once is None:
             number = members_at_once(config, engine, mesh, memory=memory)
@@ -129,13 +133,26 @@ class Programs:
     def weights(self) -> dict[str, Any]:
         """What `decode` takes, by the program that makes it; where it lies is known when that is compiled."""
         evaluator = self.evaluator
+        if evaluator.layer_by_layer:
+            rest, layers = self._rest_and_layers
+            layer = functools.partial(evaluator._perturb, layer=np.int32(0))
+            return {
+                "perturb": jax.eval_shape(evaluator._perturb, rest, self.members),
+                "perturb_layer": jax.eval_shape(layer, layers, self.members),
+            }
         if not evaluator.shared:
             return {"perturb": jax.eval_shape(evaluator._perturb, self.params, self.members)}
         pairs = jax.eval_shape(evaluator.member_pairs, self.params, self.members)
         return {"share": jax.eval_shape(evaluator.shared_weights, self.params), "perturb": pairs}
 
+    @property
+    def _rest_and_layers(self) -> tuple[Any, Any]:
+        return without_layers(self.params), {"layers": self.params["layers"]}
+
     def __iter__(self) -> Iterator[Program]:
-        return (getattr(self, name)() for name in self.order if name != "share" or self.evaluator.shared)
+        absent = {"share"} if not self.evaluator.shared else set()
+        absent |= {"perturb_layer"} if not self.evaluator.layer_by_layer else set()
+        return (getattr(self, name)() for name in self.order if name not in absent)
 
     def load(self) -> Program:
         """From the weights, which are read leaf by leaf, to the optimizer's state."""
@@ -161,16 +178,41 @@ class Programs:
         )
 
     def perturb(self) -> Program:
-        """The weights of one round of members; where all share one copy, what each has of its own."""
-        program, own = (Evaluator.member_pairs, self.pairs) if self.pairs else (Evaluator._perturb, self.copy)
-        read = {} if self.pairs else {"parameters": self.resident["parameters"]}  # shared ones: their shapes alone
-        moved = sum(part.device for part in (own | read).values())
+        """The weights of one round of members; where all share one copy, what each has of its own; where layers are
+        made one by one, all but these."""
+        if self.evaluator.layer_by_layer:
+            return self._perturbed("perturb", self._rest_and_layers[0], None, times=self.rounds)
+        if not self.pairs:
+            return self._perturbed("perturb", self.params, None, times=self.rounds)
+        moved = sum(part.device for part in self.pairs.values())  # the shapes of shared weights alone are needed
         return Program(
             "perturb",
-            lambda: program.lower(self.evaluator, self.params, self.members),
+            lambda: Evaluator.member_pairs.lower(self.evaluator, self.params, self.members),
             times=self.rounds,
             parts=self.resident | self.copy | self.pairs | self.other_round,
-            own={*own, *read},
+            own=self.pairs.keys(),
+            work=Work(memory=moved),
+            counted={"": Counted(moved)},
+        )
+
+    def perturb_layer(self) -> Program:
+        """One layer of one round of members."""
+        layers = self._rest_and_layers[1]
+        layer = array((), jnp.int32, self.everywhere)
+        return self._perturbed("perturb_layer", layers, layer, times=self.rounds * self.model.layers)
+
+    def _perturbed(self, name: str, params: Any, layer: Any, *, times: int) -> Program:
+        """The members' weights of these leaves, or of one layer of them."""
+        part = 1 if layer is None else self.model.layers
+        read = Bytes.of(params).device // part
+        size = sum(leaf.size for leaf in jax.tree.leaves(params)) // part // self.mesh.shape[MODEL]
+        moved = read + self.evaluator.at_once * size * jnp.dtype(self.evaluator.dtype).itemsize
+        return Program(
+            name,
+            lambda: Evaluator._perturb.lower(self.evaluator, params, self.members, layer),
+            times=times,
+            parts=self.resident | self.copy | self.other_round,
+            own={"parameters", *self.copy},
             work=Work(memory=moved),
             counted={"": Counted(moved)},
         )
@@ -183,7 +225,12 @@ class Programs:
         rows = Prompts(tokens, tokens, array((0,), jnp.int32, self.everywhere))  # no shared prefix: a bound
 
         def lower() -> Any:
-            weights = tuple(self.weights.values()) if evaluator.shared else self.weights["perturb"]
+            weights: Any = tuple(self.weights.values())
+            if evaluator.layer_by_layer:
+                rest, layer = weights
+                weights = {**rest, "layers": (layer["layers"],) * self.model.layers}
+            elif not evaluator.shared:
+                (weights,) = weights
             return Evaluator._decode.lower(evaluator, weights, rows)
 
         program = self._completions(
@@ -244,6 +291,8 @@ class Programs:
         counted["step"] = Counted(read + (live + step) / share, STEPS, branches=last)
         if sizes.single:
             return counted | {"prefill": Counted(read + fill / share, turns={STEPS: 0})}
+        if sizes.in_place:
+            return counted | {"prefill": Counted(read + fill / share, FILL)}
         counted["chunk"] = Counted(2 * chunk / share, "", turns={STEPS: 0, FILL: 0}, branches=last)
         return counted | {"prefill": Counted(read + fill / share, FILL)}
 

@@ -30,7 +30,7 @@ from es_jax.generate.prompts import Packing, Prompts
 from es_jax.models.config import TransformerConfig
 from es_jax.models.layers import Transposed
 from es_jax.models.sharding import RULES
-from es_jax.models.transformer import param_shapes, unstack_layers
+from es_jax.models.transformer import param_shapes, unstack_layers, without_layers
 from es_jax.profiling.clock import timed
 from es_jax.rundir.seed_log import Entry
 from es_jax.scoring.grading import Graded, Grader, check_scores
@@ -195,6 +195,8 @@ class Evaluator:
         noise, dtype = make_noise(config), compute_dtype(config)
         share = ceil_div(config.es.population, mesh.shape[GROUPS])  # of a group: all groups have some members
         at_once = min(config.decode.members_at_once or 1, share)
+        if engine.writes_in_place and (at_once > 1 or config.es.noise == "low_rank" or mesh.shape[MODEL] > 1):
+            engine = dataclasses.replace(engine, in_place=False, unroll=None if engine.unroll is None else False)
         return cls(engine, mesh, noise, config.es.sigma, dtype, at_once=at_once)
 
     @property
@@ -255,7 +257,7 @@ class Evaluator:
             return shared, self.member_pairs(params, members)
         if not self.layer_by_layer:
             return self._perturb(params, members)
-        layers, rest = {"layers": params["layers"]}, {name: leaf for name, leaf in params.items() if name != "layers"}
+        layers, rest = {"layers": params["layers"]}, without_layers(params)
         count = len(jax.tree.leaves(layers)[0])
         spare = [None] * count if old is None else [{"layers": layer} for layer in old["layers"]]
         out = self._perturb(rest, members, None, old and {name: old[name] for name in rest})
