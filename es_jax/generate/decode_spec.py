@@ -79,9 +79,11 @@ class LoopSizes(NamedTuple):
     single: bool  # whether one prefill and one chunk are all there is
     places: int  # of a slot's keys and values, a chunk's among them: all that a prompt can need, and a chunk more
     fill_rows: int  # rows of a prefill: a quarter of the slots (all, if single): free ones do not wait for the last
-    slot_sizes: list[int]  # how many slots a chunk may have: all, a half, a quarter
-    place_sizes: list[int]  # of them, what a chunk may attend: SHORTEST, doubled up to all; all need not be cut out
-    widths: list[int]  # of a prefill: that of the prompts, and of one lane a half and a quarter
+    slot_sizes: list[int]  # how many slots a chunk may have: all, a half, and of unrolled layers a quarter
+    place_sizes: list[
+        int
+    ]  # of them, what a chunk attends: SHORTEST, then twice (in a scan, four times) as many, …, all
+    widths: list[int]  # of a prefill: that of the prompts, and of one lane a half, and a quarter (not of `in_place`)
     in_place: bool  # whether steps write to the slots' own caches; a chunk then has none, and one size
     turns: dict[str, float]  # of the outer loop (""), and of the inner ones in each of its turns, where no prompt stops
 
@@ -103,7 +105,10 @@ class LoopSizes(NamedTuple):
         whole = width + spec.max_new_tokens + steps  # of the slots' caches: a chunk of any slot has room
         if in_place:
             whole = whole_blocks(width + spec.max_new_tokens)
-        doubled, near = (SHORTEST << i for i in range(longest.bit_length())), 20 * whole <= 21 * longest
+        fewer = not spec.unrolled  # sizes of a chunk, of which a TPU would take minutes to compile a dozen
+        smaller = (SHORTEST << i for i in range(0, longest.bit_length(), 2 if fewer else 1))
+        slot_parts = (1, 2) if fewer else (1, 2, 4)
+        near, parts = 20 * whole <= 21 * longest, (1, 2) if in_place else (1, 2, 4)
         return cls(
             prompts,
             width,
@@ -112,10 +117,10 @@ class LoopSizes(NamedTuple):
             single,
             places=width + steps if single else whole if in_place else whole + steps,
             fill_rows=fill_rows,
-            slot_sizes=sorted({max(ceil_div(slots, part), min(FEWEST, slots)) for part in (1, 2, 4)}),
-            place_sizes=[*(places for places in doubled if places <= 0.75 * longest), whole if near else longest],
+            slot_sizes=sorted({max(ceil_div(slots, part), min(FEWEST, slots)) for part in slot_parts}),
+            place_sizes=[*(places for places in smaller if places <= 0.75 * longest), whole if near else longest],
             in_place=in_place,
-            widths=sorted({min(max(ceil_div(width, part), 32), width) for part in ((1, 2, 4) if lanes == 1 else (1,))}),
+            widths=sorted({min(max(ceil_div(width, part), 32), width) for part in (parts if lanes == 1 else (1,))}),
             turns={
                 "": chunks,
                 FILL: ceil_div(prompts, fill_rows) / max(chunks, 1),

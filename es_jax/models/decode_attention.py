@@ -93,6 +93,15 @@ def attend_places(
     return mixed.astype(q.dtype).reshape(q.shape)
 
 
+def bytes_moved(operands: Sequence[int], results: Sequence[int], *, lengths: Sequence[int]) -> float:
+    """What a call of the kernel reads and writes, of the bytes of its operands and results, where the rows attend the
+    first so many places (any sample of their lengths, all of which then count alike)."""
+    *others, keys, values = operands
+    places = whole_blocks(max(lengths))  # of a cache that has no more than the longest needs
+    share = sum(map(whole_blocks, lengths)) / len(lengths) / places
+    return sum(others) + sum(results) + share * (keys + values)
+
+
 def _over_shared(q: Array, k: Array, v: Array, mask: Array, *, scale: float, cap: float | None) -> tuple[Array, ...]:
     """As `_over_places` gives it, of one split: keys [KH, hd, S] and values [KH, S, hd] that all rows share."""
     product = functools.partial(lax.dot_general, preferred_element_type=jnp.float32)

@@ -27,13 +27,14 @@ from es_jax.es.population import Members
 from es_jax.generate.decode_spec import FILL, PART, STEPS, LoopSizes
 from es_jax.generate.engine import Engine
 from es_jax.generate.prompts import Prompts, padded_width
+from es_jax.models import decode_attention
 from es_jax.models.config import TransformerConfig
-from es_jax.models.decode_attention import supports
 from es_jax.models.known_configs import PUBLISHED, published
 from es_jax.models.sharding import param_shardings
 from es_jax.models.transformer import Transformer, matrix_weights, param_shapes, without_layers
 from es_jax.planning.costs import Work, cache_bytes, decode_memory, forward_flops, pair_numbers
 from es_jax.planning.topology import Topology
+from es_jax.planning.traffic import Kernels
 from es_jax.training import state
 from es_jax.training.config import RunConfig
 from es_jax.training.es import Evaluator, members_at_once, pair_bytes, prompts_of_member
@@ -62,7 +63,8 @@ class Counted(NamedTuple):
     least: float
     scope: str | None = None  # one turn of the outermost loop in it; None: a run of the program
     turns: Mapping[str, float] = MappingProxyType({})  # in the place of the program's
-    branches: Mapping[str, int] = MappingProxyType({})  # as `traffic.TrafficCounter` takes them
+    branches: Mapping[str, int] = MappingProxyType({})  # as `traffic.TrafficCounter` takes them, like the next
+    kernels: Kernels = MappingProxyType({})
 
 
 class Program(NamedTuple):
@@ -101,7 +103,9 @@ class Programs:
         self.each = prompts_of_member(config)
         longest, self.new = config.decode.max_prompt_tokens, config.decode.max_new_tokens
         self.width = padded_width(longest, longest)
-        in_place = mesh.devices.flat[0].platform in ("gpu", "cuda") and supports(model)  # as `Engine` chooses there
+        in_place = mesh.devices.flat[0].platform in ("gpu", "cuda") and decode_attention.supports(
+            model
+        )  # as `Engine` chooses there
         engine = Engine(
             model, slots=min(config.decode.slots, self.each), max_prompt_tokens=longest, max_new_tokens=self.new,
             stop_token_ids=(0,), unroll=in_place, in_place=in_place,
@@ -273,27 +277,32 @@ class Programs:
         )
 
     def _least(self, sizes: LoopSizes, lanes: int, itemsize: int) -> dict[str, Counted]:
-        """Of a decode step with all slots at their last place, of a chunk of steps beside these, and of a prefill: each
-        weight that they use is read once, and each lane's keys and values; those of new tokens are written, and after a
-        chunk read and written once more. The chunk is the last that is compiled: of all slots, at all places."""
+        """Of a decode step with all slots at their last place, of one whose slots' lengths are spread evenly from there
+        down to the first new token, of a chunk of steps beside these, and of a prefill: each weight that they use is
+        read once, and each lane's live keys and values; those of new tokens are written, and where a chunk has its own
+        cache read and written once more after it. The chunk is the last that is compiled: of all slots, at all places.
+        """
         model, share = self.model, self.mesh.shape[MODEL]
         weights = sum(math.prod(shape) for shape in param_shapes(model).values())
         weights -= 0 if model.tied_embeddings else model.width * model.vocab_size  # rows of it are looked up
         copies = 1 if self.evaluator.shared else lanes
         read = copies * weights * itemsize / share + sum(part.device for part in self.pairs.values())
         places = self.width + self.new - 1
-        live = lanes * decode_memory(model, sizes.slots, places - 1, 2, steps=0, copy=0, itemsize=itemsize)
+        lengths = {"step": [places], "even_step": np.linspace(self.width, places, sizes.slots).astype(int).tolist()}
         step, chunk, fill = (
             lanes * cache_bytes(model, tokens, itemsize)
             for tokens in (sizes.slots, sizes.slots * sizes.steps, sizes.fill_rows * sizes.width)
         )
         last, counted = {"": -1}, {}
-        counted["step"] = Counted(read + (live + step) / share, STEPS, branches=last)
+        for name, length in lengths.items():
+            live = np.mean([decode_memory(model, sizes.slots, n - 1, 2, steps=0, copy=0, itemsize=1) for n in length])
+            kernels = {decode_attention.NAME: functools.partial(decode_attention.bytes_moved, lengths=length)}
+            moved = read + (lanes * itemsize * float(live) + step) / share
+            counted[name] = Counted(moved, STEPS, branches=last, kernels=kernels)
         if sizes.single:
             return counted | {"prefill": Counted(read + fill / share, turns={STEPS: 0})}
-        if sizes.in_place:
-            return counted | {"prefill": Counted(read + fill / share, FILL)}
-        counted["chunk"] = Counted(2 * chunk / share, "", turns={STEPS: 0, FILL: 0}, branches=last)
+        if not sizes.in_place:
+            counted["chunk"] = Counted(2 * chunk / share, "", turns={STEPS: 0, FILL: 0}, branches=last)
         return counted | {"prefill": Counted(read + fill / share, FILL)}
 
     def update(self) -> Program:

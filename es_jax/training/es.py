@@ -27,6 +27,7 @@ from es_jax.es.shaping import SHAPINGS, centred_on_prompts
 from es_jax.generate.decode_spec import BLOCK, LoopSizes
 from es_jax.generate.engine import Engine
 from es_jax.generate.prompts import Packing, Prompts
+from es_jax.models import decode_attention
 from es_jax.models.config import TransformerConfig
 from es_jax.models.layers import Transposed
 from es_jax.models.sharding import RULES
@@ -161,6 +162,17 @@ def members_at_once(config: RunConfig, engine: Engine, mesh: Mesh, *, memory: in
     return ceil_div(share, ceil_div(share, most))  # of as many rounds the smallest: lanes left over decode padding
 
 
+def why_not_in_place(config: RunConfig, engine: Engine, mesh: Mesh, at_once: int) -> str | None:
+    """Why members of a run are not decoded as `Engine.in_place` has it, in words; None where they may be."""
+    if not decode_attention.supports(engine.config):
+        return f"heads have {engine.config.head_dim} numbers, and the kernel for attention takes powers of two"
+    if config.es.noise == "low_rank":
+        return "members share their weights"
+    if at_once > 1:
+        return "a group decodes several members at once"
+    return "a member is cut over several devices" if mesh.shape[MODEL] > 1 else None
+
+
 def _mean_reward(completions: list[Graded]) -> float:
     return float(np.mean([completion.score.reward for completion in completions]))
 
@@ -195,7 +207,7 @@ class Evaluator:
         noise, dtype = make_noise(config), compute_dtype(config)
         share = ceil_div(config.es.population, mesh.shape[GROUPS])  # of a group: all groups have some members
         at_once = min(config.decode.members_at_once or 1, share)
-        if engine.writes_in_place and (at_once > 1 or config.es.noise == "low_rank" or mesh.shape[MODEL] > 1):
+        if engine.writes_in_place and why_not_in_place(config, engine, mesh, at_once):
             engine = dataclasses.replace(engine, in_place=False, unroll=None if engine.unroll is None else False)
         return cls(engine, mesh, noise, config.es.sigma, dtype, at_once=at_once)
 

@@ -27,6 +27,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from ml_collections import config_dict
 
 from es_jax.core import processes, rng
@@ -48,7 +49,7 @@ from es_jax.tasks import get_task
 from es_jax.tasks.rows import rows_folder
 from es_jax.tasks.task import Example, Task
 from es_jax.training.config import RunConfig, freeze
-from es_jax.training.es import Evaluator, members_at_once, prompts_of_member
+from es_jax.training.es import Evaluator, members_at_once, prompts_of_member, why_not_in_place
 from es_jax.training.method import StepResult
 from es_jax.training.recorder import Recorder
 from es_jax.training.state import (
@@ -196,6 +197,9 @@ class _Run:
         )  # fmt: skip
         self.profile = Profile(config.train.profile, workdir, last=config.train.steps)
         self.recorder.progress.say(f"{self.dim:,} weights, {self.mesh.size} devices, {self.state.sentence}")
+        why = why_not_in_place(config, engine, self.mesh, self.evaluator.at_once)
+        if why and jax.default_backend() == "gpu":
+            self.recorder.progress.say(f"{why}: a step of decoding copies weights and caches, about 3 times the bytes")
 
     def train(self, began: float) -> RunResult:
         """Run the loop to its end; what is open is closed however it ends. `began`: when the run was asked for."""
