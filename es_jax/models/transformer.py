@@ -128,7 +128,7 @@ class Transformer:
         block = functools.partial(self._block, keep=cache is not None)
         x, kv = run(around(block), self._embed(params, tokens), params["layers"], views, kept)
         if isinstance(cache, RowCache):
-            cache = dataclasses.replace(cache, k=kv[0], v=kv[1], length=cache.length + (positions[:, 0] >= 0))
+            cache = dataclasses.replace(cache, k=kv[0], v=kv[1], length=cache.length + (positions[:, 0] >= 0).astype(jnp.int32))
         elif cache is not None:
             k, v = kv
             cache = cache.extended(k, v, positions)
