@@ -1,5 +1,6 @@
 """Strict JAX for every test: eight fake CPU devices, checked annotations, no silent promotion, no network."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -67,6 +68,19 @@ def tiny_model(tmp_path_factory) -> Path:
     from tests.helpers import tiny_model  # after the annotations are checked
 
     return tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+MAPPINGS = 16_000  # of memory: a process may have 65,530 of them, and each compiled program keeps some
+
+
+@pytest.fixture(scope="module", autouse=True)
+def mappings():
+    """A process that has compiled thousands of programs lets them go: at the limit the next one crashes it."""
+    yield
+    known = Path("/proc/self/maps")
+    if known.exists() and known.read_bytes().count(b"\n") > MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 _compiled: list[str] = []
