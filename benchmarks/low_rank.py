@@ -9,8 +9,10 @@ Result:   docs/speed.md
 
 iteration: noise, decoding, grading and update on SmolLM2-135M; P = 8 GSM8K prompts, of which each member sees k, and
 64 new tokens, which no row ends early. Full rank is tried with each number of --together, on 16 members, and the
-fastest is timed; 16 at once need more than 24 GiB. lab: steps of the laboratory model, N = 512, k = 1, P = 64. memory:
-of the compiled programs, beyond the weights and caches. update: N = 1024 on SmolLM2's shape.
+fastest is timed; 16 at once need more than 24 GiB. With --full-members=16 it is timed on so many members, and its time
+counted up to all: its members are evaluated one after another, and its update adds one after another. lab: steps of the
+laboratory model, N = 512, k = 1, P = 64. memory: of the compiled programs, beyond the weights and caches. update: N =
+1024 on SmolLM2's shape.
 """
 
 import argparse
@@ -156,12 +158,15 @@ def iteration(args: argparse.Namespace) -> None:
         seconds: dict[str, list[float]] = {name: [] for name in sides}
         for turn in range(args.repeats + 1):
             for name, side in sides.items():
-                took = side(args.members if turn or name == "low rank" else TRIED)
+                full = name.startswith("full") and (args.full_members or args.members)
+                members = full or args.members
+                took = side(members if turn or not full else TRIED) * (args.members / members if turn else 1)
                 say(f"{name}, {f'turn {turn}' if turn else 'warm-up'}: {took:.1f} s")
                 if turn:
                     seconds[name].append(took)
     title = f"iteration, N = {args.members}, k = {args.k}, P = {PROMPTS}, {NEW} new tokens, {args.dtype}"
-    more = {"rank": args.rank, "seconds a member, tried": {n: t / TRIED for n, t in tried.items()}}
+    more = {"full rank timed on": args.full_members or args.members, "rank": args.rank}
+    more |= {"seconds a member, tried": {n: t / TRIED for n, t in tried.items()}}
     report(title, seconds, ours="low rank", json_to=args.json, **more)
 
 
@@ -262,6 +267,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=1)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--together", nargs="+", type=int, default=[1, 4], help="members at once of full rank, to try")
+    parser.add_argument("--full-members", type=int, help="that full rank is timed on; by default all")
     parser.add_argument("--torch", action="store_true", help="time torch and transformers too")
     parser.add_argument("--layers", type=int, default=30, help="of memory and update")
     parser.add_argument("--prompt", type=int, default=128, help="tokens of a prompt, of memory")
