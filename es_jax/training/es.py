@@ -41,10 +41,11 @@ from es_jax.es.shaping import SHAPINGS, centred_on_prompts
 from es_jax.generate.decode_spec import LoopSizes, block_length
 from es_jax.generate.engine import Engine
 from es_jax.generate.prompts import Packing, Prompts
+from es_jax.models import decode_attention
 from es_jax.models.config import TransformerConfig
 from es_jax.models.layers import Transposed
 from es_jax.models.sharding import RULES
-from es_jax.models.transformer import param_shapes, unstack_layers
+from es_jax.models.transformer import param_shapes, unstack_layers, without_layers
 from es_jax.profiling.clock import timed
 from es_jax.rundir.seed_log import Entry
 from es_jax.scoring.grading import Graded, Grader, check_scores
@@ -217,6 +218,17 @@ def choose_slots(config: RunConfig, engine: Engine, mesh: Mesh, *, memory: int |
     return slots, f"decode.slots: {slots} of a member's {prompts} prompts {why} is {room / GIB:.3g} GiB"
 
 
+def why_not_in_place(config: RunConfig, engine: Engine, mesh: Mesh, at_once: int) -> str | None:
+    """Why members of a run are not decoded as `Engine.in_place` has it, in words; None where they may be."""
+    if not decode_attention.supports(engine.config):
+        return f"heads have {engine.config.head_dim} numbers, and the kernel for attention takes powers of two"
+    if config.es.noise == "low_rank":
+        return "members share their weights"
+    if at_once > 1:
+        return "a group decodes several members at once"
+    return "a member is cut over several devices" if mesh.shape[MODEL] > 1 else None
+
+
 def _mean_reward(completions: list[Graded]) -> float:
     return float(np.mean([completion.score.reward for completion in completions]))
 
@@ -251,6 +263,8 @@ class Evaluator:
         noise, dtype = make_noise(config), compute_dtype(config)
         share = ceil_div(config.es.population, mesh.shape[GROUPS])  # of a group: all groups have some members
         at_once = min(config.decode.members_at_once or 1, share)
+        if engine.writes_in_place and why_not_in_place(config, engine, mesh, at_once):
+            engine = dataclasses.replace(engine, in_place=False, unroll=None if engine.unroll is None else False)
         return cls(engine, mesh, noise, config.es.sigma, dtype, at_once=at_once)
 
     @property
@@ -311,7 +325,7 @@ class Evaluator:
             return shared, self.member_pairs(params, members)
         if not self.layer_by_layer:
             return self._perturb(params, members)
-        layers, rest = {"layers": params["layers"]}, {name: leaf for name, leaf in params.items() if name != "layers"}
+        layers, rest = {"layers": params["layers"]}, without_layers(params)
         count = len(jax.tree.leaves(layers)[0])
         spare = [None] * count if old is None else [{"layers": layer} for layer in old["layers"]]
         out = self._perturb(rest, members, None, old and {name: old[name] for name in rest})

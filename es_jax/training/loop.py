@@ -27,6 +27,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 from ml_collections import config_dict
 
@@ -49,7 +50,7 @@ from es_jax.scoring.workers import Submit, workers_of
 from es_jax.tasks.outside import label
 from es_jax.tasks.task import Example, Task
 from es_jax.training.config import RunConfig, freeze
-from es_jax.training.es import Evaluator, choose_slots, members_at_once, prompts_of_member
+from es_jax.training.es import Evaluator, choose_slots, members_at_once, prompts_of_member, why_not_in_place
 from es_jax.training.method import StepResult
 from es_jax.training.recorder import Recorder
 from es_jax.training.run_tasks import (
@@ -223,6 +224,9 @@ class _Run:
         )  # fmt: skip
         self.profile = Profile(config.train.profile, workdir, last=config.train.steps)
         self.recorder.progress.say(f"{self.dim:,} weights, {self.mesh.size} devices, {self.state.sentence}")
+        why = why_not_in_place(config, engine, self.mesh, self.evaluator.at_once)
+        if why and jax.default_backend() == "gpu":
+            self.recorder.progress.say(f"{why}: a step of decoding copies weights and caches, about 3 times the bytes")
 
     def train(self, began: float) -> RunResult:
         """Run the loop to its end; what is open is closed however it ends. `began`: when the run was asked for."""
