@@ -224,9 +224,9 @@ class _Run:
         )  # fmt: skip
         self.profile = Profile(config.train.profile, workdir, last=config.train.steps)
         self.recorder.progress.say(f"{self.dim:,} weights, {self.mesh.size} devices, {self.state.sentence}")
-        why = why_not_in_place(config, engine, self.mesh, self.evaluator.at_once)
-        if why and jax.default_backend() == "gpu":
-            self.recorder.progress.say(f"{why}: a step of decoding copies weights and caches, about 3 times the bytes")
+        slow = why_not_in_place(config, engine, self.mesh, self.evaluator.at_once)
+        if slow and jax.default_backend() == "gpu":
+            self.recorder.progress.say(f"{slow}: a step of decoding copies weights and caches, about 3 times the bytes")
 
     def train(self, began: float) -> RunResult:
         """Run the loop to its end; what is open is closed however it ends. `began`: when the run was asked for."""

@@ -45,7 +45,8 @@ def update_in_one_pass(
     interpret: bool = False,
 ) -> tuple[Any, Any, Array]:
     """What `update` returns, of the same arguments; inside jit. `platform`, `interpret`: as of `one_pass`."""
-    like, leaves = jax.tree.structure(params), named_leaves(params)
+    like: Any = jax.tree.structure(params)
+    leaves = named_leaves(params)
     specs = [sharding.spec for sharding in jax.tree.leaves(param_shardings(mesh, params))]
     parts, structure = jax.tree.flatten(opt_state, is_leaf=lambda part: jax.tree.structure(part) == like)
     trees = {i: part for i, part in enumerate(parts) if jax.tree.structure(part) == like}
