@@ -1,48 +1,42 @@
-"""Whether a chip makes the noise of a CPU to the last bit, and what the exact square root costs there.
+"""Whether a device makes the noise of a CPU to the last bit: a part of `benchmarks.chip`.
 
-Command:  python -m benchmarks.chip_bits [--tiny] [--json[=FILE]]
-Cost:     63 seconds on an H100 beside 16 CPU cores.
-Result:   docs/chip/noise_bits_h100.json: all stages but the device's own square root, and all results but those of
-          antithetic pairs, have the CPU's bits; the mended root costs 12 % of perturbing and 39 % of the estimate.
-
-The first rows compare each stage of a number with the host's CPU: values that differ, units in the last place. The
-roots are of all mantissas, in both parities of the exponent: there are no others. Then come digests of perturbed
-weights, of estimates and of updates, and times. "before" has the device's own square root, "after" the mended one.
+`stages` compares each stage of a number with the host's CPU: values that differ, units in the last place. The roots are
+of mantissas in both parities of the exponent: of 2^24 values these are all there are. `digests` are of noise,
+of members and of updates as a run makes them; those of a CPU are in chip_digests.json.
 """
 
-import argparse
-import contextlib
 import functools
 import hashlib
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from benchmarks.compare import add_json, write_json
 from es_jax.core import threefry_normal
+from es_jax.core.mesh import make_mesh, over_groups, to_devices
 from es_jax.es.noise import GaussianNoise
-from es_jax.es.population import Members, Population
-from es_jax.optim.anchored import anchored_weight_decay
+from es_jax.es.population import Population
+from es_jax.generate.engine import Engine
+from es_jax.models.config import TransformerConfig
+from es_jax.models.sharding import param_shardings
+from es_jax.models.transformer import Transformer
+from es_jax.rundir.seed_log import Entry
+from es_jax.training.config import freeze
+from es_jax.training.es import Evaluator
+from es_jax.training.state import State
 
 Call = Callable[..., Any]
+KINDS: dict[str, dict[str, Any]] = {"full rank": {}, "antithetic": {"antithetic": True}}
+MODEL = TransformerConfig(  # of sizes that no block divides
+    family="qwen2", vocab_size=519, width=104, layers=2, heads=4, kv_heads=2, head_dim=16, mlp_dim=139
+)
 PARAMS = {"a": np.zeros((257, 129), np.float32), "layers/b": np.zeros((3, 64, 65), np.float32)}
-SIDES = ("before", "after")
-
-
-def root_of(side: str) -> contextlib.AbstractContextManager[Any]:
-    """Programs traced inside take the device's own root where the side is "before"."""
-    return mock.patch.object(threefry_normal, "_exact_sqrt", jnp.sqrt) if side == "before" else contextlib.nullcontext()
 
 
 def on(device: jax.Device, call: Call, *args: Any) -> Any:
-    """What the call gives on that device, as host arrays; compiled anew, so that `root_of` counts."""
+    """What the call gives on that device, as host arrays."""
     with jax.default_device(device):
         return jax.device_get(jax.jit(lambda *given: call(*given))(*jax.device_put(args, device)))
 
@@ -73,132 +67,55 @@ def stages(device: jax.Device, host: jax.Device, n: int) -> dict[str, Call]:
     radius, angle = on(host, lambda: words(n))
     x = (np.arange(0, 2**24, 2**24 // n, dtype=np.int32) + np.int32(0x3F800000)).view(np.float32)  # in 1..4
     ieee = np.sqrt(x.astype(np.float64)).astype(np.float32)
-    highest = functools.partial(jax.lax.sqrt, accuracy=jax.lax.AccuracyMode.HIGHEST)
 
     def same(call: Call, *args: Any) -> Call:
         return lambda: differences(on(device, call, *args), on(host, call, *args))
-
-    def numbers(side: str) -> dict[str, int]:
-        with root_of(side):
-            return same(threefry_normal.box_muller, radius, angle)()
 
     return {
         "threefry": same(lambda: words(n)),
         "uint32 to float32": same(lambda word: word.astype(jnp.float32), radius),
         "-2 log": same(threefry_normal._minus_two_log, radius),
         "cosine": same(threefry_normal._cosine, angle),
-        "sqrt": lambda: differences(on(device, jnp.sqrt, x), ieee),
-        "sqrt of the highest accuracy": lambda: differences(on(device, highest, x), ieee),
-        "exact sqrt": lambda: differences(on(device, threefry_normal._exact_sqrt, x), ieee),
-        **{f"box_muller {side}": functools.partial(numbers, side) for side in SIDES},
+        "the device's own square root": lambda: differences(on(device, jnp.sqrt, x), ieee),
+        "square root": lambda: differences(on(device, threefry_normal._exact_sqrt, x), ieee),
+        "box_muller": same(threefry_normal.box_muller, radius, angle),
     }
 
 
-def perturbed(params: Any, member: Members) -> Any:
-    return GaussianNoise().apply(params, member, sigma=1.0)
-
-
-def updated(params: Any, members: Members, weights: jax.Array) -> Any:
-    optimizer = optax.chain(optax.sgd(0.1), anchored_weight_decay(0.005))
-    gradient = GaussianNoise().estimate(params, members, weights)
-    updates, _ = optimizer.update(gradient, optimizer.init(params), params)
-    return optax.apply_updates(params, updates)
-
-
-def digests(device: jax.Device, host: jax.Device) -> dict[str, Call]:
-    """Parts that compare whole results, all mended and two of them not."""
+def digests(device: jax.Device) -> dict[str, str]:
+    """Of noise and an estimate, and of what a run's own programs make of them on that device: a member, two updates."""
     weights = np.random.default_rng(0).standard_normal(30).astype(np.float32)
-    large = jax.tree.map(lambda leaf: 0.02 * np.random.default_rng(1).standard_normal(leaf.shape, np.float32), PARAMS)
-    with jax.default_device(host):
-        member = jax.device_get(Population(2, seed=7, streams=1).members(3)[1])
-        both = jax.device_get(
-            [Population(30, seed=7, antithetic=pairs, streams=1).members(3) for pairs in (False, True)]
-        )
-    cases: dict[str, tuple[Call, Any]] = {"apply": (perturbed, (PARAMS, member))}
-    for name, members in zip(("", " antithetic"), both, strict=True):
-        cases["estimate" + name] = (GaussianNoise().estimate, (PARAMS, members, weights))
-        cases["update" + name] = (updated, (large, members, weights))
-
-    def part(side: str, call: Call, args: Any) -> dict[str, Any]:
-        with root_of(side):
-            got, expected = (on(where, call, *args) for where in (device, host))
-        digests = {"device": digest(got), "host": digest(expected)}
-        return digests | {"equal": digests["device"] == digests["host"]} | differences(got, expected)
-
-    kept = [("before", name) for name in ("apply", "estimate")] + [("after", name) for name in cases]
-    return {f"{name} {side}": functools.partial(part, side, *cases[name]) for side, name in kept}
-
-
-def timed(call: Call, *args: Any) -> list[float]:
-    """Seconds of the first call, with its compilation, and of five more."""
-    run, seconds = jax.jit(lambda *given: call(*given)), []
-    for _ in range(6):
-        began = time.perf_counter()
-        jax.block_until_ready(run(*args))
-        seconds.append(time.perf_counter() - began)
-    return seconds
-
-
-def times(n_apply: int, n_estimate: int) -> dict[str, Call]:
-    """Parts that time the noise, and a program which only reads and writes the same bytes."""
-    members = Population(8, seed=7, streams=1).members(3)
-
-    def row(side: str, size: int, moved: int, call: Call, *args: Any) -> dict[str, Any]:
-        with root_of(side):
-            first, *seconds = timed(call, *args)
-        median = statistics.median(seconds)
-        rates = {"bytes_per_second": moved / median, "numbers_per_second": size / median}
-        return {"first_s": first, "seconds": seconds, "median_s": median} | rates
-
-    def leaf(n: int, dtype: Any) -> dict[str, jax.Array]:
-        return {"w": jnp.zeros((n // 2**12, 2**12), dtype)}
-
-    def apply(side: str) -> Call:
-        return lambda: row(side, n_apply, 4 * n_apply, perturbed, leaf(n_apply, jnp.bfloat16), members[1])
-
-    def estimate(side: str) -> Call:
-        def call(weights: jax.Array) -> Any:
-            like = {"w": jax.ShapeDtypeStruct((n_estimate // 2**12, 2**12), jnp.float32)}
-            return GaussianNoise().estimate(like, members, weights)
-
-        return lambda: row(side, 8 * n_estimate, 4 * n_estimate, call, jnp.ones(8))
-
-    parts = {"copy": lambda: row("after", n_apply, 4 * n_apply, lambda x: -x, leaf(n_apply, jnp.bfloat16)["w"])}
-    parts |= {f"apply {side}": apply(side) for side in SIDES}
-    return parts | {f"estimate of 8 {side}": estimate(side) for side in SIDES}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiny", action="store_true", help="few numbers: to see that it runs")
-    add_json(parser)
-    args = parser.parse_args()
-    device, host = jax.devices()[0], jax.devices("cpu")[0]
-    result: dict[str, Any] = {"device": device.device_kind, "jax": jax.__version__}
-    groups: dict[str, Call] = {
-        "stages": lambda: stages(device, host, 2**12 if args.tiny else 2**24),
-        "digests": lambda: digests(device, host),
-        "times": lambda: times(*((2**16, 2**14) if args.tiny else (2**29, 2**28))),
+    with jax.default_device(jax.devices("cpu")[0]):
+        members = jax.device_get(Population(30, seed=7, streams=1).members(3))
+    noise = GaussianNoise()
+    result = {
+        "apply": digest(on(device, functools.partial(noise.apply, sigma=1.0), PARAMS, members[1])),
+        "estimate": digest(on(device, noise.estimate, PARAMS, members, weights)),
     }
-    for group, make in groups.items():
-        rows = result[group] = {}
-        for name, part in attempt(make, rows).items():
-            rows[name] = {}
-            began = time.perf_counter()
-            rows[name] |= attempt(part, rows[name]) | {"part_s": round(time.perf_counter() - began, 2)}
-            if args.json != "-":
-                print(group, name, rows[name], flush=True)
-    write_json(result, args.json)
+    return result | {f"{name}, {kind}": value for kind in KINDS for name, value in of_a_run(device, kind).items()}
 
 
-def attempt(part: Call, errors: dict[str, Any]) -> dict[str, Any]:
-    """What the part gives; nothing where it fails, and why among the errors."""
-    try:
-        return part()
-    except Exception as error:
-        errors["error"] = f"{type(error).__name__}: {error}"[:500]
-        return {}
+def of_a_run(device: jax.Device, kind: str) -> dict[str, str]:
+    mesh = make_mesh(1, 1, devices=[device])
+    optim = {"learning_rate": 0.1, "anchor": {"penalty": "l2", "strength": 0.05}}
+    config = freeze({"model": {"dtype": "float32"}, "es": {"population": 30, **KINDS[kind]}, "optim": optim})
+    numbers = np.random.default_rng(1)  # jax.random's normal numbers need not have the same bits everywhere
+    shapes = jax.eval_shape(Transformer(MODEL).init, jax.random.key(0))
+    params = jax.tree.map(lambda leaf: 0.02 * numbers.standard_normal(leaf.shape, np.float32), shapes)
+    params = jax.device_put(params, param_shardings(mesh, params))
+    engine = Engine(MODEL, slots=1, max_prompt_tokens=1, max_new_tokens=1, stop_token_ids=())
+    population = Population(30, seed=7, antithetic=config.es.antithetic)
+    lane = to_devices(population.members(3)[np.arange(1, 2)], over_groups(mesh))
+    member = Evaluator.of(config, engine, mesh).perturb(params, lane)
+    state = State(config, mesh, params)
+    for step in (1, 2):
+        rewards = np.random.default_rng(step).standard_normal(30)
+        state.apply(Entry.of(step, population.members(step), rewards=rewards, weights=rewards.astype(np.float32)))
+    return {"member": digest(stacked(member)), "updates": digest(state.params)}
 
 
-if __name__ == "__main__":
-    main()
+def stacked(tree: Any) -> Any:
+    """With the layers in one array, where an engine has them apart."""
+    if isinstance(tree, dict) and isinstance(layers := tree.get("layers"), tuple):
+        return {**tree, "layers": jax.tree.map(lambda *leaves: np.stack(leaves), *layers)}
+    return tree

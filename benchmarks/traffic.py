@@ -5,8 +5,9 @@ Cost:     see the column "compile, s"; v5e needs libtpu, h100 the CUDA plugin (d
 Result:   docs/speed.md.
 
 The programs are those of `python -m es_jax.plan`, and so those of a run: 200 prompts of up to 256 tokens, 1024 new
-tokens, bfloat16 members of float32 weights, an l2 anchor. A step is one of all slots, each at 1279 places; `--programs`
-names what else is compiled (perturb must be, for it places the weights that decode takes).
+tokens, bfloat16 members of float32 weights, an l2 anchor. A step is one of all slots, each at 1279 places, an even_step
+one of all slots at 256 to 1279 places; `--programs` names what else is compiled (perturb and perturb_layer must be, for
+they place the weights that decode takes).
 """
 
 import argparse
@@ -25,7 +26,7 @@ CONFIG = {
     "decode": {"max_prompt_tokens": 256, "max_new_tokens": 1024},
     "optim": {"anchor": {"penalty": "l2", "strength": 10.0}},
 }
-PARTS = {"decode": ("step", "chunk", "prefill")}  # of programs that are not counted as a whole
+PARTS = {"decode": ("step", "even_step", "chunk", "prefill")}  # of programs that are not counted as a whole
 FIELDS = ("bytes", "bytes_least", "ratio", "kernels", "unknown_calls")
 HEAD = """| topology | model | slots | of | GB | at least, GB | ratio | kernels | compile, s |
 |---|---|---|---|---|---|---|---|---|"""
@@ -73,7 +74,7 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--slots", default="64,200")
     parser.add_argument("--topology", default="h100:1x1x1,v5e:2x2")
-    parser.add_argument("--programs", default="perturb,decode")
+    parser.add_argument("--programs", default="perturb,perturb_layer,decode")
     add_json(parser)
     args = parser.parse_args()
     result: list[dict[str, Any]] = []

@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 from ml_collections import config_dict
 
-from es_jax.core.names import SHORT, unknown
+from es_jax.core.names import RENAMED, SHORT, unknown
 from es_jax.training.config import FIELDS, default_config
 
 MODELS = {
@@ -80,7 +80,7 @@ def configure(
         elif name not in SHORT:
             fields = FIELDS.near(name)
             short = [short for short, field in SHORT.items() if field in fields]
-            full = f"; or set --config.{fields[0]}=…" if fields and not short else ""
+            full = f"; or set --config.{fields[0]}=…" if fields and not short and name not in RENAMED else ""
             raise ValueError(unknown("argument", name, SHORT, near=short) + full)
         elif SHORT[name].partition(".")[0] in {"es", "grpo"} - {method}:
             raise ValueError(f"argument {item!r} is of the group {SHORT[name]}, which method {method!r} does not read")

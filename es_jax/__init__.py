@@ -7,7 +7,7 @@ The public names, by what they are for:
     models       TransformerConfig, RopeScaling, Transformer
     weights      load_model, save_model, Model, verify_model, VerificationReport, VerificationError
     generation   Greedy, Temperature, TopK, TopP, Engine, Generation, score_tokens
-    tasks        Example, Score, Task, get_task
+    tasks        Example, Score, SimpleTask, Task, get_task
     runs         run, replay, RunResult, evaluate_run
     grpo         group_relative
 
@@ -31,7 +31,7 @@ _HOME = {
     "es_jax.generate.engine": ("Engine", "Generation"),
     "es_jax.generate.score": ("score_tokens",),
     "es_jax.tasks.task": ("Example", "Score", "Task"),
-    "es_jax.tasks": ("get_task",),
+    "es_jax.tasks": ("SimpleTask", "get_task"),
     "es_jax.training.loop": ("RunResult", "run"),
     "es_jax.training.grpo": ("group_relative",),
     "es_jax.training.weights_at": ("replay",),

@@ -20,7 +20,8 @@ bound_seconds (of an iteration), compile_seconds (of all), shape ("files" or "pu
 compile_seconds, runs (in an iteration), flops, memory_traffic_bytes, sent_bytes, bound_seconds (of one run, on one
 device), error}}. What a program reads and writes in a device's memory, as it is compiled: perturb and update have
 bytes, bytes_least (what must be moved), ratio (of the two), kernels and unknown_calls; decode has the same of a step of
-all slots at all places (step_bytes, step_bytes_least, …), of a chunk of steps beside these (chunk_bytes, …) and of a
+all slots at all places (step_bytes, step_bytes_least, …), of one whose slots' lengths are spread evenly
+(even_step_bytes, …), of a chunk of steps beside these, where it has a cache of its own (chunk_bytes, …), and of a
 prefill (prefill_bytes, …). An unknown call is listed, and makes bytes and ratio null.
 """
 

@@ -36,9 +36,11 @@ FAST: dict[str, tuple[str, ...]] = {
     "plotting/test_run_folders.py": (),
     "profiling/test_clock.py": ("test_the_parts_of_a_step_add_up", "test_a_trace_is_written"),
     "scoring/test_row_results.py": (),
+    "tasks/test_columns.py": ("test_a_template", "test_graders", "test_options_are_listed"),
     "tasks/test_countdown_grading.py": (),
     "tasks/test_countdown_layouts.py": (),
     "tasks/test_lab_problems.py": (),
+    "tasks/test_own_tasks.py": (),
     "tasks/test_rows.py": (),
     "test_house.py": (
         "test_imports",

@@ -1,12 +1,16 @@
 """The launch scripts, as far as they can be checked without their platforms."""
 
+import json
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
@@ -108,3 +112,46 @@ def test_the_jobset_has_what_its_schema_requires(jobset):
     x, y = map(int, pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x"))
     assert hosts * container["resources"]["limits"]["google.com/tpu"] == x * y
     subprocess.run(["bash", "-n"], input=container["args"][0], text=True, check=True)
+
+
+@pytest.fixture(scope="module")
+def container():
+    """The instructions of the Containerfile: (word, the rest) of each line that is not a comment."""
+    lines = (ROOT / "launch/Containerfile").read_text().splitlines()
+    return [tuple(line.split(maxsplit=1)) for line in lines if not line.startswith("#")]
+
+
+def test_the_containerfile_copies_what_there_is_and_starts_the_command(container):
+    assert {word for word, _ in container} == {"FROM", "COPY", "RUN", "WORKDIR", "ENV", "ENTRYPOINT"}
+    assert container[0][0] == "FROM" and re.search(r"/python:3\.\d+\.\d+-\w+-\w+$", container[0][1])
+    for word, rest in container:
+        if word == "COPY":
+            assert (ROOT / rest.split()[0]).exists(), rest
+        if word == "RUN":
+            subprocess.run(["bash", "-n"], input=rest, text=True, check=True)
+    assert json.loads(container[-1][1]) == ["python", "-m", "es_jax.train"]
+
+
+def pins(text):
+    rows = (Requirement(line) for line in text.splitlines() if not line.startswith("#"))
+    return {canonicalize_name(row.name): [*row.specifier] for row in rows}
+
+
+def needed_by_the_package():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    return [Requirement(text) for text in [*project["dependencies"], *extras["llm"], *extras["cuda12"]]]
+
+
+def test_every_version_of_the_container_is_pinned():
+    pinned = pins((ROOT / "launch/cuda12.txt").read_text())
+    for name, versions in pinned.items():
+        assert [one.operator for one in versions] == ["=="] and "*" not in versions[0].version, name
+    assert {"jax-cuda12-plugin", "jax-cuda12-pjrt", "nvidia-cublas-cu12", "nvidia-cudnn-cu12"} <= pinned.keys()
+    assert len({pinned[name][0].version for name in ("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda12-pjrt")}) == 1
+
+
+@pytest.mark.parametrize("requirement", needed_by_the_package(), ids=str)
+def test_the_container_has_what_the_package_needs(requirement):
+    (pin,) = pins((ROOT / "launch/cuda12.txt").read_text())[canonicalize_name(requirement.name)]
+    assert requirement.specifier.contains(pin.version)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import json
 import typing
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from es_jax.core.names import ALIASES, unknown
 
 TUPLES: dict[type, str] = {str: "names", int: "whole numbers"}
-TYPES: dict[type, str] = {type(None): "None", bool: "true or false"}
+TYPES: dict[type, str] = {type(None): "None", bool: "true or false", list: "a list"}
 BOOLS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
 
 
@@ -23,6 +24,11 @@ class Fields(dict[str, Any]):
             group = dataclasses.is_dataclass(hint)
             fields |= cls.of(hint, f"{prefix}{name}.") if group else {prefix + name: hint}
         return fields
+
+    def of_option(self, name: str) -> str | None:
+        """The field of free options that a name is one of: "task.options" of "task.options.size"."""
+        field = next((f for f in self if name.startswith(f"{f}.")), None)
+        return field if field and typing.get_origin(self[field]) is Mapping else None
 
     @property
     def groups(self) -> list[str]:
@@ -58,7 +64,13 @@ class Fields(dict[str, Any]):
         >>> fields.parse("rate", "0.9"), fields.parse("rate", "None"), fields.parse("steps", "(3, 5)")
         (0.9, None, (3, 5))
         """
+        if self.of_option(name):
+            return _json(text)
         hint = self[name]
+        if typing.get_origin(hint) is Mapping:
+            if not isinstance(value := {} if text == "None" else _json(text), dict):
+                raise ValueError(f"{name} is {text!r}: it must be an object of JSON, or set {name}.NAME=VALUE")
+            return value
         kinds, is_tuple = typing.get_args(hint) or (hint,), typing.get_origin(hint) is tuple
         if text == "None" and (is_tuple or type(None) in kinds):
             return () if is_tuple else None
@@ -90,11 +102,25 @@ class Fields(dict[str, Any]):
             if not isinstance(value, list | tuple) or not all(type(item) is allowed[0] for item in value):
                 problems.append(f"{name} is {value!r}: it must be {_type_names(hint)}")
             return lambda: tuple(value)
+        elif typing.get_origin(hint) is Mapping:
+            return self._checked_options(value, name, problems)
         elif float in allowed and type(value) is int:
             value = float(value)
         elif not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
             problems.append(f"{name} is {value!r}: it must be {_type_names(hint)}")
         return lambda: value
+
+    def _checked_options(self, value: Any, name: str, problems: list[str]) -> Callable[[], Any]:
+        if not isinstance(value, Mapping):
+            problems.append(f"{name} is {value!r}: it is a group of options, by name")
+            return lambda: value
+        for option, content in value.items():
+            try:
+                json.dumps(content)
+            except (TypeError, ValueError):
+                wanted = "text, a number, true or false, None, or a list or mapping of these"
+                problems.append(f"{name}.{option} is {content!r}: it must be {wanted}")
+        return lambda: json.loads(json.dumps(dict(value)))  # as a run's config.json gives it back
 
     def _checked_group(self, values: Mapping, kind: Any, prefix: str, problems: list[str]) -> Callable[[], Any]:
         hints, fields = typing.get_type_hints(kind), {}
@@ -104,6 +130,18 @@ class Fields(dict[str, Any]):
             else:
                 problems.append(self.unknown(f"{prefix}{name}"))
         return lambda: kind(**{name: make() for name, make in fields.items()})
+
+
+def _json(text: str) -> Any:
+    """A text as JSON or as Python's word for it; else the text itself."""
+    try:
+        return {"None": None, "True": True, "False": False}[text]
+    except KeyError:
+        pass
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def _type_names(hint: Any) -> str:

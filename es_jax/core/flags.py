@@ -51,9 +51,11 @@ def parser(
     def parse(argv: list[str]) -> list[str]:
         flags.mark_flags_as_required(required)
         try:
-            rest = flags.FLAGS([argv[0], *arguments_of(argv)])
+            arguments = arguments_of(argv)
+            options = _define_options(fields, arguments) if fields else []
+            rest = flags.FLAGS([argv[0], *arguments])
             if fields:
-                _set_fields(fields)
+                _set_fields(fields, options)
             return rest
         except flags.UnrecognizedFlagError as error:
             name = error.flagname
@@ -95,6 +97,18 @@ def define_config(fields: Fields) -> None:
         flags.DEFINE_flag(make(reader, None, f"config.{name}", None, "A field.", boolean=kind is bool))
 
 
+def _define_options(fields: Fields, arguments: Sequence[str]) -> list[str]:
+    """Define --config.task.options.NAME of every name that is there, and return those that are defined."""
+    for argument in arguments:
+        flag = argument.lstrip("-").partition("=")[0]
+        name = flag.removeprefix("config.")
+        if argument.startswith("-") and flag != name and fields.of_option(name) and flag not in flags.FLAGS:
+            reader = _Reader(functools.partial(fields.parse, name))
+            flags.DEFINE_flag(flags.Flag(reader, None, flag, None, "An option."))
+    defined = (flag.removeprefix("config.") for flag in flags.FLAGS if flag.startswith("config."))
+    return [name for name in defined if fields.of_option(name)]
+
+
 def _load(text: str) -> config_dict.ConfigDict:
     """What the get_config of a config file returns, called with what follows a colon."""
     name, colon, argument = text.partition(":")
@@ -114,12 +128,12 @@ def _load(text: str) -> config_dict.ConfigDict:
     return config if type(config) is config_dict.ConfigDict else config_dict.ConfigDict(config)
 
 
-def _set_fields(fields: Fields) -> None:
-    """Write the fields of the command line into the config of --config."""
+def _set_fields(fields: Fields, options: Sequence[str]) -> None:
+    """Write the fields of the command line, and the options among them, into the config of --config."""
     config, values = flags.FLAGS.config, {}
-    for name, kind in fields.items():
+    for name in (*fields, *options):
         if (flag := flags.FLAGS[f"config.{name}"]).present:
-            is_tuple = typing.get_origin(kind) is tuple
+            is_tuple = typing.get_origin(fields.get(name)) is tuple
             values[name] = tuple(itertools.chain(*flag.value)) if is_tuple else flag.value  # type: ignore[misc]
     with config.unlocked():
         for name, value in values.items():

@@ -17,7 +17,7 @@ RENAMED = {
     "drift": "kappa",
 }
 # What a config.json from before a field was there means by its absence.
-ADDED = {"es.generator": "threefry", "es.rank": 1, "es.vectors": "gaussian"}
+ADDED = {"es.generator": "threefry", "es.rank": 1, "es.vectors": "gaussian", "task.options": {}}
 
 SHORT = {  # names of fields after the colon of --config
     "method": "method",

@@ -75,6 +75,13 @@ def barrier() -> None:
     exchange({})
 
 
+def device_memory() -> int | None:
+    """Bytes that the smallest device of all processes reports; None where one reports nothing, as on CPU. All processes
+    call it."""
+    least = min((device.memory_stats() or {}).get("bytes_limit", 0) for device in jax.local_devices())
+    return min(exchange({jax.process_index(): least}).values()) or None
+
+
 def connect(mesh: Mesh) -> None:
     """Let the devices of all processes meet, along each axis of the mesh and all together, before there is work.
 

@@ -14,6 +14,7 @@ from es_jax.rundir import directory
 from es_jax.rundir.checkpoints import saved_steps
 from es_jax.rundir.metrics import read_jsonl
 from es_jax.rundir.seed_log import read_entries
+from es_jax.tasks.outside import label
 from es_jax.training.config import freeze
 from es_jax.training.method import METHODS
 from es_jax.training.weights_at import weights_at
@@ -45,7 +46,7 @@ def export_run(
     """
     workdir, out = Path(workdir), Path(out).expanduser()
     facts = directory.read(workdir)
-    config = freeze(facts["config"])
+    config = freeze(facts["config"], begun=True)
     last = len(read_entries(workdir))
     step = last if step is None else step
     if not 0 <= step <= last:
@@ -58,7 +59,7 @@ def export_run(
     check_new(out, nbytes=wanted.itemsize * sum(map(math.prod, param_shapes(base.config).values())))
     source = "checkpoint" if step in saved_steps(workdir) else "replay"
     ((_, params),) = weights_at(workdir, [step])
-    rows = read_jsonl(workdir / "evals" / f"{config.task.name}.jsonl")
+    rows = read_jsonl(workdir / "evals" / f"{label(config.task.name)}.jsonl")
     evals = next((row for row in rows if row["step"] == step), None)
     card = _card(facts, step, str(wanted), evals)
     save_model(out, dataclasses.replace(base, params=params), dtype=wanted, max_shard_bytes=max_shard_bytes, card=card)

@@ -26,15 +26,24 @@ from es_jax.evals.weight_source import (
     with_date,
 )
 from es_jax.generate.engine import engine_for
-from es_jax.rundir.directory import compilation_cache, write_json
+from es_jax.rundir.directory import changed_sources, compilation_cache, write_json
 from es_jax.rundir.metrics import Jsonl
 from es_jax.scoring.heldout import HeldOut, cast, evaluate
 from es_jax.scoring.row_results import EvalsFile, read_evals
+from es_jax.tasks import name_and_options
 from es_jax.tasks.task import Task
 from es_jax.training.config import MeshConfig, ModelConfig, RunConfig, check_date, read_config
-from es_jax.training.es import Evaluator
-from es_jax.training.loop import make_task, other_task
+from es_jax.training.es import SLOTS, Evaluator
 from es_jax.training.method import TokenLists
+from es_jax.training.run_tasks import (
+    by_label,
+    held_out,
+    make_task,
+    other_task,
+    rows_of,
+    source_digests,
+    takes_rows,
+)
 from es_jax.training.state import base_config, compute_dtype, mesh_of, perturbed_count
 from es_jax.weights.model import config_only
 
@@ -47,7 +56,7 @@ class Options:
 
     Attributes:
       rows: test rows of each task.
-      max_prompt_tokens, max_new_tokens, slots: of decoding.
+      max_prompt_tokens, max_new_tokens, slots: of decoding; slots of a model that no run made is 64.
       data_dir: a folder of folders of rows, named like their tasks (`-` may be `_`); None: each task's own rows, and
         for the task that was trained those of the run.
       template_date: the day that the chat template sees, such as "2026-11-27"; None: the run's; of a model, that of the
@@ -77,7 +86,7 @@ class Options:
 def evaluate_run(
     workdir: str | Path,
     *,
-    tasks: Sequence[str] | None = None,
+    tasks: Sequence[str | Task] | None = None,
     every: int | None = None,
     steps: Sequence[int] | None = None,
     kl: bool = False,
@@ -94,7 +103,7 @@ def evaluate_run(
 
     Args:
       workdir: a run's directory; or a model folder, .gguf file or hub name.
-      tasks: names of tasks; those that the run evaluated, by default.
+      tasks: tasks, or names of tasks; those that the run evaluated, by default.
       every: steps 0, every, 2·every, … and the last; the run's evals.every by default.
       steps: these steps instead.
       kl: also measure KL(base ‖ now) on the prompts of each task.
@@ -162,12 +171,22 @@ def _chosen_steps(source: WeightSource, every: int | None, steps: Sequence[int] 
     return sorted({*range(0, source.last + 1, spacing), source.last})
 
 
-def _make_tasks(config: RunConfig, names: Sequence[str], data_dir: str | None) -> list[Task]:
-    """The tasks, each once, with their rows: from `data_dir` where it is set, otherwise as in the run."""
+def _make_tasks(config: RunConfig, tasks: Sequence[str | Task], data_dir: str | None) -> dict[str, Task]:
+    """The tasks by what files call them, with their rows: from `data_dir` where it is set and the task takes them,
+    otherwise as in the run."""
     if data_dir is not None:
         config = dataclasses.replace(config, evals=dataclasses.replace(config.evals, data_dir=data_dir))
-    trained = config.task.name if data_dir is None or config.task.name.startswith("lab-") else None
-    return [make_task(config) if name == trained else other_task(config, name) for name in dict.fromkeys(names)]
+    trained = config.task.name if data_dir is None or not takes_rows(config.task.name) else None
+    made: dict[str, Task] = {}
+    for task in tasks:
+        name = task if isinstance(task, str) else name_and_options(task)[0]
+        if not isinstance(task, str) and made.get(name, task) is not task:
+            raise ValueError(f"two of the tasks are called {name!r}: evaluate them one by one, each with its own out")
+        if not isinstance(task, str):
+            made[name] = task
+        elif name not in made:
+            made[name] = make_task(config) if name == trained else other_task(config, name)
+    return by_label(made.items())
 
 
 class _Evaluation:
@@ -177,7 +196,7 @@ class _Evaluation:
         self,
         source: WeightSource,
         folder: Path,
-        names: Sequence[str],
+        wanted: Sequence[str | Task],
         steps: Sequence[int],
         *,
         options: Options,
@@ -188,13 +207,15 @@ class _Evaluation:
         self.source, self.folder, self.steps, self.options = source, folder, steps, options
         self.measure_drift, config, model = drift, source.config, source.model
         limit, rows = options.max_prompt_tokens or config.decode.max_prompt_tokens, options.rows or config.evals.rows
-        tasks = _make_tasks(config, names, options.data_dir)
-        self.tests = [HeldOut.of(task, task.test(rows), model, max_prompt_tokens=limit) for task in tasks]
+        tasks = _make_tasks(config, wanted, options.data_dir)
+        self.warnings = changed_sources(source.facts, source_digests(tasks))
+        tests = {name: rows_of(task, "test", rows, name) for name, task in tasks.items()}
+        self.tests = held_out(config, tasks, tests, model, limit)
         self.max_new_tokens = options.max_new_tokens or config.decode.max_new_tokens
         self.engine = engine_for(
             model.config,
             [ids for test in self.tests for ids in test.prompts],
-            slots=options.slots or config.decode.slots,
+            slots=options.slots or config.decode.slots or SLOTS,
             max_new_tokens=self.max_new_tokens,
             stop_token_ids=model.stop_token_ids,
         )
@@ -226,7 +247,7 @@ class _Evaluation:
             with tqdm(total=total, unit="row", dynamic_ncols=True, disable=not processes.first()) as self.bar:
                 self._steps()
         drift = self._rows("drift") if self.measure_drift else []
-        warnings = [text for row in drift if (text := drifts.warning(row))]
+        warnings = self.warnings + [text for row in drift if (text := drifts.warning(row))]
         if processes.first():
             for text in warnings:
                 logger.warning(text)

@@ -41,6 +41,7 @@ class WeightSource(NamedTuple):
       name: for messages.
       marks: what tells its weights of the first so many steps from those of other sources; "base" is of step 0.
       config: of the run; of a model, the defaults with its source.
+      facts: what else a run's config.json holds; {} of a model.
       model: the base model without weights.
       base: makes the base model's weights.
       weights: the weights of ascending steps; copy what is kept, the next step reuses their memory.
@@ -51,6 +52,7 @@ class WeightSource(NamedTuple):
     name: str
     marks: Callable[[int], Fields]
     config: RunConfig
+    facts: Fields
     model: Model
     last: int
     base: Callable[[], Any]
@@ -96,6 +98,7 @@ def of_run(workdir: Path, mesh: Mesh) -> WeightSource:
         name=f"the run {workdir}",
         marks=marks,
         config=config,
+        facts=directory.read(workdir),
         model=model,
         last=len(entries),
         base=lambda: load_base(config, mesh).params,
@@ -125,6 +128,7 @@ def of_model(source: str, base: str | None, mesh: Mesh) -> WeightSource:
         name=f"the model {source}" + ("" if base is None else f" beside its base model {base}"),
         marks=lambda steps: marks,
         config=config,
+        facts={},
         model=model,
         last=int(base is not None),
         base=lambda: load_base(config, mesh, source=sources[0]).params,

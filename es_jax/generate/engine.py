@@ -50,10 +50,15 @@ class Engine(DecodeSpec):
       stop_token_ids: token ids that end a row.
       sampler: how a token is chosen.
       logprobs: also return log-probabilities.
-      unroll: run the layers one after another rather than in a scan; by default on CPU, where it decodes faster.
+      unroll: run the layers one after another rather than in a scan; by default on CPU, where it decodes faster, and
+        with `in_place`.
+      in_place: write each step's keys and values to the slots' own caches, and attend these by a kernel that reads live
+        places alone; by default on GPUs, for models whose heads it takes. Elsewhere the kernel is interpreted, which
+        is slow.
 
     Raises:
-      ValueError: a size that is not a whole number above 0, or a stop id outside the vocabulary.
+      ValueError: a size that is not a whole number above 0, a stop id outside the vocabulary, or `in_place` of layers
+        that are not unrolled or heads that the kernel does not take.
 
     >>> from es_jax.models.transformer import Transformer
     >>> config = TransformerConfig(family="llama", vocab_size=16, width=8, layers=1, heads=2, kv_heads=1,
@@ -66,11 +71,6 @@ class Engine(DecodeSpec):
     _: dataclasses.KW_ONLY
     max_prompt_tokens: int
 
-    @property
-    def unrolled(self) -> bool:
-        """Whether the programs want the layers apart."""
-        return jax.default_backend() == "cpu" if self.unroll is None else self.unroll
-
     def layout(self, params: Any) -> Any:
         """The tree as the programs want it: unrolled layers one by one, `with_transposed_kernels`. Use inside jit."""
         return self.with_transposed_kernels(unstack_layers(params)) if self.unrolled else params
@@ -79,7 +79,7 @@ class Engine(DecodeSpec):
         """The tree, or a part of it, with kernels transposed where CPUs are faster so (docs/speed.md): wide ones of 16
         bits.
         """
-        wide = self.unrolled and self.config.width >= WIDE
+        wide = self.unrolled and not self.writes_in_place and self.config.width >= WIDE
         return transpose_kernels(params, itemsize=2) if wide else params
 
     def packing(self, prompts: TokenLists) -> Packing:

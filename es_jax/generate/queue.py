@@ -19,7 +19,7 @@ from jaxtyping import Array, Float32, Int32
 
 from es_jax.generate.decode_spec import FILL, PART, STEPS, DecodeSpec, LoopSizes, block_length
 from es_jax.generate.score import token_logprobs
-from es_jax.models.cache import KVCache, Past, PerLayer
+from es_jax.models.cache import KVCache, Past, PerLayer, RowCache
 from es_jax.models.transformer import Transformer
 
 KV = tuple[PerLayer, PerLayer]
@@ -85,7 +85,8 @@ class State(NamedTuple):
 
 
 class _Chunk(NamedTuple):
-    cache: KVCache
+    number: Array  # of the next step
+    cache: Any  # of the chunk's own tokens; where steps write in place, the slots' keys and values
     slots: _Slots
     chosen: Chosen  # [b, K]
     going: Array
@@ -155,7 +156,7 @@ def begin_queue(
     )  # fmt: skip
     if filled is not None:
         return queue, filled.state
-    cache = model.empty_cache(params, sizes.slots, 0 if sizes.single else sizes.places - sizes.steps)
+    cache = model.empty_cache(params, sizes.slots, sizes.own_places)
     shape, none = (sizes.prompts, spec.max_new_tokens), jnp.zeros(sizes.slots, jnp.int32)
     logprob = jnp.zeros(shape, jnp.float32) if spec.logprobs else None
     out = Generation(jnp.zeros(shape, jnp.int32), jnp.zeros(sizes.prompts, jnp.int32), logprob)
@@ -180,7 +181,7 @@ def _turn(queue: Queue, state: State) -> State:
     with jax.named_scope(FILL):
         state = lax.while_loop(lambda state: state.filling, partial(_fill, queue), state)
     if queue.sizes.steps:
-        state = _sized_chunk(queue, state)
+        state = (_chunk_in_place if queue.sizes.in_place else _sized_chunk)(queue, state)
     filling = queue.agree(_fill_is_due(queue, state.slots.live, state.taken))
     return state._replace(filling=filling, more=filling | queue.agree(jnp.any(state.slots.live)))
 
@@ -298,7 +299,7 @@ def _chunk(queue: Queue, state: State, *, slots: int, places: int) -> _Decoded:
         kv = jax.tree.map(lambda x: jnp.take(x, slot, axis=-4), state.kv)
     place = jnp.arange(places)[None]
     past = Past(*_resized(kv, places), jnp.where(place < begin.length[:, None], place + queue.shared, -1))
-    end = _steps(queue, begin, (*queue.past, past), state.taken)
+    end = _steps_beside(queue, begin, (*queue.past, past), state.taken)
     after = jax.tree.map(lambda all, some: all.at[slot].set(some), state.slots, end.slots)
     out = _record(state.out, end.slots, begin.generated, end.chosen)
     more = queue.sizes.slots - slots
@@ -307,28 +308,53 @@ def _chunk(queue: Queue, state: State, *, slots: int, places: int) -> _Decoded:
     return _Decoded(state._replace(kv=None, slots=after, out=out), kv, slot, begins)
 
 
-def _steps(queue: Queue, slots: _Slots, past: tuple[Past, ...], taken: Array) -> _Chunk:
-    """The loop of a chunk; it ends early where all slots have stopped or a prefill is due."""
-    sizes, model, shape = queue.sizes, queue.model, (len(slots.prompt), queue.sizes.steps)
+def _chunk_in_place(queue: Queue, state: State) -> State:
+    """As `_sized_chunk`, with steps that write to the slots' caches, of which they attend the live places alone."""
+
+    def step(kv: Any, slots: _Slots, position: Array) -> tuple[Array, Callable[[_Slots], KV]]:
+        keys, values = kv
+        cache = RowCache(keys, values, slots.length, queue.past)
+        logits, cache = queue.model.apply(queue.params, slots.token[:, None], positions=position, cache=cache)  # type: ignore[assignment]
+        return logits, lambda slots: cache.kv
+
+    end = _steps(queue, state.slots, state.kv, step, state.taken)
+    out = _record(state.out, end.slots, state.slots.generated, end.chosen)
+    return state._replace(kv=end.cache, slots=end.slots, out=out)
+
+
+def _steps_beside(queue: Queue, slots: _Slots, past: tuple[Past, ...], taken: Array) -> _Chunk:
+    """The loop of a chunk whose steps write to a cache of its own."""
+    model = queue.model
+    zero = _after(slots.token, jnp.int32(0), queue.axis_name)  # else the cache is there as long as the prefill runs
+    cache = model.empty_cache(queue.params, len(slots.prompt), queue.sizes.steps)
+
+    def step(cache: KVCache, slots: _Slots, position: Array) -> tuple[Array, Callable[[_Slots], KVCache]]:
+        own = model.empty_cache(queue.params, len(position), 1, past=(*past, cache))
+        logits, own = model.apply(queue.params, slots.token[:, None], positions=position, cache=own)  # type: ignore[assignment]
+        return logits, lambda slots: _extended(cache, own, slots.token, queue.axis_name)
+
+    return _steps(queue, slots, jax.tree.map(lambda x: x + zero.astype(x.dtype), cache), step, taken)
+
+
+def _steps(queue: Queue, slots: _Slots, cache: Any, forward: Callable[..., Any], taken: Array) -> _Chunk:
+    """The loop of a chunk; it ends early where all slots have stopped or a prefill is due. `forward(cache, slots,
+    position)` gives a step's logits, and of the slots after it the cache."""
+    sizes, shape = queue.sizes, (len(slots.prompt), queue.sizes.steps)
 
     def step(chunk: _Chunk) -> _Chunk:
-        index, slots = chunk.cache.index, chunk.slots
+        number, slots = chunk.number, chunk.slots
         position = jnp.where(slots.live, slots.length + queue.shared, -1)[:, None]
-        own = model.empty_cache(queue.params, len(position), 1, past=(*past, chunk.cache))
-        logits, own = model.apply(queue.params, slots.token[:, None], positions=position, cache=own)  # type: ignore[assignment]
+        logits, extended = forward(chunk.cache, slots, position)
         slots = slots._replace(length=slots.length + slots.live.astype(jnp.int32))
         slots, new = _choose(queue, logits[:, 0], slots)
-        chosen = jax.tree.map(lambda x, y: lax.dynamic_update_slice(x, y[:, None], (0, index)), chunk.chosen, new)
-        going = queue.agree(jnp.any(slots.live)) & (index + 1 < sizes.steps)
+        chosen = jax.tree.map(lambda x, y: lax.dynamic_update_slice(x, y[:, None], (0, number)), chunk.chosen, new)
+        going = queue.agree(jnp.any(slots.live)) & (number + 1 < sizes.steps)
         if sizes.prompts > sizes.slots:
             going &= ~queue.agree(_fill_is_due(queue, slots.live, taken))
-        return _Chunk(_extended(chunk.cache, own, slots.token, queue.axis_name), slots, chosen, going)
+        return _Chunk(number + 1, extended(slots), slots, chosen, going)
 
     logprob = jnp.zeros(shape, jnp.float32) if queue.spec.logprobs else None
-    chosen, going = (jnp.zeros(shape, jnp.int32), logprob), queue.agree(jnp.any(slots.live))
-    zero = _after(slots.token, jnp.int32(0), queue.axis_name)  # else the cache is there as long as the prefill runs
-    cache = jax.tree.map(lambda x: x + zero.astype(x.dtype), model.empty_cache(queue.params, *shape))
-    start = _Chunk(cache, slots, chosen, going)
+    start = _Chunk(jnp.int32(0), cache, slots, (jnp.zeros(shape, jnp.int32), logprob), queue.agree(jnp.any(slots.live)))
     with jax.named_scope(STEPS):
         return lax.while_loop(lambda chunk: chunk.going, step, start)
 

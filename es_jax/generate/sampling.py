@@ -24,14 +24,23 @@ class Greedy:
     """
 
     def __call__(self, logits, key):
-        # First the block of the maximum, then its place there: maxima vectorise, an argmax of all of V does not.
-        # The blocks are few and long: as many as the divisor of V in 1..4√V that is nearest to that end.
-        size = logits.shape[-1]
-        count = next(n for n in range(max(int(4 * size**0.5), 1), 0, -1) if size % n == 0)
-        blocks = logits.reshape(count, -1)
-        block = jnp.argmax(jnp.max(blocks, axis=1))
-        place = jnp.argmax(jax.lax.dynamic_index_in_dim(blocks, block, keepdims=False))
-        return (block * blocks.shape[1] + place).astype(jnp.int32)
+        return jax.lax.platform_dependent(logits, cpu=_argmax_in_blocks, default=_argmax)
+
+
+def _argmax(logits: Array) -> Array:
+    """On accelerators: a TPU's compiler merges it into the product that makes the logits, which are never written."""
+    return jnp.argmax(logits).astype(jnp.int32)
+
+
+def _argmax_in_blocks(logits: Array) -> Array:
+    """On CPUs, where maxima vectorise and an argmax of all of V does not: the maximum's block, then its place there.
+    The blocks are few and long: as many as the divisor of V in 1..4√V that is nearest to that end."""
+    size = logits.shape[-1]
+    count = next(n for n in range(max(int(4 * size**0.5), 1), 0, -1) if size % n == 0)
+    blocks = logits.reshape(count, -1)
+    block = jnp.argmax(jnp.max(blocks, axis=1))
+    place = jnp.argmax(jax.lax.dynamic_index_in_dim(blocks, block, keepdims=False))
+    return (block * blocks.shape[1] + place).astype(jnp.int32)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from es_jax.core.chunked_map import block_length, ceil_div, in_blocks
 from es_jax.core.mesh import replicated
+from es_jax.models.cache import KVCache
 from es_jax.models.config import TransformerConfig
 from es_jax.models.transformer import Transformer
 
@@ -129,7 +130,7 @@ def _score(
     places = jnp.arange(width, dtype=jnp.int32)[None]
     positions = jnp.where(places < lengths[:, None], places, -1)
     hidden, read = model.hidden(params, prompts, positions=positions, cache=model.empty_cache(params, rows, width))
-    assert read is not None
+    assert isinstance(read, KVCache)
     last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)
 
     def one(option: tuple[Array, Array]) -> Array:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Int
 
 from es_jax.core.mesh import require_32_bits
 from es_jax.models.config import TransformerConfig
+from es_jax.models.decode_attention import Places
 
 # One array with a leading axis of L layers, or L arrays without it.
 PerLayer = Array | tuple[Array, ...]
@@ -31,6 +32,31 @@ class Past:
     @property
     def kv(self) -> tuple[PerLayer, PerLayer]:
         return self.k, self.v
+
+
+@struct.dataclass
+class RowCache:
+    """Caches of rows to which a step adds one token each, in place, every row at its own place; of unrolled layers.
+
+    `k`: per layer [B, KH, hd, S], `v`: per layer [B, KH, S, hd], S as `decode_attention.whole_blocks` gives it.
+    `length`: int32 [B], tokens that are there, at the places 0..length − 1; below S. `past`: what all rows attend
+    besides (B = 1), at the positions before these.
+    """
+
+    k: tuple[Array, ...]
+    v: tuple[Array, ...]
+    length: Int[Array, " B"]
+    past: tuple[Past, ...] = ()
+
+    @property
+    def kv(self) -> tuple[PerLayer, PerLayer]:
+        return self.k, self.v
+
+    def places(self, query: Int[Array, "B 1"], *, window: int | None) -> Places:
+        """What the new token of each row attends; nothing where its position is -1."""
+        end = self.length + 1
+        first = jnp.zeros_like(end) if window is None else jnp.maximum(end - window, 0)
+        return Places(new=self.length, first=first, end=jnp.where(query[:, 0] < 0, 0, end))
 
 
 @struct.dataclass

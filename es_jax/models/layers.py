@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float
 from es_jax.core.chunked_map import block_length, in_blocks
 from es_jax.core.low_rank import LowRank
 from es_jax.models.config import TransformerConfig
+from es_jax.models.decode_attention import Places, attend_places, written
 from es_jax.models.rope import Angles, rotate
 
 INIT_STD = 0.02
@@ -26,7 +27,7 @@ QUERIES = 64  # of a block of attention, at least
 MASKED = -1e30  # finite: a query that may attend nothing gets a mean of the values, not NaN
 Stream = Float[Array, "B T D"]  # the residual stream
 KV = tuple[Array, Array]  # keys [B, KH, hd, S] and values [B, KH, S, hd]; B = 1 where all rows share them
-Masks = tuple[Bool[Array, "B T _"], ...]  # who attends whom, for each of the pieces attended
+Masks = tuple[Bool[Array, "B T _"] | Places, ...]  # who attends whom, for each of the pieces attended
 dot_general = functools.partial(lax.dot_general, preferred_element_type=jnp.float32)
 
 
@@ -141,7 +142,8 @@ class Attention(nn.Module):
     """Grouped-query attention with rotary positions. Gives the output, and the tokens' own keys and values.
 
     `attended`: keys and values of tokens before these, piece by piece, which are only read. `masks`: of them, and last
-    of the tokens themselves.
+    of the tokens themselves. Where the last of `masks` is `Places`, the last of `attended` are the rows' own caches, to
+    which the tokens are added, and which are given in the place of the tokens' own.
     """
 
     config: TransformerConfig
@@ -158,8 +160,14 @@ class Attention(nn.Module):
 
         q, k, v = project("q", c.heads), project("k", c.kv_heads), project("v", c.kv_heads, turn=False)
         k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
-        scale = (c.query_pre_attn_scalar or c.head_dim) ** -0.5
-        mixed = attend(q, [*attended, (k, v)], masks=masks, scale=scale, cap=c.attn_softcap)
+        options: Any = {"scale": (c.query_pre_attn_scalar or c.head_dim) ** -0.5, "cap": c.attn_softcap}
+        seen: Any = masks[:-1]
+        last = masks[-1]
+        if isinstance(last, Places):  # of the rows' own caches, in which the tokens are to be
+            k, v = written(attended[-1], k, v, last.new)
+            mixed = attend_places(q, (k, v), last, shared=attended[:-1], masks=seen, **options)
+        else:
+            mixed = attend(q, [*attended, (k, v)], masks=(*seen, last), **options)
         mixed = mixed.reshape(*x.shape[:2], c.heads * c.head_dim)
         return Linear(c.width, name="o")(mixed), (k, v)
 
@@ -170,10 +178,10 @@ class MLP(nn.Module):
     config: TransformerConfig
 
     @nn.compact
-    def __call__(self, x: Stream) -> Stream:
+    def __call__(self, x: Stream, again: Stream) -> Stream:  # the same twice
         c = self.config
         act = jax.nn.silu if c.activation == "silu" else jax.nn.gelu  # gelu: the tanh approximation
-        gate, up = Linear(c.mlp_dim, name="gate")(x), Linear(c.mlp_dim, name="up")(x)
+        gate, up = Linear(c.mlp_dim, name="gate")(x), Linear(c.mlp_dim, name="up")(again)
         return Linear(c.width, name="down")(act(gate) * up)
 
 
@@ -185,7 +193,11 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: Stream, angles: Angles, masks: Masks, attended: Sequence[KV]) -> tuple[Stream, KV]:
         c, norm = self.config, functools.partial(RMSNorm, self.config)
+        # A GPU's compiler adds up the parts of a product again wherever the sum is used, and merges gate and up into a
+        # product that it writes in float32: both move more than the sum, or two products in their own dtype.
+        apart = lax.optimization_barrier if isinstance(masks[-1], Places) else lambda x: x
         mixed, kv = Attention(c, name="attn")(norm(name="attn_norm")(x), angles, masks, attended)
-        x = x + (norm(name="attn_post_norm")(mixed) if c.post_norms else mixed)
-        y = MLP(c, name="mlp")(norm(name="mlp_norm")(x))
-        return x + (norm(name="mlp_post_norm")(y) if c.post_norms else y), kv
+        x = apart(x + (norm(name="attn_post_norm")(mixed) if c.post_norms else mixed))
+        normed = norm(name="mlp_norm")(x)
+        y = MLP(c, name="mlp")(normed, apart(normed))
+        return apart(x + (norm(name="mlp_post_norm")(y) if c.post_norms else y)), kv

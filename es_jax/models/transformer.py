@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from es_jax.core.low_rank import LowRank
 from es_jax.core.tree import map_named, named_leaves
-from es_jax.models.cache import KVCache, Past, attention_mask
+from es_jax.models.cache import KVCache, Past, RowCache, attention_mask
 from es_jax.models.config import TransformerConfig
 from es_jax.models.layers import INIT_STD, KV, Block, Masks, RMSNorm, Stream, Transposed, dot_general, linear, softcap
 from es_jax.models.rope import Angles, rope_angles, rope_frequencies
@@ -57,7 +57,7 @@ class Transformer:
         embed_key, layers_key, head_key = jax.random.split(key, 3)
         x = jnp.zeros((1, 1, c.width))
         positions = jnp.zeros((1, 1), jnp.int32)
-        view = _views(c, positions, [positions])[c.layer_kinds[0]]
+        view = _views(c, positions, [])[c.layer_kinds[0]]
         layers = jax.vmap(lambda k: Block(c).init(k, x, *view, ())["params"])(jax.random.split(layers_key, c.layers))
         params = {
             "embed": {"embedding": INIT_STD * jax.random.normal(embed_key, (c.vocab_size, c.width))},
@@ -74,15 +74,16 @@ class Transformer:
         tokens: PerToken,
         *,
         positions: PerToken | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | RowCache | None = None,
         logits_at: Int[Array, " B"] | None = None,
-    ) -> tuple[Float[Array, "B T V"] | Float[Array, "B V"], KVCache | None]:
+    ) -> tuple[Float[Array, "B T V"] | Float[Array, "B V"], KVCache | RowCache | None]:
         """Next-token logits, float32, and the cache with the T tokens added (None without a cache).
 
         `positions` counts each row's tokens from 0 and is -1 at padding, whose token id does not matter;
         None means 0..T-1 and is allowed only without a cache. A query at position p attends the tokens (of
         the cache when there is one, and of `tokens`) at positions 0..p. Padding's logits mean nothing, but
-        are finite. `logits_at` [B], in 0..T-1: only the logits of that token of each row, [B, V].
+        are finite. `logits_at` [B], in 0..T-1: only the logits of that token of each row, [B, V]. A `RowCache` takes
+        one token a row, T = 1.
         Raises ValueError for a cache without positions, too short, or stacked unlike `params`.
         """
         hidden, cache = self.hidden(params, tokens, positions=positions, cache=cache)
@@ -97,9 +98,9 @@ class Transformer:
         tokens: PerToken,
         *,
         positions: PerToken | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | RowCache | None = None,
         around: Callable[[Callable], Callable] = lambda block: block,
-    ) -> tuple[Stream, KVCache | None]:
+    ) -> tuple[Stream, KVCache | RowCache | None]:
         """The residual stream after the last layer and the final norm, and the cache; see `apply`.
 
         `around` makes of the function of a layer, (x, layer, view, kv) → (x, kv), the one that runs in its place: one
@@ -109,9 +110,11 @@ class Transformer:
             if cache is not None:
                 raise ValueError("positions = None with a cache: give the position of every token [B, T]")
             positions = _count_up(tokens)
-        pieces: list[Past] = []  # what came before these tokens
+        pieces: list[Past | RowCache] = []  # what came before these tokens
         unrolled = isinstance(params["layers"], list | tuple)
-        if cache is not None:
+        if isinstance(cache, RowCache):
+            pieces = [*cache.past, cache]
+        elif cache is not None:
             if isinstance(cache.k, tuple) != unrolled:
                 raise ValueError(
                     f"{'unstacked' if unrolled else 'stacked'} layers need KVCache.empty(..., stacked={not unrolled}), "
@@ -119,12 +122,16 @@ class Transformer:
                 )
             cache.check_room(tokens.shape[1])
             pieces = [*cache.past, *cache.used_before(tokens.shape[1])]
-        views = _views(self.config, positions, [*(piece.positions for piece in pieces), positions])
+        views = _views(self.config, positions, pieces)
         run = self._unrolled if unrolled else self._scanned
         kept = [piece.kv for piece in pieces]
         block = functools.partial(self._block, keep=cache is not None)
         x, kv = run(around(block), self._embed(params, tokens), params["layers"], views, kept)
-        if cache is not None:
+        if isinstance(cache, RowCache):
+            cache = dataclasses.replace(
+                cache, k=kv[0], v=kv[1], length=cache.length + (positions[:, 0] >= 0).astype(jnp.int32)
+            )
+        elif cache is not None:
             k, v = kv
             cache = cache.extended(k, v, positions)
         normed: Any = RMSNorm(self.config).apply({"params": params["final_norm"]}, x)
@@ -133,7 +140,7 @@ class Transformer:
     def trace(self, params: Params, tokens: PerToken) -> list[Stream]:
         """The residual stream before the first layer and after each, L + 1 arrays, without the final norm."""
         positions = _count_up(tokens)
-        views = _views(self.config, positions, [positions])
+        views = _views(self.config, positions, [])
         stream = [self._embed(params, tokens)]
         for layer, kind in zip(unstack_layers(params)["layers"], self.config.layer_kinds, strict=True):
             stream.append(self._block(stream[-1], layer, views[kind], [])[0])
@@ -205,6 +212,11 @@ def unstack_layers(params: Params) -> Params:
     return {**params, "layers": tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(count))}
 
 
+def without_layers(params: Params) -> Params:
+    """All parameters but those of the layers."""
+    return {name: leaf for name, leaf in params.items() if name != "layers"}
+
+
 def transpose_kernels(params: Params, *, itemsize: int) -> Params:
     """The same tree, of whatever layers, with every kernel of numbers of so many bytes `Transposed`."""
 
@@ -229,13 +241,17 @@ def matrix_weights(config: TransformerConfig) -> tuple[int, int]:
     return layers, config.width * config.vocab_size
 
 
-def _views(config: TransformerConfig, query: Array, attended: Sequence[Array]) -> dict[tuple[bool, bool], View]:
-    """The view of each kind of layer, (local, rope), that the config has."""
+def _views(config: TransformerConfig, query: Array, pieces: Sequence[Past | RowCache]) -> dict[tuple[bool, bool], View]:
+    """The view of each kind of layer, (local, rope), that the config has: of the pieces, and of the tokens themselves,
+    unless these are added to the last piece first."""
 
     def view(local: bool, rope: bool) -> View:
         frequencies = rope_frequencies(config, local=local)  # all zero: turned by no angle
         angles = rope_angles(query, frequencies if rope else np.zeros_like(frequencies))
         window = config.sliding_window if local else None
-        return angles, tuple(attention_mask(query, positions, window=window) for positions in attended)
+        mask = functools.partial(attention_mask, query, window=window)
+        masks: list[Any] = [mask(piece.positions) for piece in pieces if isinstance(piece, Past)]
+        own: list[Any] = [piece.places(query, window=window) for piece in pieces if isinstance(piece, RowCache)]
+        return angles, (*masks, *(own or [mask(query)]))
 
     return {kind: view(*kind) for kind in dict.fromkeys(config.layer_kinds)}

@@ -157,7 +157,8 @@ def _traffic(text: str, program: Program, part: Counted) -> Traffic | None:
     """Of a part of a program whose compiled text that is; "" where it did not compile."""
     if not text:
         return None
-    counter = TrafficCounter(text, turns={**program.turns, **part.turns}, branches=part.branches)
+    turns = {**program.turns, **part.turns}
+    counter = TrafficCounter(text, turns=turns, branches=part.branches, kernels=part.kernels)
     return counter.program() if part.scope is None else counter.turn(part.scope)
 
 
@@ -363,7 +364,12 @@ def _sent(kinds: list[Collective]) -> str:
 def _read(outcome: Outcome) -> Iterator[str]:
     """A line a part of a program."""
     for name, part in outcome.moved.items():
-        what = {"": "", "step": ", a step of all slots at all places", "chunk": ", a chunk beside its steps"}
+        what = {
+            "": "",
+            "step": ", a step of all slots at all places",
+            "even_step": ", a step of all slots, their lengths spread evenly",
+            "chunk": ", a chunk beside its steps",
+        }
         least, traffic = f"{part.least / 1e9:.4g} GB at least", part.traffic
         if traffic is None:
             figures = f"not known, {least}"

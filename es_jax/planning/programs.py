@@ -15,26 +15,29 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
 from es_jax.core import rng
 from es_jax.core.chunked_map import ceil_div
-from es_jax.core.mesh import MODEL, over_groups, replicated
+from es_jax.core.mesh import MODEL, over_groups, platform_of, replicated
 from es_jax.es.low_rank import BLOCK, LowRankNoise
 from es_jax.es.population import Members
 from es_jax.generate.decode_spec import FILL, PART, STEPS, LoopSizes
 from es_jax.generate.engine import Engine
 from es_jax.generate.prompts import Prompts, padded_width
+from es_jax.models import decode_attention
 from es_jax.models.config import TransformerConfig
 from es_jax.models.known_configs import PUBLISHED, published
 from es_jax.models.sharding import param_shardings
-from es_jax.models.transformer import Transformer, matrix_weights, param_shapes
+from es_jax.models.transformer import Transformer, matrix_weights, param_shapes, without_layers
 from es_jax.planning.costs import Work, cache_bytes, decode_memory, forward_flops, pair_numbers
 from es_jax.planning.topology import Topology
+from es_jax.planning.traffic import Kernels
 from es_jax.training import state
 from es_jax.training.config import RunConfig
-from es_jax.training.es import Evaluator, members_at_once, pair_bytes, prompts_of_member
+from es_jax.training.es import Evaluator, choose_slots, members_at_once, pair_bytes, prompts_of_member
 from es_jax.training.method import METHODS
 
 
@@ -60,7 +63,8 @@ class Counted(NamedTuple):
     least: float
     scope: str | None = None  # one turn of the outermost loop in it; None: a run of the program
     turns: Mapping[str, float] = MappingProxyType({})  # in the place of the program's
-    branches: Mapping[str, int] = MappingProxyType({})  # as `traffic.TrafficCounter` takes them
+    branches: Mapping[str, int] = MappingProxyType({})  # as `traffic.TrafficCounter` takes them, like the next
+    kernels: Kernels = MappingProxyType({})
 
 
 class Program(NamedTuple):
@@ -79,11 +83,12 @@ class Program(NamedTuple):
 class Programs:
     """A run's programs on a mesh of devices to compile for; config.model.dtype must not be "auto".
 
-    Where the config leaves decode.members_at_once open it is chosen as a run does, from the `memory` of a device (by
-    default, of one that is here).
+    Where the config leaves decode.slots and decode.members_at_once open they are chosen as a run does, from the
+    `memory` of a device (by default, of one that is here).
     """
 
-    order: tuple[str, ...] = ("load", "share", "perturb", "decode", "update")  # the methods that give them
+    # The methods that give them; not all have all.
+    order: tuple[str, ...] = ("load", "share", "perturb", "perturb_layer", "decode", "update")
 
     def __init__(self, config: RunConfig, model: TransformerConfig, mesh: Mesh, memory: int | None = None):
         self.model, self.mesh, self.everywhere = model, mesh, replicated(mesh)
@@ -98,10 +103,14 @@ class Programs:
         self.each = prompts_of_member(config)
         longest, self.new = config.decode.max_prompt_tokens, config.decode.max_new_tokens
         self.width = padded_width(longest, longest)
+        in_place = platform_of(mesh) == "gpu" and decode_attention.supports(model)  # as `Engine` chooses there
         engine = Engine(
-            model, slots=min(config.decode.slots, self.each), max_prompt_tokens=longest,
-            max_new_tokens=self.new, stop_token_ids=(0,), unroll=False,
+            model, slots=self.each, max_prompt_tokens=longest, max_new_tokens=self.new, stop_token_ids=(0,),
+            unroll=in_place, in_place=in_place,
         )  # fmt: skip
+        slots = config.decode.slots or choose_slots(config, engine, mesh, memory=memory)[0]
+        config = dataclasses.replace(config, decode=dataclasses.replace(config.decode, slots=slots))
+        engine = dataclasses.replace(engine, slots=min(slots, self.each))
         if config.decode.members_at_once is None:
             number = members_at_once(config, engine, mesh, memory=memory)
             config = dataclasses.replace(config, decode=dataclasses.replace(config.decode, members_at_once=number))
@@ -129,13 +138,26 @@ class Programs:
     def weights(self) -> dict[str, Any]:
         """What `decode` takes, by the program that makes it; where it lies is known when that is compiled."""
         evaluator = self.evaluator
+        if evaluator.layer_by_layer:
+            rest, layers = self._rest_and_layers
+            layer = functools.partial(evaluator._perturb, layer=np.int32(0))
+            return {
+                "perturb": jax.eval_shape(evaluator._perturb, rest, self.members),
+                "perturb_layer": jax.eval_shape(layer, layers, self.members),
+            }
         if not evaluator.shared:
             return {"perturb": jax.eval_shape(evaluator._perturb, self.params, self.members)}
         pairs = jax.eval_shape(evaluator.member_pairs, self.params, self.members)
         return {"share": jax.eval_shape(evaluator.shared_weights, self.params), "perturb": pairs}
 
+    @property
+    def _rest_and_layers(self) -> tuple[Any, Any]:
+        return without_layers(self.params), {"layers": self.params["layers"]}
+
     def __iter__(self) -> Iterator[Program]:
-        return (getattr(self, name)() for name in self.order if name != "share" or self.evaluator.shared)
+        absent = {"share"} if not self.evaluator.shared else set()
+        absent |= {"perturb_layer"} if not self.evaluator.layer_by_layer else set()
+        return (getattr(self, name)() for name in self.order if name not in absent)
 
     def load(self) -> Program:
         """From the weights, which are read leaf by leaf, to the optimizer's state."""
@@ -161,16 +183,41 @@ class Programs:
         )
 
     def perturb(self) -> Program:
-        """The weights of one round of members; where all share one copy, what each has of its own."""
-        program, own = (Evaluator.member_pairs, self.pairs) if self.pairs else (Evaluator._perturb, self.copy)
-        read = {} if self.pairs else {"parameters": self.resident["parameters"]}  # shared ones: their shapes alone
-        moved = sum(part.device for part in (own | read).values())
+        """The weights of one round of members; where all share one copy, what each has of its own; where layers are
+        made one by one, all but these."""
+        if self.evaluator.layer_by_layer:
+            return self._perturbed("perturb", self._rest_and_layers[0], None, times=self.rounds)
+        if not self.pairs:
+            return self._perturbed("perturb", self.params, None, times=self.rounds)
+        moved = sum(part.device for part in self.pairs.values())  # the shapes of shared weights alone are needed
         return Program(
             "perturb",
-            lambda: program.lower(self.evaluator, self.params, self.members),
+            lambda: Evaluator.member_pairs.lower(self.evaluator, self.params, self.members),
             times=self.rounds,
             parts=self.resident | self.copy | self.pairs | self.other_round,
-            own={*own, *read},
+            own=self.pairs.keys(),
+            work=Work(memory=moved),
+            counted={"": Counted(moved)},
+        )
+
+    def perturb_layer(self) -> Program:
+        """One layer of one round of members."""
+        layers = self._rest_and_layers[1]
+        layer = array((), jnp.int32, self.everywhere)
+        return self._perturbed("perturb_layer", layers, layer, times=self.rounds * self.model.layers)
+
+    def _perturbed(self, name: str, params: Any, layer: Any, *, times: int) -> Program:
+        """The members' weights of these leaves, or of one layer of them."""
+        part = 1 if layer is None else self.model.layers
+        read = Bytes.of(params).device // part
+        size = sum(leaf.size for leaf in jax.tree.leaves(params)) // part // self.mesh.shape[MODEL]
+        moved = read + self.evaluator.at_once * size * jnp.dtype(self.evaluator.dtype).itemsize
+        return Program(
+            name,
+            lambda: Evaluator._perturb.lower(self.evaluator, params, self.members, layer),
+            times=times,
+            parts=self.resident | self.copy | self.other_round,
+            own={"parameters", *self.copy},
             work=Work(memory=moved),
             counted={"": Counted(moved)},
         )
@@ -183,7 +230,12 @@ class Programs:
         rows = Prompts(tokens, tokens, array((0,), jnp.int32, self.everywhere))  # no shared prefix: a bound
 
         def lower() -> Any:
-            weights = tuple(self.weights.values()) if evaluator.shared else self.weights["perturb"]
+            weights: Any = tuple(self.weights.values())
+            if evaluator.layer_by_layer:
+                rest, layer = weights
+                weights = {**rest, "layers": (layer["layers"],) * self.model.layers}
+            elif not evaluator.shared:
+                (weights,) = weights
             return Evaluator._decode.lower(evaluator, weights, rows)
 
         program = self._completions(
@@ -226,25 +278,32 @@ class Programs:
         )
 
     def _least(self, sizes: LoopSizes, lanes: int, itemsize: int) -> dict[str, Counted]:
-        """Of a decode step with all slots at their last place, of a chunk of steps beside these, and of a prefill: each
-        weight that they use is read once, and each lane's keys and values; those of new tokens are written, and after a
-        chunk read and written once more. The chunk is the last that is compiled: of all slots, at all places."""
+        """Of a decode step with all slots at their last place, of one whose slots' lengths are spread evenly from there
+        down to the first new token, of a chunk of steps beside these, and of a prefill: each weight that they use is
+        read once, and each lane's live keys and values; those of new tokens are written, and where a chunk has its own
+        cache read and written once more after it. The chunk is the last that is compiled: of all slots, at all places.
+        """
         model, share = self.model, self.mesh.shape[MODEL]
         weights = sum(math.prod(shape) for shape in param_shapes(model).values())
         weights -= 0 if model.tied_embeddings else model.width * model.vocab_size  # rows of it are looked up
         copies = 1 if self.evaluator.shared else lanes
         read = copies * weights * itemsize / share + sum(part.device for part in self.pairs.values())
         places = self.width + self.new - 1
-        live = lanes * decode_memory(model, sizes.slots, places - 1, 2, steps=0, copy=0, itemsize=itemsize)
+        lengths = {"step": [places], "even_step": np.linspace(self.width, places, sizes.slots).astype(int).tolist()}
         step, chunk, fill = (
             lanes * cache_bytes(model, tokens, itemsize)
             for tokens in (sizes.slots, sizes.slots * sizes.steps, sizes.fill_rows * sizes.width)
         )
         last, counted = {"": -1}, {}
-        counted["step"] = Counted(read + (live + step) / share, STEPS, branches=last)
+        for name, length in lengths.items():
+            live = np.mean([decode_memory(model, sizes.slots, n - 1, 2, steps=0, copy=0, itemsize=1) for n in length])
+            kernels = {decode_attention.NAME: functools.partial(decode_attention.bytes_moved, lengths=length)}
+            moved = read + (lanes * itemsize * float(live) + step) / share
+            counted[name] = Counted(moved, STEPS, branches=last, kernels=kernels)
         if sizes.single:
             return counted | {"prefill": Counted(read + fill / share, turns={STEPS: 0})}
-        counted["chunk"] = Counted(2 * chunk / share, "", turns={STEPS: 0, FILL: 0}, branches=last)
+        if not sizes.in_place:
+            counted["chunk"] = Counted(2 * chunk / share, "", turns={STEPS: 0, FILL: 0}, branches=last)
         return counted | {"prefill": Counted(read + fill / share, FILL)}
 
     def update(self) -> Program:

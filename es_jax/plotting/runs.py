@@ -16,6 +16,7 @@ from flax.traverse_util import flatten_dict
 
 from es_jax.rundir import directory
 from es_jax.rundir.metrics import read_jsonl
+from es_jax.tasks.outside import label
 from es_jax.training.config import RunConfig, read_config
 from es_jax.training.method import METHODS
 
@@ -27,7 +28,8 @@ ERRORS = "Errors are one standard error: over seeds, or over rows where a series
 # What may differ within a series: the seed, and what no step depends on.
 ALIKE = (
     "train.", "evals.", "mesh.", "decode.slots", "decode.members_at_once", "decode.max_prompt_tokens",
-    "grpo.micro_batch", "model.template_date", "optim.anchor.strength", "optim.anchor.kappa",  # λ stands for both
+    "grpo.micro_batch", "model.template_date", "task.timeout_seconds",
+    "optim.anchor.strength", "optim.anchor.kappa",  # λ stands for both
 )  # fmt: skip
 SCHEDULES = ("es.schedule", "optim.schedule", "optim.anchor.schedule")
 # What every line of a file has; one of another name is a task's.
@@ -150,6 +152,8 @@ class Run(NamedTuple):
         """What the run is, by dotted name, without its seed; λ for the anchor's strength or κ; and train.steps where a
         schedule makes every step depend on how many there are."""
         fields = flatten_dict(dataclasses.asdict(self.config), sep=".")
+        fields = {name: value for name, value in fields.items() if not name.startswith("task.options.")}
+        fields["task.options"] = dict(self.config.task.options) or None  # one value: runs need not have the same ones
         seed = ("task.seed",) if self.config.task.data_dir is None else ()
         skipped = (*ALIKE, *seed, *(f"{name}." for name in METHODS if name != self.config.method))
         settings = {name: value for name, value in fields.items() if not name.startswith(skipped)}
@@ -242,8 +246,9 @@ def read_run(folder: str | Path) -> Run:
     files = {path.stem: _rows(path) for path in sorted((folder / "evals").glob("*.jsonl"))}
     limit = {"max_new_tokens": config.decode.max_new_tokens}  # of evaluations that do not name theirs
     evals = {name: [limit | row for row in rows] for name, rows in files.items() if name not in NEEDED and rows}
+    metrics, target = _rows(folder / "metrics.jsonl"), label(config.task.name)
     return Run(
-        folder, config, facts, _rows(folder / "metrics.jsonl"), evals, files.get("kl", []), target=config.task.name,
+        folder, config, facts, metrics, evals, files.get("kl", []), target=target,
         method=config.method.upper(), penalty=config.optim.anchor.penalty, size=facts.get("parameters"),
     )  # fmt: skip
 
@@ -265,7 +270,7 @@ def _rows(path: Path) -> Rows:
 def prior_tasks(runs: Sequence[Run]) -> list[str]:
     """The tasks that every run evaluated and none was trained on, in the order of the first run's config."""
     common = set.intersection(*(set(run.evals) for run in runs)) - {run.target for run in runs}
-    return distinct(task for task in (*runs[0].config.evals.tasks, *sorted(common)) if task in common)
+    return distinct(task for task in (*map(label, runs[0].config.evals.tasks), *sorted(common)) if task in common)
 
 
 def incomparable(runs: Sequence[Run]) -> dict[Path, str]:
@@ -285,9 +290,9 @@ def incomparable(runs: Sequence[Run]) -> dict[Path, str]:
 def _compared(run: Run) -> Iterator[tuple[str, tuple, Any]]:
     """(what is compared, among which runs, its value)."""
     config, task, digest = run.config, run.config.task, run.facts["digest"]
-    seeds = {} if task.data_dir else {task.name: task.seed}  # rows that the task makes differ as the seed does
+    seeds = {} if task.data_dir else {run.target: task.seed}  # rows that the task makes differ as the seed does
     data = (task.data_dir, task.seed if task.data_dir else None, task.train_size)
-    held_out = (digest, task.name, seeds.get(task.name), config.evals.rows, config.evals.tasks)
+    held_out = (digest, task.name, seeds.get(run.target), config.evals.rows, config.evals.tasks)
     yield "decode.max_new_tokens", (), config.decode.max_new_tokens
     yield "task.grader", (), task.grader or "paper"
     yield "the training data (data_dir, seed, train_size)", (task.name,), data

@@ -5,12 +5,13 @@ import fcntl
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,16 @@ from es_jax.core import processes
 from es_jax.core.names import ADDED, RENAMED
 from es_jax.weights.files import small_sums
 
+logger = logging.getLogger(__name__)
+
 # What may change between the start and the resumption of a run: nothing that a step's bits depend on.
 CHANGEABLE = (
     *("train.steps", "train.checkpoint_every", "train.keep_checkpoints", "train.samples", "train.profile"),
-    *("evals.every", "mesh.groups", "mesh.model", "optim.anchor.memory"),
+    *("evals.every", "mesh.groups", "mesh.model", "optim.anchor.memory", "task.timeout_seconds"),
 )
 SUM = "sha256"  # the field of config.json that has the sum of the others
 DATE = "model.template_date"
+SOURCES = "task_sources"  # sums of the tasks from outside the package; they may change, with a warning
 PACKAGES = ["es_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy"]
 
 
@@ -71,7 +75,14 @@ def _lock(workdir: Path) -> Any:
     return lock
 
 
-def settle(workdir: Path, config: dict[str, Any], *, identity: dict[str, Any], started: bool) -> None:
+def settle(
+    workdir: Path,
+    config: dict[str, Any],
+    *,
+    identity: dict[str, Any],
+    started: bool,
+    mesh: dict[str, int] | None = None,
+) -> None:
     """Write config.json, or check that the run that is there is this one.
 
     Of several processes the first writes; all call it.
@@ -80,26 +91,30 @@ def settle(workdir: Path, config: dict[str, Any], *, identity: dict[str, Any], s
       config: the run's fields, as nested dicts.
       identity: what else a run is, by name: digests of base weights and of prompts, the compute dtype, …
       started: whether it has a finished step. Without one the directory is taken over, whatever it was meant for.
+      mesh: the sizes of the mesh, which may be another each time.
 
     Raises:
       ValueError: the directory holds another run, or this process has another one than the first; what differs is
         named.
     """
     if processes.first():
-        _settle(workdir, json.loads(json.dumps(config)), identity, started)  # as it is read back: lists for tuples
+        config = json.loads(json.dumps(config))  # as it is read back: lists for tuples
+        _settle(workdir, config, identity, started, mesh or {})
     processes.barrier()
     there = read(workdir)
     differing = [f"{k} is {there.get(k)!r} there and {v!r} here" for k, v in identity.items() if there.get(k) != v]
     if differing:
         raise ValueError(
             f"process {jax.process_index()} differs from process 0: {'; '.join(differing)}. All processes of a run "
-            "need the same model files and rows"
+            "need the same model files, rows and tasks"
         )
 
 
-def _settle(workdir: Path, config: dict[str, Any], identity: dict[str, Any], started: bool) -> None:
+def _settle(
+    workdir: Path, config: dict[str, Any], identity: dict[str, Any], started: bool, mesh: dict[str, int]
+) -> None:
     path, versions = workdir / "config.json", _versions()
-    content = {"config": config, **identity, "versions": versions}
+    content = {"config": config, **identity, "mesh": mesh, "versions": versions}
     if path.exists() or started:
         try:
             then = {"files": identity.get("files"), **read(workdir)}  # earlier versions did not keep them
@@ -107,12 +122,10 @@ def _settle(workdir: Path, config: dict[str, Any], identity: dict[str, Any], sta
             if started:
                 raise
             then = {"config": {}}
-        old, new = (
-            flatten_dict({**facts["config"], **{k: facts.get(k) for k in identity}}, sep=".")
-            for facts in (then, content)
-        )
+        old, new = (_flat({**facts["config"], **{k: facts.get(k) for k in identity}}) for facts in (then, content))
         dateless = old.get(DATE) is None  # from before the field was there: it may be told
-        changed = [name for name in new if name not in CHANGEABLE and old.get(name) != new[name]]
+        fixed = [name for name in new if name not in CHANGEABLE and not name.startswith(SOURCES)]
+        changed = [name for name in fixed if old.get(name) != new[name]]
         changed = [name for name in changed if not (dateless and name == DATE)]
         if changed and started:
             differing = "; ".join(f"{name} was {old.get(name)!r} and is {new[name]!r}" for name in changed)
@@ -124,8 +137,29 @@ def _settle(workdir: Path, config: dict[str, Any], identity: dict[str, Any], sta
         if changed:
             shutil.rmtree(workdir / "evals", ignore_errors=True)  # of that config's weights before the first step
         else:
-            content = {**then, "config": config, "resumed": [*then.get("resumed", []), versions]}
+            sentences = changed_sources(then, identity)
+            for sentence in sentences:
+                logger.warning(sentence)
+            resumed = versions | ({SOURCES: then[SOURCES]} if sentences else {})
+            sources = {SOURCES: identity[SOURCES]} if SOURCES in identity else {}
+            own = {"config": config, "mesh": mesh, **sources}
+            content = {**then, **own, "resumed": [*then.get("resumed", []), resumed]}
     write_json(path, content | {SUM: _sum(content)}, indent=2)
+
+
+def changed_sources(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Sentences about tasks from outside the package whose source is another one now, by their sums in two records."""
+    was, is_ = (facts.get(SOURCES) or {} for facts in (then, now))
+    return [
+        f"the source of task {name!r} changed since the run wrote its config.json: its scores may differ from before"
+        for name in is_
+        if name in was and was[name] != is_[name]
+    ]
+
+
+def _flat(groups: dict[str, Any]) -> dict[str, Any]:
+    """Values by dotted name; a field of free options is a value."""
+    return flatten_dict(groups, sep=".", is_leaf=lambda path, _: path == ("task", "options"))
 
 
 def read(workdir: Path) -> dict[str, Any]:
@@ -139,7 +173,7 @@ def read(workdir: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path} does not exist: {workdir} is not a run's directory")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        fields = {RENAMED.get(name, name): value for name, value in flatten_dict(content["config"], sep=".").items()}
+        fields = {RENAMED.get(name, name): value for name, value in _flat(content["config"]).items()}
         there = {"config": unflatten_dict(ADDED | fields, sep="."), "digest": content["digest"]}
         facts = {"streams": 1, **content, **there}  # of all runs before the streams had a version
     except (ValueError, TypeError, KeyError, RecursionError) as error:

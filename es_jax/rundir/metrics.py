@@ -116,6 +116,12 @@ class Metrics:
                 self._board.close()
 
 
+def say(text: str) -> None:
+    """A line for the person who watches, above any bar; of the first process."""
+    if processes.first():
+        tqdm.write(text, file=sys.stderr)
+
+
 class Progress:
     """A bar over the units of all steps, ("member", 30) of each, and a line for a step at most every two seconds."""
 
@@ -146,8 +152,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """A line above the bar, of the first process."""
-        if processes.first():
-            self._bar.write(text, file=sys.stderr)
+        say(text)
 
     def close(self) -> None:
         self._bar.close()

@@ -30,6 +30,7 @@ class Graded:
     truncated: bool
 
 
+COLUMNS = ("step", "n", "task", "rows", "max_new", "reward", "mean_length", "truncated", "well_formed")
 Pending = Callable[[], Graded]  # waits for the score
 
 
@@ -91,7 +92,7 @@ class Grader:
         with host("grade"):
             own = processes.wait(lambda: {n: (at, [one() for one in ones]) for n, (at, ones) in pending.items()})
         if jax.process_count() == 1:
-            return {n: own[n][1] for n in sorted(own)}
+            return check_parts({n: own[n][1] for n in sorted(own)})
         packed = {
             n: [
                 [i, g.text if n in texts else "", g.score.reward, dict(g.score.parts), g.length, g.truncated]
@@ -99,14 +100,31 @@ class Grader:
             ]
             for n, (at, graded) in own.items()
         }
-        return {
-            n: own[n][1] if n in own else list(map(self._unpacked, rows))
-            for n, rows in processes.exchange(packed).items()
-        }
+        everyone = processes.exchange(packed).items()
+        return check_parts({n: own[n][1] if n in own else list(map(self._unpacked, rows)) for n, rows in everyone})
 
     def _unpacked(self, row: list[Any]) -> Graded:
         i, text, reward, parts, length, truncated = row
         return Graded(self.examples[i], text, Score(reward, parts), length, truncated)
+
+
+def check_parts(graded: dict[int, list[Graded]]) -> dict[int, list[Graded]]:
+    """Returns what all graded. Raises ValueError where scores have not all the same parts, or parts with names of
+    columns that say something else; rows are named."""
+    ones = [one for of_number in graded.values() for one in of_number]
+    names = ones[0].score.parts.keys() if ones else set()
+    for one in ones:
+        if one.score.parts.keys() != names:
+            raise ValueError(
+                f"the score of row {one.example.id!r} has the parts {', '.join(one.score.parts)}, and that of row "
+                f"{ones[0].example.id!r} {', '.join(names)}: give all scores of a task the same parts"
+            )
+    if taken := [name for name in names if name in COLUMNS]:
+        raise ValueError(
+            f"the score of row {ones[0].example.id!r} has a part {taken[0]!r}, a name that a run's files have for "
+            "something else: rename it"
+        )
+    return graded
 
 
 def check_scores(graded: Iterable[Graded], task: str, *, remedy: str = "mend the task's score") -> None:

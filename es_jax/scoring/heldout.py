@@ -19,7 +19,7 @@ from es_jax.models.config import TransformerConfig
 from es_jax.scoring.grading import Graded, Grader, check_scores
 from es_jax.scoring.row_results import RowResults
 from es_jax.scoring.workers import workers_of
-from es_jax.tasks.task import RULES, ChoiceTask, Example, Task
+from es_jax.tasks.task import RULES, ChoiceTask, Example, Task, name_of
 from es_jax.weights.boundary import encode_options
 from es_jax.weights.model import Model
 from es_jax.weights.tokenizer import encode_prompt
@@ -33,23 +33,39 @@ class HeldOut:
       task: what grades them for the reward.
       examples, prompts: n rows and the token ids of their prompts.
       options: for a task with options, each row's prompt, continuations (token ids) and the index of the right one.
+      label: what files and figures call the task; None: its own name.
+      timeout_seconds: the most that a score may take, see `workers_of`.
     """
 
     task: Task
     examples: Sequence[Example]
     prompts: Sequence[Sequence[int]]
     options: Sequence[tuple[list[int], list[list[int]], int]] | None = None
+    label: str | None = None
+    timeout_seconds: float | None = None
 
     @classmethod
-    def of(cls, task: Task, examples: Sequence[Example], model: Model, *, max_prompt_tokens: int) -> "HeldOut":
+    def of(
+        cls,
+        task: Task,
+        examples: Sequence[Example],
+        model: Model,
+        *,
+        max_prompt_tokens: int,
+        label: str | None = None,
+        timeout_seconds: float | None = None,
+    ) -> "HeldOut":
         """Raises ValueError for a prompt longer than `max_prompt_tokens` tokens, which is named."""
-        prompts = [checked_prompt(model, task.name, example, max_prompt_tokens) for example in examples]
-        options = [_options(task, example, model) for example in examples] if isinstance(task, ChoiceTask) else None
-        return cls(task, examples, prompts, options)
+        name = label or name_of(task)
+        prompts = [checked_prompt(model, name, example, max_prompt_tokens) for example in examples]
+        options = None
+        if isinstance(task, ChoiceTask) and callable(task.choices):  # a field may have that name
+            options = [_options(task, example, model) for example in examples]
+        return cls(task, examples, prompts, options, label, timeout_seconds)
 
     @property
     def name(self) -> str:
-        return self.task.name
+        return self.label or name_of(self.task)
 
     @property
     def digest(self) -> str:
@@ -101,7 +117,7 @@ def evaluate(
     queues = [engine.packing(held.prompts).pack(held.prompts, rows=len(held.prompts)) for held in tasks]
     decoded = evaluator.unperturbed(params, queues)
     for held in tasks:
-        with workers_of(held.task) as submit:  # which start while the devices decode
+        with workers_of(held.task, held.timeout_seconds) as submit:  # which start while the devices decode
             grader = Grader(model, held.examples, submit, held.prompts)
             own = {
                 row: ([row], [pending])
@@ -143,12 +159,12 @@ def _options(task: ChoiceTask, example: Example, model: Model) -> tuple[list[int
     prompt, options = encode_options(model.tokenizer, choices.prompt, choices.options)
     if not prompt or not all(choices.options) or not all(options):
         raise ValueError(
-            f"row {example.id!r} of task {task.name!r} has an option or a prompt without tokens: take the row out"
+            f"row {example.id!r} of task {name_of(task)!r} has an option or a prompt without tokens: take the row out"
         )
     longest, context = max(map(len, options)), model.config.max_positions
     if len(prompt) + longest > context:
         raise ValueError(
-            f"row {example.id!r} of task {task.name!r} has {len(prompt)} tokens of prompt and options of up to "
+            f"row {example.id!r} of task {name_of(task)!r} has {len(prompt)} tokens of prompt and options of up to "
             f"{longest}, more than the model's context of {context}: take the row out"
         )
     return prompt, options, choices.right

@@ -1,21 +1,26 @@
 """Tasks: what a model is trained and tested on. `get_task` makes one by its name; `TASKS` is the table."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
-from inspect import signature
 from types import MappingProxyType
 from typing import Any
 
+from es_jax.core.names import unknown
+from es_jax.tasks import outside
+from es_jax.tasks.columns import Columns
 from es_jax.tasks.conciseness import Conciseness
 from es_jax.tasks.countdown import Countdown
 from es_jax.tasks.gsm8k import GSM8K
 from es_jax.tasks.lab import KINDS, Lab
 from es_jax.tasks.multiple_choice import DATASETS, MultipleChoice
 from es_jax.tasks.proofwriter import ProofWriter
-from es_jax.tasks.task import Choices, ChoiceTask, Example, Message, Score, Task, check_known, response_text
+from es_jax.tasks.simple import SimpleTask
+from es_jax.tasks.task import Choices, ChoiceTask, Example, Message, Score, Task, check_known, name_of, response_text
 
 __all__ = [
-    "TASKS", "ChoiceTask", "Choices", "Example", "Message", "Score", "Task", "get_task", "response_text",
+    "TASKS", "ChoiceTask", "Choices", "Example", "Message", "Score", "SimpleTask", "Task", "check_name", "check_task",
+    "get_task", "name_and_options", "options_of", "response_text", "source_digest",
 ]  # fmt: skip
 
 TASKS: Mapping[str, Callable[..., Any]] = MappingProxyType(
@@ -25,20 +30,97 @@ TASKS: Mapping[str, Callable[..., Any]] = MappingProxyType(
 )
 
 
+def check_name(name: str) -> None:
+    """Raises ValueError unless the name can be one of a task; a file or a module is not looked at."""
+    if name in TASKS or name == Columns.name or outside.is_reference(name):
+        return
+    if name not in (points := outside.entry_points()):
+        raise ValueError(f"{unknown('task', name, [*TASKS, Columns.name, *points])}; {outside.HOW}")
+
+
 def get_task(name: str, **options: Any) -> Task:
     """The task of that name, made with its options.
 
     Args:
-      name: a key of `TASKS`.
+      name: a key of `TASKS`; "rows", see `es_jax.tasks.columns.Columns`; a name that an installed package registers as
+        an entry point of the group es_jax.tasks; or FILE.py:NAME or package.module:NAME, a class, a function that
+        returns a task, or a task.
       **options: fields of the task, which its docstring describes.
 
     Raises:
-      ValueError: no task has that name, it has no such option, or an option's value is wrong.
+      ValueError: no task has that name, it has no such option, an option's value is wrong, or what the name stands for
+        is not a task or raises.
+      OSError: the name's file does not exist.
 
     >>> get_task("countdown", grader="strict")
-    Countdown(data_dir=None, seed=0, grader='strict')
+    Countdown(data_dir=None, seed=0, grader='strict', hub=None)
     """
-    check_known("task", name, TASKS)
+    make = _maker(name)
+    known = _parameters(make)
     for option in options:
-        check_known(f"option of task {name!r}", option, signature(TASKS[name]).parameters)
-    return TASKS[name](**options)
+        if known is not None:
+            check_known(f"option of task {name!r}", option, known)
+    if name in TASKS or make is Columns:
+        return make(**options)
+    try:
+        task = make(**options) if callable(make) else make
+    except (ValueError, OSError):
+        raise
+    except Exception as error:
+        text = ", ".join(f"{option}={value!r}" for option, value in options.items()) or "no options"
+        raise ValueError(f"task {name!r} with {text} raised {type(error).__name__}: {error}") from error
+    return check_task(task, f"task {name!r}")
+
+
+def check_task(task: Any, what: str) -> Task:
+    """Returns the task; raises ValueError for anything else, a class too."""
+    lacking = [method for method in ("train", "test", "score") if not callable(getattr(task, method, None))]
+    if lacking or inspect.isclass(task):
+        reason = f"which has no {' and no '.join(lacking)}" if lacking else "a class: call it"
+        raise ValueError(
+            f"{what} is {task!r}, {reason}: it must be a task, as an object of a subclass of SimpleTask is"
+        )
+    return task
+
+
+def options_of(name: str) -> list[str] | None:
+    """The options of the task of that name; None where it takes any. Raises as `get_task`."""
+    return _parameters(_maker(name))
+
+
+def name_and_options(task: Task) -> tuple[str, dict[str, Any]]:
+    """The name and the options with which `get_task` makes the task again; a name alone that says what it is, where
+    that cannot be told. Raises ValueError for one that cannot be the name of a file."""
+    name, options = outside.described(check_task(task, "task"))
+    own = name_of(task)
+    if own in (*TASKS, Columns.name) and type(task).__module__.startswith("es_jax."):
+        return own, {option: value for option, value in options.items() if option != "kind"}
+    if name in TASKS or name == Columns.name:  # a subclass has the name of its base
+        return type(task).__name__, {}
+    return name, options
+
+
+def source_digest(task: Task) -> str | None:
+    """sha256 of the source of a task from outside the package, or of its function; None for others."""
+    return outside.source_digest([type(task), *getattr(task, "functions", ())])
+
+
+def _maker(name: str) -> Any:
+    """What makes the task of that name, or is it."""
+    check_name(name)
+    if name in TASKS or name == Columns.name:
+        return TASKS.get(name, Columns)
+    if outside.is_reference(name):
+        return outside.load(name)
+    try:
+        return outside.entry_points()[name].load()
+    except Exception as error:
+        raise ValueError(f"task {name!r}: its entry point raised {type(error).__name__}: {error}") from error
+
+
+def _parameters(make: Any) -> list[str] | None:
+    if not callable(make) or not inspect.signature(make).parameters:
+        return []
+    parameters = inspect.signature(make).parameters
+    free = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    return None if free else list(parameters)

@@ -6,7 +6,7 @@ The training task of the ES papers (arXiv 2509.24372, arXiv 2605.30148).
 import hashlib
 import random
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
@@ -15,7 +15,19 @@ from typing import Any, ClassVar
 
 from es_jax.tasks.arithmetic import Expression, parse, solve
 from es_jax.tasks.robust import expressions
-from es_jax.tasks.rows import FieldError, Row, check_field, read_examples
+from es_jax.tasks.rows import (
+    SHARD,
+    FieldError,
+    Hub,
+    Row,
+    candidates,
+    check_field,
+    checked,
+    examples_of,
+    hub_rows,
+    read_split,
+    verl_example,
+)
 from es_jax.tasks.task import (
     GRADERS,
     Example,
@@ -52,6 +64,9 @@ class Countdown(Splits):
         `nums` and `target`, and the prompt is written here. None: problems are made here, 3 or 4 numbers in 1..99 and
         a whole target in 10..100 that can be reached; 200 for training and 2000 for testing unless `n` says otherwise,
         and no set of numbers is in both, whatever the seeds.
+      hub: a data set on the hub, with rows as in `data_dir`. One with a train split alone, such as
+        Jiayi-Pan/Countdown-Tasks-3to4, is divided: the hash of a set of numbers decides whether it is for training or
+        for testing. So is a copy of such a set in a folder.
       seed: of the problems made here; other seeds give other problems. The first n do not depend on n.
       grader: "paper", "strict" or "robust": whose answer it is in reward = answer + 0.1 · format; docs/tasks.md has the
         rules, with examples.
@@ -65,6 +80,7 @@ class Countdown(Splits):
     data_dir: str | Path | None = None
     seed: int = 0
     grader: str = "paper"
+    hub: str | None = None
 
     name: ClassVar[str] = "countdown"
 
@@ -72,10 +88,19 @@ class Countdown(Splits):
         check_known("grader", self.grader, GRADERS)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ValueError(f"seed is {self.seed!r}: it should be a whole number")
+        if self.hub is not None and self.data_dir is not None:
+            raise ValueError(f"hub is {self.hub!r} and data_dir {str(self.data_dir)!r}: rows come from one of them")
 
     def _examples(self, split: str, n: int | None) -> list[Example]:
+        if self.hub is not None:
+            splits = hub_rows(Hub(self.hub), None)
+            if split in splits and "test" in splits:
+                return examples_of(splits[split], f"{self.hub}, split {split}", _example, n)
+            return _divided(splits.get("train", ()), f"{self.hub}, split train", split, n)
         if self.data_dir is not None:
-            return read_examples(self.data_dir, split, n, verl=_verl, extra=_check_extra, needs_answer=False)
+            if _is_copy(Path(self.data_dir)):
+                return _divided(*read_split(self.data_dir, "train"), split, n)
+            return examples_of(*read_split(self.data_dir, split), _example, n)
         default = 200 if split == "train" else 2000
         return list(islice(_problems(split, self.seed), default if n is None else check_count(n)))
 
@@ -112,6 +137,24 @@ def format_score(response: str, *, has_answer: bool) -> float:
     if "</think>\n<answer>" in response and response.endswith(("</answer>", "</answer>\n")):
         return 1.0  # the two cannot overlap, and <think> in front opens the block that </think> closes
     return 0.1 * ("</think>" in response) + 0.5 * has_answer
+
+
+def _example(row: Row, number: int) -> Example:
+    return verl_example(_verl(row), number, extra=_check_extra, needs_answer=False)
+
+
+def _is_copy(folder: Path) -> bool:
+    """Whether a folder is a copy of a data set of the hub that has a train split alone."""
+    train, test = (list(candidates(folder, split)) for split in ("train", "test"))
+    return bool(train) and not test and all(SHARD.search(files[0].name) for files in train)
+
+
+def _divided(rows: Iterable[Row], source: str, split: str, n: int | None) -> list[Example]:
+    """The part of the rows that is for training or for testing."""
+    examples = checked(rows, source, _example)
+    own = (example for example in examples if _split_of(example.meta["numbers"]) == split)
+    part = islice(own, None if n is None else check_count(n))
+    return examples_of(part, f"the {split} part of {source}", lambda example, number: example, n)
 
 
 def _check_extra(extra: Row) -> Row:

@@ -6,7 +6,10 @@ an open turn), `reward_model.ground_truth`, and where present `extra_info` (a ma
 prompt. An id that is empty or was there before gets "#" and the row's number.
 """
 
+import csv
+import io
 import json
+import re
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -18,7 +21,8 @@ from es_jax.core.extras import require
 from es_jax.tasks.task import GRADERS, Example, Message, Splits, check_count, check_known, take
 
 Row = Mapping[str, Any]
-SUFFIXES = (".parquet", ".json", ".jsonl")
+SUFFIXES = (".parquet", ".json", ".jsonl", ".csv")
+SHARD = re.compile(r"-([0-9]{5})-of-([0-9]{5})\.parquet")  # of a copy of a data set of the hub
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -69,11 +73,11 @@ class PublishedTask(Splits):
         def read(row: Row, number: int) -> Example:
             if "prompt" not in row:
                 return native(row)
-            example = _verl_example(row, number)
+            example = verl_example(row, number)
             return replace(example, answer=check_answer(example.answer, "reward_model.ground_truth"))
 
         rows, source = open_split(hub, split, self.data_dir)
-        return _examples(islice(rows, None if n is None else check_count(n)), source, read, n)
+        return examples_of(islice(rows, None if n is None else check_count(n)), source, read, n)
 
 
 def read_examples(
@@ -93,13 +97,13 @@ def read_examples(
     """
 
     def read(row: Row, number: int) -> Example:
-        return _verl_example(verl(row), number, extra=extra, needs_answer=needs_answer)
+        return verl_example(verl(row), number, extra=extra, needs_answer=needs_answer)
 
-    path = find_split(data_dir, split)
-    return _examples(read_rows(path), str(path), read, n)
+    rows, source = read_split(data_dir, split)
+    return examples_of(rows, source, read, n)
 
 
-def checked(rows: Iterable[Row], source: str, read: Callable[[Row, int], Any]) -> Iterator[Any]:
+def checked(rows: Iterable[Any], source: str, read: Callable[[Any, int], Any]) -> Iterator[Any]:
     """What `read` makes of every row and its number, counting from 0; adds source and number to a FieldError."""
     for number, row in enumerate(rows):
         try:
@@ -109,7 +113,12 @@ def checked(rows: Iterable[Row], source: str, read: Callable[[Row, int], Any]) -
         yield result
 
 
-def _examples(rows: Iterable[Row], source: str, read: Callable[[Row, int], Example], n: int | None) -> list[Example]:
+def examples_of(
+    rows: Iterable[Any],
+    source: str,
+    read: Callable[[Any, int], Example],
+    n: int | None,
+) -> list[Example]:
     """The first `n` of the `checked` examples, each under an id of its own."""
     examples: dict[str, Example] = {}
     for number, example in enumerate(checked(rows, source, read)):
@@ -127,26 +136,31 @@ def open_split(hub: Hub, split: str, data_dir: str | Path | None) -> tuple[Itera
     """
     if data_dir is None:
         name = getattr(hub, split, split)
-        return _hub_rows(hub, name), f"{hub.path}, split {name}"
-    path = find_split(data_dir, _file_stem(data_dir, split, hub))
-    if split == "train" and path.stem == _file_stem(data_dir, "test", hub):
-        raise FileNotFoundError(f"data_dir is {data_dir}, where {path.name} is the test split: add a train split")
-    return read_rows(path), str(path)
+        return hub_rows(hub, name), f"{hub.path}, split {name}"
+    stem = _file_stem(data_dir, split, hub)
+    files = find_split(data_dir, stem)
+    if split == "train" and stem == _file_stem(data_dir, "test", hub):
+        names = " and ".join(path.name for path in files)
+        raise FileNotFoundError(f"data_dir is {data_dir}, where {names} is the test split: add a train split")
+    return read_split(data_dir, stem)
 
 
 def _file_stem(data_dir: str | Path, split: str, hub: Hub) -> str:
     stems = (split, getattr(hub, split, split), "validation")
-    return next((stem for stem in stems if any((Path(data_dir) / (stem + end)).is_file() for end in SUFFIXES)), split)
+    return next((stem for stem in stems if any(candidates(Path(data_dir), stem))), split)
 
 
-def _hub_rows(hub: Hub, split: str) -> Iterable[Row]:
+def hub_rows(hub: Hub, split: str | None) -> Any:
+    """The rows of a split of a data set on the hub; without a split, those of each split by its name."""
     require("llm")
     import datasets
 
     try:
         rows = datasets.load_dataset(hub.path, hub.config, split=split, revision=hub.revision)
     except Exception as error:  # the library raises whatever its transport raises
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = " ".join(str(error).split())[:400] or type(error).__name__
+        if re.search("Unknown split|Config name is missing|BuilderConfig", str(error)):  # it is there, but not so
+            raise ValueError(f"{hub.path} has no rows of config {hub.config!r}, split {split!r}: {reason}") from error
         raise OSError(
             f"the rows of {hub.path} (split {split}) cannot be had from the Hugging Face hub ({reason}): load them "
             "once with a network, which keeps them in the cache of `datasets`, or put them into a folder as parquet or "
@@ -165,8 +179,9 @@ def rows_folder(root: str | Path, task: str) -> Path:
     raise FileNotFoundError(f"{root} has no folder {' or '.join(names)} for task {task!r}; it holds {content}")
 
 
-def find_split(data_dir: str | Path, split: str) -> Path:
-    """The one file that holds a split: `data_dir/{split}` with the suffix .parquet, .json or .jsonl."""
+def find_split(data_dir: str | Path, split: str) -> list[Path]:
+    """The file that holds a split, `data_dir/{split}` with one of SUFFIXES; or in a copy of a data set of the hub the
+    files that do, `{split}-00000-of-00002.parquet`, … in the folder or in its folder `data`."""
     folder, names = Path(data_dir), [split + suffix for suffix in SUFFIXES]
     if folder.is_file():
         raise ValueError(f"data_dir is {folder}, a file: give the folder that holds {split}.parquet")
@@ -176,15 +191,36 @@ def find_split(data_dir: str | Path, split: str) -> Path:
             f"data_dir is {folder}, which does not exist: looked there for one of {', '.join(names)}; "
             f"the nearest folder that exists, {near}, holds {_listing(near)}"
         )
-    files = [name for name in names if (folder / name).is_file()]
-    if not files:
+    found = [*candidates(folder, split)]
+    if not found:
         raise FileNotFoundError(
             f"data_dir is {folder}, which has no {split!r} split: looked for one of {', '.join(names)}; "
             f"it holds {_listing(folder)}"
         )
-    if len(files) > 1:
-        raise ValueError(f"data_dir {folder} holds {' and '.join(files)}: keep one file for the split {split!r}")
-    return folder / files[0]
+    if len(found) > 1:
+        first = " and ".join(files[0].name for files in found)
+        raise ValueError(f"data_dir {folder} holds {first}: keep one file for the split {split!r}")
+    (files,) = found
+    if (match := SHARD.search(files[0].name)) and len(files) != int(match[2]):
+        raise ValueError(
+            f"{files[0].parent} holds {len(files)} of {int(match[2])} files of the split {split!r}: fetch all"
+        )
+    return files
+
+
+def candidates(folder: Path, split: str) -> Iterator[list[Path]]:
+    """The files of a split, in every form in which the folder has it."""
+    yield from ([folder / (split + suffix)] for suffix in SUFFIXES if (folder / (split + suffix)).is_file())
+    for place in (folder, folder / "data"):
+        shards = sorted(place.glob(f"{split}-*.parquet"))
+        if shards := [path for path in shards if SHARD.fullmatch(path.name.removeprefix(split))]:
+            yield shards
+
+
+def read_split(data_dir: str | Path, split: str) -> tuple[list[Row], str]:
+    """The rows of a folder's split, and the name of their source. Raises as `find_split` and `read_rows`."""
+    files = find_split(data_dir, split)
+    return [row for path in files for row in read_rows(path)], str(files[0] if len(files) == 1 else files[0].parent)
 
 
 def _listing(folder: Path) -> str:
@@ -194,9 +230,10 @@ def _listing(folder: Path) -> str:
 
 
 def read_rows(path: str | Path) -> list[Row]:
-    """The rows of a file, as mappings: .parquet; .jsonl, an object a line; .json, a list of objects, or as .jsonl."""
+    """The rows of a file, as mappings: .parquet; .jsonl, an object a line; .json, a list of objects, or as .jsonl;
+    .csv, the columns' names in its first line and every value a text."""
     path = Path(path)
-    rows = _read_parquet(path) if path.suffix == ".parquet" else _read_json(path)
+    rows = {".parquet": _read_parquet, ".csv": _read_csv}.get(path.suffix, _read_json)(path)
     if not rows:
         raise ValueError(f"{path} has no rows: it needs at least one")
     for number, row in enumerate(rows):
@@ -218,11 +255,32 @@ def _read_parquet(path: Path) -> list[Any]:
         raise ValueError(f"{path} is damaged or is not parquet, so fetch or write it again ({reason})") from error
 
 
-def _read_json(path: Path) -> list[Any]:
+def _read_csv(path: Path) -> list[Any]:
+    lines = csv.reader(io.StringIO(_text(path, newline="").removeprefix("\ufeff"), newline=""), strict=True)
     try:
-        text = path.read_text(encoding="utf-8")
+        names, *rows = (line for line in lines if line)
+    except (csv.Error, ValueError) as error:
+        raise ValueError(
+            f"{path}, line {lines.line_num}: it is not CSV with names in the first line ({error})"
+        ) from error
+    if len(set(names)) < len(names):
+        raise ValueError(f"{path} has two columns of one name in its first line, {', '.join(names)}: rename one")
+    for number, row in enumerate(rows):
+        if len(row) != len(names):
+            raise ValueError(f"{path}, row {number} has {len(row)} fields, but there are {len(names)} columns")
+    return [dict(zip(names, row, strict=True)) for row in rows]
+
+
+def _text(path: Path, newline: str | None = None) -> str:
+    try:
+        with open(path, encoding="utf-8", newline=newline) as file:
+            return file.read()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+
+
+def _read_json(path: Path) -> list[Any]:
+    text = _text(path)
     if path.suffix == ".json" and text.lstrip().startswith("["):
         return _parse_json(text, str(path))
     lines = text.rstrip().split("\n") if text.strip() else []
@@ -236,15 +294,32 @@ def _parse_json(text: str, source: str) -> Any:
         raise ValueError(f"{source}: {reprlib.repr(text)} is not JSON ({error})") from error
 
 
-def _verl_example(row: Row, number: int, *, extra: Callable[[Row], Row] = dict, needs_answer: bool = True) -> Example:
+def verl_example(row: Row, number: int, *, extra: Callable[[Row], Row] = dict, needs_answer: bool = True) -> Example:
+    """A row in the verl layout as an example; the arguments are those of `read_examples`."""
     meta = dict(extra(_optional(row, "extra_info", Mapping, "an object") or {}))
     if (source := _optional(row, "data_source", str, "text")) is not None:
         meta["data_source"] = source
     name = _optional(row, "id", (str, int), "text or a whole number")
     messages: Any = row.get("prompt")
     check_field(isinstance(messages, list) and messages, "prompt", messages, "a list of at least one {role, content}")
-    prompt = tuple(_message(message, f"prompt[{at}]") for at, message in enumerate(messages))
-    return Example(str(number if name is None else name), prompt, _answer(row, needs_answer), meta)
+    return Example(str(number if name is None else name), _messages(messages), _answer(row, needs_answer), meta)
+
+
+def own_example(prompt: Any, answer: Any, id: Any, meta: Mapping[str, Any]) -> Example:
+    """An example of a prompt (text or messages), an answer (text, a number or None) and an id. Raises FieldError."""
+    if isinstance(prompt, list | tuple) and prompt:
+        prompt = _messages(prompt)
+    else:
+        check_field(
+            isinstance(prompt, str) and prompt, "prompt", prompt, "text that is not empty, or a list of messages"
+        )
+    check_field(isinstance(answer, str | int | float | None), "answer", answer, "text or a number, or left out")
+    check_field(isinstance(id, str | int), "id", id, "text or a whole number, or left out")
+    return Example(str(id), prompt, None if answer is None else str(answer), dict(meta))
+
+
+def _messages(messages: Any) -> tuple[Message, ...]:
+    return tuple(_message(message, f"prompt[{at}]") for at, message in enumerate(messages))
 
 
 def _optional(row: Row, name: str, kind: Any, wanted: str) -> Any:

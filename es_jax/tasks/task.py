@@ -56,12 +56,9 @@ class Choices:
 class Scorer(Protocol):
     """What grades completions: a task."""
 
-    @property
-    def name(self) -> str:
-        """The task's key in `TASKS`."""
-
-    def score(self, example: Example, completion: str) -> Score:
-        """Grades the text a model wrote after the prompt. Never raises for a strange completion.
+    def score(self, example: Example, completion: str) -> Score | float:
+        """Grades the text a model wrote after the prompt. Never raises for a strange completion. A number is a reward,
+        see `as_score`.
 
         It depends on its arguments alone: a step grades the same completion of an example once.
         """
@@ -69,7 +66,7 @@ class Scorer(Protocol):
 
 @runtime_checkable
 class Task(Scorer, Protocol):
-    """What every entry of `es_jax.tasks.TASKS` offers."""
+    """What every entry of `es_jax.tasks.TASKS` offers, and a task of one's own has to; also a `name` for messages."""
 
     def train(self, n: int | None = None) -> list[Example]:
         """The first `n` training examples (all of them, or the documented default, for None).
@@ -89,6 +86,28 @@ class ChoiceTask(Task, Protocol):
 
     def choices(self, example: Example) -> Choices:
         """The options of one of this task's examples, as continuations to score."""
+
+
+def as_score(value: Any) -> Score:
+    """What a task's `score` returned, as a Score. Of a number `answer` is 1 where it is at least 1: full marks.
+
+    >>> as_score(True)
+    Score(reward=1.0, parts={'answer': 1.0})
+    """
+    raw, raw_parts = (value.reward, value.parts) if isinstance(value, Score) else (value, {})
+    for number in (raw, *raw_parts.values()):
+        if not hasattr(number, "__float__"):  # text has none
+            raise TypeError(f"score returned {value!r}: it must be a number, or a Score of numbers")
+    reward = float(raw)
+    parts = {"answer": float(reward >= 1)} | {name: float(part) for name, part in raw_parts.items()}
+    if parts["answer"] > 1 or parts["answer"] < 0:
+        raise ValueError(f"score returned {value!r}: the part 'answer' must be 0 to 1; its mean is the accuracy")
+    return Score(reward, parts)
+
+
+def name_of(task: Any) -> str:
+    """What messages call a task: its name, or that of its class."""
+    return str(getattr(task, "name", type(task).__name__))
 
 
 class Splits:
@@ -185,5 +204,8 @@ def take(examples: Sequence[Example], n: int | None, *, source: str) -> list[Exa
     if not examples:
         raise ValueError(f"{source} is empty: it needs at least one example")
     if n is not None and check_count(n) > len(examples):
-        raise ValueError(f"n is {n}, but {source} has {len(examples)} examples: ask for at most {len(examples)}")
+        raise ValueError(
+            f"n is {n}, but {source} has {len(examples)} examples: ask for at most {len(examples)} (task.train_size, "
+            "or evals.rows for the test)"
+        )
     return list(examples[:n])

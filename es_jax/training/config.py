@@ -7,7 +7,7 @@ import math
 import operator
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ from es_jax.optim.chains import OPTIMIZERS, OPTIONS
 from es_jax.optim.schedules import largest, make_schedule, parse
 from es_jax.rundir import directory
 from es_jax.rundir.seed_log import Entry
-from es_jax.tasks import TASKS
+from es_jax.tasks import check_name
 from es_jax.training.method import METHODS, MethodRecord
 
 MEMORIES = ("device", "pinned_host")
@@ -91,23 +91,35 @@ class TaskConfig:
     """What the members are scored on.
 
     Attributes:
-      name: a name of `es_jax.tasks.TASKS`.
+      name: what `es_jax.tasks.get_task` takes: "countdown", …; "rows"; FILE.py:NAME or package.module:NAME.
       data_dir: a folder of rows, where the task is not to use its own; relative to the working directory.
-      grader: "paper", "strict" or "robust", where the task has graders.
+      hub: a data set on the hub, "owner/name", for countdown and rows.
+      prompt, answer: of rows: a template, text or a list of messages, and a column. See `es_jax.tasks.columns.Columns`.
+      grader: "paper", "strict" or "robust", where the task has graders; of rows "exact", "number", "choice",
+        "contains", FILE.py:NAME or package.module:NAME.
+      options: other fields of the task, by name; values as JSON has them.
       train_size: how many training prompts there are.
       prompts_per_step: how many of them a step scores its members on; None is all of them, every step.
       seed: of the rows, where the task generates them; None is the task's own default.
+      timeout_seconds: the most that the score of a completion may take, of the task that is trained and of those from
+        outside the package; None: what such a task's class says. A process of its own scores then.
     """
 
     name: str = "countdown"
     data_dir: str | None = None
+    hub: str | None = None
+    prompt: str | list | None = None
+    answer: str | None = None
     grader: str | None = None
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     train_size: int = 200
     prompts_per_step: int | None = None
     seed: int | None = None
+    timeout_seconds: float | None = None
 
     def __post_init__(self):
         _require(self, "task", "at least 1", _at_least(1), "train_size", "prompts_per_step")
+        _require(self, "task", "finite and above 0", _above(0), "timeout_seconds")
         if (self.prompts_per_step or 0) > self.train_size:
             raise ValueError(
                 f"task.prompts_per_step is {self.prompts_per_step} of task.train_size {self.train_size}: "
@@ -313,7 +325,8 @@ class DecodeConfig:
     Attributes:
       max_prompt_tokens: the longest prompt allowed, in tokens.
       max_new_tokens: tokens after which a completion is cut.
-      slots: prompts that a member decodes at once.
+      slots: prompts that a member decodes at once. None: as many as the devices' memory has room for, chosen when a run
+        starts and kept in its config.json; 64 where devices do not report it, as on CPU.
       members_at_once: members that a group of devices evaluates in one call. None: with es.noise = "low_rank" as many
         as the memory has room for, chosen when a run starts and kept in its config.json; otherwise 1. More than 1 pays
         for small models.
@@ -321,7 +334,7 @@ class DecodeConfig:
 
     max_prompt_tokens: int = 512
     max_new_tokens: int = 1024
-    slots: int = 64
+    slots: int | None = None
     members_at_once: int | None = None
 
     def __post_init__(self):
@@ -388,9 +401,6 @@ class EvalsConfig:
 
     def __post_init__(self):
         _require(self, "evals", "at least 1", _at_least(1), "rows")
-        for name in self.tasks:
-            if name not in TASKS:
-                raise ValueError(unknown("task in evals.tasks", name, TASKS))
         _require(self, "evals", "0 (never) or more", _at_least(0), "every")
 
 
@@ -400,7 +410,8 @@ class MeshConfig:
 
     Attributes:
       groups: groups; None is as many as there are devices for.
-      model: devices that share one member, by its heads, MLP and vocabulary; None is the fewest with room for it.
+      model: devices that share one member, by its heads, MLP and vocabulary; None is the fewest with room for it, or as
+        many as when the run began, where that is more. The sizes are told, and `mesh` in config.json has them.
     """
 
     groups: int | None = None
@@ -543,15 +554,19 @@ def default_config() -> config_dict.ConfigDict:
         for name, hint in typing.get_type_hints(type(group)).items():
             default = getattr(group, name)
             if isinstance(hint, types.UnionType):
-                default = config_dict.placeholder(typing.get_args(hint)[0])
+                kinds = typing.get_args(hint)
+                default = config_dict.placeholder(object if list in kinds else kinds[0])
             fields[name] = convert(default) if dataclasses.is_dataclass(hint) else default
         return fields.lock()
 
-    return convert(RunConfig())
+    config = convert(RunConfig())
+    config.task.options.unlock()  # any name may be set
+    return config
 
 
-def freeze(config: config_dict.ConfigDict | dict) -> RunConfig:
-    """The validated RunConfig of a ConfigDict or of plain nested dicts (a run's config.json).
+def freeze(config: config_dict.ConfigDict | dict, *, begun: bool = False) -> RunConfig:
+    """The validated RunConfig of a ConfigDict or of plain nested dicts; or, `begun`, of a run's config.json: its tasks
+    need not be here any more.
 
     Raises:
       ValueError: every unknown field (with the nearest known), every field of the wrong type, in one message; or the
@@ -560,9 +575,15 @@ def freeze(config: config_dict.ConfigDict | dict) -> RunConfig:
     >>> freeze({"es": {"population": 8}}).es.population
     8
     """
-    return FIELDS.build(RunConfig, config.to_dict() if isinstance(config, config_dict.ConfigDict) else config)
+    frozen = FIELDS.build(RunConfig, config.to_dict() if isinstance(config, config_dict.ConfigDict) else config)
+    for name in () if begun else frozen.evals.tasks:
+        try:
+            check_name(name)
+        except ValueError as error:
+            raise ValueError(f"evals.tasks: {error}") from None
+    return frozen
 
 
 def read_config(workdir: Path) -> RunConfig:
     """What the run in the directory was started with."""
-    return freeze(directory.read(workdir)["config"])
+    return freeze(directory.read(workdir)["config"], begun=True)

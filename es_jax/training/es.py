@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from es_jax.core import processes, rng
+from es_jax.core.chips import GIB
 from es_jax.core.chunked_map import ceil_div
 from es_jax.core.low_rank import LowRank, split
 from es_jax.core.mesh import (
@@ -37,13 +38,14 @@ from es_jax.es.low_rank import LowRankNoise
 from es_jax.es.noise import GaussianNoise
 from es_jax.es.population import Members, Population
 from es_jax.es.shaping import SHAPINGS, centred_on_prompts
-from es_jax.generate.decode_spec import BLOCK, LoopSizes
+from es_jax.generate.decode_spec import LoopSizes, block_length
 from es_jax.generate.engine import Engine
 from es_jax.generate.prompts import Packing, Prompts
+from es_jax.models import decode_attention
 from es_jax.models.config import TransformerConfig
 from es_jax.models.layers import Transposed
 from es_jax.models.sharding import RULES
-from es_jax.models.transformer import param_shapes, unstack_layers
+from es_jax.models.transformer import param_shapes, unstack_layers, without_layers
 from es_jax.profiling.clock import timed
 from es_jax.rundir.seed_log import Entry
 from es_jax.scoring.grading import Graded, Grader, check_scores
@@ -146,33 +148,85 @@ def pair_bytes(noise: LowRankNoise, model: TransformerConfig, dtype: jnp.dtype) 
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pair))
 
 
+def _lane_bytes(engine: Engine, prompts: int, itemsize: int, *, lanes: int) -> int:
+    """An estimate of what decoding takes on a lane beside its weights: its cache, and once more what a chunk attends of
+    it, or a prefill of some lanes writes; the widest activations of a block of a prefill, and logits."""
+    model, sizes = engine.config, LoopSizes.of(engine, prompts, engine.max_prompt_tokens, lanes=lanes)
+    cache = 2 * model.layers * model.kv_heads * model.head_dim * sizes.slots * sizes.places * itemsize
+    block = block_length(sizes.fill_rows, sizes.width, lanes)
+    widest = 8 * sizes.fill_rows * block * max(model.mlp_dim, model.heads * sizes.width)
+    return 2 * cache + widest + 8 * sizes.slots * model.vocab_size
+
+
+def _half_of_the_rest(config: RunConfig, model: TransformerConfig, mesh: Mesh, memory: int) -> int:
+    """Half of what the weights leave of a device's memory: the master weights, the anchor or θ₀, moments, GRPO's
+    gradient; and the copies that members decode with."""
+    sizes = {name: math.prod(shape) for name, shape in param_shapes(model).items()}
+    weights, lanes = sum(sizes.values()), config.decode.members_at_once or 1
+    copies = (2 if config.optim.name == "sgd" else 4) + (not config.record.perturbs)
+    copied = weights * (lanes if lanes == 1 else 2 * lanes)  # the next round's, too, of several
+    if config.es.noise == "low_rank":
+        copied = weights + sizes["embed/embedding"]  # what its cast loses
+    master = copies * weights * jnp.dtype(config.model.param_dtype).itemsize / mesh.size
+    return int(memory - master - copied * compute_dtype(config).itemsize / mesh.shape[MODEL]) // 2
+
+
 def members_at_once(config: RunConfig, engine: Engine, mesh: Mesh, *, memory: int | None = None) -> int:
     """decode.members_at_once where it is not set: members that share weights take half of what the weights leave of a
-    device's `memory` (by default as it tells itself; of the machine's, on CPU); others come one by one.
+    device's `memory` (by default as devices report it; of the machine's, on CPU); others come one by one.
 
-    A member's part is estimated: its cache, and once more what a chunk attends of it, or a prefill of some members
-    writes; its pairs, in the order in which layers use them, and those of the next round; the widest activations of a
-    block of a prefill, and logits.
+    A member's part is that of its lane, its pairs, in the order in which layers use them, and those of the next round.
     """
     if config.es.noise != "low_rank":
         return 1
     model, noise, dtype, cut = engine.config, make_noise(config), compute_dtype(config), mesh.shape[MODEL]
     assert isinstance(noise, LowRankNoise)
-    sizes = LoopSizes.of(engine, prompts_of_member(config), engine.max_prompt_tokens, lanes=MOST_AT_ONCE)
-    cache = 2 * model.layers * model.kv_heads * model.head_dim * sizes.slots * sizes.places * dtype.itemsize
-    widest = 8 * sizes.fill_rows * BLOCK * max(model.mlp_dim, model.heads * sizes.width)
-    each = 3 * pair_bytes(noise, model, dtype) + ceil_div(2 * cache + widest + 8 * sizes.slots * model.vocab_size, cut)
-    copies = 2 if config.optim.name == "sgd" else 4  # with the anchor or θ₀, and moments
-    master = copies * jnp.dtype(config.model.param_dtype).itemsize
-    shapes = param_shapes(model)
-    copied = sum(map(math.prod, [*shapes.values(), shapes["embed/embedding"]]))  # with what its cast loses
-    held = sum(map(math.prod, shapes.values())) * master / mesh.size + copied * dtype.itemsize / cut
+    lane = _lane_bytes(engine, prompts_of_member(config), dtype.itemsize, lanes=MOST_AT_ONCE)
+    each = 3 * pair_bytes(noise, model, dtype) + ceil_div(lane, cut)
     if memory is None:
-        known = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-        memory = known or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(jax.local_devices())
+        here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(jax.local_devices())
+        memory = processes.device_memory() or here
     share = ceil_div(config.es.population, mesh.shape[GROUPS])
-    most = max(1, min(int(memory - held) // 2 // each, MOST_AT_ONCE))
+    most = max(1, min(_half_of_the_rest(config, model, mesh, memory) // each, MOST_AT_ONCE))
     return ceil_div(share, ceil_div(share, most))  # of as many rounds the smallest: lanes left over decode padding
+
+
+SLOTS = 64  # where devices do not report their memory
+
+
+def choose_slots(config: RunConfig, engine: Engine, mesh: Mesh, *, memory: int | None = None) -> tuple[int, str]:
+    """decode.slots where it is not set, and why: all of a member's prompts, a half, a third, … in half of what the
+    weights leave of a device's `memory`, by default as devices report it.
+
+    Prompts count as decode.max_prompt_tokens long, so that a plan, which has none, finds the same number.
+    """
+    memory = processes.device_memory() if memory is None else memory
+    if memory is None:
+        return SLOTS, f"decode.slots: {SLOTS}, as the devices do not report their memory"
+    decode, prompts, lanes = config.decode, prompts_of_member(config), config.decode.members_at_once or 1
+    room = max(_half_of_the_rest(config, engine.config, mesh, memory), 0)
+    longest, new = decode.max_prompt_tokens, decode.max_new_tokens
+    for batches in range(1, prompts + 1):
+        slots = ceil_div(prompts, batches)
+        engine = dataclasses.replace(engine, slots=slots, max_prompt_tokens=longest)
+        needed = lanes * _lane_bytes(engine, prompts, compute_dtype(config).itemsize, lanes=lanes) // mesh.shape[MODEL]
+        if needed <= room:
+            break
+    why = (
+        f"of {longest} and {new} tokens, about {needed / GIB:.3g} GiB of a device, where half of what the weights leave"
+    )
+    return slots, f"decode.slots: {slots} of a member's {prompts} prompts {why} is {room / GIB:.3g} GiB"
+
+
+def why_not_in_place(config: RunConfig, engine: Engine, mesh: Mesh, at_once: int) -> str | None:
+    """Why members of a run are not decoded as `Engine.in_place` has it, in words; None where they may be."""
+    if not decode_attention.supports(engine.config):
+        return f"heads have {engine.config.head_dim} numbers, and the kernel for attention takes powers of two"
+    if config.es.noise == "low_rank":
+        return "members share their weights"
+    if at_once > 1:
+        return "a group decodes several members at once"
+    return "a member is cut over several devices" if mesh.shape[MODEL] > 1 else None
 
 
 def _mean_reward(completions: list[Graded]) -> float:
@@ -209,6 +263,8 @@ class Evaluator:
         noise, dtype = make_noise(config), compute_dtype(config)
         share = ceil_div(config.es.population, mesh.shape[GROUPS])  # of a group: all groups have some members
         at_once = min(config.decode.members_at_once or 1, share)
+        if engine.writes_in_place and why_not_in_place(config, engine, mesh, at_once):
+            engine = dataclasses.replace(engine, in_place=False, unroll=None if engine.unroll is None else False)
         return cls(engine, mesh, noise, config.es.sigma, dtype, at_once=at_once)
 
     @property
@@ -269,7 +325,7 @@ class Evaluator:
             return shared, self.member_pairs(params, members)
         if not self.layer_by_layer:
             return self._perturb(params, members)
-        layers, rest = {"layers": params["layers"]}, {name: leaf for name, leaf in params.items() if name != "layers"}
+        layers, rest = {"layers": params["layers"]}, without_layers(params)
         count = len(jax.tree.leaves(layers)[0])
         spare = [None] * count if old is None else [{"layers": layer} for layer in old["layers"]]
         out = self._perturb(rest, members, None, old and {name: old[name] for name in rest})

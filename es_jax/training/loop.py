@@ -27,11 +27,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+from jax.sharding import Mesh
 from ml_collections import config_dict
 
 from es_jax.core import processes, rng
 from es_jax.core.tree import count
-from es_jax.generate.engine import engine_for
+from es_jax.generate.engine import Engine, engine_for
 from es_jax.models.sharding import param_shardings
 from es_jax.profiling.clock import Clock, split
 from es_jax.profiling.trace import Profile
@@ -39,30 +41,42 @@ from es_jax.profiling.utilisation import utilisation
 from es_jax.rundir import directory
 from es_jax.rundir.checkpoints import Checkpoints, nbytes
 from es_jax.rundir.directory import compilation_cache
+from es_jax.rundir.metrics import say
 from es_jax.rundir.seed_log import SeedLog, read_entries
 from es_jax.scoring.grading import Graded, Grader
-from es_jax.scoring.heldout import HeldOut, checked_prompt, evaluate
+from es_jax.scoring.heldout import checked_prompt, evaluate
 from es_jax.scoring.row_results import EvalsFile
 from es_jax.scoring.workers import Submit, workers_of
-from es_jax.tasks import get_task
-from es_jax.tasks.rows import rows_folder
+from es_jax.tasks.outside import label
 from es_jax.tasks.task import Example, Task
 from es_jax.training.config import RunConfig, freeze
-from es_jax.training.es import Evaluator, members_at_once, prompts_of_member
+from es_jax.training.es import Evaluator, choose_slots, members_at_once, prompts_of_member, why_not_in_place
 from es_jax.training.method import StepResult
 from es_jax.training.recorder import Recorder
+from es_jax.training.run_tasks import (
+    by_label,
+    held_out,
+    make_task,
+    other_task,
+    rows_of,
+    source_digests,
+    with_task,
+)
 from es_jax.training.state import (
     State,
     base_config,
     check_finite,
+    choose_mesh,
     compute_dtype,
     load_base,
-    mesh_of,
     perturbed_count,
 )
 from es_jax.training.weights_at import check_steps, resume
 from es_jax.weights.files import small_sums
 from es_jax.weights.model import load_outline
+
+# Fields of `decode` that may be None: a number is chosen for them when a run starts.
+CHOSEN = ("slots", "members_at_once")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,12 +98,16 @@ class RunResult:
     heldout: dict[str, Any] | None
 
 
-def run(config: RunConfig | config_dict.ConfigDict | dict, workdir: str | Path) -> RunResult:
+def run(
+    config: RunConfig | config_dict.ConfigDict | dict, workdir: str | Path, *, task: Task | str | None = None
+) -> RunResult:
     """Train, from the start or from where the directory's run stopped; the bits are the same either way.
 
     Args:
       config: a RunConfig, or the ConfigDict of a config file.
       workdir: the run's directory; made if need be.
+      task: in place of task.name: a name, or a task itself. config.json has the name and the options that make it
+        again, where its class tells them; otherwise whoever goes on with the run or evaluates it gives it again.
 
     Raises:
       ValueError, OSError: bad fields, rows, weights, prompts, or a directory of another run, before any work starts;
@@ -98,25 +116,17 @@ def run(config: RunConfig | config_dict.ConfigDict | dict, workdir: str | Path) 
     """
     began = time.monotonic()
     config, workdir = config if isinstance(config, RunConfig) else freeze(config), Path(workdir)
-    tasks = {name: other_task(config, name) for name in config.evals.tasks} | {config.task.name: make_task(config)}
-    train = tasks[config.task.name].train(config.task.train_size)
-    tests = {name: task.test(config.evals.rows) for name, task in tasks.items()} if config.evals.every else {}
-    workers = workers_of(tasks[config.task.name])
+    config = config if task is None else with_task(config, task)
+    trained = make_task(config) if task is None or isinstance(task, str) else task
+    others = ((name, other_task(config, name)) for name in config.evals.tasks if name != config.task.name)
+    tasks = by_label([*others, (config.task.name, trained)])
+    train = rows_of(trained, "train", config.task.train_size, config.task.name)
+    every, size = config.evals.every, config.evals.rows
+    tests = {name: rows_of(one, "test", size, name) for name, one in tasks.items()} if every else {}
+    workers = workers_of(trained, config.task.timeout_seconds)
     with processes.stoppable(), directory.claim(workdir), compilation_cache(workdir / "cache"), workers as submit:
         check_steps(config, workdir)
         return _Run(config, workdir, tasks, train, tests, submit).train(began)
-
-
-def make_task(config: RunConfig) -> Task:
-    """The run's task, with the options that are set."""
-    options = {name: getattr(config.task, name) for name in ("data_dir", "grader", "seed")}
-    return get_task(config.task.name, **{name: value for name, value in options.items() if value is not None})
-
-
-def other_task(config: RunConfig, name: str) -> Task:
-    """A task of evals.tasks, with its rows from evals.data_dir where that is set."""
-    root = None if name.startswith("lab-") else config.evals.data_dir
-    return get_task(name) if root is None else get_task(name, data_dir=rows_folder(root, name))
 
 
 def with_date(config: RunConfig, workdir: Path) -> RunConfig:
@@ -128,12 +138,30 @@ def with_date(config: RunConfig, workdir: Path) -> RunConfig:
             there = directory.read(workdir)["config"]
             begun = there.get("model", {}).get("template_date")
             fields = json.loads(json.dumps(dataclasses.asdict(config.with_date(begun))))
-            if fields["decode"]["members_at_once"] is None:  # chosen after the day
-                fields["decode"]["members_at_once"] = there.get("decode", {}).get("members_at_once")
+            for name in CHOSEN:
+                if fields["decode"][name] is None:
+                    fields["decode"][name] = there.get("decode", {}).get(name)
             same = there == fields
             date = begun if same or read_entries(workdir) else date
     date = processes.exchange({0: date} if processes.first() else {})[0]
     return config.with_date(config.model.template_date or date)
+
+
+def with_numbers(config: RunConfig, engine: Engine, mesh: Mesh, known: Mapping[str, int]) -> tuple[RunConfig, Engine]:
+    """Both with decode.slots and decode.members_at_once: as the config says, as `known` from when the run began, or
+    chosen."""
+    slots, at_once = config.decode.slots, config.decode.members_at_once
+    if slots is None:
+        slots, why = known.get("slots"), f"decode.slots: {known.get('slots')}, as when the run began"
+        if slots is None:
+            slots, why = choose_slots(config, engine, mesh)
+        say(why)
+    engine = dataclasses.replace(engine, slots=min(slots, engine.slots))
+    if at_once is None:
+        at_once = known.get("members_at_once") or members_at_once(config, engine, mesh)
+        at_once = processes.exchange({0: at_once} if processes.first() else {})[0]  # hosts may differ in memory
+    decode = dataclasses.replace(config.decode, slots=slots, members_at_once=at_once)
+    return dataclasses.replace(config, decode=decode), engine
 
 
 class _Run:
@@ -148,7 +176,10 @@ class _Run:
         tests: dict,
         submit: Submit,
     ):
-        self.mesh = mesh_of(config, base_config(config))
+        facts = directory.read(workdir) if read_entries(workdir) else {}
+        self.mesh, why = choose_mesh(config, base_config(config), before=facts.get("mesh", {}).get("model"))
+        if self.mesh.size > 1:
+            say(why)
         processes.connect(self.mesh)
         config = with_date(config, workdir)
         self.config, self.workdir, self.tasks, self.examples, self.submit = config, workdir, tasks, train, submit
@@ -158,26 +189,23 @@ class _Run:
         self.model = dataclasses.replace(model, params={})  # the state alone holds weights: updates donate them
         limit = config.decode.max_prompt_tokens
         self.prompts = [checked_prompt(self.model, config.task.name, example, limit) for example in train]
-        self.tests = [
-            HeldOut.of(tasks[name], rows, self.model, max_prompt_tokens=limit) for name, rows in tests.items()
-        ]
+        self.tests = held_out(config, tasks, tests, self.model, limit)
         self.log = SeedLog(workdir)
         self.streams = directory.read(workdir)["streams"] if self.log.entries else rng.STREAMS
         engine = engine_for(
             model.config,
             [*self.prompts, *(ids for test in self.tests for ids in test.prompts)],
-            slots=min(config.decode.slots, prompts_of_member(config)),
+            slots=prompts_of_member(config),
             max_new_tokens=config.decode.max_new_tokens,
             stop_token_ids=model.stop_token_ids,
             field="decode.max_new_tokens",
         )
-        if config.decode.members_at_once is None:
-            known = directory.read(workdir)["config"]["decode"] if self.log.entries else {}
-            number = known.get("members_at_once") or members_at_once(config, engine, self.mesh)
-            number = processes.exchange({0: number} if processes.first() else {})[0]  # hosts may differ in memory
-            config = dataclasses.replace(config, decode=dataclasses.replace(config.decode, members_at_once=number))
-            self.config = config
-        directory.settle(workdir, dataclasses.asdict(config), identity=self._identity(), started=bool(self.log.entries))
+        config, engine = with_numbers(config, engine, self.mesh, facts.get("config", {}).get("decode", {}))
+        self.config = config
+        directory.settle(
+            workdir, dataclasses.asdict(config), identity=self._identity(), started=bool(self.log.entries),
+            mesh=dict(self.mesh.shape),
+        )  # fmt: skip
         self.evaluator = Evaluator.of(config, engine, self.mesh)
         self.checkpoints = Checkpoints(workdir, keep=config.train.keep_checkpoints)
         self.state = State(config, self.mesh, model.params)
@@ -196,6 +224,9 @@ class _Run:
         )  # fmt: skip
         self.profile = Profile(config.train.profile, workdir, last=config.train.steps)
         self.recorder.progress.say(f"{self.dim:,} weights, {self.mesh.size} devices, {self.state.sentence}")
+        slow = why_not_in_place(config, engine, self.mesh, self.evaluator.at_once)
+        if slow and jax.default_backend() == "gpu":
+            self.recorder.progress.say(f"{slow}: a step of decoding copies weights and caches, about 3 times the bytes")
 
     def train(self, began: float) -> RunResult:
         """Run the loop to its end; what is open is closed however it ends. `began`: when the run was asked for."""
@@ -215,7 +246,7 @@ class _Run:
             self.profile.close()
             self.checkpoints.close()
             self.recorder.close()
-        heldout = self.recorder.heldout[self.config.task.name].last
+        heldout = self.recorder.heldout[label(self.config.task.name)].last
         return RunResult(self.workdir, step, self.state.params, self.recorder.reward, heldout)
 
     def _loop(self, clock: Clock, began_run: float) -> None:
@@ -304,6 +335,7 @@ class _Run:
             "parameters": self.dim,
             "stop_ids": list(self.model.stop_token_ids),
             "streams": rng.check_streams(self.streams),
+            **source_digests(self.tasks),
             **({} if anchor is None else {"anchor_digest": load_outline(anchor).digest}),
         }
 

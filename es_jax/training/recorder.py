@@ -13,6 +13,7 @@ from es_jax.rundir.seed_log import Entry
 from es_jax.scoring.grading import Graded, means
 from es_jax.scoring.heldout import HeldOut
 from es_jax.scoring.row_results import EvalsFile, RowResults
+from es_jax.tasks.outside import label
 from es_jax.training.config import RunConfig
 from es_jax.training.predicted_drift import PredictedDrift
 
@@ -34,7 +35,7 @@ class Recorder:
         self._config, self._dim, done = config, dim, len(finished)
         self._metrics = Metrics(workdir, last_step=done)
         self._samples = Jsonl(workdir / "samples.jsonl", last_step=done)
-        names = dict.fromkeys([config.task.name, *(held.name for held in tests)])
+        names = dict.fromkeys([label(config.task.name), *(held.name for held in tests)])
         self.heldout = {name: EvalsFile(workdir / "evals", name, last_step=done) for name in names}
         self.progress = Progress(steps=config.train.steps, done=done, unit=unit)
         self.reward = float(np.array(finished[-1].rewards, float).mean()) if finished else None

@@ -17,6 +17,7 @@ from jax.lax import with_sharding_constraint
 from jax.sharding import Mesh, PartitionSpec
 
 from es_jax.core import processes
+from es_jax.core.chips import GIB
 from es_jax.core.mesh import make_mesh, platform_of, replicated, to_devices
 from es_jax.core.tree import map_named, named_leaves
 from es_jax.es.low_rank import LowRankNoise
@@ -56,23 +57,42 @@ def compute_dtype(config: RunConfig) -> jnp.dtype:
     return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
 
 
-def mesh_of(
-    config: RunConfig, model: TransformerConfig, *, devices: list | None = None, memory: int | None = None
-) -> Mesh:
-    """The mesh of a run: as the config says, the rest chosen from the devices and the model's size.
+def choose_mesh(
+    config: RunConfig,
+    model: TransformerConfig,
+    *,
+    devices: list | None = None,
+    memory: int | None = None,
+    before: int | None = None,
+) -> tuple[Mesh, str]:
+    """The mesh of a run, as the config says, the rest chosen from the devices and the model's size; and why.
 
-    `devices`: all there are by default; `memory`: bytes of one of them, as it tells itself by default. Raises
-    ValueError for sizes that the devices or the model's heads do not allow.
+    `devices`: all there are by default; `memory`: bytes of one of them, as they report it by default; `before`: how
+    many shared a member when the run began. Raises ValueError for sizes that devices or the model's heads do not allow.
     """
     devices = jax.devices() if devices is None else devices
-    spread = config.mesh.model
+    spread, why = config.mesh.model, "as mesh.model says"
     if spread is None:
         size = compute_dtype(config).itemsize * sum(map(math.prod, param_shapes(model).values()))
-        memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit") if memory is None else memory
+        memory = processes.device_memory() if memory is None else memory
         room = len(devices) // (config.mesh.groups or 1)
         spread = members_spread(model, room, member_bytes=size, memory=memory)
+        if memory is None:
+            why = "the devices do not report their memory"
+        else:
+            share = "at most" if 3 * size <= memory * spread else "as no more can share it, above"
+            why = f"a member's weights take {size / GIB:.3g} GiB, {share} a third of {spread} × {memory / GIB:.3g} GiB"
+        if before is not None and before > spread and room % before == 0:
+            spread, why = before, "as many share a member as when the run began"
     check_heads(model, spread)
-    return make_mesh(config.mesh.groups, spread, devices=devices)
+    mesh = make_mesh(config.mesh.groups, spread, devices=devices)
+    sizes = " × ".join(f"{axis} {mesh.shape[axis]}" for axis in mesh.axis_names)
+    return mesh, f"mesh: {sizes} of {len(devices)} devices: {why}"
+
+
+def mesh_of(config: RunConfig, model: TransformerConfig, **options: Any) -> Mesh:
+    """That of `choose_mesh`."""
+    return choose_mesh(config, model, **options)[0]
 
 
 def base_config(config: RunConfig) -> TransformerConfig:

@@ -104,6 +104,45 @@ def test_tuples_of_repeated_flags(parse):
     assert parse("--config", LAB, *arguments).evals.tasks == ("gsm8k", "piqa")
 
 
+def test_options_of_a_task_have_any_name(parse, tmp_path):
+    arguments = [
+        "--config.task.options.size=3",
+        "--config.task.options.word",
+        "a word",
+        "-config.task.options.rate=1e-3",
+    ]
+    arguments += [
+        "--config.task.options.flag=true",
+        "--config.task.options.none=None",
+        '--config.task.options.text="3"',
+    ]
+    wanted = {"size": 3, "word": "a word", "rate": 1e-3, "flag": True, "none": None, "text": "3"}
+    assert parse("--config", LAB, *arguments).task.options == wanted
+    assert parse("--config", LAB).task.options == {}
+    whole = '--config.task.options={"more": {"a": [1, 2]}, "size": 4}'
+    assert parse("--config", LAB, whole).task.options == {"more": {"a": [1, 2]}, "size": 4}
+    both = parse("--config", LAB, "--config.task.options.size=5", whole).task.options
+    assert both == {"more": {"a": [1, 2]}, "size": 5}
+    (tmp_path / "flags").write_text("--config.task.options.other 7\n--config.task.options.size=8")
+    assert parse("--config", LAB, f"--flagfile={tmp_path / 'flags'}").task.options == {"other": 7, "size": 8}
+
+
+def test_a_config_file_may_set_options_and_a_prompt_of_messages(parse, tmp_path):
+    messages = [{"role": "user", "content": "{question}"}]
+    for number, line in enumerate(("config.task.options = {'size': 3}", "config.task.options.size = 3")):
+        (tmp_path / f"file{number}.py").write_text(
+            "from configs.lab import get_config as lab\n"
+            f"def get_config():\n    config = lab()\n    {line}\n    config.task.prompt = {messages!r}\n"
+            "    return config\n"
+        )
+        task = parse("--config", str(tmp_path / f"file{number}.py")).task
+        assert task.options == {"size": 3} and task.prompt == messages
+    task = parse(
+        "--config", str(tmp_path / "file1.py"), "--config.task.options.word=x", "--config.task.prompt={q}"
+    ).task
+    assert task.options == {"size": 3, "word": "x"} and task.prompt == "{q}"
+
+
 @pytest.mark.parametrize("name", OPTIONAL)
 def test_every_field_that_may_be_none_can_be_set_back(parse, name):
     parse("--config", LAB, f"--config.{name}={SAMPLES.get(name, '1')}", f"--config.{name}=None")
@@ -144,6 +183,11 @@ def test_none_takes_back_what_the_file_or_a_short_name_set(parse):
         ("--config.es.antithetic=maybe", "es.antithetic is 'maybe': it must be true or false"),
         ("--config.train.profile=(3, x)", "train.profile is '(3, x)': it must be a tuple of whole numbers"),
         ("--config.decode.slots=None", "decode.slots is 'None': it must be int"),
+        (
+            "--config.task.options=3",
+            "task.options is '3': it must be an object of JSON, or set task.options.NAME=VALUE",
+        ),
+        ("--config.task.option.size=3", "unknown config field 'task.option.size': did you mean 'task.options'"),
     ],
 )
 def test_a_mistake_in_a_field_is_one_sentence(parse, argument, says):

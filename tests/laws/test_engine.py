@@ -1,5 +1,6 @@
 """The laws of generation, over families, layouts and samplers."""
 
+import dataclasses
 import functools
 import re
 
@@ -22,7 +23,7 @@ from es_jax.models.transformer import Transformer
 from es_jax.training.config import freeze
 from es_jax.training.es import Evaluator
 
-COMMON = dict(vocab_size=40, width=32, layers=2, heads=4, head_dim=8, mlp_dim=48)
+COMMON = dict(vocab_size=40, width=32, layers=2, heads=4, head_dim=16, mlp_dim=48)
 CONFIGS = {
     "llama": TransformerConfig(family="llama", kv_heads=2, tied_embeddings=True, **COMMON),
     "qwen2": TransformerConfig(family="qwen2", kv_heads=1, qkv_bias=True, **COMMON),
@@ -30,6 +31,8 @@ CONFIGS = {
 PROMPTS = [[3, 4, 5], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9], [30, 31], [39] * 6]
 SAMPLERS = (Greedy(), Temperature(0.8), TopK(5), TopP(0.7))
 every_family = pytest.mark.parametrize("family", CONFIGS)
+WAYS = {"unrolled": {"unroll": True}, "scanned": {"unroll": False}, "in place": {"in_place": True}}
+every_way = pytest.mark.parametrize("way", WAYS)
 
 
 @functools.cache
@@ -68,10 +71,10 @@ def rows(generation):
 
 
 @every_family
-@pytest.mark.parametrize("unroll", [True, False])
-def test_greedy_equals_a_naive_full_forward(family, unroll):
+@every_way
+def test_greedy_equals_a_naive_full_forward(family, way):
     params = params_of(family)
-    got = rows(engine(family, unroll=unroll).generate(params, PROMPTS))
+    got = rows(engine(family, **WAYS[way]).generate(params, PROMPTS))
     assert got == [naive(family, params, prompt) for prompt in PROMPTS]
     assert len({tuple(row) for row in got}) > 2  # the rows do differ
 
@@ -88,13 +91,14 @@ def test_rows_end_at_any_stop_token_and_hold_zeros_behind():
     assert min(generation.length) < 8
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda s: type(s).__name__)
-def test_a_neighbour_never_changes_a_row_and_slots_equal_one_by_one(sampler):
+@pytest.mark.parametrize(("sampler", "way"), [*((s, "unrolled") for s in SAMPLERS), (Temperature(0.8), "in place")])
+def test_a_neighbour_never_changes_a_row_and_slots_equal_one_by_one(sampler, way):
     params, key = params_of("llama", 4.0), jax.random.key(3)
-    together = rows(engine("llama", slots=3, sampler=sampler).generate(params, PROMPTS, key=key))
-    assert rows(engine("llama", slots=1, sampler=sampler).generate(params, PROMPTS, key=key)) == together
+    of = lambda slots: engine("llama", slots=slots, sampler=sampler, **WAYS[way])  # noqa: E731
+    together = rows(of(3).generate(params, PROMPTS, key=key))
+    assert rows(of(1).generate(params, PROMPTS, key=key)) == together
     others = [PROMPTS[0], [9] * 12, *PROMPTS[2:]]
-    swapped = rows(engine("llama", slots=3, sampler=sampler).generate(params, others, key=key))
+    swapped = rows(of(3).generate(params, others, key=key))
     assert swapped[0] == together[0] and swapped[2:] == together[2:]
 
 
@@ -110,10 +114,10 @@ def stops(family, prompts, places):
     return tuple({free[row][place] for row, place in places})
 
 
-@pytest.mark.parametrize("unroll", [True, False])
-def test_a_queue_longer_than_the_slots_equals_decoding_one_by_one(unroll):
-    params, ends = params_of("llama"), stops("llama", QUEUE, [(0, 0), (8, 36)])
-    options = dict(stop_token_ids=ends, max_new_tokens=LONG, unroll=unroll, logprobs=True)
+@every_way
+def test_a_queue_longer_than_the_slots_equals_decoding_one_by_one(way):
+    params, ends = params_of("llama"), stops("llama", QUEUE, [(1, 0)])
+    options = dict(stop_token_ids=ends, max_new_tokens=LONG, logprobs=True) | WAYS[way]
     got = engine("llama", slots=4, **options).generate(params, QUEUE)
     assert rows(got) == [naive("llama", params, prompt, max_new_tokens=LONG, stop_token_ids=ends) for prompt in QUEUE]
     lengths = set(got.length.tolist())
@@ -133,11 +137,11 @@ def test_all_rows_may_stop_at_once_and_one_token_may_be_the_limit():
     assert rows(once) == [naive("llama", params, prompt, max_new_tokens=1, stop_token_ids=()) for prompt in QUEUE]
 
 
-@pytest.mark.parametrize("unroll", [True, False])
-def test_a_shared_prefix_is_computed_once_and_changes_nothing(unroll):
+@every_way
+def test_a_shared_prefix_is_computed_once_and_changes_nothing(way):
     params, shared = params_of("qwen2"), [5, 9, 2, 33] * 5
     prompts = [shared + prompt for prompt in QUEUE]
-    e = engine("qwen2", slots=4, max_prompt_tokens=40, max_new_tokens=LONG, logprobs=True, unroll=unroll)
+    e = engine("qwen2", slots=4, max_prompt_tokens=40, max_new_tokens=LONG, logprobs=True, **WAYS[way])
     packing = e.packing(prompts)
     assert (len(packing.prefix), packing.width) == (16, 24)
     together = e.generate(params, prompts)
@@ -155,10 +159,11 @@ def test_sampling_is_keyed_by_row_and_not_by_slot():
     assert len({tuple(row) for row in rows(engine("llama", **options).generate(params, [[3]] * 4, key=key))}) > 1
 
 
-def test_groups_of_devices_run_loops_of_their_own_lengths():
+@pytest.mark.parametrize("way", ["unrolled", "in place"])
+def test_groups_of_devices_run_loops_of_their_own_lengths(way):
     """Eight queues under shard_map, of 0 to 7 prompts each: no group waits for another's loop."""
     params, mesh = params_of("llama"), make_mesh(8)
-    e = engine("llama", slots=2, max_new_tokens=LONG)
+    e = engine("llama", slots=2, max_new_tokens=LONG, **WAYS[way])
     packs = [Packing((), 12).pack(QUEUE[:n], rows=7) for n in range(8)]
     tokens, positions = (np.stack([pack[i] for pack in packs]) for i in (0, 1))
 
@@ -195,6 +200,35 @@ def test_members_in_step_equal_members_alone_and_choose_between_no_caches():
     places = f"x{12 + LONG + CHUNK}xf32>"  # of the slots' keys
     choices = {name: [x for x in lines if "stablehlo.select" in x and places in x] for name, lines in text.items()}
     assert not choices["lane"] and choices[None]
+
+
+def test_members_decode_in_place_where_one_has_a_device_for_itself():
+    """Several at once, members that share weights, and weights cut over devices go the other way."""
+    e = engine("llama", slots=2, in_place=True)
+    config = freeze({"es": {"sigma": 0.01, "population": 4}})
+    several = dataclasses.replace(config, decode=dataclasses.replace(config.decode, members_at_once=2))
+    shared = dataclasses.replace(config, es=dataclasses.replace(config.es, noise="low_rank"))
+    alone, others = Evaluator.of(config, e, make_mesh(8)), [(several, make_mesh(1)), (shared, make_mesh(1))]
+    others += [(config, make_mesh(4, 2))]
+    assert alone.engine.writes_in_place and alone.layer_by_layer
+    assert not any(Evaluator.of(config, e, mesh).engine.writes_in_place for config, mesh in others)
+    members, packed = Population(4, seed=0).members(1), e.packing(PROMPTS).pack(PROMPTS, rows=5)
+    unrolled = Evaluator.of(config, engine("llama", slots=2), make_mesh(8))
+    got, wanted = (
+        {
+            member: rows(Generation(*out, None))
+            for member, *out in evaluator.members(params_of("llama"), members, packed)
+        }
+        for evaluator in (alone, unrolled)
+    )
+    assert got == wanted and len(got) == 4
+
+
+def test_in_place_is_refused_where_it_cannot_be():
+    with pytest.raises(ValueError, match=r"in_place is True: it needs layers that are unrolled \(unroll is False\)"):
+        engine("llama", in_place=True, unroll=False)
+    with pytest.raises(ValueError, match=r"heads of 16, 32, 64, 128 or 256 numbers \(they have 8\)"):
+        dataclasses.replace(engine("llama", in_place=True), config=dataclasses.replace(CONFIGS["llama"], head_dim=8))
 
 
 @every_family

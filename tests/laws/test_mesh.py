@@ -25,7 +25,7 @@ from es_jax.planning.programs import Programs
 from es_jax.rundir.seed_log import Entry
 from es_jax.training.es import Evaluator
 from es_jax.training.loop import run
-from es_jax.training.state import State, mesh_of, update_on
+from es_jax.training.state import State, choose_mesh, mesh_of, update_on
 from es_jax.training.weights_at import replay
 from es_jax.weights.model import Model, load_model, save_model
 from tests.helpers import config_of, host, same
@@ -121,6 +121,18 @@ def test_a_mesh_is_chosen_from_the_devices_and_the_models_size():
     assert mesh_of(config, SMALL, memory=2 * member).shape == {GROUPS: 4, MODEL: 2}
     assert mesh_of(config_of("", FIELDS, mesh={"groups": 8}), SMALL, memory=member).shape == {GROUPS: 8, MODEL: 1}
     assert mesh_of(config_of("", FIELDS, mesh={"groups": 1}), SMALL).shape == {GROUPS: 1, MODEL: 1}
+    for memory, before, model, why in [
+        (None, None, 1, "the devices do not report their memory"),
+        (2 * member, None, 2, "at most a third of 2 ×"),
+        (member // 9, None, 4, "as no more can share it, above a third of 4 ×"),
+        (4 * member, 2, 2, "as many share a member as when the run began"),
+        (2 * member, 1, 2, "at most a third of 2 ×"),  # one device has no room here
+        (4 * member, 16, 1, "at most a third of 1 ×"),  # nor are there sixteen
+    ]:
+        mesh, said = choose_mesh(config, SMALL, memory=memory, before=before)
+        assert mesh.shape[MODEL] == model and said.startswith(f"mesh: groups {8 // model} × model {model} of 8 devices")
+        assert why in said
+    assert "as mesh.model says" in choose_mesh(config_of("", FIELDS, mesh={"model": 2}), SMALL)[1]
     with pytest.raises(ValueError, match=r"do not divide over mesh\.model = 8"):
         mesh_of(config_of("", FIELDS, mesh={"model": 8}), SMALL)
 

@@ -146,6 +146,39 @@ def test_two_processes_leave_what_one_does(trained, tmp_path):
             np.testing.assert_array_equal(leaf, replayed[name], err_msg=name)
 
 
+OWN_TASK = """
+import os
+from es_jax import Score, SimpleTask
+
+class Ones(SimpleTask):
+    def __init__(self, size):
+        self.size, self.parent = size, os.getpid()
+
+    def rows(self, split):
+        return [(f"R1{i:04}=", None) for i in range(self.size)]
+
+    def score(self, example, completion):
+        return Score(float(completion.count("1")), {"worker": float(os.getpid() != self.parent)})
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_on_a_task_of_a_file(cache, tmp_path):
+    """Each has a worker that scores, for there is a timeout; one process without leaves the same log."""
+    (tmp_path / "own_task.py").write_text(OWN_TASK)
+    fields = FIELDS | {"task.name": f"{tmp_path}/own_task.py:Ones", "task.options.size": 20}
+    limit = {"task.timeout_seconds": 60.0}
+    status, out = Pair.training(tmp_path / "pair", cache, steps=2, fields=fields | limit).ended()
+    assert status == [0, 0], "\n".join(out)
+    run(config_of(2, fields=fields), tmp_path / "one")
+    assert (tmp_path / "one/seedlog.jsonl").read_bytes() == (tmp_path / "pair/seedlog.jsonl").read_bytes()
+    rows = [read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("pair", "one")]
+    assert [[row["worker"] for row in of_run] for of_run in rows] == [[1.0, 1.0], [0.0, 0.0]]
+    assert len({row["reward_std"] for row in rows[0]} | {0.0}) > 1
+    evals = [read_jsonl(tmp_path / name / "evals/own_task.Ones.jsonl") for name in ("pair", "one")]
+    assert [row["reward"] for row in evals[0]] == [row["reward"] for row in evals[1]] and len(evals[0]) == 2
+
+
 @pytest.mark.slow
 def test_two_processes_evaluate_what_one_does(trained, cache, tmp_path):
     """A replayed step and one that has a checkpoint; sums over devices have no order, so theirs may differ a little."""

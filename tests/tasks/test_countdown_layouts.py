@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -104,3 +105,55 @@ def test_a_row_that_is_not_one_is_named(row: dict[str, Any], says: str, tmp_path
     with pytest.raises(ValueError) as error:
         read(tmp_path, [LAYOUTS["columns"], row]).train()
     assert "train.jsonl, row 1: " in str(error.value) and says in str(error.value)
+
+
+PUBLIC = [{"target": 2 * a + b, "nums": [a, a, b]} for a in range(1, 9) for b in range(1, 9)]  # as the sets of the hub
+
+
+def copied(folder: Path, *names: str) -> Path:
+    (folder / "data").mkdir(parents=True)
+    size = len(PUBLIC) // len(names)
+    for at, name in enumerate(names):
+        table = pyarrow.Table.from_pylist(PUBLIC[at * size : (at + 1) * size])
+        pyarrow.parquet.write_table(table, folder / "data" / name)
+    return folder
+
+
+@pytest.mark.parametrize("source", ["hub", "data_dir"])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_data_set_with_a_train_split_alone_is_divided(
+    source: str, parts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No set of numbers is both for training and for testing; `datasets` takes the folder for one of the hub."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = copied(tmp_path / "set", *(f"train-0000{at}-of-0000{parts}.parquet" for at in range(parts)))
+    task = get_task("countdown", **{source: str(folder)})
+    train, test = task.train(), task.test()
+    assert len(train) + len(test) == len(PUBLIC) and min(len(train), len(test)) > 16
+    assert not {tuple(sorted(e.meta["numbers"])) for e in train} & {tuple(sorted(e.meta["numbers"])) for e in test}
+    assert task.train(3) == train[:3] and task.test(5) == test[:5]
+    for example in train[:3]:
+        a, _, b = numbers = example.meta["numbers"]
+        row = {"target": int(example.meta["target"]), "nums": list(numbers)}
+        assert PUBLIC[int(example.id)] == row and f"{a}, {a}, {b}" in example.prompt[1]["content"]
+        assert task.score(example, f"so</think>\n<answer>{a} + {a} + {b}</answer>").reward == 1.1
+    with pytest.raises(ValueError, match=r"n is 1000, but the test part of .* has"):
+        task.test(1000)
+
+
+def test_a_data_set_with_both_splits_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = copied(tmp_path / "set", "train-00000-of-00001.parquet", "test-00000-of-00001.parquet")
+    for options in ({"hub": str(folder)}, {"data_dir": folder}):
+        task = get_task("countdown", **options)
+        assert len(task.train()) == len(task.test()) == len(PUBLIC) // 2
+    with pytest.raises(ValueError, match="hub is 'a/b' and data_dir 'x': rows come from one of them"):
+        get_task("countdown", hub="a/b", data_dir="x")
+
+
+def test_a_bad_row_of_a_divided_set_is_named(tmp_path: Path) -> None:
+    folder = copied(tmp_path / "set", "train-00000-of-00001.parquet")
+    table = pyarrow.Table.from_pylist([*PUBLIC, {"target": 3, "nums": []}])
+    pyarrow.parquet.write_table(table, folder / "data/train-00000-of-00001.parquet")
+    with pytest.raises(ValueError, match=r"train-00000-of-00001\.parquet, row 64: field 'nums' is \[\]: it should be"):
+        get_task("countdown", data_dir=folder).test()

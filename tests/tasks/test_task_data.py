@@ -146,7 +146,9 @@ def test_missing_folder_says_where_and_what(tmp_path: Path) -> None:
 
 def test_missing_file_lists_what_is_there(tmp_path: Path) -> None:
     write(tmp_path, [ROW])
-    message = r"no 'test' split: looked for one of test\.parquet, test\.json, test\.jsonl; it holds train\.jsonl"
+    message = (
+        r"no 'test' split: looked for one of test\.parquet, test\.json, test\.jsonl, test\.csv; it holds train\.jsonl"
+    )
     with pytest.raises(FileNotFoundError, match=message):
         get_task("countdown", data_dir=str(tmp_path)).test()
 

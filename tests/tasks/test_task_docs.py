@@ -52,6 +52,6 @@ def test_the_table_of_tasks_is_whole() -> None:
 
 def test_the_examples_run() -> None:
     blocks = re.findall(r"```python\n(.*?)```", TEXT, flags=re.S)
-    assert len(blocks) == 2
+    assert len(blocks) == 4
     for block in blocks:
         exec(compile(block, "docs/tasks.md", "exec"), {})  # our own text, not a model's

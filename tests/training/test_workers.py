@@ -28,9 +28,9 @@ def test_a_run_has_the_same_rewards_with_workers_and_without(tmp_path, monkeypat
     monkeypatch.setattr(loop, "make_task", lambda config: LabWithWorkers("countdown"))
     used = []
 
-    def counted(task):
+    def counted(task, timeout_seconds=None):
         used.append(getattr(task, "workers", 0))
-        return workers_of(task)
+        return workers_of(task, timeout_seconds)
 
     for module in (loop, heldout):
         monkeypatch.setattr(module, "workers_of", counted)

@@ -1,0 +1,111 @@
+"""The tasks of a run, made from its config or given from Python, by the names that its files have for them."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from es_jax.core.names import unknown
+from es_jax.rundir.directory import SOURCES
+from es_jax.scoring.heldout import HeldOut
+from es_jax.tasks import TASKS, get_task, name_and_options, options_of, source_digest
+from es_jax.tasks.outside import label
+from es_jax.tasks.rows import rows_folder
+from es_jax.tasks.task import Example, Task
+from es_jax.training.config import RunConfig
+from es_jax.weights.model import Model
+
+OPTIONS = ("data_dir", "hub", "prompt", "answer", "grader", "seed")  # of a task, which have a field of their own
+
+
+def with_task(config: RunConfig, task: Task | str) -> RunConfig:
+    """The config with the task as its own. ValueError where fields are set that only a task by name has a use for."""
+    if isinstance(task, str):
+        return dataclasses.replace(config, task=dataclasses.replace(config.task, name=task))
+    for field in (*OPTIONS, "options"):
+        if (value := getattr(config.task, field)) not in (None, {}):
+            raise ValueError(f"task.{field} is {value!r}, but a task itself is given: set it there, and the field back")
+    name, options = name_and_options(task)
+    return dataclasses.replace(config, task=dataclasses.replace(config.task, name=name, options=options))
+
+
+def make_task(config: RunConfig) -> Task:
+    """The run's task, with the options that are set."""
+    name, known = config.task.name, options_of(config.task.name)
+    fields = {field: value for field in OPTIONS if (value := getattr(config.task, field)) is not None}
+    both = [(f"task.{field}", field, value) for field, value in fields.items()]
+    both += [(f"task.options.{option}", option, value) for option, value in config.task.options.items()]
+    for field, option, value in both:
+        if known is not None and option not in known:
+            raise ValueError(f"{field} is {value!r}: {unknown(f'option of task {name!r}', option, known)}")
+    if twice := [option for option in config.task.options if option in fields]:
+        raise ValueError(f"task.{twice[0]} and task.options.{twice[0]} are both set: keep one of them")
+    return get_task(name, **fields, **config.task.options)
+
+
+def other_task(config: RunConfig, name: str) -> Task:
+    """A task of evals.tasks, with its rows from evals.data_dir where that is set and the task takes them."""
+    root = config.evals.data_dir
+    if root is None or not takes_rows(name):
+        return get_task(name)
+    return get_task(name, data_dir=rows_folder(root, label(name)))
+
+
+def takes_rows(name: str) -> bool:
+    """Whether the task of that name has an option data_dir."""
+    return "data_dir" in (options_of(name) or ())
+
+
+def by_label(named: Iterable[tuple[str, Task]]) -> dict[str, Task]:
+    """Tasks by what a run's files call them; the later one of a name. ValueError where two names would be one."""
+    names: dict[str, str] = {}
+    tasks = {}
+    for name, task in named:
+        if names.setdefault(label(name), name) != name:
+            raise ValueError(
+                f"tasks {names[label(name)]!r} and {name!r} would both be called {label(name)!r}: rename one"
+            )
+        tasks[label(name)] = task
+    return tasks
+
+
+def rows_of(task: Task, split: str, n: int, name: str) -> list[Example]:
+    """The first `n` rows of a split. ValueError where a task does not give them."""
+    try:
+        rows = getattr(task, split)(n)
+    except (ValueError, OSError):
+        raise
+    except Exception as error:
+        raise ValueError(f"the {split} rows of task {name!r} raised {type(error).__name__}: {error}") from error
+    if not isinstance(rows, list) or len(rows) != n or not all(isinstance(row, Example) for row in rows):
+        field = "task.train_size" if split == "train" else "evals.rows"
+        raise ValueError(f"{split}({n}) of task {name!r} must return a list of so many Examples: see {field}")
+    return rows
+
+
+def held_out(
+    config: RunConfig,
+    tasks: Mapping[str, Task],
+    rows: Mapping[str, list[Example]],
+    model: Model,
+    max_prompt_tokens: int,
+) -> list[HeldOut]:
+    """The held-out rows of tasks, by what files call these. task.timeout_seconds is for the trained one and for those
+    from outside the package."""
+    own, limit = label(config.task.name), config.task.timeout_seconds
+    return [
+        HeldOut.of(
+            tasks[name],
+            of_task,
+            model,
+            max_prompt_tokens=max_prompt_tokens,
+            label=name,
+            timeout_seconds=limit if name == own or name not in TASKS else None,
+        )
+        for name, of_task in rows.items()
+    ]
+
+
+def source_digests(tasks: Mapping[str, Task]) -> dict[str, Any]:
+    """The sum of the source of each task from outside the package, as config.json keeps them under "task_sources"."""
+    digests = {name: digest for name, task in tasks.items() if (digest := source_digest(task))}
+    return {SOURCES: digests} if digests else {}
