@@ -1,5 +1,6 @@
 """What a task is: examples to train and test on, and a score for what a model wrote. It holds no model and no array."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypedDict, runtime_checkable
@@ -100,7 +101,7 @@ def as_score(value: Any) -> Score:
             raise TypeError(f"score returned {value!r}: it must be a number, or a Score of numbers")
     reward = float(raw)
     parts = {"answer": float(reward >= 1)} | {name: float(part) for name, part in raw_parts.items()}
-    if parts["answer"] > 1 or parts["answer"] < 0:
+    if math.isfinite(parts["answer"]) and not 0 <= parts["answer"] <= 1:
         raise ValueError(f"score returned {value!r}: the part 'answer' must be 0 to 1; its mean is the accuracy")
     return Score(reward, parts)
 

@@ -182,7 +182,7 @@ def test_none_takes_back_what_the_file_or_a_short_name_set(parse):
         ("--config.optim.b1=high", "optim.b1 is 'high': it must be float or None"),
         ("--config.es.antithetic=maybe", "es.antithetic is 'maybe': it must be true or false"),
         ("--config.train.profile=(3, x)", "train.profile is '(3, x)': it must be a tuple of whole numbers"),
-        ("--config.decode.slots=None", "decode.slots is 'None': it must be int"),
+        ("--config.decode.max_new_tokens=None", "decode.max_new_tokens is 'None': it must be int"),
         (
             "--config.task.options=3",
             "task.options is '3': it must be an object of JSON, or set task.options.NAME=VALUE",

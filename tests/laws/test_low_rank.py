@@ -26,7 +26,8 @@ from tests.laws.test_engine import CONFIGS as TIED
 from tests.laws.test_engine import PROMPTS
 from tests.laws.test_mesh import placed
 
-CONFIGS = {"llama": TIED["llama"], "qwen2": dataclasses.replace(TIED["qwen2"], tied_embeddings=False)}
+CONFIGS = {name: dataclasses.replace(config, head_dim=8) for name, config in TIED.items()}
+CONFIGS["qwen2"] = dataclasses.replace(CONFIGS["qwen2"], tied_embeddings=False)
 FAMILIES = tuple(CONFIGS)
 TOLERANCE = 5e-5  # of the largest logit, in float32
 
