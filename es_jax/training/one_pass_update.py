@@ -53,7 +53,7 @@ def update_in_one_pass(
     numbers = {i: part for i, part in enumerate(parts) if i not in trees}
     step = _elementwise(chain, structure)
     kinds = {i: _some(jax.tree.leaves(tree)[0]) for i, tree in trees.items()}
-    of_one = jax.make_jaxpr(step)(_some(weights), _some(leaves[0][1]), kinds, numbers, (rates[0], rates[1])).jaxpr
+    of_one: Any = jax.make_jaxpr(step)(_some(weights), _some(leaves[0][1]), kinds, numbers, (rates[0], rates[1])).jaxpr
     changes = zip([_PARAMS, *trees], of_one.invars[1:], of_one.outvars, strict=False)
     own = {i: new.aval.dtype for i, old, new in changes if old is not new}  # moments may become wider
 
