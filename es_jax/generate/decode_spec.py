@@ -80,9 +80,7 @@ class LoopSizes(NamedTuple):
     places: int  # of a slot's keys and values, a chunk's among them: all that a prompt can need, and a chunk more
     fill_rows: int  # rows of a prefill: a quarter of the slots (all, if single): free ones do not wait for the last
     slot_sizes: list[int]  # how many slots a chunk may have: all, a half, and of unrolled layers a quarter
-    place_sizes: list[
-        int
-    ]  # of them, what a chunk attends: SHORTEST, then twice (in a scan, four times) as many, …, all
+    place_sizes: list[int]  # that a chunk may attend: SHORTEST, then twice (in a scan, four times) as many, …, all
     widths: list[int]  # of a prefill: that of the prompts, and of one lane a half, and a quarter (not of `in_place`)
     in_place: bool  # whether steps write to the slots' own caches; a chunk then has none, and one size
     turns: dict[str, float]  # of the outer loop (""), and of the inner ones in each of its turns, where no prompt stops

@@ -138,21 +138,17 @@ class Progress:
         now, step = time.monotonic(), row["step"]
         if "seconds_to_first_step" in row:
             start = f"{row['seconds_to_first_step']:.1f} s after the start"
-            self.say(f"first step done {start}, with loading, compiling and any evaluation before it")
+            say(f"first step done {start}, with loading, compiling and any evaluation before it")
         if now - self._last < 2 and step < self._steps:
             return
         self._last = now
         eta = (now - self._start) / max(step - self._done, 1) * (self._steps - step)
         theory = "" if row["drift_theory"] is None else f" (theory {row['drift_theory']:.4g})"
-        self.say(
+        say(
             f"step {step}/{self._steps}  reward {row['reward_mean']:.4f} ± {row['reward_std']:.4f}  "
             f"{row['tokens_per_second']:.0f} tokens/s  drift {row['drift']:.4g}{theory}  "
             f"{row['seconds']:.1f} s/step  ETA {tqdm.format_interval(eta)}"
         )
-
-    def say(self, text: str) -> None:
-        """A line above the bar, of the first process."""
-        say(text)
 
     def close(self) -> None:
         self._bar.close()

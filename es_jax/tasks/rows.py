@@ -80,27 +80,10 @@ class PublishedTask(Splits):
         return examples_of(islice(rows, None if n is None else check_count(n)), source, read, n)
 
 
-def read_examples(
-    data_dir: str | Path,
-    split: str,
-    n: int | None = None,
-    *,
-    verl: Callable[[Row], Row] = dict,
-    extra: Callable[[Row], Row] = dict,
-    needs_answer: bool = True,
-) -> list[Example]:
-    """The first `n` rows of a folder's split in the verl layout, as examples; None is all. Every row is checked.
-
-    `verl` brings a row into that layout, where it is in another one. `extra` checks a row's `extra_info` (empty if the
-    row has none) and returns what becomes the example's `meta`. Without `needs_answer` a row may lack
-    `reward_model.ground_truth`; its answer is then None.
-    """
-
-    def read(row: Row, number: int) -> Example:
-        return verl_example(verl(row), number, extra=extra, needs_answer=needs_answer)
-
+def read_examples(data_dir: str | Path, split: str, n: int | None = None) -> list[Example]:
+    """The first `n` rows of a folder's split in the verl layout, as examples; None is all. Every row is checked."""
     rows, source = read_split(data_dir, split)
-    return examples_of(rows, source, read, n)
+    return examples_of(rows, source, verl_example, n)
 
 
 def checked(rows: Iterable[Any], source: str, read: Callable[[Any, int], Any]) -> Iterator[Any]:
@@ -113,12 +96,7 @@ def checked(rows: Iterable[Any], source: str, read: Callable[[Any, int], Any]) -
         yield result
 
 
-def examples_of(
-    rows: Iterable[Any],
-    source: str,
-    read: Callable[[Any, int], Example],
-    n: int | None,
-) -> list[Example]:
+def examples_of(rows: Iterable[Any], source: str, read: Callable[[Any, int], Example], n: int | None) -> list[Example]:
     """The first `n` of the `checked` examples, each under an id of its own."""
     examples: dict[str, Example] = {}
     for number, example in enumerate(checked(rows, source, read)):
@@ -295,7 +273,11 @@ def _parse_json(text: str, source: str) -> Any:
 
 
 def verl_example(row: Row, number: int, *, extra: Callable[[Row], Row] = dict, needs_answer: bool = True) -> Example:
-    """A row in the verl layout as an example; the arguments are those of `read_examples`."""
+    """A row in the verl layout as an example.
+
+    `extra` checks its `extra_info` (empty if it has none) and returns what becomes the example's `meta`. Without
+    `needs_answer` it may lack `reward_model.ground_truth`; its answer is then None.
+    """
     meta = dict(extra(_optional(row, "extra_info", Mapping, "an object") or {}))
     if (source := _optional(row, "data_source", str, "text")) is not None:
         meta["data_source"] = source

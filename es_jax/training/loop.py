@@ -191,7 +191,7 @@ class _Run:
         self.prompts = [checked_prompt(self.model, config.task.name, example, limit) for example in train]
         self.tests = held_out(config, tasks, tests, self.model, limit)
         self.log = SeedLog(workdir)
-        self.streams = directory.read(workdir)["streams"] if self.log.entries else rng.STREAMS
+        self.streams = facts.get("streams", rng.STREAMS)
         engine = engine_for(
             model.config,
             [*self.prompts, *(ids for test in self.tests for ids in test.prompts)],
@@ -223,10 +223,10 @@ class _Run:
             tests=self.tests, unit=self.method.unit, offset=self.state.offset,
         )  # fmt: skip
         self.profile = Profile(config.train.profile, workdir, last=config.train.steps)
-        self.recorder.progress.say(f"{self.dim:,} weights, {self.mesh.size} devices, {self.state.sentence}")
+        say(f"{self.dim:,} weights, {self.mesh.size} devices, {self.state.sentence}")
         slow = why_not_in_place(config, engine, self.mesh, self.evaluator.at_once)
         if slow and jax.default_backend() == "gpu":
-            self.recorder.progress.say(f"{slow}: a step of decoding copies weights and caches, about 3 times the bytes")
+            say(f"{slow}: a step of decoding copies weights and caches, about 3 times the bytes")
 
     def train(self, began: float) -> RunResult:
         """Run the loop to its end; what is open is closed however it ends. `began`: when the run was asked for."""
@@ -255,7 +255,7 @@ class _Run:
         start = len(self.log.entries)
         self._finish_step(start)
         if start == self.config.train.steps:
-            self.recorder.progress.say(f"all {start} steps are finished: to go on, set train.steps higher")
+            say(f"all {start} steps are finished: to go on, set train.steps higher")
         for step in range(start + 1, self.config.train.steps + 1):
             clock.restart()
             with self.profile.step(step):
@@ -269,7 +269,7 @@ class _Run:
             self.recorder.step(entry, graded, drift, metrics, timings | first)
             self.log.append(entry)
             if message := self.profile.done(step, timings, functools.partial(self.method.seconds_alone, entry)):
-                self.recorder.progress.say(message)
+                say(message)
             self._finish_step(step)
 
     def _check_finite(self, step: int, drift: float, metrics: Mapping[str, float | None]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from es_jax.rundir.metrics import Jsonl, Metrics, Progress
+from es_jax.rundir.metrics import Jsonl, Metrics, Progress, say
 from es_jax.rundir.seed_log import Entry
 from es_jax.scoring.grading import Graded, means
 from es_jax.scoring.heldout import HeldOut
@@ -97,7 +97,7 @@ class Recorder:
         columns = [f"{name} {row['accuracy']:.3f}" for name, row in rows.items()]
         if len(rows) == 1:
             columns.append(f"reward {row['reward']:.4f} ± {row['reward_se'] or 0:.4f} on {row['n']} rows")
-        self.progress.say(f"step {step}: held-out accuracy {', '.join(columns)}")
+        say(f"step {step}: held-out accuracy {', '.join(columns)}")
 
     def close(self) -> None:
         self._metrics.close()
