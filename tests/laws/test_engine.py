@@ -19,6 +19,7 @@ from es_jax.generate.prompts import Packing
 from es_jax.generate.sampling import Greedy, Temperature, TopK, TopP
 from es_jax.generate.score import score_tokens
 from es_jax.models.config import TransformerConfig
+from es_jax.models.decode_attention import NAME
 from es_jax.models.transformer import Transformer
 from es_jax.training.config import freeze
 from es_jax.training.es import Evaluator
@@ -222,6 +223,14 @@ def test_members_decode_in_place_where_one_has_a_device_for_itself():
         for evaluator in (alone, unrolled)
     )
     assert got == wanted and len(got) == 4
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_kernel_is_in_the_program_that_decodes_in_place_and_in_no_other(way):
+    params, packed = params_of("llama"), Packing((), 12).pack(PROMPTS, rows=5)
+    e = engine("llama", **WAYS[way])
+    program = str(jax.make_jaxpr(e.decode)(e.layout(params), packed.tokens, packed.positions))
+    assert (NAME in program) == (way == "in place")
 
 
 def test_in_place_is_refused_where_it_cannot_be():

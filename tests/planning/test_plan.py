@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,12 @@ CONFIG = {
 }
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install -e '.[plan]'"
+)
+needs_cuda = pytest.mark.skipif(
+    shutil.which("ptxas") is None
+    or importlib.util.find_spec("jax_plugins") is None
+    or importlib.util.find_spec("jax_plugins.xla_cuda12") is None,
+    reason="the compiler for GPUs is not installed: see python -m es_jax.plan --help, and ptxas on the PATH",
 )
 
 pytestmark = pytest.mark.unchecked  # the planner puts descriptions where arrays stand
@@ -76,6 +83,18 @@ def test_what_programs_move_is_told(plan):
         assert said[name][prefix + "unknown_calls"] == []
     assert said["perturb"]["ratio"] >= 1 and "bytes" not in said["decode"] | said["load"]
     assert "decode, a step of all slots at all places: " in lines and "update: " in lines
+
+
+@needs_cuda
+def test_a_gpu_decodes_in_place_and_makes_layers_one_by_one():
+    """What the compiler hides, the kernels, is counted at the lengths that the slots have."""
+    said = fields(make_plan(freeze(CONFIG), SMALL, topology("h100:1x1x1")))["programs"]
+    assert list(said) == ["load", "perturb", "perturb_layer", "decode", "update"]
+    assert said["perturb_layer"]["runs"] == SMALL.layers * said["perturb"]["runs"]
+    decode = said["decode"]
+    assert decode["step_unknown_calls"] == [] and "chunk_bytes" not in decode
+    assert decode["even_step_bytes"] <= decode["step_bytes"] and decode["even_step_kernels"] == decode["step_kernels"]
+    assert decode["even_step_bytes_least"] < decode["step_bytes_least"]
 
 
 @needs_libtpu
