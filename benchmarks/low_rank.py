@@ -45,8 +45,9 @@ from es_jax.scoring.workers import at_once
 from es_jax.tasks import get_task
 from es_jax.training import state as states
 from es_jax.training.config import RunConfig, freeze
-from es_jax.training.es import Evaluator, Evolution, members_at_once
+from es_jax.training.es import Evaluator, Evolution
 from es_jax.training.loop import run
+from es_jax.training.sizes import members_at_once
 from es_jax.training.state import State
 from es_jax.weights.model import load_model, save_model
 from es_jax.weights.tokenizer import encode_prompt

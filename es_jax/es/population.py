@@ -125,3 +125,8 @@ class Population:
             return Members(seeds, jnp.ones(self.size, jnp.float32))
         sign = jnp.tile(jnp.array([1.0, -1.0], jnp.float32), self.size // 2)
         return Members(jnp.repeat(seeds, 2), sign, paired=True)
+
+
+def unperturbed_members(count: int) -> Members:
+    """Members whose noise counts nothing: θ itself."""
+    return Members(jnp.zeros(count, jnp.uint32), jnp.zeros(count, jnp.float32))

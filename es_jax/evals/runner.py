@@ -32,8 +32,9 @@ from es_jax.scoring.heldout import HeldOut, cast, evaluate
 from es_jax.scoring.row_results import EvalsFile, read_evals
 from es_jax.tasks import name_and_options
 from es_jax.tasks.task import Task
-from es_jax.training.config import MeshConfig, ModelConfig, RunConfig, check_date, read_config
-from es_jax.training.es import SLOTS, Evaluator
+from es_jax.training.config import RunConfig, read_config
+from es_jax.training.config_groups import MeshConfig, ModelConfig, check_date
+from es_jax.training.es import Evaluator
 from es_jax.training.method import TokenLists
 from es_jax.training.run_tasks import (
     by_label,
@@ -44,6 +45,7 @@ from es_jax.training.run_tasks import (
     source_digests,
     takes_rows,
 )
+from es_jax.training.sizes import SLOTS
 from es_jax.training.state import base_config, compute_dtype, mesh_of, perturbed_count
 from es_jax.weights.model import config_only
 

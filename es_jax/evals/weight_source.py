@@ -19,7 +19,8 @@ from es_jax.core.names import RENAMED
 from es_jax.rundir import directory
 from es_jax.rundir.metrics import read_jsonl
 from es_jax.rundir.seed_log import NAME, read_entries
-from es_jax.training.config import ModelConfig, RunConfig, check_date, read_config
+from es_jax.training.config import RunConfig, read_config
+from es_jax.training.config_groups import ModelConfig, check_date
 from es_jax.training.method import METHODS
 from es_jax.training.predicted_drift import PredictedDrift
 from es_jax.training.state import anchor_offset, load_anchor, load_base, perturbed_count

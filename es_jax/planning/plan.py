@@ -27,8 +27,8 @@ from es_jax.planning.programs import Counted, Program, placed, programs_of
 from es_jax.planning.topology import Topology
 from es_jax.planning.traffic import Traffic, TrafficCounter
 from es_jax.training.config import RunConfig
-from es_jax.training.es import prompts_of_member
 from es_jax.training.method import METHODS
+from es_jax.training.sizes import prompts_of_member
 
 _NAMED = 4  # kinds of collectives of a program that have words of their own; the rest are added up
 

@@ -37,8 +37,9 @@ from es_jax.planning.topology import Topology
 from es_jax.planning.traffic import Kernels
 from es_jax.training import state
 from es_jax.training.config import RunConfig
-from es_jax.training.es import Evaluator, choose_slots, members_at_once, pair_bytes, prompts_of_member
+from es_jax.training.es import Evaluator
 from es_jax.training.method import METHODS
+from es_jax.training.sizes import choose_slots, members_at_once, pair_bytes, prompts_of_member
 
 
 class Bytes(NamedTuple):

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import os
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -17,7 +16,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from es_jax.core import processes, rng
-from es_jax.core.chips import GIB
 from es_jax.core.chunked_map import ceil_div
 from es_jax.core.low_rank import LowRank, split
 from es_jax.core.mesh import (
@@ -36,22 +34,20 @@ from es_jax.core.one_pass import one_pass
 from es_jax.core.tree import map_named, named_leaves
 from es_jax.es.low_rank import LowRankNoise
 from es_jax.es.noise import GaussianNoise
-from es_jax.es.population import Members, Population
+from es_jax.es.population import Members, Population, unperturbed_members
 from es_jax.es.shaping import SHAPINGS, centred_on_prompts
-from es_jax.generate.decode_spec import LoopSizes, block_length
 from es_jax.generate.engine import Engine
 from es_jax.generate.prompts import Packing, Prompts
-from es_jax.models import decode_attention
-from es_jax.models.config import TransformerConfig
 from es_jax.models.layers import Transposed
 from es_jax.models.sharding import RULES
-from es_jax.models.transformer import param_shapes, unstack_layers, without_layers
+from es_jax.models.transformer import unstack_layers, without_layers
 from es_jax.profiling.clock import timed
 from es_jax.rundir.seed_log import Entry
 from es_jax.scoring.grading import Graded, Grader, check_scores
 from es_jax.training.config import RunConfig
 from es_jax.training.diagnostics import diagnose
 from es_jax.training.method import Progress, StepResult, TokenLists
+from es_jax.training.sizes import why_not_in_place
 from es_jax.training.state import State, compute_dtype, make_noise
 
 T = TypeVar("T")
@@ -80,7 +76,7 @@ class Evolution:
         rewards = np.array([_mean_reward(completions) for completions in graded])
         gap, centre, every = None, [], self._config.evals.every
         if every and (step - 1) % every == 0 and es.rewards == "task":  # the step after an evaluation
-            centre = self._graded(_unperturbed_members(1), prompts, grade, lambda n: None)
+            centre = self._graded(unperturbed_members(1), prompts, grade, lambda n: None)
             gap = float(rewards.mean() - _mean_reward(*centre))
             gap = gap if math.isfinite(gap) else None  # with es.nan_rewards="worst"
         if es.rewards == "random":
@@ -131,110 +127,10 @@ class Evolution:
 
 
 ROWS_AT_ONCE = 2**22  # numbers of a matrix that are gathered at once, where it has no layers: 16 MiB of float32
-MOST_AT_ONCE = 256  # members of a group in one call, of those that share their weights
-
-
-def prompts_of_member(config: RunConfig) -> int:
-    """How many of a step's prompts each member sees."""
-    dealt = config.es.prompts_per_member if config.record.perturbs else None
-    return dealt or config.task.prompts_per_step or config.task.train_size
-
-
-@functools.lru_cache(maxsize=64)
-def pair_bytes(noise: LowRankNoise, model: TransformerConfig, dtype: jnp.dtype) -> int:
-    """Of what a member has of its own, where all share one copy of the weights in that dtype."""
-    params = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in param_shapes(model).items()}
-    pair = jax.eval_shape(functools.partial(noise.pair, sigma=1.0), params, _unperturbed_members(1)[0])
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pair))
-
-
-def _lane_bytes(engine: Engine, prompts: int, itemsize: int, *, lanes: int) -> int:
-    """An estimate of what decoding takes on a lane beside its weights: its cache, and once more what a chunk attends of
-    it, or a prefill of some lanes writes; the widest activations of a block of a prefill, and logits."""
-    model, sizes = engine.config, LoopSizes.of(engine, prompts, engine.max_prompt_tokens, lanes=lanes)
-    cache = 2 * model.layers * model.kv_heads * model.head_dim * sizes.slots * sizes.places * itemsize
-    block = block_length(sizes.fill_rows, sizes.width, lanes)
-    widest = 8 * sizes.fill_rows * block * max(model.mlp_dim, model.heads * sizes.width)
-    return 2 * cache + widest + 8 * sizes.slots * model.vocab_size
-
-
-def _half_of_the_rest(config: RunConfig, model: TransformerConfig, mesh: Mesh, memory: int) -> int:
-    """Half of what the weights leave of a device's memory: the master weights, the anchor or θ₀, moments, GRPO's
-    gradient; and the copies that members decode with."""
-    sizes = {name: math.prod(shape) for name, shape in param_shapes(model).items()}
-    weights, lanes = sum(sizes.values()), config.decode.members_at_once or 1
-    copies = (2 if config.optim.name == "sgd" else 4) + (not config.record.perturbs)
-    copied = weights * (lanes if lanes == 1 else 2 * lanes)  # the next round's, too, of several
-    if config.es.noise == "low_rank":
-        copied = weights + sizes["embed/embedding"]  # what its cast loses
-    master = copies * weights * jnp.dtype(config.model.param_dtype).itemsize / mesh.size
-    return int(memory - master - copied * compute_dtype(config).itemsize / mesh.shape[MODEL]) // 2
-
-
-def members_at_once(config: RunConfig, engine: Engine, mesh: Mesh, *, memory: int | None = None) -> int:
-    """decode.members_at_once where it is not set: members that share weights take half of what the weights leave of a
-    device's `memory` (by default as devices report it; of the machine's, on CPU); others come one by one.
-
-    A member's part is that of its lane, its pairs, in the order in which layers use them, and those of the next round.
-    """
-    if config.es.noise != "low_rank":
-        return 1
-    model, noise, dtype, cut = engine.config, make_noise(config), compute_dtype(config), mesh.shape[MODEL]
-    assert isinstance(noise, LowRankNoise)
-    lane = _lane_bytes(engine, prompts_of_member(config), dtype.itemsize, lanes=MOST_AT_ONCE)
-    each = 3 * pair_bytes(noise, model, dtype) + ceil_div(lane, cut)
-    if memory is None:
-        here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(jax.local_devices())
-        memory = processes.device_memory() or here
-    share = ceil_div(config.es.population, mesh.shape[GROUPS])
-    most = max(1, min(_half_of_the_rest(config, model, mesh, memory) // each, MOST_AT_ONCE))
-    return ceil_div(share, ceil_div(share, most))  # of as many rounds the smallest: lanes left over decode padding
-
-
-SLOTS = 64  # where devices do not report their memory
-
-
-def choose_slots(config: RunConfig, engine: Engine, mesh: Mesh, *, memory: int | None = None) -> tuple[int, str]:
-    """decode.slots where it is not set, and why: all of a member's prompts, a half, a third, … in half of what the
-    weights leave of a device's `memory`, by default as devices report it.
-
-    Prompts count as decode.max_prompt_tokens long, so that a plan, which has none, finds the same number.
-    """
-    memory = processes.device_memory() if memory is None else memory
-    if memory is None:
-        return SLOTS, f"decode.slots: {SLOTS}, as the devices do not report their memory"
-    decode, prompts, lanes = config.decode, prompts_of_member(config), config.decode.members_at_once or 1
-    room = max(_half_of_the_rest(config, engine.config, mesh, memory), 0)
-    longest, new = decode.max_prompt_tokens, decode.max_new_tokens
-    for batches in range(1, prompts + 1):
-        slots = ceil_div(prompts, batches)
-        engine = dataclasses.replace(engine, slots=slots, max_prompt_tokens=longest)
-        needed = lanes * _lane_bytes(engine, prompts, compute_dtype(config).itemsize, lanes=lanes) // mesh.shape[MODEL]
-        if needed <= room:
-            break
-    why = (
-        f"of {longest} and {new} tokens, about {needed / GIB:.3g} GiB of a device, where half of what the weights leave"
-    )
-    return slots, f"decode.slots: {slots} of a member's {prompts} prompts {why} is {room / GIB:.3g} GiB"
-
-
-def why_not_in_place(config: RunConfig, engine: Engine, mesh: Mesh, at_once: int) -> str | None:
-    """Why members of a run are not decoded as `Engine.in_place` has it, in words; None where they may be."""
-    if not decode_attention.supports(engine.config):
-        return f"heads have {engine.config.head_dim} numbers, and the kernel for attention takes powers of two"
-    if config.es.noise == "low_rank":
-        return "members share their weights"
-    if at_once > 1:
-        return "a group decodes several members at once"
-    return "a member is cut over several devices" if mesh.shape[MODEL] > 1 else None
 
 
 def _mean_reward(completions: list[Graded]) -> float:
     return float(np.mean([completion.score.reward for completion in completions]))
-
-
-def _unperturbed_members(count: int) -> Members:
-    return Members(jnp.zeros(count, jnp.uint32), jnp.zeros(count, jnp.float32))
 
 
 def one_ahead(items: Iterable[T]) -> Iterator[T]:
@@ -529,7 +425,7 @@ class Evaluator:
             return
 
         def calls() -> Iterator[tuple[list[range], Any]]:
-            nobody = to_devices(_unperturbed_members(self.lanes), over_groups(self.mesh))
+            nobody = to_devices(unperturbed_members(self.lanes), over_groups(self.mesh))
             weights = processes.launch(self.perturb, params, nobody)
             for prompts in queues:
                 count, width = prompts.tokens.shape

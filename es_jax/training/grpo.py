@@ -33,7 +33,8 @@ from es_jax.optim.chains import Chain
 from es_jax.profiling.clock import timed
 from es_jax.rundir.seed_log import Entry
 from es_jax.scoring.grading import Grader, Pending, check_scores
-from es_jax.training.config import GRPOConfig, RunConfig
+from es_jax.training.config import RunConfig
+from es_jax.training.config_groups import GRPOConfig
 from es_jax.training.es import Evaluator, one_ahead
 from es_jax.training.method import Progress, StepResult, TokenLists
 from es_jax.training.state import State, optimizer_step, theta0_of

@@ -50,7 +50,7 @@ from es_jax.scoring.workers import Submit, workers_of
 from es_jax.tasks.outside import label
 from es_jax.tasks.task import Example, Task
 from es_jax.training.config import RunConfig, freeze
-from es_jax.training.es import Evaluator, choose_slots, members_at_once, prompts_of_member, why_not_in_place
+from es_jax.training.es import Evaluator
 from es_jax.training.method import StepResult
 from es_jax.training.recorder import Recorder
 from es_jax.training.run_tasks import (
@@ -62,6 +62,7 @@ from es_jax.training.run_tasks import (
     source_digests,
     with_task,
 )
+from es_jax.training.sizes import choose_slots, members_at_once, prompts_of_member, why_not_in_place
 from es_jax.training.state import (
     State,
     base_config,

@@ -17,8 +17,9 @@ from es_jax.generate.decode_spec import BLOCK, CHUNK
 from es_jax.generate.engine import Engine
 from es_jax.models.transformer import Transformer, param_shapes
 from es_jax.training.config import freeze
-from es_jax.training.es import Evaluator, members_at_once
+from es_jax.training.es import Evaluator
 from es_jax.training.loop import run
+from es_jax.training.sizes import members_at_once
 from es_jax.training.state import make_noise
 from es_jax.training.weights_at import replay
 from tests.helpers import config_of, host, same

@@ -19,7 +19,7 @@ from es_jax.profiling.clock import Clock, host, split, timed
 from es_jax.profiling.trace import Profile
 from es_jax.rundir.directory import compilation_cache
 from es_jax.rundir.metrics import read_jsonl
-from es_jax.training.config import TrainConfig
+from es_jax.training.config_groups import TrainConfig
 from es_jax.training.loop import run
 
 

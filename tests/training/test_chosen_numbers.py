@@ -16,8 +16,8 @@ from es_jax.models.known_configs import published
 from es_jax.planning.programs import programs_of
 from es_jax.planning.topology import Topology
 from es_jax.training.config import default_config, freeze
-from es_jax.training.es import choose_slots
 from es_jax.training.loop import run
+from es_jax.training.sizes import choose_slots
 from tests.helpers import TWO_STEPS, config_of, same
 
 FIELDS = {

@@ -13,7 +13,7 @@ from es_jax.generate.engine import Engine
 from es_jax.generate.sampling import Temperature
 from es_jax.optim.chains import Chain
 from es_jax.training import grpo
-from es_jax.training.config import AGGREGATIONS, GRPOConfig
+from es_jax.training.config_groups import AGGREGATIONS, GRPOConfig
 from es_jax.training.grpo import Policy, Rows, group_relative, kl_k3, policy_loss, side_by_side, token_weights
 from es_jax.weights import convert
 from es_jax.weights.model import load_model
