@@ -1,14 +1,15 @@
-"""python -m es_jax.evaluate --workdir=RUN [--tasks=a,b] [--steps=0,100 | --every=K] [--kl] [--drift] [--json]
+"""python -m es_jax.evaluate --workdir=RUN [--tasks=a,b] [--steps=0,best | --every=K] [--kl] [--drift] [--json]
 
 Evaluates steps of a run (or a model: --workdir=FOLDER --base=MODEL) on held-out rows: accuracy by the published grader,
 by the strict and the robust one and, for multiple choice, by likelihood, with standard errors, and what a drop is made
-of; KL from the base model; drift of the weights. A step needs no checkpoint. What is finished is not done again, so
+of; pass@k and majority votes of --samples; KL from the base model; drift of the weights. What is finished is not done
+again, so
 the same command goes on after an interruption. Writes evals/<task>.jsonl, evals/kl.jsonl and evals/drift.jsonl
 (docs/evaluate.md).
 On several hosts the same command runs on all, with one --workdir on a file system that they share, as for training:
 --distributed, or --coordinator_address=HOST:PORT, --num_processes and --process_id. With --json one line is printed:
 
-    out, warnings, tasks ({task: rows}), kl (rows), drift (rows)
+    out, warnings, tasks ({task: rows}), samples ({task: rows}), kl (rows), drift (rows)
 """
 
 import dataclasses
@@ -20,6 +21,8 @@ from typing import Any
 from absl import app, flags
 
 from es_jax.core.flags import command, define_processes, parser
+
+BEST = "best"  # of --steps
 
 RENAMED = {"size": "rows", "kl_size": "kl_rows", "max_new": "max_new_tokens", "max_prompt": "max_prompt_tokens"}
 
@@ -44,22 +47,40 @@ def main(argv: list[str]) -> None:
             print(json.dumps(result) if values.json else report(result))
 
 
-def whole_numbers(steps: list[str] | None) -> list[int] | None:
+def whole_numbers(steps: list[str] | None) -> list[int | str] | None:
     """The steps of --steps."""
     try:
-        return [int(step) for step in steps or ()] or None
+        return [step if step == BEST else int(step) for step in steps or ()] or None
     except ValueError:
         text = ",".join(steps or ())
-        raise ValueError(f"--steps is {text!r}: give whole numbers with commas, as in --steps=0,50,100") from None
+        raise ValueError(
+            f"--steps is {text!r}: give whole numbers with commas, as in --steps=0,50,100, or best"
+        ) from None
 
 
 def report(result: dict[str, Any]) -> str:
     """The result as text: a table a task, then KL and drift."""
     tables = [(task, rows, ACCURACY) for task, rows in result["tasks"].items()]
+    tables += [sampled_table(task, rows) for task, rows in result["samples"].items()]
     tables += [("KL(base ‖ now), nats a token", result["kl"], KL)] if result["kl"] else []
     tables += [("drift", result["drift"], DRIFT)] if result["drift"] else []
     texts = [f"{title}\n{_table(rows, columns)}\n" for title, rows, columns in tables]
     return "".join(texts) + f"rows in {result['out']}"
+
+
+def sampled_table(task: str, rows: list[dict[str, Any]]) -> tuple[str, list[dict[str, Any]], dict[str, str]]:
+    """Title, rows and columns of the table of a task's samples: pass@k of k = 1, 2, 4, … and n, and the majority."""
+    n, parts = rows[0]["samples"], ("pass_at_k", "pass_at_k_se", "pass_at_k_change", "pass_at_k_change_se")
+    shown = sorted({n, *(2**i for i in range(n.bit_length()))})
+    cells = [
+        row | {part.replace("_at_k", f"@{k}"): row[part][k - 1] for part in parts if part in row for k in shown}
+        for row in rows
+    ]
+    columns = {"step": "step"} | {f"pass@{k}": f"pass@{k}" for k in shown} | {f"majority@{n}": "majority"}
+    columns |= {f"change of pass@{k}": f"pass@{k}_change" for k in sorted({1, n})}
+    columns |= {"of the majority": "majority_change"}
+    how = f"{n} samples a row, temperature {rows[0]['temperature']:g}, top_p {rows[0]['top_p']:g}"
+    return f"{task}, {how}", cells, columns
 
 
 # The columns of the tables: heading → name in a row.
@@ -90,7 +111,7 @@ def _cell(row: dict[str, Any], name: str) -> str:
 def entry() -> None:
     flags.DEFINE_string("workdir", None, "A run's directory; or a model folder, .gguf file or hub name.", required=True)
     flags.DEFINE_list("tasks", None, "Tasks by name, with commas; those that the run evaluated, by default.")
-    flags.DEFINE_list("steps", None, "Steps, with commas. Step 0, the base model, is always among them.")
+    flags.DEFINE_list("steps", None, "Steps, with commas, or best. Step 0, the base model, is always among them.")
     flags.DEFINE_integer("every", None, "Steps 0, K, 2K, … and the last; the run's evals.every by default.")
     flags.DEFINE_bool("kl", False, "Measure KL(base ‖ now) on continuations of each task's prompts.")
     flags.DEFINE_bool("drift", False, "Measure ‖θ − θ₀‖ beside the closed form.")
@@ -105,6 +126,10 @@ def entry() -> None:
     flags.DEFINE_integer("kl_rows", None, "Rows of each task to measure KL on; all by default.")
     flags.DEFINE_integer("kl_tokens", 256, "The longest continuation for KL, in tokens.")
     flags.DEFINE_integer("kl_seed", 0, "Of the continuations for KL.")
+    flags.DEFINE_integer("samples", None, "Completions of each row to sample, for pass@k and the majority's vote.")
+    flags.DEFINE_float("temperature", None, "Of the samples; 1 by default.")
+    flags.DEFINE_float("top_p", None, "Of the samples: the likeliest tokens with this probability; 1, all, by default.")
+    flags.DEFINE_integer("sample_seed", None, "Of the samples; 0 by default.")
     define_processes()
     flags.DEFINE_bool("json", False, "Print the result as one line of JSON.")
     flags.DEFINE_bool("traceback", False, "Show where an error came from.")

@@ -1,4 +1,4 @@
-"""python -m es_jax.export --workdir=RUN --out=DIR [--step=K] [--dtype=…] [--max_shard_gb=5] [--json]
+"""python -m es_jax.export --workdir=RUN --out=DIR [--step=K|best] [--dtype=…] [--max_shard_gb=5] [--json]
 
 Writes the weights of a run's step as a Hugging Face folder: sharded safetensors, config, generation config, the base
 model's tokenizer and chat template, a model card. The step comes from its checkpoint if there is one, otherwise it is
@@ -45,7 +45,7 @@ def _sentence(result: dict[str, Any]) -> str:
 def entry() -> None:
     flags.DEFINE_string("workdir", None, "The run's directory; nothing in it is changed.", required=True)
     flags.DEFINE_string("out", None, "The folder to write; it must not exist, or be empty.", required=True)
-    flags.DEFINE_integer("step", None, "The step, 0 (the base weights) to the last; the last by default.")
+    flags.DEFINE_string("step", None, "The step, 0 (the base weights) to the last, or best; the last by default.")
     dtypes = ["float32", "bfloat16", "float16"]
     flags.DEFINE_enum("dtype", None, dtypes, "What weights are written as; the run's model.param_dtype by default.")
     flags.DEFINE_float("max_shard_gb", 5.0, "The most that a weight file holds, in 10⁹ bytes.", lower_bound=1e-9)

@@ -17,7 +17,9 @@ RENAMED = {
     "drift": "kappa",
 }
 # What a config.json from before a field was there means by its absence.
-ADDED = {"es.generator": "threefry", "es.rank": 1, "es.vectors": "gaussian", "task.options": {}}
+ADDED = {
+    "es.generator": "threefry", "es.rank": 1, "es.vectors": "gaussian", "task.options": {}, "decode.temperature": 0.0,
+}  # fmt: skip
 
 SHORT = {  # names of fields after the colon of --config
     "method": "method",

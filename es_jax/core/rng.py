@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float32, PRNGKeyArray, UInt32
+from jaxtyping import Array, Float32, Key, PRNGKeyArray, UInt32
 
 from es_jax.core.threefry_normal import box_muller, counters, positions, threefry
 
@@ -18,7 +18,10 @@ from es_jax.core.threefry_normal import box_muller, counters, positions, threefr
 # purpose is a number that no split reaches: one into n ≤ 4·10⁹ keys, 32 GB of them, has other keys for certain, since
 # threefry under one key is one-to-one. Version 1 is of runs from before: what splits the key of their seed, as
 # `Transformer.init` does, has their members' keys.
-_PURPOSES = {1: {"members": 1, "sampling": 2}, 2: {"members": 0xF000_0001, "sampling": 0xF000_0002}}
+_PURPOSES = {
+    1: {"members": 1, "sampling": 2},
+    2: {"members": 0xF000_0001, "sampling": 0xF000_0002, "evaluation": 0xF000_0003},
+}
 STREAMS = 2  # the purposes of new runs
 MAX_SEED = 2**32 - 1
 Rows = tuple[Array | int, int]  # (first, count): of an array, so many of its rows
@@ -53,6 +56,30 @@ def member_seeds(seed: int, step: int | Array, n: int, *, streams: int = STREAMS
 def sampling_key(seed: int, step: int | Array, *, streams: int = STREAMS) -> PRNGKeyArray:
     """The key of a step's sampled tokens. Steps of training begin at 1; 0 is of what is sampled to measure KL."""
     return _step_key(seed, "sampling", step, streams)
+
+
+def row_keys(seed: int, step: int, n: int, *, streams: int = STREAMS) -> np.ndarray:
+    """The keys of a step's `n` prompts, uint32 [n, 2], for `wrapped`: `fold_in(sampling_key, row)`. All members of a
+    step have them: what differs between two members' completions is then their weights' doing alone."""
+    key = sampling_key(seed, step, streams=streams)
+    return np.asarray(jax.random.key_data(jax.vmap(jax.random.fold_in, (None, 0))(key, np.arange(n, dtype=np.uint32))))
+
+
+def evaluation_keys(seed: int, rows: int, samples: int) -> np.ndarray:
+    """The keys of so many samples of each of so many held-out rows, uint32 [samples, rows, 2], for `wrapped`.
+
+    A sample's key is a function of (seed, row, sample): the same at every step of every run, and whatever the numbers
+    of rows and samples are.
+    """
+    root = jax.random.fold_in(key(check_seed(seed)), np.uint32(_PURPOSES[STREAMS]["evaluation"]))
+    both = jax.vmap(jax.vmap(lambda row, sample: jax.random.fold_in(jax.random.fold_in(root, row), sample), (0, None)))
+    index = np.arange(rows, dtype=np.uint32), np.arange(samples, dtype=np.uint32)
+    return np.asarray(jax.random.key_data(both(np.broadcast_to(index[0], (samples, rows)), index[1])))
+
+
+def wrapped(data: UInt32[Array, "*n 2"]) -> Key[Array, "*n"]:
+    """Keys of their numbers, which are easier to place on devices."""
+    return jax.random.wrap_key_data(data, impl="threefry2x32")
 
 
 def _step_key(seed: int, purpose: str, step: int | Array, streams: int) -> PRNGKeyArray:

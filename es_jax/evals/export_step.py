@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from es_jax.core.tree import count
 from es_jax.models.transformer import param_shapes
 from es_jax.rundir import directory
+from es_jax.rundir.best import step_of
 from es_jax.rundir.checkpoints import saved_steps
 from es_jax.rundir.metrics import read_jsonl
 from es_jax.rundir.seed_log import read_entries
@@ -25,7 +26,7 @@ def export_run(
     workdir: str | Path,
     out: str | Path,
     *,
-    step: int | None = None,
+    step: int | str | None = None,
     dtype: str | None = None,
     max_shard_bytes: int = 5 * 10**9,
 ) -> dict[str, Any]:
@@ -33,7 +34,7 @@ def export_run(
 
     Args:
       workdir: a run's directory; nothing in it is changed.
-      step: 0 (the base weights) to the last finished one; the last by default.
+      step: 0 (the base weights) to the last finished one; "best" of a run with train.keep_best; the last by default.
       dtype: of the weights; the run's model.param_dtype by default.
 
     Returns:
@@ -48,7 +49,7 @@ def export_run(
     facts = directory.read(workdir)
     config = freeze(facts["config"], begun=True)
     last = len(read_entries(workdir))
-    step = last if step is None else step
+    step = last if step is None else step_of(workdir, step)
     if not 0 <= step <= last:
         raise ValueError(f"step is {step}, but {workdir} holds steps 0 to {last}")
     check_new(out)

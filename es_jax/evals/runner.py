@@ -26,10 +26,12 @@ from es_jax.evals.weight_source import (
     with_date,
 )
 from es_jax.generate.engine import engine_for
+from es_jax.rundir.best import step_of
 from es_jax.rundir.directory import changed_sources, compilation_cache, write_json
 from es_jax.rundir.metrics import Jsonl
 from es_jax.scoring.heldout import HeldOut, cast, evaluate
 from es_jax.scoring.row_results import EvalsFile, read_evals
+from es_jax.scoring.sampled import SampledFile, Sampling, sample_rows
 from es_jax.tasks import name_and_options
 from es_jax.tasks.task import Task
 from es_jax.training.config import RunConfig, read_config
@@ -66,6 +68,8 @@ class Options:
       kl_rows: how many of the rows KL is measured on.
       kl_tokens: the longest continuation, in tokens.
       kl_seed: of the continuations.
+      samples: n completions of each row are sampled besides, for pass@1..n and the majority's vote; None: none are.
+      temperature, top_p, sample_seed: of these; 1, 1 and 0 by default.
     """
 
     rows: int | None = None
@@ -77,12 +81,28 @@ class Options:
     kl_rows: int | None = None
     kl_tokens: int = 256
     kl_seed: int = 0
+    samples: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    sample_seed: int | None = None
 
     def __post_init__(self):
         check_date("template_date", self.template_date)
+        sampling = ("temperature", "top_p", "sample_seed")
         for field, value in vars(self).items():
-            if field not in ("data_dir", "template_date", "kl_seed") and value is not None and value < 1:
+            if field not in ("data_dir", "template_date", "kl_seed", *sampling) and value is not None and value < 1:
                 raise ValueError(f"{field} is {value}: it must be at least 1")
+        if self.samples is None and (given := [name for name in sampling if getattr(self, name) is not None]):
+            raise ValueError(f"{given[0]} is {getattr(self, given[0])} without samples: set samples, to 16 for example")
+        _ = self.sampling
+
+    @property
+    def sampling(self) -> Sampling | None:
+        """How rows are sampled; None where they are not. Raises ValueError."""
+        if self.samples is None:
+            return None
+        numbers = {"temperature": self.temperature, "top_p": self.top_p, "seed": self.sample_seed}
+        return Sampling(self.samples, **{name: x for name, x in numbers.items() if x is not None})  # type: ignore[arg-type]
 
 
 def evaluate_run(
@@ -90,7 +110,7 @@ def evaluate_run(
     *,
     tasks: Sequence[str | Task] | None = None,
     every: int | None = None,
-    steps: Sequence[int] | None = None,
+    steps: Sequence[int | str] | None = None,
     kl: bool = False,
     drift: bool = False,
     base: str | None = None,
@@ -107,7 +127,7 @@ def evaluate_run(
       workdir: a run's directory; or a model folder, .gguf file or hub name.
       tasks: tasks, or names of tasks; those that the run evaluated, by default.
       every: steps 0, every, 2·every, … and the last; the run's evals.every by default.
-      steps: these steps instead.
+      steps: these steps instead; "best" is that of a run with train.keep_best.
       kl: also measure KL(base ‖ now) on the prompts of each task.
       drift: also measure ‖θ − θ₀‖.
       base: of a model, what it was trained from; it becomes step 0, and the model step 1.
@@ -117,7 +137,8 @@ def evaluate_run(
       mesh: devices; all by default.
 
     Returns:
-      {"out": folder, "warnings": […], "tasks": {task: rows}, "kl": rows, "drift": rows}; rows of the chosen steps.
+      {"out": folder, "warnings": […], "tasks": {task: rows}, "samples": {task: rows}, "kl": rows, "drift": rows}; rows of
+      the chosen steps.
 
     Raises:
       ValueError, OSError: what is asked for does not exist or does not fit, before anything is computed.
@@ -139,7 +160,7 @@ def evaluate_run(
     with compilation_cache((path if run and out is None else folder) / "cache"):
         source = of_run(path, mesh) if run else of_model(str(workdir), base, mesh)
         source = with_date(source, folder, options.template_date, run=run)
-        chosen = _chosen_steps(source, every, steps)
+        chosen = _chosen_steps(source, every, steps and [step_of(path, step, flag="--steps") for step in steps])
         if tasks is None and not run:
             raise ValueError("tasks are not given: a model has none of its own, so name them")
         names = [source.config.task.name, *source.config.evals.tasks] if tasks is None else tasks
@@ -222,30 +243,45 @@ class _Evaluation:
             stop_token_ids=model.stop_token_ids,
         )
         self.evaluator = Evaluator.of(config, self.engine, mesh)
+        self.sampling = options.sampling
         if processes.first():
             check_folder(folder, source)
         self.files = {test.name: EvalsFile(folder, test.name) for test in self.tests}
         for test in self.tests:
             self.files[test.name].check(digest=test.digest, max_new_tokens=self.max_new_tokens, n=len(test.examples))
+        self.sampled = {test.name: SampledFile(folder, test.name, s) for test in self.tests if (s := self.sampling)}
+        for test in self.tests if self.sampling else ():
+            self.sampled[test.name].check(digest=test.digest, max_new_tokens=self.max_new_tokens, n=len(test.examples))
+            if not callable(getattr(test.task, "extract_answer", None)):
+                self.warnings.append(
+                    f"task {test.name!r} does not tell which answer it reads from a completion: there is no majority's "
+                    "vote; give it a method extract_answer(example, completion)"
+                )
         self.kl, self.drift = (Jsonl(folder / name) for name in ("kl.jsonl", "drift.jsonl"))
         kl_rows = read_evals(self.kl.path)
         self.kl_inputs = {test.name: self._kl_input(test, kl_rows) for test in self.tests if kl}
         done = self._agreed([[row["step"], row["task"]] for row in kl_rows])
-        self.due: dict[int, tuple[list[HeldOut], list[str], bool]] = {}  # step → accuracies, tasks of KL, whether drift
+        # step → accuracies, tasks of KL, whether drift, tasks that are sampled
+        self.due: dict[int, tuple[list[HeldOut], list[str], bool, list[HeldOut]]] = {}
         for step in steps:
             accuracies = [test for test in self.tests if step not in done["rows"][test.name]]
             kls = [name for name in self.kl_inputs if step and [step, name] not in done["kl"]]
             drift_due = bool(drift and step and step not in done["drift"])
-            if accuracies or kls or drift_due:
-                self.due[step] = accuracies, kls, drift_due
+            samples = [
+                test for test in self.tests if test.name in done["samples"] and step not in done["samples"][test.name]
+            ]
+            if accuracies or kls or drift_due or samples:
+                self.due[step] = accuracies, kls, drift_due, samples
 
     def run(self) -> Fields:
         """Do what is not done, and return the rows of the steps."""
         if processes.first():
             claim_folder(self.folder, self.source)
         if self.due:
-            total = sum(len(test.examples) for accuracies, _, _ in self.due.values() for test in accuracies)
-            total += sum(len(self.kl_inputs[name][0]) for _, kls, _ in self.due.values() for name in kls)
+            total = sum(len(test.examples) for accuracies, *_ in self.due.values() for test in accuracies)
+            total += sum(len(self.kl_inputs[name][0]) for _, kls, *_ in self.due.values() for name in kls)
+            n = self.sampling.samples if self.sampling else 0
+            total += n * sum(len(test.examples) for *_, samples in self.due.values() for test in samples)
             with tqdm(total=total, unit="row", dynamic_ncols=True, disable=not processes.first()) as self.bar:
                 self._steps()
         drift = self._rows("drift") if self.measure_drift else []
@@ -257,6 +293,7 @@ class _Evaluation:
             "out": str(self.folder),
             "warnings": warnings,
             "tasks": {name: self._rows(name) for name in self.files},
+            "samples": {name: self._rows(f"samples/{s.name}/{name}") for name in self.sampled if (s := self.sampling)},
             "kl": [row for row in self._rows("kl") if row["task"] in self.kl_inputs],
             "drift": drift,
         }
@@ -269,7 +306,8 @@ class _Evaluation:
         tests = {test.name: test.digest for test in self.tests}
         request = [self.source.marks(self.source.last), self.steps, tests, repr(self.options)]
         rows = {name: sorted(file.steps) for name, file in self.files.items()}
-        done = {"rows": rows, "kl": kl, "drift": sorted(self.drift.steps)}
+        samples = {name: sorted(file.steps) for name, file in self.sampled.items()}
+        done = {"rows": rows, "kl": kl, "drift": sorted(self.drift.steps), "samples": samples}
         views = processes.exchange({jax.process_index(): [request, done]})
         differing = [process for process, (other, _) in views.items() if other != views[0][0]]
         if differing:
@@ -281,17 +319,18 @@ class _Evaluation:
 
     def _steps(self) -> None:
         source, dtype = self.source, compute_dtype(self.source.config)
-        kl_names = [name for name in self.kl_inputs if any(name in kls for _, kls, _ in self.due.values())]
-        needs_drift = any(drift_due for _, _, drift_due in self.due.values())
+        kl_names = [name for name in self.kl_inputs if any(name in kls for _, kls, *_ in self.due.values())]
+        needs_drift = any(drift_due for _, _, drift_due, _ in self.due.values())
         base = source.base() if kl_names or needs_drift else None
         small = cast(base, dtype) if kl_names else None
         continuations = {name: self._continuations(name, small) for name in kl_names}
         predicted = source.predicted(max(self.due), base) if needs_drift else {}
         for step, params in source.weights([*self.due]):
             self.bar.set_description(f"step {step}")
-            accuracies, kls, drift_due = self.due[step]
+            accuracies, kls, drift_due, samples = self.due[step]
             for test, results in evaluate(self.evaluator, source.model, params, accuracies, done=self.bar.update):
                 self.files[test.name].add(step, results, digest=test.digest, max_new_tokens=self.max_new_tokens)
+            self._sample(step, params, samples)
             if drift_due:
                 sigma, dim = source.sigma(step), perturbed_count(source.config, base)
                 row = drifts.drift(base, params, sigma=sigma, predicted=predicted.get(step), dim=dim)
@@ -304,6 +343,16 @@ class _Evaluation:
                     raise ValueError(f"step {step}, task {name!r}: {error}") from None
                 self.kl.write({"step": step, "task": name, **row, **facts})
                 self.bar.update(row["n"])
+
+    def _sample(self, step: int, params: Any, tests: Sequence[HeldOut]) -> None:
+        if self.sampling is None or not tests:
+            return
+        sampler = self.evaluator.sampling(self.sampling.temperature, self.sampling.top_p)
+        for test, results in sample_rows(
+            sampler, self.source.model, params, tests, self.sampling, done=self.bar.update
+        ):
+            facts = {"digest": test.digest, "max_new_tokens": self.max_new_tokens}
+            self.sampled[test.name].add(step, results, **facts)
 
     def _kl_input(self, test: HeldOut, rows: Sequence[Fields]) -> tuple[TokenLists, Fields]:
         """The prompts, and what must be equal for two measurements of KL to be comparable; ValueError where the file's

@@ -138,12 +138,13 @@ class Engine(DecodeSpec):
         params: Any,
         tokens: Int32[Array, "Q P"],
         positions: Int32[Array, "Q P"],
+        keys: Key[Array, " Q"] | None = None,
         *,
         prefix: Int32[Array, " C"],
         axis_name: str,
     ) -> Filled:
-        """The prefill of `decode`, greedy, where `parted` says that it may be done apart; for some lanes of a vmap."""
-        return fill_queue(*self.begin(params, tokens, positions, None, prefix, axis_name))
+        """The prefill of `decode`, where `parted` says that it may be done apart; for some lanes of a vmap."""
+        return fill_queue(*self.begin(params, tokens, positions, keys, prefix, axis_name))
 
     def begin(self, *arguments: Any, filled: Filled | None = None) -> tuple[Queue, State]:
         """`begin_queue` of the arguments, for `decode` and `fill`; an engine that ends rows otherwise has its own."""

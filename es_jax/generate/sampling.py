@@ -92,3 +92,16 @@ class TopP:
         least = jnp.min(jnp.where(before < self.p, ordered, jnp.inf))
         likeliest = jnp.where(logits / self.t >= least, logits / self.t, -jnp.inf)
         return jax.random.categorical(key, likeliest).astype(jnp.int32)
+
+
+def sampler_of(temperature: float, top_p: float = 1.0) -> Sampler:
+    """The sampler of two numbers as users give them: `Greedy` at temperature 0, whatever top_p is.
+
+    Raises ValueError for a temperature below 0, or a top_p that is not above 0 and at most 1.
+
+    >>> sampler_of(0.0), sampler_of(0.7), sampler_of(0.7, 0.95)
+    (Greedy(), Temperature(t=0.7), TopP(p=0.95, t=0.7))
+    """
+    if temperature == 0:
+        return Greedy()
+    return Temperature(temperature) if top_p == 1 else TopP(top_p, temperature)

@@ -116,7 +116,7 @@ class Programs:
             number = members_at_once(config, engine, mesh, memory=memory)
             config = dataclasses.replace(config, decode=dataclasses.replace(config.decode, members_at_once=number))
         self.config = config
-        evaluator = self.evaluator = Evaluator.of(config, engine, mesh)
+        evaluator = self.evaluator = Evaluator.of(config, engine, mesh).sampling(config.decode.temperature)
         self.rounds = ceil_div(config.es.population, evaluator.lanes)  # of members in an iteration
         self.members = _members(evaluator.lanes, over_groups(mesh))
         noise, dtype = evaluator.noise, jnp.dtype(evaluator.dtype)
@@ -229,6 +229,8 @@ class Programs:
         evaluator, where = self.evaluator, over_groups(self.mesh)
         tokens = array((evaluator.lanes, self.each, self.width), jnp.int32, where)
         rows = Prompts(tokens, tokens, array((0,), jnp.int32, self.everywhere))  # no shared prefix: a bound
+        sampled = bool(self.config.decode.temperature)
+        keys = array((evaluator.lanes, self.each, 2), jnp.uint32, where) if sampled else None
 
         def lower() -> Any:
             weights: Any = tuple(self.weights.values())
@@ -237,7 +239,7 @@ class Programs:
                 weights = {**rest, "layers": (layer["layers"],) * self.model.layers}
             elif not evaluator.shared:
                 (weights,) = weights
-            return Evaluator._decode.lower(evaluator, weights, rows)
+            return Evaluator._decode.lower(evaluator, weights, rows, keys)
 
         program = self._completions(
             "decode", lower, prompts=self.each, times=self.rounds, lanes=evaluator.at_once, rank=self._rank,

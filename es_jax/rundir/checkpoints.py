@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import json
@@ -9,7 +10,7 @@ import os
 import shutil
 import sys
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,20 @@ from es_jax.rundir import directory
 UNFINISHED = "orbax-checkpoint-tmp"  # in the name of a folder that Orbax writes
 
 
+@dataclasses.dataclass
+class _Kept:
+    """Orbax's policy of which checkpoints stay: the latest, and that of one step besides."""
+
+    latest: int
+    best: int | None = None
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        return [step in steps[-self.latest :] or step == self.best for step in steps]
+
+
 class Checkpoints:
-    """The checkpoints of a run, in `workdir/ckpt`."""
+    """The checkpoints of a run, in `workdir/ckpt`: the latest `keep`, and that of the step `best`, if it has one."""
 
     def __init__(self, workdir: Path, *, keep: int):
         self.folder = _folder(workdir)
@@ -31,11 +44,26 @@ class Checkpoints:
         self._descriptor = os.open(self.folder, os.O_RDONLY)
         self._close_folder = weakref.finalize(self, os.close, self._descriptor)
         self._remove_unfinished()
-        self._manager = _manager(self.folder, max_to_keep=keep, create=False, enable_async_checkpointing=False)
+        self._kept = _Kept(keep)
+        options = {"create": False, "enable_async_checkpointing": False}
+        self._manager = _manager(self.folder, preservation_policy=self._kept, **options)
 
     def latest(self) -> int | None:
         """The newest whole checkpoint's step."""
         return self._manager.latest_step()
+
+    @property
+    def best(self) -> int | None:
+        """A step whose checkpoint stays until another one is set."""
+        return self._kept.best
+
+    @best.setter
+    def best(self, step: int | None) -> None:
+        self._kept.best = step
+
+    def steps(self) -> list[int]:
+        """The steps that have a whole checkpoint."""
+        return sorted(self._manager.all_steps())
 
     def save(self, step: int, params: Any, opt_state: Any) -> None:
         """Write the step's checkpoint; older ones go only when it is whole. OSError where the disk is full."""

@@ -98,8 +98,10 @@ class Decoder(Protocol):
     def mesh(self) -> Mesh: ...
     @property
     def dtype(self) -> DTypeLike: ...
+    @property
+    def lanes(self) -> int: ...
     def unperturbed(
-        self, params: Any, queues: Iterable[Prompts]
+        self, params: Any, queues: Iterable[Prompts], keys: Iterable[np.ndarray] = ()
     ) -> Iterator[dict[int, tuple[range, np.ndarray, np.ndarray]]]: ...
 
 
@@ -133,10 +135,11 @@ def evaluate(
                 model.config, params, held.options, dtype=evaluator.dtype, mesh=evaluator.mesh, names=names
             )
         done(len(graded))
-        yield held, _results(graded, loglik)
+        yield held, results_of(graded, loglik)
 
 
-def _results(graded: Sequence[Graded], loglik: np.ndarray | None) -> RowResults:
+def results_of(graded: Sequence[Graded], loglik: np.ndarray | None) -> RowResults:
+    """The results of graded completions, in their order."""
     parts = {name: np.array([g.score.parts[name] for g in graded], float) for name in graded[0].score.parts}
     answer = parts.pop("answer")
     right = parts.pop("paper", answer)

@@ -148,6 +148,9 @@ class EvalsFile:
       steps: the steps that are evaluated.
     """
 
+    results: Any = RowResults  # of a step
+    summary = staticmethod(summary)  # of these, as a row
+
     def __init__(self, folder: Path, task: str, *, last_step: int = LAST):
         self._rows = Jsonl(folder / f"{task}.jsonl", last_step=last_step)
         self._results = Jsonl(folder / "verdicts" / f"{task}.jsonl", last_step=last_step)
@@ -170,15 +173,15 @@ class EvalsFile:
                     f"{max_new_tokens}: use the same --max_new_tokens, or another --out"
                 )
 
-    def add(self, step: int, results: RowResults, *, digest: str, max_new_tokens: int) -> dict[str, Any]:
+    def add(self, step: int, results: Any, *, digest: str, max_new_tokens: int) -> dict[str, Any]:
         """Write a step's row, and return it."""
-        base: RowResults | None = results
+        base = results
         if step:
             rows = read_jsonl(self._results.path)
             same = (row for row in rows if (row["step"], row["rows"], row["max_new"]) == (0, digest, max_new_tokens))
-            base = next(map(RowResults.from_json, same), None)
+            base = next(map(self.results.from_json, same), None)
         facts = {"max_new": max_new_tokens, "rows": digest}
-        row = summary(step, results, base) | facts
+        row = self.summary(step, results, base) | facts
         self._results.write({"step": step, **facts, **results.to_json()})
         self._rows.write(row)
         self.last = row if self.last is None or step >= self.last["step"] else self.last

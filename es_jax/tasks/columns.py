@@ -5,6 +5,7 @@ import re
 import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
@@ -169,19 +170,33 @@ class Columns(Splits):
         answer, in any case. Number: `robust.stated_number` within 1e-6. Choice: `robust.stated_choice`."""
         return as_score(self.functions[0](example, completion) if self.functions else self._right(example, completion))
 
-    def _right(self, example: Example, completion: str) -> bool:
-        answer, opening = str(example.answer).strip(), response_text(example, "")
-        said = completion.rpartition("</think>")[2].strip()
+    @property
+    def extract_answer(self) -> Callable[[Example, str], str | None] | None:
+        """What reads the answer of a completion; None for graders that read none, "contains" and functions."""
+        return self._read if self.grader in ("exact", "number", "choice") else None
+
+    def _read(self, example: Example, completion: str) -> str | None:
         if self.grader == "exact":
-            return said == answer
-        if self.grader == "contains":
-            return answer.casefold() in said.casefold()
+            return completion.rpartition("</think>")[2].strip()
+        opening = response_text(example, "")
         if self.grader == "number":
-            found, wanted = stated_number(completion, opening), number_of(answer)
-            return found is not None and wanted is not None and abs(found - wanted) <= TOLERANCE
-        options = example.meta.get("options", ())
-        labels = LETTERS[: len(options)] if options else LETTERS[:10]
-        return stated_choice(completion, opening, labels, options) == answer
+            found = stated_number(completion, opening)
+            return None if found is None else str(found)
+        return stated_choice(completion, opening, self._labels(example), example.meta.get("options", ()))
+
+    @staticmethod
+    def _labels(example: Example) -> str:
+        return LETTERS[: len(example.meta.get("options", ())) or 10]
+
+    def _right(self, example: Example, completion: str) -> bool:
+        answer = str(example.answer).strip()
+        if self.grader == "contains":
+            return answer.casefold() in completion.rpartition("</think>")[2].casefold()
+        said = self._read(example, completion)
+        if self.grader != "number":
+            return said == answer
+        wanted = number_of(answer)
+        return said is not None and wanted is not None and abs(Fraction(said) - wanted) <= TOLERANCE
 
 
 def number_of(answer: str) -> Any:

@@ -104,6 +104,12 @@ class Countdown(Splits):
         default = 200 if split == "train" else 2000
         return list(islice(_problems(split, self.seed), default if n is None else check_count(n)))
 
+    def extract_answer(self, example: Example, completion: str) -> str | None:
+        """The value and the numbers of the expression that the published grader reads: expressions that it cannot tell
+        apart are one answer."""
+        expression = parse((last_block(response_text(example, completion)) or "").removesuffix("\n"))
+        return expression and f"{expression.value} from {', '.join(map(str, sorted(expression.numbers)))}"
+
     def score(self, example: Example, completion: str) -> Score:
         """Grades the assistant's whole turn: the prompt's open turn joined with the completion.
 

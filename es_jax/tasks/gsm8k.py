@@ -68,6 +68,11 @@ class GSM8K(PublishedTask):
     name: ClassVar[str] = "gsm8k"
     source = (Hub("openai/gsm8k", "main"), _native, _checked)
 
+    def extract_answer(self, example: Example, completion: str) -> str | None:
+        """The number that the published grader reads, as a fraction."""
+        value = final_number(completion)
+        return None if value is None else str(value)
+
     def score(self, example: Example, completion: str) -> Score:
         """Paper: `final_number` of the completion within 1e-6. Format: its last line is #### and a run of 0-9 . , -.
         Strict: its last line is #### and that number alone. Robust: `stated_number`.

@@ -140,6 +140,14 @@ class Lab(Splits):
             right = right or (sorted(completion[::2]) == sorted(digits) and _value(completion) == int(target))
         return Score(right + 0.1 * form, {"answer": float(right), "format": form})
 
+    def extract_answer(self, example: Example, completion: str) -> str | None:
+        """A completion of the form that the puzzle asks for; of "countdown" its value and its digits."""
+        if re.fullmatch(KINDS[self.kind].form, completion) is None:
+            return None
+        if self.kind == "countdown":
+            return f"{_value(completion)} from {''.join(sorted(completion[::2]))}"
+        return completion
+
     def _draw(self, split: str) -> Iterator[Example]:
         rng = random.Random(f"{self.name} {split} {self.seed}")
         while True:

@@ -141,6 +141,10 @@ class MultipleChoice(PublishedTask):
         paper, form = dataset.paper_label(completion) == answer, dataset.well_formed(opening, completion)
         return all_views(self.grader, paper=paper, strict=strict, robust=robust, form=form, bonus=0.0)
 
+    def extract_answer(self, example: Example, completion: str) -> str | None:
+        """The label that the published grader reads."""
+        return DATASETS[self.kind].paper_label(completion)
+
     def choices(self, example: Example) -> Choices:
         """The options as continuations to score; `continuation` = "text" needs an example with the options' texts.
 

@@ -51,6 +51,11 @@ class ProofWriter(PublishedTask):
     name: ClassVar[str] = "proofwriter"
     source = (Hub("tasksource/proofwriter", shuffle=True), _native, _label)  # rows of one theory stand together there
 
+    def extract_answer(self, example: Example, completion: str) -> str | None:
+        """The label that the published grader reads; None for another word."""
+        label = (final_label(completion) or "").capitalize()
+        return label if label in LABELS else None
+
     def score(self, example: Example, completion: str) -> Score:
         """Paper: `final_label` of the completion. Format: its last line is "Answer:" and a word. Strict: the last line
         of the turn is exactly the answer line with the right label. Robust: `robust.stated_truth` of the completion.

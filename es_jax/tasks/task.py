@@ -89,6 +89,15 @@ class ChoiceTask(Task, Protocol):
         """The options of one of this task's examples, as continuations to score."""
 
 
+@runtime_checkable
+class VotingTask(Task, Protocol):
+    """A task that tells which answer its grader reads, so that several completions can vote on one."""
+
+    def extract_answer(self, example: Example, completion: str) -> str | None:
+        """The answer in a normal form, equal for answers that the grader cannot tell apart; None where it finds none.
+        It never raises for a strange completion."""
+
+
 def as_score(value: Any) -> Score:
     """What a task's `score` returned, as a Score. Of a number `answer` is 1 where it is at least 1: full marks.
 

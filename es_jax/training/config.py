@@ -16,7 +16,9 @@ from es_jax.es.population import check_deal
 from es_jax.optim.schedules import largest, make_schedule, parse
 from es_jax.rundir import directory
 from es_jax.rundir.seed_log import Entry
+from es_jax.scoring.row_results import VIEWS
 from es_jax.tasks import check_name
+from es_jax.tasks.outside import label
 from es_jax.training.config_groups import (
     DecodeConfig,
     ESConfig,
@@ -29,6 +31,8 @@ from es_jax.training.config_groups import (
     TrainConfig,
 )
 from es_jax.training.method import METHODS, MethodRecord
+
+METRICS = (*VIEWS, "reward")  # that train.keep_best may name
 
 
 class Rates(NamedTuple):
@@ -61,6 +65,7 @@ class RunConfig:
     def __post_init__(self):
         if self.method not in METHODS:
             raise ValueError(unknown("method", self.method, METHODS))
+        _ = self.best_metric
         if not self.record.perturbs:
             self._check_gradients()
         elif self.es.prompts_per_member is not None:
@@ -83,6 +88,21 @@ class RunConfig:
                 + ": the l2 anchor needs it below 1; lower optim.anchor.strength, or raise optim.anchor.kappa"
             )
 
+    @property
+    def best_metric(self) -> tuple[str, str] | None:
+        """The task, as files call it, and the column of its rows that train.keep_best names. Raises ValueError."""
+        if (text := self.train.keep_best) is None:
+            return None
+        task, colon, metric = text.rpartition(":")
+        names = {label(name): f"{name}:" for name in self.evals.tasks} | {label(self.task.name): ""}
+        task = label(task) if colon else label(self.task.name)
+        if task not in names or metric not in METRICS:
+            known = [prefix + name for prefix in names.values() for name in METRICS]
+            raise ValueError(unknown("train.keep_best", text, known))
+        if not self.evals.every:
+            raise ValueError(f"train.keep_best is {text!r} with evals.every 0: no step is evaluated; set evals.every")
+        return task, metric
+
     def _check_gradients(self) -> None:
         if self.model.param_dtype != "float32":
             raise ValueError(
@@ -93,6 +113,11 @@ class RunConfig:
             raise ValueError(
                 f"optim.anchor.kappa is {self.optim.anchor.kappa} with method {self.method!r}: the drift of a weight "
                 "is known in closed form for ES alone; set optim.anchor.strength instead"
+            )
+        if self.decode.temperature:
+            raise ValueError(
+                f"decode.temperature is {self.decode.temperature:g} with method {self.method!r}: it is of members of "
+                "ES; set grpo.temperature, of rollouts, and decode.temperature back to 0"
             )
         for field, text in self.schedules.items():
             if text != "constant":

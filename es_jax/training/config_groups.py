@@ -315,6 +315,8 @@ class DecodeConfig:
       max_new_tokens: tokens after which a completion is cut.
       slots: prompts that a member decodes at once. None: as many as the devices' memory has room for, chosen when a run
         starts and kept in its config.json; 64 where devices do not report it, as on CPU.
+      temperature: of the completions that members of ES are scored on; 0 is greedy decoding, as published. All members
+        of a step draw with the same keys. Held-out rows are always decoded greedily.
       members_at_once: members that a group of devices evaluates in one call. None: with es.noise = "low_rank" as many
         as the memory has room for, chosen when a run starts and kept in its config.json; otherwise 1. More than 1 pays
         for small models.
@@ -324,9 +326,12 @@ class DecodeConfig:
     max_new_tokens: int = 1024
     slots: int | None = None
     members_at_once: int | None = None
+    temperature: float = 0.0
 
     def __post_init__(self):
-        _require(self, "decode", "at least 1", _at_least(1), *(field.name for field in dataclasses.fields(self)))
+        sizes = ("max_prompt_tokens", "max_new_tokens", "slots", "members_at_once")
+        _require(self, "decode", "at least 1", _at_least(1), *sizes)
+        _require(self, "decode", "finite and at least 0, which is greedy", _at_least(0), "temperature")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -338,6 +343,9 @@ class TrainConfig:
       seed: of the noise and of the order of the prompts.
       checkpoint_every: steps between checkpoints; the last step has one too. Steps since are replayed on resume.
       keep_checkpoints: how many checkpoints stay.
+      keep_best: a held-out metric, "accuracy", "strict", "robust", "loglik" or "reward" of the trained task, or
+        "TASK:METRIC" of another one of evals.tasks: the checkpoint of the step where it was highest stays too, and
+        best.json names it. Needs evals.every. None: no step is kept for that.
       samples: completions of each step's first member that go to samples.jsonl.
       profile: (start, stop): a TensorBoard trace of steps start to stop − 1 is written to the run's tb folder.
         It ends with the last step of the run at the latest.
@@ -347,6 +355,7 @@ class TrainConfig:
     seed: int = 0
     checkpoint_every: int = 25
     keep_checkpoints: int = 2
+    keep_best: str | None = None
     samples: int = 2
     profile: tuple[int, ...] = ()
 

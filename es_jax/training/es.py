@@ -14,6 +14,7 @@ from jax import Array
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
+from jaxtyping import UInt32
 
 from es_jax.core import processes, rng
 from es_jax.core.chunked_map import ceil_div
@@ -38,6 +39,7 @@ from es_jax.es.population import Members, Population, unperturbed_members
 from es_jax.es.shaping import SHAPINGS, centred_on_prompts
 from es_jax.generate.engine import Engine
 from es_jax.generate.prompts import Packing, Prompts
+from es_jax.generate.sampling import sampler_of
 from es_jax.models.layers import Transposed
 from es_jax.models.sharding import RULES
 from es_jax.models.transformer import unstack_layers, without_layers
@@ -60,7 +62,8 @@ class Evolution:
     def __init__(
         self, config: RunConfig, evaluator: "Evaluator", state: State, packing: Packing, streams: int = rng.STREAMS
     ):
-        self._config, self._evaluator, self._state, self._packing = config, evaluator, state, packing
+        self._config, self._state, self._packing, self._streams = config, state, packing, streams
+        self._evaluator = evaluator.sampling(config.decode.temperature)
         self._population = Population(
             config.es.population, seed=config.train.seed, antithetic=config.es.antithetic, streams=streams
         )
@@ -72,11 +75,12 @@ class Evolution:
         scaled = dataclasses.replace(members, sign=members.sign * np.float32(rates.sigma / es.sigma))
         each = es.prompts_per_member or len(prompts)
         seen = None if each == len(prompts) else self._population.deal(step, len(prompts), each)
-        graded = self._graded(scaled, prompts, grade, done, seen)
+        keys = self._row_keys(step, len(prompts))
+        graded = self._graded(scaled, prompts, grade, done, seen, keys)
         rewards = np.array([_mean_reward(completions) for completions in graded])
         gap, centre, every = None, [], self._config.evals.every
         if every and (step - 1) % every == 0 and es.rewards == "task":  # the step after an evaluation
-            centre = self._graded(unperturbed_members(1), prompts, grade, lambda n: None)
+            centre = self._graded(unperturbed_members(1), prompts, grade, lambda n: None, keys=keys)
             gap = float(rewards.mean() - _mean_reward(*centre))
             gap = gap if math.isfinite(gap) else None  # with es.nan_rewards="worst"
         if es.rewards == "random":
@@ -94,12 +98,23 @@ class Evolution:
         """The estimate, which XLA fuses with the optimizer."""
         return {"estimate": self._state.estimate_seconds(entry)}
 
+    def _row_keys(self, step: int, prompts: int) -> np.ndarray | None:
+        if not self._config.decode.temperature:
+            return None
+        return rng.row_keys(self._config.train.seed, step, prompts, streams=self._streams)
+
     def _graded(
-        self, members: Members, prompts: TokenLists, grade: Grader, done: Progress, seen: np.ndarray | None = None
+        self,
+        members: Members,
+        prompts: TokenLists,
+        grade: Grader,
+        done: Progress,
+        seen: np.ndarray | None = None,
+        keys: np.ndarray | None = None,
     ) -> list[list[Graded]]:
         """All members' completions, in the order of the prompts, or of those that each has `seen` [N, k]."""
         rows, own, everyone = self._packing.pack(prompts, rows=len(prompts)), {}, range(len(prompts))
-        for member, tokens, length in self._evaluator.members(self._state.params, members, rows, seen):
+        for member, tokens, length in self._evaluator.members(self._state.params, members, rows, seen, keys):
             dealt = everyone if seen is None else seen[member].tolist()
             own[member] = dealt, grade(dealt, tokens, length)
             done(1)
@@ -162,6 +177,12 @@ class Evaluator:
         if engine.writes_in_place and why_not_in_place(config, engine, mesh, at_once):
             engine = dataclasses.replace(engine, in_place=False, unroll=None if engine.unroll is None else False)
         return cls(engine, mesh, noise, config.es.sigma, dtype, at_once=at_once)
+
+    def sampling(self, temperature: float, top_p: float = 1.0) -> "Evaluator":
+        """The same with completions that are sampled; itself at temperature 0."""
+        return dataclasses.replace(
+            self, engine=dataclasses.replace(self.engine, sampler=sampler_of(temperature, top_p))
+        )
 
     @property
     def shared(self) -> bool:
@@ -324,34 +345,37 @@ class Evaluator:
         return inside(leaf, *scalars)
 
     @functools.partial(jax.jit, static_argnums=0)
-    def _decode(self, params: Any, prompts: Prompts) -> Any:
-        """Completions of a round of members. `params`: as `perturb` gives them."""
+    def _decode(self, params: Any, prompts: Prompts, keys: UInt32[Array, "lanes Q 2"] | None = None) -> Any:
+        """Completions of a round of members. `params`: as `perturb` gives them; `keys`: where the sampler draws."""
 
         engine, lane = self.engine, LANE if self.vmapped else None
         part = engine.parted(self.at_once, *prompts.tokens.shape[1:])
         of_member = _with_pairs if self.shared else lambda weights: weights
         own = (None, 0) if self.shared else (0,)  # of what is common, and of what each lane has
 
-        def fill(weights, tokens, positions, prefix):
-            return engine.fill(of_member(*weights), tokens, positions, prefix=prefix, axis_name=LANE)
+        def rows_of(tokens, positions, keys):
+            return tokens, positions, None if keys is None else rng.wrapped(keys)
 
-        def one(weights, tokens, positions, filled, prefix):
-            rows = tokens, positions
+        def fill(weights, tokens, positions, keys, prefix):
+            return engine.fill(of_member(*weights), *rows_of(tokens, positions, keys), prefix=prefix, axis_name=LANE)
+
+        def one(weights, tokens, positions, keys, filled, prefix):
+            rows = rows_of(tokens, positions, keys)
             generation = engine.decode(of_member(*weights), *rows, prefix=prefix, axis_name=lane, filled=filled)
             return generation.tokens, generation.length
 
-        def group(weights, tokens, positions, prefix):
+        def group(weights, tokens, positions, prefix, keys):
             filled = None
             if part < self.at_once:
                 *common, apart = weights
-                each = self._lanes(fill, mapped=(own, 0, 0, None))
+                each = self._lanes(fill, mapped=(own, 0, 0, 0, None))
                 some = lambda lanes: each((*common, lanes[0]), *lanes[1:], prefix)  # noqa: E731
-                filled = _in_parts(some, (apart, tokens, positions), part=part)
-            return self._lanes(one, mapped=(own, 0, 0, 0, None))(weights, tokens, positions, filled, prefix)
+                filled = _in_parts(some, (apart, tokens, positions, keys), part=part)
+            return self._lanes(one, mapped=(own, 0, 0, 0, 0, None))(weights, tokens, positions, keys, filled, prefix)
 
         lanes, everywhere = PartitionSpec(GROUPS), PartitionSpec()
         weights, specs = (params, (everywhere, lanes)) if self.shared else ((params,), (lanes,))
-        return self._grouped(group, in_specs=(specs, lanes, lanes, everywhere))(weights, *prompts)
+        return self._grouped(group, in_specs=(specs, lanes, lanes, everywhere, lanes))(weights, *prompts, keys)
 
     @property
     def vmapped(self) -> bool:
@@ -377,10 +401,15 @@ class Evaluator:
         )
 
     def members(
-        self, params: Any, members: Members, prompts: Prompts, seen: np.ndarray | None = None
+        self,
+        params: Any,
+        members: Members,
+        prompts: Prompts,
+        seen: np.ndarray | None = None,
+        keys: np.ndarray | None = None,
     ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """(member, tokens [Q, L], length [Q]) of every member that this process decodes, on all prompts, or on those
-        with the indices `seen` [N, Q].
+        with the indices `seen` [N, Q]. `keys` [prompts, 2]: of each prompt, where the sampler draws.
 
         A round is dispatched before the one before it is handed out, so the devices have work while the host grades.
         Lanes left over in the last round decode padding. The weights of one round are gone before those of the next are
@@ -406,7 +435,8 @@ class Evaluator:
                 tokens = np.broadcast_to(prompts.tokens[dealt], shape)
                 positions = np.where((index < count)[:, None, None], prompts.positions[dealt], np.int32(-1))
                 rows = self._rows(tokens, positions, prompts.prefix)
-                outputs = timed("decode", processes.launch(self._decode, perturbed, rows))
+                own = () if keys is None else (self._keys(np.broadcast_to(keys[dealt], (*shape[:2], 2))),)
+                outputs = timed("decode", processes.launch(self._decode, perturbed, rows, *own))
                 perturbed = perturbed if self.layer_by_layer else None
                 yield which[index < count].tolist(), outputs
 
@@ -414,9 +444,10 @@ class Evaluator:
             yield from _unpack(lanes, outputs)
 
     def unperturbed(
-        self, params: Any, queues: Iterable[Prompts]
+        self, params: Any, queues: Iterable[Prompts], keys: Iterable[np.ndarray] = ()
     ) -> Iterator[dict[int, tuple[range, np.ndarray, np.ndarray]]]:
         """θ itself on several queues of prompts, each dealt out to the lanes: of each, lane → (rows, tokens, length).
+        `keys`: for each queue those of its prompts, uint32 [Q, 2], where the sampler draws.
 
         A queue is dispatched before the one before it is handed out; no more than two hold caches, since a CPU would
         run all that there are side by side. Each process has the lanes of its own devices.
@@ -427,19 +458,27 @@ class Evaluator:
         def calls() -> Iterator[tuple[list[range], Any]]:
             nobody = to_devices(unperturbed_members(self.lanes), over_groups(self.mesh))
             weights = processes.launch(self.perturb, params, nobody)
-            for prompts in queues:
+            for prompts, own_keys in itertools.zip_longest(queues, keys):
                 count, width = prompts.tokens.shape
                 each = ceil_div(count, self.lanes * self.engine.slots) * self.engine.slots
                 tokens = np.zeros((self.lanes, each, width), np.int32)
                 positions = np.full_like(tokens, -1)
                 rows = [range(lane, count, self.lanes) for lane in range(min(self.lanes, count))]
+                data = np.zeros((*tokens.shape[:2], 2), np.uint32)
                 for lane, own in enumerate(rows):
                     tokens[lane, : len(own)], positions[lane, : len(own)] = prompts.tokens[own], prompts.positions[own]
-                yield rows, processes.launch(self._decode, weights, self._rows(tokens, positions, prompts.prefix))
+                    if own_keys is not None:
+                        data[lane, : len(own)] = own_keys[own]
+                arguments = weights, self._rows(tokens, positions, prompts.prefix)
+                dealt = () if own_keys is None else (self._keys(data),)
+                yield rows, processes.launch(self._decode, *arguments, *dealt)
 
         for rows, outputs in one_ahead(calls()):
             lanes = _unpack(range(len(rows)), outputs)
             yield {lane: (rows[lane], tokens, length) for lane, tokens, length in lanes}
+
+    def _keys(self, data: np.ndarray) -> Array:
+        return to_devices(data, over_groups(self.mesh))
 
     def _rows(self, tokens: np.ndarray, positions: np.ndarray, prefix: np.ndarray) -> Prompts:
         tokens, positions = to_devices((tokens, positions), over_groups(self.mesh))

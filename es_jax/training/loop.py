@@ -49,6 +49,7 @@ from es_jax.scoring.row_results import EvalsFile
 from es_jax.scoring.workers import Submit, workers_of
 from es_jax.tasks.outside import label
 from es_jax.tasks.task import Example, Task
+from es_jax.training.best_step import BestStep
 from es_jax.training.config import RunConfig, freeze
 from es_jax.training.es import Evaluator
 from es_jax.training.method import StepResult
@@ -223,6 +224,7 @@ class _Run:
             config, workdir, dim=perturbed_count(config, self.state.params), finished=self.log.entries,
             tests=self.tests, unit=self.method.unit, offset=self.state.offset,
         )  # fmt: skip
+        self.best = BestStep(config, workdir, self.tests, self.checkpoints, begin=len(self.log.entries))
         self.profile = Profile(config.train.profile, workdir, last=config.train.steps)
         say(f"{self.dim:,} weights, {self.mesh.size} devices, {self.state.sentence}")
         slow = why_not_in_place(config, engine, self.mesh, self.evaluator.at_once)
@@ -255,6 +257,7 @@ class _Run:
             (self.workdir / "DONE").unlink(missing_ok=True)
         start = len(self.log.entries)
         self._finish_step(start)
+        self.best.update(start, self._save)  # also where the run ended between an evaluation and this
         if start == self.config.train.steps:
             say(f"all {start} steps are finished: to go on, set train.steps higher")
         for step in range(start + 1, self.config.train.steps + 1):
@@ -362,3 +365,4 @@ class _Run:
         due = [test for test in self.tests if step not in self.recorder.heldout[test.name].steps]
         if due and (final or step % every == 0):
             self.recorder.evaluations(step, evaluate(self.evaluator, self.model, self.state.params, due))
+            self.best.update(step, self._save)

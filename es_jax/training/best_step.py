@@ -1,0 +1,67 @@
+"""train.keep_best: the step with the highest held-out metric keeps its checkpoint, and best.json names it.
+
+Which step that is follows from the rows of evals/<task>.jsonl, of equal ones the earlier. The checkpoint is there before
+best.json names it, and the one before it goes later: so a kill at any point leaves a best step that can be had, and the
+run that goes on finds the same one.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from es_jax.core import processes
+from es_jax.rundir.best import write_best
+from es_jax.rundir.checkpoints import Checkpoints
+from es_jax.rundir.metrics import say
+from es_jax.scoring.heldout import HeldOut
+from es_jax.scoring.row_results import read_evals
+from es_jax.training.config import RunConfig
+
+
+class BestStep:
+    """The best step so far, of a run that is at step `begin`.
+
+    Raises ValueError where the metric is the likelihood of options and the task has none.
+    """
+
+    def __init__(
+        self, config: RunConfig, workdir: Path, tests: Sequence[HeldOut], checkpoints: Checkpoints, *, begin: int
+    ):
+        self._config, self._workdir, self._checkpoints = config, workdir, checkpoints
+        self._task, self._metric = config.best_metric or ("", "")
+        if self._metric == "loglik" and any(test.name == self._task and test.options is None for test in tests):
+            raise ValueError(
+                f"train.keep_best is {config.train.keep_best!r}, but the task {self._task!r} has no options to compare: "
+                "choose accuracy, strict, robust or reward"
+            )
+        self._facts = self._agreed(begin)
+        checkpoints.best = self._facts and self._facts["step"]
+
+    def update(self, step: int, save: Callable[[int], None]) -> None:
+        """After the evaluations of a step, whose weights are those that `save` saves; all processes call it."""
+        before, self._facts = self._facts, self._agreed(step)
+        if self._facts and self._facts["step"] == step:
+            save(step)
+        if processes.first():
+            write_best(self._workdir, self._facts)
+        self._checkpoints.best = self._facts and self._facts["step"]
+        if self._facts and self._facts != before:
+            say("best step so far: {step}, {metric} {value:.4g} of {task}".format(**self._facts))
+
+    def _agreed(self, step: int) -> dict[str, Any] | None:
+        """What best.json says after that step, as process 0 finds it."""
+        if not self._metric:
+            return None
+        return processes.exchange({0: self._found(step)} if processes.first() else {})[0]
+
+    def _found(self, step: int) -> dict[str, Any] | None:
+        """Of the steps whose weights can be had: this one, those with a checkpoint, and those that are replayed."""
+        rows = read_evals(self._workdir / "evals" / f"{self._task}.jsonl")
+        if not self._config.record.replayable:
+            there = {0, step, *self._checkpoints.steps()}
+            rows = [row for row in rows if row["step"] in there]
+        rows = [row for row in rows if row["step"] <= step and row.get(self._metric) is not None]
+        if not rows:
+            return None
+        best = max(rows, key=lambda row: (row[self._metric], -row["step"]))
+        return {"step": best["step"], "task": self._task, "metric": self._metric, "value": best[self._metric]}
