@@ -2,10 +2,9 @@
 
 Evaluates steps of a run (or a model: --workdir=FOLDER --base=MODEL) on held-out rows: accuracy by the published grader,
 by the strict and the robust one and, for multiple choice, by likelihood, with standard errors, and what a drop is made
-of; pass@k and majority votes of --samples; KL from the base model; drift of the weights. What is finished is not done
-again, so
-the same command goes on after an interruption. Writes evals/<task>.jsonl, evals/kl.jsonl and evals/drift.jsonl
-(docs/evaluate.md).
+of; pass@k and the majority's vote of --samples=N --temperature=T; KL from the base model; drift of the weights. A step
+needs no checkpoint. What is finished is not done again, so the same command goes on after an interruption. Writes
+evals/<task>.jsonl, evals/samples/, evals/kl.jsonl and evals/drift.jsonl (docs/evaluate.md).
 On several hosts the same command runs on all, with one --workdir on a file system that they share, as for training:
 --distributed, or --coordinator_address=HOST:PORT, --num_processes and --process_id. With --json one line is printed:
 

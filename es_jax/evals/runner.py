@@ -137,8 +137,8 @@ def evaluate_run(
       mesh: devices; all by default.
 
     Returns:
-      {"out": folder, "warnings": […], "tasks": {task: rows}, "samples": {task: rows}, "kl": rows, "drift": rows}; rows of
-      the chosen steps.
+      {"out": folder, "warnings": […], "tasks": {task: rows}, "samples": {task: rows}, "kl": rows, "drift": rows}: the
+      rows are of the chosen steps.
 
     Raises:
       ValueError, OSError: what is asked for does not exist or does not fit, before anything is computed.
@@ -160,7 +160,8 @@ def evaluate_run(
     with compilation_cache((path if run and out is None else folder) / "cache"):
         source = of_run(path, mesh) if run else of_model(str(workdir), base, mesh)
         source = with_date(source, folder, options.template_date, run=run)
-        chosen = _chosen_steps(source, every, steps and [step_of(path, step, flag="--steps") for step in steps])
+        numbers = None if steps is None else [step_of(path, step, flag="--steps") for step in steps]
+        chosen = _chosen_steps(source, every, numbers)
         if tasks is None and not run:
             raise ValueError("tasks are not given: a model has none of its own, so name them")
         names = [source.config.task.name, *source.config.evals.tasks] if tasks is None else tasks
@@ -267,9 +268,7 @@ class _Evaluation:
             accuracies = [test for test in self.tests if step not in done["rows"][test.name]]
             kls = [name for name in self.kl_inputs if step and [step, name] not in done["kl"]]
             drift_due = bool(drift and step and step not in done["drift"])
-            samples = [
-                test for test in self.tests if test.name in done["samples"] and step not in done["samples"][test.name]
-            ]
+            samples = [test for test in self.tests if self.sampling and step not in done["samples"][test.name]]
             if accuracies or kls or drift_due or samples:
                 self.due[step] = accuracies, kls, drift_due, samples
 
@@ -348,11 +347,10 @@ class _Evaluation:
         if self.sampling is None or not tests:
             return
         sampler = self.evaluator.sampling(self.sampling.temperature, self.sampling.top_p)
-        for test, results in sample_rows(
-            sampler, self.source.model, params, tests, self.sampling, done=self.bar.update
-        ):
-            facts = {"digest": test.digest, "max_new_tokens": self.max_new_tokens}
-            self.sampled[test.name].add(step, results, **facts)
+        rows = sample_rows(sampler, self.source.model, params, tests, self.sampling, done=self.bar.update)
+        for test, results in rows:
+            file = self.sampled[test.name]
+            file.add(step, results, digest=test.digest, max_new_tokens=self.max_new_tokens)
 
     def _kl_input(self, test: HeldOut, rows: Sequence[Fields]) -> tuple[TokenLists, Fields]:
         """The prompts, and what must be equal for two measurements of KL to be comparable; ValueError where the file's

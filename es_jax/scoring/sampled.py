@@ -1,20 +1,20 @@
 """Several sampled completions of each held-out row: pass@k, and the vote of the majority (docs/evaluate.md)."""
 
 import dataclasses
+import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Bool, Float
 
 from es_jax.core import rng
 from es_jax.generate.prompts import Prompts
 from es_jax.generate.sampling import Sampler, sampler_of
-from es_jax.scoring.grading import Graded, Grader, check_scores
+from es_jax.scoring.grading import Graded, Grader, Pending, check_scores
 from es_jax.scoring.heldout import Decoder, HeldOut, results_of
 from es_jax.scoring.row_results import EvalsFile, standard_error
 from es_jax.scoring.workers import workers_of
@@ -85,7 +85,7 @@ def pass_at_k(passed: Bool[np.ndarray, "R n"]) -> Float[np.ndarray, "R n"]:
     return np.array(by_count)[passed.sum(axis=1)]
 
 
-def majority(right: Sequence[float], answers: Sequence[str | None]) -> float:
+def majority(right: Iterable[float], answers: Sequence[str | None]) -> float:
     """Whether the answer that most samples of a row give is right, 0 to 1; samples without an answer do not vote. Of
     answers with equally many votes the mean counts, which is what a choice by lot earns. 0 where nobody votes.
 
@@ -125,8 +125,8 @@ class SampledResults:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "SampledResults":
-        own = {field.name: fields[field.name] for field in dataclasses.fields(cls)}
-        return cls(**{name: x if name == "answers" else np.array(x, float) for name, x in own.items()})
+        names = (field.name for field in dataclasses.fields(cls) if field.name != "answers")
+        return cls(**{name: np.array(fields[name], float) for name in names}, answers=fields["answers"])
 
     @property
     def voted(self) -> np.ndarray | None:
@@ -141,10 +141,12 @@ def summary(step: int, now: SampledResults, base: SampledResults | None) -> dict
     keys, if they are known."""
     row: dict[str, Any] = {"step": step, "n": len(now.right)}
     for view, prefix in GRADERS.items():
-        rates, of_base = (x if x is None else pass_at_k(getattr(x, view) >= 1).T for x in (now, base))
-        columns = [_estimate("pass_at_k", own, None if of_base is None else of_base[k]) for k, own in enumerate(rates)]
+        of_base = [] if base is None else pass_at_k(getattr(base, view) >= 1).T
+        pairs = itertools.zip_longest(pass_at_k(getattr(now, view) >= 1).T, of_base)
+        columns = [_estimate("pass_at_k", own, before) for own, before in pairs]
         row |= {prefix + name: [column[name] for column in columns] for name in columns[0]}
-    row |= {"majority": None} if now.voted is None else _estimate("majority", now.voted, base and base.voted)
+    voted, before = now.voted, None if base is None else base.voted
+    row |= {"majority": None} if voted is None else _estimate("majority", voted, before)
     if now.answers is not None:
         row["voting"] = float(np.mean([answer is not None for answers in now.answers for answer in answers]))
     row |= _estimate("reward", now.reward.mean(axis=1), None if base is None else base.reward.mean(axis=1))
@@ -196,7 +198,7 @@ def sample_rows(
         rows, each = len(held.prompts), _at_once(len(held.prompts), n, evaluator.lanes * engine.slots)
         with workers_of(held.task, held.timeout_seconds) as submit:
             grader = Grader(model, held.examples, submit, held.prompts)
-            own = {}
+            own: dict[int, tuple[list[int], list[Pending]]] = {}
             for first in range(0, n * rows, each * rows):
                 for places, tokens, length in next(decoded).values():
                     pending = grader([place % rows for place in places], tokens, length)

@@ -1,8 +1,8 @@
 """train.keep_best: the step with the highest held-out metric keeps its checkpoint, and best.json names it.
 
-Which step that is follows from the rows of evals/<task>.jsonl, of equal ones the earlier. The checkpoint is there before
-best.json names it, and the one before it goes later: so a kill at any point leaves a best step that can be had, and the
-run that goes on finds the same one.
+Which step that is follows from the rows of evals/<task>.jsonl; of equal ones it is the earlier. Its checkpoint is there
+before best.json names it, and the checkpoint of the one before it goes later. So a kill at any point leaves a best step
+that can be had, and the run that goes on finds the same one.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,11 +31,11 @@ class BestStep:
         self._task, self._metric = config.best_metric or ("", "")
         if self._metric == "loglik" and any(test.name == self._task and test.options is None for test in tests):
             raise ValueError(
-                f"train.keep_best is {config.train.keep_best!r}, but the task {self._task!r} has no options to compare: "
-                "choose accuracy, strict, robust or reward"
+                f"train.keep_best is {config.train.keep_best!r}, but the task {self._task!r} has no options to "
+                "compare: choose accuracy, strict, robust or reward"
             )
         self._facts = self._agreed(begin)
-        checkpoints.best = self._facts and self._facts["step"]
+        self._keep()
 
     def update(self, step: int, save: Callable[[int], None]) -> None:
         """After the evaluations of a step, whose weights are those that `save` saves; all processes call it."""
@@ -44,9 +44,12 @@ class BestStep:
             save(step)
         if processes.first():
             write_best(self._workdir, self._facts)
-        self._checkpoints.best = self._facts and self._facts["step"]
+        self._keep()
         if self._facts and self._facts != before:
             say("best step so far: {step}, {metric} {value:.4g} of {task}".format(**self._facts))
+
+    def _keep(self) -> None:
+        self._checkpoints.best = None if self._facts is None else self._facts["step"]
 
     def _agreed(self, step: int) -> dict[str, Any] | None:
         """What best.json says after that step, as process 0 finds it."""
