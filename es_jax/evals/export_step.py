@@ -84,6 +84,7 @@ def _card(facts: dict[str, Any], step: int, dtype: str, evals: dict[str, Any] | 
     hub = f"base_model: {json.dumps(source)}\n" if on_hub else ""
     resumed = f", resumed {len(facts['resumed'])} times" if facts.get("resumed") else ""
     method = METHODS[config.get("method", "es")]
+    decoded = "of held-out rows" if config["decode"].get("temperature") else "in training"
     table = {
         "base model": f"`{source}`",
         "sha256 of its weight files": f"`{facts['digest']}`",
@@ -99,7 +100,7 @@ def _card(facts: dict[str, Any], step: int, dtype: str, evals: dict[str, Any] | 
         f"# Step {step} of a run of es_jax\n\nFine-tuned with {method.title}. "
         "The licence is the base model's.\n\n| | |\n|---|---|\n"
         + "".join(f"| {name} | {value} |\n" for name, value in table.items())
-        + "\nGreedy decoding, as in training: `model.generate(**inputs, do_sample=False, repetition_penalty=1.0)`."
+        + f"\nGreedy decoding, as {decoded}: `model.generate(**inputs, do_sample=False, repetition_penalty=1.0)`."
         "\n\n## Config\n\n```json\n"
         + json.dumps({"config": config, "versions": facts.get("versions")}, indent=2)
         + "\n```\n"

@@ -149,7 +149,7 @@ def with_date(config: RunConfig, workdir: Path) -> RunConfig:
     return config.with_date(config.model.template_date or date)
 
 
-def with_numbers(config: RunConfig, engine: Engine, mesh: Mesh, known: Mapping[str, int]) -> tuple[RunConfig, Engine]:
+def with_numbers(config: RunConfig, engine: Engine, mesh: Mesh, known: Mapping[str, Any]) -> tuple[RunConfig, Engine]:
     """Both with decode.slots and decode.members_at_once: as the config says, as `known` from when the run began, or
     chosen."""
     slots, at_once = config.decode.slots, config.decode.members_at_once

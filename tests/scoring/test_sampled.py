@@ -92,7 +92,9 @@ def test_tasks_tell_the_answer_that_their_published_grader_reads(name, answer, c
 
 def test_expressions_that_the_grader_cannot_tell_apart_are_one_answer():
     task, example = get_task("countdown"), Example("0", "", None, {"numbers": (44, 19, 35), "target": "98"})
-    told = [task.extract_answer(example, f"<answer>{x}</answer>") for x in ("44+19+35", "(35 + 44) + 19", "44+19", "2**3")]
+    told = [
+        task.extract_answer(example, f"<answer>{x}</answer>") for x in ("44+19+35", "(35 + 44) + 19", "44+19", "2**3")
+    ]
     assert told[0] == told[1] == "98 from 19, 35, 44" and told[2] == "63 from 19, 44" and told[3] is None
     lab = get_task("lab-countdown")
     assert lab.extract_answer(Example("0", "K347:14=", "3+4+7"), "7+4+3") == "14 from 347"
@@ -100,7 +102,11 @@ def test_expressions_that_the_grader_cannot_tell_apart_are_one_answer():
 
 @pytest.mark.parametrize(
     ("grader", "completion", "told"),
-    [("exact", "hm</think> a b ", "a b"), ("number", "so it is 1,250.50", "2501/2"), ("choice", "The answer is B.", "B")],
+    [
+        ("exact", "hm</think> a b ", "a b"),
+        ("number", "so it is 1,250.50", "2501/2"),
+        ("choice", "The answer is B.", "B"),
+    ],
 )
 def test_rows_by_columns_tell_answers_where_their_grader_reads_one(grader, completion, told):
     fields = {"data_dir": "rows", "prompt": "{q}", "answer": "a"}
