@@ -18,22 +18,22 @@ from es_jax.scoring.row_results import read_evals
 from es_jax.training.config import RunConfig
 
 
+def check_metric(config: RunConfig, tests: Sequence[HeldOut]) -> None:
+    """Raises ValueError where train.keep_best is the likelihood of options, and its task has none."""
+    task, metric = config.best_metric or ("", "")
+    if metric == "loglik" and any(test.name == task and test.options is None for test in tests):
+        raise ValueError(
+            f"train.keep_best is {config.train.keep_best!r}, but the task {task!r} has no options to compare: choose "
+            "accuracy, strict, robust or reward"
+        )
+
+
 class BestStep:
-    """The best step so far, of a run that is at step `begin`.
+    """The best step so far, of a run that is at step `begin`."""
 
-    Raises ValueError where the metric is the likelihood of options and the task has none.
-    """
-
-    def __init__(
-        self, config: RunConfig, workdir: Path, tests: Sequence[HeldOut], checkpoints: Checkpoints, *, begin: int
-    ):
+    def __init__(self, config: RunConfig, workdir: Path, checkpoints: Checkpoints, *, begin: int):
         self._config, self._workdir, self._checkpoints = config, workdir, checkpoints
         self._task, self._metric = config.best_metric or ("", "")
-        if self._metric == "loglik" and any(test.name == self._task and test.options is None for test in tests):
-            raise ValueError(
-                f"train.keep_best is {config.train.keep_best!r}, but the task {self._task!r} has no options to "
-                "compare: choose accuracy, strict, robust or reward"
-            )
         self._facts = self._agreed(begin)
         self._keep()
 

@@ -49,7 +49,7 @@ from es_jax.scoring.row_results import EvalsFile
 from es_jax.scoring.workers import Submit, workers_of
 from es_jax.tasks.outside import label
 from es_jax.tasks.task import Example, Task
-from es_jax.training.best_step import BestStep
+from es_jax.training.best_step import BestStep, check_metric
 from es_jax.training.config import RunConfig, freeze
 from es_jax.training.es import Evaluator
 from es_jax.training.method import StepResult
@@ -192,6 +192,7 @@ class _Run:
         limit = config.decode.max_prompt_tokens
         self.prompts = [checked_prompt(self.model, config.task.name, example, limit) for example in train]
         self.tests = held_out(config, tasks, tests, self.model, limit)
+        check_metric(config, self.tests)
         self.log = SeedLog(workdir)
         self.streams = facts.get("streams", rng.STREAMS)
         engine = engine_for(
@@ -224,7 +225,7 @@ class _Run:
             config, workdir, dim=perturbed_count(config, self.state.params), finished=self.log.entries,
             tests=self.tests, unit=self.method.unit, offset=self.state.offset,
         )  # fmt: skip
-        self.best = BestStep(config, workdir, self.tests, self.checkpoints, begin=len(self.log.entries))
+        self.best = BestStep(config, workdir, self.checkpoints, begin=len(self.log.entries))
         self.profile = Profile(config.train.profile, workdir, last=config.train.steps)
         say(f"{self.dim:,} weights, {self.mesh.size} devices, {self.state.sentence}")
         slow = why_not_in_place(config, engine, self.mesh, self.evaluator.at_once)

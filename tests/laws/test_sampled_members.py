@@ -1,17 +1,16 @@
 """decode.temperature: members that are scored on sampled completions, and what their keys do not depend on."""
 
-import dataclasses
-
 import jax
 import numpy as np
 import pytest
 
 from es_jax.core import rng
 from es_jax.core.mesh import make_mesh
-from es_jax.es.population import Members, Population
+from es_jax.es.population import Population, unperturbed_members
 from es_jax.generate.engine import engine_for
 from es_jax.generate.sampling import sampler_of
 from es_jax.models.transformer import Transformer, TransformerConfig
+from es_jax.rundir.seed_log import SeedLog
 from es_jax.training.config import freeze
 from es_jax.training.es import Evaluator
 from es_jax.training.loop import run
@@ -43,16 +42,11 @@ def completions(params, *, noise="gaussian", mesh=(1, 1), slots=4, at_once=1, se
 
 def test_members_draw_with_the_keys_of_the_rows(params):
     """As one prompt after the other by the engine alone, with `fold_in(key, token)` of the row's key."""
-    weights = Evaluator.of(
-        freeze({"es": {"sigma": 0.02}}),
-        engine_for(CONFIG, PROMPTS, slots=4, max_new_tokens=5, stop_token_ids=(0,)),
-        make_mesh(1, 1),
-    )
-    members = Members(np.zeros(2, np.uint32), np.zeros(2, np.float32))  # both are θ itself
-    tokens = completions(params, members=members)
+    tokens = completions(params, members=unperturbed_members(2))  # both are θ itself
     assert (tokens[0] == tokens[1]).all(), "all members of a step share a row's key"
     assert (tokens[0][0] != tokens[0][3]).any(), "two rows of one prompt do not"
-    engine = dataclasses.replace(weights.engine, sampler=sampler_of(0.9), slots=1)
+    spec = {"max_new_tokens": 5, "stop_token_ids": (0,), "sampler": sampler_of(0.9)}
+    engine = engine_for(CONFIG, PROMPTS, slots=1, **spec)
     for row, prompt in enumerate(PROMPTS):
         alone, position = engine.packing(PROMPTS).pack([prompt], rows=1)[:2]
         out = engine.decode(engine.layout(params), alone, position, rng.wrapped(KEYS[row : row + 1]))
@@ -108,8 +102,6 @@ def test_a_sampled_run_that_was_killed_goes_on_as_if_it_never_was(tiny_model, tm
         train={"steps": 3, "checkpoint_every": 9},
     )
     whole = run(config, tmp_path / "whole")
-    from es_jax.rundir.seed_log import SeedLog
-
     original = SeedLog.append
 
     def dying(self, entry):

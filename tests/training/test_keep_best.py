@@ -126,6 +126,7 @@ def test_metrics_that_are_not_there_are_refused_at_the_start(fields, message):
 def test_a_task_without_options_has_no_likelihood_of_them(tiny_model, tmp_path):
     with pytest.raises(ValueError, match=r"keep_best is 'loglik', but the task 'conciseness' has no options"):
         run(config(tiny_model, keep_best="loglik"), tmp_path)
+    assert not (tmp_path / "config.json").exists()
 
 
 def test_metrics_of_other_tasks_are_named_with_the_task():
