@@ -17,12 +17,12 @@ from es_jax.core.threefry_normal import box_muller, counters, positions, threefr
 # What a key is for: streams that never meet. `jax.random.fold_in(key, i)` is `jax.random.split(key, n)[i]`, so a
 # purpose is a number that no split reaches: one into n ≤ 4·10⁹ keys, 32 GB of them, has other keys for certain, since
 # threefry under one key is one-to-one. Version 1 is of runs from before: what splits the key of their seed, as
-# `Transformer.init` does, has their members' keys.
-_PURPOSES = {
-    1: {"members": 1, "sampling": 2},
-    2: {"members": 0xF000_0001, "sampling": 0xF000_0002, "evaluation": 0xF000_0003},
-}
-STREAMS = 2  # the purposes of new runs
+# `Transformer.init` does, has their members' keys. Version 3 draws what 2 draws; its estimate weighs a pair's noise
+# with the same bits on CPUs and GPUs (`GaussianNoise.pairs_scaled_first`).
+_PURPOSES = {1: {"members": 1, "sampling": 2}, 2: {"members": 0xF000_0001, "sampling": 0xF000_0002}}
+_PURPOSES[3] = _PURPOSES[2]
+STREAMS = 3  # the purposes of new runs
+_EVALUATION = 0xF000_0003  # a purpose of no run
 MAX_SEED = 2**32 - 1
 Rows = tuple[Array | int, int]  # (first, count): of an array, so many of its rows
 
@@ -71,7 +71,7 @@ def evaluation_keys(seed: int, rows: int, samples: int) -> np.ndarray:
     A sample's key is a function of (seed, row, sample): the same at every step of every run, and whatever the numbers
     of rows and samples are.
     """
-    root = jax.random.fold_in(key(check_seed(seed)), np.uint32(_PURPOSES[STREAMS]["evaluation"]))
+    root = jax.random.fold_in(key(check_seed(seed)), np.uint32(_EVALUATION))
     both = jax.vmap(jax.vmap(lambda row, sample: jax.random.fold_in(jax.random.fold_in(root, row), sample), (0, None)))
     index = np.arange(rows, dtype=np.uint32), np.arange(samples, dtype=np.uint32)
     return np.asarray(jax.random.key_data(both(np.broadcast_to(index[0], (samples, rows)), index[1])))

@@ -14,7 +14,6 @@ from jax import Array
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
-from jaxtyping import UInt32
 
 from es_jax.core import processes, rng
 from es_jax.core.chunked_map import ceil_div
@@ -49,7 +48,7 @@ from es_jax.scoring.grading import Graded, Grader, check_scores
 from es_jax.training.config import RunConfig
 from es_jax.training.diagnostics import diagnose
 from es_jax.training.method import Progress, StepResult, TokenLists
-from es_jax.training.sizes import why_not_in_place
+from es_jax.training.sizes import as_decoded
 from es_jax.training.state import State, compute_dtype, make_noise
 
 T = TypeVar("T")
@@ -174,8 +173,7 @@ class Evaluator:
         noise, dtype = make_noise(config), compute_dtype(config)
         share = ceil_div(config.es.population, mesh.shape[GROUPS])  # of a group: all groups have some members
         at_once = min(config.decode.members_at_once or 1, share)
-        if engine.writes_in_place and why_not_in_place(config, engine, mesh, at_once):
-            engine = dataclasses.replace(engine, in_place=False, unroll=None if engine.unroll is None else False)
+        engine = as_decoded(config, engine, mesh, at_once)
         return cls(engine, mesh, noise, config.es.sigma, dtype, at_once=at_once)
 
     def sampling(self, temperature: float, top_p: float = 1.0) -> "Evaluator":
@@ -345,8 +343,9 @@ class Evaluator:
         return inside(leaf, *scalars)
 
     @functools.partial(jax.jit, static_argnums=0)
-    def _decode(self, params: Any, prompts: Prompts, keys: UInt32[Array, "lanes Q 2"] | None = None) -> Any:
-        """Completions of a round of members. `params`: as `perturb` gives them; `keys`: where the sampler draws."""
+    def _decode(self, params: Any, prompts: Prompts, keys: Any = None) -> Any:
+        """Completions of a round of members. `params`: as `perturb` gives them; `keys` uint32 [lanes, Q, 2]: where the
+        sampler draws."""
 
         engine, lane = self.engine, LANE if self.vmapped else None
         part = engine.parted(self.at_once, *prompts.tokens.shape[1:])

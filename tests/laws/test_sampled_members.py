@@ -1,6 +1,7 @@
 """decode.temperature: members that are scored on sampled completions, and what their keys do not depend on."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -49,7 +50,7 @@ def test_members_draw_with_the_keys_of_the_rows(params):
     engine = engine_for(CONFIG, PROMPTS, slots=1, **spec)
     for row, prompt in enumerate(PROMPTS):
         alone, position = engine.packing(PROMPTS).pack([prompt], rows=1)[:2]
-        out = engine.decode(engine.layout(params), alone, position, rng.wrapped(KEYS[row : row + 1]))
+        out = engine.decode(engine.layout(params), alone, position, rng.wrapped(jnp.asarray(KEYS[row : row + 1])))
         assert (np.asarray(out.tokens[0]) == tokens[0][row]).all()
 
 
