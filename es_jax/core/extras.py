@@ -22,6 +22,6 @@ def require(extra: str) -> None:
         return
     sentence = f"{missing} is not installed: this needs the extra [{extra}], pip install 'es_jax[{extra}]'"
     command = getattr(sys.modules["__main__"], "__spec__", None)
-    if command is not None and command.name.startswith("es_jax."):
+    if command is not None and command.name.startswith("es_jax.") and command.name != "es_jax.__main__":
         sys.exit(f"{command.name}: {sentence}")
     raise ImportError(sentence)

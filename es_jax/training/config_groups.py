@@ -21,6 +21,14 @@ DTYPES = ("float32", "bfloat16", "float16")
 AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 
 
+RULES: dict[str, list[str]] = {}  # full name of a field → what its checks say that it must be, as they meet it
+
+
+def _rule(field: str, must: str) -> None:
+    if must not in (rules := RULES.setdefault(field, [])):
+        rules.append(must)
+
+
 def _at_least(low: float) -> Callable[[Any], bool]:
     return lambda x: low <= x < math.inf
 
@@ -41,6 +49,7 @@ def _require(config: Any, group: str, must: str, holds: Callable[[Any], bool], *
     """Raises ValueError for the first of the fields that is set and does not hold."""
     for field in fields:
         value = getattr(config, field)
+        _rule(f"{group}.{field}", must)
         if value is not None and not holds(value):
             raise ValueError(f"{group}.{field} is {value}: it must be {must}")
 
@@ -48,6 +57,7 @@ def _require(config: Any, group: str, must: str, holds: Callable[[Any], bool], *
 def _choose(config: Any, group: str, **known: Iterable[str]) -> None:
     """Raises ValueError for the first field whose value is not a known one."""
     for field, names in known.items():
+        _rule(f"{group}.{field}", f"one of {', '.join(names)}")
         if (value := getattr(config, field)) not in names:
             raise ValueError(unknown(f"{group}.{field}", value, names))
 
