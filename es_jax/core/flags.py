@@ -120,16 +120,11 @@ def _define_options(fields: Fields, arguments: Sequence[str]) -> list[str]:
 
 def _set_fields(fields: Fields, options: Sequence[str]) -> None:
     """Write the fields of the command line, and the options among them, into the config of --config."""
-    values = {}
+    config, values = flags.FLAGS.config, {}
     for name in (*fields, *options):
         if (flag := flags.FLAGS[f"config.{name}"]).present:
             is_tuple = typing.get_origin(fields.get(name)) is tuple
             values[name] = tuple(itertools.chain(*flag.value)) if is_tuple else flag.value  # type: ignore[misc]
-    set_fields(flags.FLAGS.config, values)
-
-
-def set_fields(config: config_dict.ConfigDict, values: Mapping[str, Any]) -> None:
-    """Write values, by full names, into a config; groups that are not there are made."""
     with config.unlocked():
         for name, value in values.items():
             group, (*groups, last) = config, name.split(".")

@@ -6,7 +6,6 @@ import re
 import shutil
 import sys
 import textwrap
-import typing
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -35,7 +34,9 @@ def text(command: str, fields: Fields | None, form: str) -> str:
     if fields and form == "short":
         parts += ["", "--help lists the fields of --config too, --helpfull the flags of absl."]
     elif fields:
-        about = "Fields, with their defaults; in brackets what a value must be, and the name after the colon of --config:"
+        about = (
+            "Fields, with their defaults; in brackets what a value must be, and the name after the colon of --config:"
+        )
         parts += ["", about, *_group(fields, fields.kind, "")]
     return "\n".join(parts)
 
@@ -89,7 +90,7 @@ def _flags(keep: Any) -> Iterator[str]:
         if flag.boolean:
             yield f"  --[no]{flag.name}"
         else:
-            default = "" if flag.default is None else f"={flag.default_as_str.strip(chr(39))}"
+            default = "" if flag.default is None else f"={flag.default}"
             kind = getattr(flag.parser, "syntactic_help", "")
             yield f"  --{flag.name}{default}{kind and f'  {kind}'}"
         yield _wrapped(flag.help or "")
