@@ -64,37 +64,43 @@ def _find(name: str) -> Path:
         return path
     if path.suffix != ".py" and path.name == name:
         raise FileNotFoundError(f"{unknown('config', name, names())}; or give a file, such as my_config.py")
-    own = f"--config={path.stem} is the one that es_jax brings" if path.stem in names() else f"Known: {_list()}"
+    own = (
+        f"--config={path.stem} is the one that es_jax brings"
+        if path.stem in names()
+        else f"Known: {', '.join(names())}"
+    )
     raise FileNotFoundError(f"{name!r} is not a file: give a config file, or a name of one that es_jax brings. {own}")
 
 
-def _list() -> str:
-    return ", ".join(names())
+class _Finder:
+    """Finds the package `configs`, and modules in it, in one folder."""
 
+    def __init__(self, folder: Path):
+        self._folder = folder
 
-class _Brought:
-    """Finds `configs`, and modules in it, among the files that es_jax brings."""
-
-    @staticmethod
-    def find_spec(name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
         package, _, module = name.partition(".")
-        file = folder() / f"{module or '__init__'}.py"
-        if package != "configs" or not file.is_file():
+        file, inner = self._folder / f"{module or '__init__'}.py", None if module else [str(self._folder)]
+        if package != "configs" or (module and not file.is_file()):
             return None
-        inner = None if module else [str(folder())]
-        return importlib.util.spec_from_file_location(name, file, submodule_search_locations=inner)
+        if file.is_file():
+            return importlib.util.spec_from_file_location(name, file, submodule_search_locations=inner)
+        spec = importlib.machinery.ModuleSpec(name, None, is_package=True)
+        spec.submodule_search_locations = inner
+        return spec
 
 
 @contextlib.contextmanager
 def _neighbours(path: Path) -> Iterator[None]:
     """Inside, a config file can import its neighbours: those of its own folder by the folder's name, and from
     everywhere the files that es_jax brings, as in `from configs.common import configure`; no wheel has a top-level
-    package `configs`. A file of the user's wins over one of the same name, but not for files that es_jax brings."""
-    own = path.parent != folder()
-    if own:
+    package `configs`. In a folder of the user's that is called configs, its own files come first."""
+    if path.parent != folder():
         sys.path.append(str(path.parent.parent))
-    sys.meta_path.insert(len(sys.meta_path) if own else 0, _Brought)  # type: ignore[arg-type]
+    first = [_Finder(path.parent)] if path.parent.name == "configs" else []
+    before = sys.meta_path[:]
+    sys.meta_path[:] = [*first, *before, _Finder(folder())]  # type: ignore[list-item]
     try:
         yield
     finally:
-        sys.meta_path.remove(_Brought)  # type: ignore[arg-type]
+        sys.meta_path[:] = before

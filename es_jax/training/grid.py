@@ -17,8 +17,9 @@ from flax.traverse_util import flatten_dict
 from ml_collections import config_dict
 
 from es_jax.core.names import SHORT
-from es_jax.rundir import directory, seed_log
+from es_jax.rundir import directory
 from es_jax.rundir.metrics import read_jsonl
+from es_jax.rundir.seed_log import read_entries
 from es_jax.tasks.outside import label
 from es_jax.training.config import FIELDS, RunConfig, freeze, read_config
 
@@ -168,8 +169,7 @@ def _digest(text: str) -> str:
 
 def steps_done(folder: Path) -> int:
     """How many steps of the run in a folder are finished; 0 where there is no run."""
-    path = folder / seed_log.NAME
-    return path.read_bytes().count(b"\n") if path.exists() else 0
+    return len(read_entries(folder))
 
 
 def state(point: Point) -> str:
