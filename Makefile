@@ -47,6 +47,7 @@ $(STAMP): pyproject.toml
 
 wheel: $(STAMP)  ## dist/es_jax-VERSION-py3-none-any.whl, with the files of configs/
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
+	@ls dist/*.whl
 
 clean:
 	rm -rf $(VENV) runs

