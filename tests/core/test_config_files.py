@@ -59,14 +59,10 @@ def test_a_name_that_is_not_known_gives_the_nearest_and_all(text, says, tmp_path
 def installed(tmp_path_factory) -> Path:
     """A folder as site-packages is after the wheel: the package, with the config files in it, and no `configs`."""
     site = tmp_path_factory.mktemp("site")
-    shutil.copytree(ROOT / "es_jax", site / "es_jax")
-    for source, target in wheel()["force-include"].items():
-        shutil.copytree(ROOT / source, site / target)
+    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    for source in wheel["only-include"]:
+        shutil.copytree(ROOT / source, site / wheel["sources"].get(source, source))
     return site
-
-
-def wheel() -> dict:
-    return tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
 
 
 def python(code: str, site: Path, folder: Path) -> str:
