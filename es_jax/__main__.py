@@ -9,7 +9,6 @@ import importlib.util
 import sys
 from pathlib import Path
 
-import es_jax
 from es_jax.core.extras import require
 
 COMMANDS = {  # name → the function that runs it, and what it does; a module that is not here is left out
@@ -40,7 +39,7 @@ def main() -> None:
     if command in ("--help", "-h", "-help", "help", "--helpfull", "--helpshort"):
         print(usage())
     elif command == "--version":
-        print(f"es_jax {es_jax.__version__}")
+        print("es_jax", sys.modules["es_jax"].__version__)
     elif command in names():
         sys.argv = [f"es_jax {command}", *arguments]
         _run(command)

@@ -22,10 +22,15 @@ def missing(extra: str) -> str | None:
 
 @functools.cache
 def require(extra: str) -> None:
-    """Raises ImportError where a package of the extra is not installed; SystemExit in a command of es_jax."""
+    """Raises ImportError where a package of the extra is not installed; SystemExit in a command of es_jax, whose --help
+    is then its docstring."""
     if (sentence := missing(extra)) is None:
         return
-    command = getattr(sys.modules["__main__"], "__spec__", None)
+    main = sys.modules["__main__"]
+    command = getattr(main, "__spec__", None)
     if command is not None and command.name.startswith("es_jax.") and command.name != "es_jax.__main__":
+        if {"--help", "-h"} & set(sys.argv):
+            print(f"{main.__doc__}\n{sentence}")
+            sys.exit(0)
         sys.exit(f"{command.name}: {sentence}")
     raise ImportError(sentence)

@@ -103,4 +103,6 @@ def _own(module: str) -> bool:
 
 def _wrapped(line: str) -> str:
     width = min(shutil.get_terminal_size().columns, 120)
-    return textwrap.fill(" ".join(line.split()), width, initial_indent=" " * 8, subsequent_indent=" " * 8, break_long_words=False)
+    return textwrap.fill(
+        " ".join(line.split()), width, initial_indent=" " * 8, subsequent_indent=" " * 8, break_long_words=False
+    )

@@ -74,6 +74,25 @@ def test_a_package_that_is_missing_is_named_and_help_comes_all_the_same(monkeypa
     assert capsys.readouterr().out == f"What half does.\n\n{sentence}\n"
 
 
+@pytest.mark.parametrize(("argument", "status"), [("--help", 0), ("--out=x", 1)])
+def test_a_module_whose_extra_is_missing_explains_itself(argument, status):
+    """As if matplotlib were not installed."""
+    code = f"""
+import importlib.util, runpy, sys
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *more: None if name == "matplotlib" else find(name, *more)
+sys.argv[1:] = [{argument!r}]
+runpy.run_module("es_jax.report", run_name="__main__", alter_sys=True)
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    sentence = "matplotlib is not installed: this needs the extra [report], pip install 'es_jax[report]'\n"
+    assert out.returncode == status
+    if status:
+        assert out.stderr == f"es_jax.report: {sentence}"
+    else:
+        assert out.stdout.startswith("python -m es_jax.report ") and out.stdout.endswith(f"\n{sentence}")
+
+
 def test_all_flags_that_are_missing_are_named_in_one_sentence(tmp_path):
     line = [sys.executable, "-m", "es_jax", "train", "--json"]
     out = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
