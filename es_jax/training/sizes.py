@@ -41,8 +41,8 @@ def pair_bytes(noise: LowRankNoise, model: TransformerConfig, dtype: jnp.dtype) 
 
 
 def _lane_bytes(engine: Engine, prompts: int, itemsize: int, *, lanes: int) -> int:
-    """An estimate of what decoding takes on a lane beside its weights: its cache, and what a prefill writes or once more
-    what a chunk attends of the cache; the widest activations of a block of a prefill, and logits."""
+    """An estimate of what decoding takes on a lane beside its weights: its cache, and what a prefill writes or, once
+    more, what a chunk attends of the cache; the widest activations of a block of a prefill, and logits."""
     model, sizes = engine.config, LoopSizes.of(engine, prompts, engine.max_prompt_tokens, lanes=lanes)
     place = 2 * model.layers * model.kv_heads * model.head_dim * itemsize  # of one slot: its keys and values
     cache = sizes.slots * sizes.places * place
