@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import re
 from collections.abc import Mapping, Sequence
+from os.path import abspath
 from pathlib import Path
 from typing import Any, get_origin
 
@@ -25,7 +26,8 @@ from es_jax.training.config import FIELDS, RunConfig, freeze, read_config
 
 OPEN, CLOSE = "([{", ")]}"
 DONE, NOT_BEGUN = "done", "not begun"
-_CHOSEN = ("decode.slots", "decode.members_at_once", "model.template_date")  # where None, by the run when it starts
+_SIZES = ("decode.slots", "decode.members_at_once")  # a run chooses them where they are None, and judges a change
+_DATE = "model.template_date"  # a run chooses it where it is None
 _SHORT = {field: name for name, field in SHORT.items()}
 _LONGEST = 200  # letters of a folder's name; file systems allow 255 bytes
 
@@ -179,15 +181,20 @@ def state(point: Point) -> str:
     there, here = (
         flatten_dict(dataclasses.asdict(config), sep=".") for config in (read_config(point.folder), point.config)
     )
-    chosen = tuple(name for name in _CHOSEN if here[name] is None)
+    free = (*directory.CHANGEABLE, *_SIZES, *([_DATE] if here[_DATE] is None else []))
     differing = [
         f"{name} was {there.get(name)!r} and is {here.get(name)!r}"
         for name in here | there
-        if here.get(name) != there.get(name) and not name.startswith((*directory.CHANGEABLE, *chosen))
+        if not name.startswith(free) and not _same(there.get(name), here.get(name))
     ]
     if differing:
         return f"holds a run of another config: {'; '.join(differing)}"
     return DONE if step == steps and (point.folder / "DONE").exists() else f"step {step} of {steps}"
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether values are equal, or are one path."""
+    return one == other or (all(isinstance(x, str) for x in (one, other)) and abspath(one) == abspath(other))
 
 
 def check_folders(points: Sequence[Point]) -> None:

@@ -1,6 +1,7 @@
 """Sweeps: which points a grid has, that all are checked before one begins, and what is left at the end."""
 
 import csv
+import dataclasses
 import json
 import re
 import subprocess
@@ -151,8 +152,8 @@ def test_a_folder_with_a_run_of_another_config_is_refused_before_anything_begins
     _, out, _ = swept
     monkeypatch.setattr("es_jax.training.loop.run", None)
     other = points_of(tiny_model, out, "train.seed=2,1", steps=2)
-    for point in other:
-        object.__setattr__(point, "config", freeze(TWO_STEPS | {"es": {"population": 2, "sigma": 0.25}}))
+    changed = freeze(TWO_STEPS | {"es": {"population": 2, "sigma": 0.25}})
+    other = [dataclasses.replace(point, config=changed) for point in other]
     with pytest.raises(ValueError, match=r"seed=1 holds a run of another config: .*es\.sigma was 0\.05 and is 0\.25"):
         sweep.run_points(other, out)
     assert not other[0].folder.exists()
@@ -183,7 +184,20 @@ def test_without_matplotlib_the_table_comes_with_a_sentence(swept, monkeypatch):
     assert "there is no report: matplotlib is not here" in sweep._words(result, str(out))
 
 
-def test_a_damaged_run_is_named(swept, tmp_path, tiny_model):
+def test_a_path_may_be_written_otherwise_and_sizes_are_for_the_run_to_judge(swept, tiny_model, monkeypatch):
+    _, out, _ = swept
+    monkeypatch.chdir(tiny_model.parent)
+    for axes in (["train.seed=0"], ["train.seed=1"]):
+        point = points_of(Path(tiny_model.name), out, *axes)[0]
+        assert grid.state(point) == grid.DONE
+        fields = dataclasses.asdict(point.config)
+        fields["decode"]["slots"] = 1
+        assert grid.state(dataclasses.replace(point, config=freeze(fields))) == grid.DONE
+        fields["model"]["template_date"] = "2020-02-20"
+        assert "template_date was '20" in grid.state(dataclasses.replace(point, config=freeze(fields)))
+
+
+def test_a_run_that_was_changed_is_another_one(swept, tmp_path, tiny_model):
     points, _, _ = swept
     (tmp_path / "seed=0").mkdir()
     for name in ("config.json", "seedlog.jsonl"):
