@@ -20,6 +20,7 @@ from es_jax.scoring.row_results import VIEWS
 from es_jax.tasks import check_name
 from es_jax.tasks.outside import label
 from es_jax.training.config_groups import (
+    RULES,
     DecodeConfig,
     ESConfig,
     EvalsConfig,
@@ -178,7 +179,7 @@ class RunConfig:
         )
 
 
-FIELDS = Fields.of(RunConfig)
+FIELDS = Fields.of(RunConfig, rules=RULES)
 
 
 def default_config() -> config_dict.ConfigDict:
