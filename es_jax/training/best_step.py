@@ -5,7 +5,7 @@ before best.json names it, and the checkpoint of the one before it goes later. S
 that can be had, and the run that goes on finds the same one.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,15 @@ from es_jax.scoring.row_results import read_evals
 from es_jax.training.config import RunConfig
 
 
-def check_metric(config: RunConfig, tests: Sequence[HeldOut]) -> None:
-    """Raises ValueError where train.keep_best is the likelihood of options, and its task has none."""
+def check_metric(config: RunConfig, tests: list[HeldOut]) -> list[HeldOut]:
+    """Returns the held-out rows. Raises ValueError where train.keep_best is the likelihood of options, and its task has none."""
     task, metric = config.best_metric or ("", "")
     if metric == "loglik" and any(test.name == task and test.options is None for test in tests):
         raise ValueError(
             f"train.keep_best is {config.train.keep_best!r}, but the task {task!r} has no options to compare: choose "
             "accuracy, strict, robust or reward"
         )
+    return tests
 
 
 class BestStep:

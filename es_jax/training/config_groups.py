@@ -351,21 +351,17 @@ class DecodeConfig:
 class TrainConfig:
     """The loop.
 
-        Attributes:
-          steps: iterations T.
-          seed: 0 to 2³² − 1, of the noise and of the order of the prompts.
-          checkpoint_every: steps between checkpoints; the last step has one too. Steps since are replayed on resume.
-          keep_checkpoints: how many checkpoints stay.
-    <<<<<<< HEAD
-          keep_best: a held-out metric, "accuracy", "strict", "robust", "loglik" or "reward" of the trained task, or
-            "TASK:METRIC" of another one of evals.tasks: the checkpoint of the step where it was highest stays too, and
-            best.json names it. Needs evals.every. None: no step is kept for that.
-          samples: completions of each step's first member that go to samples.jsonl.
-    =======
-          samples: ≥ 0 completions of each step's first member that go to samples.jsonl.
-    >>>>>>> main
-          profile: (start, stop): a TensorBoard trace of steps start to stop − 1 is written to the run's tb folder.
-            It ends with the last step of the run at the latest.
+    Attributes:
+      steps: iterations T.
+      seed: 0 to 2³² − 1, of the noise and of the order of the prompts.
+      checkpoint_every: steps between checkpoints; the last step has one too. Steps since are replayed on resume.
+      keep_checkpoints: how many checkpoints stay.
+      keep_best: a held-out metric, "accuracy", "strict", "robust", "loglik" or "reward" of the trained task, or
+        "TASK:METRIC" of another one of evals.tasks: the checkpoint of the step where it was highest stays too, and
+        best.json names it. Needs evals.every. None: no step is kept for that.
+      samples: ≥ 0 completions of each step's first member that go to samples.jsonl.
+      profile: (start, stop): a TensorBoard trace of steps start to stop − 1 is written to the run's tb folder.
+        It ends with the last step of the run at the latest.
     """
 
     steps: int = 500

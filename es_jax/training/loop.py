@@ -191,8 +191,7 @@ class _Run:
         self.model = dataclasses.replace(model, params={})  # the state alone holds weights: updates donate them
         limit = config.decode.max_prompt_tokens
         self.prompts = [checked_prompt(self.model, config.task.name, example, limit) for example in train]
-        self.tests = held_out(config, tasks, tests, self.model, limit)
-        check_metric(config, self.tests)
+        self.tests = check_metric(config, held_out(config, tasks, tests, self.model, limit))
         self.log = SeedLog(workdir)
         self.streams = facts.get("streams", rng.STREAMS)
         engine = engine_for(
@@ -218,9 +217,8 @@ class _Run:
         resume(config, workdir, self.state, self.log, self.checkpoints)
         directory.check_space(workdir, nbytes(self.state.params, self.state.opt_state))
         for test in self.tests:
-            EvalsFile(workdir / "evals", test.name, last_step=len(self.log.entries)).check(
-                digest=test.digest, max_new_tokens=config.decode.max_new_tokens, n=len(test.examples)
-            )
+            file = EvalsFile(workdir / "evals", test.name, last_step=len(self.log.entries))
+            file.check(digest=test.digest, max_new_tokens=config.decode.max_new_tokens, n=len(test.examples))
         self.recorder = Recorder(
             config, workdir, dim=perturbed_count(config, self.state.params), finished=self.log.entries,
             tests=self.tests, unit=self.method.unit, offset=self.state.offset,
