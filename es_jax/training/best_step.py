@@ -19,7 +19,8 @@ from es_jax.training.config import RunConfig
 
 
 def check_metric(config: RunConfig, tests: list[HeldOut]) -> list[HeldOut]:
-    """Returns the held-out rows. Raises ValueError where train.keep_best is the likelihood of options, and its task has none."""
+    """Returns the held-out rows. Raises ValueError where train.keep_best is the likelihood of options, of which the
+    task has none."""
     task, metric = config.best_metric or ("", "")
     if metric == "loglik" and any(test.name == task and test.options is None for test in tests):
         raise ValueError(
