@@ -141,7 +141,7 @@ def summary(step: int, now: SampledResults, base: SampledResults | None) -> dict
     keys, if they are known."""
     row: dict[str, Any] = {"step": step, "n": len(now.right)}
     for view, prefix in GRADERS.items():
-        of_base = [] if base is None else pass_at_k(getattr(base, view) >= 1).T
+        of_base: Iterable[np.ndarray] = [] if base is None else pass_at_k(getattr(base, view) >= 1).T
         pairs = itertools.zip_longest(pass_at_k(getattr(now, view) >= 1).T, of_base)
         columns = [_estimate("pass_at_k", own, before) for own, before in pairs]
         row |= {prefix + name: [column[name] for column in columns] for name in columns[0]}
