@@ -49,6 +49,7 @@ from es_jax.scoring.row_results import EvalsFile
 from es_jax.scoring.workers import Submit, workers_of
 from es_jax.tasks.outside import label
 from es_jax.tasks.task import Example, Task
+from es_jax.training import kept_rows
 from es_jax.training.config import RunConfig, freeze
 from es_jax.training.es import Evaluator
 from es_jax.training.method import StepResult
@@ -121,9 +122,10 @@ def run(
     trained = make_task(config) if task is None or isinstance(task, str) else task
     others = ((name, other_task(config, name)) for name in config.evals.tasks if name != config.task.name)
     tasks = by_label([*others, (config.task.name, trained)])
-    train = rows_of(trained, "train", config.task.train_size, config.task.name)
+    kept = (workdir / kept_rows.FOLDER,)
+    train = rows_of(trained, "train", config.task.train_size, config.task.name, kept)
     every, size = config.evals.every, config.evals.rows
-    tests = {name: rows_of(one, "test", size, name) for name, one in tasks.items()} if every else {}
+    tests = {name: rows_of(one, "test", size, name, kept) for name, one in tasks.items()} if every else {}
     workers = workers_of(trained, config.task.timeout_seconds)
     with processes.stoppable(), directory.claim(workdir), compilation_cache(workdir / "cache"), workers as submit:
         check_steps(config, workdir)
@@ -207,6 +209,10 @@ class _Run:
             workdir, dataclasses.asdict(config), identity=self._identity(), started=bool(self.log.entries),
             mesh=dict(self.mesh.shape),
         )  # fmt: skip
+        own, kept = label(config.task.name), (workdir / kept_rows.FOLDER,)
+        kept_rows.keep(tasks[own], "train", own, train, kept)
+        for test in self.tests:
+            kept_rows.keep(test.task, "test", test.name, test.examples, kept)
         self.evaluator = Evaluator.of(config, engine, self.mesh)
         self.checkpoints = Checkpoints(workdir, keep=config.train.keep_checkpoints)
         self.state = State(config, self.mesh, model.params)
