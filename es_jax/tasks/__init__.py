@@ -93,7 +93,8 @@ def options_of(name: str) -> list[str] | None:
 def name_and_options(task: Task) -> tuple[str, dict[str, Any]]:
     """The name and the options with which `get_task` makes the task again; a name alone that says what it is, where
     that cannot be told. Raises ValueError for one that cannot be the name of a file."""
-    if isinstance(check_task(task, "task"), reasoning_gym.ReasoningGym):
+    check_task(task, "task")
+    if isinstance(task, reasoning_gym.ReasoningGym):
         return task.name_and_options()
     name, options = outside.described(task)
     own = name_of(task)
