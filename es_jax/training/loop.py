@@ -209,10 +209,6 @@ class _Run:
             workdir, dataclasses.asdict(config), identity=self._identity(), started=bool(self.log.entries),
             mesh=dict(self.mesh.shape),
         )  # fmt: skip
-        own, kept = label(config.task.name), (workdir / kept_rows.FOLDER,)
-        kept_rows.keep(tasks[own], "train", own, train, kept)
-        for test in self.tests:
-            kept_rows.keep(test.task, "test", test.name, test.examples, kept)
         self.evaluator = Evaluator.of(config, engine, self.mesh)
         self.checkpoints = Checkpoints(workdir, keep=config.train.keep_checkpoints)
         self.state = State(config, self.mesh, model.params)
@@ -237,6 +233,7 @@ class _Run:
 
     def train(self, began: float) -> RunResult:
         """Run the loop to its end; what is open is closed however it ends. `began`: when the run was asked for."""
+        self._keep_rows()
         try:
             with Clock() as clock:
                 self._loop(clock, began)
@@ -255,6 +252,12 @@ class _Run:
             self.recorder.close()
         heldout = self.recorder.heldout[label(self.config.task.name)].last
         return RunResult(self.workdir, step, self.state.params, self.recorder.reward, heldout)
+
+    def _keep_rows(self) -> None:
+        own, kept = label(self.config.task.name), (self.workdir / kept_rows.FOLDER,)
+        kept_rows.keep(self.tasks[own], "train", own, self.examples, kept)
+        for test in self.tests:
+            kept_rows.keep(test.task, "test", test.name, test.examples, kept)
 
     def _loop(self, clock: Clock, began_run: float) -> None:
         if processes.first():

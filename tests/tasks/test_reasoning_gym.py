@@ -60,10 +60,10 @@ def test_the_lists_are_apart_and_in_the_docs():
     assert not set(ALLOWED) & set(REFUSED) and not {f"reasoning_gym:{name}" for name in ALLOWED} & set(TASKS)
     section = DOCS.partition("## Tasks of reasoning-gym")[2].partition("\n## ")[0]
     for name, rule in ALLOWED.items():
-        assert f"`{name}`" in section and (not rule.why or f"| `{name}` | {rule.why} |" in section)
+        assert f"`{name}`" in section and (not rule.why or f"\n- `{name}`: {rule.why}.\n" in section)
         assert bool(rule.why) == bool(rule.form or rule.longest)
     for name, why in REFUSED.items():
-        assert f"| `{name}` | {why} |" in section
+        assert f"\n- `{name}`: {why}.\n" in section
 
 
 @pytest.mark.parametrize(
