@@ -58,7 +58,7 @@ def test_a_run_keeps_its_rows_and_whoever_goes_on_reads_them(tmp_path, monkeypat
     no_more_rows(monkeypatch)
     before = {path: path.read_bytes() for path in (work / "tasks").iterdir()}
     assert run(helpers.config_of(source, FIELDS, train={"steps": 2}), work).step == 2
-    result = evaluate_run(work, steps=[0], tasks=[TARGET, PRIOR])
+    result = evaluate_run(work, steps=[0], tasks=[TARGET, PRIOR], mesh=make_mesh(1, 1, devices=jax.devices()[:1]))
     assert list(result["tasks"]) == [name.replace(":", ".") for name in (TARGET, PRIOR)]
     assert before == {path: path.read_bytes() for path in (work / "tasks").iterdir()} and "sha256" not in caplog.text
     assert not (work / "evals/tasks").exists()
