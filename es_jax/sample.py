@@ -1,4 +1,4 @@
-"""python -m es_jax.sample --workdir=RUN [--step=S] [--prompt=TEXT …] [--base] [--system=TEXT] [--temperature=0] [--json]
+"""python -m es_jax.sample --workdir=RUN [--step=S] [--prompt=TEXT …] [--base] [--system=TEXT] [--json]
 
 What a step of a run writes: any step, with a checkpoint or without, the last by default; or a model folder, .gguf file
 or hub name. --prompt may be given several times. Without it, prompts come from the standard input: one a line of a file
@@ -117,7 +117,7 @@ def opening_of(models: "Mapping[str, Model]", system: str | None, *, plain: bool
 def answers(
     models: "Mapping[str, Model]", opening: Opening | None, texts: Sequence[str], **options: Any
 ) -> list[dict[str, str]]:
-    """{"prompt", "completion", "base"} of each prompt; "base" where a second model answers. `options`: of `complete`."""
+    """{"prompt", "completion", "base"} of each prompt; "base" where a second model answers. Options: of `complete`."""
     from es_jax.scoring.text import complete
 
     prompts = [text if opening is None else [*opening, _message("user", text)] for text in texts]

@@ -15,7 +15,7 @@ import optax
 
 from es_jax import GaussianNoise, Population, centered_rank
 
-DIM, MEMBERS, SIGMA, RATE = 20, 64, 0.5, 0.05
+DIM, MEMBERS, SIGMA = 20, 128, 1.0
 
 
 def rastrigin(x):
@@ -26,10 +26,14 @@ def start(seed):
     return jax.random.uniform(jax.random.key(seed), (DIM,), minval=-3.0, maxval=3.0)
 
 
+def adam(steps):
+    return optax.adam(optax.cosine_decay_schedule(0.1, steps))
+
+
 def ours(seed, steps):
     """es_jax: mirrored pairs, ranks, Adam."""
     noise, population = GaussianNoise(), Population(MEMBERS, seed=seed, antithetic=True)
-    params, tx = start(seed), optax.adam(RATE)
+    params, tx = start(seed), adam(steps)
     state = tx.init(params)
 
     @jax.jit
@@ -53,7 +57,7 @@ def theirs(name, seed, steps):
 
     options = {}
     if name == "Open_ES":
-        options = {"optimizer": optax.adam(RATE), "std_schedule": optax.constant_schedule(SIGMA)}
+        options = {"optimizer": adam(steps), "std_schedule": optax.constant_schedule(SIGMA)}
     algorithm = getattr(algorithms, name)(population_size=MEMBERS, solution=start(seed), **options)
     params = algorithm.default_params
     if name == "CMA_ES":
@@ -74,7 +78,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="a few steps, to see that it runs")
     options = parser.parse_args(argv)
-    steps, seeds = (3, range(1)) if options.small else (500, range(5))
+    steps, seeds = (3, range(1)) if options.small else (300, range(5))
     algorithms = {"es_jax": ours}
     try:
         import evosax  # noqa: F401

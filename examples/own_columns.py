@@ -50,7 +50,7 @@ def main(argv=None):
     }
     result = run(config, options.out)
     row = result.heldout
-    print(f"held-out accuracy at step {row['step']}: {row['accuracy']:.3f} ± {row['accuracy_se']:.3f} of {row['n']} rows")
+    print(f"held-out accuracy at step {row['step']}: {row['accuracy']:.3f} ± {row['accuracy_se']:.3f}, {row['n']} rows")
 
 
 if __name__ == "__main__":

@@ -57,9 +57,7 @@ def test_several_prompts_of_both_kinds_come_back_in_their_order(model):
 
 def test_what_is_drawn_is_the_engines_and_depends_on_the_seed(model):
     prompts = ["abc", "abc", "x"]
-    first, again, other = (
-        complete(model, prompts, max_new_tokens=5, temperature=1.0, seed=seed) for seed in (3, 3, 4)
-    )
+    first, again, other = (complete(model, prompts, max_new_tokens=5, temperature=1.0, seed=seed) for seed in (3, 3, 4))
     assert first == again != other and first[0] != first[1]
     engine = Engine(
         model.config, slots=3, max_prompt_tokens=32, max_new_tokens=5, stop_token_ids=model.stop_token_ids,
@@ -136,7 +134,9 @@ def by_definition(model, text, window, stride):
     return math.exp(-total / (len(ids) - 1))
 
 
-@pytest.mark.parametrize(("length", "window", "stride"), [(2, 16, 8), (16, 16, 8), (17, 16, 8), (61, 16, 3), (50, 9, 8)])
+@pytest.mark.parametrize(
+    ("length", "window", "stride"), [(2, 16, 8), (16, 16, 8), (17, 16, 8), (61, 16, 3), (50, 9, 8)]
+)
 def test_perplexity_is_its_definition(length, window, stride, model):
     text = ("It rains, and the sea is grey. " * 3)[:length]
     found = perplexity(model, text, window=window, stride=stride)
