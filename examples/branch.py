@@ -2,8 +2,8 @@
 
     python examples/branch.py [--small] [--out=runs/branching]
 
-The first run learns Countdown without an anchor. Two branches start from its middle, one with a lower α and one that is
-pulled to the laboratory's model, and are compared with the run itself, which goes on as it was.
+The first run learns Countdown without an anchor. Three branches start from its middle: one with the same fields, one with
+a lower α, and one that is pulled to the laboratory's model, with which the first run began.
 """
 
 import argparse
@@ -20,14 +20,14 @@ CHANGES = {
 }
 
 
-def config_of(steps, small, optim):
+def config_of(steps, small, *, optim=None, seed=0):
     return {
         "model": {"source": "lab"},
         "task": {"name": "lab-countdown", "train_size": 8 if small else 400, "prompts_per_step": None if small else 64},
         "es": {"population": 4 if small else 8, "sigma": 0.01},
-        "optim": {"learning_rate": 0.005} | optim,
+        "optim": {"learning_rate": 0.005} | (optim or {}),
         "decode": {"max_prompt_tokens": 16, "max_new_tokens": 6, "members_at_once": 4},
-        "train": {"steps": steps, "checkpoint_every": steps},
+        "train": {"steps": steps, "checkpoint_every": steps, "seed": seed},
         "evals": {"every": steps, "rows": 8 if small else 200, "tasks": PRIOR},
     }
 
@@ -44,11 +44,12 @@ def main(argv=None):
     parser.add_argument("--small", action="store_true", help="a few steps, to see that it runs")
     options = parser.parse_args(argv)
     out, steps = Path(options.out), 2 if options.small else 200
-    run(config_of(steps, options.small, {}), out / "first")
+    run(config_of(steps, options.small), out / "first")
     print("branch of the middle   target  known before")
     for number, (name, optim) in enumerate(CHANGES.items()):
         folder = out / f"branch-{number}"
-        run(config_of(steps // 2, options.small, optim), folder, branch_from=f"{out / 'first'}@{steps // 2}")
+        config = config_of(steps // 2, options.small, optim=optim, seed=1)  # another seed than the first run's
+        run(config, folder, branch_from=f"{out / 'first'}@{steps // 2}")
         target, prior = accuracies(folder)
         print(f"{name:22} {target:6.3f} {prior:13.3f}")
 

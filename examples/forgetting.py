@@ -65,8 +65,8 @@ def main(argv=None):
     start = train(MODEL.init(jax.random.key(0), TRAIN[0][0]), optax.adamw(1e-3), 0, steps)
     print("penalty  rate     first task  second task  distance")
     print(f"{'before':17} {accuracy(start, 0):10.3f} {accuracy(start, 1):12.3f} {0:9.3f}")
-    for penalty, rates in RATES.items():
-        for rate in rates[:1] if options.small else rates:
+    for penalty, rates in {"l2": (0.01,)}.items() if options.small else RATES.items():
+        for rate in rates:
             tx = optax.chain(optax.adamw(1e-3, weight_decay=0.0), anchored_weight_decay(rate, penalty=penalty))
             params = train(start, tx, 1, steps)
             distance = optax.tree_utils.tree_norm(jax.tree.map(jnp.subtract, params, start))

@@ -62,7 +62,7 @@ def complete(
     """
     if not (isinstance(temperature, int | float) and 0 <= temperature < math.inf):
         raise ValueError(f"temperature is {temperature!r}: it must be at least 0, which is greedy")
-    several = [prompts] if _is_one(prompts) else list(prompts)
+    several: list[Any] = [prompts] if _is_one(prompts) else list(prompts)
     tokens = [_encode(model, prompt, place) for place, prompt in enumerate(several)]
     longest = max(map(len, tokens), default=1)
     room = model.config.max_positions - longest
