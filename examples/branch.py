@@ -2,8 +2,8 @@
 
     python examples/branch.py [--small] [--out=runs/branching]
 
-The first run learns Countdown without an anchor. Three branches start from its middle: one with the same fields, one with
-a lower α, and one that is pulled to the laboratory's model, with which the first run began.
+The first run learns Countdown without an anchor. Three branches start from its middle: one with the same fields, one
+with a lower α, and one that is pulled to the laboratory's model, with which the first run began.
 """
 
 import argparse
