@@ -11,8 +11,8 @@ taken to be as long as decode.max_prompt_tokens allows.
   --json      print one line of JSON
 
 TPUs need libtpu (pip install 'es_jax[plan]'). For GPUs: pip install --no-deps jax-cuda12-plugin jax-cuda12-pjrt, in the
-version of jax. The exit code is 0 when it fits, 1 when not, and 2 when the question has a mistake or the compiler, which
-runs in a process of its own, ends without an answer.
+version of jax. The exit code is 0 when it fits, 1 when not, and 2 when the question has a mistake, or the compiler,
+which has a process of its own, ends without an answer.
 
 With --json: fits, verdict, topology, devices, memory_bytes (of a device), mesh {groups, model}, slots, members_at_once,
 bound_seconds (of an iteration), compile_seconds (of all), shape ("files" or "published"), and programs {name:

@@ -1,7 +1,7 @@
 """A child process for the compilers of absent devices, which may end their process in the place of an answer.
 
-A request is a line of JSON on the child's standard input, and its answers are lines of JSON: what it is about to compile,
-what it says, and at last the plan, or why there is none. The child's side is child.py.
+A request is a line of JSON on the child's standard input, and its answers are lines of JSON: what it is about to
+compile, what it says, and at last the plan, or why there is none. The child's side is child.py.
 """
 
 import contextlib
@@ -74,7 +74,7 @@ class Compiler:
 
     def _start(self) -> "subprocess.Popen[str]":
         path = os.pathsep.join(filter(None, (_ROOT, os.environ.get("PYTHONPATH"))))
-        self._said = tempfile.TemporaryFile("w+", errors="replace")
+        self._said = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         self._process = subprocess.Popen(
             self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True,
             env=os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"},  # chips that are here are left alone
@@ -110,6 +110,6 @@ def _sentence(topology: Topology, status: int, work: str, said: str) -> str:
     if status == -signal.SIGKILL:
         remedy = "as a rule the machine has no memory left for the compiler: plan on one with more"
     return (
-        f"{package} {version}, the compiler for {topology.name}, ended with {how} and without an answer while it {work} "
-        f"({last[:200]}): {remedy}"
+        f"{package} {version}, the compiler for {topology.name}, ended with {how} and without an answer "
+        f"while it {work} ({last[:200]}): {remedy}"
     )

@@ -1,6 +1,7 @@
 """Compile a run's programs for a topology, judge whether it fits, and say so in words and as JSON.
 
-`make_plan` compiles in a child process (compiler.py, child.py), `plan_here` in this one. `search` tries meshes, members at once and slot counts until no other can be faster than the best that fits.
+`make_plan` compiles in a child process (compiler.py, child.py), `plan_here` in this one. `search` tries meshes, members
+at once and slot counts until no other can be faster than the best that fits.
 """
 
 import contextlib

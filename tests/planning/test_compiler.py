@@ -25,7 +25,7 @@ SHAPE = TransformerConfig(
 )  # fmt: skip
 TPU = Topology("v5e:2x2", chip("v5e"), ())
 GPU = Topology("h100:1x1x1", chip("h100"), ())
-BEGIN = "import os, sys; sys.stdin.readline(); print('{\"compiling\": \"decode\"}', flush=True); "
+BEGIN = 'import os, sys; sys.stdin.readline(); print(\'{"compiling": "decode"}\', flush=True); '
 
 
 def stub(code):
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.unchecked  # stubs stand where arrays do
     (TPU, BEGIN + "sys.exit(3)", ["libtpu ", "for v5e:2x2", "status 3", "compiled decode", "pip install -U libtpu"]),
     (TPU, BEGIN + "os.abort()", ["signal SIGABRT", "it said nothing", "decode.slots"]),
     (TPU, BEGIN + "os.kill(os.getpid(), 9)", ["signal SIGKILL", "no memory left for the compiler"]),
-    (GPU, BEGIN + "os.kill(os.getpid(), 11)", ["jax-cuda12-pjrt ", "h100:1x1x1", "SIGSEGV", "-U jax jax-cuda12-plugin"]),
+    (GPU, BEGIN + "os.kill(os.getpid(), 11)", ["jax-cuda12-pjrt ", "h100:1x1x1", "SIGSEGV", "-U jax jax-cuda"]),
     (TPU, "import sys; sys.exit(5)", ["status 5", "while it started"]),  # before it reads
     (TPU, BEGIN + "sys.stdout.write('{\"plan\": {')", ["status 0", "without an answer"]),
 ])  # fmt: skip
@@ -87,7 +87,8 @@ sys.stdin.readline()
         with pytest.raises(CompilerEnded):
             plan.make_plan(config, SHAPE, TPU, compiler=compiler)
         answer = plan.make_plan(config, SHAPE, TPU, compiler=compiler, say=said.append)
-    assert (answer.config, answer.topology, answer.slots, answer.programs) == (config, TPU, 3, ()) and said == ["v5e:2x2"]
+    assert (answer.config, answer.topology, answer.slots, answer.programs) == (config, TPU, 3, ())
+    assert said == ["v5e:2x2"]
 
 
 @pytest.mark.parametrize("shape", [SHAPE, dataclasses.replace(SHAPE, rope_scaling=None, sliding_window=None)])

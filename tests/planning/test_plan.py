@@ -97,6 +97,13 @@ def test_a_gpu_decodes_in_place_and_makes_layers_one_by_one():
     assert decode["even_step_bytes_least"] < decode["step_bytes_least"]
 
 
+@needs_cuda
+def test_absent_gpus_have_no_pinned_memory():
+    pinned = CONFIG | {"optim": {"anchor": {"penalty": "l2", "strength": 10.0, "memory": "pinned_host"}}}
+    with pytest.raises(ValueError, match=r"optim\.anchor\.memory is 'pinned_host', which JAX does not know of GPUs"):
+        programs_of(freeze(pinned), SMALL, topology("h100:1x1x1"))
+
+
 @needs_libtpu
 def test_a_program_with_an_unknown_call_has_no_figure(plan):
     decode = plan.programs[2]
