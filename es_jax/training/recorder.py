@@ -37,7 +37,7 @@ class StepRecord:
     @property
     def params(self) -> Any:
         """The weights after the step, in model.param_dtype, where they lie on the devices; not a copy. The next step
-        writes over them: what shall stay must be copied, as `jax.device_get` does."""
+        writes over them: read them in the callback, and copy what shall stay (`jax.device_get`)."""
         return self._params()
 
 

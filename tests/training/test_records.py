@@ -225,6 +225,16 @@ def test_a_callback_that_raises_stops_the_run_and_finished_steps_stay(tiny_model
     assert (tmp_path / "run/seedlog.jsonl").read_bytes() == (tmp_path / "whole/seedlog.jsonl").read_bytes()
 
 
+def test_the_example_of_the_page_runs(tmp_path, monkeypatch, capsys):
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/records.md").read_text(), flags=re.S)
+    monkeypatch.chdir(tmp_path)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        exec(compile(block, "docs/records.md", "exec"), {})  # our own text, not a model's
+    *steps, end = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in steps] == ["1", "2"] and end == "the finished steps are in runs/watched"
+    assert len(read_jsonl(tmp_path / "runs/watched/seedlog.jsonl")) == 2
+
+
 class Screen(io.StringIO):
     """Standard error, as a terminal or as a file."""
 
