@@ -378,6 +378,7 @@ class TrainConfig:
                 f"train.profile is {self.profile}, but the last step is train.steps = {self.steps}: nothing would be "
                 "traced; start earlier"
             )
+        _rule("train.tracker", f"one of {', '.join(TRACKERS)}")
         if self.tracker not in (None, *TRACKERS):
             raise ValueError(unknown("train.tracker", self.tracker, TRACKERS))
         if self.samples < 0:
