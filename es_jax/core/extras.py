@@ -10,6 +10,7 @@ _PACKAGES = {
         "absl", "datasets", "flax", "gguf", "huggingface_hub", "jinja2", "ml_collections", "ml_dtypes", "orbax",
         "pyarrow", "safetensors", "tensorboardX", "tokenizers", "tqdm", "transformers",
     ),
+    "lm_eval": ("lm_eval",),
     "report": ("jinja2", "matplotlib"),
 }  # fmt: skip
 
