@@ -333,8 +333,9 @@ def reference_warnings(label: str, task: Any, docs: Sequence[Mapping[str, Any]],
     list becomes one text, in Python's spelling.
     """
     lists, decided = [isinstance(target, list) for target in targets], bool(getattr(task, "multiple_target", 0))
-    columns = [any(isinstance(value, list) for value in doc.values()) for doc in docs]
-    read = [i for i, found in enumerate(lists) if found and not columns[i]]
+    template = task.config.doc_to_target
+    meant = not isinstance(template, str) or "[" in template  # a function's list, or one that the template writes
+    read = [i for i, found in enumerate(lists) if found and not meant and not _has(docs[i], targets[i])]
     other = [i for i, found in enumerate(lists) if found != decided]
     mend = "name the column in doc_to_target, without braces, or keep all references in a column of lists"
     texts = []
@@ -351,6 +352,11 @@ def reference_warnings(label: str, task: Any, docs: Sequence[Mapping[str, Any]],
             f"{'' if decided else 'a list '}{effect}: {mend}"
         )
     return texts
+
+
+def _has(value: Any, target: list) -> bool:
+    """Whether a row has the list itself in one of its columns."""
+    return value == target or (isinstance(value, Mapping) and any(_has(own, target) for own in value.values()))
 
 
 def _seed(tasks: Any) -> None:

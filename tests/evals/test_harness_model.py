@@ -1,6 +1,7 @@
 """Requests of lm-evaluation-harness, answered without it: batches, boundaries, windows, cuts and stops."""
 
 import dataclasses
+import functools
 import importlib.util
 import re
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from es_jax.evals.harness import HarnessOptions, evaluate_harness, reference_war
 from es_jax.evals.harness_model import Decoding, HarnessModel, before_stop, rolling_windows
 from es_jax.generate.engine import Engine
 from es_jax.generate.sampling import Greedy, Temperature, TopK, TopP
-from es_jax.generate.score import score_continuations, score_tokens
+from es_jax.generate.score import score_continuations
 from es_jax.models.config import TransformerConfig
 from es_jax.models.transformer import Transformer
 from es_jax.weights.model import load_model
@@ -32,24 +33,28 @@ def model(tiny_model):
 
 def whole(model, prompt, option):
     """log p(option | prompt) and whether it is greedy, by one pass over both."""
-    ids = jnp.array([[*prompt, *option]], jnp.int32)
-    logprob = score_tokens(model.config, model.params, ids, jnp.ones(ids.shape, bool))[0, len(prompt) :]
-    hidden = Transformer(model.config)
-    states, _ = hidden.hidden(model.params, ids, positions=jnp.arange(ids.shape[1])[None])
-    best = jnp.argmax(hidden.logits(model.params, states), axis=-1)[0, len(prompt) - 1 : -1]
-    return float(logprob.sum()), best.tolist() == list(option)
+    ids = [*prompt, *option]
+    row = jnp.zeros(96, jnp.int32).at[: len(ids)].set(jnp.array(ids, jnp.int32))[None]
+    logprobs = np.asarray(_logprobs(model.config, model.params, row))[0, len(prompt) - 1 : len(ids) - 1]
+    return float(logprobs[range(len(option)), list(option)].sum()), logprobs.argmax(1).tolist() == list(option)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logprobs(config, params, ids):
+    states, _ = Transformer(config).hidden(params, ids, positions=jnp.arange(96, dtype=jnp.int32)[None])
+    return jax.nn.log_softmax(Transformer(config).logits(params, states))
 
 
 def test_continuations_are_scored_as_in_one_pass(model):
     """Of rows that differ in everything, in whatever batches; among them one that greedy decoding writes."""
     draw = np.random.default_rng(0)
-    sizes = ((3, (1, 4, 2)), (40, (2, 2)), (32, (5,)), (1, (1, 1, 3, 1)), (1, (60,)), (70, (27,)))
+    sizes = ((3, (1, 4, 2)), (40, (2, 2)), (32, (4,)), (1, (1, 1, 3, 1)), (70, (27,)))
     rows = [(draw.integers(2, 258, n).tolist(), [draw.integers(2, 258, k).tolist() for k in own]) for n, own in sizes]
-    engine = Engine(model.config, slots=1, max_prompt_tokens=40, max_new_tokens=6, stop_token_ids=())
+    engine = Engine(model.config, slots=1, max_prompt_tokens=40, max_new_tokens=4, stop_token_ids=())
     rows[1][1].append(np.asarray(engine.generate(model.params, [rows[1][0]]).tokens)[0].tolist())
     answered = []
     found = score_continuations(model.config, model.params, rows, done=answered.append)
-    assert sum(answered) == 13
+    assert sum(answered) == 12
     for (prompt, options), scores in zip(rows, found, strict=True):
         for option, logprob, greedy in zip(options, scores.logprob, scores.greedy, strict=True):
             expected = whole(model, prompt, option)
@@ -222,11 +227,20 @@ def test_limits_and_stops_of_a_task():
     ],
 )  # fmt: skip
 def test_references_that_look_like_lists_are_told(answers, targets, messages):
-    task = SimpleNamespace(multiple_target=len(targets[0]) if isinstance(targets[0], list) else 0)
+    config = SimpleNamespace(doc_to_target="{{answer}}")
+    task = SimpleNamespace(config=config, multiple_target=len(targets[0]) if isinstance(targets[0], list) else 0)
     found = reference_warnings("mine", task, [{"answer": answer} for answer in answers], targets)
     assert len(found) == len(messages)
     for text, message in zip(found, messages, strict=True):
         assert re.search(message, text), text
+
+
+@pytest.mark.parametrize("template", ["[{{answer}}]", "{{[a, b]}}", len])
+def test_lists_that_a_task_makes_on_purpose_are_not_told(template):
+    task = SimpleNamespace(config=SimpleNamespace(doc_to_target=template), multiple_target=2)
+    assert reference_warnings("mine", task, [{"answer": "1, 2"}], [[1, 2]]) == []
+    nested = SimpleNamespace(config=SimpleNamespace(doc_to_target="{{answer.names}}"), multiple_target=2)
+    assert reference_warnings("mine", nested, [{"answer": {"names": ["a"]}}], [["a"]]) == []
 
 
 @pytest.mark.parametrize(
