@@ -8,7 +8,7 @@ The public names, by what they are for:
     weights      load_model, save_model, Model, verify_model, VerificationReport, VerificationError
     generation   Greedy, Temperature, TopK, TopP, Engine, Generation, score_tokens
     tasks        Example, Score, SimpleTask, Task, get_task
-    runs         run, replay, RunResult, evaluate_run
+    runs         run, replay, RunResult, evaluate_run, evaluate_harness, harness_lm
     grpo         group_relative
 
 They are imported when they are first used: `import es_jax` starts neither JAX nor transformers.
@@ -36,6 +36,7 @@ _HOME = {
     "es_jax.training.grpo": ("group_relative",),
     "es_jax.training.weights_at": ("replay",),
     "es_jax.evals.runner": ("evaluate_run",),
+    "es_jax.evals.harness": ("evaluate_harness", "harness_lm"),
 }
 _NAMES = {name: module for module, names in _HOME.items() for name in names}
 
