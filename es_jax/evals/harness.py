@@ -105,7 +105,7 @@ def evaluate_harness(
             f"lm_eval works in one process, and there are {jax.process_count()}: evaluate with lm_eval on one host"
         )
     with opened(workdir, base=base, out=out, date=options.template_date, mesh=mesh) as (source, folder, _):
-        slots = options.slots or source.config.decode.slots or SLOTS
+        chosen, slots = chosen_steps(source, every, steps), options.slots or source.config.decode.slots or SLOTS
         subject = HarnessModel(source.model, None, slots=slots, max_length=options.max_length)
         units = _load(tasks, subject, options)
         check_folder(folder, source)
@@ -113,23 +113,22 @@ def evaluate_harness(
         rows = read_rows(file.path)
         for unit in units:
             unit.check(rows, file.path)
-        chosen = chosen_steps(source, every, steps)
         due = {step: own for step in chosen if (own := [unit for unit in units if not unit.done(rows, step)])}
         claim_folder(folder, source)
+        told = [*dict.fromkeys(text for unit in units for text in unit.warnings)]
+        for text in told:
+            logger.warning(text)
         total, dtype = sum(unit.requests for own in due.values() for unit in own), compute_dtype(source.config)
-        with tqdm(total=total, unit="request", dynamic_ncols=True) as bar:
-            for step, params in source.weights([*due]):
+        with tqdm(total=total, unit="request", dynamic_ncols=True, disable=not due) as bar:
+            for step, params in source.weights([*due]) if due else ():
                 model = dataclasses.replace(subject, params=cast(params, dtype), done=bar.update)
                 for unit in due[step]:
                     bar.set_description(f"step {step}, {unit.name}")
                     file.write(*({"step": step, **row} for row in unit.evaluate(as_lm(model), options)))
         names = {name for unit in units for name in unit.names}
         last = {_key(row): row for row in read_rows(file.path)}
-        texts = [*dict.fromkeys(text for unit in units for text in unit.warnings), *subject.warnings]
-        for text in texts:
-            logger.warning(text)
         chosen_rows = [row for row in last.values() if row["step"] in chosen and row["task"] in names]
-        return {"out": str(folder), "warnings": texts, "lm_eval": sorted(chosen_rows, key=_key)}
+        return {"out": str(folder), "warnings": told + subject.warnings, "lm_eval": sorted(chosen_rows, key=_key)}
 
 
 def _key(row: Fields) -> tuple:
@@ -268,7 +267,8 @@ def _load(names: Sequence[str], model: HarnessModel, options: HarnessOptions) ->
     from lm_eval.tasks import TaskManager
 
     _seed([])
-    manager = TaskManager(include_path=options.include)
+    with _quiet():
+        manager = TaskManager(include_path=options.include)
     for name in names:
         if name not in manager.all_tasks and not Path(name).is_file():
             near = difflib.get_close_matches(name, manager.all_tasks, n=1)
