@@ -282,8 +282,9 @@ def _load(names: Sequence[str], model: HarnessModel, options: HarnessOptions) ->
 
 
 def _unit(name: str, loaded: Any, model: HarnessModel, options: HarnessOptions) -> _Unit:
-    lm, digests, warnings, requests = as_lm(model), {}, [], 0
-    tasks = loaded["tasks"]
+    lm, tasks, requests = as_lm(model), loaded["tasks"], 0
+    digests: dict[str, str] = {}
+    warnings: list[str] = []
     for label, task in tasks.items():
         for flag, reason in (("UNSAFE_CODE", "runs what the model writes"), ("MULTIMODAL", "needs images or sound")):
             if getattr(task, flag, False):

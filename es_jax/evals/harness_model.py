@@ -170,7 +170,7 @@ class HarnessModel:
             else:  # each continuation keeps as much of the context as fits beside it
                 places.append([(len(parts) + k, 0) for k in range(len(options))])
                 parts += [(self._cut(prompt, self.longest + 1 - len(ids)), [ids]) for ids in options]
-        self._tell_cut([p for p, _ in parts], "context", "it and its continuation")
+        self._tell_cut([prompt for prompt, _ in parts], "its continuation")
         scores = score_continuations(self.model.config, self.params, parts, done=self.done) if parts else []
         return [[(float(scores[i].logprob[k]), bool(scores[i].greedy[k])) for i, k in own] for own in places]
 
@@ -198,7 +198,7 @@ class HarnessModel:
         for decoding, members in groups.items():
             room = self.room(decoding)
             prompts = [self._cut(self.encode(requests[i][0]) or [self.prefix], room) for i in members]
-            self._tell_cut(prompts, "context", f"it and {decoding.max_new_tokens} new tokens")
+            self._tell_cut(prompts, f"{decoding.max_new_tokens} new tokens")
             texts |= zip(members, self._generate(prompts, decoding), strict=True)
         return [texts[i] for i in range(len(requests))]
 
@@ -214,7 +214,9 @@ class HarnessModel:
 
     def _generate(self, prompts: list[list[int]], decoding: Decoding) -> list[str]:
         tokenizer, greedy = self.tokenizer, isinstance(decoding.sampler, Greedy)
-        rows = [*dict.fromkeys(map(tuple, prompts))] if greedy else prompts  # what is asked twice is written once
+        rows: Sequence[Sequence[int]] = prompts
+        if greedy:  # what is asked twice is written once
+            rows = [*dict.fromkeys(map(tuple, prompts))]
         engine = engine_for(
             self.model.config, rows, slots=self.slots, max_new_tokens=decoding.max_new_tokens,
             stop_token_ids=self.stop_token_ids(decoding), sampler=decoding.sampler,
@@ -244,12 +246,12 @@ class HarnessModel:
             return prompt
         return _Cut(prompt[-room:], len(prompt) - room)
 
-    def _tell_cut(self, prompts: Sequence[list[int]], what: str, beside: str) -> None:
+    def _tell_cut(self, prompts: Sequence[list[int]], beside: str) -> None:
         cut = [prompt.lost for prompt in prompts if isinstance(prompt, _Cut)]
         if cut:
             self.warn(
-                f"{len(cut)} of {len(prompts)} requests have a {what} that lost its first tokens, up to {max(cut)} of "
-                f"them: {beside} must fit into {self.longest}"
+                f"{len(cut)} of {len(prompts)} requests have a context that lost its first tokens, up to {max(cut)} of "
+                f"them: it and {beside} must fit into {self.longest}"
             )
 
     def warn(self, text: str) -> None:
