@@ -45,8 +45,9 @@ def written(reference, ids, limit):
 def test_likelihoods_and_what_is_greedy(subject, reference):
     encode = lambda text: subject.tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
     likeliest = []
-    rows = [(context, [" 7", "12", "\nno", " the longest of the options"]) for context in CONTEXTS]
-    rows += [(c, [subject.tokenizer.decode(written(reference, encode(c), 1))]) for c in ("Q: 3+4=", "b", "c")]
+    rows = [(context, [" 7", "\nno", " the longest of them"]) for context in CONTEXTS]
+    next_texts = {c: subject.tokenizer.decode(written(reference, encode(c), 1)) for c in "abcdefghijklmnopqrstuvw"}
+    rows += [(c, [text]) for c, text in next_texts.items() if text.isascii() and text.strip()]  # not a part of a letter
     for (context, options), scores in zip(rows, subject.loglikelihoods(rows), strict=True):
         own = []
         for option, (logprob, greedy) in zip(options, scores, strict=True):
