@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 FILE = "lm_eval.jsonl"
 RANDOM_SEED, OTHER_SEED = 0, 1234  # the library's own, of Python's numbers and of NumPy's and the examples in prompts
+MEND = "name the column in doc_to_target, without braces, or keep all references in a column of lists"
 BOOTSTRAPS = 1000  # resamples for the error of a metric that has no formula: the error itself is then good to 2 %
 
 
@@ -303,11 +304,7 @@ def _unit(name: str, loaded: Any, model: HarnessModel, options: HarnessOptions) 
             tokenizer_name=lm.tokenizer_name if options.apply_chat_template else "",
         )  # fmt: skip
         for request in task.instances:
-            if request.request_type == "generate_until":
-                try:
-                    model.room(Decoding.of(request.args[1]))
-                except ValueError as error:
-                    raise ValueError(f"the task {label!r} of lm_eval: {error}") from None
+            _check(label, request, model)
         docs = [doc for _, doc in task.doc_iterator(rank=0, limit=options.limit, world_size=1)]
         targets = [task.doc_to_target(doc) for doc in docs]
         warnings += reference_warnings(label, task, docs, targets)
@@ -319,6 +316,20 @@ def _unit(name: str, loaded: Any, model: HarnessModel, options: HarnessOptions) 
         if group.has_aggregation:
             digests[label] = _digest(sorted(digests[task.task_name] for task in group.get_all_tasks()))
     return _Unit(name, loaded, digests, requests, warnings)
+
+
+def _check(label: str, request: Any, model: HarnessModel) -> None:
+    """Raises ValueError for a request that cannot be answered."""
+    if request.request_type == "generate_until":
+        try:
+            model.room(Decoding.of(request.args[1]))
+        except ValueError as error:
+            raise ValueError(f"the task {label!r} of lm_eval: {error}") from None
+    elif not all(isinstance(text, str) for text in request.args):
+        raise ValueError(
+            f"the task {label!r} of lm_eval asks for the likelihood of {request.args[-1]!r} in row {request.doc_id}, "
+            f"which is not a text (lm_eval reads a text that looks like a list as one): {MEND}"
+        )
 
 
 def _digest(content: Any) -> str:
@@ -338,19 +349,18 @@ def reference_warnings(label: str, task: Any, docs: Sequence[Mapping[str, Any]],
     meant = not isinstance(template, str) or "[" in template  # a function's list, or one that the template writes
     read = [i for i, found in enumerate(lists) if found and not meant and not _has(docs[i], targets[i])]
     other = [i for i, found in enumerate(lists) if found != decided]
-    mend = "name the column in doc_to_target, without braces, or keep all references in a column of lists"
     texts = []
     if read:
         texts.append(
             f"task {label!r}: lm_eval reads the reference of {len(read)} of {len(docs)} rows as a list, though it is a "
-            f"text (row {read[0]}: {str(targets[read[0]])[:60]}), and each element of it counts as right: {mend}"
+            f"text (row {read[0]}: {str(targets[read[0]])[:60]}), and each element of it counts as right: {MEND}"
         )
     if other:
         effect = "a text is taken apart into characters, each of which counts as right" if decided else "is one text"
         texts.append(
             f"task {label!r}: the reference of the first row is {'' if decided else 'not '}a list, and lm_eval takes "
             f"that for all: of {len(other)} of {len(docs)} rows (row {other[0]}: {str(targets[other[0]])[:60]}) "
-            f"{'' if decided else 'a list '}{effect}: {mend}"
+            f"{'' if decided else 'a list '}{effect}: {MEND}"
         )
     return texts
 

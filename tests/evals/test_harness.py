@@ -18,11 +18,12 @@ from tests.helpers import TWO_STEPS, config_of  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the library and what it imports
 
-METRICS = {"choice": "acc", "cloze": "acc", "rolling": "bits_per_byte", "writing": "exact_match"}
+METRICS = {"choice": "acc", "cloze": "acc", "listed": "acc", "rolling": "bits_per_byte", "writing": "exact_match"}
 BODIES = {
     "choice": {"output_type": "multiple_choice", "doc_to_choice": "{{choices}}", "doc_to_target": "gold"},
-    "cloze": {"output_type": "loglikelihood", "doc_to_target": "{{answer}}"},
+    "cloze": {"output_type": "loglikelihood", "doc_to_target": "{{choices[0]}}"},
     "rolling": {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{question}} {{answer}}"},
+    "listed": {"output_type": "loglikelihood", "doc_to_target": "{{answer}}"},
     "writing": {"output_type": "generate_until", "doc_to_target": "{{answer}}"},
 }
 
@@ -51,7 +52,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def workdir(tiny_model, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
-    run(config_of(tiny_model, TWO_STEPS), workdir)
+    run(config_of(tiny_model, TWO_STEPS, es={"rewards": "random"}), workdir)
     return workdir
 
 
@@ -65,11 +66,13 @@ def test_every_kind_of_task_on_a_runs_steps(workdir, folder, monkeypatch):
     ]
     assert all(row["n"] == 4 and row["filter"] == "none" and row["higher_is_better"] for row in rows)
     assert rows[0]["stderr"] is not None and read_jsonl(workdir / "evals" / "lm_eval.jsonl") == rows
-    assert "first row is not a list" in found["warnings"][1] and "'my_cloze'" in found["warnings"][1]
+    assert found["warnings"] == []
     with monkeypatch.context() as patch:  # it goes on with what is new
         patch.setattr(lm_eval, "evaluate", None)
         assert evaluate_harness(workdir, ["my_choice", "my_cloze"], **ask)["lm_eval"] == rows
-    more = evaluate_harness(workdir, ["my_rolling", "my_writing"], **ask)["lm_eval"]
+    found = evaluate_harness(workdir, ["my_rolling", "my_writing"], **ask)
+    assert "first row is not a list" in found["warnings"][1] and "'my_writing'" in found["warnings"][1]
+    more = found["lm_eval"]
     assert [row["metric"] for row in more] == ["bits_per_byte", "exact_match"] * 2
     assert more[0]["value"] != more[2]["value"] and more[0]["stderr"] is None
     text = report({"out": "evals", "tasks": {}, "kl": [], "drift": [], "lm_eval": more})
@@ -98,6 +101,7 @@ def test_the_librarys_own_function_takes_the_model(tiny_model, folder, tmp_path)
     ("tasks", "options", "message"),
     [
         (["my_choic"], {}, r"no task, group or tag 'my_choic'; did you mean 'my_choice'\?"),
+        (["my_listed"], {}, r"asks for the likelihood of \[4\] in row 1, which is not a text"),
         (["my_writing"], {"max_length": 3}, "the task 'my_writing' of lm_eval: up to 3 tokens are generated, and the"),
     ],
 )
