@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from es_jax import evaluate
 from es_jax.core.extras import require
 from es_jax.evals.harness import HarnessOptions, evaluate_harness, reference_warnings
 from es_jax.evals.harness_model import Decoding, HarnessModel, before_stop, rolling_windows
@@ -261,3 +262,36 @@ def test_the_missing_extra_is_named(monkeypatch, tmp_path):
             evaluate_harness("lab", ["arc_easy"], out=tmp_path)
     finally:
         require.cache_clear()
+
+
+class Flags(dict):
+    """As much of absl's flags as is read: those that were given."""
+
+    def __getattr__(self, name):
+        return self.get(name)
+
+    def __getitem__(self, name):
+        return SimpleNamespace(present=name in self, value=self.get(name))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"lm_eval_limit": 8}, "--lm_eval_limit is of --lm_eval, which is not given"),
+        ({"tasks": ["gsm8k"], "num_fewshot": 1}, "--num_fewshot is of --lm_eval, which is not given"),
+        ({"lm_eval": ["piqa"], "rows": 8}, "--rows is not of --lm_eval: there are --lm_eval_include, --lm_eval_limit"),
+    ],
+)
+def test_flags_that_mean_nothing_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate.harness_options(Flags(given))
+
+
+def test_flags_of_the_command(monkeypatch):
+    monkeypatch.setattr(evaluate, "require", lambda extra: None)
+    assert evaluate.harness_options(Flags(tasks=["gsm8k"], rows=8)) == {}
+    given = Flags(lm_eval=["piqa"], lm_eval_limit=4, apply_chat_template=True, tasks=["gsm8k"], rows=8, slots=2)
+    assert HarnessOptions(**evaluate.harness_options(given)) == HarnessOptions(
+        limit=4, apply_chat_template=True, slots=2
+    )
+    assert evaluate.own_tasks(given) and not evaluate.own_tasks(Flags(lm_eval=["piqa"]))
