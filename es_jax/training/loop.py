@@ -105,7 +105,8 @@ def run(
     """Train, from the start or from where the directory's run stopped; the bits are the same either way.
 
     Args:
-      config: a RunConfig, or the ConfigDict of a config file.
+      config: a RunConfig, the ConfigDict of a config file, or a dict of groups and their fields; what it leaves out has
+        its default.
       workdir: the run's directory; made if need be.
       task: in place of task.name: a name, or a task itself. config.json has the name and the options that make it
         again, where its class tells them; otherwise whoever goes on with the run or evaluates it gives it again.
@@ -114,6 +115,20 @@ def run(
       ValueError, OSError: bad fields, rows, weights, prompts, or a directory of another run, before any work starts;
         scores or weights that are not finite or a full disk, at their step. Finished steps stay.
       processes.Preempted: SIGTERM came. The last finished step has a checkpoint.
+
+    >>> import tempfile
+    >>> config = {
+    ...     "model": {"source": "lab"},
+    ...     "task": {"name": "lab-countdown", "train_size": 8},
+    ...     "es": {"population": 4, "sigma": 0.01},
+    ...     "optim": {"learning_rate": 0.005, "anchor": {"penalty": "l2", "kappa": 1.0}},
+    ...     "decode": {"max_prompt_tokens": 16, "max_new_tokens": 6},
+    ...     "train": {"steps": 2},
+    ...     "evals": {"rows": 8},
+    ... }
+    >>> result = run(config, tempfile.mkdtemp())
+    >>> result.step, result.heldout["n"]
+    (2, 8)
     """
     began = time.monotonic()
     config, workdir = config if isinstance(config, RunConfig) else freeze(config), Path(workdir)
