@@ -114,11 +114,13 @@ def test_what_does_not_fit_is_refused_before_work(tasks, options, message, tiny_
 def test_no_torch_is_needed(tiny_model, folder, tmp_path):
     """By the command, as where torch is not installed; one line of JSON is all that it prints."""
     code = (
-        "import sys; sys.modules['torch'] = None\n"
+        "import sys; from importlib.machinery import PathFinder; find = PathFinder.find_spec\n"
+        "hidden = lambda cls, name, *more: None if name == 'torch' else find(name, *more)\n"
+        "PathFinder.find_spec = classmethod(hidden)\n"
         "from es_jax import evaluate\n"
         f"sys.argv = ['evaluate', '--workdir={tiny_model}', '--lm_eval=my_cloze', '--lm_eval_include={folder}',"
         f" '--out={tmp_path}', '--lm_eval_limit=2', '--json']\n"
-        "evaluate.entry()"
+        "try:\n    evaluate.entry()\nfinally:\n    assert 'torch' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
