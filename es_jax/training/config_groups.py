@@ -15,6 +15,7 @@ from es_jax.es.noise import NOISES
 from es_jax.es.population import Population
 from es_jax.es.shaping import SHAPINGS
 from es_jax.optim.chains import OPTIMIZERS, OPTIONS
+from es_jax.rundir.tracker import TRACKERS
 
 MEMORIES = ("device", "pinned_host")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -89,18 +90,21 @@ class TaskConfig:
     """What the members are scored on.
 
     Attributes:
-      name: what `es_jax.tasks.get_task` takes: "countdown", …; "rows"; FILE.py:NAME or package.module:NAME.
+      name: what `es_jax.tasks.get_task` takes: "countdown", …; "rows"; reasoning_gym:NAME; FILE.py:NAME or
+        package.module:NAME.
       data_dir: a folder of rows, where the task is not to use its own; relative to the working directory.
       hub: a data set on the hub, "owner/name", for countdown and rows.
       prompt, answer: of rows: a template, text or a list of messages, and a column. See `es_jax.tasks.columns.Columns`.
+        Of reasoning_gym:NAME prompt is a template with {question}.
       grader: "paper", "strict" or "robust", where the task has graders; of rows "exact", "number", "choice",
-        "contains", FILE.py:NAME or package.module:NAME.
+        "contains", FILE.py:NAME or package.module:NAME; of reasoning_gym:NAME "tags" or "whole".
       options: other fields of the task, by name; values as JSON has them.
       train_size: how many training prompts there are.
       prompts_per_step: how many of them a step scores its members on; None is all of them, every step.
       seed: of the rows, where the task generates them; None is the task's own default.
       timeout_seconds: the most that the score of a completion may take, of the task that is trained and of those from
-        outside the package; None: what such a task's class says. A process of its own scores then.
+        outside the package; None: what such a task's class says, 10 of reasoning_gym:NAME. A process of its own scores
+        then.
     """
 
     name: str = "countdown"
@@ -354,6 +358,7 @@ class TrainConfig:
       samples: ≥ 0 completions of each step's first member that go to samples.jsonl.
       profile: (start, stop): a TensorBoard trace of steps start to stop − 1 is written to the run's tb folder.
         It ends with the last step of the run at the latest.
+      tracker: "wandb" follows the run in Weights & Biases too, as docs/records.md says; None is nobody.
     """
 
     steps: int = 500
@@ -362,6 +367,7 @@ class TrainConfig:
     keep_checkpoints: int = 2
     samples: int = 2
     profile: tuple[int, ...] = ()
+    tracker: str | None = None
 
     def __post_init__(self):
         _require(self, "train", "at least 1", _at_least(1), "steps", "checkpoint_every", "keep_checkpoints")
@@ -375,6 +381,9 @@ class TrainConfig:
                 f"train.profile is {self.profile}, but the last step is train.steps = {self.steps}: nothing would be "
                 "traced; start earlier"
             )
+        _rule("train.tracker", f"one of {', '.join(TRACKERS)}")
+        if self.tracker not in (None, *TRACKERS):
+            raise ValueError(unknown("train.tracker", self.tracker, TRACKERS))
         if self.samples < 0:
             raise ValueError(f"train.samples is {self.samples}: it must not be negative")
         try:
