@@ -9,7 +9,7 @@ The public names, by what they are for:
     generation   Greedy, Temperature, TopK, TopP, Engine, Generation, score_tokens
     text         complete, perplexity
     tasks        Example, Score, SimpleTask, Task, get_task
-    runs         run, replay, RunResult, StepRecord, evaluate_run, load_step
+    runs         run, replay, RunResult, StepRecord, evaluate_run, load_step, evaluate_harness, harness_lm
     grpo         group_relative
 
 They are imported when they are first used: `import es_jax` starts neither JAX nor transformers.
@@ -40,6 +40,7 @@ _HOME = {
     "es_jax.training.weights_at": ("replay",),
     "es_jax.evals.load_step": ("load_step",),
     "es_jax.evals.runner": ("evaluate_run",),
+    "es_jax.evals.harness": ("evaluate_harness", "harness_lm"),
 }
 _NAMES = {name: module for module, names in _HOME.items() for name in names}
 

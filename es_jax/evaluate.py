@@ -1,14 +1,17 @@
 """python -m es_jax.evaluate --workdir=RUN [--tasks=a,b] [--steps=0,best | --every=K] [--kl] [--drift] [--json]
+python -m es_jax.evaluate --workdir=RUN --lm_eval=a,b [--lm_eval_include=FOLDER] [--lm_eval_limit=N]
 
 Evaluates steps of a run (or a model: --workdir=FOLDER --base=MODEL) on held-out rows: accuracy by the published grader,
 by the strict and the robust one and, for multiple choice, by likelihood, with standard errors, and what a drop is made
 of; pass@k and the majority's vote of --samples=N --temperature=T; KL from the base model; drift of the weights. A step
 needs no checkpoint. What is finished is not done again, so the same command goes on after an interruption. Writes
-evals/<task>.jsonl, evals/samples/, evals/kl.jsonl and evals/drift.jsonl (docs/evaluate.md).
+evals/<task>.jsonl, evals/samples/, evals/kl.jsonl and evals/drift.jsonl (docs/evaluate.md). With --lm_eval it evaluates
+on tasks of lm-evaluation-harness and writes evals/lm_eval.jsonl; its own tasks only if --tasks, --samples, --kl or
+--drift asks for them.
 On several hosts the same command runs on all, with one --workdir on a file system that they share, as for training:
 --distributed, or --coordinator_address=HOST:PORT, --num_processes and --process_id. With --json one line is printed:
 
-    out, warnings, tasks ({task: rows}), samples ({task: rows}), kl (rows), drift (rows)
+    out, warnings, tasks ({task: rows}), samples ({task: rows}), kl (rows), drift (rows), with --lm_eval lm_eval (rows)
 """
 
 import dataclasses
@@ -19,6 +22,7 @@ from typing import Any
 
 from absl import app, flags
 
+from es_jax.core.extras import require
 from es_jax.core.flags import command, define_processes, parser
 
 BEST = "best"  # of --steps
@@ -34,12 +38,18 @@ def main(argv: list[str]) -> None:
         from es_jax.evals.runner import Options, evaluate_run
 
         options: dict[str, Any] = {field.name: values[field.name].value for field in dataclasses.fields(Options)}
-        arguments: dict[str, Any] = {name: values[name].value for name in ("every", "kl", "drift", "base", "out")}
-        steps = whole_numbers(values.steps)
+        arguments: dict[str, Any] = {name: values[name].value for name in ("every", "base", "out")}
+        arguments["steps"], harness = whole_numbers(values.steps), harness_options(values)
+        result: dict[str, Any] = {"warnings": [], "tasks": {}, "samples": {}, "kl": [], "drift": []}
         try:
-            result = evaluate_run(
-                values.workdir, tasks=values.tasks or None, steps=steps, options=Options(**options), **arguments
-            )
+            if own_tasks(values):
+                measured = {"tasks": values.tasks or None, "kl": values.kl, "drift": values.drift}
+                result |= evaluate_run(values.workdir, options=Options(**options), **measured, **arguments)
+            if harness:
+                from es_jax.evals.harness import HarnessOptions, evaluate_harness
+
+                own = evaluate_harness(values.workdir, values.lm_eval, options=HarnessOptions(**harness), **arguments)
+                result |= own | {"warnings": result["warnings"] + own["warnings"]}
         except KeyboardInterrupt:
             sys.exit("es_jax.evaluate: interrupted; the same command goes on after what is finished")
         if processes.first():
@@ -57,12 +67,36 @@ def whole_numbers(steps: list[str] | None) -> list[int | str] | None:
         ) from None
 
 
+HARNESS = ("lm_eval_include", "lm_eval_limit", "lm_eval_max_length", "num_fewshot", "apply_chat_template")
+OWN = ("rows", "max_prompt_tokens", "max_new_tokens", "data_dir")  # what means nothing for tasks of --lm_eval
+
+
+def own_tasks(values: Any) -> bool:
+    """Whether something other than --lm_eval is to be done."""
+    return bool(values.tasks or values.samples or values.kl or values.drift or not values.lm_eval)
+
+
+def harness_options(values: Any) -> dict[str, Any]:
+    """The options of --lm_eval; {} without it. ValueError for a flag that means nothing then."""
+    given = [name for name in (OWN if values.lm_eval else HARNESS) if values[name].present]
+    if not values.lm_eval:
+        if given:
+            raise ValueError(f"--{given[0]} is of --lm_eval, which is not given: name tasks with --lm_eval=a,b")
+        return {}
+    if given and not own_tasks(values):
+        raise ValueError(f"--{given[0]} is not of --lm_eval: there are {', '.join(f'--{name}' for name in HARNESS)}")
+    require("lm_eval")
+    options = {name.removeprefix("lm_eval_"): values[name].value for name in HARNESS}
+    return options | {name: values[name].value for name in ("slots", "template_date")}
+
+
 def report(result: dict[str, Any]) -> str:
     """The result as text: a table a task, then KL and drift."""
     tables = [(task, rows, ACCURACY) for task, rows in result["tasks"].items()]
     tables += [sampled_table(task, rows) for task, rows in result["samples"].items()]
     tables += [("KL(base ‖ now), nats a token", result["kl"], KL)] if result["kl"] else []
     tables += [("drift", result["drift"], DRIFT)] if result["drift"] else []
+    tables += [("lm_eval", beside_base(result["lm_eval"]), LM_EVAL)] if result.get("lm_eval") else []
     texts = [f"{title}\n{_table(rows, columns)}\n" for title, rows, columns in tables]
     return "".join(texts) + f"rows in {result['out']}"
 
@@ -91,6 +125,19 @@ ACCURACY |= {"truncated": "truncated", "length": "mean_length"}
 KL = {name: name for name in ("step", "task", "kl", "kl_exact", "kl_token", "kl_exact_token")}
 DRIFT = {name: name for name in ("step", "norm", "predicted", "ratio", "relative", "kappa", "largest")}
 DRIFT["in"] = "largest_in"
+LM_EVAL = {name: name for name in ("task", "metric", "filter", "step", "value", "change", "n")}
+
+
+def beside_base(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of lm_eval by task and metric, with the change since step 0."""
+    key = lambda row: tuple(row[name] for name in ("task", "metric", "filter"))  # noqa: E731
+    base = {key(row): row["value"] for row in rows if row["step"] == 0}
+    found = []
+    for row in sorted(rows, key=lambda row: (*key(row), row["step"])):
+        then, now = base.get(key(row)), row["value"]
+        change = None if None in (then, now) or not row["step"] else now - then
+        found.append(row | {"value_se": row["stderr"], "change": change})
+    return found
 
 
 def _table(rows: list[dict[str, Any]], columns: dict[str, str]) -> str:
@@ -129,6 +176,12 @@ def entry() -> None:
     flags.DEFINE_float("temperature", None, "Of the samples; 1 by default.")
     flags.DEFINE_float("top_p", None, "Of the samples: the likeliest tokens with this probability; 1, all, by default.")
     flags.DEFINE_integer("sample_seed", None, "Of the samples; 0 by default.")
+    flags.DEFINE_list("lm_eval", None, "Tasks of lm-evaluation-harness, with commas; it needs the extra [lm_eval].")
+    flags.DEFINE_string("lm_eval_include", None, "A folder of task files (.yaml) of your own, for --lm_eval.")
+    flags.DEFINE_integer("lm_eval_limit", None, "Rows of each task of --lm_eval: its first ones; all by default.")
+    flags.DEFINE_integer("lm_eval_max_length", None, "Tokens of context for --lm_eval; the model's by default.")
+    flags.DEFINE_integer("num_fewshot", None, "Solved examples in a prompt of --lm_eval; the task's by default.")
+    flags.DEFINE_bool("apply_chat_template", False, "Put the prompts of --lm_eval through the chat template.")
     define_processes()
     flags.DEFINE_bool("json", False, "Print the result as one line of JSON.")
     flags.DEFINE_bool("traceback", False, "Show where an error came from.")

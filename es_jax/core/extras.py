@@ -13,6 +13,7 @@ _PACKAGES = {
         "absl", "datasets", "flax", "gguf", "huggingface_hub", "jinja2", "ml_collections", "ml_dtypes", "orbax",
         "pyarrow", "safetensors", "tensorboardX", "tokenizers", "tqdm", "transformers",
     ),
+    "lm_eval": ("lm_eval",),
     "report": ("jinja2", "matplotlib"),
     "reasoning_gym": ("reasoning_gym",),
     "wandb": ("wandb",),

@@ -1,10 +1,11 @@
 """Evaluation of a run's steps: accuracy by every view, KL and drift, each (task, step) once."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -144,10 +145,25 @@ def evaluate_run(
     Raises:
       ValueError, OSError: what is asked for does not exist or does not fit, before anything is computed.
     """
-    path = Path(workdir)
-    run = is_run(path)
+    run = is_run(Path(workdir))
     if not run and base is None and (kl or drift):
         raise ValueError(f"{workdir} is a model, not a run: kl and drift need base, the model it was trained from")
+    with opened(workdir, base=base, out=out, date=options.template_date, mesh=mesh) as (source, folder, mesh):
+        chosen = chosen_steps(source, every, steps)
+        if tasks is None and not run:
+            raise ValueError("tasks are not given: a model has none of its own, so name them")
+        names = [source.config.task.name, *source.config.evals.tasks] if tasks is None else tasks
+        return _Evaluation(source, folder, names, chosen, options=options, mesh=mesh, kl=kl, drift=drift).run()
+
+
+@contextlib.contextmanager
+def opened(
+    workdir: str | Path, *, base: str | None, out: str | Path | None, date: str | None, mesh: Mesh | None
+) -> Iterator[tuple[WeightSource, Path, Mesh]]:
+    """What is evaluated, the folder of its rows, and the devices: as `evaluate_run` has them. Inside, compiled programs
+    are kept beside the rows, or in the run's own cache folder."""
+    path = Path(workdir)
+    run = is_run(path)
     if run and base is not None:
         raise ValueError(f"base is {base!r}, but {workdir} is a run, which knows its base model: leave base out")
     if not run:
@@ -160,13 +176,7 @@ def evaluate_run(
     folder = path / "evals" if out is None else Path(out)
     with compilation_cache((path if run and out is None else folder) / "cache"):
         source = of_run(path, mesh) if run else of_model(str(workdir), base, mesh)
-        source = with_date(source, folder, options.template_date, run=run)
-        numbers = None if steps is None else [step_of(path, step, flag="--steps") for step in steps]
-        chosen = _chosen_steps(source, every, numbers)
-        if tasks is None and not run:
-            raise ValueError("tasks are not given: a model has none of its own, so name them")
-        names = [source.config.task.name, *source.config.evals.tasks] if tasks is None else tasks
-        return _Evaluation(source, folder, names, chosen, options=options, mesh=mesh, kl=kl, drift=drift).run()
+        yield with_date(source, folder, date, run=run), folder, mesh
 
 
 def _check_models(workdir: str, base: str | None, out: str | Path | None) -> None:
@@ -184,8 +194,11 @@ def _check_models(workdir: str, base: str | None, out: str | Path | None) -> Non
             raise (ValueError if isinstance(error, ValueError) else OSError)(f"{meaning}: {error}") from None
 
 
-def _chosen_steps(source: WeightSource, every: int | None, steps: Sequence[int] | None) -> list[int]:
+def chosen_steps(source: WeightSource, every: int | None, steps: Sequence[int | str] | None) -> list[int]:
+    """Step 0 and the given steps, of which "best" is that of a run with train.keep_best, or else every `every`-th and
+    the last. ValueError where there is no such step."""
     if steps is not None:
+        steps = [step_of(source.workdir or "a model", step, flag="--steps") for step in steps]
         for step in steps:
             if not 0 <= step <= source.last:
                 raise ValueError(f"--steps has {step}, but there are steps 0 to {source.last}: choose of them")

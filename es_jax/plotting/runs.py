@@ -33,7 +33,7 @@ ALIKE = (
 )  # fmt: skip
 SCHEDULES = ("es.schedule", "optim.schedule", "optim.anchor.schedule")
 # What every line of a file has; one of another name is a task's.
-NEEDED = {"metrics": ("step",), "drift": ("step",), "kl": ("step", "task", "kl_exact")}
+NEEDED = {"metrics": ("step",), "drift": ("step",), "kl": ("step", "task", "kl_exact"), "lm_eval": ("step", "task")}
 EARLIER = {"max_new": "max_new_tokens"}  # what earlier files call a column → its name
 # Dotted field → how a label or a caption calls it. Fields that are not here keep their names.
 SYMBOLS = dict(map(str.split, """

@@ -71,15 +71,19 @@ def _text(tokenizer: Any, end: PromptEnd, ids: list[int]) -> str:
     return whole[len(before) :]
 
 
-def encode_options(tokenizer: Any, prompt: Prompt, options: Sequence[str]) -> tuple[list[int], list[list[int]]]:
+def encode_options(
+    tokenizer: Any, prompt: Prompt, options: Sequence[str], *, plain: bool | None = None
+) -> tuple[list[int], list[list[int]]]:
     """A prompt and its continuations as token ids: those of prompt + option, parted where the prompt's own tokens end.
 
     Where the beginning of an option is one token with the prompt's last characters, the prompt ends before that token,
-    for all its options: so each is scored on all that differs.
+    for all its options: so each is scored on all that differs. `plain`: as `encode_texts` has it; by default whether
+    the prompt is text.
     """
     text = render(tokenizer, prompt)
     texts = [text, *(text + option for option in options)]
-    alone, *wholes = encode_texts(tokenizer, texts, plain=isinstance(prompt, str))
+    plain = isinstance(prompt, str) if plain is None else plain
+    alone, *wholes = encode_texts(tokenizer, texts, plain=plain)
     shared = min(_shared(alone, whole) for whole in wholes)
     return alone[:shared], [whole[shared:] for whole in wholes]
 
