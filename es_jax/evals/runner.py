@@ -198,11 +198,11 @@ def chosen_steps(source: WeightSource, every: int | None, steps: Sequence[int | 
     """Step 0 and the given steps, of which "best" is that of a run with train.keep_best, or else every `every`-th and
     the last. ValueError where there is no such step."""
     if steps is not None:
-        steps = [step_of(source.workdir or "a model", step, flag="--steps") for step in steps]
-        for step in steps:
+        numbers = [step_of(source.workdir or "a model", step, flag="--steps") for step in steps]
+        for step in numbers:
             if not 0 <= step <= source.last:
                 raise ValueError(f"--steps has {step}, but there are steps 0 to {source.last}: choose of them")
-        return sorted({0, *steps})
+        return sorted({0, *numbers})
     spacing = every or source.config.evals.every or source.last or 1
     if spacing < 1:
         raise ValueError(f"every is {every}: it must be at least 1")
