@@ -45,7 +45,7 @@ from es_jax.rundir.metrics import say
 from es_jax.rundir.seed_log import SeedLog, read_entries
 from es_jax.scoring.grading import Graded, Grader
 from es_jax.scoring.heldout import checked_prompt, evaluate
-from es_jax.scoring.row_results import EvalsFile
+from es_jax.scoring.row_results import EvalsFile, set_aside
 from es_jax.scoring.workers import Submit, workers_of
 from es_jax.tasks.outside import label
 from es_jax.tasks.task import Example, Task
@@ -63,6 +63,7 @@ from es_jax.training.run_tasks import (
     with_task,
 )
 from es_jax.training.sizes import choose_slots, members_at_once, prompts_of_member, why_not_in_place
+from es_jax.training.start import Start, start_of, with_weights
 from es_jax.training.state import (
     State,
     base_config,
@@ -100,7 +101,11 @@ class RunResult:
 
 
 def run(
-    config: RunConfig | config_dict.ConfigDict | dict, workdir: str | Path, *, task: Task | str | None = None
+    config: RunConfig | config_dict.ConfigDict | dict,
+    workdir: str | Path,
+    *,
+    task: Task | str | None = None,
+    branch_from: str | None = None,
 ) -> RunResult:
     """Train, from the start or from where the directory's run stopped; the bits are the same either way.
 
@@ -109,6 +114,7 @@ def run(
       workdir: the run's directory; made if need be.
       task: in place of task.name: a name, or a task itself. config.json has the name and the options that make it
         again, where its class tells them; otherwise whoever goes on with the run or evaluates it gives it again.
+      branch_from: RUN@STEP, or RUN: the new run starts from a step of that one (docs/resume.md).
 
     Raises:
       ValueError, OSError: bad fields, rows, weights, prompts, or a directory of another run, before any work starts;
@@ -117,7 +123,8 @@ def run(
     """
     began = time.monotonic()
     config, workdir = config if isinstance(config, RunConfig) else freeze(config), Path(workdir)
-    config = config if task is None else with_task(config, task)
+    start = start_of(config if task is None else with_task(config, task), workdir, branch_from)
+    config = start.config
     trained = make_task(config) if task is None or isinstance(task, str) else task
     others = ((name, other_task(config, name)) for name in config.evals.tasks if name != config.task.name)
     tasks = by_label([*others, (config.task.name, trained)])
@@ -127,7 +134,7 @@ def run(
     workers = workers_of(trained, config.task.timeout_seconds)
     with processes.stoppable(), directory.claim(workdir), compilation_cache(workdir / "cache"), workers as submit:
         check_steps(config, workdir)
-        return _Run(config, workdir, tasks, train, tests, submit).train(began)
+        return _Run(with_weights(start, workdir), workdir, tasks, train, tests, submit).train(began)
 
 
 def with_date(config: RunConfig, workdir: Path) -> RunConfig:
@@ -170,20 +177,21 @@ class _Run:
 
     def __init__(
         self,
-        config: RunConfig,
+        start: Start,
         workdir: Path,
         tasks: dict[str, Task],
         train: list[Example],
         tests: dict,
         submit: Submit,
     ):
-        facts = directory.read(workdir) if read_entries(workdir) else {}
+        facts, config = directory.read(workdir) if read_entries(workdir) else {}, start.config
         self.mesh, why = choose_mesh(config, base_config(config), before=facts.get("mesh", {}).get("model"))
         if self.mesh.size > 1:
             say(why)
         processes.connect(self.mesh)
-        config = with_date(config, workdir)
+        config = config.with_date(with_date(start.given, workdir).model.template_date)
         self.config, self.workdir, self.tasks, self.examples, self.submit = config, workdir, tasks, train, submit
+        self.parent = start.parent
         model = load_base(config, self.mesh)
         param_shardings(self.mesh, model.params, log=True)
         self.dim = count(model.params)
@@ -203,9 +211,10 @@ class _Run:
         )
         config, engine = with_numbers(config, engine, self.mesh, facts.get("config", {}).get("decode", {}))
         self.config = config
+        fields, places = start.written(config, workdir)
         directory.settle(
-            workdir, dataclasses.asdict(config), identity=self._identity(), started=bool(self.log.entries),
-            mesh=dict(self.mesh.shape),
+            workdir, fields, identity=self._identity(), started=bool(self.log.entries),
+            mesh=dict(self.mesh.shape), places=places, log=self.log.resize,
         )  # fmt: skip
         self.evaluator = Evaluator.of(config, engine, self.mesh)
         self.checkpoints = Checkpoints(workdir, keep=config.train.keep_checkpoints)
@@ -215,6 +224,11 @@ class _Run:
         self.method = config.record.make(config, self.evaluator, self.state, self.packing, self.streams)
         resume(config, workdir, self.state, self.log, self.checkpoints)
         directory.check_space(workdir, nbytes(self.state.params, self.state.opt_state))
+        if processes.first():
+            for test in self.tests:
+                if text := set_aside(workdir / "evals", test.name, test.digest):
+                    say(text)
+        processes.barrier()
         for test in self.tests:
             EvalsFile(workdir / "evals", test.name, last_step=len(self.log.entries)).check(
                 digest=test.digest, max_new_tokens=config.decode.max_new_tokens, n=len(test.examples)
@@ -327,17 +341,23 @@ class _Run:
         """What a run is besides its fields, as config.json keeps it."""
         rows = [[e.prompt, e.answer, dict(e.meta)] for e in self.examples]
         tests, anchor = {test.name: test.prompts for test in self.tests}, self.config.optim.anchor.source
-        content = json.dumps([rows, self.prompts, tests], default=str).encode()
+
+        def digest(*content: Any) -> str:
+            return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
+
         return {
             "digest": self.model.digest,
             "files": small_sums(self.config.model.source),
-            "rows": hashlib.sha256(content).hexdigest(),
+            directory.ROWS: digest(rows, self.prompts, tests),
+            directory.TRAINING_ROWS: digest(rows, self.prompts),
+            directory.TEST_ROWS: {test.name: test.digest for test in self.tests},
             "compute_dtype": str(compute_dtype(self.config)),
             "parameters": self.dim,
             "stop_ids": list(self.model.stop_token_ids),
             "streams": rng.check_streams(self.streams),
             **source_digests(self.tasks),
             **({} if anchor is None else {"anchor_digest": load_outline(anchor).digest}),
+            **({} if self.parent is None else {"parent": self.parent}),
         }
 
     def _rows(self, step: int) -> Sequence[int]:
