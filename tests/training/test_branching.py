@@ -168,13 +168,13 @@ def test_steps_of_runs_are_compared_as_models(first, branch, tmp_path):
 
 def test_grpo_runs_branch_from_their_checkpoints(tiny_model, tmp_path):
     grpo = {"rollouts": 2, "mini_batch": 2}
-    groups = dict(grpo=grpo, optim={"name": "adam", "learning_rate": 1e-2}, evals={"every": 0})
+    groups = dict(grpo=grpo, optim={"learning_rate": 1e-2}, evals={"every": 0})
     train = {"steps": 3, "checkpoint_every": 1, "keep_checkpoints": 2}
     run(config_on(tiny_model, TWO_STEPS | {"method": "grpo"}, train=train, **groups), tmp_path / "first")
     with pytest.raises(ValueError, match=r"step 1 of .* there are checkpoints of steps 2, 3 alone"):
-        run(TWO_STEPS | {"train": {"steps": 1}}, tmp_path / "new", branch_from=f"{tmp_path / 'first'}@1")
+        run(fields(train={"steps": 1, "seed": 3}), tmp_path / "new", branch_from=f"{tmp_path / 'first'}@1")
     assert not (tmp_path / "new").exists()
-    result = run(TWO_STEPS | {"train": {"steps": 1}}, tmp_path / "new", branch_from=f"{tmp_path / 'first'}@2")
+    result = run(fields(train={"steps": 1, "seed": 3}), tmp_path / "new", branch_from=f"{tmp_path / 'first'}@2")
     ((_, start),) = weights_at(tmp_path / "new", [0])
     start = host(start)
     ((_, parent),) = weights_at(tmp_path / "first", [2])
