@@ -205,6 +205,12 @@ def _changed(then: dict[str, Any], now: dict[str, Any], identity: dict[str, Any]
 
 def _refusal(workdir: Path, then: dict[str, Any], changed: dict[str, tuple[Any, Any]]) -> str:
     differing = "; ".join(f"{name} was {was!r} and is {now!r}" for name, (was, now) in changed.items())
+    if all(name.startswith(TEST_ROWS) for name in changed):
+        tasks = ", ".join(name.partition(".")[2] for name in changed)
+        return (
+            f"the held-out rows of {tasks}, or the rules by which they are graded, changed since {workdir} was evaluated, "
+            f"and no field of evals says so ({differing}): restore them, or choose another --workdir"
+        )
     text = f"{workdir} holds a run of another config: {differing}. Choose another --workdir, or set the fields back"
     if list(changed) != [ROWS]:
         return text
