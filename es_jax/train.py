@@ -1,8 +1,8 @@
 """python -m es_jax.train --config=configs/countdown.py[:args] --workdir=DIR [--config.group.field=value …]
 
 Trains, or resumes the run that is in the directory. With --branch_from=RUN@STEP a new run starts from a step of
-another one, with that run's fields where --config is left out (docs/resume.md). A mistake in the input ends it with one sentence; add
---traceback to see where it was noticed. SIGTERM ends it with a checkpoint and status 0.
+another one, with that run's fields where --config is left out (docs/resume.md). A mistake in the input ends it with one
+sentence; add --traceback to see where it was noticed. SIGTERM ends it with a checkpoint and status 0.
 
 On several hosts the same command runs on all, with one --workdir on a file system that they share, and --distributed
 where the environment says who they are (Cloud TPU, GKE, SLURM, Open MPI), or --coordinator_address=HOST:PORT,
@@ -37,8 +37,8 @@ def main(argv: list[str]) -> None:
                 raise
             sys.exit(
                 f"es_jax.train: out of memory ({str(error).splitlines()[0]}): lower decode.slots or "
-                "decode.members_at_once, with which the same run goes on, or in another --workdir decode.max_new_tokens, "
-                "or use more devices; finished steps stay"
+                "decode.members_at_once, with which the same run goes on, or in another --workdir "
+                "decode.max_new_tokens, or use more devices; finished steps stay"
             )
         except KeyboardInterrupt:
             text = "interrupted; the same command goes on from the last finished step of"

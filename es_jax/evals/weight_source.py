@@ -108,8 +108,8 @@ DEFAULTS = _fields(RunConfig())  # of what a mark from before a field was there 
 
 
 def of_model(source: str, base: str | None, mesh: Mesh) -> WeightSource:
-    """A model, or RUN@STEP, as step 1, beside its base model as step 0; without a base model it is step 0 itself. Raises ValueError
-    where the two have different shapes or vocabularies."""
+    """A model, or RUN@STEP, as step 1, beside its base model as step 0; without a base model it is step 0 itself.
+    Raises ValueError where the two have different shapes or vocabularies."""
     config, sources = RunConfig(model=ModelConfig(source=source)), (base or source, source)
     model, other = map(outline, sources)
     if model.config != other.config or model.tokenizer.get_vocab() != other.tokenizer.get_vocab():

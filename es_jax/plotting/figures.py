@@ -221,9 +221,9 @@ def drift_against_theory(series: Sequence[Series]) -> Plot | None:
     began = "".join(f" {one.label} began at {_parents(one)}." for one in series if any(run.parent for run in one.runs))
     return Plot(
         "drift", "Drift against theory", figure, data,
-        f"Markers: the measured distance of the weights from where they began, mean over seeds.{began} Lines: the closed "
-        "form in exact arithmetic, where there is one. A ratio outside the grey band, 1 ± 0.02, means that precision was "
-        "lost.",
+        f"Markers: the measured distance of the weights from where they began, mean over seeds.{began} Lines: the "
+        "closed form in exact arithmetic, where there is one. A ratio outside the grey band, 1 ± 0.02, means that "
+        "precision was lost.",
     )  # fmt: skip
 
 

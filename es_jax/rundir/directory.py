@@ -208,8 +208,8 @@ def _refusal(workdir: Path, then: dict[str, Any], changed: dict[str, tuple[Any, 
     if all(name.startswith(TEST_ROWS) for name in changed):
         tasks = ", ".join(name.partition(".")[2] for name in changed)
         return (
-            f"the held-out rows of {tasks}, or the rules by which they are graded, changed since {workdir} was evaluated, "
-            f"and no field of evals says so ({differing}): restore them, or choose another --workdir"
+            f"the held-out rows of {tasks}, or the rules by which they are graded, changed since {workdir} was "
+            f"evaluated, and no field of evals says so ({differing}): restore them, or choose another --workdir"
         )
     text = f"{workdir} holds a run of another config: {differing}. Choose another --workdir, or set the fields back"
     if list(changed) != [ROWS]:
@@ -217,8 +217,8 @@ def _refusal(workdir: Path, then: dict[str, Any], changed: dict[str, tuple[Any, 
     if flat(then["config"]).get(DATE) is None:
         text += f". If the chat template writes the date, set {DATE} to the day the run began"
     return (
-        f"{text}. The run is of an earlier version, whose sum of rows has the held-out ones in it: if evals is to change, "
-        "let it go on once with evals as it was"
+        f"{text}. The run is of an earlier version, whose sum of rows has the held-out ones in it: if evals is to "
+        "change, let it go on once with evals as it was"
     )
 
 
@@ -228,8 +228,8 @@ def _resize(was: dict[str, Any], now: dict[str, Any], log: Callable[[dict[str, t
     for name in SIZES:
         if was.get(name) not in (None, now.get(name)):
             logger.warning(
-                "%s was %s and is %s: completions from now on may differ from those that the run would have made, where "
-                "two tokens are nearly equally likely; the seed log tells it",
+                "%s was %s and is %s: completions from now on may differ from those that the run would have made, "
+                "where two tokens are nearly equally likely; the seed log tells it",
                 name, was[name], now.get(name),
             )  # fmt: skip
 

@@ -96,7 +96,7 @@ def locate(
 def located(name: str, text: str, facts: Mapping[str, Any], workdir: Path, *, needed: bool) -> str:
     """The text of one field as `locate` has it."""
     path, rest = _parts(name, text)
-    if (was := facts.get("places", {}).get(path)) is None:
+    if path is None or (was := facts.get("places", {}).get(path)) is None:
         return text
     given = Path(path).expanduser()
     beside = Path(os.path.normpath(Path(os.path.abspath(workdir)) / os.path.relpath(was, facts["workdir"])))
@@ -106,8 +106,8 @@ def located(name: str, text: str, facts: Mapping[str, Any], workdir: Path, *, ne
     if needed:
         tried = dict.fromkeys(map(str, (given.absolute(), beside, was)))
         raise FileNotFoundError(
-            f"{name} of {workdir} is {path!r} and is not there any more; looked for {', '.join(tried)}: put it back into "
-            "one of these places"
+            f"{name} of {workdir} is {path!r} and is not there any more; looked for {', '.join(tried)}: put it back "
+            "into one of these places"
         )
     return text
 

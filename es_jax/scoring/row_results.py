@@ -189,8 +189,8 @@ class EvalsFile:
 
 def set_aside(folder: Path, task: str, digest: str) -> str | None:
     """Move the rows of a task, where they are of other held-out rows than those of the digest, to earlier/<their
-    digest>/, in the form of `folder`, and bring back what an earlier change moved of these. Returns a sentence about it,
-    None where there was nothing to do."""
+    digest>/, in the form of `folder`, and bring back what an earlier change moved of these. Returns a sentence about
+    it, None where there was nothing to do."""
     names = (Path(f"{task}.jsonl"), Path("verdicts") / f"{task}.jsonl")
     (first, *_) = [row.get("rows") for row in read_rows(folder / names[0])] or [digest]
     if first == digest:
@@ -201,7 +201,9 @@ def set_aside(folder: Path, task: str, digest: str) -> str | None:
             if (source / name).exists():
                 (target / name).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(source / name, target / name)
-    return f"{task}: evaluated on other held-out rows from here on; what was evaluated on those of before is in {others}"
+    return (
+        f"{task}: evaluated on other held-out rows from here on; what was evaluated on those of before is in {others}"
+    )
 
 
 def read_evals(path: Path) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Where a run starts: from a model, or from the weights of a step of another run, its parent.
 
-A run with a parent keeps the weights that it started from in its folder `start`, and in `anchor` those that it is anchored
-to, where they are of a run too. Both are model folders, so the run needs its parent no more.
+A run with a parent keeps the weights that it started from in its folder `start`, and in `anchor` those that it is
+anchored to, where they are of a run too. Both are model folders, so the run needs its parent no more.
 """
 
 import dataclasses
@@ -30,7 +30,9 @@ from es_jax.weights.model import Model, check_new, load_outline, save_model
 
 logger = logging.getLogger(__name__)
 CARD = "README.md"  # of such a folder; it is written with the weights, and says whose they are
-OURS = "The weights of a step of a run of es_jax, from which the run whose folder this is started, or to which it is pulled."
+OURS = (
+    "The weights of a step of a run of es_jax, from which the run whose folder this is began, or to which it is pulled."
+)
 
 
 class Start(NamedTuple):
@@ -39,9 +41,9 @@ class Start(NamedTuple):
     Attributes:
       given: the config as config.json keeps it.
       config: the same, with each path as it is found from here.
-      parent: None where the run starts from a model; else what config.json keeps: `run`, as it was named; its `path`; the
-        `step`; `seedlog`, a digest of the parent's log up to that step; `digest` and `model` of the base weights that the
-        first of its ancestors began from; `seeds` of the ancestors; and whether it is a `branch`.
+      parent: None where the run starts from a model; else what config.json keeps: `run`, as it was named; its `path`;
+        the `step`; `seedlog`, a digest of the parent's log up to that step; `digest` and `model` of the base weights
+        that the first of its ancestors began from; `seeds` of the ancestors; and whether it is a `branch`.
     """
 
     given: RunConfig
@@ -62,8 +64,8 @@ def start_of(config: RunConfig, workdir: Path, branch_from: str | None = None) -
         of which optim.anchor.source says nothing is where that run's was; and so is model.template_date.
 
     Raises:
-      ValueError: the step is not there, model.source is another model than that run's, or the directory holds a run that
-        began elsewhere.
+      ValueError: the step is not there, model.source is another model than that run's, or the directory holds a run
+        that began elsewhere.
       OSError: no run, or a path of config.json is in none of its places.
     """
     facts = directory.read(workdir) if read_entries(workdir) else {}
@@ -151,8 +153,9 @@ def _check_base(source: str, parent: dict[str, Any], digest: str) -> None:
         return
     if as_step(source) or load_outline(source).digest not in (parent["digest"], digest):
         raise ValueError(
-            f"model.source is {source!r}, and branch_from {parent['run']!r} of another model, {parent['model']!r}: leave "
-            "model.source out; to start from a step and be anchored there, set model.source to it, without branch_from"
+            f"model.source is {source!r}, and branch_from {parent['run']!r} of another model, {parent['model']!r}: "
+            "leave model.source out; to start from a step and be anchored there, set model.source to it, without "
+            "branch_from"
         )
 
 
@@ -166,8 +169,8 @@ def _with_anchor(config: RunConfig, source: str | None) -> RunConfig:
 
 
 def _as_the_parent(config: RunConfig, parent: RunConfig) -> RunConfig:
-    """With the day of the parent's prompts and its anchor, where the config does not say others: the weights that it was
-    pulled to, else those that it began from. An anchor that follows the weights has been left where they are."""
+    """With the day of the parent's prompts and its anchor, where the config does not say others: the weights that it
+    was pulled to, else those that it began from. An anchor that follows the weights has been left where they are."""
     config = config.with_date(config.model.template_date or parent.model.template_date)
     anchor, old = config.optim.anchor, parent.optim.anchor
     if anchor.penalty == "none" or anchor.source is not None or old.ema_decay is not None:
@@ -201,8 +204,8 @@ def _kept(name: str, source: str, folder: Path, started: bool) -> str:
         if not started:
             raise
         raise FileNotFoundError(
-            f"{name} of {folder.parent} is {source!r}, and neither {folder}, where the run kept those weights, nor that "
-            f"run is there any more ({error}): put one of them back"
+            f"{name} of {folder.parent} is {source!r}, and neither {folder}, where the run kept those weights, nor "
+            f"that run is there any more ({error}): put one of them back"
         ) from error
     if step is None:
         return source

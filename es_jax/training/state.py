@@ -99,8 +99,8 @@ def mesh_of(config: RunConfig, model: TransformerConfig, **options: Any) -> Mesh
 
 
 def base_config(config: RunConfig) -> TransformerConfig:
-    """The shape of the run's base model; model.source may be a step of a run. Raises ValueError when it is empty, or what
-    cannot be read."""
+    """The shape of the run's base model; model.source may be a step of a run. Raises ValueError when it is empty, or
+    what cannot be read."""
     if not config.model.source:
         raise ValueError("model.source is empty: set it to a Hugging Face folder, a .gguf file or a hub name")
     return config_only(shape_source(config.model.source))

@@ -20,7 +20,13 @@ CONFIG = {
 def project(tmp_path, monkeypatch):
     """A folder with what CONFIG names, and the run `runs/one` in it; its facts as config.json has them."""
     folder = tmp_path / "project"
-    for path in ("models/base/config.json", "tasks/mine.py", "tasks/other.py", "rows/train.jsonl", "runs/one/config.json"):
+    for path in (
+        "models/base/config.json",
+        "tasks/mine.py",
+        "tasks/other.py",
+        "rows/train.jsonl",
+        "runs/one/config.json",
+    ):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text("{}")
     monkeypatch.chdir(folder)
@@ -80,7 +86,9 @@ def test_what_no_path_was_stays_as_it_is(project, tmp_path):
     for source in ("owner/name", "lab"):
         config = CONFIG | {"model": {"source": source}}
         facts = {"config": config, **record(config, config, tmp_path / "run")}
-        assert source not in facts["places"] and locate(config, facts, tmp_path, needs=FIELDS)["model"]["source"] == source
+        assert (
+            source not in facts["places"] and locate(config, facts, tmp_path, needs=FIELDS)["model"]["source"] == source
+        )
     assert locate(CONFIG, {"config": CONFIG}, tmp_path, needs=FIELDS) == CONFIG
 
 

@@ -153,7 +153,9 @@ def test_test_rows_that_changed_by_themselves_are_refused(tiny_model, copy):
     content = json.loads((copy / "config.json").read_text())
     content["test_rows"]["conciseness"] = "0" * 16
     (copy / "config.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"held-out rows of conciseness, .* \(test_rows\.conciseness was '0{16}' and is"):
+    with pytest.raises(
+        ValueError, match=r"held-out rows of conciseness, .* \(test_rows\.conciseness was '0{16}' and is"
+    ):
         run(config_of(tiny_model, FIELDS), copy)
 
 
