@@ -36,6 +36,7 @@ WANTED = ("evals.", "task.data_dir")  # fields that say which held-out rows are 
 SIZES = ("decode.slots", "decode.members_at_once")  # may change as well, and the seed log tells it
 TRAINING_ROWS, TEST_ROWS = "training_rows", "test_rows"  # digests; ROWS is of both, as they were when the run began
 ROWS = "rows"
+PARENT = "parent"  # the run and the step that a run started from
 SUM = "sha256"  # the field of config.json that has the sum of the others
 DATE = "model.template_date"
 SOURCES = "task_sources"  # sums of the tasks from outside the package; they may change, with a warning
@@ -180,7 +181,9 @@ def _settle(
             for sentence in sentences:
                 logger.warning(sentence)
             resumed = versions | ({SOURCES: then[SOURCES]} if sentences else {})
-            now = {name: identity[name] for name in (SOURCES, TRAINING_ROWS, TEST_ROWS) if name in identity}
+            new = (SOURCES, TRAINING_ROWS, TEST_ROWS, PARENT, *([] if started else [ROWS]))
+            now = {name: identity[name] for name in new if name in identity}
+            then.pop(PARENT, None)
             own = {"config": config, "mesh": mesh, **places, **now}
             content = {**then, **own, "resumed": [*then.get("resumed", []), resumed]}
             if started:

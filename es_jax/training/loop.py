@@ -211,11 +211,7 @@ class _Run:
         )
         config, engine = with_numbers(config, engine, self.mesh, facts.get("config", {}).get("decode", {}))
         self.config = config
-        fields, places = start.written(config, workdir)
-        directory.settle(
-            workdir, fields, identity=self._identity(), started=bool(self.log.entries),
-            mesh=dict(self.mesh.shape), places=places, log=self.log.resize,
-        )  # fmt: skip
+        self._settle(start)
         self.evaluator = Evaluator.of(config, engine, self.mesh)
         self.checkpoints = Checkpoints(workdir, keep=config.train.keep_checkpoints)
         self.state = State(config, self.mesh, model.params, self.streams)
@@ -224,15 +220,7 @@ class _Run:
         self.method = config.record.make(config, self.evaluator, self.state, self.packing, self.streams)
         resume(config, workdir, self.state, self.log, self.checkpoints)
         directory.check_space(workdir, nbytes(self.state.params, self.state.opt_state))
-        if processes.first():
-            for test in self.tests:
-                if text := set_aside(workdir / "evals", test.name, test.digest):
-                    say(text)
-        processes.barrier()
-        for test in self.tests:
-            EvalsFile(workdir / "evals", test.name, last_step=len(self.log.entries)).check(
-                digest=test.digest, max_new_tokens=config.decode.max_new_tokens, n=len(test.examples)
-            )
+        self._check_evals()
         self.recorder = Recorder(
             config, workdir, dim=perturbed_count(config, self.state.params), finished=self.log.entries,
             tests=self.tests, unit=self.method.unit, offset=self.state.offset,
@@ -242,6 +230,25 @@ class _Run:
         slow = why_not_in_place(config, engine, self.mesh, self.evaluator.at_once)
         if slow and jax.default_backend() == "gpu":
             say(f"{slow}: a step of decoding copies weights and caches, about 3 times the bytes")
+
+    def _settle(self, start: Start) -> None:
+        """Write config.json, or check that the run that is there is this one."""
+        fields, places = start.written(self.config, self.workdir)
+        directory.settle(
+            self.workdir, fields, identity=self._identity(), started=bool(self.log.entries),
+            mesh=dict(self.mesh.shape), places=places, log=self.log.resize,
+        )  # fmt: skip
+
+    def _check_evals(self) -> None:
+        """Put evaluations on other held-out rows than the run's aside; ValueError for those with another limit."""
+        folder, limit = self.workdir / "evals", self.config.decode.max_new_tokens
+        if processes.first():
+            for text in filter(None, (set_aside(folder, test.name, test.digest) for test in self.tests)):
+                say(text)
+        processes.barrier()
+        for test in self.tests:
+            file = EvalsFile(folder, test.name, last_step=len(self.log.entries))
+            file.check(digest=test.digest, max_new_tokens=limit, n=len(test.examples))
 
     def train(self, began: float) -> RunResult:
         """Run the loop to its end; what is open is closed however it ends. `began`: when the run was asked for."""

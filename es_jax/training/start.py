@@ -92,7 +92,7 @@ def _anew(
     if parent["branch"]:
         _check_base(config.model.source, parent, directory.read(step.run)["digest"])
         given = _as_the_parent(given, read_config(step.run, needs=MODELS))
-    if given.record.perturbs and given.train.seed in parent["seeds"]:
+    if given.record.perturbs and given.train.seed in parent["seeds"] and processes.first():
         logger.warning(
             "train.seed is %d, as of %s: its first steps draw that run's noise again; set it to another number",
             given.train.seed, parent["run"],
