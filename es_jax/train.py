@@ -1,8 +1,9 @@
 """python -m es_jax.train --config=configs/countdown.py[:args] --workdir=DIR [--config.group.field=value …]
 
-Trains, or resumes the run that is in the directory. With --branch_from=RUN@STEP a new run starts from a step of
-another one, with that run's fields where --config is left out (docs/resume.md). A mistake in the input ends it with one
-sentence; add --traceback to see where it was noticed. SIGTERM ends it with a checkpoint and status 0.
+Trains, or resumes the run that is in the directory. --config=countdown[:args] is the same file, without a checkout too.
+With --branch_from=RUN@STEP a new run starts from a step of another one, with that run's fields where --config is left
+out (docs/resume.md). A mistake in the input ends it with one sentence; add --traceback to see where it was noticed.
+SIGTERM ends it with a checkpoint and status 0.
 
 On several hosts the same command runs on all, with one --workdir on a file system that they share, and --distributed
 where the environment says who they are (Cloud TPU, GKE, SLURM, Open MPI), or --coordinator_address=HOST:PORT,

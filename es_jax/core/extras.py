@@ -14,14 +14,23 @@ _PACKAGES = {
 }  # fmt: skip
 
 
+def missing(extra: str) -> str | None:
+    """A sentence about the first package of the extra that is not installed; None where all are."""
+    name = next((name for name in _PACKAGES[extra] if importlib.util.find_spec(name) is None), None)
+    return name and f"{name} is not installed: this needs the extra [{extra}], pip install 'es_jax[{extra}]'"
+
+
 @functools.cache
 def require(extra: str) -> None:
-    """Raises ImportError where a package of the extra is not installed; SystemExit in a command of es_jax."""
-    missing = next((name for name in _PACKAGES[extra] if importlib.util.find_spec(name) is None), None)
-    if missing is None:
+    """Raises ImportError where a package of the extra is not installed; SystemExit in a command of es_jax, whose --help
+    is then its docstring."""
+    if (sentence := missing(extra)) is None:
         return
-    sentence = f"{missing} is not installed: this needs the extra [{extra}], pip install 'es_jax[{extra}]'"
-    command = getattr(sys.modules["__main__"], "__spec__", None)
-    if command is not None and command.name.startswith("es_jax."):
+    main = sys.modules["__main__"]
+    command = getattr(main, "__spec__", None)
+    if command is not None and command.name.startswith("es_jax.") and command.name != "es_jax.__main__":
+        if {"--help", "-h"} & set(sys.argv):
+            print(f"{main.__doc__}\n{sentence}")
+            sys.exit(0)
         sys.exit(f"{command.name}: {sentence}")
     raise ImportError(sentence)

@@ -20,6 +20,7 @@ from es_jax.rundir.places import locate
 from es_jax.rundir.seed_log import Entry
 from es_jax.tasks import check_name
 from es_jax.training.config_groups import (
+    RULES,
     DecodeConfig,
     ESConfig,
     EvalsConfig,
@@ -155,7 +156,7 @@ class RunConfig:
         )
 
 
-FIELDS = Fields.of(RunConfig)
+FIELDS = Fields.of(RunConfig, rules=RULES)
 
 
 def default_config() -> config_dict.ConfigDict:

@@ -21,6 +21,14 @@ DTYPES = ("float32", "bfloat16", "float16")
 AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 
 
+RULES: dict[str, list[str]] = {}  # full name of a field → what its checks say that it must be, as they meet it
+
+
+def _rule(field: str, must: str) -> None:
+    if must not in (rules := RULES.setdefault(field, [])):
+        rules.append(must)
+
+
 def _at_least(low: float) -> Callable[[Any], bool]:
     return lambda x: low <= x < math.inf
 
@@ -41,6 +49,7 @@ def _require(config: Any, group: str, must: str, holds: Callable[[Any], bool], *
     """Raises ValueError for the first of the fields that is set and does not hold."""
     for field in fields:
         value = getattr(config, field)
+        _rule(f"{group}.{field}", must)
         if value is not None and not holds(value):
             raise ValueError(f"{group}.{field} is {value}: it must be {must}")
 
@@ -48,6 +57,7 @@ def _require(config: Any, group: str, must: str, holds: Callable[[Any], bool], *
 def _choose(config: Any, group: str, **known: Iterable[str]) -> None:
     """Raises ValueError for the first field whose value is not a known one."""
     for field, names in known.items():
+        _rule(f"{group}.{field}", f"one of {', '.join(names)}")
         if (value := getattr(config, field)) not in names:
             raise ValueError(unknown(f"{group}.{field}", value, names))
 
@@ -122,7 +132,8 @@ class ESConfig:
     Attributes:
       population: N ≥ 2 members a step.
       sigma: σ > 0, the noise scale.
-      schedule: what σ is multiplied by, step by step: `es_jax.optim.schedules`.
+      schedule: what σ is multiplied by, step by step: "constant", "linear" or "cosine",
+        with an end and a warm-up as in "cosine:0.1:20" (`es_jax.optim.schedules`).
       antithetic: members are pairs θ ± σε; N even.
       noise: "gaussian"; "low_rank", with which all members share one set of weights in one batch (arXiv 2511.16652);
         or "shared_seed" as published (equal-shaped parameters share noise; arithmetic in param_dtype).
@@ -220,7 +231,8 @@ class AnchorConfig:
       penalty: "none", "l2" or "l1".
       strength: λ ≥ 0 of the paper (10 for l2, 0.01 for l1); or give `kappa`.
       kappa: κ > 0, how many σ a weight may drift in the long run; λ follows from it. Plain sgd only.
-      schedule: what λ is multiplied by, step by step: `es_jax.optim.schedules`.
+      schedule: what λ is multiplied by, step by step: "constant", "linear" or "cosine",
+        with an end and a warm-up as in "cosine:0.1:20" (`es_jax.optim.schedules`).
       source: the model, or RUN@STEP, to be pulled to, where it is not what training starts from (model.source): in a
         sequence of tasks, the base of the first, which a branch has by itself.
       ema_decay: β of an anchor that follows the weights, their exponential average over about 1/(1 − β) steps; None:
@@ -273,7 +285,8 @@ class OptimConfig:
     Attributes:
       name: one of `es_jax.optim.chains.OPTIMIZERS`; the papers' step is "sgd".
       learning_rate: α > 0, with the 1/σ of the gradient folded in, as in the papers.
-      schedule: what α is multiplied by, step by step: `es_jax.optim.schedules`.
+      schedule: what α is multiplied by, step by step: "constant", "linear" or "cosine",
+        with an end and a warm-up as in "cosine:0.1:20" (`es_jax.optim.schedules`).
       b1, b2: in [0, 1), decay of the moments; None is optax's default. adam, adamw and lion.
       weight_decay: ≥ 0, decoupled, toward zero; None is optax's default. adamw and lion.
       max_grad_norm: > 0: gradients of a larger norm are scaled down to it; None does not clip.
@@ -335,10 +348,10 @@ class TrainConfig:
 
     Attributes:
       steps: iterations T.
-      seed: of the noise and of the order of the prompts.
+      seed: 0 to 2³² − 1, of the noise and of the order of the prompts.
       checkpoint_every: steps between checkpoints; the last step has one too. Steps since are replayed on resume.
       keep_checkpoints: how many checkpoints stay.
-      samples: completions of each step's first member that go to samples.jsonl.
+      samples: ≥ 0 completions of each step's first member that go to samples.jsonl.
       profile: (start, stop): a TensorBoard trace of steps start to stop − 1 is written to the run's tb folder.
         It ends with the last step of the run at the latest.
     """
