@@ -20,6 +20,7 @@ from absl import app, flags
 from ml_collections.config_dict import ConfigDict
 
 from es_jax.core.flags import arguments_of, command, define_config, define_processes, parser
+from es_jax.rundir.places import is_run
 
 
 def main(argv: list[str]) -> None:
@@ -61,14 +62,18 @@ def _with_config(argv: list[str]) -> list[str]:
         named = dict(re.findall(r"^--?(config|branch_from)[=\n](.*)$", "\n".join(arguments_of(argv)), flags=re.M))
     except flags.Error:  # which the parser says
         return argv
-    if "branch_from" in named and "config" not in named:
-        return [*argv, f"--config={re.sub(r'@[0-9]+$', '', named['branch_from'])}"]
-    return argv
+    if "branch_from" not in named or "config" in named:
+        return argv
+    parent = re.sub(r"@[0-9]+$", "", named["branch_from"])
+    if not is_run(Path(parent)):
+        sys.exit(
+            f"es_jax.train: --branch_from is {named['branch_from']!r}: {parent} is not a run's directory; give RUN@STEP"
+        )
+    return [*argv, f"--config={parent}"]
 
 
 def _config_of_run(text: str) -> ConfigDict | None:
     """The fields of the run whose directory a --config names; None where it names something else."""
-    from es_jax.rundir.places import is_run
     from es_jax.training.start import config_of
 
     return config_of(text) if is_run(Path(text)) else None

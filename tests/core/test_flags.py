@@ -281,9 +281,17 @@ def test_other_commands_take_a_file_of_flags(command, text, says, tmp_path):
         (["--workdir=runs/branch_from"], None),
     ],
 )
-def test_a_branch_has_its_parents_config(given, config):
+def test_a_branch_has_its_parents_config(given, config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/a").mkdir(parents=True)
+    (tmp_path / "runs/a/config.json").write_text('{"digest": "0"}')
     added = [f"--config={config}"] if config else []
     assert train._with_config(["es_jax.train", *given]) == ["es_jax.train", *given, *added]
+
+
+def test_a_branch_of_no_run_is_named():
+    with pytest.raises(SystemExit, match=r"--branch_from is 'runs/none@4': runs/none is not a run's directory"):
+        train._with_config(["es_jax.train", "--branch_from=runs/none@4"])
 
 
 def test_a_config_may_be_that_of_a_run(tmp_path):
