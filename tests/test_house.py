@@ -21,7 +21,7 @@ from tests.fast import FAST
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "es_jax"
 MODULES = sorted(m.name for m in pkgutil.walk_packages([str(PACKAGE)], "es_jax."))
-ENTRIES = ("train", "evaluate", "plan", "report", "export")
+ENTRIES = ("train", "evaluate", "plan", "report", "export", "sample")
 
 # Higher imports lower; those of one level do not import each other.
 LEVELS = (

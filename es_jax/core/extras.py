@@ -11,6 +11,7 @@ _PACKAGES = {
         "pyarrow", "safetensors", "tensorboardX", "tokenizers", "tqdm", "transformers",
     ),
     "report": ("jinja2", "matplotlib"),
+    "reasoning_gym": ("reasoning_gym",),
 }  # fmt: skip
 
 

@@ -89,18 +89,21 @@ class TaskConfig:
     """What the members are scored on.
 
     Attributes:
-      name: what `es_jax.tasks.get_task` takes: "countdown", …; "rows"; FILE.py:NAME or package.module:NAME.
+      name: what `es_jax.tasks.get_task` takes: "countdown", …; "rows"; reasoning_gym:NAME; FILE.py:NAME or
+        package.module:NAME.
       data_dir: a folder of rows, where the task is not to use its own; relative to the working directory.
       hub: a data set on the hub, "owner/name", for countdown and rows.
       prompt, answer: of rows: a template, text or a list of messages, and a column. See `es_jax.tasks.columns.Columns`.
+        Of reasoning_gym:NAME prompt is a template with {question}.
       grader: "paper", "strict" or "robust", where the task has graders; of rows "exact", "number", "choice",
-        "contains", FILE.py:NAME or package.module:NAME.
+        "contains", FILE.py:NAME or package.module:NAME; of reasoning_gym:NAME "tags" or "whole".
       options: other fields of the task, by name; values as JSON has them.
       train_size: how many training prompts there are.
       prompts_per_step: how many of them a step scores its members on; None is all of them, every step.
       seed: of the rows, where the task generates them; None is the task's own default.
       timeout_seconds: the most that the score of a completion may take, of the task that is trained and of those from
-        outside the package; None: what such a task's class says. A process of its own scores then.
+        outside the package; None: what such a task's class says, 10 of reasoning_gym:NAME. A process of its own scores
+        then.
     """
 
     name: str = "countdown"

@@ -49,6 +49,7 @@ from es_jax.scoring.row_results import EvalsFile, set_aside
 from es_jax.scoring.workers import Submit, workers_of
 from es_jax.tasks.outside import label
 from es_jax.tasks.task import Example, Task
+from es_jax.training import kept_rows
 from es_jax.training.config import RunConfig, freeze
 from es_jax.training.es import Evaluator
 from es_jax.training.method import StepResult
@@ -110,7 +111,8 @@ def run(
     """Train, from the start or from where the directory's run stopped; the bits are the same either way.
 
     Args:
-      config: a RunConfig, or the ConfigDict of a config file.
+      config: a RunConfig, the ConfigDict of a config file, or a dict of groups and their fields; what it leaves out has
+        its default.
       workdir: the run's directory; made if need be.
       task: in place of task.name: a name, or a task itself. config.json has the name and the options that make it
         again, where its class tells them; otherwise whoever goes on with the run or evaluates it gives it again.
@@ -120,6 +122,20 @@ def run(
       ValueError, OSError: bad fields, rows, weights, prompts, or a directory of another run, before any work starts;
         scores or weights that are not finite or a full disk, at their step. Finished steps stay.
       processes.Preempted: SIGTERM came. The last finished step has a checkpoint.
+
+    >>> import tempfile
+    >>> config = {
+    ...     "model": {"source": "lab"},
+    ...     "task": {"name": "lab-countdown", "train_size": 8},
+    ...     "es": {"population": 4, "sigma": 0.01},
+    ...     "optim": {"learning_rate": 0.005, "anchor": {"penalty": "l2", "kappa": 1.0}},
+    ...     "decode": {"max_prompt_tokens": 16, "max_new_tokens": 6},
+    ...     "train": {"steps": 2},
+    ...     "evals": {"rows": 8},
+    ... }
+    >>> result = run(config, tempfile.mkdtemp())
+    >>> result.step, result.heldout["n"]
+    (2, 8)
     """
     began = time.monotonic()
     config, workdir = config if isinstance(config, RunConfig) else freeze(config), Path(workdir)
@@ -128,9 +144,10 @@ def run(
     trained = make_task(config) if task is None or isinstance(task, str) else task
     others = ((name, other_task(config, name)) for name in config.evals.tasks if name != config.task.name)
     tasks = by_label([*others, (config.task.name, trained)])
-    train = rows_of(trained, "train", config.task.train_size, config.task.name)
+    kept = (workdir / kept_rows.FOLDER,)
+    train = rows_of(trained, "train", config.task.train_size, config.task.name, kept)
     every, size = config.evals.every, config.evals.rows
-    tests = {name: rows_of(one, "test", size, name) for name, one in tasks.items()} if every else {}
+    tests = {name: rows_of(one, "test", size, name, kept) for name, one in tasks.items()} if every else {}
     workers = workers_of(trained, config.task.timeout_seconds)
     with processes.stoppable(), directory.claim(workdir), compilation_cache(workdir / "cache"), workers as submit:
         check_steps(config, workdir)
@@ -252,6 +269,7 @@ class _Run:
 
     def train(self, began: float) -> RunResult:
         """Run the loop to its end; what is open is closed however it ends. `began`: when the run was asked for."""
+        self._keep_rows()
         try:
             with Clock() as clock:
                 self._loop(clock, began)
@@ -270,6 +288,12 @@ class _Run:
             self.recorder.close()
         heldout = self.recorder.heldout[label(self.config.task.name)].last
         return RunResult(self.workdir, step, self.state.params, self.recorder.reward, heldout)
+
+    def _keep_rows(self) -> None:
+        own, kept = label(self.config.task.name), (self.workdir / kept_rows.FOLDER,)
+        kept_rows.keep(self.tasks[own], "train", own, self.examples, kept)
+        for test in self.tests:
+            kept_rows.keep(test.task, "test", test.name, test.examples, kept)
 
     def _loop(self, clock: Clock, began_run: float) -> None:
         if processes.first():
