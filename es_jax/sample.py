@@ -37,8 +37,8 @@ def main(argv: list[str]) -> None:
     """Flags → complete()."""
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax, on opening checkpoints to read them
     with command("es_jax.sample", argv) as values:
-        from es_jax.rundir.places import is_run
         from es_jax.rundir.directory import compilation_cache
+        from es_jax.rundir.places import is_run
 
         interactive, folder = not values.prompt and sys.stdin.isatty(), Path(values.workdir)
         if interactive and values.json:
