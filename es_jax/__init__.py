@@ -9,7 +9,7 @@ The public names, by what they are for:
     generation   Greedy, Temperature, TopK, TopP, Engine, Generation, score_tokens
     text         complete, perplexity
     tasks        Example, Score, SimpleTask, Task, get_task
-    runs         run, replay, RunResult, evaluate_run, load_step
+    runs         run, replay, RunResult, StepRecord, evaluate_run, load_step
     grpo         group_relative
 
 They are imported when they are first used: `import es_jax` starts neither JAX nor transformers.
@@ -35,6 +35,7 @@ _HOME = {
     "es_jax.tasks.task": ("Example", "Score", "Task"),
     "es_jax.tasks": ("SimpleTask", "get_task"),
     "es_jax.training.loop": ("RunResult", "run"),
+    "es_jax.training.recorder": ("StepRecord",),
     "es_jax.training.grpo": ("group_relative",),
     "es_jax.training.weights_at": ("replay",),
     "es_jax.evals.load_step": ("load_step",),

@@ -3,7 +3,7 @@
 Trains, or resumes the run that is in the directory. --config=countdown[:args] is the same file, without a checkout too.
 With --branch_from=RUN@STEP a new run starts from a step of another one, with that run's fields where --config is left
 out (docs/resume.md). A mistake in the input ends it with one sentence; add --traceback to see where it was noticed.
-SIGTERM ends it with a checkpoint and status 0.
+SIGTERM ends it with a checkpoint and status 0. With -v it tells where each parameter lives on the devices.
 
 On several hosts the same command runs on all, with one --workdir on a file system that they share, and --distributed
 where the environment says who they are (Cloud TPU, GKE, SLURM, Open MPI), or --coordinator_address=HOST:PORT,
@@ -25,7 +25,7 @@ from es_jax.rundir.places import is_run
 
 def main(argv: list[str]) -> None:
     """Flags → config → run()."""
-    logging.getLogger("es_jax").setLevel(logging.INFO)
+    logging.getLogger("es_jax").setLevel(logging.DEBUG if flags.FLAGS.verbosity > 0 else logging.INFO)
     with command("es_jax.train", argv) as values:
         from jax.errors import JaxRuntimeError  # JAX starts only when the flags are good
 

@@ -1,8 +1,11 @@
 """The extras of pip that parts of es_jax need: one that is not installed is told in a sentence that names it."""
 
+import contextlib
 import functools
 import importlib.util
+import os
 import sys
+from collections.abc import Iterator
 
 # What each extra brings, by the names that Python imports.
 _PACKAGES = {
@@ -12,6 +15,7 @@ _PACKAGES = {
     ),
     "report": ("jinja2", "matplotlib"),
     "reasoning_gym": ("reasoning_gym",),
+    "wandb": ("wandb",),
 }  # fmt: skip
 
 
@@ -35,3 +39,16 @@ def require(extra: str) -> None:
             sys.exit(0)
         sys.exit(f"{command.name}: {sentence}")
     raise ImportError(sentence)
+
+
+@contextlib.contextmanager
+def without_advice() -> Iterator[None]:
+    """Around the first import of transformers, which advises to install PyTorch: nothing here needs it."""
+    name = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    own = name not in os.environ
+    os.environ.setdefault(name, "1")
+    try:
+        yield
+    finally:
+        if own:
+            del os.environ[name]

@@ -30,7 +30,9 @@ def arguments_of(argv: Sequence[str], *, gnu: bool = False) -> list[str]:
         arguments = flags.FLAGS.read_flags_from_files(argv[1:], force_gnu=gnu)
     except (flags.Error, OSError, ValueError) as error:
         raise flags.Error(f"--flagfile: {str(error).rpartition('flagfile: ')[2]}") from error
-    return [part for text in arguments for part in _BLANK.sub(r"\1\n", text, count=1).split("\n", 1)]
+    parts = [part for text in arguments for part in _BLANK.sub(r"\1\n", text, count=1).split("\n", 1)]
+    pairs = zip(parts, [*parts[1:], ""], strict=True)  # absl's -v takes a number: alone it is 1
+    return ["-v=1" if part == "-v" and not re.fullmatch(r"-?\d", after) else part for part, after in pairs]
 
 
 def parser(

@@ -272,7 +272,8 @@ class _Evaluation:
         if self.due:
             total = sum(len(test.examples) for accuracies, _, _ in self.due.values() for test in accuracies)
             total += sum(len(self.kl_inputs[name][0]) for _, kls, _ in self.due.values() for name in kls)
-            with tqdm(total=total, unit="row", dynamic_ncols=True, disable=not processes.first()) as self.bar:
+            quiet = None if processes.first() else True  # None: shown in a terminal alone
+            with tqdm(total=total, unit="row", dynamic_ncols=True, disable=quiet) as self.bar:
                 self._steps()
         drift = self._rows("drift") if self.measure_drift else []
         warnings = self.warnings + [text for row in drift if (text := drifts.warning(row))]

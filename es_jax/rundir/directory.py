@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 # What may change between the start and the resumption of a run: nothing that a step's bits depend on.
 CHANGEABLE = (
     *("train.steps", "train.checkpoint_every", "train.keep_checkpoints", "train.samples", "train.profile"),
+    "train.tracker",
     *("evals.", "mesh.groups", "mesh.model", "optim.anchor.memory", "task.timeout_seconds"),
 )
 ANCHOR = "optim.anchor.source"

@@ -15,6 +15,7 @@ from es_jax.es.noise import NOISES
 from es_jax.es.population import Population
 from es_jax.es.shaping import SHAPINGS
 from es_jax.optim.chains import OPTIMIZERS, OPTIONS
+from es_jax.rundir.tracker import TRACKERS
 
 MEMORIES = ("device", "pinned_host")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -357,6 +358,7 @@ class TrainConfig:
       samples: ≥ 0 completions of each step's first member that go to samples.jsonl.
       profile: (start, stop): a TensorBoard trace of steps start to stop − 1 is written to the run's tb folder.
         It ends with the last step of the run at the latest.
+      tracker: "wandb" follows the run in Weights & Biases too, as docs/records.md says; None is nobody.
     """
 
     steps: int = 500
@@ -365,6 +367,7 @@ class TrainConfig:
     keep_checkpoints: int = 2
     samples: int = 2
     profile: tuple[int, ...] = ()
+    tracker: str | None = None
 
     def __post_init__(self):
         _require(self, "train", "at least 1", _at_least(1), "steps", "checkpoint_every", "keep_checkpoints")
@@ -378,6 +381,9 @@ class TrainConfig:
                 f"train.profile is {self.profile}, but the last step is train.steps = {self.steps}: nothing would be "
                 "traced; start earlier"
             )
+        _rule("train.tracker", f"one of {', '.join(TRACKERS)}")
+        if self.tracker not in (None, *TRACKERS):
+            raise ValueError(unknown("train.tracker", self.tracker, TRACKERS))
         if self.samples < 0:
             raise ValueError(f"train.samples is {self.samples}: it must not be negative")
         try:

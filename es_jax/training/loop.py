@@ -23,7 +23,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ from es_jax.rundir.checkpoints import Checkpoints, nbytes
 from es_jax.rundir.directory import compilation_cache
 from es_jax.rundir.metrics import say
 from es_jax.rundir.seed_log import SeedLog, read_entries
+from es_jax.rundir.tracker import Tracker
 from es_jax.scoring.grading import Graded, Grader
 from es_jax.scoring.heldout import checked_prompt, evaluate
 from es_jax.scoring.row_results import EvalsFile, set_aside
@@ -53,7 +54,7 @@ from es_jax.training import kept_rows
 from es_jax.training.config import RunConfig, freeze
 from es_jax.training.es import Evaluator
 from es_jax.training.method import StepResult
-from es_jax.training.recorder import Recorder
+from es_jax.training.recorder import Recorder, StepRecord
 from es_jax.training.run_tasks import (
     by_label,
     held_out,
@@ -107,6 +108,7 @@ def run(
     *,
     task: Task | str | None = None,
     branch_from: str | None = None,
+    callback: Callable[[StepRecord], Any] | None = None,
 ) -> RunResult:
     """Train, from the start or from where the directory's run stopped; the bits are the same either way.
 
@@ -117,6 +119,9 @@ def run(
       task: in place of task.name: a name, or a task itself. config.json has the name and the options that make it
         again, where its class tells them; otherwise whoever goes on with the run or evaluates it gives it again.
       branch_from: RUN@STEP, or RUN: the new run starts from a step of that one (docs/resume.md).
+      callback: is called with a StepRecord after each step that this call finishes, when the step is on disk and its
+        evaluation, where one is due, is done; by each process of the run. What it returns is ignored. What it raises
+        ends the run and is raised here; finished steps stay, that one among them, and the same call goes on after it.
 
     Raises:
       ValueError, OSError: bad fields, rows, weights, prompts, or a directory of another run, before any work starts;
@@ -151,7 +156,9 @@ def run(
     workers = workers_of(trained, config.task.timeout_seconds)
     with processes.stoppable(), directory.claim(workdir), compilation_cache(workdir / "cache"), workers as submit:
         check_steps(config, workdir)
-        return _Run(with_weights(start, workdir), workdir, tasks, train, tests, submit).train(began)
+        start = with_weights(start, workdir)
+        with Tracker(config.train.tracker, workdir) as tracker:
+            return _Run(start, workdir, tasks, train, tests, submit).train(began, tracker, callback)
 
 
 def with_date(config: RunConfig, workdir: Path) -> RunConfig:
@@ -267,12 +274,19 @@ class _Run:
             file = EvalsFile(folder, test.name, last_step=len(self.log.entries))
             file.check(digest=test.digest, max_new_tokens=limit, n=len(test.examples))
 
-    def train(self, began: float) -> RunResult:
+    def train(self, began: float, tracker: Tracker, callback: Callable[[StepRecord], Any] | None) -> RunResult:
         """Run the loop to its end; what is open is closed however it ends. `began`: when the run was asked for."""
         self._keep_rows()
+        tracker.config(dataclasses.asdict(self.config))
+
+        def tell(step: int, row: dict[str, Any], heldout: dict[str, dict[str, Any]]) -> None:
+            tracker.write(step, {"train": row} | {f"evals/{name}": one for name, one in heldout.items()})
+            if callback and row:  # of an evaluation before the first step there is none
+                callback(StepRecord(step, row, heldout, lambda: self.state.params))
+
         try:
             with Clock() as clock:
-                self._loop(clock, began)
+                self._loop(clock, began, tell)
             step = len(self.log.entries)
             if processes.first():
                 (self.workdir / "DONE").write_text(f"{step}\n")
@@ -295,11 +309,11 @@ class _Run:
         for test in self.tests:
             kept_rows.keep(test.task, "test", test.name, test.examples, kept)
 
-    def _loop(self, clock: Clock, began_run: float) -> None:
+    def _loop(self, clock: Clock, began_run: float, tell: Callable[[int, dict, dict], None]) -> None:
         if processes.first():
             (self.workdir / "DONE").unlink(missing_ok=True)
         start = len(self.log.entries)
-        self._finish_step(start)
+        tell(start, {}, self._finish_step(start))
         if start == self.config.train.steps:
             say(f"all {start} steps are finished: to go on, set train.steps higher")
         for step in range(start + 1, self.config.train.steps + 1):
@@ -312,11 +326,11 @@ class _Run:
             self._check_finite(step, drift, metrics)
             first = {"seconds_to_first_step": now - began_run} if step == start + 1 else {}
             timings = self._timings(step, clock.seconds(), graded, total=now - began)
-            self.recorder.step(entry, graded, drift, metrics, timings | first)
+            row = self.recorder.step(entry, graded, drift, metrics, timings | first)
             self.log.append(entry)
             if message := self.profile.done(step, timings, functools.partial(self.method.seconds_alone, entry)):
                 say(message)
-            self._finish_step(step)
+            tell(step, row, self._finish_step(step))
 
     def _check_finite(self, step: int, drift: float, metrics: Mapping[str, float | None]) -> None:
         """Raises ValueError where the step's weights or numbers of its update are not finite; the seed log and the
@@ -404,12 +418,13 @@ class _Run:
         if (self.checkpoints.latest() or 0) < step:
             self.checkpoints.save(step, self.state.params, self.state.opt_state)
 
-    def _finish_step(self, step: int) -> None:
-        """Checkpoint and held-out evaluation, where they are due and not done yet."""
+    def _finish_step(self, step: int) -> dict[str, dict[str, Any]]:
+        """Checkpoint and held-out evaluation, where they are due and not done yet; the rows of the evaluation."""
         train, every = self.config.train, self.config.evals.every
         final = step == train.steps
         if final or step % train.checkpoint_every == 0:
             self._save(step)
         due = [test for test in self.tests if step not in self.recorder.heldout[test.name].steps]
         if due and (final or step % every == 0):
-            self.recorder.evaluations(step, evaluate(self.evaluator, self.model, self.state.params, due))
+            return self.recorder.evaluations(step, evaluate(self.evaluator, self.model, self.state.params, due))
+        return {}
