@@ -37,8 +37,8 @@ def main(argv: list[str]) -> None:
     """Flags → complete()."""
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax, on opening checkpoints to read them
     with command("es_jax.sample", argv) as values:
-        from es_jax.evals.weight_source import is_run
         from es_jax.rundir.directory import compilation_cache
+        from es_jax.rundir.places import is_run
 
         interactive, folder = not values.prompt and sys.stdin.isatty(), Path(values.workdir)
         if interactive and values.json:
@@ -80,7 +80,7 @@ def open_models(workdir: str, step: str, *, base: bool) -> tuple[int | None, "di
     """The step, and the models that answer, by what they are called. Raises ValueError or OSError where there is
     neither a run nor a model, or not that step."""
     from es_jax.evals.load_step import load_step
-    from es_jax.evals.weight_source import is_run
+    from es_jax.rundir.places import is_run
     from es_jax.rundir.seed_log import read_entries
     from es_jax.training.config import RunConfig
     from es_jax.training.state import compute_dtype

@@ -37,6 +37,7 @@ FAST: dict[str, tuple[str, ...]] = {
     "planning/test_traffic.py": (),
     "plotting/test_run_folders.py": (),
     "profiling/test_clock.py": ("test_the_parts_of_a_step_add_up", "test_a_trace_is_written"),
+    "rundir/test_places.py": (),
     "scoring/test_row_results.py": (),
     "scoring/test_sampled.py": (),
     "tasks/test_columns.py": ("test_a_template", "test_graders", "test_options_are_listed"),

@@ -98,10 +98,14 @@ class _Reader(flags.ArgumentParser):
             raise flags.Error(f"{self._prefix}{text}") from error
 
 
-def define_config(fields: Fields) -> None:
-    """Define --config, a config file, and --config.FIELD of every field."""
+def define_config(
+    fields: Fields, *, of_run: Callable[[str], config_dict.ConfigDict | None] = lambda text: None
+) -> None:
+    """Define --config, a config file, and --config.FIELD of every field. `of_run` gives the config where --config names
+    the directory of a run, and None otherwise."""
     about = f"A config file, or one that es_jax brings: {', '.join(config_files.names())}; after a colon its arguments."
-    flags.DEFINE_flag(flags.Flag(_Reader(config_files.load, "--config: "), None, "config", None, about))
+    reader = _Reader(lambda text: of_run(text) or config_files.load(text), "--config: ")
+    flags.DEFINE_flag(flags.Flag(reader, None, "config", None, about))
     for name, kind in fields.items():
         make = flags.MultiFlag if typing.get_origin(kind) is tuple else flags.Flag
         reader = _Reader(functools.partial(fields.parse, name))

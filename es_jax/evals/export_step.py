@@ -14,12 +14,14 @@ from es_jax.rundir import directory
 from es_jax.rundir.best import step_of
 from es_jax.rundir.checkpoints import saved_steps
 from es_jax.rundir.metrics import read_jsonl
+from es_jax.rundir.places import MODELS, as_step
 from es_jax.rundir.seed_log import read_entries
 from es_jax.tasks.outside import label
-from es_jax.training.config import freeze
+from es_jax.training.config import read_config
 from es_jax.training.method import METHODS
+from es_jax.training.start import outline_of
 from es_jax.training.weights_at import weights_at
-from es_jax.weights.model import check_new, load_outline, save_model
+from es_jax.weights.model import check_new, save_model
 
 
 def export_run(
@@ -33,7 +35,7 @@ def export_run(
     """Write the weights of a run's step to a new or empty folder; `save_model` says what is in it.
 
     Args:
-      workdir: a run's directory; nothing in it is changed.
+      workdir: a run's directory, or RUN@STEP; nothing in it is changed.
       step: 0 (the base weights) to the last finished one; "best" of a run with train.keep_best; the last by default.
       dtype: of the weights; the run's model.param_dtype by default.
 
@@ -45,17 +47,16 @@ def export_run(
       ValueError: a step that the log does not hold, one of a GRPO run that has no checkpoint, or a base model that is
         not the run's.
     """
+    if step is None and not Path(workdir).exists() and (named := as_step(str(workdir))):
+        workdir, step = named
     workdir, out = Path(workdir), Path(out).expanduser()
-    facts = directory.read(workdir)
-    config = freeze(facts["config"], begun=True)
+    facts, config = directory.read(workdir), read_config(workdir, needs=MODELS)
     last = len(read_entries(workdir))
     step = last if step is None else step_of(workdir, step)
     if not 0 <= step <= last:
         raise ValueError(f"step is {step}, but {workdir} holds steps 0 to {last}")
     check_new(out)
-    directory.check_files(workdir, config.model.source)
-    base = load_outline(config.model.source)
-    directory.check_base(workdir, config.model.source, base.digest)
+    base = outline_of(workdir)
     wanted = jnp.dtype(config.model.param_dtype if dtype is None else dtype)
     check_new(out, nbytes=wanted.itemsize * sum(map(math.prod, param_shapes(base.config).values())))
     source = "checkpoint" if step in saved_steps(workdir) else "replay"
@@ -78,8 +79,8 @@ def export_run(
 
 def _card(facts: dict[str, Any], step: int, dtype: str, evals: dict[str, Any] | None) -> str:
     """The text of the folder's README.md, from what a run's config.json holds: YAML, then Markdown."""
-    config = facts["config"]
-    source, run = config["model"]["source"], config["train"]
+    config, parent = facts["config"], facts.get("parent")
+    source, run = parent["model"] if parent else config["model"]["source"], config["train"]
     on_hub = source.count("/") == 1 and not Path(source).expanduser().exists()
     hub = f"base_model: {json.dumps(source)}\n" if on_hub else ""
     resumed = f", resumed {len(facts['resumed'])} times" if facts.get("resumed") else ""
@@ -87,7 +88,8 @@ def _card(facts: dict[str, Any], step: int, dtype: str, evals: dict[str, Any] | 
     decoded = "of held-out rows" if config["decode"].get("temperature") else "in training"
     table = {
         "base model": f"`{source}`",
-        "sha256 of its weight files": f"`{facts['digest']}`",
+        "sha256 of its weight files": f"`{(parent or facts)['digest']}`",
+        **({"started from": f"step {parent['step']} of the run `{parent['run']}`"} if parent else {}),
         "step": f"{step} of {run['steps']}{resumed}",
         "weights": f"{facts.get('parameters', 'unknown')} numbers, written as {dtype}",
         "task": f"`{config['task']['name']}`, seed {config['task']['seed']}",

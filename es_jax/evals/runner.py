@@ -21,7 +21,6 @@ from es_jax.evals.weight_source import (
     WeightSource,
     check_folder,
     claim_folder,
-    is_run,
     of_model,
     of_run,
     with_date,
@@ -30,6 +29,7 @@ from es_jax.generate.engine import engine_for
 from es_jax.rundir.best import step_of
 from es_jax.rundir.directory import changed_sources, compilation_cache, write_json
 from es_jax.rundir.metrics import Jsonl
+from es_jax.rundir.places import MODELS, as_step, is_run, located, shape_source
 from es_jax.scoring.heldout import HeldOut, cast, evaluate
 from es_jax.scoring.row_results import EvalsFile, read_evals
 from es_jax.scoring.sampled import SampledFile, Sampling, sample_rows
@@ -145,14 +145,17 @@ def evaluate_run(
     Raises:
       ValueError, OSError: what is asked for does not exist or does not fit, before anything is computed.
     """
-    run = is_run(Path(workdir))
+    if base is None and not Path(workdir).exists() and (step := as_step(str(workdir))):
+        workdir, steps = step.run, [step.step or 0] if steps is None else steps
+    path = Path(workdir)
+    run = is_run(path)
     if not run and base is None and (kl or drift):
         raise ValueError(f"{workdir} is a model, not a run: kl and drift need base, the model it was trained from")
     with opened(workdir, base=base, out=out, date=options.template_date, mesh=mesh) as (source, folder, mesh):
         chosen = chosen_steps(source, every, steps)
-        if tasks is None and not run:
+        names = _wanted(path, source, tasks, options.data_dir) if run else tasks
+        if names is None:
             raise ValueError("tasks are not given: a model has none of its own, so name them")
-        names = [source.config.task.name, *source.config.evals.tasks] if tasks is None else tasks
         return _Evaluation(source, folder, names, chosen, options=options, mesh=mesh, kl=kl, drift=drift).run()
 
 
@@ -169,7 +172,7 @@ def opened(
     if not run:
         _check_models(str(workdir), base, out)
     if mesh is None:  # all devices there are, whatever the run had, in groups that have room for the model
-        config = read_config(path) if run else RunConfig(model=ModelConfig(source=str(workdir)))
+        config = read_config(path, needs=MODELS) if run else RunConfig(model=ModelConfig(source=str(workdir)))
         config = dataclasses.replace(config, mesh=MeshConfig())
         mesh = mesh_of(config, base_config(config))
     processes.connect(mesh)
@@ -189,9 +192,29 @@ def _check_models(workdir: str, base: str | None, out: str | Path | None) -> Non
     sources = {f"--workdir is {workdir!r}, no run's directory and no model": workdir}
     for meaning, source in (sources if base is None else sources | {f"--base is {base!r}": base}).items():
         try:
-            config_only(source)
+            config_only(shape_source(source))
         except (ValueError, OSError) as error:
             raise (ValueError if isinstance(error, ValueError) else OSError)(f"{meaning}: {error}") from None
+
+
+def _wanted(
+    workdir: Path, source: WeightSource, tasks: Sequence[str | Task] | None, data_dir: str | None
+) -> list[str | Task]:
+    """The tasks, or those that the run evaluated, each file of theirs where it is found from here. Raises
+    FileNotFoundError where a file or a folder of rows is in none of its places."""
+    config, needs = source.config, ["evals.tasks"] if tasks is None else []
+    names: list[str | Task] = [config.task.name, *config.evals.tasks]
+    if tasks is not None:
+        names = [
+            located("evals.tasks", task, source.facts, workdir, needed=True) if isinstance(task, str) else task
+            for task in tasks
+        ]
+    if own := config.task.name in names:
+        needs += ["task.name", "task.grader"]
+    if data_dir is None:
+        needs += ["task.data_dir"] * own + ["evals.data_dir"] * (len(names) > own)
+    read_config(workdir, needs=needs)
+    return names
 
 
 def chosen_steps(source: WeightSource, every: int | None, steps: Sequence[int | str] | None) -> list[int]:

@@ -5,7 +5,6 @@ evals/subject.json tells whose weights the rows of a folder are of, so that rows
 
 import dataclasses
 import datetime
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,23 +15,25 @@ from jax.sharding import Mesh
 
 from es_jax.core import processes
 from es_jax.core.names import RENAMED
-from es_jax.rundir import directory
+from es_jax.rundir import directory, seed_log
 from es_jax.rundir.metrics import read_jsonl
-from es_jax.rundir.seed_log import NAME, read_entries
-from es_jax.training.config import RunConfig, read_config
+from es_jax.rundir.places import MODELS
+from es_jax.rundir.seed_log import read_entries
+from es_jax.training.config import RunConfig, freeze, read_config
 from es_jax.training.config_groups import ModelConfig, check_date
 from es_jax.training.method import METHODS
 from es_jax.training.predicted_drift import PredictedDrift
+from es_jax.training.start import outline, outline_of, weights_of
 from es_jax.training.state import anchor_offset, load_anchor, load_base, perturbed_count
 from es_jax.training.weights_at import weights_at
 from es_jax.weights.chat_template import set_date
-from es_jax.weights.model import Model, load_outline
+from es_jax.weights.model import Model
 
 Fields = dict[str, Any]  # as JSON has them
 MARKS = "subject.json"  # as in the directories of earlier versions
 SHORT = 16  # characters of a digest
 # What may differ between two runs with the same weights at each step. Digests stand for the paths.
-WITHOUT_MARK = (*directory.CHANGEABLE, directory.DATE, "model.source", "task.data_dir", "optim.anchor.source", "evals.")
+WITHOUT_MARK = (*directory.CHANGEABLE, *directory.SIZES, *directory.PATHS, directory.DATE)
 
 
 class WeightSource(NamedTuple):
@@ -64,30 +65,19 @@ class WeightSource(NamedTuple):
     workdir: Path | None = None
 
 
-def is_run(path: Path) -> bool:
-    """Whether a folder is a run's directory, by its config.json."""
-    try:
-        return "digest" in json.loads((path / "config.json").read_bytes())
-    except (OSError, ValueError):
-        return False
-
-
 def of_run(workdir: Path, mesh: Mesh) -> WeightSource:
     """A run's steps; nothing in its directory is changed."""
-    config, entries = read_config(workdir), read_entries(workdir)
-    directory.check_files(workdir, config.model.source)
-    model = load_outline(config.model.source)
-    directory.check_base(workdir, config.model.source, model.digest)
+    config, entries = read_config(workdir, needs=MODELS), read_entries(workdir)
+    model = outline_of(workdir)
     perturbs = METHODS[config.method].perturbs
 
     def marks(steps: int) -> Fields:
         """A longer run keeps its marks of the first steps; the seed log tells what the fields do not, such as rates
         that followed a schedule over another number of steps."""
         steps, facts = min(steps, len(entries)), directory.read(workdir)
-        lines = (workdir / NAME).read_bytes().splitlines()[:steps] if steps else []
         named = {name: facts[name][:SHORT] for name in ("rows", "compute_dtype", "anchor_digest") if name in facts}
-        log = hashlib.sha256(b"\n".join(lines)).hexdigest()[:SHORT]
-        return {"base": model.digest[:SHORT]} | _fields(config) | named | {"steps": steps, "seedlog": log}
+        given, log = freeze(facts["config"], begun=True), seed_log.digest(workdir, steps)[:SHORT]
+        return {"base": model.digest[:SHORT]} | _fields(given) | named | {"steps": steps, "seedlog": log}
 
     def predicted(last: int, start: Any) -> dict[int, float | None]:
         offset = anchor_offset(config, load_anchor(config, mesh, start), start) if config.optim.anchor.source else 0.0
@@ -121,10 +111,10 @@ DEFAULTS = _fields(RunConfig())  # of what a mark from before a field was there 
 
 
 def of_model(source: str, base: str | None, mesh: Mesh) -> WeightSource:
-    """A model as step 1, beside its base model as step 0; without a base model it is step 0 itself. Raises ValueError
-    where the two have different shapes or vocabularies."""
+    """A model, or RUN@STEP, as step 1, beside its base model as step 0; without a base model it is step 0 itself.
+    Raises ValueError where the two have different shapes or vocabularies."""
     config, sources = RunConfig(model=ModelConfig(source=source)), (base or source, source)
-    model, other = map(load_outline, sources)
+    model, other = map(outline, sources)
     if model.config != other.config or model.tokenizer.get_vocab() != other.tokenizer.get_vocab():
         raise ValueError(f"{source} and {base} differ in shape or vocabulary: give the model it was trained from")
     marks = {"base": model.digest[:SHORT]} | ({} if base is None else {"model": other.digest[:SHORT]})
@@ -135,8 +125,8 @@ def of_model(source: str, base: str | None, mesh: Mesh) -> WeightSource:
         facts={},
         model=model,
         last=int(base is not None),
-        base=lambda: load_base(config, mesh, source=sources[0]).params,
-        weights=lambda steps: ((step, load_base(config, mesh, source=sources[step]).params) for step in steps),
+        base=lambda: weights_of(sources[0], config, mesh),
+        weights=lambda steps: ((step, weights_of(sources[step], config, mesh)) for step in steps),
         predicted=lambda last, start: {},
         sigma=lambda step: None,
     )
@@ -164,6 +154,7 @@ def check_folder(folder: Path, source: WeightSource) -> None:
     name, marks, _ = _read_subject(folder)
     if marks is None:
         return
+    marks = {name: value for name, value in marks.items() if not name.startswith(WITHOUT_MARK)}
     then, now = DEFAULTS | marks, DEFAULTS | source.marks(marks.get("steps", 0))
     differing = [field for field in {**then, **now} if then.get(field) != now.get(field)]
     beyond = any(row["step"] for path in sorted(folder.glob("*.jsonl")) for row in read_jsonl(path))

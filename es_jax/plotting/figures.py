@@ -218,12 +218,17 @@ def drift_against_theory(series: Sequence[Series]) -> Plot | None:
     for axes in panels:
         axes.grid(alpha=0.3)
     legend(figure, panels[0], columns=2)
+    began = "".join(f" {one.label} began at {_parents(one)}." for one in series if any(run.parent for run in one.runs))
     return Plot(
         "drift", "Drift against theory", figure, data,
-        "Markers: the measured distance of the weights from where they began, mean over seeds. Lines: the closed form "
-        "in exact arithmetic, where there is one. A ratio outside the grey band, 1 ± 0.02, means that precision was "
-        "lost.",
+        f"Markers: the measured distance of the weights from where they began, mean over seeds.{began} Lines: the "
+        "closed form in exact arithmetic, where there is one. A ratio outside the grey band, 1 ± 0.02, means that "
+        "precision was lost.",
     )  # fmt: skip
+
+
+def _parents(one: Series) -> str:
+    return ", ".join(distinct(run.parent or "the base model" for run in one.runs))
 
 
 def _drift(one: Series) -> Rows:
@@ -232,7 +237,8 @@ def _drift(one: Series) -> Rows:
     for step, metrics in together([run.drift for run in one.runs if run.metrics]).items():
         drift, theory = mean(metrics, "drift"), mean(metrics, "drift_theory")
         ratio = drift / theory if theory else None
-        rows.append({"series": one.label, "step": step, "drift": drift, "theory": theory, "ratio": ratio})
+        row = {"series": one.label, "step": step, "drift": drift, "theory": theory, "ratio": ratio}
+        rows.append(row | {"from": _parents(one)})
     return rows
 
 

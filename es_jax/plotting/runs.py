@@ -17,7 +17,7 @@ from flax.traverse_util import flatten_dict
 from es_jax.rundir import directory
 from es_jax.rundir.metrics import read_jsonl
 from es_jax.tasks.outside import label
-from es_jax.training.config import RunConfig, read_config
+from es_jax.training.config import RunConfig, freeze
 from es_jax.training.method import METHODS
 
 Row = dict[str, Any]
@@ -91,9 +91,20 @@ class Run(NamedTuple):
         return self.step >= self.config.train.steps
 
     @property
+    def parent(self) -> str | None:
+        """The step of another run that it started from: "first@40"."""
+        parent = self.facts.get("parent")
+        return parent and f"{Path(parent['path']).name}@{parent['step']}"
+
+    @property
+    def base_digest(self) -> str:
+        """Of the weights that it, or the first of its ancestors, began from."""
+        return (self.facts.get("parent") or self.facts)["digest"]
+
+    @property
     def model(self) -> str:
         """The base model's short name."""
-        source = self.config.model.source.rstrip("/")
+        source = (self.facts.get("parent") or {"model": self.config.model.source})["model"].rstrip("/")
         return Path(source).name.removesuffix(".gguf") or source
 
     @property
@@ -242,7 +253,8 @@ def _mean_error(rows: Rows, name: str) -> float | None:
 def read_run(folder: str | Path) -> Run:
     """A run's directory, whatever it holds so far; ValueError names a file that is damaged."""
     folder = Path(folder)
-    facts, config = directory.read(folder), read_config(folder)
+    facts = directory.read(folder)
+    config = freeze(facts["config"], begun=True)  # paths as they were given: runs that say the same are alike
     files = {path.stem: _rows(path) for path in sorted((folder / "evals").glob("*.jsonl"))}
     limit = {"max_new_tokens": config.decode.max_new_tokens}  # of evaluations that do not name theirs
     evals = {name: [limit | row for row in rows] for name, rows in files.items() if name not in NEEDED and rows}
@@ -289,14 +301,15 @@ def incomparable(runs: Sequence[Run]) -> dict[Path, str]:
 
 def _compared(run: Run) -> Iterator[tuple[str, tuple, Any]]:
     """(what is compared, among which runs, its value)."""
-    config, task, digest = run.config, run.config.task, run.facts["digest"]
+    config, task, digest = run.config, run.config.task, run.base_digest
     seeds = {} if task.data_dir else {run.target: task.seed}  # rows that the task makes differ as the seed does
     data = (task.data_dir, task.seed if task.data_dir else None, task.train_size)
-    held_out = (digest, task.name, seeds.get(run.target), config.evals.rows, config.evals.tasks)
+    rows, own = "training_rows" in run.facts, (digest, task.name, seeds.get(run.target))
+    held_out = own if rows else (*own, config.evals.rows, config.evals.tasks)  # earlier versions have one digest of all
     yield "decode.max_new_tokens", (), config.decode.max_new_tokens
     yield "task.grader", (), task.grader or "paper"
     yield "the training data (data_dir, seed, train_size)", (task.name,), data
-    yield "digest of the rows", held_out, run.facts.get("rows")
+    yield "digest of the rows", held_out, run.facts.get("training_rows" if rows else "rows")
     for name, (*_, row) in run.evals.items():
         yield f"number of test rows of {name}", (), row["n"]
         yield f"max_new_tokens of {name}", (), row["max_new_tokens"]
@@ -334,6 +347,7 @@ def group(runs: Sequence[Run], marks: Mapping[Path, str] | None = None) -> list[
 def _label(run: Run, others: Sequence[Run], marked: bool) -> str:
     """What tells a run from the others: always the method and the anchor, and the fields that vary."""
     words = [getattr(run, name) for name in ("target", "model") if len({getattr(one, name) for one in others}) > 1]
+    words += [f"from {run.parent}"] if run.parent and len({one.parent for one in others}) > 1 else []
     settings = [other.settings() for other in others if other.method == run.method]
     varied = (
         f"{SYMBOLS.get(name, name)} = {_number(value)}"
@@ -347,6 +361,7 @@ def caption(runs: Sequence[Run]) -> str:
     """What the runs of a figure were: model, task, method, N, σ, α, λ and penalty, seeds, iterations, evaluation."""
     models = (f"{run.model} ({run.size:,} weights)" if run.size else run.model for run in runs)
     parts = [f"Model: {_list(models)}", f"trained on: {_list(run.target for run in runs)}"]
+    parts += [f"{run.folder.name} started from {run.parent}" for run in runs if run.parent]
     for method in distinct(run.method for run in runs):
         settings = [run.settings() for run in runs if run.method == method]
         fields = [name for name in CAPTIONED if name in settings[0]]

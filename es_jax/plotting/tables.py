@@ -107,10 +107,12 @@ def _drift(one: Series, end: Point | None) -> tuple[str, str]:
 def accuracies(series: Sequence[Series], tasks: Tasks) -> Table:
     """The accuracy of every task: at step 0, and where each series stands."""
     rows: list[tuple[str, ...]] = []
-    for model in distinct(one.first.model for one in series):
-        runs = next(one.runs for one in series if one.first.model == model)  # any seed's: the base is the same
+    for model, parent in distinct((one.first.model, one.first.parent) for one in series):
+        same = (one.runs for one in series if (one.first.model, one.first.parent) == (model, parent))
+        runs = next(same)  # any seed's: what they began from is the same
         starts = [next(filter(None, (run.accuracy([task]).get(0) for run in runs)), None) for task in tasks]
-        rows.append((f"{model}, step 0", *(with_error(start and Point(0, *start, 1)) for start in starts)))
+        where = f"{model}, step 0" + (f" ({parent})" if parent else "")
+        rows.append((where, *(with_error(start and Point(0, *start, 1)) for start in starts)))
     for one in series:
         ends = [one.last([task]) for task in tasks]
         furthest = max(filter(None, ends), key=lambda end: end.step, default=None)

@@ -5,6 +5,7 @@ docs/evaluate.md explains every column.
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ GRADERS = {
     "robust": "robust_lost_",
 }  # result → prefix of its drop's columns
 REASONS = ("format", "truncation", "knowledge")
+EARLIER = "earlier"  # folder of rows that a run evaluated before its held-out rows became others
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,6 +188,25 @@ class EvalsFile:
         self._rows.write(row)
         self.last = row if self.last is None or step >= self.last["step"] else self.last
         return row
+
+
+def set_aside(folder: Path, task: str, digest: str) -> str | None:
+    """Move the rows of a task, where they are of other held-out rows than those of the digest, to earlier/<their
+    digest>/, in the form of `folder`, and bring back what an earlier change moved of these. Returns a sentence about
+    it, None where there was nothing to do."""
+    names = (Path(f"{task}.jsonl"), Path("verdicts") / f"{task}.jsonl")
+    (first, *_) = [row.get("rows") for row in read_rows(folder / names[0])] or [digest]
+    if first == digest:
+        return None
+    others, own = folder / EARLIER / str(first), folder / EARLIER / digest
+    for source, target in ((folder, others), (own, folder)):
+        for name in names:
+            if (source / name).exists():
+                (target / name).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(source / name, target / name)
+    return (
+        f"{task}: evaluated on other held-out rows from here on; what was evaluated on those of before is in {others}"
+    )
 
 
 def read_evals(path: Path) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ import dataclasses
 import operator
 import types
 import typing
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from es_jax.es import theory
 from es_jax.es.population import check_deal
 from es_jax.optim.schedules import largest, make_schedule, parse
 from es_jax.rundir import directory
+from es_jax.rundir.places import locate
 from es_jax.rundir.seed_log import Entry
 from es_jax.scoring.row_results import VIEWS
 from es_jax.tasks import check_name
@@ -220,6 +222,8 @@ def freeze(config: config_dict.ConfigDict | dict, *, begun: bool = False) -> Run
     return frozen
 
 
-def read_config(workdir: Path) -> RunConfig:
-    """What the run in the directory was started with."""
-    return freeze(directory.read(workdir)["config"], begun=True)
+def read_config(workdir: Path, *, needs: Collection[str] = ()) -> RunConfig:
+    """What the run in the directory was started with, with each path as it is found from here. Raises FileNotFoundError
+    where one of a field in `needs` is in none of its places."""
+    facts = directory.read(workdir)
+    return freeze(locate(facts["config"], facts, Path(workdir), needs=needs), begun=True)

@@ -68,7 +68,7 @@ class ModelConfig:
     """The model.
 
     Attributes:
-      source: a Hugging Face folder, a .gguf file, or a hub name.
+      source: a Hugging Face folder, a .gguf file, or a hub name; or RUN@STEP, the weights of a step of a run.
       dtype: what members compute in; "auto" is bfloat16 on accelerators and float32 on CPU.
       param_dtype: what the master weights and the anchor are kept in. Anything but float32 loses small updates.
       template_date: the day that the chat template sees, such as "2026-11-27"; None is the day the run begins, which
@@ -237,8 +237,8 @@ class AnchorConfig:
       kappa: κ > 0, how many σ a weight may drift in the long run; λ follows from it. Plain sgd only.
       schedule: what λ is multiplied by, step by step: "constant", "linear" or "cosine",
         with an end and a warm-up as in "cosine:0.1:20" (`es_jax.optim.schedules`).
-      source: the model to be pulled to, where it is not the one that training starts from (model.source): in a
-        sequence of tasks, the base of the first.
+      source: the model, or RUN@STEP, to be pulled to, where it is not what training starts from (model.source): in a
+        sequence of tasks, the base of the first, which a branch has by itself.
       ema_decay: β of an anchor that follows the weights, their exponential average over about 1/(1 − β) steps; None:
         it is fixed.
       memory: where the starting weights are kept: "device", or "pinned_host" to bring them leaf by leaf each step.

@@ -46,7 +46,7 @@ from es_jax.rundir.seed_log import SeedLog, read_entries
 from es_jax.rundir.tracker import Tracker
 from es_jax.scoring.grading import Graded, Grader
 from es_jax.scoring.heldout import checked_prompt, evaluate
-from es_jax.scoring.row_results import EvalsFile
+from es_jax.scoring.row_results import EvalsFile, set_aside
 from es_jax.scoring.workers import Submit, workers_of
 from es_jax.tasks.outside import label
 from es_jax.tasks.task import Example, Task
@@ -66,6 +66,7 @@ from es_jax.training.run_tasks import (
     with_task,
 )
 from es_jax.training.sizes import choose_slots, members_at_once, prompts_of_member, why_not_in_place
+from es_jax.training.start import Start, start_of, with_weights
 from es_jax.training.state import (
     State,
     base_config,
@@ -107,6 +108,7 @@ def run(
     workdir: str | Path,
     *,
     task: Task | str | None = None,
+    branch_from: str | None = None,
     callback: Callable[[StepRecord], Any] | None = None,
 ) -> RunResult:
     """Train, from the start or from where the directory's run stopped; the bits are the same either way.
@@ -117,6 +119,7 @@ def run(
       workdir: the run's directory; made if need be.
       task: in place of task.name: a name, or a task itself. config.json has the name and the options that make it
         again, where its class tells them; otherwise whoever goes on with the run or evaluates it gives it again.
+      branch_from: RUN@STEP, or RUN: the new run starts from a step of that one (docs/resume.md).
       callback: is called with a StepRecord after each step that this call finishes, when the step is on disk and its
         evaluation, where one is due, is done; by each process of the run. What it returns is ignored. What it raises
         ends the run and is raised here; finished steps stay, that one among them, and the same call goes on after it.
@@ -142,7 +145,8 @@ def run(
     """
     began = time.monotonic()
     config, workdir = config if isinstance(config, RunConfig) else freeze(config), Path(workdir)
-    config = config if task is None else with_task(config, task)
+    start = start_of(config if task is None else with_task(config, task), workdir, branch_from)
+    config = start.config
     trained = make_task(config) if task is None or isinstance(task, str) else task
     others = ((name, other_task(config, name)) for name in config.evals.tasks if name != config.task.name)
     tasks = by_label([*others, (config.task.name, trained)])
@@ -153,8 +157,9 @@ def run(
     workers = workers_of(trained, config.task.timeout_seconds)
     with processes.stoppable(), directory.claim(workdir), compilation_cache(workdir / "cache"), workers as submit:
         check_steps(config, workdir)
+        start = with_weights(start, workdir)
         with Tracker(config.train.tracker, workdir) as tracker:
-            return _Run(config, workdir, tasks, train, tests, submit).train(began, tracker, callback)
+            return _Run(start, workdir, tasks, train, tests, submit).train(began, tracker, callback)
 
 
 def with_date(config: RunConfig, workdir: Path) -> RunConfig:
@@ -197,20 +202,21 @@ class _Run:
 
     def __init__(
         self,
-        config: RunConfig,
+        start: Start,
         workdir: Path,
         tasks: dict[str, Task],
         train: list[Example],
         tests: dict,
         submit: Submit,
     ):
-        facts = directory.read(workdir) if read_entries(workdir) else {}
+        facts, config = directory.read(workdir) if read_entries(workdir) else {}, start.config
         self.mesh, why = choose_mesh(config, base_config(config), before=facts.get("mesh", {}).get("model"))
         if self.mesh.size > 1:
             say(why)
         processes.connect(self.mesh)
-        config = with_date(config, workdir)
+        config = config.with_date(with_date(start.given, workdir).model.template_date)
         self.config, self.workdir, self.tasks, self.examples, self.submit = config, workdir, tasks, train, submit
+        self.parent = start.parent
         model = load_base(config, self.mesh)
         param_shardings(self.mesh, model.params, log=True)
         self.dim = count(model.params)
@@ -230,10 +236,7 @@ class _Run:
         )
         config, engine = with_numbers(config, engine, self.mesh, facts.get("config", {}).get("decode", {}))
         self.config = config
-        directory.settle(
-            workdir, dataclasses.asdict(config), identity=self._identity(), started=bool(self.log.entries),
-            mesh=dict(self.mesh.shape),
-        )  # fmt: skip
+        self._settle(start)
         self.evaluator = Evaluator.of(config, engine, self.mesh)
         self.checkpoints = Checkpoints(workdir, keep=config.train.keep_checkpoints)
         self.state = State(config, self.mesh, model.params, self.streams)
@@ -242,9 +245,7 @@ class _Run:
         self.method = config.record.make(config, self.evaluator, self.state, self.packing, self.streams)
         resume(config, workdir, self.state, self.log, self.checkpoints)
         directory.check_space(workdir, nbytes(self.state.params, self.state.opt_state))
-        for test in self.tests:
-            file = EvalsFile(workdir / "evals", test.name, last_step=len(self.log.entries))
-            file.check(digest=test.digest, max_new_tokens=config.decode.max_new_tokens, n=len(test.examples))
+        self._check_evals()
         self.recorder = Recorder(
             config, workdir, dim=perturbed_count(config, self.state.params), finished=self.log.entries,
             tests=self.tests, unit=self.method.unit, offset=self.state.offset,
@@ -255,6 +256,25 @@ class _Run:
         slow = why_not_in_place(config, engine, self.mesh, self.evaluator.at_once)
         if slow and jax.default_backend() == "gpu":
             say(f"{slow}: a step of decoding copies weights and caches, about 3 times the bytes")
+
+    def _settle(self, start: Start) -> None:
+        """Write config.json, or check that the run that is there is this one."""
+        fields, places = start.written(self.config, self.workdir)
+        directory.settle(
+            self.workdir, fields, identity=self._identity(), started=bool(self.log.entries),
+            mesh=dict(self.mesh.shape), places=places, log=self.log.resize,
+        )  # fmt: skip
+
+    def _check_evals(self) -> None:
+        """Put evaluations on other held-out rows than the run's aside; ValueError for those with another limit."""
+        folder, limit = self.workdir / "evals", self.config.decode.max_new_tokens
+        if processes.first():
+            for text in filter(None, (set_aside(folder, test.name, test.digest) for test in self.tests)):
+                say(text)
+        processes.barrier()
+        for test in self.tests:
+            file = EvalsFile(folder, test.name, last_step=len(self.log.entries))
+            file.check(digest=test.digest, max_new_tokens=limit, n=len(test.examples))
 
     def train(self, began: float, tracker: Tracker, callback: Callable[[StepRecord], Any] | None) -> RunResult:
         """Run the loop to its end; what is open is closed however it ends. `began`: when the run was asked for."""
@@ -369,17 +389,23 @@ class _Run:
         """What a run is besides its fields, as config.json keeps it."""
         rows = [[e.prompt, e.answer, dict(e.meta)] for e in self.examples]
         tests, anchor = {test.name: test.prompts for test in self.tests}, self.config.optim.anchor.source
-        content = json.dumps([rows, self.prompts, tests], default=str).encode()
+
+        def digest(*content: Any) -> str:
+            return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
+
         return {
             "digest": self.model.digest,
             "files": small_sums(self.config.model.source),
-            "rows": hashlib.sha256(content).hexdigest(),
+            directory.ROWS: digest(rows, self.prompts, tests),
+            directory.TRAINING_ROWS: digest(rows, self.prompts),
+            directory.TEST_ROWS: {test.name: test.digest for test in self.tests},
             "compute_dtype": str(compute_dtype(self.config)),
             "parameters": self.dim,
             "stop_ids": list(self.model.stop_token_ids),
             "streams": rng.check_streams(self.streams),
             **source_digests(self.tasks),
             **({} if anchor is None else {"anchor_digest": load_outline(anchor).digest}),
+            **({} if self.parent is None else {"parent": self.parent}),
         }
 
     def _rows(self, step: int) -> Sequence[int]:

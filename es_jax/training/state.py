@@ -29,6 +29,7 @@ from es_jax.models.transformer import param_shapes
 from es_jax.optim.chains import Chain, describe
 from es_jax.profiling.clock import timed
 from es_jax.rundir.checkpoints import abstract
+from es_jax.rundir.places import shape_source
 from es_jax.rundir.seed_log import Entry
 from es_jax.training.config import Rates, RunConfig
 from es_jax.training.one_pass_update import takes_one_pass, update_in_one_pass
@@ -98,10 +99,11 @@ def mesh_of(config: RunConfig, model: TransformerConfig, **options: Any) -> Mesh
 
 
 def base_config(config: RunConfig) -> TransformerConfig:
-    """The shape of the run's base model. Raises ValueError when model.source is empty, or what cannot be read."""
+    """The shape of the run's base model; model.source may be a step of a run. Raises ValueError when it is empty, or
+    what cannot be read."""
     if not config.model.source:
         raise ValueError("model.source is empty: set it to a Hugging Face folder, a .gguf file or a hub name")
-    return config_only(config.model.source)
+    return config_only(shape_source(config.model.source))
 
 
 def load_base(config: RunConfig, mesh: Mesh, *, source: str | None = None) -> Model:

@@ -16,6 +16,7 @@ from es_jax.models.sharding import leaf_sharding
 from es_jax.models.transformer import param_shapes
 from es_jax.rundir import directory
 from es_jax.rundir.checkpoints import Checkpoints, restore_params, saved_steps
+from es_jax.rundir.places import MODELS
 from es_jax.rundir.seed_log import Entry, SeedLog, read_entries
 from es_jax.training.config import RunConfig, read_config
 from es_jax.training.state import State, base_config, check_finite, load_base
@@ -56,7 +57,7 @@ def weights_at(
     can be replayed. Nothing in the directory is changed. Raises also OSError for a checkpoint that is damaged.
     """
     workdir = Path(workdir)
-    config, entries = read_config(workdir), read_entries(workdir)
+    config, entries = read_config(workdir, needs=MODELS), read_entries(workdir)
     directory.check_files(workdir, config.model.source)
     saved = saved_steps(workdir) if checkpoints or not config.record.replayable else []
     every = range(len(entries) + 1) if config.record.replayable else [0, *saved]

@@ -1,5 +1,7 @@
 """The flags of the commands: every form that absl takes, and what is said of mistakes."""
 
+import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +9,7 @@ from pathlib import Path
 import pytest
 from absl import flags
 
-from es_jax import report
+from es_jax import report, train
 from es_jax.core.flags import define_config, parser
 from es_jax.training.config import FIELDS, RunConfig, freeze
 
@@ -267,3 +269,32 @@ def test_other_commands_take_a_file_of_flags(command, text, says, tmp_path):
     line = [sys.executable, "-m", f"es_jax.{command}", "--flagfile", str(tmp_path / "flags")]
     out = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
     assert out.returncode > 0 and out.stderr.startswith(f"es_jax.{command}: ") and says in out.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "config"),
+    [
+        (["--branch_from=runs/a@40"], "runs/a"),
+        (["--branch_from", "runs/a@40", "--config.es.sigma=1"], "runs/a"),
+        (["-branch_from=runs/a"], "runs/a"),
+        (["--branch_from=runs/a@40", "--config=mine.py"], None),
+        (["--workdir=runs/branch_from"], None),
+    ],
+)
+def test_a_branch_has_its_parents_config(given, config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/a").mkdir(parents=True)
+    (tmp_path / "runs/a/config.json").write_text('{"digest": "0"}')
+    added = [f"--config={config}"] if config else []
+    assert train._with_config(["es_jax.train", *given]) == ["es_jax.train", *given, *added]
+
+
+def test_a_branch_of_no_run_is_named():
+    with pytest.raises(SystemExit, match=r"--branch_from is 'runs/none@4': runs/none is not a run's directory"):
+        train._with_config(["es_jax.train", "--branch_from=runs/none@4"])
+
+
+def test_a_config_may_be_that_of_a_run(tmp_path):
+    content = {"digest": "0", "config": dataclasses.asdict(freeze({"es": {"sigma": 0.25}}))}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert train._config_of_run(str(tmp_path)).es.sigma == 0.25 and train._config_of_run(LAB) is None

@@ -120,7 +120,7 @@ def test_held_out_rows_that_changed_are_refused_when_the_run_goes_on(tiny_model,
     config = config_of(tiny_model, task={"data_dir": str(tmp_path)}, train={"steps": 1}, evals={"every": 1})
     run(config, tmp_path / "run")
     change(tmp_path / "test.jsonl", '"ground_truth": "1"', '"ground_truth": "5"')
-    with pytest.raises(ValueError, match=r"conciseness\.jsonl was made from 2 rows with digest"):
+    with pytest.raises(ValueError, match=r"the held-out rows of conciseness, .*, and no field of evals says so"):
         run(config, tmp_path / "run")
 
 

@@ -31,12 +31,14 @@ def fields(*, seed: int = 0, target: str = "lab-countdown", penalty: str = "none
 
 
 def make_run(folder: Path, *, done: int | None = None, kl: bool = False, split: bool = False, digest: str = "d",
-             rows: str = "r", accuracy: float = 0.5, size: int = 1000, **options: Any) -> Path:  # fmt: skip
+             rows: str = "r", accuracy: float = 0.5, size: int = 1000, parent: dict | None = None,
+             **options: Any) -> Path:  # fmt: skip
     """A run's directory: step s of 20 has accuracy on the target `accuracy` · s/20, and 1 − that on the others."""
     config = fields(**options)
     done = config["train"]["steps"] if done is None else done
     (folder / "evals").mkdir(parents=True)
     content = {"config": config, "digest": digest, "rows": rows, "parameters": size, "versions": {"git": "abc"}}
+    content |= {"parent": parent} if parent else {}
     (folder / "config.json").write_text(json.dumps(content))
     walked = [(step, 2.0 * step**0.5) for step in range(1, done + 1)]
     write(folder / "metrics.jsonl", [{"step": step, "drift": norm, "drift_theory": norm} for step, norm in walked])

@@ -7,7 +7,7 @@ import pytest
 from fake_runs import make_run, write
 
 from es_jax.plotting import accuracies, prior_accuracy, tables, target_against_prior
-from es_jax.plotting.figures import drop_parts, kl_map, strength_sweep
+from es_jax.plotting.figures import drift_against_theory, drop_parts, kl_map, strength_sweep
 from es_jax.plotting.runs import caption, group, incomparable, prior_tasks, read_run
 from es_jax.plotting.tables import Table, results
 from es_jax.rundir.metrics import read_jsonl
@@ -25,6 +25,28 @@ def test_a_run_as_it_stands(tmp_path: Path) -> None:
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 11, "dri')  # a crash
     assert read_run(folder).step == 10
+
+
+def test_a_run_that_started_from_another(tmp_path: Path) -> None:
+    """It has that one's base model, and says from where it started wherever it stands beside others."""
+    parent = {"run": "a@10", "path": "/there/a", "step": 10, "digest": "d", "model": "models/Tiny-1B", "seeds": [0]}
+    make_run(tmp_path / "a")
+    for name, step in (("b", 10), ("c", 20)):
+        source = {"model__source": f"a@{step}"}
+        make_run(tmp_path / name, seed=1, digest=name, parent=parent | {"step": step}, **source)
+    runs = [read_run(tmp_path / name) for name in "abc"]
+    assert [run.parent for run in runs] == [None, "a@10", "a@20"]
+    assert {(run.model, run.base_digest) for run in runs} == {("Tiny-1B", "d")} and not incomparable(runs)
+    series = group(runs)
+    assert [one.label for one in series] == ["ES", "from a@10, ES", "from a@20, ES"]
+    assert [one.label for one in group(runs[1:2])] == ["ES"] and "b started from a@10" in caption(runs)
+    drift = drift_against_theory(series)
+    assert drift and "from a@10, ES began at a@10." in drift.caption
+    assert {(row["series"], row["from"]) for row in drift.data} == {
+        ("ES", "the base model"), ("from a@10, ES", "a@10"), ("from a@20, ES", "a@20"),
+    }  # fmt: skip
+    rows = tables.accuracies(series, ["lab-add"]).rows
+    assert [row[0] for row in rows][:3] == ["Tiny-1B, step 0", "Tiny-1B, step 0 (a@10)", "Tiny-1B, step 0 (a@20)"]
 
 
 def test_an_empty_run_and_no_run(tmp_path: Path) -> None:
