@@ -25,5 +25,5 @@ def get_config(argument: str = ""):
         train__steps=30,
         train__checkpoint_every=30,
         evals__every=15,
-        evals__rows=100,
+        evals__rows=128,
     )

@@ -88,6 +88,14 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(text)
 
 
+def write(rows: list[dict[str, Any]], docs: Path) -> None:
+    """first_run.csv and first_run.md; and the table in the page beside the folder, where there is one."""
+    report(rows, docs, "first_run", labels=(), text=table(rows))
+    if rows and (page := docs.parent / "first-run.md").exists():
+        before, start, rest = page.read_text().partition("<!-- table -->\n")
+        page.write_text(f"{before}{start}{table(rows)}\n{rest[rest.index('<!-- end of table -->') :]}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -101,11 +109,9 @@ def main() -> None:
             print(command)
         elif not args.only_report and not done(folder):
             execute(command, folder)
-            found = lines(args.seeds, args.out)
-            report(found, args.docs or args.out, "first_run", labels=(), text=table(found))
+            write(lines(args.seeds, args.out), args.docs or args.out)
     if args.only_report:
-        found = lines(args.seeds, args.out)
-        report(found, args.docs or args.out, "first_run", labels=(), text=table(found))
+        write(lines(args.seeds, args.out), args.docs or args.out)
 
 
 if __name__ == "__main__":
