@@ -76,7 +76,10 @@ class Evolution:
         rewards = np.array([_mean_reward(completions) for completions in graded])
         gap, centre, every = None, [], self._config.evals.every
         if every and (step - 1) % every == 0 and es.rewards == "task":  # the step after an evaluation
-            centre = self._graded(unperturbed_members(1), prompts, grade, lambda n: None)
+            nobody = unperturbed_members(1)
+            centre = (
+                self._graded(nobody, prompts, grade, lambda n: None) if seen is None else self._dealt(prompts, grade)
+            )
             gap = float(rewards.mean() - _mean_reward(*centre))
             gap = gap if math.isfinite(gap) else None  # with es.nan_rewards="worst"
         if es.rewards == "random":
@@ -106,6 +109,13 @@ class Evolution:
         graded = list(grade.shared(own).values())
         done(len(members) - len(own))  # by other processes
         return graded
+
+    def _dealt(self, prompts: TokenLists, grade: Grader) -> list[list[Graded]]:
+        """θ's own completions of the prompts, of which each lane has a few, as each member has: in one list, unordered.
+        One lane with all of them is another program, in which the other lanes have as much padding."""
+        (dealt,) = self._evaluator.unperturbed(self._state.params, [self._packing.pack(prompts, rows=len(prompts))])
+        own = {lane: (rows, grade(rows, tokens, length)) for lane, (rows, tokens, length) in dealt.items()}
+        return [[*itertools.chain(*grade.shared(own).values())]]
 
     def _weights(
         self, rewards: np.ndarray, graded: list[list[Graded]], seen: np.ndarray | None
@@ -426,7 +436,7 @@ class Evaluator:
 
         def calls() -> Iterator[tuple[list[range], Any]]:
             nobody = to_devices(unperturbed_members(self.lanes), over_groups(self.mesh))
-            weights = processes.launch(self.perturb, params, nobody)
+            weights = timed("perturb", processes.launch(self.perturb, params, nobody))
             for prompts in queues:
                 count, width = prompts.tokens.shape
                 each = ceil_div(count, self.lanes * self.engine.slots) * self.engine.slots
@@ -435,7 +445,8 @@ class Evaluator:
                 rows = [range(lane, count, self.lanes) for lane in range(min(self.lanes, count))]
                 for lane, own in enumerate(rows):
                     tokens[lane, : len(own)], positions[lane, : len(own)] = prompts.tokens[own], prompts.positions[own]
-                yield rows, processes.launch(self._decode, weights, self._rows(tokens, positions, prompts.prefix))
+                rounds = self._rows(tokens, positions, prompts.prefix)
+                yield rows, timed("decode", processes.launch(self._decode, weights, rounds))
 
         for rows, outputs in one_ahead(calls()):
             lanes = _unpack(range(len(rows)), outputs)
