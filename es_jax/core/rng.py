@@ -17,9 +17,11 @@ from es_jax.core.threefry_normal import box_muller, counters, positions, threefr
 # What a key is for: streams that never meet. `jax.random.fold_in(key, i)` is `jax.random.split(key, n)[i]`, so a
 # purpose is a number that no split reaches: one into n ≤ 4·10⁹ keys, 32 GB of them, has other keys for certain, since
 # threefry under one key is one-to-one. Version 1 is of runs from before: what splits the key of their seed, as
-# `Transformer.init` does, has their members' keys.
+# `Transformer.init` does, has their members' keys. Version 3 draws what 2 draws; its estimate weighs a pair's noise
+# with the same bits on CPUs and GPUs (`GaussianNoise.pairs_scaled_first`).
 _PURPOSES = {1: {"members": 1, "sampling": 2}, 2: {"members": 0xF000_0001, "sampling": 0xF000_0002}}
-STREAMS = 2  # the purposes of new runs
+_PURPOSES[3] = _PURPOSES[2]
+STREAMS = 3  # the purposes of new runs
 MAX_SEED = 2**32 - 1
 Rows = tuple[Array | int, int]  # (first, count): of an array, so many of its rows
 

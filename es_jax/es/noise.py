@@ -49,6 +49,8 @@ class GaussianNoise:
 
     Args:
       generator: what draws ε, a name of `es_jax.core.rng.GENERATORS`. Another generator is another run.
+      pairs_scaled_first: how antithetic pairs are weighed in runs of the streams 1 and 2: each of the two weights is
+        multiplied by −1/N, then they are added. CPUs fuse that product and sum, and GPUs do not, so bits differ.
 
     Raises:
       ValueError: an unknown generator.
@@ -63,6 +65,7 @@ class GaussianNoise:
     """
 
     generator: str = rng.DEFAULT
+    pairs_scaled_first: bool = False
 
     def __post_init__(self):
         if self.generator not in rng.GENERATORS:
@@ -179,8 +182,13 @@ class GaussianNoise:
         weights = jnp.asarray(weights)
         if weights.shape != (len(members),):
             raise ValueError(f"weights have shape {weights.shape} for {len(members)} members: give one weight a member")
-        signed = weights.astype(jnp.float32) * members.sign * jnp.float32(-1 / len(members))
-        return (members.seed[::2], signed[::2] + signed[1::2]) if members.paired else (members.seed, signed)
+        signed, seeds, share = weights.astype(jnp.float32) * members.sign, members.seed, jnp.float32(-1 / len(members))
+        if members.paired and self.pairs_scaled_first:
+            signed = signed * share
+            return seeds[::2], signed[::2] + signed[1::2]
+        if members.paired:  # signs are ±1: there is nothing to round before the sum
+            signed, seeds = signed[::2] + signed[1::2], seeds[::2]
+        return seeds, signed * share
 
 
 @dataclasses.dataclass(frozen=True)

@@ -81,7 +81,7 @@ class LoopSizes(NamedTuple):
     fill_rows: int  # rows of a prefill: a quarter of the slots (all, if single): free ones do not wait for the last
     slot_sizes: list[int]  # how many slots a chunk may have: all, a half, and of unrolled layers a quarter
     place_sizes: list[int]  # that a chunk may attend: SHORTEST, then twice (in a scan, four times) as many, …, all
-    widths: list[int]  # of a prefill: that of the prompts, and of one lane a half, and a quarter (not of `in_place`)
+    widths: list[int]  # of a prefill: that of the prompts, and of one lane a half, and on CPUs a quarter
     in_place: bool  # whether steps write to the slots' own caches; a chunk then has none, and one size
     turns: dict[str, float]  # of the outer loop (""), and of the inner ones in each of its turns, where no prompt stops
 
@@ -106,7 +106,7 @@ class LoopSizes(NamedTuple):
         fewer = not spec.unrolled  # sizes of a chunk, of which a TPU would take minutes to compile a dozen
         smaller = (SHORTEST << i for i in range(0, longest.bit_length(), 2 if fewer else 1))
         slot_parts = (1, 2) if fewer else (1, 2, 4)
-        near, parts = 20 * whole <= 21 * longest, (1, 2) if in_place else (1, 2, 4)
+        near, parts = 20 * whole <= 21 * longest, (1, 2) if in_place or fewer else (1, 2, 4)
         return cls(
             prompts,
             width,

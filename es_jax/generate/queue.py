@@ -291,7 +291,8 @@ def _sized_chunk(queue: Queue, state: State) -> State:
 def _chunk(queue: Queue, state: State, *, slots: int, places: int) -> _Decoded:
     """Up to K decode steps of so many slots that attend the first `places` of their caches, which it only reads: a
     branch that gave them back would copy them."""
-    if slots == queue.sizes.slots:
+    whole = slots == queue.sizes.slots
+    if whole:
         slot, begin, kv = jnp.arange(slots), state.slots, state.kv
     else:
         slot = jnp.argsort(~state.slots.live)[:slots]
@@ -300,7 +301,9 @@ def _chunk(queue: Queue, state: State, *, slots: int, places: int) -> _Decoded:
     place = jnp.arange(places)[None]
     past = Past(*_resized(kv, places), jnp.where(place < begin.length[:, None], place + queue.shared, -1))
     end = _steps_beside(queue, begin, (*queue.past, past), state.taken)
-    after = jax.tree.map(lambda all, some: all.at[slot].set(some), state.slots, end.slots)
+    after = end.slots
+    if not whole:
+        after = jax.tree.map(lambda all, some: all.at[slot].set(some), state.slots, after)
     out = _record(state.out, end.slots, begin.generated, end.chosen)
     more = queue.sizes.slots - slots
     kv = jax.tree.map(lambda x: jnp.pad(x, [(0, more if i == x.ndim - 4 else 0) for i in range(x.ndim)]), end.cache.kv)

@@ -47,7 +47,7 @@ from es_jax.scoring.grading import Graded, Grader, check_scores
 from es_jax.training.config import RunConfig
 from es_jax.training.diagnostics import diagnose
 from es_jax.training.method import Progress, StepResult, TokenLists
-from es_jax.training.sizes import why_not_in_place
+from es_jax.training.sizes import as_decoded
 from es_jax.training.state import State, compute_dtype, make_noise
 
 T = TypeVar("T")
@@ -169,8 +169,7 @@ class Evaluator:
         noise, dtype = make_noise(config), compute_dtype(config)
         share = ceil_div(config.es.population, mesh.shape[GROUPS])  # of a group: all groups have some members
         at_once = min(config.decode.members_at_once or 1, share)
-        if engine.writes_in_place and why_not_in_place(config, engine, mesh, at_once):
-            engine = dataclasses.replace(engine, in_place=False, unroll=None if engine.unroll is None else False)
+        engine = as_decoded(config, engine, mesh, at_once)
         return cls(engine, mesh, noise, config.es.sigma, dtype, at_once=at_once)
 
     @property

@@ -209,7 +209,7 @@ class _Run:
         )  # fmt: skip
         self.evaluator = Evaluator.of(config, engine, self.mesh)
         self.checkpoints = Checkpoints(workdir, keep=config.train.keep_checkpoints)
-        self.state = State(config, self.mesh, model.params)
+        self.state = State(config, self.mesh, model.params, self.streams)
         del model
         self.packing = engine.packing(self.prompts)
         self.method = config.record.make(config, self.evaluator, self.state, self.packing, self.streams)

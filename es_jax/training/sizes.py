@@ -41,13 +41,15 @@ def pair_bytes(noise: LowRankNoise, model: TransformerConfig, dtype: jnp.dtype) 
 
 
 def _lane_bytes(engine: Engine, prompts: int, itemsize: int, *, lanes: int) -> int:
-    """An estimate of what decoding takes on a lane beside its weights: its cache, and once more what a chunk attends of
-    it, or a prefill of some lanes writes; the widest activations of a block of a prefill, and logits."""
+    """An estimate of what decoding takes on a lane beside its weights: its cache, and what a prefill writes or, once
+    more, what a chunk attends of the cache; the widest activations of a block of a prefill, and logits."""
     model, sizes = engine.config, LoopSizes.of(engine, prompts, engine.max_prompt_tokens, lanes=lanes)
-    cache = 2 * model.layers * model.kv_heads * model.head_dim * sizes.slots * sizes.places * itemsize
+    place = 2 * model.layers * model.kv_heads * model.head_dim * itemsize  # of one slot: its keys and values
+    cache = sizes.slots * sizes.places * place
+    beside = sizes.fill_rows * sizes.width * place if sizes.in_place else cache
     block = block_length(sizes.fill_rows, sizes.width, lanes)
     widest = 8 * sizes.fill_rows * block * max(model.mlp_dim, model.heads * sizes.width)
-    return 2 * cache + widest + 8 * sizes.slots * model.vocab_size
+    return cache + beside + widest + 8 * sizes.slots * model.vocab_size
 
 
 def _half_of_the_rest(config: RunConfig, model: TransformerConfig, mesh: Mesh, memory: int) -> int:
@@ -96,6 +98,7 @@ def choose_slots(config: RunConfig, engine: Engine, mesh: Mesh, *, memory: int |
     if memory is None:
         return SLOTS, f"decode.slots: {SLOTS}, as the devices do not report their memory"
     decode, prompts, lanes = config.decode, prompts_of_member(config), config.decode.members_at_once or 1
+    engine = as_decoded(config, engine, mesh, lanes)
     room = max(_half_of_the_rest(config, engine.config, mesh, memory), 0)
     longest, new = decode.max_prompt_tokens, decode.max_new_tokens
     for batches in range(1, prompts + 1):
@@ -108,6 +111,13 @@ def choose_slots(config: RunConfig, engine: Engine, mesh: Mesh, *, memory: int |
         f"of {longest} and {new} tokens, about {needed / GIB:.3g} GiB of a device, where half of what the weights leave"
     )
     return slots, f"decode.slots: {slots} of a member's {prompts} prompts {why} is {room / GIB:.3g} GiB"
+
+
+def as_decoded(config: RunConfig, engine: Engine, mesh: Mesh, at_once: int) -> Engine:
+    """The engine as a run's members decode with it, so many at once on a group: not in place where they may not."""
+    if engine.writes_in_place and why_not_in_place(config, engine, mesh, at_once):
+        return dataclasses.replace(engine, in_place=False, unroll=None if engine.unroll is None else False)
+    return engine
 
 
 def why_not_in_place(config: RunConfig, engine: Engine, mesh: Mesh, at_once: int) -> str | None:

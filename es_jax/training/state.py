@@ -16,7 +16,7 @@ from jax import Array
 from jax.lax import with_sharding_constraint
 from jax.sharding import Mesh, PartitionSpec
 
-from es_jax.core import processes
+from es_jax.core import processes, rng
 from es_jax.core.chips import GIB
 from es_jax.core.mesh import make_mesh, platform_of, replicated, to_devices
 from es_jax.core.tree import map_named, named_leaves
@@ -36,12 +36,14 @@ from es_jax.weights.chat_template import set_date
 from es_jax.weights.model import Model, config_only, load_model
 
 
-def make_noise(config: RunConfig) -> GaussianNoise:
-    if config.es.noise == "shared_seed":
-        return SharedSeedNoise(config.es.generator, stacked="layers/")
-    if config.es.noise == "low_rank":
-        return LowRankNoise(config.es.generator, rank=config.es.rank, vectors=config.es.vectors, stacked="layers/")
-    return NOISES[config.es.noise](config.es.generator)
+def make_noise(config: RunConfig, streams: int = rng.STREAMS) -> GaussianNoise:
+    """Of a run whose random streams have that version."""
+    es, old = config.es, config.es.antithetic and streams < 3
+    if es.noise == "shared_seed":
+        return SharedSeedNoise(es.generator, old, stacked="layers/")
+    if es.noise == "low_rank":
+        return LowRankNoise(es.generator, old, rank=es.rank, vectors=es.vectors, stacked="layers/")
+    return NOISES[es.noise](es.generator, old)
 
 
 def perturbed_count(config: RunConfig, params: Any) -> int:
@@ -138,8 +140,8 @@ class UpdateSpec:
     chain: Chain
 
     @classmethod
-    def of(cls, config: RunConfig) -> "UpdateSpec":
-        return cls(make_noise(config), Chain.of(config))
+    def of(cls, config: RunConfig, streams: int = rng.STREAMS) -> "UpdateSpec":
+        return cls(make_noise(config, streams), Chain.of(config))
 
 
 def update(
@@ -292,15 +294,15 @@ class State:
     """Weights θ and optimizer state. `apply`, `advance` and `restore` move them, and nothing else does.
 
     Each move donates `params` and `opt_state`, so keep no reference across it. `drift` is ‖θ − θ₀‖ after the last step,
-    `offset` as by `anchor_offset`, `sentence` what the optimizer is.
+    `offset` as by `anchor_offset`, `sentence` what the optimizer is; `streams` is the version of the run's.
     """
 
-    def __init__(self, config: RunConfig, mesh: Mesh, params: Any):
+    def __init__(self, config: RunConfig, mesh: Mesh, params: Any, streams: int = rng.STREAMS):
         if not jax.config.jax_threefry_partitionable:  # type: ignore[attr-defined]
             raise ValueError("jax_threefry_partitionable is off, which changes the noise: unset it and start again")
         check_memory(config, mesh)
         self._config, self._mesh, self.params = config, mesh, params
-        self.spec, self.sentence = UpdateSpec.of(config), describe(config)
+        self.spec, self.sentence = UpdateSpec.of(config, streams), describe(config)
         self._start, chain = None if anchor_stays(config) else jax.tree.map(jnp.copy, params), self.spec.chain
         tx = transformation(chain, mesh, params)
         where = state_shardings(chain, mesh, jax.eval_shape(tx.init, params))

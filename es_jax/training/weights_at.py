@@ -27,8 +27,10 @@ logger = logging.getLogger(__name__)
 def replay(
     workdir: str | Path, *, steps: Sequence[int] | None = None, mesh: Mesh | None = None
 ) -> Iterator[tuple[int, Any]]:
-    """The weights of a run's steps, rebuilt from base weights and seed log alone, bit for bit, on any mesh (with
-    antithetic pairs, of the kind of device that trained: docs/speed.md).
+    """The weights of a run's steps, rebuilt from base weights and seed log alone, bit for bit, on any mesh.
+
+    Antithetic pairs of a run whose random streams have version 1 or 2 (config.json) replay so on the kind of device
+    that trained: docs/speed.md.
 
     Args:
       workdir: a run's directory; only config.json and seedlog.jsonl are read.
@@ -98,7 +100,7 @@ def _rebuilt(workdir: Path, config: RunConfig, mesh: Mesh, entries: list[Entry],
         return
     if (anchor := config.optim.anchor.source) is not None:
         directory.check_base(workdir, anchor, load_outline(anchor).digest, of="optim.anchor")
-    state = State(config, mesh, model.params)
+    state = State(config, mesh, model.params, directory.read(workdir)["streams"])
     del model
     if 0 in steps:
         yield state.params

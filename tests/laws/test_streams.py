@@ -1,17 +1,21 @@
 """Random streams never meet: members, sampled tokens, and whatever is split off the same seed."""
 
 import json
+import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from es_jax.core import rng
+from es_jax.es.noise import GaussianNoise
 from es_jax.es.population import Population
 from es_jax.models.transformer import Transformer, TransformerConfig
 from es_jax.rundir.seed_log import read_entries
 from es_jax.training.loop import run
-from tests.helpers import config_of, edit_config
+from es_jax.training.weights_at import replay
+from tests.helpers import config_of, edit_config, host, same
 
 SEEDS = [0, 17, rng.MAX_SEED]
 ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
@@ -101,14 +105,18 @@ def test_streams_of_two_levels_of_splits_share_no_key():
 
 
 def test_the_numbers_of_both_versions_stay():
-    drawn = {streams: Population(3, seed=7, streams=streams).members(2).seed.tolist() for streams in (1, 2)}
-    assert drawn == {1: [3681106607, 3850510301, 1237987870], 2: [641155183, 1117728953, 3141310704]}
-    assert Population(3, seed=7).members(2).seed.tolist() == drawn[2]
+    drawn = {streams: Population(3, seed=7, streams=streams).members(2).seed.tolist() for streams in (1, 2, 3)}
+    assert drawn == {
+        1: [3681106607, 3850510301, 1237987870],
+        2: [641155183, 1117728953, 3141310704],
+        3: [641155183, 1117728953, 3141310704],
+    }
+    assert Population(3, seed=7).members(2).seed.tolist() == drawn[3]
 
 
-@pytest.mark.parametrize("streams", [0, 3, -1])
+@pytest.mark.parametrize("streams", [0, 4, -1])
 def test_streams_that_are_not_known_are_refused(streams):
-    with pytest.raises(ValueError, match=f"^streams is {streams}: known are 1, 2; a newer es_jax has others$"):
+    with pytest.raises(ValueError, match=f"^streams is {streams}: known are 1, 2, 3; a newer es_jax has others$"):
         Population(2, seed=0, streams=streams)
 
 
@@ -139,5 +147,44 @@ def test_a_run_from_before_goes_on_with_the_streams_it_began_with(monkeypatch, t
     if method == "es":
         assert read_entries(tmp_path)[1].seeds == Population(2, seed=0, streams=1).members(2).seed.tolist()
     edit_config(tmp_path, streams=9)
-    with pytest.raises(ValueError, match=r"streams is 9: known are 1, 2"):
+    with pytest.raises(ValueError, match=r"streams is 9: known are 1, 2, 3;"):
         run(config_of(tiny_model, fields, train={"steps": 3}), tmp_path)
+
+
+PAIRS = 15  # 1/30 is not a power of two, so products with it are rounded
+
+
+def weights_of_pairs(noise):
+    members = Population(2 * PAIRS, seed=0, antithetic=True).members(0)
+    z = np.random.default_rng(1).standard_normal(2 * PAIRS).astype(np.float32)
+    got = jax.jit(lambda z: noise.summands(members, z)[1])(jnp.asarray(z))
+    return np.asarray(got), z[::2], z[1::2], np.float32(-1 / (2 * PAIRS))
+
+
+def test_a_pair_is_weighed_with_the_bits_of_separate_operations():
+    """Nothing that a compiler may fuse: a CPU and a GPU weigh its noise alike."""
+    got, up, down, share = weights_of_pairs(GaussianNoise())
+    np.testing.assert_array_equal(got, (up - down) * share)
+
+
+def test_runs_of_before_weigh_a_pair_as_then():
+    got, up, down, share = weights_of_pairs(GaussianNoise(pairs_scaled_first=True))
+    np.testing.assert_allclose(got, up * share - down * share, rtol=0, atol=2e-8)
+    assert (got != (up - down) * share).any()
+
+
+def test_a_run_of_pairs_from_before_replays_as_it_was_trained(monkeypatch, tiny_model, tmp_path):
+    fields = FIELDS["es"] | LOOP
+    fields |= {
+        "es": {"population": 6, "sigma": 0.05, "antithetic": True, "rewards": "random"},
+        "optim": {"learning_rate": 0.5},
+    }
+    monkeypatch.setattr("es_jax.training.loop.rng.STREAMS", 2)
+    before = host(run(config_of(tiny_model, fields, train={"steps": 2, "checkpoint_every": 9}), tmp_path / "2").params)
+    monkeypatch.undo()
+    now = host(run(config_of(tiny_model, fields, train={"steps": 2, "checkpoint_every": 9}), tmp_path / "3").params)
+    assert [json.loads((tmp_path / name / "config.json").read_text())["streams"] for name in "23"] == [2, 3]
+    for name, params in (("2", before), ("3", now)):
+        shutil.rmtree(tmp_path / name / "ckpt")
+        assert same(host(next(replay(tmp_path / name, steps=[2]))[1]), params)
+    assert not same(before, now)

@@ -65,6 +65,20 @@ def test_slots_follow_from_memory(model, name, groups, cut, slots):
 
 
 @pytest.mark.unchecked
+def test_a_cache_that_steps_write_in_place_is_there_once():
+    fields = FIELDS | {"decode": {"max_prompt_tokens": 1024, "max_new_tokens": 8192}}
+    config, model = freeze(fields), published("Qwen/Qwen2.5-7B")
+
+    def slots(groups, cut, **fields):
+        engine = dataclasses.replace(engine_of(model, config), **fields)
+        return choose_slots(config, engine, on(groups, cut), memory=chip("h100").memory)[0]
+
+    beside, in_place = slots(8, 1), slots(8, 1, in_place=True)
+    assert 1.5 * beside < in_place < 2.1 * beside
+    assert slots(4, 2, in_place=True) == slots(4, 2)  # members that are cut do not decode so
+
+
+@pytest.mark.unchecked
 def test_slots_know_what_else_a_device_holds():
     three = ("Qwen/Qwen2.5-3B", "h100", 1, 1)
     adamw = slots_of(*three, optim={"name": "adamw", "anchor": {"penalty": "none"}})
