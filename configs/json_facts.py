@@ -1,8 +1,9 @@
 """JSON facts: SmolLM2 learns on a CPU to answer with the JSON object that was asked for and nothing else.
 
 Command:  python -m es_jax.train --config=configs/json_facts.py --workdir=runs/json
-Needs:    SmolLM2 (`make smollm2`).
-Reached:  not yet run.
+Arguments: configs/common.py; rewards=random is the control.
+Needs:    SmolLM2 (`make smollm2`) and 5 GB. A step takes about 17 CPU seconds, 8 on two cores.
+Reached:  docs/first-run.md: three seeds beside their controls.
 """
 
 from configs.common import configure
