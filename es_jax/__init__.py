@@ -7,8 +7,9 @@ The public names, by what they are for:
     models       TransformerConfig, RopeScaling, Transformer
     weights      load_model, save_model, Model, verify_model, VerificationReport, VerificationError
     generation   Greedy, Temperature, TopK, TopP, Engine, Generation, score_tokens
+    text         complete, perplexity
     tasks        Example, Score, SimpleTask, Task, get_task
-    runs         run, replay, RunResult, evaluate_run
+    runs         run, replay, RunResult, StepRecord, evaluate_run, load_step
     grpo         group_relative
 
 They are imported when they are first used: `import es_jax` starts neither JAX nor transformers.
@@ -30,11 +31,14 @@ _HOME = {
     "es_jax.generate.sampling": ("Greedy", "Temperature", "TopK", "TopP"),
     "es_jax.generate.engine": ("Engine", "Generation"),
     "es_jax.generate.score": ("score_tokens",),
+    "es_jax.scoring.text": ("complete", "perplexity"),
     "es_jax.tasks.task": ("Example", "Score", "Task"),
     "es_jax.tasks": ("SimpleTask", "get_task"),
     "es_jax.training.loop": ("RunResult", "run"),
+    "es_jax.training.recorder": ("StepRecord",),
     "es_jax.training.grpo": ("group_relative",),
     "es_jax.training.weights_at": ("replay",),
+    "es_jax.evals.load_step": ("load_step",),
     "es_jax.evals.runner": ("evaluate_run",),
 }
 _NAMES = {name: module for module, names in _HOME.items() for name in names}

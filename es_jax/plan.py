@@ -11,7 +11,8 @@ taken to be as long as decode.max_prompt_tokens allows.
   --json      print one line of JSON
 
 TPUs need libtpu (pip install 'es_jax[plan]'). For GPUs: pip install --no-deps jax-cuda12-plugin jax-cuda12-pjrt, in the
-version of jax. The exit code is 0 when it fits, 1 when not, and 2 when the question has a mistake.
+version of jax. The exit code is 0 when it fits, 1 when not, and 2 when the question has a mistake, or the compiler,
+which has a process of its own, ends without an answer.
 
 With --json: fits, verdict, topology, devices, memory_bytes (of a device), mesh {groups, model}, slots, members_at_once,
 bound_seconds (of an iteration), compile_seconds (of all), shape ("files" or "published"), and programs {name:
@@ -42,6 +43,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments {argv[1:]}: fields are set with --config.group.field=value")
     logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger("absl").setLevel(logging.WARNING)
+    from es_jax.planning.compiler import CompilerEnded
     from es_jax.planning.plan import fields, make_plan, search, words
     from es_jax.planning.programs import find_shape
     from es_jax.planning.topology import topology
@@ -54,7 +56,7 @@ def main(argv: list[str]) -> None:
         model, origin = find_shape(config)
         devices = topology(options.topology, slices=options.slices)
         plan = (search if options.search else make_plan)(config, model, devices, say=say)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, CompilerEnded) as error:
         if options.traceback:
             raise
         say(f"es_jax.plan: {error}")

@@ -1,7 +1,8 @@
 """python -m es_jax.train --config=configs/countdown.py[:args] --workdir=DIR [--config.group.field=value …]
 
-Trains, or resumes the run that is in the directory. A mistake in the input ends it with one sentence; add
---traceback to see where it was noticed. SIGTERM ends it with a checkpoint and status 0.
+Trains, or resumes the run that is in the directory. --config=countdown[:args] is the same file, without a checkout too.
+A mistake in the input ends it with one sentence; add --traceback to see where it was noticed. SIGTERM ends it with a
+checkpoint and status 0. With -v it tells where each parameter lives on the devices.
 
 On several hosts the same command runs on all, with one --workdir on a file system that they share, and --distributed
 where the environment says who they are (Cloud TPU, GKE, SLURM, Open MPI), or --coordinator_address=HOST:PORT,
@@ -19,7 +20,7 @@ from es_jax.core.flags import command, define_config, define_processes, parser
 
 def main(argv: list[str]) -> None:
     """Flags → config → run()."""
-    logging.getLogger("es_jax").setLevel(logging.INFO)
+    logging.getLogger("es_jax").setLevel(logging.DEBUG if flags.FLAGS.verbosity > 0 else logging.INFO)
     with command("es_jax.train", argv) as values:
         from jax.errors import JaxRuntimeError  # JAX starts only when the flags are good
 

@@ -1,6 +1,8 @@
 """What `make fast` runs: of a file of tests those whose names begin so, or all."""
 
 FAST: dict[str, tuple[str, ...]] = {
+    "core/test_commands.py": ("test_help_has", "test_choices", "test_bounds"),
+    "core/test_config_files.py": ("test_a_name",),
     "core/test_flags.py": ("test_a_", "test_every_field", "test_flags_of_booleans", "test_none_takes_back"),
     "es/test_population.py": (),
     "es/test_shaping.py": (),
@@ -42,6 +44,7 @@ FAST: dict[str, tuple[str, ...]] = {
     "tasks/test_json_facts.py": (),
     "tasks/test_lab_problems.py": (),
     "tasks/test_own_tasks.py": (),
+    "tasks/test_reasoning_gym.py": ("test_a_refused", "test_the_lists", "test_an_unknown_name", "test_the_form"),
     "tasks/test_rows.py": (),
     "test_house.py": (
         "test_imports",
@@ -53,6 +56,7 @@ FAST: dict[str, tuple[str, ...]] = {
         "test_bare",
     ),
     "training/test_config.py": (),
+    "training/test_sweep.py": ("test_values", "test_what_is_wrong", "test_names"),
     "training/test_not_finite.py": ("test_an_option_does_not_win",),
     "weights/test_both_transformers.py": ("test_the_tokenizer_is", "test_the_config_has"),
     "weights/test_boundary.py": (),

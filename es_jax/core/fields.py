@@ -4,7 +4,8 @@ import dataclasses
 import difflib
 import json
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from es_jax.core.names import ALIASES, unknown
@@ -15,14 +16,23 @@ BOOLS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": Fa
 
 
 class Fields(dict[str, Any]):
-    """The types of all fields by their full names, "optim.anchor.kappa"."""
+    """The types of all fields by their full names, "optim.anchor.kappa".
+
+    Attributes:
+      kind: the dataclass that they are the fields of.
+      rules: full name → what its checks say that a value must be, for --help.
+    """
+
+    kind: Any = None
+    rules: Mapping[str, Sequence[str]] = MappingProxyType({})
 
     @classmethod
-    def of(cls, kind: Any, prefix: str = "") -> "Fields":
+    def of(cls, kind: Any, prefix: str = "", *, rules: Mapping[str, Sequence[str]] = MappingProxyType({})) -> "Fields":
         fields = cls()
+        fields.kind, fields.rules = kind, rules
         for name, hint in typing.get_type_hints(kind).items():
             group = dataclasses.is_dataclass(hint)
-            fields |= cls.of(hint, f"{prefix}{name}.") if group else {prefix + name: hint}
+            fields.update(cls.of(hint, f"{prefix}{name}.") if group else {prefix + name: hint})
         return fields
 
     def of_option(self, name: str) -> str | None:
@@ -80,7 +90,7 @@ class Fields(dict[str, Any]):
                 return tuple(kinds[0](item) for item in items if item)
             return BOOLS[text.lower()] if kinds[0] is bool else kinds[0](text)
         except (KeyError, ValueError):
-            raise ValueError(f"{name} is {text!r}: it must be {_type_names(hint)}") from None
+            raise ValueError(f"{name} is {text!r}: it must be {type_names(hint)}") from None
 
     def build(self, kind: Any, values: Any) -> Any:
         """The dataclass of nested dicts. Raises ValueError for every unknown field and every value of another type, in
@@ -100,14 +110,14 @@ class Fields(dict[str, Any]):
             problems.append(f"{name or 'the config'} is {value!r}: it is a group of fields")
         elif typing.get_origin(hint) is tuple:
             if not isinstance(value, list | tuple) or not all(type(item) is allowed[0] for item in value):
-                problems.append(f"{name} is {value!r}: it must be {_type_names(hint)}")
+                problems.append(f"{name} is {value!r}: it must be {type_names(hint)}")
             return lambda: tuple(value)
         elif typing.get_origin(hint) is Mapping:
             return self._checked_options(value, name, problems)
         elif float in allowed and type(value) is int:
             value = float(value)
         elif not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
-            problems.append(f"{name} is {value!r}: it must be {_type_names(hint)}")
+            problems.append(f"{name} is {value!r}: it must be {type_names(hint)}")
         return lambda: value
 
     def _checked_options(self, value: Any, name: str, problems: list[str]) -> Callable[[], Any]:
@@ -144,7 +154,14 @@ def _json(text: str) -> Any:
         return text
 
 
-def _type_names(hint: Any) -> str:
+def type_names(hint: Any) -> str:
+    """What a value of the type is called.
+
+    >>> type_names(float | None)
+    'float or None'
+    """
+    if typing.get_origin(hint) is Mapping:
+        return "an object of JSON"
     kinds = typing.get_args(hint) or (hint,)
     if typing.get_origin(hint) is tuple:
         return f"a tuple of {TUPLES[kinds[0]]}"

@@ -2,25 +2,24 @@
 
 import contextlib
 import functools
-import importlib.machinery
 import itertools
 import logging
 import re
 import sys
-import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from absl import app, flags
 from ml_collections import config_dict
 
+from es_jax.core import config_files, help_text
 from es_jax.core.extras import require
 from es_jax.core.fields import Fields
 from es_jax.core.names import RENAMED
 
 require("llm")
+_REQUIRED = "must have a value other than None."  # what absl says of a flag that is not given
 _BLANK = re.compile(r"^(--?[\w.]+)\s+(?=\S)")  # between a flag and its value
 
 
@@ -31,7 +30,9 @@ def arguments_of(argv: Sequence[str], *, gnu: bool = False) -> list[str]:
         arguments = flags.FLAGS.read_flags_from_files(argv[1:], force_gnu=gnu)
     except (flags.Error, OSError, ValueError) as error:
         raise flags.Error(f"--flagfile: {str(error).rpartition('flagfile: ')[2]}") from error
-    return [part for text in arguments for part in _BLANK.sub(r"\1\n", text, count=1).split("\n", 1)]
+    parts = [part for text in arguments for part in _BLANK.sub(r"\1\n", text, count=1).split("\n", 1)]
+    pairs = zip(parts, [*parts[1:], ""], strict=True)  # absl's -v takes a number: alone it is 1
+    return ["-v=1" if part == "-v" and not re.fullmatch(r"-?\d", after) else part for part, after in pairs]
 
 
 def parser(
@@ -52,6 +53,9 @@ def parser(
         flags.mark_flags_as_required(required)
         try:
             arguments = arguments_of(argv)
+            if form := help_text.asked(arguments):
+                print(help_text.text(command, fields, form))
+                sys.exit(0)
             options = _define_options(fields, arguments) if fields else []
             rest = flags.FLAGS([argv[0], *arguments])
             if fields:
@@ -67,10 +71,17 @@ def parser(
         except flags.Error as error:
             if "--traceback" in argv:
                 raise
-            text = re.sub(r"flag --(\w+)=None: Flag --\1 must have .*", r"--\1 is missing: give it", str(error))
-            sys.exit(f"{command}: {' '.join(text.split())}")
+            missing = [f"--{flag}" for flag in flags.FLAGS if _is_missing(flags.FLAGS[flag])]
+            if missing and str(error).endswith(_REQUIRED):
+                verb, them = ("are", "them") if missing[1:] else ("is", "it")
+                sys.exit(f"{command}: {' and '.join(missing)} {verb} missing: give {them}")
+            sys.exit(f"{command}: {' '.join(str(error).split())}")
 
     return parse
+
+
+def _is_missing(flag: flags.Flag) -> bool:
+    return flag.value is None and any(check.message.endswith(_REQUIRED) for check in flag.validators)
 
 
 class _Reader(flags.ArgumentParser):
@@ -89,8 +100,8 @@ class _Reader(flags.ArgumentParser):
 
 def define_config(fields: Fields) -> None:
     """Define --config, a config file, and --config.FIELD of every field."""
-    about = "A config file, and after a colon its arguments."
-    flags.DEFINE_flag(flags.Flag(_Reader(_load, "--config: "), None, "config", None, about))
+    about = f"A config file, or one that es_jax brings: {', '.join(config_files.names())}; after a colon its arguments."
+    flags.DEFINE_flag(flags.Flag(_Reader(config_files.load, "--config: "), None, "config", None, about))
     for name, kind in fields.items():
         make = flags.MultiFlag if typing.get_origin(kind) is tuple else flags.Flag
         reader = _Reader(functools.partial(fields.parse, name))
@@ -107,25 +118,6 @@ def _define_options(fields: Fields, arguments: Sequence[str]) -> list[str]:
             flags.DEFINE_flag(flags.Flag(reader, None, flag, None, "An option."))
     defined = (flag.removeprefix("config.") for flag in flags.FLAGS if flag.startswith("config."))
     return [name for name in defined if fields.of_option(name)]
-
-
-def _load(text: str) -> config_dict.ConfigDict:
-    """What the get_config of a config file returns, called with what follows a colon."""
-    name, colon, argument = text.partition(":")
-    path = Path(name).expanduser().resolve()
-    if not path.is_file():
-        raise FileNotFoundError(f"{name!r} is not a file: give a config file, such as configs/lab.py")
-    sys.path.append(str(path.parent.parent))  # a config file imports its neighbours: configs.common
-    loader = importlib.machinery.SourceFileLoader("config_file", str(path))
-    module = sys.modules[loader.name] = types.ModuleType(loader.name)
-    module.__file__ = str(path)
-    loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise ValueError(f"{name} has no function get_config: it must return the config")
-    config = module.get_config(argument) if colon else module.get_config()
-    if not isinstance(config, Mapping | config_dict.ConfigDict):
-        raise ValueError(f"get_config of {name} returned {config!r}: it must return a ConfigDict")
-    return config if type(config) is config_dict.ConfigDict else config_dict.ConfigDict(config)
 
 
 def _set_fields(fields: Fields, options: Sequence[str]) -> None:
@@ -167,10 +159,10 @@ def command(name: str, argv: list[str]) -> Iterator[flags.FlagValues]:
     logging.getLogger().setLevel(logging.WARNING)
     from es_jax.core import processes  # JAX starts only when the flags are good
 
-    names = ("coordinator_address", "num_processes", "process_id")
+    names = [flag for flag in ("coordinator_address", "num_processes", "process_id") if flag in values]
     options = {flag: values[flag].value for flag in names if values[flag].value is not None}
     joined: contextlib.AbstractContextManager = contextlib.nullcontext()
-    if options or values["distributed"].value:
+    if options or (names and values["distributed"].value):
         joined = processes.joined(name, heartbeat_timeout_seconds=values["heartbeat_timeout"].value, **options)
     with joined:
         try:

@@ -32,6 +32,7 @@ from es_jax.scoring.heldout import HeldOut, cast, evaluate
 from es_jax.scoring.row_results import EvalsFile, read_evals
 from es_jax.tasks import name_and_options
 from es_jax.tasks.task import Task
+from es_jax.training import kept_rows
 from es_jax.training.config import RunConfig, read_config
 from es_jax.training.config_groups import MeshConfig, ModelConfig, check_date
 from es_jax.training.es import Evaluator
@@ -211,7 +212,8 @@ class _Evaluation:
         limit, rows = options.max_prompt_tokens or config.decode.max_prompt_tokens, options.rows or config.evals.rows
         tasks = _make_tasks(config, wanted, options.data_dir)
         self.warnings = changed_sources(source.facts, source_digests(tasks))
-        tests = {name: rows_of(task, "test", rows, name) for name, task in tasks.items()}
+        self.kept = [place / kept_rows.FOLDER for place in (source.workdir, folder) if place is not None]
+        tests = {name: rows_of(task, "test", rows, name, self.kept) for name, task in tasks.items()}
         self.tests = held_out(config, tasks, tests, model, limit)
         self.max_new_tokens = options.max_new_tokens or config.decode.max_new_tokens
         self.engine = engine_for(
@@ -243,10 +245,13 @@ class _Evaluation:
         """Do what is not done, and return the rows of the steps."""
         if processes.first():
             claim_folder(self.folder, self.source)
+            for test in self.tests:
+                kept_rows.keep(test.task, "test", test.name, test.examples, self.kept)
         if self.due:
             total = sum(len(test.examples) for accuracies, _, _ in self.due.values() for test in accuracies)
             total += sum(len(self.kl_inputs[name][0]) for _, kls, _ in self.due.values() for name in kls)
-            with tqdm(total=total, unit="row", dynamic_ncols=True, disable=not processes.first()) as self.bar:
+            quiet = None if processes.first() else True  # None: shown in a terminal alone
+            with tqdm(total=total, unit="row", dynamic_ncols=True, disable=quiet) as self.bar:
                 self._steps()
         drift = self._rows("drift") if self.measure_drift else []
         warnings = self.warnings + [text for row in drift if (text := drifts.warning(row))]

@@ -48,6 +48,7 @@ class WeightSource(NamedTuple):
       weights: the weights of ascending steps; copy what is kept, the next step reuses their memory.
       predicted: ‖θ_t − θ₀‖ in exact arithmetic by step, up to a last step and from given θ₀, where theory knows it.
       sigma: σ of a step ≥ 1, where it is known.
+      workdir: the run's directory; None of a model.
     """
 
     name: str
@@ -60,6 +61,7 @@ class WeightSource(NamedTuple):
     weights: Callable[[Sequence[int]], Iterator[tuple[int, Any]]]
     predicted: Callable[[int, Any], dict[int, float | None]]
     sigma: Callable[[int], float | None]
+    workdir: Path | None = None
 
 
 def is_run(path: Path) -> bool:
@@ -106,6 +108,7 @@ def of_run(workdir: Path, mesh: Mesh) -> WeightSource:
         weights=lambda steps: weights_at(workdir, steps, mesh=mesh),
         predicted=predicted,
         sigma=lambda step: config.logged_rates(entries[step - 1]).sigma if perturbs else None,
+        workdir=workdir,
     )
 
 

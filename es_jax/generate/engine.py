@@ -161,18 +161,27 @@ class Engine(DecodeSpec):
         part = next(part for part in range(min(most, lanes), 0, -1) if lanes % part == 0)
         return part if part >= 4 else lanes
 
-    def generate(self, params: Any, prompts: TokenLists, *, key: PRNGKeyArray | None = None) -> Generation:
+    def generate(
+        self,
+        params: Any,
+        prompts: TokenLists,
+        *,
+        key: PRNGKeyArray | None = None,
+        packing: Packing | None = None,
+    ) -> Generation:
         """Completions of a list of token-id prompts, in their order, as host arrays.
 
         Args:
           params: the model's parameters; they are used in the dtype they come in.
           prompts: lists of token ids, 1..max_prompt_tokens each.
           key: needed when the sampler draws; row i uses `fold_in(key, i)`.
+          packing: shapes that the prompts fit, where other prompts are to share the program; their own by default.
         """
         if key is None and not isinstance(self.sampler, Greedy):
             raise ValueError(f"sampler is {self.sampler}: pass key= to draw from")
         rows = ceil_div(len(prompts), self.slots) * self.slots
-        packed = self.packing(prompts).pack(prompts, rows=rows)
+        own = self.packing(prompts)  # which checks them
+        packed = (packing or own).pack(prompts, rows=rows)
         keys = None if key is None else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
         out = _decode(self, _layout(self, params), packed, keys)
         return jax.tree.map(lambda part: part[: len(prompts)], processes.fetch(out))

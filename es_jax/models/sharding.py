@@ -38,7 +38,7 @@ def param_shardings(mesh: Mesh, params: Any, *, rules: Rules = RULES, log: bool 
     def sharding(name: str, leaf: Any) -> NamedSharding:
         where = leaf_sharding(mesh, name, leaf.shape, rules=rules)
         if log:
-            logger.info("%s %s is cut as %s", name, leaf.shape, tuple(where.spec))
+            logger.debug("%s %s is cut as %s", name, leaf.shape, tuple(where.spec))
         return where
 
     return map_named(sharding, params)

@@ -1,6 +1,7 @@
 """Compile a run's programs for a topology, judge whether it fits, and say so in words and as JSON.
 
-`search` tries meshes, members at once and slot counts until no other can be faster than the best that fits.
+`make_plan` compiles in a child process (compiler.py, child.py), `plan_here` in this one. `search` tries meshes, members
+at once and slot counts until no other can be faster than the best that fits.
 """
 
 import contextlib
@@ -11,7 +12,7 @@ import math
 import operator
 import re
 import time
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from typing import Any, NamedTuple
 
 import jax
@@ -21,12 +22,13 @@ from es_jax.core.chips import GIB
 from es_jax.core.chunked_map import ceil_div
 from es_jax.core.mesh import GROUPS, MODEL
 from es_jax.models.config import TransformerConfig
+from es_jax.planning.compiler import Compiler, CompilerEnded
 from es_jax.planning.costs import Work
 from es_jax.planning.hlo import Collective, collectives
 from es_jax.planning.programs import Counted, Program, placed, programs_of
 from es_jax.planning.topology import Topology
 from es_jax.planning.traffic import Traffic, TrafficCounter
-from es_jax.training.config import RunConfig
+from es_jax.training.config import RunConfig, freeze
 from es_jax.training.method import METHODS
 from es_jax.training.sizes import prompts_of_member
 
@@ -93,18 +95,62 @@ def make_plan(
     topology: Topology,
     *,
     say: Callable[[str], None] = lambda line: None,
-    compiled: dict[Any, Any] | None = None,
     only: Set[str] | None = None,
+    compiler: Compiler | None = None,
 ) -> Plan:
-    """Compile every program of the run, for a model of that shape.
+    """Compile every program of the run, for a model of that shape, in a child process.
 
     Args:
       say: gets a line on each program when it is compiled.
       only: the names of the programs to compile; what others need of one that is left out is not known.
-      compiled: what earlier plans of the same model and topology compiled; it is used, and added to.
+      compiler: the child, which uses what it compiled for earlier plans of the same model and topology; None starts one
+        for this plan.
 
     Raises:
       ValueError: a mesh that the topology or the model does not allow.
+      CompilerEnded: the compiler ended without an answer; the text names its version and what to do.
+    """
+    with contextlib.nullcontext(compiler) if compiler else Compiler() as child:
+        answer = child.ask(
+            {
+                "config": dataclasses.asdict(config),
+                "model": dataclasses.asdict(model),
+                "chip": dataclasses.asdict(topology.chip),
+                "only": only,
+            },
+            topology,
+            say,
+        )
+    outcomes = tuple(map(_outcome, answer.pop("programs")))
+    return Plan(freeze(answer.pop("config"), begun=True), topology, programs=outcomes, **answer)
+
+
+def _outcome(values: Sequence[Any]) -> Outcome:
+    """An outcome that JSON made a list of lists."""
+    outcome = Outcome(*values)
+    kinds = [Collective(*kind)._replace(axes=tuple(kind[3])) for kind in outcome.collectives]
+    moved = {
+        name: Moved(traffic and Traffic(*traffic[:2], frozenset(traffic[2])), least)
+        for name, (traffic, least) in outcome.moved.items()
+    }
+    return outcome._replace(collectives=kinds, work=Work(*outcome.work), moved=moved)
+
+
+def plan_here(
+    config: RunConfig,
+    model: TransformerConfig,
+    topology: Topology,
+    *,
+    say: Callable[[str], None] = lambda line: None,
+    only: Set[str] | None = None,
+    compiled: dict[Any, Any] | None = None,
+    begin: Callable[[str], None] = lambda name: None,
+) -> Plan:
+    """As `make_plan`, in this process, which ends where the compiler does.
+
+    Args:
+      compiled: what earlier plans of the same model and topology compiled; it is used, and added to.
+      begin: gets a program's name before it is compiled.
     """
     compiled = {} if compiled is None else compiled
     programs, outcomes = programs_of(config, model, topology), []
@@ -116,6 +162,7 @@ def make_plan(
             continue
         key = (program.name, *axes.values(), *sizes.get(program.name, ()))
         if key not in compiled:
+            begin(program.name)
             compiled[key] = compile_program(program, axes)
             say(f"{program.name}: compiled in {compiled[key][0].compile_seconds:.0f} s")
         outcome, shardings = compiled[key]
@@ -205,11 +252,21 @@ def search(config: RunConfig, model: TransformerConfig, topology: Topology, *, s
     All meshes of the devices, 1, 1/2, 1/4, … of a member's prompts as slots and, where members share their weights, 1,
     2, 4, … members at once are candidates, the most promising first.
 
+    A candidate with which the compiler ends without an answer is told, and left out.
+
     Raises:
       ValueError: no mesh suits the model and the topology.
+      CompilerEnded: the compiler had no answer for any candidate.
     """
-    compiled: dict = {}
+    with Compiler() as compiler:
+        return _search(config, model, topology, compiler, say)
+
+
+def _search(
+    config: RunConfig, model: TransformerConfig, topology: Topology, compiler: Compiler, say: Callable[[str], None]
+) -> Plan:
     plans: list[Plan] = []
+    unanswered: CompilerEnded | None = None
     for variant, seconds, least in candidates(config, model, topology):
         if any(plan.fits and plan.seconds <= seconds for plan in plans):
             break
@@ -220,9 +277,16 @@ def search(config: RunConfig, model: TransformerConfig, topology: Topology, *, s
         if least > topology.chip.memory:
             report(f"needs more than {_gib(least)} GiB, not compiled")
             continue
-        plan = make_plan(variant, model, topology, say=report, compiled=compiled)
+        try:
+            plan = make_plan(variant, model, topology, say=report, compiler=compiler)
+        except CompilerEnded as error:
+            report(str(error))
+            unanswered = error
+            continue
         report(f"{'fits' if plan.fits else 'does not fit'}, at least {plan.seconds:.4g} s an iteration")
         plans.append(plan)
+    if unanswered and not plans:
+        raise unanswered
     if not plans:
         raise ValueError(f"no mesh of {topology.name} has room for a member of this model: take chips with more memory")
     return min(plans, key=lambda plan: (not plan.fits, plan.seconds if plan.fits else plan.short))

@@ -134,6 +134,16 @@ class Programs:
             anchor, moments = optax.tree.get(moments, "anchor"), optax.tree.set(moments, anchor=None)
         held = {"parameters": self.params, "anchor": anchor, "moments": moments}
         self.resident = {name: Bytes.of(tree) for name, tree in held.items()}  # at any time
+        self._check_memory()
+
+    def _check_memory(self) -> None:
+        """Raises ValueError where the devices to compile for do not know the anchor's memory, as JAX's absent GPUs."""
+        anchor = self.config.optim.anchor
+        if anchor.penalty != "none" and anchor.memory != "device" and not self.resident["anchor"].host:
+            raise ValueError(
+                f"optim.anchor.memory is {anchor.memory!r}, which JAX does not know of GPUs that are not here: plan "
+                "with 'device', and take the anchor's bytes off those of a device"
+            )
 
     @functools.cached_property
     def weights(self) -> dict[str, Any]:

@@ -31,9 +31,14 @@ _QUIET = {
 class Topology:
     """Devices that programs can be compiled for."""
 
-    name: str
+    shape: str  # "v5e:4x4"
     chip: Chip
     devices: tuple[Any, ...]  # to make a mesh of; they compute nothing
+    slices: int = 1  # of that shape
+
+    @property
+    def name(self) -> str:
+        return self.shape if self.slices == 1 else f"{self.slices} slices of {self.shape}"
 
 
 def topology(name: str, *, slices: int = 1) -> Topology:
@@ -54,7 +59,7 @@ def topology(name: str, *, slices: int = 1) -> Topology:
     except RuntimeError as error:  # also JAX's own, and NotImplementedError
         reason = str(error).splitlines()[0]
         raise ValueError(f"topology is {name!r}, which the compiler does not take: {reason}") from error
-    return Topology(name if slices == 1 else f"{slices} slices of {name}", device, tuple(devices))
+    return Topology(name, device, tuple(devices), slices)
 
 
 def _tpus(device: Chip, name: str, shape: str, slices: int) -> dict[str, Any]:

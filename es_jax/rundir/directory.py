@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 # What may change between the start and the resumption of a run: nothing that a step's bits depend on.
 CHANGEABLE = (
     *("train.steps", "train.checkpoint_every", "train.keep_checkpoints", "train.samples", "train.profile"),
+    "train.tracker",
     *("evals.every", "mesh.groups", "mesh.model", "optim.anchor.memory", "task.timeout_seconds"),
 )
 SUM = "sha256"  # the field of config.json that has the sum of the others
@@ -252,12 +253,17 @@ def check_space(workdir: Path, needed: int) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any], *, indent: int | None = None) -> None:
+    """`write_text` of the content as JSON."""
+    write_text(path, json.dumps(content, indent=indent) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
     """The file is the old one or the new one, whatever happens; its folder is made if need be."""
     partial = path.with_suffix(".tmp")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "w", encoding="utf-8") as file:
-            file.write(json.dumps(content, indent=indent) + "\n")
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)

@@ -1,11 +1,13 @@
 """What a run writes about itself: jsonl files, TensorBoard, and the lines a person watches."""
 
+import importlib.util
 import json
 import math
 import os
+import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from es_jax.core import processes
 from es_jax.rundir.directory import writing
 
 LAST = 2**62  # a step after every step
+BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {unit} [{elapsed}{postfix}]"
 
 
 class Jsonl:
@@ -99,8 +102,8 @@ class Metrics:
         """A step's row; numbers go to TensorBoard under `prefix`."""
         if prefix == "train":
             self._jsonl.write(row)
-        numbers = {name: x for name, x in row.items() if name != "step" and isinstance(x, int | float)}
-        self._events(*(Event(step=row["step"], summary=scalar(f"{prefix}/{name}", x)) for name, x in numbers.items()))
+        values = numbers(row, prefix)
+        self._events(*(Event(step=row["step"], summary=scalar(name, x)) for name, x in values.items()))
 
     def _events(self, *events: Event) -> None:
         if self._board:
@@ -116,38 +119,73 @@ class Metrics:
                 self._board.close()
 
 
+def numbers(row: Mapping[str, Any], prefix: str) -> dict[str, int | float]:
+    """The numbers of a row but its step, by their names in TensorBoard: "train/reward_mean"."""
+    return {f"{prefix}/{name}": x for name, x in row.items() if name != "step" and isinstance(x, int | float)}
+
+
+def how_to_look(folder: Path) -> str:
+    """The command that shows a folder of TensorBoard's, and the extra that brings it where it is not installed."""
+    command = f"tensorboard --logdir {shlex.quote(str(folder))}"
+    absent = importlib.util.find_spec("tensorboard") is None
+    return f"curves: pip install 'es_jax[tensorboard]', then {command}" if absent else f"curves: {command}"
+
+
 def say(text: str) -> None:
-    """A line for the person who watches, above any bar; of the first process."""
+    """A line for the person who watches, above any bar; in a log file with the time. Of the first process."""
     if processes.first():
-        tqdm.write(text, file=sys.stderr)
+        tqdm.write(text if sys.stderr.isatty() else f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", file=sys.stderr)
 
 
 class Progress:
-    """A bar over the units of all steps, ("member", 30) of each, and a line for a step at most every two seconds."""
+    """In a terminal one bar over the units of all steps, ("member", 30) of each, which has the ETA; in a log file the
+    lines have it. It follows from the pace since the end of the first step, for that one compiles. A step has a line at
+    most every two seconds; in a log file a long step has one every minute, too."""
 
     def __init__(self, *, steps: int, done: int, unit: tuple[str, int]):
-        name, each = unit
-        counts, quiet = {"total": steps * each, "initial": done * each, "unit": name}, not processes.first()
-        self._bar = tqdm(**counts, smoothing=0.05, dynamic_ncols=True, disable=quiet)
-        self._steps, self._done, self._start, self._last = steps, done, time.monotonic(), 0.0
+        self._name, self._each, self._steps, self._count = f"{unit[0]}s", unit[1], steps, done * unit[1]
+        self._bar = tqdm(
+            total=steps * self._each, initial=self._count, unit=self._name, bar_format=BAR, dynamic_ncols=True,
+            disable=None if processes.first() else True,  # None: shown in a terminal alone
+        )  # fmt: skip
+        self._first: tuple[float, int] | None = None  # when the first step since the start was done, and the units then
+        self._last = time.monotonic()  # of a line
 
     def advance(self, n: int) -> None:
-        self._bar.update(n)
+        self._count += n
+        if self._bar.disable:
+            step, part = divmod(self._count, self._each)
+            if part and time.monotonic() - self._last >= 60:
+                self._line(f"step {step + 1}/{self._steps}  {part} of {self._each} {self._name}{self._eta}")
+        else:
+            self._bar.set_postfix_str(self._eta.strip(), refresh=False)
+            self._bar.update(n)
+
+    @property
+    def _eta(self) -> str:
+        """ "  ETA 3:10"; nothing before the second step tells the pace."""
+        if self._first is None or self._count == self._first[1]:
+            return ""
+        pace = (time.monotonic() - self._first[0]) / (self._count - self._first[1])
+        return f"  ETA {tqdm.format_interval(pace * (self._steps * self._each - self._count))}"
+
+    def _line(self, text: str) -> None:
+        self._last = time.monotonic()
+        say(text)
 
     def step(self, row: dict[str, Any]) -> None:
-        now, step = time.monotonic(), row["step"]
-        if "seconds_to_first_step" in row:
+        step, first = row["step"], "seconds_to_first_step" in row
+        if first:
+            self._first = time.monotonic(), step * self._each
             start = f"{row['seconds_to_first_step']:.1f} s after the start"
             say(f"first step done {start}, with loading, compiling and any evaluation before it")
-        if now - self._last < 2 and step < self._steps:
+        if time.monotonic() - self._last < 2 and not first and step < self._steps:
             return
-        self._last = now
-        eta = (now - self._start) / max(step - self._done, 1) * (self._steps - step)
         theory = "" if row["drift_theory"] is None else f" (theory {row['drift_theory']:.4g})"
-        say(
+        self._line(
             f"step {step}/{self._steps}  reward {row['reward_mean']:.4f} ± {row['reward_std']:.4f}  "
             f"{row['tokens_per_second']:.0f} tokens/s  drift {row['drift']:.4g}{theory}  "
-            f"{row['seconds']:.1f} s/step  ETA {tqdm.format_interval(eta)}"
+            f"{row['seconds']:.1f} s/step{self._eta if self._bar.disable else ''}"
         )
 
     def close(self) -> None:

@@ -15,7 +15,6 @@ from es_jax.scoring.workers import Submit
 from es_jax.tasks.task import Example, Score
 from es_jax.weights.boundary import PromptEnd, completion_texts, prompt_end, silent_token_ids
 from es_jax.weights.model import Model
-from es_jax.weights.tokenizer import encode_prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +37,7 @@ Pending = Callable[[], Graded]  # waits for the score
 class Grader:
     """Grades completions of a list of examples, and shares what it graded with the other processes of the run.
 
-    `prompts` are the examples' as token ids; None: as `encode_prompt` gives them.
+    `prompts` are the examples' as token ids; None: as `Model.encode` gives them.
     """
 
     model: Model
@@ -73,9 +72,8 @@ class Grader:
 
     @functools.cached_property
     def _prompt_ends(self) -> list[PromptEnd]:
-        tokenizer = self.model.tokenizer
-        prompts = [encode_prompt(tokenizer, e.prompt) for e in self.examples] if self.prompts is None else self.prompts
-        return [prompt_end(tokenizer, prompt) for prompt in prompts]
+        prompts = [self.model.encode(e.prompt) for e in self.examples] if self.prompts is None else self.prompts
+        return [prompt_end(self.model.tokenizer, prompt) for prompt in prompts]
 
     def _scored(self, example: Example, text: str, length: int, *, truncated: bool) -> Pending:
         score = self.submit(example, text)

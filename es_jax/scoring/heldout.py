@@ -22,7 +22,6 @@ from es_jax.scoring.workers import workers_of
 from es_jax.tasks.task import RULES, ChoiceTask, Example, Task, name_of
 from es_jax.weights.boundary import encode_options
 from es_jax.weights.model import Model
-from es_jax.weights.tokenizer import encode_prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +78,7 @@ class HeldOut:
 
 def checked_prompt(model: Model, task: str, example: Example, max_prompt_tokens: int) -> list[int]:
     """The token ids of an example's prompt. Raises ValueError where there are none, or too many."""
-    ids = encode_prompt(model.tokenizer, example.prompt)
+    ids = model.encode(example.prompt)
     if not 1 <= len(ids) <= max_prompt_tokens:
         raise ValueError(
             f"prompt {example.id!r} of task {task!r} has {len(ids)} tokens: it must have 1 to "

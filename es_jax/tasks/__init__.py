@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from es_jax.core.names import unknown
-from es_jax.tasks import outside
+from es_jax.tasks import outside, reasoning_gym
 from es_jax.tasks.columns import Columns
 from es_jax.tasks.conciseness import Conciseness
 from es_jax.tasks.countdown import Countdown
@@ -33,6 +33,8 @@ TASKS: Mapping[str, Callable[..., Any]] = MappingProxyType(
 
 def check_name(name: str) -> None:
     """Raises ValueError unless the name can be one of a task; a file or a module is not looked at."""
+    if reasoning_gym.is_name(name):
+        return reasoning_gym.check_name(name)
     if name in TASKS or name == Columns.name or outside.is_reference(name):
         return
     if name not in (points := outside.entry_points()):
@@ -43,9 +45,9 @@ def get_task(name: str, **options: Any) -> Task:
     """The task of that name, made with its options.
 
     Args:
-      name: a key of `TASKS`; "rows", see `es_jax.tasks.columns.Columns`; a name that an installed package registers as
-        an entry point of the group es_jax.tasks; or FILE.py:NAME or package.module:NAME, a class, a function that
-        returns a task, or a task.
+      name: a key of `TASKS`; "rows", see `es_jax.tasks.columns.Columns`; reasoning_gym:NAME, see
+        `es_jax.tasks.reasoning_gym.ReasoningGym`; a name that an installed package registers as an entry point of the
+        group es_jax.tasks; or FILE.py:NAME or package.module:NAME, a class, a function that returns a task, or a task.
       **options: fields of the task, which its docstring describes.
 
     Raises:
@@ -92,7 +94,10 @@ def options_of(name: str) -> list[str] | None:
 def name_and_options(task: Task) -> tuple[str, dict[str, Any]]:
     """The name and the options with which `get_task` makes the task again; a name alone that says what it is, where
     that cannot be told. Raises ValueError for one that cannot be the name of a file."""
-    name, options = outside.described(check_task(task, "task"))
+    check_task(task, "task")
+    if isinstance(task, reasoning_gym.ReasoningGym):
+        return task.name_and_options()
+    name, options = outside.described(task)
     own = name_of(task)
     if own in (*TASKS, Columns.name) and type(task).__module__.startswith("es_jax."):
         return own, {option: value for option, value in options.items() if option != "kind"}
@@ -111,6 +116,8 @@ def _maker(name: str) -> Any:
     check_name(name)
     if name in TASKS or name == Columns.name:
         return TASKS.get(name, Columns)
+    if reasoning_gym.is_name(name):
+        return reasoning_gym.maker(name)
     if outside.is_reference(name):
         return outside.load(name)
     try:

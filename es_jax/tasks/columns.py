@@ -80,7 +80,7 @@ class Columns(Splits):
             raise ValueError(
                 f"train_split and test_split are both {self.test_split!r}: set test_rows, or another split"
             )
-        object.__setattr__(self, "prompt", _template(self.prompt))
+        object.__setattr__(self, "prompt", template(self.prompt))
         object.__setattr__(self, "functions", (load(self.grader),) if outside else ())
 
     def _examples(self, split: str, n: int | None) -> list[Example]:
@@ -189,7 +189,7 @@ def number_of(answer: str) -> Any:
     return number(answer) if "####" not in answer else final_number(answer)
 
 
-def _template(prompt: Any) -> Any:
+def template(prompt: Any) -> Any:
     """The template as text, or as messages with text. Raises ValueError for what is not one."""
     if isinstance(prompt, str) and re.match(r"\s*\[\s*\{\s*\"", prompt):
         try:

@@ -18,6 +18,7 @@ from es_jax.rundir import directory
 from es_jax.rundir.seed_log import Entry
 from es_jax.tasks import check_name
 from es_jax.training.config_groups import (
+    RULES,
     DecodeConfig,
     ESConfig,
     EvalsConfig,
@@ -153,7 +154,7 @@ class RunConfig:
         )
 
 
-FIELDS = Fields.of(RunConfig)
+FIELDS = Fields.of(RunConfig, rules=RULES)
 
 
 def default_config() -> config_dict.ConfigDict:

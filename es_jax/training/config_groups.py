@@ -15,10 +15,19 @@ from es_jax.es.noise import NOISES
 from es_jax.es.population import Population
 from es_jax.es.shaping import SHAPINGS
 from es_jax.optim.chains import OPTIMIZERS, OPTIONS
+from es_jax.rundir.tracker import TRACKERS
 
 MEMORIES = ("device", "pinned_host")
 DTYPES = ("float32", "bfloat16", "float16")
 AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
+
+
+RULES: dict[str, list[str]] = {}  # full name of a field → what its checks say that it must be, as they meet it
+
+
+def _rule(field: str, must: str) -> None:
+    if must not in (rules := RULES.setdefault(field, [])):
+        rules.append(must)
 
 
 def _at_least(low: float) -> Callable[[Any], bool]:
@@ -41,6 +50,7 @@ def _require(config: Any, group: str, must: str, holds: Callable[[Any], bool], *
     """Raises ValueError for the first of the fields that is set and does not hold."""
     for field in fields:
         value = getattr(config, field)
+        _rule(f"{group}.{field}", must)
         if value is not None and not holds(value):
             raise ValueError(f"{group}.{field} is {value}: it must be {must}")
 
@@ -48,6 +58,7 @@ def _require(config: Any, group: str, must: str, holds: Callable[[Any], bool], *
 def _choose(config: Any, group: str, **known: Iterable[str]) -> None:
     """Raises ValueError for the first field whose value is not a known one."""
     for field, names in known.items():
+        _rule(f"{group}.{field}", f"one of {', '.join(names)}")
         if (value := getattr(config, field)) not in names:
             raise ValueError(unknown(f"{group}.{field}", value, names))
 
@@ -79,18 +90,21 @@ class TaskConfig:
     """What the members are scored on.
 
     Attributes:
-      name: what `es_jax.tasks.get_task` takes: "countdown", …; "rows"; FILE.py:NAME or package.module:NAME.
+      name: what `es_jax.tasks.get_task` takes: "countdown", …; "rows"; reasoning_gym:NAME; FILE.py:NAME or
+        package.module:NAME.
       data_dir: a folder of rows, where the task is not to use its own; relative to the working directory.
       hub: a data set on the hub, "owner/name", for countdown and rows.
       prompt, answer: of rows: a template, text or a list of messages, and a column. See `es_jax.tasks.columns.Columns`.
+        Of reasoning_gym:NAME prompt is a template with {question}.
       grader: "paper", "strict" or "robust", where the task has graders; of rows "exact", "number", "choice",
-        "contains", FILE.py:NAME or package.module:NAME.
+        "contains", FILE.py:NAME or package.module:NAME; of reasoning_gym:NAME "tags" or "whole".
       options: other fields of the task, by name; values as JSON has them.
       train_size: how many training prompts there are.
       prompts_per_step: how many of them a step scores its members on; None is all of them, every step.
       seed: of the rows, where the task generates them; None is the task's own default.
       timeout_seconds: the most that the score of a completion may take, of the task that is trained and of those from
-        outside the package; None: what such a task's class says. A process of its own scores then.
+        outside the package; None: what such a task's class says, 10 of reasoning_gym:NAME. A process of its own scores
+        then.
     """
 
     name: str = "countdown"
@@ -122,7 +136,8 @@ class ESConfig:
     Attributes:
       population: N ≥ 2 members a step.
       sigma: σ > 0, the noise scale.
-      schedule: what σ is multiplied by, step by step: `es_jax.optim.schedules`.
+      schedule: what σ is multiplied by, step by step: "constant", "linear" or "cosine",
+        with an end and a warm-up as in "cosine:0.1:20" (`es_jax.optim.schedules`).
       antithetic: members are pairs θ ± σε; N even.
       noise: "gaussian"; "low_rank", with which all members share one set of weights in one batch (arXiv 2511.16652);
         or "shared_seed" as published (equal-shaped parameters share noise; arithmetic in param_dtype).
@@ -220,7 +235,8 @@ class AnchorConfig:
       penalty: "none", "l2" or "l1".
       strength: λ ≥ 0 of the paper (10 for l2, 0.01 for l1); or give `kappa`.
       kappa: κ > 0, how many σ a weight may drift in the long run; λ follows from it. Plain sgd only.
-      schedule: what λ is multiplied by, step by step: `es_jax.optim.schedules`.
+      schedule: what λ is multiplied by, step by step: "constant", "linear" or "cosine",
+        with an end and a warm-up as in "cosine:0.1:20" (`es_jax.optim.schedules`).
       source: the model to be pulled to, where it is not the one that training starts from (model.source): in a
         sequence of tasks, the base of the first.
       ema_decay: β of an anchor that follows the weights, their exponential average over about 1/(1 − β) steps; None:
@@ -273,7 +289,8 @@ class OptimConfig:
     Attributes:
       name: one of `es_jax.optim.chains.OPTIMIZERS`; the papers' step is "sgd".
       learning_rate: α > 0, with the 1/σ of the gradient folded in, as in the papers.
-      schedule: what α is multiplied by, step by step: `es_jax.optim.schedules`.
+      schedule: what α is multiplied by, step by step: "constant", "linear" or "cosine",
+        with an end and a warm-up as in "cosine:0.1:20" (`es_jax.optim.schedules`).
       b1, b2: in [0, 1), decay of the moments; None is optax's default. adam, adamw and lion.
       weight_decay: ≥ 0, decoupled, toward zero; None is optax's default. adamw and lion.
       max_grad_norm: > 0: gradients of a larger norm are scaled down to it; None does not clip.
@@ -335,12 +352,13 @@ class TrainConfig:
 
     Attributes:
       steps: iterations T.
-      seed: of the noise and of the order of the prompts.
+      seed: 0 to 2³² − 1, of the noise and of the order of the prompts.
       checkpoint_every: steps between checkpoints; the last step has one too. Steps since are replayed on resume.
       keep_checkpoints: how many checkpoints stay.
-      samples: completions of each step's first member that go to samples.jsonl.
+      samples: ≥ 0 completions of each step's first member that go to samples.jsonl.
       profile: (start, stop): a TensorBoard trace of steps start to stop − 1 is written to the run's tb folder.
         It ends with the last step of the run at the latest.
+      tracker: "wandb" follows the run in Weights & Biases too, as docs/records.md says; None is nobody.
     """
 
     steps: int = 500
@@ -349,6 +367,7 @@ class TrainConfig:
     keep_checkpoints: int = 2
     samples: int = 2
     profile: tuple[int, ...] = ()
+    tracker: str | None = None
 
     def __post_init__(self):
         _require(self, "train", "at least 1", _at_least(1), "steps", "checkpoint_every", "keep_checkpoints")
@@ -362,6 +381,9 @@ class TrainConfig:
                 f"train.profile is {self.profile}, but the last step is train.steps = {self.steps}: nothing would be "
                 "traced; start earlier"
             )
+        _rule("train.tracker", f"one of {', '.join(TRACKERS)}")
+        if self.tracker not in (None, *TRACKERS):
+            raise ValueError(unknown("train.tracker", self.tracker, TRACKERS))
         if self.samples < 0:
             raise ValueError(f"train.samples is {self.samples}: it must not be negative")
         try:

@@ -23,7 +23,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,16 +43,18 @@ from es_jax.rundir.checkpoints import Checkpoints, nbytes
 from es_jax.rundir.directory import compilation_cache
 from es_jax.rundir.metrics import say
 from es_jax.rundir.seed_log import SeedLog, read_entries
+from es_jax.rundir.tracker import Tracker
 from es_jax.scoring.grading import Graded, Grader
 from es_jax.scoring.heldout import checked_prompt, evaluate
 from es_jax.scoring.row_results import EvalsFile
 from es_jax.scoring.workers import Submit, workers_of
 from es_jax.tasks.outside import label
 from es_jax.tasks.task import Example, Task
+from es_jax.training import kept_rows
 from es_jax.training.config import RunConfig, freeze
 from es_jax.training.es import Evaluator
 from es_jax.training.method import StepResult
-from es_jax.training.recorder import Recorder
+from es_jax.training.recorder import Recorder, StepRecord
 from es_jax.training.run_tasks import (
     by_label,
     held_out,
@@ -100,20 +102,42 @@ class RunResult:
 
 
 def run(
-    config: RunConfig | config_dict.ConfigDict | dict, workdir: str | Path, *, task: Task | str | None = None
+    config: RunConfig | config_dict.ConfigDict | dict,
+    workdir: str | Path,
+    *,
+    task: Task | str | None = None,
+    callback: Callable[[StepRecord], Any] | None = None,
 ) -> RunResult:
     """Train, from the start or from where the directory's run stopped; the bits are the same either way.
 
     Args:
-      config: a RunConfig, or the ConfigDict of a config file.
+      config: a RunConfig, the ConfigDict of a config file, or a dict of groups and their fields; what it leaves out has
+        its default.
       workdir: the run's directory; made if need be.
       task: in place of task.name: a name, or a task itself. config.json has the name and the options that make it
         again, where its class tells them; otherwise whoever goes on with the run or evaluates it gives it again.
+      callback: is called with a StepRecord after each step that this call finishes, when the step is on disk and its
+        evaluation, where one is due, is done; by each process of the run. What it returns is ignored. What it raises
+        ends the run and is raised here; finished steps stay, that one among them, and the same call goes on after it.
 
     Raises:
       ValueError, OSError: bad fields, rows, weights, prompts, or a directory of another run, before any work starts;
         scores or weights that are not finite or a full disk, at their step. Finished steps stay.
       processes.Preempted: SIGTERM came. The last finished step has a checkpoint.
+
+    >>> import tempfile
+    >>> config = {
+    ...     "model": {"source": "lab"},
+    ...     "task": {"name": "lab-countdown", "train_size": 8},
+    ...     "es": {"population": 4, "sigma": 0.01},
+    ...     "optim": {"learning_rate": 0.005, "anchor": {"penalty": "l2", "kappa": 1.0}},
+    ...     "decode": {"max_prompt_tokens": 16, "max_new_tokens": 6},
+    ...     "train": {"steps": 2},
+    ...     "evals": {"rows": 8},
+    ... }
+    >>> result = run(config, tempfile.mkdtemp())
+    >>> result.step, result.heldout["n"]
+    (2, 8)
     """
     began = time.monotonic()
     config, workdir = config if isinstance(config, RunConfig) else freeze(config), Path(workdir)
@@ -121,13 +145,15 @@ def run(
     trained = make_task(config) if task is None or isinstance(task, str) else task
     others = ((name, other_task(config, name)) for name in config.evals.tasks if name != config.task.name)
     tasks = by_label([*others, (config.task.name, trained)])
-    train = rows_of(trained, "train", config.task.train_size, config.task.name)
+    kept = (workdir / kept_rows.FOLDER,)
+    train = rows_of(trained, "train", config.task.train_size, config.task.name, kept)
     every, size = config.evals.every, config.evals.rows
-    tests = {name: rows_of(one, "test", size, name) for name, one in tasks.items()} if every else {}
+    tests = {name: rows_of(one, "test", size, name, kept) for name, one in tasks.items()} if every else {}
     workers = workers_of(trained, config.task.timeout_seconds)
     with processes.stoppable(), directory.claim(workdir), compilation_cache(workdir / "cache"), workers as submit:
         check_steps(config, workdir)
-        return _Run(config, workdir, tasks, train, tests, submit).train(began)
+        with Tracker(config.train.tracker, workdir) as tracker:
+            return _Run(config, workdir, tasks, train, tests, submit).train(began, tracker, callback)
 
 
 def with_date(config: RunConfig, workdir: Path) -> RunConfig:
@@ -229,11 +255,19 @@ class _Run:
         if slow and jax.default_backend() == "gpu":
             say(f"{slow}: a step of decoding copies weights and caches, about 3 times the bytes")
 
-    def train(self, began: float) -> RunResult:
+    def train(self, began: float, tracker: Tracker, callback: Callable[[StepRecord], Any] | None) -> RunResult:
         """Run the loop to its end; what is open is closed however it ends. `began`: when the run was asked for."""
+        self._keep_rows()
+        tracker.config(dataclasses.asdict(self.config))
+
+        def tell(step: int, row: dict[str, Any], heldout: dict[str, dict[str, Any]]) -> None:
+            tracker.write(step, {"train": row} | {f"evals/{name}": one for name, one in heldout.items()})
+            if callback and row:  # of an evaluation before the first step there is none
+                callback(StepRecord(step, row, heldout, lambda: self.state.params))
+
         try:
             with Clock() as clock:
-                self._loop(clock, began)
+                self._loop(clock, began, tell)
             step = len(self.log.entries)
             if processes.first():
                 (self.workdir / "DONE").write_text(f"{step}\n")
@@ -250,11 +284,17 @@ class _Run:
         heldout = self.recorder.heldout[label(self.config.task.name)].last
         return RunResult(self.workdir, step, self.state.params, self.recorder.reward, heldout)
 
-    def _loop(self, clock: Clock, began_run: float) -> None:
+    def _keep_rows(self) -> None:
+        own, kept = label(self.config.task.name), (self.workdir / kept_rows.FOLDER,)
+        kept_rows.keep(self.tasks[own], "train", own, self.examples, kept)
+        for test in self.tests:
+            kept_rows.keep(test.task, "test", test.name, test.examples, kept)
+
+    def _loop(self, clock: Clock, began_run: float, tell: Callable[[int, dict, dict], None]) -> None:
         if processes.first():
             (self.workdir / "DONE").unlink(missing_ok=True)
         start = len(self.log.entries)
-        self._finish_step(start)
+        tell(start, {}, self._finish_step(start))
         if start == self.config.train.steps:
             say(f"all {start} steps are finished: to go on, set train.steps higher")
         for step in range(start + 1, self.config.train.steps + 1):
@@ -267,11 +307,11 @@ class _Run:
             self._check_finite(step, drift, metrics)
             first = {"seconds_to_first_step": now - began_run} if step == start + 1 else {}
             timings = self._timings(step, clock.seconds(), graded, total=now - began)
-            self.recorder.step(entry, graded, drift, metrics, timings | first)
+            row = self.recorder.step(entry, graded, drift, metrics, timings | first)
             self.log.append(entry)
             if message := self.profile.done(step, timings, functools.partial(self.method.seconds_alone, entry)):
                 say(message)
-            self._finish_step(step)
+            tell(step, row, self._finish_step(step))
 
     def _check_finite(self, step: int, drift: float, metrics: Mapping[str, float | None]) -> None:
         """Raises ValueError where the step's weights or numbers of its update are not finite; the seed log and the
@@ -353,12 +393,13 @@ class _Run:
         if (self.checkpoints.latest() or 0) < step:
             self.checkpoints.save(step, self.state.params, self.state.opt_state)
 
-    def _finish_step(self, step: int) -> None:
-        """Checkpoint and held-out evaluation, where they are due and not done yet."""
+    def _finish_step(self, step: int) -> dict[str, dict[str, Any]]:
+        """Checkpoint and held-out evaluation, where they are due and not done yet; the rows of the evaluation."""
         train, every = self.config.train, self.config.evals.every
         final = step == train.steps
         if final or step % train.checkpoint_every == 0:
             self._save(step)
         due = [test for test in self.tests if step not in self.recorder.heldout[test.name].steps]
         if due and (final or step % every == 0):
-            self.recorder.evaluations(step, evaluate(self.evaluator, self.model, self.state.params, due))
+            return self.recorder.evaluations(step, evaluate(self.evaluator, self.model, self.state.params, due))
+        return {}

@@ -1,14 +1,15 @@
-"""What a run writes about its steps: metrics, samples, and held-out rows."""
+"""What a run writes and tells about its steps: metrics, samples, and held-out rows."""
 
+import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from es_jax.rundir.metrics import Jsonl, Metrics, Progress, say
+from es_jax.rundir.metrics import Jsonl, Metrics, Progress, how_to_look, say
 from es_jax.rundir.seed_log import Entry
 from es_jax.scoring.grading import Graded, means
 from es_jax.scoring.heldout import HeldOut
@@ -16,6 +17,28 @@ from es_jax.scoring.row_results import EvalsFile, RowResults
 from es_jax.tasks.outside import label
 from es_jax.training.config import RunConfig
 from es_jax.training.predicted_drift import PredictedDrift
+
+
+@dataclasses.dataclass(frozen=True)
+class StepRecord:
+    """What the `callback` of `run` is told of a finished step.
+
+    Attributes:
+      step: 1..T.
+      metrics: the step's row of metrics.jsonl: "reward_mean", "drift", "seconds", …
+      heldout: where an evaluation was due after the step, its row by the name of the task: "accuracy", "reward", …
+    """
+
+    step: int
+    metrics: Mapping[str, Any]
+    heldout: Mapping[str, Mapping[str, Any]]
+    _params: Callable[[], Any] = dataclasses.field(repr=False)
+
+    @property
+    def params(self) -> Any:
+        """The weights after the step, in model.param_dtype, where they lie on the devices; not a copy. The next step
+        writes over them: read them in the callback, and copy what shall stay (`jax.device_get`)."""
+        return self._params()
 
 
 class Recorder:
@@ -37,6 +60,7 @@ class Recorder:
         self._samples = Jsonl(workdir / "samples.jsonl", last_step=done)
         names = dict.fromkeys([label(config.task.name), *(held.name for held in tests)])
         self.heldout = {name: EvalsFile(workdir / "evals", name, last_step=done) for name in names}
+        say(how_to_look(workdir / "tb"))
         self.progress = Progress(steps=config.train.steps, done=done, unit=unit)
         self.reward = float(np.array(finished[-1].rewards, float).mean()) if finished else None
         self._predicted = PredictedDrift(config, dim, offset=offset)
@@ -50,8 +74,8 @@ class Recorder:
         drift: float,
         metrics: Mapping[str, float | None],
         timings: Mapping[str, Any],
-    ) -> None:
-        """A step's row in metrics.jsonl and TensorBoard, its samples, and its line on the screen.
+    ) -> dict[str, Any]:
+        """A step's row in metrics.jsonl and TensorBoard, which is returned, its samples, and its line on the screen.
 
         `metrics`: of the method's update. `timings`: the step's tokens and seconds, and their parts.
         """
@@ -86,9 +110,11 @@ class Recorder:
             )
         )
         self.progress.step(row)
+        return row
 
-    def evaluations(self, step: int, done: Iterable[tuple[HeldOut, RowResults]]) -> None:
-        """A row of held-out accuracy for each task, on disk as soon as it is there, and one line on the screen."""
+    def evaluations(self, step: int, done: Iterable[tuple[HeldOut, RowResults]]) -> dict[str, dict[str, Any]]:
+        """A row of held-out accuracy for each task, on disk as soon as it is there, and one line on the screen; returns
+        the rows."""
         rows, max_new_tokens = {}, self._config.decode.max_new_tokens
         for held, results in done:
             row = self.heldout[held.name].add(step, results, digest=held.digest, max_new_tokens=max_new_tokens)
@@ -101,6 +127,7 @@ class Recorder:
                 change = f"{row['reward_change']:+.4f} ± {row['reward_change_se'] or 0:.4f}"
                 columns.append(f"{change} (paired) since step 0")
         say(f"step {step}: held-out accuracy {', '.join(columns)}")
+        return rows
 
     def close(self) -> None:
         self._metrics.close()

@@ -1,7 +1,8 @@
 """The tasks of a run, made from its config or given from Python, by the names that its files have for them."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from es_jax.core.names import unknown
@@ -11,6 +12,7 @@ from es_jax.tasks import TASKS, get_task, name_and_options, options_of, source_d
 from es_jax.tasks.outside import label
 from es_jax.tasks.rows import rows_folder
 from es_jax.tasks.task import Example, Task
+from es_jax.training import kept_rows
 from es_jax.training.config import RunConfig
 from es_jax.weights.model import Model
 
@@ -68,10 +70,11 @@ def by_label(named: Iterable[tuple[str, Task]]) -> dict[str, Task]:
     return tasks
 
 
-def rows_of(task: Task, split: str, n: int, name: str) -> list[Example]:
-    """The first `n` rows of a split. ValueError where a task does not give them."""
+def rows_of(task: Task, split: str, n: int, name: str, folders: Sequence[Path] = ()) -> list[Example]:
+    """The first `n` rows of a split: of a task whose rows are kept, those in the first of the folders that has them.
+    ValueError where a task does not give them."""
     try:
-        rows = getattr(task, split)(n)
+        rows = kept_rows.rows(task, split, n, label(name), folders)
     except (ValueError, OSError):
         raise
     except Exception as error:

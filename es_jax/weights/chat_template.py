@@ -34,8 +34,9 @@ def apply(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> str:
             f"one (an instruction-tuned one), or {_PLAIN}"
         )
     for i, message in enumerate(messages):
-        if not isinstance(message.get("content"), str):
-            raise ValueError(f"prompt[{i}].content is {message.get('content')!r}: it must be text")
+        for field in ("role", "content"):
+            if not isinstance(message.get(field), str):
+                raise ValueError(f"prompt[{i}].{field} is {message.get(field)!r}: it must be text")
     *before, last = map(dict, messages)
     continues = last["role"] == "assistant"
     text = _open_turn(tokenizer, before, last) if continues else _fill(tokenizer, [*before, last], open_turn=True)

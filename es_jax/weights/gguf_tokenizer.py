@@ -7,6 +7,7 @@ in transformers: before the text, not after every special token, since chat temp
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from es_jax.core.extras import without_advice
 from es_jax.core.names import unknown
 
 Metadata = Mapping[str, Any]
@@ -42,7 +43,8 @@ PRE_TOKENIZERS = {
 
 def from_gguf_metadata(metadata: Metadata) -> Any:
     """The tokenizer that a GGUF file's metadata describes, as a transformers fast tokenizer."""
-    from transformers import PreTrainedTokenizerFast
+    with without_advice():
+        from transformers import PreTrainedTokenizerFast
 
     kind = metadata.get("tokenizer.ggml.model")
     if kind not in _BUILDERS:

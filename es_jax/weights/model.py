@@ -8,7 +8,7 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from es_jax.core import processes
 from es_jax.models.config import TransformerConfig
 from es_jax.models.hf_config import from_hf, to_hf
 from es_jax.models.transformer import Params
-from es_jax.weights import convert, safetensors, tokenizer
+from es_jax.weights import boundary, convert, safetensors, tokenizer
 from es_jax.weights.files import digest, find_files, resolve
 from es_jax.weights.gguf import GGUFReader, from_gguf
 from es_jax.weights.gguf_tokenizer import from_gguf_metadata
@@ -39,6 +39,27 @@ class Model:
     digest: str
     stop_token_ids: tuple[int, ...]
     generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def encode(self, prompt: tokenizer.Prompt) -> list[int]:
+        """The token ids that the model reads of a prompt, in training, evaluation and `es_jax.complete` alike.
+
+        Messages, each with "role" and "content", go through the chat template: after a last message of the user's the
+        assistant's turn is opened, and a last message of the assistant's is left open, to be continued. Plain text gets
+        the special tokens that the tokenizer adds before it (BOS, if any), and no EOS.
+
+        Raises ValueError for messages that the template does not take, or where there is none.
+
+        >>> load_model("lab").encode("A37+48=")
+        [17, 5, 9, 12, 6, 10, 14]
+        """
+        return tokenizer.encode_prompt(self.tokenizer, prompt)
+
+    def decode(self, prompt: Sequence[int], completion: Sequence[int]) -> str:
+        """The text of a completion, as graders see it: what follows the prompt (both are token ids), without the tokens
+        that stop it, BOS, EOS and padding."""
+        silent = boundary.silent_token_ids(self.tokenizer, self.stop_token_ids)
+        spoken = [token for token in completion if token not in silent]
+        return boundary.completion_texts(self.tokenizer, [boundary.prompt_end(self.tokenizer, prompt)], [spoken])[0]
 
 
 def load_model(

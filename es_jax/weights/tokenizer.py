@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from es_jax.core.extras import without_advice
 from es_jax.weights import chat_template
 
 Prompt = str | Sequence[Mapping[str, Any]]
@@ -15,7 +16,8 @@ END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|endoftext|>", "<|end
 
 def from_folder(folder: Path) -> Any:
     """The tokenizer of a Hugging Face folder; never runs code from it. ValueError when there is none."""
-    from transformers import AutoTokenizer
+    with without_advice():
+        from transformers import AutoTokenizer
 
     try:
         words = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)

@@ -99,6 +99,9 @@ def test_every_parameter_has_a_rule_and_the_masters_are_cut_over_all_devices():
 def test_matches_are_told_and_what_does_not_fit_is_named(params, caplog):
     with caplog.at_level(logging.INFO):
         param_shardings(make_mesh(4, 2), params, log=True)
+    assert not caplog.records
+    with caplog.at_level(logging.DEBUG, logger="es_jax"):
+        param_shardings(make_mesh(4, 2), params, log=True)
     assert len(caplog.records) == len(jax.tree.leaves(params))
     assert "embed/embedding (264, 32) is cut as ('model', 'groups')" in caplog.text
     with pytest.raises(ValueError, match=r"leaf 'layers/mlp/extra' has no sharding rule"):

@@ -23,9 +23,11 @@ from es_jax.evals.runner import Options, evaluate_run
 from es_jax.rundir.checkpoints import saved_steps
 from es_jax.rundir.metrics import read_jsonl
 from es_jax.rundir.seed_log import read_entries
+from es_jax.tasks.reasoning_gym_scorers import VERSION
 from es_jax.training.loop import run
 from es_jax.training.weights_at import replay
 from es_jax.weights.model import load_model
+from tests import reasoning_gym_stub
 
 ROOT = Path(__file__).resolve().parents[2]
 FIELDS = {
@@ -177,6 +179,18 @@ def test_two_processes_train_on_a_task_of_a_file(cache, tmp_path):
     assert len({row["reward_std"] for row in rows[0]} | {0.0}) > 1
     evals = [read_jsonl(tmp_path / name / "evals/own_task.Ones.jsonl") for name in ("pair", "one")]
     assert [row["reward"] for row in evals[0]] == [row["reward"] for row in evals[1]] and len(evals[0]) == 2
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_rows_that_the_first_keeps(cache, tmp_path):
+    site = reasoning_gym_stub.write(tmp_path / "site", VERSION)
+    fields = FIELDS | {"task.name": "reasoning_gym:chain_sum", "task.options.max_terms": 2, "evals.every": 0}
+    fields |= {"task.prompt": "{question}", "es.population": 4}
+    path = os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])
+    status, out = Pair.training(tmp_path / "pair", cache, steps=1, fields=fields, PYTHONPATH=path).ended()
+    assert status == [0, 0], "\n".join(out)
+    rows = (tmp_path / "pair/tasks/reasoning_gym.chain_sum.train.jsonl").read_text().splitlines()[1:]
+    assert len(rows) == 8 and '"prompt": "' in rows[0]
 
 
 @pytest.mark.slow

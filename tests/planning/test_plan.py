@@ -19,7 +19,7 @@ from es_jax.core.mesh import make_mesh
 from es_jax.models.config import TransformerConfig
 from es_jax.models.transformer import matrix_weights
 from es_jax.planning.costs import Work, pair_numbers
-from es_jax.planning.plan import Moved, candidates, compile_program, fields, make_plan, words
+from es_jax.planning.plan import Moved, candidates, compile_program, fields, make_plan, plan_here, words
 from es_jax.planning.programs import Bytes, find_shape, programs_of
 from es_jax.planning.topology import Topology, topology
 from es_jax.planning.traffic import Traffic
@@ -95,6 +95,13 @@ def test_a_gpu_decodes_in_place_and_makes_layers_one_by_one():
     assert decode["step_unknown_calls"] == [] and "chunk_bytes" not in decode
     assert decode["even_step_bytes"] <= decode["step_bytes"] and decode["even_step_kernels"] == decode["step_kernels"]
     assert decode["even_step_bytes_least"] < decode["step_bytes_least"]
+
+
+@needs_cuda
+def test_absent_gpus_have_no_pinned_memory():
+    pinned = CONFIG | {"optim": {"anchor": {"penalty": "l2", "strength": 10.0, "memory": "pinned_host"}}}
+    with pytest.raises(ValueError, match=r"optim\.anchor\.memory is 'pinned_host', which JAX does not know of GPUs"):
+        programs_of(freeze(pinned), SMALL, topology("h100:1x1x1"))
 
 
 @needs_libtpu
@@ -353,7 +360,7 @@ def test_the_search_tries_members_at_once_where_they_share_weights():
 def test_a_plan_of_shared_weights_says_how_many_decode_at_once(annotations):
     """What is compiled, `--json` and the words; and where a chip is too small, how many fewer would fit."""
     config, compiled = freeze(LOW_RANK | {"mesh": {"groups": 4}}), {}
-    plan = make_plan(config, SMALL, topology("v5e:2x2"), compiled=compiled)
+    plan = plan_here(config, SMALL, topology("v5e:2x2"), compiled=compiled)
     said = fields(plan)
     assert said["fits"] and said["members_at_once"] == 4 and ("decode", 4, 1, 4, 4) in compiled
     assert [program["runs"] for program in said["programs"].values()] == [0, 1, 1, 1, 1]
