@@ -43,6 +43,7 @@ FAST: dict[str, tuple[str, ...]] = {
     "tasks/test_columns.py": ("test_a_template", "test_graders", "test_options_are_listed"),
     "tasks/test_countdown_grading.py": (),
     "tasks/test_countdown_layouts.py": (),
+    "tasks/test_json_facts.py": (),
     "tasks/test_lab_problems.py": (),
     "tasks/test_own_tasks.py": (),
     "tasks/test_reasoning_gym.py": ("test_a_refused", "test_the_lists", "test_an_unknown_name", "test_the_form"),

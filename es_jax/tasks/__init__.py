@@ -12,6 +12,7 @@ from es_jax.tasks.columns import Columns
 from es_jax.tasks.conciseness import Conciseness
 from es_jax.tasks.countdown import Countdown
 from es_jax.tasks.gsm8k import GSM8K
+from es_jax.tasks.json_facts import JsonFacts
 from es_jax.tasks.lab import KINDS, Lab
 from es_jax.tasks.multiple_choice import DATASETS, MultipleChoice
 from es_jax.tasks.proofwriter import ProofWriter
@@ -24,7 +25,7 @@ __all__ = [
 ]  # fmt: skip
 
 TASKS: Mapping[str, Callable[..., Any]] = MappingProxyType(
-    {task.name: task for task in (Countdown, GSM8K, ProofWriter, Conciseness)}
+    {task.name: task for task in (Countdown, GSM8K, ProofWriter, Conciseness, JsonFacts)}
     | {name: partial(MultipleChoice, name) for name in DATASETS}
     | {f"lab-{kind}": partial(Lab, kind) for kind in KINDS}
 )

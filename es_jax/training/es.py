@@ -79,7 +79,10 @@ class Evolution:
         rewards = np.array([_mean_reward(completions) for completions in graded])
         gap, centre, every = None, [], self._config.evals.every
         if every and (step - 1) % every == 0 and es.rewards == "task":  # the step after an evaluation
-            centre = self._graded(unperturbed_members(1), prompts, grade, lambda n: None, keys=keys)
+            if seen is None:
+                centre = self._graded(unperturbed_members(1), prompts, grade, lambda n: None, keys=keys)
+            else:
+                centre = self._dealt(prompts, grade, keys)
             gap = float(rewards.mean() - _mean_reward(*centre))
             gap = gap if math.isfinite(gap) else None  # with es.nan_rewards="worst"
         if es.rewards == "random":
@@ -120,6 +123,14 @@ class Evolution:
         graded = list(grade.shared(own).values())
         done(len(members) - len(own))  # by other processes
         return graded
+
+    def _dealt(self, prompts: TokenLists, grade: Grader, keys: np.ndarray | None) -> list[list[Graded]]:
+        """θ's own completions of the prompts, of which each lane has a few, as each member has: in one list, unordered.
+        One lane with all of them is another program, in which the other lanes have as much padding."""
+        rows, keys_of = self._packing.pack(prompts, rows=len(prompts)), () if keys is None else (keys,)
+        (dealt,) = self._evaluator.unperturbed(self._state.params, [rows], keys_of)
+        own = {lane: (rows, grade(rows, tokens, length)) for lane, (rows, tokens, length) in dealt.items()}
+        return [[*itertools.chain(*grade.shared(own).values())]]
 
     def _weights(
         self, rewards: np.ndarray, graded: list[list[Graded]], seen: np.ndarray | None
@@ -456,7 +467,7 @@ class Evaluator:
 
         def calls() -> Iterator[tuple[list[range], Any]]:
             nobody = to_devices(unperturbed_members(self.lanes), over_groups(self.mesh))
-            weights = processes.launch(self.perturb, params, nobody)
+            weights = timed("perturb", processes.launch(self.perturb, params, nobody))
             for prompts, own_keys in itertools.zip_longest(queues, keys):
                 count, width = prompts.tokens.shape
                 each = ceil_div(count, self.lanes * self.engine.slots) * self.engine.slots
@@ -470,7 +481,7 @@ class Evaluator:
                         data[lane, : len(own)] = own_keys[own]
                 arguments = weights, self._rows(tokens, positions, prompts.prefix)
                 dealt = () if own_keys is None else (self._keys(data),)
-                yield rows, processes.launch(self._decode, *arguments, *dealt)
+                yield rows, timed("decode", processes.launch(self._decode, *arguments, *dealt))
 
         for rows, outputs in one_ahead(calls()):
             lanes = _unpack(range(len(rows)), outputs)

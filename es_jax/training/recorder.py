@@ -123,6 +123,9 @@ class Recorder:
         columns = [f"{name} {row['accuracy']:.3f}" for name, row in rows.items()]
         if len(rows) == 1:
             columns.append(f"reward {row['reward']:.4f} ± {row['reward_se'] or 0:.4f} on {row['n']} rows")
+            if step and "reward_change" in row:
+                change = f"{row['reward_change']:+.4f} ± {row['reward_change_se'] or 0:.4f}"
+                columns.append(f"{change} (paired) since step 0")
         say(f"step {step}: held-out accuracy {', '.join(columns)}")
         return rows
 

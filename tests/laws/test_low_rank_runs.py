@@ -105,6 +105,14 @@ def test_a_run_of_the_laboratory_is_traced_and_knows_its_curvature(whole):
     assert read_config(workdir).decode.members_at_once == 128
 
 
+def test_members_that_hardly_differ_have_no_curvature(tmp_path):
+    """They give the answers of θ, which is decoded by itself, a prompt a lane: each row has to have its own reward."""
+    fields = {"task__prompts_per_step": 8, "evals__tasks": (), "evals__every": 1, "evals__rows": 2}
+    run(lab_config("noise=low_rank,population=8,prompts_per_member=2,sigma=1e-9,steps=1", **fields), tmp_path)
+    (row,) = (row for row in read_jsonl(tmp_path / "metrics.jsonl") if "curvature_gap" in row)
+    assert row["reward_std"] > 0 and row["curvature_gap"] == pytest.approx(0, abs=1e-6)
+
+
 @pytest.mark.parametrize(("groups", "model"), [(1, 1), (4, 2)])
 def test_killed_and_resumed_where_memory_and_mesh_differ(groups, model, whole, tmp_path, monkeypatch):
     config, workdir, final = whole

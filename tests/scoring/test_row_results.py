@@ -104,6 +104,14 @@ def test_standard_errors_are_binomial_and_paired():
     assert row["accuracy_change_se"] == pytest.approx(math.sqrt((0.15 - 0.0025) / 99))
 
 
+def test_the_change_of_a_reward_is_paired():
+    base = dataclasses.replace(verdicts("RRKK"), reward=np.array([1.0, 2.0, 3.0, 4.0]))
+    row = summary(5, dataclasses.replace(base, reward=np.array([2.0, 3.0, 4.0, 6.0])), base)
+    assert row["reward_change"] == 1.25 and row["reward_change_se"] == pytest.approx(0.25)
+    assert row["reward_se"] > 0.6
+    assert "reward_change" not in summary(5, base, None)
+
+
 def test_without_a_base_nothing_is_compared_and_without_a_format_nothing_drifts():
     row = summary(3, verdicts("RKFT"), None)
     assert "accuracy_change" not in row and not any(name.startswith("lost") for name in row)

@@ -4,7 +4,7 @@ import json
 import pytest
 from ml_collections import config_dict
 
-from configs import conciseness, countdown, gsm8k, lab, proofwriter
+from configs import conciseness, countdown, gsm8k, json_facts, lab, proofwriter
 from es_jax.es.theory import anchored_norm
 from es_jax.optim.chains import OPTIMIZERS, build_optimizer
 from es_jax.training.config import RunConfig, default_config, freeze, read_config
@@ -67,7 +67,7 @@ def test_bad_fields_are_refused_by_name(fields, says):
     assert says in str(error.value)
 
 
-@pytest.mark.parametrize("file", [countdown, gsm8k, proofwriter, conciseness, lab])
+@pytest.mark.parametrize("file", [countdown, gsm8k, proofwriter, conciseness, json_facts, lab])
 def test_every_config_file_is_valid_and_says_what_it_reached(file):
     assert freeze(file.get_config()).model.source
     assert "Command:" in file.__doc__ and "Reached:" in file.__doc__
