@@ -27,6 +27,7 @@ FAST: dict[str, tuple[str, ...]] = {
     "laws/test_root.py": ("test_every_root_is_rounded_to_nearest_from_a_start_one_step_off",),
     "laws/test_runs.py": ("test_drift_is_what_theory_says", "test_live_diagnostics_are_in_the_metrics"),
     "laws/test_sums.py": ("test_a_log_line", "test_a_runs_config_that"),
+    "laws/test_sampled_members.py": ("test_keys_follow", "test_a_temperature_that"),
     "laws/test_streams.py": ("test_no_split_reaches_a_purpose", "test_the_numbers_of_both_versions_stay"),
     "laws/test_transformations.py": ("test_equals_the_definition_in_float64", "test_schedule_counts_updates"),
     "models/test_families.py": ("test_round_trip", "test_refused_by_name"),

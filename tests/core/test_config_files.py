@@ -37,14 +37,14 @@ def test_a_name_wins_over_a_folder_and_a_file_with_a_suffix_is_a_path(tmp_path, 
     [
         (
             "countdwn",
-            "unknown config 'countdwn': did you mean 'countdown'? Known: conciseness, countdown, gsm8k, lab, ",
+            "unknown config 'countdwn': did you mean 'countdown'? Known: conciseness, countdown, gsm8k, json_facts, lab, ",
         ),
-        ("common", "unknown config 'common'. Known: conciseness, countdown, gsm8k, lab, "),
+        ("common", "unknown config 'common'. Known: conciseness, countdown, gsm8k, json_facts, lab, "),
         ("zzz:seed=1", "unknown config 'zzz'. Known: conciseness, "),
         ("configs/lab.py", "'configs/lab.py' is not a file: .* --config=lab is the one that es_jax brings"),
         (
             "own/mine.py:seed=1",
-            "'own/mine.py' is not a file: .* Known: conciseness, countdown, gsm8k, lab, proofwriter",
+            "'own/mine.py' is not a file: .* Known: conciseness, countdown, gsm8k, json_facts, lab, proofwriter",
         ),
         ("mine.py", "'mine.py' is not a file: give a config file"),
     ],
