@@ -145,8 +145,7 @@ def evaluate_run(
     Raises:
       ValueError, OSError: what is asked for does not exist or does not fit, before anything is computed.
     """
-    if base is None and not Path(workdir).exists() and (step := as_step(str(workdir))):
-        workdir, steps = step.run, [step.step or 0] if steps is None else steps
+    workdir, steps = run_and_steps(workdir, base, steps)
     path = Path(workdir)
     run = is_run(path)
     if not run and base is None and (kl or drift):
@@ -157,6 +156,15 @@ def evaluate_run(
         if names is None:
             raise ValueError("tasks are not given: a model has none of its own, so name them")
         return _Evaluation(source, folder, names, chosen, options=options, mesh=mesh, kl=kl, drift=drift).run()
+
+
+def run_and_steps(
+    workdir: str | Path, base: str | None, steps: Sequence[int | str] | None
+) -> tuple[str | Path, Sequence[int | str] | None]:
+    """What to evaluate, and which of its steps: RUN@STEP without a base is that step of the run."""
+    if base is not None or Path(workdir).exists() or (step := as_step(str(workdir))) is None:
+        return workdir, steps
+    return step.run, [step.step or 0] if steps is None else steps
 
 
 @contextlib.contextmanager

@@ -70,6 +70,7 @@ def test_every_kind_of_task_on_a_runs_steps(workdir, folder, monkeypatch):
     with monkeypatch.context() as patch:  # it goes on with what is new
         patch.setattr(lm_eval, "evaluate", None)
         assert evaluate_harness(workdir, ["my_choice", "my_cloze"], **ask)["lm_eval"] == rows
+        assert evaluate_harness(f"{workdir}@2", ["my_choice", "my_cloze"], options=options)["lm_eval"] == rows
     found = evaluate_harness(workdir, ["my_rolling", "my_writing"], **ask)
     assert "first row is not a list" in found["warnings"][1] and "'my_writing'" in found["warnings"][1]
     more = found["lm_eval"]
