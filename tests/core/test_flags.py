@@ -279,13 +279,17 @@ def test_other_commands_take_a_file_of_flags(command, text, says, tmp_path):
         (["-branch_from=runs/a"], "runs/a"),
         (["--branch_from=runs/a@40", "--config=mine.py"], None),
         (["--workdir=runs/branch_from"], None),
+        (["--branch_from=~/runs/a@40"], "{home}/runs/a"),
+        (["--branch_from=runs/gone@40", "--workdir=runs/a"], "runs/a"),
+        (["--workdir", "runs/b", "--branch_from=runs/a@40"], "runs/a"),
     ],
 )
 def test_a_branch_has_its_parents_config(given, config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/a").mkdir(parents=True)
     (tmp_path / "runs/a/config.json").write_text('{"digest": "0"}')
-    added = [f"--config={config}"] if config else []
+    monkeypatch.setenv("HOME", str(tmp_path))
+    added = [f"--config={config.format(home=tmp_path)}"] if config else []
     assert train._with_config(["es_jax.train", *given]) == ["es_jax.train", *given, *added]
 
 
