@@ -243,7 +243,8 @@ class _Run:
         self.checkpoints = Checkpoints(workdir, keep=config.train.keep_checkpoints)
         self.state = State(config, self.mesh, model.params, self.streams)
         del model
-        self.packing = engine.packing(self.prompts)
+        longest = max(map(len, self.prompts))  # of held-out rows, which may change, no step depends
+        self.packing = dataclasses.replace(engine, max_prompt_tokens=longest).packing(self.prompts)
         self.method = config.record.make(config, self.evaluator, self.state, self.packing, self.streams)
         resume(config, workdir, self.state, self.log, self.checkpoints)
         directory.check_space(workdir, nbytes(self.state.params, self.state.opt_state))
