@@ -69,7 +69,7 @@ def test_a_run_keeps_its_rows_and_whoever_goes_on_reads_them(tmp_path, monkeypat
 
     path = work / "tasks" / files[1]
     path.write_text(path.read_text().replace(rows[0]["answer"], "0", 1) if rows[0]["answer"] != "0" else "")
-    with pytest.raises(ValueError, match="holds a run of another config: rows was"):
+    with pytest.raises(ValueError, match="holds a run of another config: training_rows was"):
         run(helpers.config_of(source, FIELDS, train={"steps": 3}), work)
     assert f"{path} is not as it was written, by its sha256" in caplog.text
 
