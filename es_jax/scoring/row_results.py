@@ -176,7 +176,8 @@ class EvalsFile:
             if row.get("max_new") != max_new_tokens:
                 raise ValueError(
                     f"{self._rows.path} was made with max_new_tokens = {row.get('max_new')}, and this evaluation has "
-                    f"{max_new_tokens}: use the same --max_new_tokens, or another --out"
+                    f"{max_new_tokens}: use the same --max_new_tokens, or another --out; a run goes on where the file "
+                    "is moved elsewhere"
                 )
 
     def add(self, step: int, results: Any, *, digest: str, max_new_tokens: int) -> dict[str, Any]:

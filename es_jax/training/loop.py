@@ -159,8 +159,8 @@ def run(
     workers = workers_of(trained, config.task.timeout_seconds)
     with processes.stoppable(), directory.claim(workdir), compilation_cache(workdir / "cache"), workers as submit:
         check_steps(config, workdir)
-        start = with_weights(start, workdir)
         with Tracker(config.train.tracker, workdir) as tracker:
+            start = with_weights(start, workdir)
             return _Run(start, workdir, tasks, train, tests, submit).train(began, tracker, callback)
 
 
