@@ -161,7 +161,10 @@ def run(
         check_steps(config, workdir)
         with Tracker(config.train.tracker, workdir) as tracker:
             start = with_weights(start, workdir)
-            return _Run(start, workdir, tasks, train, tests, submit).train(began, tracker, callback)
+            result = _Run(start, workdir, tasks, train, tests, submit).train(began, tracker, callback)
+        if config.train.tracker and jax.process_count() > 1:
+            processes.barrier()  # the end of a process waits 30 s for the others, and to upload rows may take longer
+        return result
 
 
 def with_date(config: RunConfig, workdir: Path) -> RunConfig:

@@ -107,7 +107,7 @@ def test_one_name_trains_resumes_evaluates_exports_and_reports(folder, caplog, a
     with jax.numpy_dtype_promotion("standard"):
         run(config, "one")
     (folder / "tasks/reverse.py").write_text(SOURCE + "# a third one\n")
-    result = evaluate_run("one", tasks=[str(folder / NAME), "lab-add"], steps=[4], out="evals")
+    result = evaluate_run("one", tasks=[NAME, "lab-add"], steps=[4], out="evals")
     assert set(result["tasks"]) == {"reverse.Reverse", "lab-add"} and len(result["warnings"]) == 1
     export_run("one", "exported", step=4)
     card = (folder / "exported/README.md").read_text()
