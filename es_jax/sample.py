@@ -195,7 +195,7 @@ def entry() -> None:
         "workdir", None, "A run's directory, or RUN@STEP; or a model folder, .gguf file or hub name.", required=True
     )
     flags.DEFINE_string("step", "last", "Of a run: 0, the base model, to the last; or best.")
-    flags.DEFINE_multi_string("prompt", None, "A prompt; may be repeated.")
+    flags.DEFINE_multi_string("prompt", None, "A prompt")  # absl adds that it may be repeated
     flags.DEFINE_bool("base", False, "Of a run: the base model answers, too.")
     flags.DEFINE_string("system", None, "A system message before the prompts.")
     flags.DEFINE_bool("plain", False, "Prompts are plain text, without the chat template.")
