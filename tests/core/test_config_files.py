@@ -37,8 +37,7 @@ def test_a_name_wins_over_a_folder_and_a_file_with_a_suffix_is_a_path(tmp_path, 
     [
         (
             "countdwn",
-            "unknown config 'countdwn': did you mean 'countdown'? Known: conciseness, countdown, gsm8k, json_facts, "
-            "lab, ",
+            "unknown config 'countdwn': did you mean 'countdown'? Known: conciseness, countdown, gsm8k, json_facts, ",
         ),
         ("common", "unknown config 'common'. Known: conciseness, countdown, gsm8k, json_facts, lab, "),
         ("zzz:seed=1", "unknown config 'zzz'. Known: conciseness, "),

@@ -80,6 +80,12 @@ def test_a_file_of_flags(parse, text, form, tmp_path, monkeypatch):
     assert parse(*form.format("flags").split(), "--config.es.population=6").es.population == 6
 
 
+@pytest.mark.parametrize("value", ["Q: {question}\nA:", "-5 + 3 = ?", "a  b\n\n--config c", "\n"])
+def test_a_value_of_the_command_line_may_have_lines_and_blanks(parse, value):
+    assert parse("--config", LAB, f"--config.task.prompt={value}").task.prompt == value
+    assert parse("--config", LAB, "--config.task.prompt", value).task.prompt == value
+
+
 @pytest.mark.parametrize("content", [None, b"\xff\xfe\x00"])
 def test_a_file_of_flags_that_cannot_be_read(parse, content, tmp_path):
     if content:
