@@ -94,7 +94,7 @@ def named_step(workdir: str, step: str) -> tuple[str, str]:
     return str(named.run), str(named.step)
 
 
-def open_models(workdir: str, step: str, *, base: bool) -> tuple[int | None, "dict[str, Model]"]:
+def open_models(workdir: str, step: str, *, base: bool) -> tuple[int | None, dict[str, "Model"]]:
     """The step, and the models that answer, by what they are called. Raises ValueError or OSError where there is
     neither a run nor a model, or not that step."""
     from es_jax.evals.load_step import load_step
