@@ -20,14 +20,11 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from absl import app, flags
 
 from es_jax.core.flags import command, define_processes, parser
-
-if TYPE_CHECKING:  # JAX starts only when the flags are good
-    from es_jax.weights.model import Model
 
 # All but tab and newline; and what turns the direction of the text that follows.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
@@ -94,7 +91,7 @@ def named_step(workdir: str, step: str) -> tuple[str, str]:
     return str(named.run), str(named.step)
 
 
-def open_models(workdir: str, step: str, *, base: bool) -> tuple[int | None, dict[str, "Model"]]:
+def open_models(workdir: str, step: str, *, base: bool) -> tuple[int | None, dict[str, Any]]:
     """The step, and the models that answer, by what they are called. Raises ValueError or OSError where there is
     neither a run nor a model, or not that step."""
     from es_jax.evals.load_step import load_step
@@ -122,7 +119,7 @@ def open_models(workdir: str, step: str, *, base: bool) -> tuple[int | None, dic
     return number, models | ({"base": load_step(workdir, 0)} if base else {})
 
 
-def opening_of(models: "Mapping[str, Model]", system: str | None, *, plain: bool) -> Opening | None:
+def opening_of(models: Mapping[str, Any], system: str | None, *, plain: bool) -> Opening | None:
     """The messages before the first prompt; None where prompts are plain text."""
     templates = all(model.tokenizer.chat_template for model in models.values())
     if templates and not plain:
@@ -134,7 +131,7 @@ def opening_of(models: "Mapping[str, Model]", system: str | None, *, plain: bool
 
 
 def answers(
-    models: "Mapping[str, Model]", opening: Opening | None, texts: Sequence[str], **options: Any
+    models: Mapping[str, Any], opening: Opening | None, texts: Sequence[str], **options: Any
 ) -> list[dict[str, str]]:
     """{"prompt", "completion", "base"} of each prompt; "base" where a second model answers. Options: of `complete`."""
     from es_jax.scoring.text import complete
@@ -146,7 +143,7 @@ def answers(
 
 
 def chat(
-    models: "Mapping[str, Model]",
+    models: Mapping[str, Any],
     opening: Opening | None,
     *,
     ask: Callable[[], str],
