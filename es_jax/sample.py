@@ -15,7 +15,6 @@ printed; step is null of a model, and base is there with --base:
 
 import contextlib
 import json
-import logging
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -33,7 +32,6 @@ Opening = list[dict[str, str]]  # the messages before the first prompt
 
 def main(argv: list[str]) -> None:
     """Flags → complete()."""
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax, on opening checkpoints to read them
     with command("es_jax.sample", argv) as values:
         from es_jax.core import processes
         from es_jax.rundir.directory import compilation_cache
@@ -82,13 +80,14 @@ def read_lines(lines: Iterable[str]) -> list[str]:
 def named_step(workdir: str, step: str) -> tuple[str, str]:
     """The run and the step that are meant, where `workdir` may be RUN@STEP. Raises ValueError where both name a step,
     FileNotFoundError where there is no such run."""
-    from es_jax.rundir.places import as_step
+    from es_jax.rundir.places import run_and_step
 
-    if Path(workdir).exists() or (named := as_step(workdir)) is None or named.step is None:
-        return workdir, step
+    run, number = run_and_step(workdir)
+    if number is None:
+        return str(run), step
     if step != "last":
         raise ValueError(f"--workdir is {workdir!r} and --step is {step!r}: give one step")
-    return str(named.run), str(named.step)
+    return str(run), str(number)
 
 
 def open_models(workdir: str, step: str, *, base: bool) -> tuple[int | None, dict[str, Any]]:
@@ -97,7 +96,7 @@ def open_models(workdir: str, step: str, *, base: bool) -> tuple[int | None, dic
     from es_jax.evals.load_step import load_step
     from es_jax.rundir.best import BEST, step_of
     from es_jax.rundir.places import is_run
-    from es_jax.rundir.seed_log import read_entries
+    from es_jax.rundir.seed_log import steps_done
     from es_jax.training.config import RunConfig
     from es_jax.training.state import compute_dtype
     from es_jax.weights.model import load_model
@@ -112,7 +111,7 @@ def open_models(workdir: str, step: str, *, base: bool) -> tuple[int | None, dic
             return None, {"model": load_model(workdir, dtype=compute_dtype(RunConfig()))}
         except FileNotFoundError as error:
             raise FileNotFoundError(f"--workdir is {workdir!r}, no run's directory and no model: {error}") from None
-    number = len(read_entries(Path(workdir))) if step == "last" else step_of(workdir, step, flag="--step")
+    number = steps_done(Path(workdir)) if step == "last" else step_of(workdir, step, flag="--step")
     if base and number == 0:
         raise ValueError("step 0 is the base model: leave --base out, or choose a later --step")
     models = {f"step {number}": load_step(workdir, number)}
