@@ -128,7 +128,7 @@ ACCURACY = {name: name for name in ("step", "accuracy")}
 ACCURACY |= {"change": "accuracy_change", "of format": "lost_format", "truncation": "lost_truncation"}
 ACCURACY |= {
     "knowledge": "lost_knowledge",
-    "by this grader alone": "lost_alone",
+    "grader alone": "lost_alone",
     "strict": "strict",
     "robust": "robust",
 }
