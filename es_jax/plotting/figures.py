@@ -32,22 +32,9 @@ from es_jax.plotting.runs import (
     together,
 )
 
-DIMENSIONS = (
-    "target",
-    "family of the model",
-    "size of the model",
-)  # properties of runs by which changes are grouped into boxes
+DIMENSIONS = ("target", "family of the model", "size of the model")  # of runs, to group changes into boxes
 REASONS = {"format": "format drift", "truncation": "truncation", "knowledge": "knowledge lost"}
-COLORS = (
-    "#000000",
-    "#D55E00",
-    "#0072B2",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-    "#7F7F7F",
-)  # the palette of Okabe and Ito
+COLORS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")  # Okabe and Ito's
 MARKERS = "os^Dv<>PX*"
 DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 FILLS = ("0.92", "0.55", "0.78", "0.35", "0.65")

@@ -169,9 +169,7 @@ class Run(NamedTuple):
         train.steps is included if a schedule makes every step depend on it."""
         fields = flatten_dict(dataclasses.asdict(self.config), sep=".")
         fields = {name: value for name, value in fields.items() if not name.startswith("task.options.")}
-        fields["task.options"] = (
-            dict(self.config.task.options) or None
-        )  # as one value, since runs need not have the same fields
+        fields["task.options"] = dict(self.config.task.options) or None  # one value: runs may differ in options
         seed = ("task.seed",) if self.config.task.data_dir is None else ()
         skipped = (*ALIKE, *seed, *(f"{name}." for name in METHODS if name != self.config.method))
         settings = {name: value for name, value in fields.items() if not name.startswith(skipped)}
@@ -312,9 +310,8 @@ def _compared(run: Run) -> Iterator[tuple[str, tuple, Any]]:
     seeds = {} if task.data_dir else {run.target: task.seed}  # generated rows differ with the seed
     data = (task.data_dir, task.seed if task.data_dir else None, task.train_size)
     rows, own = "training_rows" in run.facts, (digest, task.name, seeds.get(run.target))
-    held_out = (
-        own if rows else (*own, config.evals.rows, config.evals.tasks)
-    )  # earlier versions have one digest of all rows
+    # earlier versions have one digest of all rows
+    held_out = own if rows else (*own, config.evals.rows, config.evals.tasks)
     yield "decode.max_new_tokens", (), config.decode.max_new_tokens
     yield "task.grader", (), task.grader or "paper"
     yield "the training data (data_dir, seed, train_size)", (task.name,), data
