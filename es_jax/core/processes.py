@@ -225,7 +225,7 @@ def joined(name: str, **options: Any) -> Iterator[None]:
         gone = isinstance(error, jax.errors.JaxRuntimeError | SystemExit) and _GONE.search(str(error))
         if not isinstance(error, SystemExit) and not gone:
             traceback.print_exception(error)
-        _end_after_another(name)  # before: what this one met, such as a closed connection, is likely its consequence
+        _end_after_another(name)  # first: this process's error, such as a closed connection, is likely a consequence
         if gone:
             first_line = str(error).splitlines()[0].removeprefix(f"{name}: ")
             error = SystemExit(f"{name}: process {jax.process_index()} lost the others ({first_line}); {end}")

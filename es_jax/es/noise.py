@@ -1,7 +1,7 @@
-"""Noise on any pytree: perturb a model by a member's seed, and estimate the gradient from all members' seeds.
+"""Noise on any pytree: perturbs a model by a member's seed, and estimates the gradient from all members' seeds.
 
-Noise is never stored. A number of ε is a function of (member seed, leaf name, position in the leaf), so every device
-makes just the slice it holds, and the estimate needs no communication and has the same bits on every mesh.
+Noise is never stored. Each number of ε is a function of (member seed, leaf name, position in the leaf). So every device
+makes only the slice it holds, and the estimate needs no communication and has the same bits on every mesh.
 """
 
 import dataclasses
@@ -19,20 +19,20 @@ from es_jax.core.tree import map_named
 from es_jax.es.population import Members
 
 PyTree = Any
-Row = tuple[Array | int, int]  # (i, n): a leaf [k, …] that is the k rows from the i-th of one of [n, …]
+Row = tuple[Array | int, int]  # (i, n): a leaf [k, …] holds the k rows from row i on of a leaf [n, …]
 _TOGETHER = 6  # members that one pass over a leaf adds: more read and write the sum less often, and compile longer
 
 
 def _check_float(name: str, leaf: Any) -> None:
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         raise TypeError(
-            f"leaf {name!r} has dtype {leaf.dtype}: noise is defined for floating-point leaves; "
-            "take the others out of the tree before perturbing it"
+            f"leaf {name!r} has dtype {leaf.dtype}, but noise is defined only for floating-point leaves: remove the "
+            "others from the tree before perturbing it"
         )
 
 
 def rows_of(shape: tuple[int, ...], row: Row | None) -> tuple[rng.Rows | None, tuple[int, ...]]:
-    """Of a leaf of that shape, which rows it is of what shape."""
+    """For a leaf of that shape: which rows it holds, and of what whole shape."""
     return (None, shape) if row is None else ((row[0], shape[0]), (row[1], *shape[1:]))
 
 
@@ -77,24 +77,25 @@ class GaussianNoise:
 
     @property
     def layers_alone(self) -> bool:
-        """Whether the noise of one layer can be drawn alone, at its own cost and with the same bits."""
+        """Whether the noise of a single layer can be drawn separately, at that layer's cost and with the same bits."""
         return self.generator == "threefry13"
 
     @property
     def elementwise(self) -> bool:
-        """Whether every number of ε can be made alone, of a seed, the leaf's name and shape, and an index."""
+        """Whether every number of ε can be made separately, from a seed, the leaf's name and shape, and an index."""
         return type(self) is GaussianNoise and self.generator == "threefry13"
 
     def apply_at(
         self, name: str, shape: tuple[int, ...], index: Sequence[Array], seed: Array, scale: Array, leaf: Array
     ) -> Float[Array, "..."]:
-        """`apply` to the elements with that index, in a kernel of Pallas, not cast yet; `scale`: sign·σ."""
+        """`apply` for the elements with that index, inside a Pallas kernel and before the cast; `scale` is sign·σ."""
         return leaf.astype(jnp.float32) + _rounded(scale * rng.normal_at(seed, name, shape, index))
 
     def estimate_at(
         self, name: str, shape: tuple[int, ...], index: Sequence[Array], seeds: Any, signed: Any
     ) -> Float[Array, "..."]:
-        """`estimate` of the elements with that index, in a kernel of Pallas; `seeds` and `signed`: of `summands`."""
+        """`estimate` for the elements with that index, inside a Pallas kernel; `seeds` and `signed` come from
+        `summands`."""
 
         def add(i: Array, total: Array) -> Array:
             return total + _rounded(signed[i] * rng.normal_at(seeds[i], name, shape, index))
@@ -158,7 +159,7 @@ class GaussianNoise:
         seeds, signed = self.summands(members, weights)
         together = min(_TOGETHER, len(seeds))
         passes, rest = divmod(len(seeds) - 1, together)
-        first = rest + 1  # members in the first, shorter pass: the others are all of one length
+        first = rest + 1  # members in the first, shorter pass; all others have one length
 
         def leaf_estimate(name, leaf):
             _check_float(name, leaf)
@@ -178,7 +179,7 @@ class GaussianNoise:
         return map_named(leaf_estimate, params)
 
     def summands(self, members: Members, weights: Float[Array | np.ndarray, " n"]) -> tuple[Array, Array]:
-        """The seeds, and what the noise of each is added with: −wₙ signₙ / N, of a pair z⁺ − z⁻ alike."""
+        """The seeds, and the factor of each seed's noise: −wₙ signₙ / N; for a pair z⁺ − z⁻ replaces wₙ signₙ."""
         weights = jnp.asarray(weights)
         if weights.shape != (len(members),):
             raise ValueError(f"weights have shape {weights.shape} for {len(members)} members: give one weight a member")
@@ -186,7 +187,7 @@ class GaussianNoise:
         if members.paired and self.pairs_scaled_first:
             signed = signed * share
             return seeds[::2], signed[::2] + signed[1::2]
-        if members.paired:  # signs are ±1: there is nothing to round before the sum
+        if members.paired:  # signs are ±1, so nothing is rounded before the sum
             signed, seeds = signed[::2] + signed[1::2], seeds[::2]
         return seeds, signed * share
 
@@ -218,7 +219,7 @@ class SharedSeedNoise(GaussianNoise):
     def _sample(self, seed: Array, name: str, leaf: Any, row: Row | None = None) -> Float[Array, "..."]:
         if self.stacked and name.startswith(self.stacked):
             rows, shape = None, leaf.shape[1:]
-        else:  # the whole leaf is the parameter
+        else:  # the whole leaf is one parameter
             rows, shape = rows_of(leaf.shape, row)
         eps = rng.normal(seed, "x".join(map(str, shape)), shape, generator=self.generator, rows=rows)
         return jnp.broadcast_to(eps.astype(leaf.dtype), leaf.shape)

@@ -1,4 +1,4 @@
-"""From rewards to the weights of the members, on the host: N numbers a step."""
+"""Turns the rewards of a step into the members' weights, N numbers, on the host."""
 
 import logging
 
@@ -10,10 +10,10 @@ Rewards = Float[np.ndarray | Array, " n"]
 
 
 def finite_rewards(rewards: Rewards, *, nan_rewards: str = "error") -> Float[np.ndarray, " n"]:
-    """The rewards [N] as float64, none of them NaN or infinite.
+    """The rewards [N] as float64, all finite.
 
-    Such a reward is refused, its members named, where `nan_rewards` is "error" or no reward is finite; where it is
-    "worst" it counts as the lowest finite reward of the step.
+    A NaN or infinite reward counts as the lowest finite reward of the step if `nan_rewards` is "worst". If it is
+    "error", or if no reward is finite, the reward is refused and the message names its members.
     """
     if nan_rewards not in ("error", "worst"):
         raise ValueError(f"nan_rewards is {nan_rewards!r}: it must be 'error' or 'worst'")
@@ -26,22 +26,21 @@ def finite_rewards(rewards: Rewards, *, nan_rewards: str = "error") -> Float[np.
     who = f"member{'s' if len(bad) > 1 else ''} {', '.join(f'{i} ({rewards[i]})' for i in bad)} of {len(rewards)}"
     if nan_rewards == "error" or len(bad) == len(rewards):
         raise ValueError(
-            f"rewards are not finite for {who}: mend the task's score, lower es.sigma, or set "
+            f"rewards are not finite for {who}: correct the task's score, lower es.sigma, or set "
             "es.nan_rewards='worst' to count such a member as the worst of its step"
         )
-    logger.warning("rewards are not finite for %s: counted as the worst of the step", who)
+    logger.warning("rewards are not finite for %s: they count as the worst of the step", who)
     return np.where(np.isfinite(rewards), rewards, rewards[np.isfinite(rewards)].min())
 
 
 def centred_on_prompts(rewards: Float[np.ndarray, "n k"], seen: Integer[np.ndarray, "n k"]) -> Float[np.ndarray, " n"]:
-    """sₙ = (1/k) Σⱼ (rₙⱼ − μⱼ) of members that saw different prompts, with μⱼ the mean over the G members that saw
-    prompt j: how much better a member was than others on the same prompts.
+    """sₙ = (1/k) Σⱼ (rₙⱼ − μⱼ) for members that saw different prompts, where μⱼ is the mean over the G members that saw
+    prompt j. It says how much better a member was than others on the same prompts.
 
-    Σ sₙ = 0. A step made of s is in expectation (1 − 1/G) of the step made of r, since μⱼ holds a G-th of the member's
-    own reward; it is all of that step where members are antithetic pairs, for a pair adds μⱼ to nothing. z-scores hide
-    a common factor. Members that did equally well are equal: what rounding alone
-    tells apart is not told apart. A member with a reward that is not finite has its mean, which is not finite either,
-    and is in no μⱼ.
+    Σ sₙ = 0. A step made from s is in expectation (1 − 1/G) times the step made from r, since 1/G of μⱼ is the member's
+    own reward. With antithetic pairs the factor is 1, because μⱼ cancels within a pair. z-scores remove a common
+    factor. Members that differ only by rounding get equal values. A member with a reward that is not finite gets its
+    mean, which is not finite either, and is left out of every μⱼ.
 
     >>> centred_on_prompts(np.array([[1.0], [3.0], [10.0], [10.0]]), np.array([[0], [0], [1], [1]])).tolist()
     [-1.0, 1.0, 0.0, 0.0]
@@ -51,7 +50,7 @@ def centred_on_prompts(rewards: Float[np.ndarray, "n k"], seen: Integer[np.ndarr
     rewards, prompts = rewards[whole], seen[whole]
     low = np.full(seen.max() + 1, np.inf)
     np.minimum.at(low, prompts, rewards)
-    above = rewards - low[prompts]  # of prompts of any difficulty, as large as their spread
+    above = rewards - low[prompts]  # for prompts of any difficulty, of the size of their spread
     sums, counts = (np.bincount(prompts.ravel(), x, minlength=len(low)) for x in (above.ravel(), None))
     out[whole] = (above - (sums / np.maximum(counts, 1))[prompts]).mean(axis=1)
     digit = 1e-12 * above.max(initial=0.0) or 1.0
@@ -69,7 +68,7 @@ def z_score(rewards: Rewards, *, eps: float = 1e-8, nan_rewards: str = "error") 
     """
     rewards = finite_rewards(rewards, nan_rewards=nan_rewards)
     if rewards.max() == rewards.min():
-        logger.warning("all %d rewards are %g: this step moves the weights by nothing", len(rewards), rewards[0])
+        logger.warning("all %d rewards are %g: this step does not move the weights", len(rewards), rewards[0])
         return np.zeros(len(rewards), np.float32)
     return ((rewards - rewards.mean()) / (rewards.std() + eps)).astype(np.float32)
 

@@ -1,4 +1,4 @@
-"""From the config's fields to an optax chain: an optimizer, then the pull toward the anchor."""
+"""Builds an optax chain from the config's fields: an optimizer, then the pull toward the anchor."""
 
 import dataclasses
 import math
@@ -21,10 +21,10 @@ OPTIONS = {"adam": ("b1", "b2"), "adamw": ("b1", "b2", "weight_decay"), "lion": 
 
 @dataclasses.dataclass(frozen=True)
 class Chain:
-    """All that the program of an optimizer depends on, but for its rates: steps with equal chains share a program.
+    """All that the program of an optimizer depends on, except its rates: steps with equal chains share a program.
 
-    `options` are those arguments of the optimizer `name` that are set. Penalty "none" is a chain without anchor;
-    `memory` is the kind that holds the anchor.
+    `options` are the arguments of the optimizer `name` that are set. Penalty "none" is a chain without an anchor;
+    `memory` is the memory kind of the anchor.
     """
 
     name: str = "sgd"
@@ -37,7 +37,7 @@ class Chain:
 
     @classmethod
     def of(cls, config: Any) -> "Chain":
-        """A run's; `config` as for `build_optimizer`."""
+        """The chain of a run; `config` is as in `build_optimizer`."""
         optim, anchor = config.optim, config.optim.anchor
         options = {name: getattr(optim, name) for name in OPTIONS.get(optim.name, ())}
         return cls(
@@ -51,7 +51,8 @@ class Chain:
         )
 
     def transformation(self, rates: Any, anchor_sharding: Any = None) -> optax.GradientTransformationExtraArgs:
-        """With the rates (α, αλ) of a step, which may be traced; `anchor_sharding`: of `anchored_weight_decay`."""
+        """The transformation with the rates (α, αλ) of a step, which may be traced; `anchor_sharding` is that of
+        `anchored_weight_decay`."""
         step, pull = rates
         optimizer: Any = OPTIMIZERS[self.name](step, **dict(self.options))
         if self.max_grad_norm is not None:
@@ -95,7 +96,7 @@ def build_optimizer(
 
 
 def describe(config: Any) -> str:
-    """One sentence on the optimizer of a run; `config` as for `build_optimizer`."""
+    """One sentence about the optimizer of a run; `config` is as in `build_optimizer`."""
     chain, anchor = Chain.of(config), config.optim.anchor
     rate, strength = config.optim.learning_rate, config.anchor_strength
     sentence = "" if chain.max_grad_norm is None else f"gradients clipped at norm {chain.max_grad_norm:g}, "
@@ -106,7 +107,7 @@ def describe(config: Any) -> str:
     sentence += f", then {chain.penalty} anchored weight decay with strength λ = {strength:g}{_by(anchor.schedule)}"
     sentence += f" (αλ = {rate * strength:g}"
     if (kappa := config.anchor_kappa) is not None:
-        if chain.penalty == "l2":  # λ follows from κ as if αλ were small; this is where the walk ends
+        if chain.penalty == "l2":  # λ follows from κ for small αλ; this is the κ that the walk reaches
             kappa *= (1 - rate * strength) / math.sqrt(1 - rate * strength / 2)
         sentence += f"; in the long run a weight drifts κ = {kappa:.2f} σ"
     target = "" if anchor.source is None else f" to {anchor.source}"
@@ -120,7 +121,7 @@ def _by(schedule: str) -> str:
 
 
 def _separated(optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """The optimizer with rounded updates: else the weights' last bits depend on how a device's slice is cut."""
+    """The optimizer with rounded updates; without it the weights' last bits would depend on the sharding."""
     optimizer = optax.with_extra_args_support(optimizer)
 
     def update(updates, state, params=None, **extra):
