@@ -113,7 +113,7 @@ def _nearest_root(x: Numbers, root: Numbers) -> Numbers:
     mantissa.
     """
     bits, near = (lax.bitcast_convert_type(number, jnp.int32) for number in (x, root))
-    odd = (bits & jnp.int32(0x800000)) != 0  # the biased exponent: then x has an even one, and X is shorter by one bit
+    odd = (bits & jnp.int32(0x800000)) != 0  # the biased exponent's parity: 1 if x's is even; X then has one bit less
     s = (near & jnp.int32(0x7FFFFF)) | jnp.int32(0x800000)
     rest = (bits << jnp.where(odd, jnp.int32(23), jnp.int32(24))) - s * s
     up = lax.shift_right_logical(s - rest, jnp.int32(31))

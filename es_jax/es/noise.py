@@ -20,7 +20,7 @@ from es_jax.es.population import Members
 
 PyTree = Any
 Row = tuple[Array | int, int]  # (i, n): a leaf [k, …] holds the k rows from row i on of a leaf [n, …]
-_TOGETHER = 6  # members that one pass over a leaf adds: more read and write the sum less often, and compile longer
+_TOGETHER = 6  # members that one pass over a leaf adds: more touch the sum less often, but compile longer
 
 
 def _check_float(name: str, leaf: Any) -> None:

@@ -20,13 +20,14 @@ from es_jax.models.transformer import transpose_kernels, unstack_layers
 
 __all__ = ["Engine", "Generation"]
 
-WIDE = 512  # model width from which kernels are transposed on CPU
+WIDE = 512  # model width from which on kernels are transposed on CPU
 
 
 def check_context(
     config: TransformerConfig, longest: int, max_new_tokens: int, *, field: str = "max_new_tokens"
 ) -> None:
-    """Raises ValueError where a prompt of `longest` tokens and `max_new_tokens` more do not fit the model's context."""
+    """Raises ValueError if a prompt of `longest` tokens and `max_new_tokens` more do not fit into the model's
+    context."""
     room = config.max_positions - longest
     if max_new_tokens > room:
         raise ValueError(
@@ -76,8 +77,8 @@ class Engine(DecodeSpec):
         return self.with_transposed_kernels(unstack_layers(params)) if self.unrolled else params
 
     def with_transposed_kernels(self, params: Any) -> Any:
-        """The tree, or a part of it, with kernels transposed where CPUs are faster so (docs/speed.md): wide ones of 16
-        bits.
+        """The tree, or a part of it, with the kernels transposed for which that is faster on CPUs (docs/speed.md): wide
+        kernels of 16 bits.
         """
         wide = self.unrolled and not self.writes_in_place and self.config.width >= WIDE
         return transpose_kernels(params, itemsize=2) if wide else params
@@ -93,7 +94,9 @@ class Engine(DecodeSpec):
         for i, prompt in enumerate(prompts):
             ids = np.asarray(prompt)
             if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
-                raise ValueError(f"prompt {i} is {prompt!r:.60}: it must be a sequence of token ids, which are whole")
+                raise ValueError(
+                    f"prompt {i} is {prompt!r:.60}: it must be a sequence of token ids, which are whole numbers"
+                )
             if not 1 <= len(prompt) <= self.max_prompt_tokens:
                 raise ValueError(
                     f"prompt {i} has {len(prompt)} tokens: it must have 1 to decode.max_prompt_tokens = "
@@ -101,8 +104,8 @@ class Engine(DecodeSpec):
                 )
             if not 0 <= min(prompt) <= max(prompt) < self.config.vocab_size:
                 raise ValueError(
-                    f"prompt {i} has token ids {min(prompt)}..{max(prompt)}: the model's vocabulary is "
-                    f"0..{self.config.vocab_size - 1}; is this the model's own tokenizer?"
+                    f"prompt {i} has token ids {min(prompt)}..{max(prompt)}, but the model's vocabulary is "
+                    f"0..{self.config.vocab_size - 1}: use the model's own tokenizer"
                 )
         check_context(self.config, max(map(len, prompts)), self.max_new_tokens)
         return Packing.of(prompts, max_prompt_tokens=self.max_prompt_tokens)
@@ -143,18 +146,19 @@ class Engine(DecodeSpec):
         prefix: Int32[Array, " C"],
         axis_name: str,
     ) -> Filled:
-        """The prefill of `decode`, where `parted` says that it may be done apart; for some lanes of a vmap."""
+        """The prefill of `decode` for some lanes of a vmap, if `parted` allows it to be separate."""
         return fill_queue(*self.begin(params, tokens, positions, keys, prefix, axis_name))
 
     def begin(self, *arguments: Any, filled: Filled | None = None) -> tuple[Queue, State]:
-        """`begin_queue` of the arguments, for `decode` and `fill`; an engine that ends rows otherwise has its own."""
+        """`begin_queue` with the arguments, for `decode` and `fill`; an engine that ends rows differently overrides
+        it."""
         return begin_queue(self, *arguments, filled=filled)
 
     def parted(self, lanes: int, prompts: int, width: int) -> int:
-        """How many of so many lanes a prefill takes at a time: all, or a part of which there is a whole number.
+        """How many of the lanes a prefill takes at a time: all, or an integer fraction of them.
 
-        A prefill goes on to the longest prompt of the lanes that it takes, so lanes with prompts of one length belong
-        together; on accelerators it takes more of them, whose products are too small otherwise.
+        A prefill runs up to the longest prompt of its lanes, so lanes with prompts of similar length should go
+        together. On accelerators it takes more lanes, since the matrix products would otherwise be too small.
         """
         most = 16 if self.unrolled else 64
         if not LoopSizes.of(self, prompts, width, lanes=lanes).single:
@@ -181,7 +185,7 @@ class Engine(DecodeSpec):
         if key is None and not isinstance(self.sampler, Greedy):
             raise ValueError(f"sampler is {self.sampler}: pass key= to draw from")
         rows = ceil_div(len(prompts), self.slots) * self.slots
-        own = self.packing(prompts)  # which checks them
+        own = self.packing(prompts)  # it also checks the prompts
         packed = (packing or own).pack(prompts, rows=rows)
         keys = None if key is None else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
         out = _decode(self, _layout(self, params), packed, keys)
@@ -197,9 +201,9 @@ def engine_for(
     field: str = "max_new_tokens",
     **spec: Any,
 ) -> Engine:
-    """An engine as large as the prompts need, with no more slots than prompts; `spec` are further fields of it.
+    """An engine that fits the prompts, with at most as many slots as prompts; `spec` holds its further fields.
 
-    Raises ValueError, which names the `field`, where the model's context has no room for `max_new_tokens` more.
+    Raises ValueError, which names the `field`, if the model's context has no room for `max_new_tokens` more.
     """
     longest = max(map(len, prompts))
     check_context(config, longest, max_new_tokens, field=field)

@@ -1,4 +1,4 @@
-"""How the next token is chosen from the logits of one row."""
+"""Samplers: they choose the next token from the logits of one row."""
 
 import dataclasses
 from typing import Protocol, runtime_checkable
@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
 @runtime_checkable
 class Sampler(Protocol):
-    """Picks a token id from float32 logits [V]; a pure function, hashable. Only `Greedy` can do without a key."""
+    """Picks a token id from float32 logits [V]; a pure, hashable function. Only `Greedy` works without a key."""
 
     def __call__(self, logits: Float[Array, " V"], key: PRNGKeyArray | None) -> Int32[Array, ""]: ...
 
@@ -28,13 +28,14 @@ class Greedy:
 
 
 def _argmax(logits: Array) -> Array:
-    """On accelerators: a TPU's compiler merges it into the product that makes the logits, which are never written."""
+    """For accelerators: a TPU's compiler fuses it into the product that makes the logits, which are never written to
+    memory."""
     return jnp.argmax(logits).astype(jnp.int32)
 
 
 def _argmax_in_blocks(logits: Array) -> Array:
-    """On CPUs, where maxima vectorise and an argmax of all of V does not: the maximum's block, then its place there.
-    The blocks are few and long: as many as the divisor of V in 1..4√V that is nearest to that end."""
+    """For CPUs, where a maximum vectorises and an argmax over all of V does not: find the maximum's block, then its
+    place in it. The blocks are few and long: their number is the largest divisor of V in 1..4√V."""
     size = logits.shape[-1]
     count = next(n for n in range(max(int(4 * size**0.5), 1), 0, -1) if size % n == 0)
     blocks = logits.reshape(count, -1)
@@ -95,7 +96,7 @@ class TopP:
 
 
 def sampler_of(temperature: float, top_p: float = 1.0) -> Sampler:
-    """The sampler of two numbers as users give them: `Greedy` at temperature 0, whatever top_p is.
+    """The sampler for a temperature and top_p as users give them: `Greedy` at temperature 0, whatever top_p is.
 
     Raises ValueError for a temperature below 0, or a top_p that is not above 0 and at most 1.
 

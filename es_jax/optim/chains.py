@@ -45,7 +45,7 @@ class Chain:
             tuple((name, value) for name, value in options.items() if value is not None),
             optim.max_grad_norm,
             anchor.penalty,
-            "param" if config.es.noise == "shared_seed" else "float32",  # as published: all in the weights' dtype
+            "param" if config.es.noise == "shared_seed" else "float32",  # as published: all in the dtype of the weights
             anchor.ema_decay,
             anchor.memory,
         )
