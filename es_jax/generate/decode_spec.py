@@ -16,7 +16,7 @@ LANE_CHUNK = 256  # the same if several lanes decode all prompts at once
 SHORTEST = 128  # least places that a chunk attends, if there are as many
 FEWEST = 8  # least slots that a chunk decodes, if there are as many
 BLOCK, BLOCKS = 16, 256  # tokens at a time in a prefill of several lanes: least for a row, and for all
-FILL, PART, STEPS = "fill", "part", "steps"  # prefill, its blocks and decode steps in traces and compiled programs
+FILL, PART, STEPS = "fill", "part", "steps"  # scopes in traces and programs: prefill, its blocks, decode steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +80,7 @@ class LoopSizes(NamedTuple):
     places: int  # places of a slot's cache: all that a prompt can need, and one chunk
     fill_rows: int  # rows of a prefill: a quarter of the slots (all, if single), so free slots wait less
     slot_sizes: list[int]  # slots that a chunk may have: all, a half, and with unrolled layers a quarter
-    place_sizes: list[int]  # that a chunk may attend: SHORTEST, then twice (in a scan, four times) as many, …, all
+    place_sizes: list[int]  # places a chunk may attend: SHORTEST, then twice (in a scan, four times) as many, …, all
     widths: list[int]  # widths of a prefill: that of the prompts; with one lane also a half, on CPUs also a quarter
     in_place: bool  # whether steps write to the slots' own caches; a chunk then has no cache and one size
     turns: dict[str, float]  # iterations of the outer loop (""), and of the inner loops in each, if no prompt stops

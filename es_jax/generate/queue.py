@@ -55,7 +55,7 @@ class Queue(NamedTuple):
     axis_name: str | None
     lengths: Array  # [Q], tokens of each prompt after the prefix; 0 for padding
     total: Array  # number of prompts
-    order: Array  # [Q], in which they are taken: longest first, so that those filled together are alike
+    order: Array  # [Q], the order of taking prompts: longest first, so that those filled together are alike
     past: tuple[Past, ...]  # the prefix, computed once for all prompts
     shared: int  # tokens of the prefix
     filled: bool  # whether the only prefill has been done

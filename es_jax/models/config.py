@@ -1,4 +1,4 @@
-"""The shape of a decoder-only transformer: one frozen record that validates itself."""
+"""The shape of a decoder-only transformer: a frozen dataclass that validates itself."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -87,7 +87,7 @@ class TransformerConfig:
         if not problems and self.heads % self.kv_heads:
             problems.append(f"kv_heads = {self.kv_heads} must divide heads = {self.heads}")
         if self.head_dim % 2:
-            problems.append(f"head_dim = {self.head_dim} must be even: rotary embedding turns pairs")
+            problems.append(f"head_dim = {self.head_dim} must be even: rotary embedding rotates pairs")
         if not self.rope_theta > 0:
             problems.append(f"rope_theta = {self.rope_theta!r} must be positive")
         if not self.norm_eps >= 0:
@@ -95,7 +95,7 @@ class TransformerConfig:
         given = [n for n in _POSITIVE_IF_GIVEN if values[n] is not None]
         problems += [f"{n} = {values[n]!r} must be positive, or None for none" for n in given if not values[n] > 0]
         patterns = ("rope_layers", "local_layers")
-        problems += [f"{n} = () must name at least one layer's kind" for n in patterns if not values[n]]
+        problems += [f"{n} = () must have at least one entry" for n in patterns if not values[n]]
         if self.activation not in ACTIVATIONS:
             problems.append(unknown("activation", self.activation, ACTIVATIONS))
         if problems:
@@ -103,13 +103,13 @@ class TransformerConfig:
 
     @property
     def layer_kinds(self) -> tuple[tuple[bool, bool], ...]:
-        """(local, rope) of each of the L layers."""
+        """(local, rope) for each of the L layers."""
         local = (False,) if self.sliding_window is None else self.local_layers
         return tuple((local[i % len(local)], self.rope_layers[i % len(self.rope_layers)]) for i in range(self.layers))
 
 
 def shortest_pattern(values: Sequence[bool]) -> tuple[bool, ...]:
-    """The shortest tuple that, repeated, begins with `values`.
+    """The shortest tuple whose repetition begins with `values`.
 
     >>> shortest_pattern([True, False, True, False, True])
     (True, False)
