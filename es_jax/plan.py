@@ -6,8 +6,9 @@ Nothing is run, and neither a chip nor weights are needed; the shape of a model 
 table of published shapes. Prompts count with decode.max_prompt_tokens tokens.
 
   --topology  v5e:4x4, v5p:4x4x4, v6e:8x8, tpu7x:2x2x1, v4:2x2x1; GPUs as slices × hosts × GPUs: h100:1x1x8, a100:1x2x8
-  --slices    TPU slices of that shape, joined by the data-centre network --search    try meshes, members at once (with
-  es.noise=low_rank) and slot counts, and print the best plan that fits --json      print one line of JSON
+  --slices    TPU slices of that shape, joined by the data-centre network
+  --search    try meshes, members at once (with es.noise=low_rank) and slot counts, and print the best plan that fits
+  --json      print one line of JSON
 
 TPUs need libtpu (pip install 'es_jax[plan]'). For GPUs: pip install --no-deps jax-cuda12-plugin jax-cuda12-pjrt, in the
 version of jax. The exit code is 0 if the run fits, 1 if it does not, and 2 after an error in the input, or if the

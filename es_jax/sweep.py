@@ -5,8 +5,8 @@ run one after another in this process, which reuses compiled programs; or as a j
 counted from 0. All points are checked before the first one starts. After an interruption the same command continues and
 skips finished points. If a point fails, the others still run; the failure is reported at the end, with exit status 1.
 
-  --index=$SLURM_ARRAY_TASK_ID        for an array in SLURM (sbatch --array=0-5) --index=$JOB_COMPLETION_INDEX       for
-  an indexed job in Kubernetes
+  --index=$SLURM_ARRAY_TASK_ID        for an array in SLURM (sbatch --array=0-5)
+  --index=$JOB_COMPLETION_INDEX       for an indexed job in Kubernetes
 
 At the end it writes DIR/sweep.csv and sweep.json, with a row for each point, and DIR/report about all runs. After a job
 array, the same command without --index writes them. See docs/sweep.md. With --json one line is printed:
@@ -112,8 +112,9 @@ def _sentence(error: Exception) -> str:
 
 
 def summary(points: Sequence[Any], out: str | Path, failed: Mapping[str, str]) -> dict[str, Any]:
-    """Writes out/sweep.csv, out/sweep.json and, with matplotlib, out/report; returns what --json prints. `failed` is
-    what `run_points` returned.
+    """Writes out/sweep.csv, out/sweep.json and, with matplotlib, out/report; returns what --json prints.
+
+    `failed` is what `run_points` returned.
     """
     from es_jax.rundir.directory import write_json, writing
     from es_jax.training.grid import row

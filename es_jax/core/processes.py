@@ -125,8 +125,9 @@ def check() -> None:
 
 
 def wait(function: Callable[[], T]) -> T:
-    """The function's result, computed in a separate thread: while that waits for the devices, this thread can be told
-    to stop. Raises Preempted if the run must stop; the other thread is then abandoned.
+    """The function's result, computed in a separate thread: while that waits for the devices, this one can be stopped.
+
+    Raises Preempted if the run must stop; the other thread is then abandoned.
     """
     future: concurrent.futures.Future[T] = concurrent.futures.Future()
 

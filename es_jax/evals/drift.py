@@ -30,8 +30,9 @@ def drift(
     Returns:
       norm; relative, norm / ‖θ₀‖; rms, norm / √d, the drift of a weight; kappa, rms / σ; dim, d; largest, the largest
         |entry| of θ − θ₀, and largest_in, its leaf; predicted, and ratio = norm / predicted (None at 0); by_layer and
-        by_kind, each part's norm; by_kind_relative, each part's norm / its norm in θ₀. Raises ValueError that names the
-        leaves if weights are not finite.
+        by_kind, each part's norm; by_kind_relative, each part's norm / its norm in θ₀.
+
+    Raises ValueError that names the leaves if weights are not finite.
 
     >>> row = drift({"w": jnp.zeros(4)}, {"w": jnp.array([0.0, 3.0, 0.0, -4.0])})
     >>> row["norm"], row["largest"], row["largest_in"]
@@ -72,8 +73,8 @@ def warning(row: dict[str, Any]) -> str | None:
     """A warning if the measured drift is not the predicted one, else None.
 
     >>> warning({"norm": 1.01, "predicted": 1.0, "ratio": 1.01, "step": 5})
-    >>> print(warning({"norm": 1.1, "predicted": 1.0, "ratio": 1.1, "step": 5})) step 5: drift is 1.1 but 1 was
-    predicted, a ratio of 1.100 outside 1 ± 0.02: precision was lost
+    >>> print(warning({"norm": 1.1, "predicted": 1.0, "ratio": 1.1, "step": 5}))
+    step 5: drift is 1.1 but 1 was predicted, a ratio of 1.100 outside 1 ± 0.02: precision was lost
     """
     if row["ratio"] is None or abs(row["ratio"] - 1) <= TOLERANCE:
         return None

@@ -37,7 +37,7 @@ from es_jax.weights.model import Model
 logger = logging.getLogger(__name__)
 
 FILE = "lm_eval.jsonl"
-RANDOM_SEED, OTHER_SEED = 0, 1234  # the library's own, of Python's numbers and of NumPy's and the examples in prompts
+RANDOM_SEED, OTHER_SEED = 0, 1234  # the library's own: for Python, and for NumPy and examples in prompts
 MEND = "name the column in doc_to_target, without braces, or keep all references in a column of lists"
 BOOTSTRAPS = 1000  # resamples for the error of a metric without a formula; the error is then accurate to 2 %
 
@@ -51,7 +51,7 @@ class HarnessOptions:
       limit: how many rows of each task to use, from the first on.
       num_fewshot: solved examples in each prompt; a task whose file says 0 keeps 0.
       apply_chat_template: apply the model's chat template to prompts, with examples as separate turns.
-      max_length: tokens of context that are used; the model's own by default.
+      max_length: tokens of context to use; the model's own by default.
       slots: texts generated at once; the run's by default.
       template_date: the date that the chat template sees; the run's by default.
     """
@@ -146,7 +146,7 @@ def harness_lm(
       model: of `load_model`.
       dtype: that it computes in; by default that of its weights.
       slots: texts generated at once.
-      max_length: tokens of context that are used; the model's own by default.
+      max_length: tokens of context to use; the model's own by default.
       seed: of what is sampled.
 
     Raises ImportError where the extra [lm_eval] is not installed.

@@ -85,8 +85,9 @@ def kl(
     Returns:
       n prompts and the number of tokens; kl, kl_se: the published estimate, the mean over prompts of each prompt's mean
         over its tokens; kl_token, kl_token_se: the mean over all tokens (a ratio, with a linearised error); kl_exact, …
-        and kl_exact_token, …: the same for the sum over the vocabulary. For a single prompt the errors are None. Raises
-        ValueError if the KL of a prompt is not finite.
+        and kl_exact_token, …: the same for the sum over the vocabulary. For a single prompt the errors are None.
+
+    Raises ValueError if the KL of a prompt is not finite.
     """
     rows = [[*prompt, *ids] for prompt, ids in zip(prompts, continuations, strict=True)]
     starts, lengths = np.array([[len(ids)] for ids in prompts]), np.array([*map(len, continuations)])

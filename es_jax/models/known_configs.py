@@ -1,5 +1,6 @@
-"""The shapes of well-known models, from their published config.json files, for planning without the hub. Loading never
-uses them. Sources: config.json in the repositories of those names on huggingface.co.
+"""The shapes of well-known models, from their published config.json files, for planning without the hub.
+
+Loading never uses them. Sources: config.json in the repositories of those names on huggingface.co.
 """
 
 from typing import Any

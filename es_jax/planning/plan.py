@@ -252,8 +252,8 @@ def search(config: RunConfig, model: TransformerConfig, topology: Topology, *, s
     """The plan that fits and has the lowest bound on an iteration's time, else the plan that comes nearest to fitting.
 
     Candidates are all meshes of the devices, with 1, 1/2, 1/4, … of a member's prompts as slots and, if members share
-    their weights, 1, 2, 4, … members at once. The most promising come first. A candidate for which the compiler ends
-    without an answer is reported and left out.
+    their weights, 1, 2, 4, … members at once. The most promising come first.
+    A candidate for which the compiler ends without an answer is reported and left out.
 
     Raises:
       ValueError: no mesh suits the model and the topology.

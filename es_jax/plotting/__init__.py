@@ -16,8 +16,9 @@ __all__ = ["Run", "Series", "accuracies", "prior_accuracy", "read_run", "target_
 
 
 def accuracies(workdir: str | Path, *tasks: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps [n] at which all of the tasks were evaluated, and their mean held-out accuracies [n]. Raises
-    FileNotFoundError if there is no such step.
+    """Steps [n] at which all of the tasks were evaluated, and their mean held-out accuracies [n].
+
+    Raises FileNotFoundError if there is no such step.
     """
     accuracy = read_run(workdir).accuracy(tasks)
     if not accuracy:

@@ -1,6 +1,7 @@
-"""The figures of a report: curves over iterations, and the final results of runs. Each function first makes rows of
-data, then draws them. The figures are readable in grey: lines differ in marker, dash and darkness, and bars in their
-hatches.
+"""The figures of a report: curves over iterations, and the final results of runs.
+
+Each function first makes rows of data, then draws them. The figures are readable in grey: lines differ in marker, dash
+and darkness, and bars in their hatches.
 """
 
 import csv

@@ -45,9 +45,9 @@ class Profile:
         return jax.profiler.StepTraceAnnotation("step", step_num=step)
 
     def done(self, step: int, timings: Mapping[str, Any], inside: Callable[[], Mapping[str, float]]) -> str | None:
-        """Call it after a step; `timings` has its seconds and tokens. After the last traced step it returns the
-        summary. `inside` returns seconds of parts that a trace cannot separate from their program; all processes call
-        it.
+        """Call it after a step; `timings` has its seconds and tokens. After the last traced step it returns the summary.
+
+        `inside` returns seconds of parts that a trace cannot separate from their program; all processes call it.
         """
         if not self._running:
             return None
@@ -155,9 +155,11 @@ def _covered(spans: list[tuple[float, float]]) -> float:
 
 
 def _programs(plane: bytes) -> Iterator[tuple[str, dict[str, str]]]:
-    """The programs in a plane of the trace (an XPlane), such as "jit__decode(8)": operation → its scopes. ProfileData
-    leaves them out. The numbers are of fields of xplane.proto and hlo.proto: plane.event_metadata → its value, with a
-    name and stats.bytes_value → HloProto.hlo_module.computations.instructions, each with a name and metadata.op_name.
+    """The programs in a plane of the trace (an XPlane), such as "jit__decode(8)": operation → its scopes.
+
+    ProfileData leaves them out. The numbers are fields of xplane.proto and hlo.proto: plane.event_metadata → its value,
+    with a name and stats.bytes_value → HloProto.hlo_module.computations.instructions, each with a name and
+    metadata.op_name.
     """
     for program in (value for entry in _fields(plane, 4) for value in _fields(entry, 2)):
         modules = (m for stat in _fields(program, 5) for proto in _fields(stat, 6) for m in _fields(proto, 1))

@@ -33,9 +33,10 @@ class Expression(NamedTuple):
 
 
 def parse(text: str) -> Expression | None:
-    """Parses and computes an expression of whole numbers, signs, + - * /, parentheses and spaces; None for anything
-    else. Literals with a leading zero, divisions by zero, more than 500 characters or more than 50 nested parentheses
-    also give None.
+    """Parses and computes an expression of whole numbers, signs, + - * /, parentheses and spaces; otherwise None.
+
+    Literals with a leading zero, divisions by zero, more than 500 characters and more than 50 nested parentheses also
+    give None.
 
     >>> parse("(1 + 2) / 4")
     Expression(value=Fraction(3, 4), numbers=(1, 2, 4))

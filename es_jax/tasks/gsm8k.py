@@ -13,7 +13,7 @@ ASK = (
     "{question}\n\nWork the problem out in short steps. Close with a line of its own that holds four number signs, a "
     "space and the result as a bare number, like this:\n#### 42"
 )
-TAIL = 4096  # characters that the paper's grader looks at, and of a number; below Python's limit for converting digits
+TAIL = 4096  # characters that the paper's grader reads, and of a number; below Python's limit for converting digits
 TOLERANCE = Fraction(1, 1_000_000)
 PLAIN = r"(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
 BARE = re.compile(rf"[-+]?{PLAIN}(?:/{PLAIN})?")

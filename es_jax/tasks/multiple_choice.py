@@ -146,9 +146,10 @@ class MultipleChoice(PublishedTask):
         return DATASETS[self.kind].paper_label(completion)
 
     def choices(self, example: Example) -> Choices:
-        """The options as continuations to score; `continuation` = "text" needs an example with the options' texts. They
-        continue the last words of the prompt, so they hold only the rest of the requested form, after a space if the
-        prompt ends in a word or a punctuation mark.
+        """The options as continuations to score; `continuation` = "text" needs an example with the options' texts.
+
+        They continue the last words of the prompt, so they hold only the rest of the requested form, after a space if
+        the prompt ends in a word or a punctuation mark.
         """
         texts = example.meta.get("options")
         labels = DATASETS[self.kind].labels[: len(texts) if texts else None]

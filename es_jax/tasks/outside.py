@@ -91,7 +91,10 @@ def load(name: str) -> Any:
         return functools.reduce(getattr, thing.split("."), module)
     except AttributeError:
         own = [key for key, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
-        raise ValueError(f"{name!r}: {place} has no {thing!r}: name one of {', '.join(own) or 'nothing'}") from None
+        raise ValueError(
+            f"{name!r}: {place} has no {thing!r}: choose a name that it defines, "
+            f"{', '.join(own) or 'of which there is none'}"
+        ) from None
 
 
 def load_file(path: Path, source: bytes | None = None) -> types.ModuleType:

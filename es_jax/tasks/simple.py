@@ -1,4 +1,4 @@
-"""A task of one's own from two methods: rows, and a score."""
+"""The base class of your own tasks, made from two methods: rows and score."""
 
 from collections.abc import Iterable, Mapping
 from itertools import islice
@@ -36,12 +36,12 @@ class SimpleTask(Splits):
         out), perhaps `id`, and anything else, which becomes the example's `meta`. Or a pair (prompt, answer), or an
         Example.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no rows: give it a method rows(self, split)")
+        raise NotImplementedError(f"{type(self).__name__} has no method rows: give it a method rows(self, split)")
 
     def score(self, example: Example, completion: str) -> Score | float:
         """The reward of a completion, a number; at least 1 counts as a right answer. A Score says more than that."""
         raise NotImplementedError(
-            f"{type(self).__name__} has no score: give it a method score(self, example, completion)"
+            f"{type(self).__name__} has no method score: give it a method score(self, example, completion)"
         )
 
     def _examples(self, split: str, n: int | None) -> list[Example]:

@@ -75,8 +75,9 @@ class Recorder:
         metrics: Mapping[str, float | None],
         timings: Mapping[str, Any],
     ) -> dict[str, Any]:
-        """Write a step's row to metrics.jsonl and TensorBoard, its samples, and its line on the screen; returns the
-        row. `metrics` come from the method's update; `timings` hold the step's tokens and seconds, and their parts.
+        """Write a step's row to metrics.jsonl and TensorBoard, its samples and its screen line; returns the row.
+
+        `metrics` come from the method's update; `timings` hold the step's tokens and seconds, and their parts.
         """
         self._predicted.add(entry)
         rewards, config = np.array(entry.rewards, float), self._config
