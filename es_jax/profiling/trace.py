@@ -45,7 +45,7 @@ class Profile:
         return jax.profiler.StepTraceAnnotation("step", step_num=step)
 
     def done(self, step: int, timings: Mapping[str, Any], inside: Callable[[], Mapping[str, float]]) -> str | None:
-        """Call it after a step; `timings` has its seconds and tokens. After the last traced step it returns the summary.
+        """Call it after a step, with its seconds and tokens in `timings`; returns a summary after the last traced step.
 
         `inside` returns seconds of parts that a trace cannot separate from their program; all processes call it.
         """
