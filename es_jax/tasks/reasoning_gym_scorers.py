@@ -59,31 +59,31 @@ _GUARDED = {
     "fraction_simplification": Scorer(
         True,
         r"\$?\s*(?:\\d?frac\s*\{\s*[0-9]{1,30}\s*\}\s*\{\s*[0-9]{1,30}\s*\}|[0-9]{1,30}\s*/\s*[0-9]{1,30})\s*\$?",
-        why="it accepts any text after a fraction",
+        why="it takes whatever follows a fraction",
     ),
     "game_of_life": Scorer(False, r"\[[\[\]0-9,\s]*\]", why="it raises on JSON that is not a list"),
     "gsm_symbolic": Scorer(
         False, r"\$?[0-9]{1,15}(?:\.[0-9]{1,15})?", why="it overlooks a minus sign, and reads 1,200 as 1"
     ),
-    "letter_jumble": Scorer(longest=True, why="it accepts any text after the reference"),
+    "letter_jumble": Scorer(longest=True, why="it takes whatever follows the reference"),
     "polynomial_equations": Scorer(
         False,
         rf'(?:""|{_NUMBER}(?:\s*,\s*{_NUMBER}){{0,9}})?',
-        why="if no real number solves the equation, it gives full marks to prose",
+        why="where no real number solves the equation it gives full marks to prose",
     ),
     "pool_matrix": Scorer(False, r"[0-9.\s-]*[0-9][0-9.\s-]*", why="it gives marks to nan"),
     "prime_factorization": Scorer(False, r"[0-9]{1,12}(?:\s*×\s*[0-9]{1,12}){0,60}", why="it raises on prose"),
     "quantum_lock": Scorer(
-        True, r"[ABC](?:[ ,→>-]{0,5}[ABC]){0,200}", why="it reads the letters a, b and c in prose as button presses"
+        True, r"[ABC](?:[ ,→>-]{0,5}[ABC]){0,200}", why="it presses the buttons a, b and c that words of prose hold"
     ),
     "rush_hour": Scorer(
-        True, r"[A-Z][+-][1-9](?:\s+[A-Z][+-][1-9]){0,200}", why="it makes as many moves as a number in the answer says"
+        True, r"[A-Z][+-][1-9](?:\s+[A-Z][+-][1-9]){0,200}", why="it makes as many moves as a number says"
     ),
-    "spell_backward": Scorer(longest=True, why="it gives full marks, or more, to text after the reference"),
+    "spell_backward": Scorer(longest=True, why="it gives full marks, or more, to what follows the reference"),
     "time_intervals": Scorer(
         True,
         rf"-?[0-9]{{1,6}}(?: days?)?(?:, {_CLOCK})?|{_CLOCK}",
-        why="it raises on long numbers, and accepts any text after a number",
+        why="it raises on long numbers, and takes whatever follows one",
     ),
 }
 ALLOWED: Mapping[str, Scorer] = MappingProxyType(
@@ -92,23 +92,23 @@ ALLOWED: Mapping[str, Scorer] = MappingProxyType(
 
 _EVALUATES, _SYMBOLIC = (
     "its scorer evaluates the answer as Python",
-    "its scorer parses the answer with sympy, which evaluates it as Python",
+    "its scorer parses the answer by sympy, as Python",
 )
 REFUSED: Mapping[str, str] = MappingProxyType(
     {
         **dict.fromkeys(("binary_matrix", "n_queens", "spiral_matrix", "string_insertion"), _EVALUATES),
         **dict.fromkeys(("countdown", "intermediate_integration", "polynomial_multiplication"), _SYMBOLIC),
         **dict.fromkeys(("puzzle24", "simple_integration"), _SYMBOLIC),
-        "bitwise_arithmetic": "its scorer evaluates text from the row as Python, and rows are kept in files",
+        "bitwise_arithmetic": "its scorer evaluates text of the row as Python, and rows are kept in files",
         "boxnet": "its scorer raises on most JSON, and its rows have no reference",
         "calendar_arithmetic": "its scorer has no upper bound where the reference is negative",
-        "codeio": "it runs code from its data file, and its rows differ each time they are generated",
+        "codeio": "it runs code from its data file, and its rows differ from one making to the next",
         "coin_flip": "its scorer gives full marks to the answer 0 wherever the reference begins with 0",
-        "composite": "it mixes other tasks: name those instead, for example in evals.tasks",
+        "composite": "it mixes other tasks: name these, as evals.tasks",
         "figlet_font": "its scorer gives full marks to ten right letters of a longer word",
         "game_of_life_halting": "its scorer gives full marks to any text",
-        "knight_swap": "a row takes seconds to generate",
-        "number_sorting": "its scorer accepts numbers that are off by 1, and may evaluate text from the row as Python",
+        "knight_swap": "a row takes seconds to make",
+        "number_sorting": "its scorer takes numbers that are off by 1, and may evaluate text of the row as Python",
         "propositional_logic": "its scorer gives full marks to a copied premise, and takes seconds over a long formula",
         "rubiks_cube": "its scorer repeats a move as often as a number says",
     }
