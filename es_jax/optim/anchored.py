@@ -118,8 +118,8 @@ def anchored_weight_decay(
         raise ValueError(f"arithmetic is {arithmetic!r}: it must be 'float32' or 'param'")
     if not isinstance(ema_decay, None | jax.core.Tracer) and (callable(ema_decay) or not 0 <= ema_decay < 1):
         raise ValueError(
-            f"ema_decay is {ema_decay}: it is the decay of the anchor's exponential average, and must be a number in "
-            "[0, 1)"
+            f"ema_decay is {ema_decay}: it is a number, the decay of the anchor's exponential average, and "
+            "must be in [0, 1)"
         )
     _check_rate(rate, penalty)
     mask = mask.make if isinstance(mask, _Mask) else mask
