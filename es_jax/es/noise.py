@@ -1,7 +1,7 @@
-"""Noise on any pytree: perturbs a model by a member's seed, and estimates the gradient from all members' seeds.
+"""Noise on any pytree: perturb a model by a member's seed, and estimate the gradient from all members' seeds.
 
-Noise is never stored. Each number of ε is a function of (member seed, leaf name, position in the leaf). So every device
-makes only the slice it holds, and the estimate needs no communication and has the same bits on every mesh.
+Noise is never stored. A number of ε is a function of (member seed, leaf name, position in the leaf), so every device
+makes just the slice it holds, and the estimate needs no communication and has the same bits on every mesh.
 """
 
 import dataclasses
@@ -82,20 +82,19 @@ class GaussianNoise:
 
     @property
     def elementwise(self) -> bool:
-        """Whether every number of ε can be made separately, from a seed, the leaf's name and shape, and an index."""
+        """Whether every number of ε can be made alone, of a seed, the leaf's name and shape, and an index."""
         return type(self) is GaussianNoise and self.generator == "threefry13"
 
     def apply_at(
         self, name: str, shape: tuple[int, ...], index: Sequence[Array], seed: Array, scale: Array, leaf: Array
     ) -> Float[Array, "..."]:
-        """`apply` for the elements with that index, inside a Pallas kernel and before the cast; `scale` is sign·σ."""
+        """`apply` to the elements with that index, in a kernel of Pallas, not cast yet; `scale`: sign·σ."""
         return leaf.astype(jnp.float32) + _rounded(scale * rng.normal_at(seed, name, shape, index))
 
     def estimate_at(
         self, name: str, shape: tuple[int, ...], index: Sequence[Array], seeds: Any, signed: Any
     ) -> Float[Array, "..."]:
-        """`estimate` for the elements with that index, inside a Pallas kernel; `seeds` and `signed` come from
-        `summands`."""
+        """`estimate` of the elements with that index, in a kernel of Pallas; `seeds` and `signed`: of `summands`."""
 
         def add(i: Array, total: Array) -> Array:
             return total + _rounded(signed[i] * rng.normal_at(seeds[i], name, shape, index))
@@ -179,7 +178,7 @@ class GaussianNoise:
         return map_named(leaf_estimate, params)
 
     def summands(self, members: Members, weights: Float[Array | np.ndarray, " n"]) -> tuple[Array, Array]:
-        """The seeds, and the factor of each seed's noise: −wₙ signₙ / N; for a pair z⁺ − z⁻ replaces wₙ signₙ."""
+        """The seeds, and what the noise of each is added with: −wₙ signₙ / N, of a pair z⁺ − z⁻ alike."""
         weights = jnp.asarray(weights)
         if weights.shape != (len(members),):
             raise ValueError(f"weights have shape {weights.shape} for {len(members)} members: give one weight a member")

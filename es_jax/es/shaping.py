@@ -1,4 +1,4 @@
-"""Turns the rewards of a step into the members' weights, N numbers, on the host."""
+"""From rewards to the weights of the members, on the host: N numbers a step."""
 
 import logging
 
@@ -10,10 +10,10 @@ Rewards = Float[np.ndarray | Array, " n"]
 
 
 def finite_rewards(rewards: Rewards, *, nan_rewards: str = "error") -> Float[np.ndarray, " n"]:
-    """The rewards [N] as float64, all finite.
+    """The rewards [N] as float64, none of them NaN or infinite.
 
-    A NaN or infinite reward counts as the lowest finite reward of the step if `nan_rewards` is "worst". If it is
-    "error", or if no reward is finite, the reward is refused and the message names its members.
+    Such a reward is refused, its members named, where `nan_rewards` is "error" or no reward is finite; where it is
+    "worst" it counts as the lowest finite reward of the step.
     """
     if nan_rewards not in ("error", "worst"):
         raise ValueError(f"nan_rewards is {nan_rewards!r}: it must be 'error' or 'worst'")
@@ -34,13 +34,14 @@ def finite_rewards(rewards: Rewards, *, nan_rewards: str = "error") -> Float[np.
 
 
 def centred_on_prompts(rewards: Float[np.ndarray, "n k"], seen: Integer[np.ndarray, "n k"]) -> Float[np.ndarray, " n"]:
-    """sₙ = (1/k) Σⱼ (rₙⱼ − μⱼ) for members that saw different prompts, where μⱼ is the mean over the G members that saw
-    prompt j. It says how much better a member was than others on the same prompts.
+    """sₙ = (1/k) Σⱼ (rₙⱼ − μⱼ) of members that saw different prompts, with μⱼ the mean over the G members that saw
+    prompt j: how much better a member was than others on the same prompts.
 
-    Σ sₙ = 0. A step made from s is in expectation (1 − 1/G) times the step made from r, since 1/G of μⱼ is the member's
-    own reward. With antithetic pairs the factor is 1, because μⱼ cancels within a pair. z-scores remove a common
-    factor. Members that differ only by rounding get equal values. A member with a reward that is not finite gets its
-    mean, which is not finite either, and is left out of every μⱼ.
+    Σ sₙ = 0. A step made of s is in expectation (1 − 1/G) of the step made of r, since μⱼ holds a G-th of the member's
+    own reward; it is all of that step where members are antithetic pairs, for a pair adds μⱼ to nothing. z-scores hide
+    a common factor. Members that did equally well are equal: what rounding alone
+    tells apart is not told apart. A member with a reward that is not finite has its mean, which is not finite either,
+    and is in no μⱼ.
 
     >>> centred_on_prompts(np.array([[1.0], [3.0], [10.0], [10.0]]), np.array([[0], [0], [1], [1]])).tolist()
     [-1.0, 1.0, 0.0, 0.0]

@@ -1,7 +1,7 @@
-"""Runs lm-evaluation-harness on the steps of a run, or on a model: each task and step once, in evals/lm_eval.jsonl.
+"""lm-evaluation-harness on the steps of a run, or on a model: each of its tasks and steps once, in evals/lm_eval.jsonl.
 
-The library (the extra [lm_eval]) is imported when it is needed. It makes the requests and the metrics;
-`es_jax.evals.harness_model` answers the requests.
+The library (the extra [lm_eval]) is imported when it is needed. It makes the requests and the figures; the model that
+answers is `es_jax.evals.harness_model`.
 """
 
 import contextlib
@@ -44,16 +44,16 @@ BOOTSTRAPS = 1000  # resamples for the error of a metric without a formula; the 
 
 @dataclasses.dataclass(frozen=True)
 class HarnessOptions:
-    """How lm-evaluation-harness evaluates. None takes the value of the task's file.
+    """How lm-evaluation-harness evaluates; what is None is as in the task's file.
 
     Attributes:
-      include: a folder with your own task files, in addition to the library's.
-      limit: how many rows of each task to use, from the first on.
+      include: a folder of task files of one's own, besides the library's.
+      limit: rows of each task, its first ones.
       num_fewshot: solved examples in each prompt; a task whose file says 0 keeps 0.
-      apply_chat_template: apply the model's chat template to prompts, with examples as separate turns.
-      max_length: tokens of context to use; the model's own by default.
+      apply_chat_template: put prompts through the model's chat template, examples as turns of their own.
+      max_length: tokens of context that are used; the model's own by default.
       slots: texts generated at once; the run's by default.
-      template_date: the date that the chat template sees; the run's by default.
+      template_date: the day that the chat template sees; the run's by default.
     """
 
     include: str | None = None
@@ -146,7 +146,7 @@ def harness_lm(
       model: of `load_model`.
       dtype: that it computes in; by default that of its weights.
       slots: texts generated at once.
-      max_length: tokens of context to use; the model's own by default.
+      max_length: tokens of context that are used; the model's own by default.
       seed: of what is sampled.
 
     Raises ImportError where the extra [lm_eval] is not installed.

@@ -1,4 +1,4 @@
-"""Evaluates a run's steps: accuracy by every grader, KL and drift, each (task, step) only once."""
+"""Evaluation of a run's steps: accuracy by every view, KL and drift, each (task, step) once."""
 
 import contextlib
 import dataclasses
@@ -60,20 +60,20 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How to evaluate. None takes the value of the run's config.
+    """How to evaluate; what is None is as in the run's config.
 
     Attributes:
       rows: test rows of each task.
-      max_prompt_tokens, max_new_tokens, slots: as in decode of the config; for a model without a run, slots is 64.
-      data_dir: a folder that holds a folder of rows for each task, named like the task (`-` may be `_`). None uses each
-        task's own rows, and the run's rows for the trained task.
-      template_date: the date that the chat template sees, such as "2026-11-27". None is the run's date; for a model it
-        is the date of the rows in the folder, or today.
-      kl_rows: on how many rows KL is measured.
+      max_prompt_tokens, max_new_tokens, slots: of decoding; slots of a model that no run made is 64.
+      data_dir: a folder of folders of rows, named like their tasks (`-` may be `_`); None: each task's own rows, and
+        for the task that was trained those of the run.
+      template_date: the day that the chat template sees, such as "2026-11-27"; None: the run's; of a model, that of the
+        folder's rows, or today.
+      kl_rows: how many of the rows KL is measured on.
       kl_tokens: the longest continuation, in tokens.
-      kl_seed: the seed of the continuations.
-      samples: n completions to sample for each row, for pass@1..n and majority voting; None samples none.
-      temperature, top_p, sample_seed: how they are sampled; 1, 1 and 0 by default.
+      kl_seed: of the continuations.
+      samples: n completions of each row are sampled besides, for pass@1..n and the majority's vote; None: none are.
+      temperature, top_p, sample_seed: of these; 1, 1 and 0 by default.
     """
 
     rows: int | None = None

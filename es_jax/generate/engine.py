@@ -26,8 +26,7 @@ WIDE = 512  # model width from which on kernels are transposed on CPU
 def check_context(
     config: TransformerConfig, longest: int, max_new_tokens: int, *, field: str = "max_new_tokens"
 ) -> None:
-    """Raises ValueError if a prompt of `longest` tokens and `max_new_tokens` more do not fit into the model's
-    context."""
+    """Raises ValueError where a prompt of `longest` tokens and `max_new_tokens` more do not fit the model's context."""
     room = config.max_positions - longest
     if max_new_tokens > room:
         raise ValueError(
@@ -77,8 +76,8 @@ class Engine(DecodeSpec):
         return self.with_transposed_kernels(unstack_layers(params)) if self.unrolled else params
 
     def with_transposed_kernels(self, params: Any) -> Any:
-        """The tree, or a part of it, with the kernels transposed for which that is faster on CPUs (docs/speed.md): wide
-        kernels of 16 bits.
+        """The tree, or a part of it, with kernels transposed where CPUs are faster so (docs/speed.md): wide ones of 16
+        bits.
         """
         wide = self.unrolled and not self.writes_in_place and self.config.width >= WIDE
         return transpose_kernels(params, itemsize=2) if wide else params
@@ -146,19 +145,18 @@ class Engine(DecodeSpec):
         prefix: Int32[Array, " C"],
         axis_name: str,
     ) -> Filled:
-        """The prefill of `decode` for some lanes of a vmap, if `parted` allows it to be separate."""
+        """The prefill of `decode`, where `parted` says that it may be done apart; for some lanes of a vmap."""
         return fill_queue(*self.begin(params, tokens, positions, keys, prefix, axis_name))
 
     def begin(self, *arguments: Any, filled: Filled | None = None) -> tuple[Queue, State]:
-        """`begin_queue` with the arguments, for `decode` and `fill`; an engine that ends rows differently overrides
-        it."""
+        """`begin_queue` of the arguments, for `decode` and `fill`; an engine that ends rows otherwise has its own."""
         return begin_queue(self, *arguments, filled=filled)
 
     def parted(self, lanes: int, prompts: int, width: int) -> int:
-        """How many of the lanes a prefill takes at a time: all, or an integer fraction of them.
+        """How many of so many lanes a prefill takes at a time: all, or a part of which there is a whole number.
 
-        A prefill runs up to the longest prompt of its lanes, so lanes with prompts of similar length should go
-        together. On accelerators it takes more lanes, since the matrix products would otherwise be too small.
+        A prefill goes on to the longest prompt of the lanes that it takes, so lanes with prompts of one length belong
+        together; on accelerators it takes more of them, whose products are too small otherwise.
         """
         most = 16 if self.unrolled else 64
         if not LoopSizes.of(self, prompts, width, lanes=lanes).single:

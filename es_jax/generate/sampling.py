@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
 @runtime_checkable
 class Sampler(Protocol):
-    """Picks a token id from float32 logits [V]; a pure, hashable function. Only `Greedy` works without a key."""
+    """Picks a token id from float32 logits [V]; a pure function, hashable. Only `Greedy` can do without a key."""
 
     def __call__(self, logits: Float[Array, " V"], key: PRNGKeyArray | None) -> Int32[Array, ""]: ...
 
@@ -96,7 +96,7 @@ class TopP:
 
 
 def sampler_of(temperature: float, top_p: float = 1.0) -> Sampler:
-    """The sampler for a temperature and top_p as users give them: `Greedy` at temperature 0, whatever top_p is.
+    """The sampler of two numbers as users give them: `Greedy` at temperature 0, whatever top_p is.
 
     Raises ValueError for a temperature below 0, or a top_p that is not above 0 and at most 1.
 

@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens: for whole rows in one forward pass, and for several continuations of a prompt."""
+"""Log-probabilities of given tokens: of whole rows, in one forward pass, and of several continuations of one prompt."""
 
 import functools
 from collections import defaultdict
@@ -25,7 +25,7 @@ Rows = Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]]  # (prompt, optio
 
 
 def token_logprobs(logits: Float[Array, "*b V"], tokens: Int32[Array, "*b"]) -> Float[Array, "*b"]:
-    """log p(token) under softmax(logits), for each token."""
+    """log p(token) under softmax(logits), for each of the tokens."""
     return jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)
 
 
@@ -62,7 +62,7 @@ def score_tokens(
 
 
 def token_positions(mask: Bool[Array, "B L"]) -> Int32[Array, "B L"]:
-    """0, 1, 2, … over the tokens of each row, −1 at padding."""
+    """0, 1, 2, … over the tokens of each row that are there, −1 at padding."""
     return jnp.where(mask, jnp.cumsum(mask.astype(jnp.int32), axis=1) - 1, -1)
 
 
@@ -79,11 +79,11 @@ def score_options(
     Args:
       config, params: the model; it computes in the dtype of the parameters.
       rows: (prompt, options) as token ids, at least one of each; rows may have different numbers of options.
-      mesh: the mesh of the parameters, if they are sharded over several processes.
-      names: names of the rows in messages; by default their numbers, from 0.
+      mesh: of the parameters, where they are cut over the devices of several processes.
+      names: of the rows, for messages; their numbers, from 0, by default.
 
     Raises:
-      ValueError: a log-probability is NaN or infinite, which would decide between options; the message names its row.
+      ValueError: one is NaN or infinite, by which an option would win or lose; its row is named.
 
     >>> config = TransformerConfig(family="llama", vocab_size=16, width=8, layers=1, heads=2, kv_heads=1,
     ...                            head_dim=4, mlp_dim=8)
@@ -111,10 +111,10 @@ def score_continuations(
     names: Sequence[str] = (),
     done: Callable[[int], None] = lambda options: None,
 ) -> list[OptionScores]:
-    """Like `score_options`, but for rows whose options differ much in number and length, and with `greedy`.
+    """As `score_options`, of rows whose options may differ much in number and length, and with what is greedy.
 
-    Rows of similar size are computed together. Prompt and option may have one token more than the model's context,
-    since the last token is not fed. `done` is called with the number of newly scored options.
+    Rows that are alike are computed together. Prompt and option may have one token more than the model's context, for
+    the last one is not fed. `done` is called with how many more options are scored.
 
     >>> config = TransformerConfig(family="llama", vocab_size=16, width=8, layers=1, heads=2, kv_heads=1,
     ...                            head_dim=4, mlp_dim=8)

@@ -103,13 +103,13 @@ class TransformerConfig:
 
     @property
     def layer_kinds(self) -> tuple[tuple[bool, bool], ...]:
-        """(local, rope) for each of the L layers."""
+        """(local, rope) of each of the L layers."""
         local = (False,) if self.sliding_window is None else self.local_layers
         return tuple((local[i % len(local)], self.rope_layers[i % len(self.rope_layers)]) for i in range(self.layers))
 
 
 def shortest_pattern(values: Sequence[bool]) -> tuple[bool, ...]:
-    """The shortest tuple whose repetition begins with `values`.
+    """The shortest tuple that, repeated, begins with `values`.
 
     >>> shortest_pattern([True, False, True, False, True])
     (True, False)

@@ -1,4 +1,4 @@
-"""One decoder-only transformer for all families: parameters are a plain tree, and `apply` is a pure function."""
+"""One decoder-only transformer for every family: parameters are a plain tree, `apply` is a pure function."""
 
 import dataclasses
 import functools
@@ -103,8 +103,8 @@ class Transformer:
     ) -> tuple[Stream, KVCache | RowCache | None]:
         """The residual stream after the last layer and the final norm, and the cache; see `apply`.
 
-        `around` wraps the function of a layer, (x, layer, view, kv) → (x, kv), for example to recompute it for its
-        gradient, or to gather the layer's weights first.
+        `around` makes of the function of a layer, (x, layer, view, kv) → (x, kv), the one that runs in its place: one
+        that is computed again for its gradient, or one that gathers the layer's weights first.
         """
         if positions is None:
             if cache is not None:
@@ -138,7 +138,7 @@ class Transformer:
         return normed, cache
 
     def trace(self, params: Params, tokens: PerToken) -> list[Stream]:
-        """The residual stream before the first layer and after each layer, without the final norm: L + 1 arrays."""
+        """The residual stream before the first layer and after each, L + 1 arrays, without the final norm."""
         positions = _count_up(tokens)
         views = _views(self.config, positions, [])
         stream = [self._embed(params, tokens)]
@@ -147,7 +147,7 @@ class Transformer:
         return stream
 
     def empty_cache(self, params: Params, rows: int, length: int, *, past: tuple[Past, ...] = ()) -> KVCache:
-        """A cache in the parameters' dtype, stacked like them."""
+        """A cache of the parameters' dtype, stacked as they are."""
         return KVCache.empty(
             self.config, rows, length=length, dtype=params["embed"]["embedding"].dtype, past=past,
             stacked=not isinstance(params["layers"], list | tuple),
@@ -183,7 +183,7 @@ class Transformer:
         return x, None if pairs[0] is None else tuple(zip(*pairs, strict=True))
 
     def logits(self, params: Params, hidden: Stream) -> Float[Array, "B T V"]:
-        """The output head applied to the result of `hidden`: float32 logits."""
+        """The output head applied to `hidden`'s result: float32 logits."""
         if not self.config.tied_embeddings:
             logits = linear(hidden, params["head"]["kernel"], accumulated=True)
         else:

@@ -1,4 +1,4 @@
-"""Builds an optax chain from the config's fields: an optimizer, then the pull toward the anchor."""
+"""From the config's fields to an optax chain: an optimizer, then the pull toward the anchor."""
 
 import dataclasses
 import math
@@ -37,7 +37,7 @@ class Chain:
 
     @classmethod
     def of(cls, config: Any) -> "Chain":
-        """The chain of a run; `config` is as in `build_optimizer`."""
+        """A run's; `config` as for `build_optimizer`."""
         optim, anchor = config.optim, config.optim.anchor
         options = {name: getattr(optim, name) for name in OPTIONS.get(optim.name, ())}
         return cls(
@@ -45,7 +45,7 @@ class Chain:
             tuple((name, value) for name, value in options.items() if value is not None),
             optim.max_grad_norm,
             anchor.penalty,
-            "param" if config.es.noise == "shared_seed" else "float32",  # as published: all in the dtype of the weights
+            "param" if config.es.noise == "shared_seed" else "float32",  # as published: all in the weights' dtype
             anchor.ema_decay,
             anchor.memory,
         )
@@ -96,7 +96,7 @@ def build_optimizer(
 
 
 def describe(config: Any) -> str:
-    """One sentence about the optimizer of a run; `config` is as in `build_optimizer`."""
+    """One sentence on the optimizer of a run; `config` as for `build_optimizer`."""
     chain, anchor = Chain.of(config), config.optim.anchor
     rate, strength = config.optim.learning_rate, config.anchor_strength
     sentence = "" if chain.max_grad_norm is None else f"gradients clipped at norm {chain.max_grad_norm:g}, "
@@ -107,7 +107,7 @@ def describe(config: Any) -> str:
     sentence += f", then {chain.penalty} anchored weight decay with strength λ = {strength:g}{_by(anchor.schedule)}"
     sentence += f" (αλ = {rate * strength:g}"
     if (kappa := config.anchor_kappa) is not None:
-        if chain.penalty == "l2":  # λ follows from κ for small αλ; this is the κ that the walk reaches
+        if chain.penalty == "l2":  # λ follows from κ as if αλ were small; this is where the walk ends
             kappa *= (1 - rate * strength) / math.sqrt(1 - rate * strength / 2)
         sentence += f"; in the long run a weight drifts κ = {kappa:.2f} σ"
     target = "" if anchor.source is None else f" to {anchor.source}"

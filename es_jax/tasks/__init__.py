@@ -1,4 +1,4 @@
-"""Tasks that a model is trained and tested on. `get_task` makes a task by its name; `TASKS` is the table of names."""
+"""Tasks: what a model is trained and tested on. `get_task` makes one by its name; `TASKS` is the table."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -32,7 +32,7 @@ TASKS: Mapping[str, Callable[..., Any]] = MappingProxyType(
 
 
 def check_name(name: str) -> None:
-    """Raises ValueError unless the name can belong to a task; files and modules are not read."""
+    """Raises ValueError unless the name can be one of a task; a file or a module is not looked at."""
     if reasoning_gym.is_name(name):
         return reasoning_gym.check_name(name)
     if name in TASKS or name == Columns.name or outside.is_reference(name):

@@ -1,4 +1,4 @@
-"""The base class of your own tasks, made from two methods: rows and score."""
+"""A task of one's own from two methods: rows, and a score."""
 
 from collections.abc import Iterable, Mapping
 from itertools import islice

@@ -1,8 +1,8 @@
 """GRPO: rollouts → rewards → advantages within each prompt's group → clipped steps (Shao et al., arXiv 2402.03300).
 
-It also has dual clipping (Ye et al. 2020, arXiv 1912.09729), a higher upper clip as in arXiv 2503.14476, and the k3
-estimator of the KL divergence (Schulman 2020). The seed log does not hold a step's completions, so it cannot rebuild
-the step: a resumed run makes the steps after its last checkpoint again, with the same bits on the same mesh.
+Besides: dual clipping (Ye et al. 2020, arXiv 1912.09729), a higher upper clip as in arXiv 2503.14476, and the k3
+estimator of the KL divergence (Schulman 2020). A step's tokens follow from its weights, so its line of the log does not
+rebuild it: a run that stopped makes the steps after its last checkpoint again, with the same bits on the same mesh.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Writes and prints a run's steps: metrics, samples, and held-out rows."""
+"""What a run writes and tells about its steps: metrics, samples, and held-out rows."""
 
 import dataclasses
 import itertools

@@ -1,5 +1,4 @@
-"""The weights of a step of a run: from its checkpoint if there is one, else from a replay of the seed log, else an
-error that says why not."""
+"""The weights of a step of a run: its checkpoint where there is one, else a replay of the seed log, else why not."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -54,8 +53,8 @@ def replay(
 def weights_at(
     workdir: str | Path, steps: Sequence[int] | None, *, mesh: Mesh | None = None, checkpoints: bool = True
 ) -> Iterator[tuple[int, Any]]:
-    """Like `replay`, but a step with a checkpoint is read from it, unless `checkpoints` is False and the seed log can
-    be replayed. The directory is only read. It also raises OSError for a damaged checkpoint.
+    """As `replay`, but a step that has a checkpoint is read from it, unless `checkpoints` is False and the seed log
+    can be replayed. Nothing in the directory is changed. Raises also OSError for a checkpoint that is damaged.
     """
     workdir = Path(workdir)
     config, entries = read_config(workdir, needs=MODELS), read_entries(workdir)

@@ -91,14 +91,14 @@ def load_model(
 
 
 def load_outline(source: str | Path) -> Model:
-    """What `load_model(source)` returns, without the weights: `params` is empty. The files must exist all the same."""
+    """What `load_model(source)` gives, without the weights: `params` is empty. The files must be there all the same."""
     path = resolve(source)
     with _named(path):
         return dataclasses.replace(_open(path)[0], digest=digest(find_files(path)))
 
 
 def config_only(source: str | Path) -> TransformerConfig:
-    """The config that `load_model(source)` would read; the weights need not exist."""
+    """The config of what `load_model(source)` would read; its weights need not be there."""
     path = resolve(source, weights=False)
     with _named(path):
         if path.is_file():
@@ -209,8 +209,8 @@ def _running(pid: str) -> bool:
 
 
 def check_new(path: str | Path, *, nbytes: int = 0) -> None:
-    """Raises FileExistsError if `path` is a file or a folder that is not empty, OSError if it cannot be made or its
-    disk has fewer than `nbytes` bytes left. All processes of a run call this; the first one checks, and all raise."""
+    """Raises FileExistsError when `path` is a file or a folder that is not empty, OSError when it cannot be made or its
+    disk has fewer than `nbytes` bytes left. All processes of a run call this; the first looks, and all raise."""
     taken, problem = processes.exchange({0: _obstacle(path, nbytes)} if processes.first() else {})[0]
     if problem:
         raise FileExistsError(problem) if taken else OSError(problem)

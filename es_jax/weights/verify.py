@@ -47,7 +47,7 @@ class VerificationReport:
 
     @property
     def max_kl(self) -> float:
-        """The largest KL of a position; NaN if any is NaN, and then the check fails."""
+        """The largest KL of a position, NaN where one is: then nothing has passed."""
         return float(np.max(self.kl))
 
     @property
@@ -57,7 +57,7 @@ class VerificationReport:
 
     @property
     def parted(self) -> str | None:
-        """The first of `layers` whose difference is above 1e-3 or NaN; None if there is none."""
+        """The first of `layers` whose difference is above 1e-3 or not a number; None when none is."""
         return next((name for name, difference in self.layers if not difference <= 1e-3), None)
 
     @property
@@ -75,7 +75,7 @@ class VerificationReport:
         return text if self.same_tokens else f"{text}; the tokenizers encode the text differently"
 
     def to_json(self) -> dict[str, Any]:
-        """The fields and derived values, as the command prints them with --json."""
+        """The fields and what follows from them, as the command prints them with --json."""
         derived = {name: getattr(self, name) for name in ("max_kl", "mean_kl", "parted", "passed")}
         return {**dataclasses.asdict(self), **derived, "layers": dict(self.layers)}
 
