@@ -268,7 +268,7 @@ def _check_params(params: Any) -> None:
 def _check_mask(mask: Any) -> None:
     if mask is not None and not callable(mask) and jax.tree_util.treedef_is_leaf(jax.tree.structure(mask)):
         raise ValueError(
-            f"mask is {mask}: it must be a tree of booleans, or a callable that makes one. If it was a callable, pass "
+            f"mask is {mask}: it must be a tree of booleans, or a callable that makes one. If it was a callable, say "
             "static_args='mask' to optax.inject_hyperparams, which otherwise takes the callable for a schedule"
         )
 
