@@ -1,5 +1,4 @@
-"""docs/grading.md and docs/tasks.md against the code: every row of the grading tables, the examples, and that no task is
-missing."""
+"""docs/grading.md and docs/tasks.md against the code: every row of the grading tables, the examples, and all tasks."""
 
 import re
 from pathlib import Path
