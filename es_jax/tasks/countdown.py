@@ -68,8 +68,8 @@ class Countdown(Splits):
         Jiayi-Pan/Countdown-Tasks-3to4, is divided: the hash of a set of numbers decides whether it is for training or
         for testing. So is a copy of such a set in a folder.
       seed: of the problems made here; other seeds give other problems. The first n do not depend on n.
-      grader: "paper", "strict" or "robust": whose answer it is in reward = answer + 0.1 · format; docs/grading.md has
-        the rules, with examples.
+      grader: "paper", "strict" or "robust": whose answer it is in reward = answer + 0.1 · format; docs/tasks.md has the
+        rules, with examples.
 
     >>> task = Countdown()
     >>> example = Example("0", "", None, {"numbers": (44, 19, 35), "target": "98"})

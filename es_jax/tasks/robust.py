@@ -1,4 +1,4 @@
-"""What a careful person reads as the answer of a response: the robust grader's readers. docs/grading.md has its rules.
+"""What a careful person reads as the answer of a response: the robust grader's readers. docs/tasks.md has its rules.
 
 A reader looks at what follows the last </think>, of this at the last 4096 characters, and prefers the last statement
 that says what the answer is to anything that may be one. What follows a line that begins with "Question:" is read only
