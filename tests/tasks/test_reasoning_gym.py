@@ -98,7 +98,9 @@ def test_a_package_that_is_not_there(monkeypatch):
 def test_another_version_is_refused(tmp_path, monkeypatch, version):
     monkeypatch.syspath_prepend(str(reasoning_gym_stub.write(tmp_path / "site", version)))
     forget(monkeypatch)
-    with pytest.raises(ValueError, match=f"is {version} here, but its scorers were checked in {VERSION}: pip install"):
+    with pytest.raises(
+        ValueError, match=f"has version {version}, but its scorers were checked in {VERSION}: pip install"
+    ):
         get_task("reasoning_gym:chain_sum")
     extras.require.cache_clear()
 

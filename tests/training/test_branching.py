@@ -138,7 +138,7 @@ def test_a_branch_goes_on_as_what_it_is(first, branch, tiny_model):
     config = fields(optim={"learning_rate": 0.01}, train={"seed": 7})
     before = (workdir / "config.json").read_bytes()
     for step in ("@2", ""):
-        with pytest.raises(ValueError, match=r"holds a run that began from '\S+first@1', and not from '\S+first(@2)?'"):
+        with pytest.raises(ValueError, match=r"holds a run that began from '\S+first@1', not from '\S+first(@2)?'"):
             run(config, workdir, branch_from=f"{parent}{step}")
     with pytest.raises(ValueError, match=r"model\.source is 'lab', and branch_from"):
         run(config | {"model": {"source": "lab"}}, workdir)
