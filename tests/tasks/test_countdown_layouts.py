@@ -96,7 +96,7 @@ TRUTH = "reward_model.ground_truth"
         ({"prompt": ASKED, "reward_model": {"ground_truth": PROBLEM}, "extra_info": [1]}, "field 'extra_info' is [1]"),
         (
             {"prompt": ASKED, "reward_model": {"ground_truth": PROBLEM}, "extra_info": PROBLEM | {"target": 25}},
-            f"field '{TRUTH}' is {{'numbers': [4, 6, 1], 'target': 24}}: it should be the same as the problem in extra_info",
+            f"field '{TRUTH}' is {{'numbers': [4, 6, 1], 'target': 24}}: it should be the same as the problem in",
         ),
         (
             {"prompt": ASKED, "reward_model": {"ground_truth": PROBLEM}, "extra_info": PROBLEM | {"numbers": [4, 6]}},
