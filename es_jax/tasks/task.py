@@ -24,10 +24,15 @@ class Example:
     """One problem.
 
     Args:
-      id: unique within a split.
+      id: a text that is unique within a split.
       prompt: plain text, or messages. The completion continues a last message of role "assistant".
-      answer: the reference answer, or None where a task grades without one.
-      meta: what else grading needs (countdown: `numbers`, `target`), and what the data said about the row.
+      answer: the reference answer; None where the task grades without one.
+      meta: what else grading needs, such as the `numbers` and the `target` of countdown, and what the data say about
+        the row.
+
+    Examples:
+      >>> Example("0", "2 + 2 = ", "4").meta
+      {}
     """
 
     id: str
@@ -38,7 +43,16 @@ class Example:
 
 @dataclass(frozen=True)
 class Score:
-    """What a completion earned: the reward that training maximises, and the parts it is made of."""
+    """What a completion earned: the reward that training maximises, and the parts it is made of.
+
+    Args:
+      reward: a finite number. Training compares rewards within a step, so the scale is free.
+      parts: names and numbers, such as "answer" (0 to 1, its mean is the accuracy) and "format".
+
+    Examples:
+      >>> Score(1.1, {"answer": 1.0, "format": 1.0}).parts["answer"]
+      1.0
+    """
 
     reward: float
     parts: Mapping[str, float]
@@ -58,27 +72,60 @@ class Scorer(Protocol):
     """What grades completions: a task."""
 
     def score(self, example: Example, completion: str) -> Score | float:
-        """Grades the text a model wrote after the prompt. Never raises for a strange completion. A number is a reward,
-        see `as_score`.
+        """Grades the text that a model wrote after the prompt.
 
-        It depends on its arguments alone: a step grades the same completion of an example once.
+        It depends on its arguments alone: a step grades the same completion of an example once. It never raises for a
+        strange completion.
+
+        Args:
+          example: one of the task's examples.
+          completion: what the model wrote.
+
+        Returns:
+          A `Score`, or a number, which is a reward. See `as_score`.
         """
 
 
 @runtime_checkable
 class Task(Scorer, Protocol):
-    """What every entry of `es_jax.tasks.TASKS` offers, and a task of one's own has to; also a `name` for messages."""
+    """What a task offers: training and test examples, and a score.
+
+    It is a protocol: any object with these methods is a task. All entries of `es_jax.tasks.TASKS` are tasks. A task may
+    also have a `name` for messages. `SimpleTask` is the shorter way to write one.
+
+    Examples:
+      >>> from es_jax.tasks import get_task
+      >>> isinstance(get_task("lab-add"), Task)
+      True
+    """
 
     def train(self, n: int | None = None) -> list[Example]:
-        """The first `n` training examples (all of them, or the documented default, for None).
+        """Returns the first training examples.
+
+        Args:
+          n: how many, at least 1. None is all of them, or the number that the task documents.
+
+        Returns:
+          `n` examples, the same ones at every call.
 
         Raises:
-          ValueError: `n` < 1, or more than the data holds; a row is wrong.
-          OSError: the rows cannot be had.
+          ValueError: `n` is below 1 or more than the data hold, or a row is wrong.
+          OSError: the rows cannot be read or fetched.
         """
 
     def test(self, n: int | None = None) -> list[Example]:
-        """The first `n` test examples; otherwise like `train`."""
+        """Returns the first test examples.
+
+        Args:
+          n: how many, at least 1. None is all of them, or the number that the task documents.
+
+        Returns:
+          `n` examples, the same ones at every call.
+
+        Raises:
+          ValueError: `n` is below 1 or more than the data hold, or a row is wrong.
+          OSError: the rows cannot be read or fetched.
+        """
 
 
 @runtime_checkable
@@ -124,11 +171,31 @@ class Splits:
     """The two splits of a task, both from one method."""
 
     def train(self, n: int | None = None) -> list[Example]:
-        """The first `n` training examples, see `Task.train`."""
+        """Returns the first training examples.
+
+        Args:
+          n: how many, at least 1. None is all of them, or the number that the task documents.
+
+        Returns:
+          `n` examples, the same ones at every call.
+
+        Raises:
+          ValueError: `n` is below 1 or more than the data hold, or a row is wrong.
+        """
         return self._examples("train", n)
 
     def test(self, n: int | None = None) -> list[Example]:
-        """The first `n` test examples, see `Task.train`."""
+        """Returns the first test examples.
+
+        Args:
+          n: how many, at least 1. None is all of them, or the number that the task documents.
+
+        Returns:
+          `n` examples, the same ones at every call.
+
+        Raises:
+          ValueError: `n` is below 1 or more than the data hold, or a row is wrong.
+        """
         return self._examples("test", n)
 
     def _examples(self, split: str, n: int | None) -> list[Example]:
