@@ -103,7 +103,7 @@ def anchored_weight_decay(
       ValueError: an unknown penalty, a rate or ema_decay out of range, a mask that is one boolean, parameters of
         `optax.lookahead`, or `update` called without params.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax
       >>> tx = optax.chain(optax.sgd(1.0), anchored_weight_decay(0.5))
       >>> params = {"w": jnp.array([1.0])}
