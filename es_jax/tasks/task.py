@@ -148,8 +148,9 @@ class VotingTask(Task, Protocol):
 def as_score(value: Any) -> Score:
     """What a task's `score` returned, as a Score. Of a number `answer` is 1 where it is at least 1: full marks.
 
-    >>> as_score(True)
-    Score(reward=1.0, parts={'answer': 1.0})
+    Examples:
+      >>> as_score(True)
+      Score(reward=1.0, parts={'answer': 1.0})
     """
     raw, raw_parts = (value.reward, value.parts) if isinstance(value, Score) else (value, {})
     for number in (raw, *raw_parts.values()):
@@ -214,8 +215,9 @@ def all_views(grader: str, *, paper: bool, strict: bool, robust: bool, form: flo
     `answer` is the verdict of the grader that is asked for, one of GRADERS. All their verdicts are there in each case,
     so that one generation shows how much of an accuracy hangs on the grader. `format` is by the published rule.
 
-    >>> all_views("paper", paper=True, strict=False, robust=True, form=0.0)
-    Score(reward=1.0, parts={'answer': 1.0, 'format': 0.0, 'paper': 1.0, 'strict': 0.0, 'robust': 1.0})
+    Examples:
+      >>> all_views("paper", paper=True, strict=False, robust=True, form=0.0)
+      Score(reward=1.0, parts={'answer': 1.0, 'format': 0.0, 'paper': 1.0, 'strict': 0.0, 'robust': 1.0})
     """
     verdicts = {"paper": float(paper), "strict": float(strict), "robust": float(robust)}
     answer = verdicts[grader]
@@ -225,8 +227,9 @@ def all_views(grader: str, *, paper: bool, strict: bool, robust: bool, form: flo
 def messages(**contents: str) -> tuple[Message, ...]:
     """Messages of these roles, in this order.
 
-    >>> messages(user="2 + 2?", assistant="It is ")
-    ({'role': 'user', 'content': '2 + 2?'}, {'role': 'assistant', 'content': 'It is '})
+    Examples:
+      >>> messages(user="2 + 2?", assistant="It is ")
+      ({'role': 'user', 'content': '2 + 2?'}, {'role': 'assistant', 'content': 'It is '})
     """
     return tuple(Message(role=role, content=content) for role, content in contents.items())
 
@@ -234,8 +237,9 @@ def messages(**contents: str) -> tuple[Message, ...]:
 def response_text(example: Example, completion: str) -> str:
     """The whole of the assistant's turn: what the prompt opened, and the completion that continues it.
 
-    >>> response_text(Example("0", messages(user="2 + 2?", assistant="<think>"), "4"), "easy</think>")
-    '<think>easy</think>'
+    Examples:
+      >>> response_text(Example("0", messages(user="2 + 2?", assistant="<think>"), "4"), "easy</think>")
+      '<think>easy</think>'
     """
     if isinstance(example.prompt, str) or not example.prompt or example.prompt[-1]["role"] != "assistant":
         return completion
@@ -245,8 +249,9 @@ def response_text(example: Example, completion: str) -> str:
 def last_line(text: str) -> str:
     """The last line that is not blank, without the white space around it; "" where there is none.
 
-    >>> last_line("one\\n two \\n\\n")
-    'two'
+    Examples:
+      >>> last_line("one\\n two \\n\\n")
+      'two'
     """
     text = text.strip()
     return text[max(map(text.rfind, LINE_ENDS)) + 1 :].strip()
@@ -255,8 +260,9 @@ def last_line(text: str) -> str:
 def last_block(text: str) -> str | None:
     """What the last answer block holds, or None. A block runs from an opening tag to the next closing one.
 
-    >>> last_block("<answer>1</answer> or <answer>2</answer>")
-    '2'
+    Examples:
+      >>> last_block("<answer>1</answer> or <answer>2</answer>")
+      '2'
     """
     for piece in reversed(text.split("</answer>")[:-1]):
         _, tag, inside = piece.partition("<answer>")
@@ -275,8 +281,9 @@ def check_count(n: int) -> int:
 def take(examples: Sequence[Example], n: int | None, *, source: str) -> list[Example]:
     """The first `n` of a data set, which errors call `source`; all of it for None.
 
-    >>> [e.id for e in take([Example("a", "?", ""), Example("b", "?", "")], 1, source="two rows")]
-    ['a']
+    Examples:
+      >>> [e.id for e in take([Example("a", "?", ""), Example("b", "?", "")], 1, source="two rows")]
+      ['a']
     """
     if not examples:
         raise ValueError(f"{source} is empty: it needs at least one example")

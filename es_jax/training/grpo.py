@@ -113,8 +113,9 @@ def token_weights(
     "seq-mean-token-sum": 1 / sequences. "seq-mean-token-mean": 1 / (sequences · tokens of the row).
     "seq-mean-token-sum-norm": 1 / (sequences · max_new_tokens), the unbiased form of Dr. GRPO (arXiv 2503.20783).
 
-    >>> token_weights(np.array([[True, True], [True, False]]), "seq-mean-token-mean", max_new_tokens=2).tolist()
-    [[0.25, 0.25], [0.5, 0.0]]
+    Examples:
+      >>> token_weights(np.array([[True, True], [True, False]]), "seq-mean-token-mean", max_new_tokens=2).tolist()
+      [[0.25, 0.25], [0.5, 0.0]]
     """
     lengths = counted.sum(axis=1, keepdims=True)
     sequences = max(int((lengths > 0).sum()), 1)
@@ -285,9 +286,10 @@ def side_by_side(
     Both parts are padded to a multiple of 32 tokens, so that few programs are made, but not beyond the longest prompt
     and completion of the run.
 
-    >>> out = side_by_side([[5, 6]], np.array([[7, 0]]), np.array([1]), max_prompt_tokens=3)
-    >>> [x.tolist() for x in out]
-    [[[0, 5, 6, 7, 0]], [[-1, 0, 1, 2, -1]], [[True, False]]]
+    Examples:
+      >>> out = side_by_side([[5, 6]], np.array([[7, 0]]), np.array([1]), max_prompt_tokens=3)
+      >>> [x.tolist() for x in out]
+      [[[0, 5, 6, 7, 0]], [[-1, 0, 1, 2, -1]], [[True, False]]]
     """
     width = padded_width(max(int(length.max()), 1), tokens.shape[1])
     left = padded_width(max(map(len, prompts)), max_prompt_tokens)

@@ -142,7 +142,8 @@ def chain_of(config: RunConfig) -> Chain:
         vars(optim),
         max_grad_norm=optim.max_grad_norm,
         penalty=anchor.penalty,
-        arithmetic="param" if config.es.noise == "shared_seed" else "float32",  # as published: all in the weights' dtype
+        # The published code computes everything in the weights' dtype.
+        arithmetic="param" if config.es.noise == "shared_seed" else "float32",
         ema_decay=anchor.ema_decay,
         memory=anchor.memory,
     )
