@@ -1,6 +1,7 @@
-"""Question: does what ES forgets, and what AWD keeps, depend on the model family?
+"""Question: do forgetting by ES, and its prevention by AWD, depend on the model family?
 
-Models × targets × AWD. At laboratory size the models are of three families with the laboratory's sizes and pretraining.
+The grid is models × targets × AWD. At laboratory size the models come from three families, with the laboratory's sizes
+and pretraining.
 
 Command:  python -m experiments.families [--size=full] [--index=$I] [--docs=docs/lab]
           laboratory: first python -m experiments.pretrain_lab --family=qwen3 --out=runs/lab-qwen3, and gemma2
@@ -47,7 +48,8 @@ def cases(size: str, seeds: Sequence[int]) -> Iterator[Case]:
 
 
 def figure(lines: list[dict[str, Any]], path: Path) -> None:
-    """Target and mean prior accuracy by model: of the base, and where ES and ES + AWD end; errors over runs."""
+    """Target and mean prior accuracy by model: for the base model, and at the end of ES and ES + AWD; errors over
+    runs."""
     last = max(line["step"] for line in lines)
     models = list(dict.fromkeys(line["model"] for line in lines))
     drawing = Figure(figsize=(8.0, 3.6), layout="constrained", dpi=150)

@@ -20,20 +20,20 @@ from es_jax.core.tree import map_named
 from es_jax.es.population import Members
 
 PyTree = Any
-Row = tuple[Array | int, int]  # (i, n): a leaf [k, …] that is the k rows from the i-th of one of [n, …]
-_TOGETHER = 6  # members that one pass over a leaf adds: more read and write the sum less often, and compile longer
+Row = tuple[Array | int, int]  # (i, n): a leaf [k, …] holds the k rows from row i on of a leaf [n, …]
+_TOGETHER = 6  # members that one pass over a leaf adds: more touch the sum less often, but compile longer
 
 
 def _check_float(name: str, leaf: Any) -> None:
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         raise TypeError(
-            f"leaf {name!r} has dtype {leaf.dtype}: noise is defined for floating-point leaves; "
-            "take the others out of the tree before perturbing it"
+            f"leaf {name!r} has dtype {leaf.dtype}, but noise is defined only for floating-point leaves: remove the "
+            "others from the tree before perturbing it"
         )
 
 
 def rows_of(shape: tuple[int, ...], row: Row | None) -> tuple[rng.Rows | None, tuple[int, ...]]:
-    """Of a leaf of that shape, which rows it is of what shape."""
+    """For a leaf of that shape: which rows it holds, and of what whole shape."""
     return (None, shape) if row is None else ((row[0], shape[0]), (row[1], *shape[1:]))
 
 
@@ -201,7 +201,7 @@ class GaussianNoise:
         seeds, signed = self.summands(members, weights)
         together = min(_TOGETHER, len(seeds))
         passes, rest = divmod(len(seeds) - 1, together)
-        first = rest + 1  # members in the first, shorter pass: the others are all of one length
+        first = rest + 1  # members in the first, shorter pass; all others have one length
 
         def leaf_estimate(name, leaf):
             _check_float(name, leaf)
@@ -241,7 +241,7 @@ class GaussianNoise:
         if members.paired and self.pairs_scaled_first:
             signed = signed * share
             return seeds[::2], signed[::2] + signed[1::2]
-        if members.paired:  # signs are ±1: there is nothing to round before the sum
+        if members.paired:  # signs are ±1, so nothing is rounded before the sum
             signed, seeds = signed[::2] + signed[1::2], seeds[::2]
         return seeds, signed * share
 
@@ -280,7 +280,7 @@ class SharedSeedNoise(GaussianNoise):
     def _sample(self, seed: Array, name: str, leaf: Any, row: Row | None = None) -> Float[Array, "..."]:
         if self.stacked and name.startswith(self.stacked):
             rows, shape = None, leaf.shape[1:]
-        else:  # the whole leaf is the parameter
+        else:  # the whole leaf is one parameter
             rows, shape = rows_of(leaf.shape, row)
         eps = rng.normal(seed, "x".join(map(str, shape)), shape, generator=self.generator, rows=rows)
         return jnp.broadcast_to(eps.astype(leaf.dtype), leaf.shape)

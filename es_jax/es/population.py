@@ -46,8 +46,8 @@ class Members:
 
 
 def check_deal(population: int, prompts: int, each: int, *, antithetic: bool) -> None:
-    """Raises ValueError, with the nearest numbers that work, where `each` of the prompts cannot be dealt evenly to
-    that many members (`Population.deal`)."""
+    """Raises ValueError, with the nearest numbers that work, if `each` of the prompts cannot be dealt evenly to that
+    many members (`Population.deal`)."""
 
     def works(size: int, each: int) -> bool:
         members, rest = divmod(size * each, prompts)
@@ -59,7 +59,7 @@ def check_deal(population: int, prompts: int, each: int, *, antithetic: bool) ->
 
     if not works(population, each):
         need = "an even number of at least 4 members" if antithetic else "a whole number of at least 2 members"
-        why = f"every prompt must be seen by {need}, and that is {population} × {each} / {prompts}"
+        why = f"every prompt must be seen by {need}, but {population} × {each} / {prompts} members would see it"
         cures = {
             "it": nearest(each, (k for k in range(1, prompts + 1) if works(population, k))),
             "es.population": nearest(population, (n for n in range(2, population + 8 * prompts + 1) if works(n, each))),

@@ -35,10 +35,10 @@ def finite_rewards(rewards: Rewards, *, nan_rewards: str = "error") -> Float[np.
     who = f"member{'s' if len(bad) > 1 else ''} {', '.join(f'{i} ({rewards[i]})' for i in bad)} of {len(rewards)}"
     if nan_rewards == "error" or len(bad) == len(rewards):
         raise ValueError(
-            f"rewards are not finite for {who}: mend the task's score, lower es.sigma, or set "
+            f"rewards are not finite for {who}: correct the task's score, lower es.sigma, or set "
             "es.nan_rewards='worst' to count such a member as the worst of its step"
         )
-    logger.warning("rewards are not finite for %s: counted as the worst of the step", who)
+    logger.warning("rewards are not finite for %s: they count as the worst of the step", who)
     return np.where(np.isfinite(rewards), rewards, rewards[np.isfinite(rewards)].min())
 
 
@@ -69,7 +69,7 @@ def centred_on_prompts(rewards: Float[np.ndarray, "n k"], seen: Integer[np.ndarr
     rewards, prompts = rewards[whole], seen[whole]
     low = np.full(seen.max() + 1, np.inf)
     np.minimum.at(low, prompts, rewards)
-    above = rewards - low[prompts]  # of prompts of any difficulty, as large as their spread
+    above = rewards - low[prompts]  # for prompts of any difficulty, of the size of their spread
     sums, counts = (np.bincount(prompts.ravel(), x, minlength=len(low)) for x in (above.ravel(), None))
     out[whole] = (above - (sums / np.maximum(counts, 1))[prompts]).mean(axis=1)
     digit = 1e-12 * above.max(initial=0.0) or 1.0
@@ -102,7 +102,7 @@ def z_score(rewards: Rewards, *, eps: float = 1e-8, nan_rewards: str = "error") 
     """
     rewards = finite_rewards(rewards, nan_rewards=nan_rewards)
     if rewards.max() == rewards.min():
-        logger.warning("all %d rewards are %g: this step moves the weights by nothing", len(rewards), rewards[0])
+        logger.warning("all %d rewards are %g: this step does not move the weights", len(rewards), rewards[0])
         return np.zeros(len(rewards), np.float32)
     return ((rewards - rewards.mean()) / (rewards.std() + eps)).astype(np.float32)
 

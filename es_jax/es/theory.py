@@ -94,7 +94,9 @@ def anchored_norm(
         return math.sqrt(dim * _drifting_second_moment(walk / math.sqrt(dim * steps), learning_rate * strength, steps))
     q = 1 - learning_rate * strength
     if not 0 <= q <= 1:
-        raise ValueError(f"αλ is {learning_rate * strength}: with l2 it must be below 1; lower the strength")
+        raise ValueError(
+            f"αλ is {learning_rate * strength}: with l2 it must be below 1; lower the strength λ or the learning rate α"
+        )
     return walk * math.sqrt(q**2 * (1 - q ** (2 * steps)) / (1 - q**2) / steps)
 
 
@@ -185,7 +187,8 @@ def _check(penalty: str, strength: float) -> None:
 
 
 def _drifting_second_moment(step: float, pull: float, time: int) -> float:
-    """E|X_t|² for |X| a Brownian motion of std `step` per unit time, reflected at 0 and pulled there at speed `pull`.
+    """E|X_t|² where |X| is a Brownian motion with std `step` per unit time, reflected at 0 and pulled toward 0 at speed
+    `pull`.
 
     P(|X_t| > x) = Φ̄((x + mt)/(s√t)) + e^{−2mx/s²} Φ̄((x − mt)/(s√t)), and E|X|² = ∫ 2x P dx.
     """

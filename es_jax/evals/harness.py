@@ -37,9 +37,9 @@ from es_jax.weights.model import Model
 logger = logging.getLogger(__name__)
 
 FILE = "lm_eval.jsonl"
-RANDOM_SEED, OTHER_SEED = 0, 1234  # the library's own, of Python's numbers and of NumPy's and the examples in prompts
+RANDOM_SEED, OTHER_SEED = 0, 1234  # the library's own: for Python, and for NumPy and examples in prompts
 MEND = "name the column in doc_to_target, without braces, or keep all references in a column of lists"
-BOOTSTRAPS = 1000  # resamples for the error of a metric that has no formula: the error itself is then good to 2 %
+BOOTSTRAPS = 1000  # resamples for the error of a metric without a formula; the error is then accurate to 2 %
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ class HarnessOptions:
             if value is not None and value < least:
                 raise ValueError(f"{field} is {value}: it must be at least {least}")
         if self.include is not None and not any(Path(self.include).rglob("*.yaml")):
-            raise ValueError(f"include is {self.include!r}: it must be a folder with .yaml files of tasks")
+            raise ValueError(f"include is {self.include!r}: it must be a folder with .yaml task files")
 
 
 def evaluate_harness(
@@ -201,7 +201,7 @@ def harness_lm(
 
 
 def as_lm(model: HarnessModel) -> Any:
-    """An lm_eval.api.model.LM that answers as `model` does."""
+    """An lm_eval.api.model.LM that answers with `model`."""
     from lm_eval.api.model import LM
 
     class EsJaxLM(LM):
@@ -232,7 +232,7 @@ def as_lm(model: HarnessModel) -> Any:
                 rest = [message for message in chat_history if message["role"] != "system"]
                 if len(rest) == len(chat_history):
                     raise
-                model.warn(f"the system message is left out, which the chat template does not take ({error})")
+                model.warn(f"the system message is left out, since the chat template does not take it ({error})")
                 return chat_template.apply(model.tokenizer, rest)
 
         def chat_template(self, chat_template: bool | str = False) -> str | None:
@@ -243,14 +243,14 @@ def as_lm(model: HarnessModel) -> Any:
 
 @dataclasses.dataclass
 class _Unit:
-    """A name that was asked for, with its tasks; of a group there are several.
+    """A requested name with its tasks; a group has several.
 
     Attributes:
-      name: as it was asked for.
-      loaded: what the library's TaskManager gives.
-      digests: of the requests and references of each task, and of each group.
-      requests: how many there are.
-      warnings: what a reader of the figures must know.
+      name: the requested name.
+      loaded: what the library's TaskManager returns.
+      digests: digests of the requests and references of each task, and of each group.
+      requests: the number of requests.
+      warnings: what a reader of the results must know.
     """
 
     name: str
@@ -264,7 +264,7 @@ class _Unit:
         return [*self.digests]
 
     def check(self, rows: Sequence[Fields], path: Path) -> None:
-        """Raises ValueError where the file's rows of a task were made from others than now."""
+        """Raises ValueError if the file's rows of a task were made from other rows, prompts or metrics than now."""
         for row in rows:
             if row.get("rows") != self.digests.get(row["task"], row.get("rows")):
                 raise ValueError(
@@ -309,7 +309,7 @@ def _number(value: Any) -> float | None:
 
 
 def _load(names: Sequence[str], model: HarnessModel, options: HarnessOptions) -> list[_Unit]:
-    """The tasks that were asked for, checked. ValueError for one that there is not, or that does not fit."""
+    """The requested tasks, checked. Raises ValueError for a task that does not exist or does not fit."""
     from lm_eval.tasks import TaskManager
 
     _seed([])
@@ -320,8 +320,8 @@ def _load(names: Sequence[str], model: HarnessModel, options: HarnessOptions) ->
             near = difflib.get_close_matches(name, manager.all_tasks, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(
-                f"lm_eval has no task, group or tag {name!r}{hint}: see `lm_eval ls tasks`, and include for files of "
-                "your own"
+                f"lm_eval has no task, group or tag {name!r}{hint}: see `lm_eval ls tasks`; set include for your own "
+                "files"
             )
     with _quiet():
         return [_unit(name, manager.load([name]), model, options) for name in dict.fromkeys(names)]
@@ -332,9 +332,12 @@ def _unit(name: str, loaded: Any, model: HarnessModel, options: HarnessOptions) 
     digests: dict[str, str] = {}
     warnings: list[str] = []
     for label, task in tasks.items():
-        for flag, reason in (("UNSAFE_CODE", "runs what the model writes"), ("MULTIMODAL", "needs images or sound")):
+        for flag, reason in (
+            ("UNSAFE_CODE", "runs the code that the model writes"),
+            ("MULTIMODAL", "needs images or sound"),
+        ):
             if getattr(task, flag, False):
-                raise ValueError(f"the task {label!r} of lm_eval {reason}, which is not done here: leave it out")
+                raise ValueError(f"the task {label!r} of lm_eval {reason}, which is not supported: leave it out")
         own = task.get_config("num_fewshot")
         if options.num_fewshot is not None and own != 0:
             task.set_config("num_fewshot", options.num_fewshot)
@@ -373,7 +376,7 @@ def _check(label: str, request: Any, model: HarnessModel) -> None:
     elif not all(isinstance(text, str) for text in request.args):
         raise ValueError(
             f"the task {label!r} of lm_eval asks for the likelihood of {request.args[-1]!r} in row {request.doc_id}, "
-            f"which is not a text (lm_eval reads a text that looks like a list as one): {MEND}"
+            f"which is not text (lm_eval parses text that looks like a list as a list): {MEND}"
         )
 
 
@@ -383,40 +386,44 @@ def _digest(content: Any) -> str:
 
 
 def reference_warnings(label: str, task: Any, docs: Sequence[Mapping[str, Any]], targets: Sequence[Any]) -> list[str]:
-    """Sentences about references that lm_eval 0.4.13 may read otherwise than they are meant.
+    """Warnings about references that lm_eval 0.4.13 may read differently than they are meant.
 
-    It reads the text of a doc_to_target template that looks like a list as a list, of which every element counts as
-    right. And its first row tells whether all rows have lists: if so, a text is taken apart into characters; if not, a
-    list becomes one text, in Python's spelling.
+    If the text of a doc_to_target template looks like a list, lm_eval parses it as a list, and every element counts as
+    right. It also decides by the first row whether all rows have lists. If so, a text is split into characters; if not,
+    a list becomes one text, in Python's notation.
     """
     lists, decided = [isinstance(target, list) for target in targets], bool(getattr(task, "multiple_target", 0))
     template = task.config.doc_to_target
-    meant = not isinstance(template, str) or "[" in template  # a function's list, or one that the template writes
+    meant = not isinstance(template, str) or "[" in template  # a list from a function, or one that the template writes
     read = [i for i, found in enumerate(lists) if found and not meant and not _has(docs[i], targets[i])]
     other = [i for i, found in enumerate(lists) if found != decided]
     texts = []
     if read:
         texts.append(
-            f"task {label!r}: lm_eval reads the reference of {len(read)} of {len(docs)} rows as a list, though it is a "
-            f"text (row {read[0]}: {str(targets[read[0]])[:60]}), and each element of it counts as right: {MEND}"
+            f"task {label!r}: lm_eval reads the reference of {len(read)} of {len(docs)} rows as a list, although it "
+            f"is text (row {read[0]}: {str(targets[read[0]])[:60]}), and each element of the list counts as right: "
+            f"{MEND}"
         )
     if other:
-        effect = "a text is taken apart into characters, each of which counts as right" if decided else "is one text"
+        effect = (
+            "a text is split into characters, each of which counts as right" if decided else "a list becomes one text"
+        )
         texts.append(
-            f"task {label!r}: the reference of the first row is {'' if decided else 'not '}a list, and lm_eval takes "
-            f"that for all: of {len(other)} of {len(docs)} rows (row {other[0]}: {str(targets[other[0]])[:60]}) "
-            f"{'' if decided else 'a list '}{effect}: {MEND}"
+            f"task {label!r}: the reference of the first row is {'' if decided else 'not '}a list, and lm_eval assumes "
+            f"the same for all rows. In {len(other)} of {len(docs)} rows (row {other[0]}: "
+            f"{str(targets[other[0]])[:60]}) {effect}: {MEND}"
         )
     return texts
 
 
 def _has(value: Any, target: list) -> bool:
-    """Whether a row has the list itself in one of its columns."""
+    """Whether one of the row's columns holds this list."""
     return value == target or (isinstance(value, Mapping) and any(_has(own, target) for own in value.values()))
 
 
 def _seed(tasks: Any) -> None:
-    """What the library draws is then what its own command draws: examples in prompts, and rows that a task mixes."""
+    """A context in which the library draws the same random numbers as its own command, for examples in prompts and rows
+    that a task shuffles."""
     random.seed(RANDOM_SEED)
     np.random.seed(OTHER_SEED)
     for task in tasks:
@@ -425,7 +432,7 @@ def _seed(tasks: Any) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """What the library prints goes to standard error, and it starts no processes: forks of JAX may hang."""
+    """A context in which the library prints to standard error and starts no processes, since forks of JAX may hang."""
     before = os.environ.get("DISABLE_MULTIPROC")
     os.environ["DISABLE_MULTIPROC"] = "1"
     try:

@@ -61,7 +61,7 @@ def load_step(workdir: str | Path, step: int | None = None, *, mesh: Mesh | None
     config, last = read_config(workdir, needs=MODELS), steps_done(workdir)
     step = last if step is None else step
     if not 0 <= step <= last:
-        raise ValueError(f"step is {step}, but {workdir} holds steps 0 to {last}")
+        raise ValueError(f"step is {step}, but {workdir} has only steps 0 to {last}: choose one of them")
     model = outline_of(workdir)
     set_date(model.tokenizer, config.model.template_date)
     everywhere = mesh or mesh_of(dataclasses.replace(config, mesh=MeshConfig()), base_config(config))
@@ -71,7 +71,7 @@ def load_step(workdir: str | Path, step: int | None = None, *, mesh: Mesh | None
 
 
 def _on_one_device(params: Any) -> Any:
-    """The weights on the first device, where it has room for them twice: a decoded layout is a copy."""
+    """The weights on the first device if it has room for them twice: the decoding layout is a copy."""
     memory, size = processes.device_memory(), sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     if jax.process_count() > 1 or (memory is not None and 2 * size > memory):
         return params

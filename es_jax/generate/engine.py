@@ -20,7 +20,7 @@ from es_jax.models.transformer import transpose_kernels, unstack_layers
 
 __all__ = ["Engine", "Generation"]
 
-WIDE = 512  # model width from which kernels are transposed on CPU
+WIDE = 512  # model width from which on kernels are transposed on CPU
 
 
 def check_context(
@@ -126,7 +126,9 @@ class Engine(DecodeSpec):
         for i, prompt in enumerate(prompts):
             ids = np.asarray(prompt)
             if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
-                raise ValueError(f"prompt {i} is {prompt!r:.60}: it must be a sequence of token ids, which are whole")
+                raise ValueError(
+                    f"prompt {i} is {prompt!r:.60}: it must be a sequence of token ids, which are whole numbers"
+                )
             if not 1 <= len(prompt) <= self.max_prompt_tokens:
                 raise ValueError(
                     f"prompt {i} has {len(prompt)} tokens: it must have 1 to decode.max_prompt_tokens = "
@@ -134,8 +136,8 @@ class Engine(DecodeSpec):
                 )
             if not 0 <= min(prompt) <= max(prompt) < self.config.vocab_size:
                 raise ValueError(
-                    f"prompt {i} has token ids {min(prompt)}..{max(prompt)}: the model's vocabulary is "
-                    f"0..{self.config.vocab_size - 1}; is this the model's own tokenizer?"
+                    f"prompt {i} has token ids {min(prompt)}..{max(prompt)}, but the model's vocabulary is "
+                    f"0..{self.config.vocab_size - 1}: use the model's own tokenizer"
                 )
         check_context(self.config, max(map(len, prompts)), self.max_new_tokens)
         return Packing.of(prompts, max_prompt_tokens=self.max_prompt_tokens)
@@ -257,7 +259,7 @@ class Engine(DecodeSpec):
         if key is None and not isinstance(self.sampler, Greedy):
             raise ValueError(f"sampler is {self.sampler}: pass key= to draw from")
         rows = ceil_div(len(prompts), self.slots) * self.slots
-        own = self.packing(prompts)  # which checks them
+        own = self.packing(prompts)  # it also checks the prompts
         packed = (packing or own).pack(prompts, rows=rows)
         keys = None if key is None else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
         out = _decode(self, _layout(self, params), packed, keys)
@@ -273,9 +275,9 @@ def engine_for(
     field: str = "max_new_tokens",
     **spec: Any,
 ) -> Engine:
-    """An engine as large as the prompts need, with no more slots than prompts; `spec` are further fields of it.
+    """An engine that fits the prompts, with at most as many slots as prompts; `spec` holds its further fields.
 
-    Raises ValueError, which names the `field`, where the model's context has no room for `max_new_tokens` more.
+    Raises ValueError, which names the `field`, if the model's context has no room for `max_new_tokens` more.
     """
     longest = max(map(len, prompts))
     check_context(config, longest, max_new_tokens, field=field)

@@ -41,13 +41,14 @@ class Greedy:
 
 
 def _argmax(logits: Array) -> Array:
-    """On accelerators: a TPU's compiler merges it into the product that makes the logits, which are never written."""
+    """For accelerators: a TPU's compiler fuses it into the product that makes the logits, which are never written to
+    memory."""
     return jnp.argmax(logits).astype(jnp.int32)
 
 
 def _argmax_in_blocks(logits: Array) -> Array:
-    """On CPUs, where maxima vectorise and an argmax of all of V does not: the maximum's block, then its place there.
-    The blocks are few and long: as many as the divisor of V in 1..4√V that is nearest to that end."""
+    """For CPUs, where a maximum vectorises and an argmax over all of V does not: find the maximum's block, then its
+    place in it. The blocks are few and long: their number is the largest divisor of V in 1..4√V."""
     size = logits.shape[-1]
     count = next(n for n in range(max(int(4 * size**0.5), 1), 0, -1) if size % n == 0)
     blocks = logits.reshape(count, -1)

@@ -18,8 +18,8 @@ from es_jax.models.cache import KVCache
 from es_jax.models.config import TransformerConfig
 from es_jax.models.transformer import Transformer
 
-BATCH_TOKENS = 2**12  # of prompts, or of options, read in one call of `score_options`
-WIDTH_STEP = 32  # its prompts are padded to this times 1, 2, 3, 4, 6, 8, 12, …, so that few widths are compiled
+BATCH_TOKENS = 2**12  # tokens of prompts, or of options, in one call of `score_options`
+WIDTH_STEP = 32  # prompts are padded to this times 1, 2, 3, 4, 6, 8, 12, …, so that few widths are compiled
 
 Rows = Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]]  # (prompt, options) as token ids
 
@@ -30,7 +30,7 @@ def token_logprobs(logits: Float[Array, "*b V"], tokens: Int32[Array, "*b"]) -> 
 
 
 def _hidden_logprobs(model: Transformer, params: Any, hidden: Array, tokens: Array) -> Float32[Array, "B T"]:
-    """log p(token) given what the model computed before it. [B, T, V] is never in memory, nor in a gradient's."""
+    """log p(token) from the hidden state before it. [B, T, V] is never in memory, not even for a gradient."""
     score = lambda hidden, tokens: token_logprobs(model.logits(params, hidden), tokens)  # noqa: E731
     return in_blocks(score, hidden, tokens, block=block_length(len(tokens) * model.config.vocab_size))
 
@@ -105,7 +105,7 @@ def score_options(
 
 
 class OptionScores(NamedTuple):
-    """Of a prompt's K options: log p(option | prompt), and whether greedy decoding would write the option."""
+    """For a prompt's K options: log p(option | prompt), and whether greedy decoding would write the option."""
 
     logprob: np.ndarray  # float32 [K]
     greedy: np.ndarray  # bool [K]
@@ -167,7 +167,7 @@ def _scored(
 ) -> list[OptionScores]:
     """The scores of rows of up to `most` options of up to `longest` tokens."""
     scores = [OptionScores(np.zeros(0), np.zeros(0, bool))] * len(rows)
-    alike = defaultdict(list)  # rows of about one length, by the width that they are padded to
+    alike = defaultdict(list)  # rows of similar length, by their padded width
     for i, (prompt, _) in enumerate(rows):
         alike[WIDTH_STEP * _rounded(ceil_div(len(prompt), WIDTH_STEP))].append(i)
     for width, members in alike.items():
@@ -188,7 +188,7 @@ def _scored(
         raise ValueError(
             f"log-probabilities of options are not finite in {len(wrong)} of {len(rows)} rows: row "
             f"{names[wrong[0]] if names else wrong[0]} has {scores[wrong[0]].logprob.tolist()}; compute in float32 or "
-            "bfloat16, or take other weights"
+            "bfloat16, or use other weights"
         )
     return scores
 
@@ -214,7 +214,7 @@ def _score(
         tokens, end = option
         place = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
         there = place < end[:, None]
-        at = jnp.where(place + 1 < end[:, None], lengths[:, None] + place, -1)  # nothing follows the last one
+        at = jnp.where(place + 1 < end[:, None], lengths[:, None] + place, -1)  # no token follows the last one
         cache = model.empty_cache(params, rows, tokens.shape[1], past=(read,))
         hidden, _ = model.hidden(params, tokens, positions=at, cache=cache)
         before = jnp.concatenate([last, hidden[:, :-1]], axis=1)
@@ -226,7 +226,7 @@ def _score(
 
 
 def _hidden_choices(model: Transformer, params: Any, hidden: Array, tokens: Array) -> tuple[Array, Array]:
-    """As `_hidden_logprobs`, and whether each token is the one that greedy decoding takes, bool [B, T]."""
+    """Like `_hidden_logprobs`, and whether greedy decoding would choose each token, bool [B, T]."""
     greedy = jax.vmap(jax.vmap(lambda logits: Greedy()(logits, None)))
 
     def score(hidden: Array, tokens: Array) -> tuple[Array, Array]:
@@ -237,6 +237,6 @@ def _hidden_choices(model: Transformer, params: Any, hidden: Array, tokens: Arra
 
 
 def _rounded(n: int) -> int:
-    """The smallest number that is at least n and a power of two, or three times one."""
+    """The smallest number ≥ n that is a power of two, or three times a power of two."""
     power = power_of_two(n)
     return 3 * power // 4 if n <= 3 * power // 4 else power

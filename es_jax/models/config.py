@@ -132,7 +132,7 @@ class TransformerConfig:
         if not problems and self.heads % self.kv_heads:
             problems.append(f"kv_heads = {self.kv_heads} must divide heads = {self.heads}")
         if self.head_dim % 2:
-            problems.append(f"head_dim = {self.head_dim} must be even: rotary embedding turns pairs")
+            problems.append(f"head_dim = {self.head_dim} must be even: rotary embedding rotates pairs")
         if not self.rope_theta > 0:
             problems.append(f"rope_theta = {self.rope_theta!r} must be positive")
         if not self.norm_eps >= 0:
@@ -140,7 +140,7 @@ class TransformerConfig:
         given = [n for n in _POSITIVE_IF_GIVEN if values[n] is not None]
         problems += [f"{n} = {values[n]!r} must be positive, or None for none" for n in given if not values[n] > 0]
         patterns = ("rope_layers", "local_layers")
-        problems += [f"{n} = () must name at least one layer's kind" for n in patterns if not values[n]]
+        problems += [f"{n} = () must have at least one entry" for n in patterns if not values[n]]
         if self.activation not in ACTIVATIONS:
             problems.append(unknown("activation", self.activation, ACTIVATIONS))
         if problems:

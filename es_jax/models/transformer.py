@@ -22,7 +22,7 @@ from es_jax.models.rope import Angles, rope_angles, rope_frequencies
 
 Params = dict[str, Any]
 PerToken = Int[Array, "B T"]  # ids or positions
-View = tuple[Angles, Masks]  # what a layer knows of positions: how far they turn, who sees whom
+View = tuple[Angles, Masks]  # a layer's view of positions: rotations and masks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,15 +145,15 @@ class Transformer:
             if cache is not None:
                 raise ValueError("positions = None with a cache: give the position of every token [B, T]")
             positions = _count_up(tokens)
-        pieces: list[Past | RowCache] = []  # what came before these tokens
+        pieces: list[Past | RowCache] = []  # the tokens before these
         unrolled = isinstance(params["layers"], list | tuple)
         if isinstance(cache, RowCache):
             pieces = [*cache.past, cache]
         elif cache is not None:
             if isinstance(cache.k, tuple) != unrolled:
                 raise ValueError(
-                    f"{'unstacked' if unrolled else 'stacked'} layers need KVCache.empty(..., stacked={not unrolled}), "
-                    f"this cache is {'stacked' if unrolled else 'per layer'}"
+                    f"{'unstacked' if unrolled else 'stacked'} layers need KVCache.empty(..., "
+                    f"stacked={not unrolled}), but this cache is {'stacked' if unrolled else 'per layer'}"
                 )
             cache.check_room(tokens.shape[1])
             pieces = [*cache.past, *cache.used_before(tokens.shape[1])]
@@ -215,7 +215,7 @@ class Transformer:
         x, kv = Block(self.config).apply({"params": layer}, x, *view, attended)
         return x, kv if keep else None
 
-    # The layers, one after another: x, and the tokens' keys and values where they are kept.
+    # Run the layers in sequence; returns x, and the tokens' keys and values if they are kept.
     def _scanned(self, block: Any, x: Array, layers: Params, views: dict, pieces: list[Any]) -> tuple[Array, Any]:
         kinds, stacked = None, next(iter(views.values()))
         if len(views) > 1:
@@ -265,7 +265,7 @@ def _count_up(tokens: Array) -> PerToken:
 
 
 def unstack_layers(params: Params) -> Params:
-    """The same tree with `layers` as a tuple of L per-layer trees; inside jit the slices are made once."""
+    """The same tree with `layers` as a tuple of L per-layer trees; inside jit the slices are made only once."""
     stacked = params["layers"]
     if isinstance(stacked, list | tuple):
         return params
@@ -274,12 +274,13 @@ def unstack_layers(params: Params) -> Params:
 
 
 def without_layers(params: Params) -> Params:
-    """All parameters but those of the layers."""
+    """All parameters except those of the layers."""
     return {name: leaf for name, leaf in params.items() if name != "layers"}
 
 
 def transpose_kernels(params: Params, *, itemsize: int) -> Params:
-    """The same tree, of whatever layers, with every kernel of numbers of so many bytes `Transposed`."""
+    """The same tree, with stacked or unstacked layers, in which every kernel with items of `itemsize` bytes is
+    `Transposed`."""
 
     def transpose(name: str, leaf: Array) -> Any:
         wanted = name.endswith("kernel") and leaf.dtype.itemsize == itemsize
@@ -296,18 +297,18 @@ def param_shapes(config: TransformerConfig) -> Mapping[str, tuple[int, ...]]:
 
 
 def matrix_weights(config: TransformerConfig) -> tuple[int, int]:
-    """Weights that multiply every token's activations: in the layers, and in the output head."""
+    """Number of weights that multiply every token's activations: in the layers, and in the output head."""
     shapes = param_shapes(config).items()
     layers = sum(math.prod(shape) for name, shape in shapes if name.startswith("layers/") and name.endswith("kernel"))
     return layers, config.width * config.vocab_size
 
 
 def _views(config: TransformerConfig, query: Array, pieces: Sequence[Past | RowCache]) -> dict[tuple[bool, bool], View]:
-    """The view of each kind of layer, (local, rope), that the config has: of the pieces, and of the tokens themselves,
-    unless these are added to the last piece first."""
+    """The view for each kind of layer, (local, rope), in the config: of the pieces, and of the tokens themselves unless
+    they are first added to the last piece."""
 
     def view(local: bool, rope: bool) -> View:
-        frequencies = rope_frequencies(config, local=local)  # all zero: turned by no angle
+        frequencies = rope_frequencies(config, local=local)  # all zero: no rotation
         angles = rope_angles(query, frequencies if rope else np.zeros_like(frequencies))
         window = config.sliding_window if local else None
         mask = functools.partial(attention_mask, query, window=window)

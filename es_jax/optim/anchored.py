@@ -118,7 +118,8 @@ def anchored_weight_decay(
         raise ValueError(f"arithmetic is {arithmetic!r}: it must be 'float32' or 'param'")
     if not isinstance(ema_decay, None | jax.core.Tracer) and (callable(ema_decay) or not 0 <= ema_decay < 1):
         raise ValueError(
-            f"ema_decay is {ema_decay}: it is the anchor's weight in its own average, a number, and must be in [0, 1)"
+            f"ema_decay is {ema_decay}: it is the decay of the anchor's exponential average, and must be a number in "
+            "[0, 1)"
         )
     _check_rate(rate, penalty)
     mask = mask.make if isinstance(mask, _Mask) else mask
@@ -135,9 +136,7 @@ def anchored_weight_decay(
     def update(updates, state, params=None, **extra):
         del extra
         if params is None:
-            raise ValueError(
-                "anchored_weight_decay pulls the parameters themselves: call update(updates, state, params)"
-            )
+            raise ValueError("anchored_weight_decay needs the parameters: call update(updates, state, params)")
         _check_params(params)
         now, anchor = rate(state.count) if callable(rate) else rate, state.anchor
 
@@ -261,16 +260,16 @@ _PULL = {
 def _check_params(params: Any) -> None:
     if isinstance(params, optax.LookaheadParams):
         raise ValueError(
-            "the parameters are those of optax.lookahead: its fast and slow weights part if they are changed after it; "
-            "put the decay inside, lookahead(chain(optimizer, anchored_weight_decay(rate)), …)"
+            "the parameters are those of optax.lookahead, whose fast and slow weights diverge if an update after it "
+            "changes them: put the decay inside, lookahead(chain(optimizer, anchored_weight_decay(rate)), …)"
         )
 
 
 def _check_mask(mask: Any) -> None:
     if mask is not None and not callable(mask) and jax.tree_util.treedef_is_leaf(jax.tree.structure(mask)):
         raise ValueError(
-            f"mask is {mask}: it must be a tree of booleans, or a callable that makes one; if it was a callable, say "
-            "static_args='mask' to optax.inject_hyperparams, which takes one for a schedule"
+            f"mask is {mask}: it must be a tree of booleans, or a callable that makes one. If it was a callable, pass "
+            "static_args='mask' to optax.inject_hyperparams, which otherwise takes the callable for a schedule"
         )
 
 
@@ -279,8 +278,9 @@ def _check_rate(rate: Any, penalty: str) -> None:
         return
     if penalty == "l2" and not 0 <= float(rate) < 1:
         raise ValueError(
-            f"rate is {rate} with penalty 'l2': it is the fraction of the distance to the anchor removed a step and "
-            "must be in [0, 1); in terms of the paper αλ < 1, so lower the strength λ or the learning rate α"
+            f"rate is {rate} with penalty 'l2': it is the fraction of the distance to the anchor that each step "
+            "removes, and must be in [0, 1). In the paper's terms αλ < 1, so lower the strength λ or the learning "
+            "rate α"
         )
     if not float(rate) >= 0:
         raise ValueError(f"rate is {rate} with penalty {penalty!r}: it must not be negative or NaN")

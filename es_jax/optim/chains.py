@@ -23,10 +23,10 @@ OPTIONS = {"adam": ("b1", "b2"), "adamw": ("b1", "b2", "weight_decay"), "lion": 
 
 @dataclasses.dataclass(frozen=True)
 class Chain:
-    """All that the program of an optimizer depends on, but for its rates: steps with equal chains share a program.
+    """All that the program of an optimizer depends on, except its rates: steps with equal chains share a program.
 
-    `options` are those arguments of the optimizer `name` that are set. Penalty "none" is a chain without anchor;
-    `memory` is the kind that holds the anchor.
+    `options` are the arguments of the optimizer `name` that are set. Penalty "none" is a chain without an anchor;
+    `memory` is the memory kind of the anchor.
     """
 
     name: str = "sgd"
@@ -44,7 +44,8 @@ class Chain:
         return cls(name, tuple((option, value) for option, value in given if value is not None), **fields)
 
     def transformation(self, rates: Any, anchor_sharding: Any = None) -> optax.GradientTransformationExtraArgs:
-        """With the rates (α, αλ) of a step, which may be traced; `anchor_sharding`: of `anchored_weight_decay`."""
+        """The transformation with the rates (α, αλ) of a step, which may be traced; `anchor_sharding` is that of
+        `anchored_weight_decay`."""
         step, pull = rates
         optimizer: Any = OPTIMIZERS[self.name](step, **dict(self.options))
         if self.max_grad_norm is not None:
@@ -173,7 +174,7 @@ def describe(
     sentence += f", then {chain.penalty} anchored weight decay with strength λ = {strength:g}{_by(schedules[1])}"
     sentence += f" (αλ = {rate:g}"
     if kappa is not None:
-        if chain.penalty == "l2":  # λ follows from κ as if αλ were small; this is where the walk ends
+        if chain.penalty == "l2":  # λ follows from κ for small αλ; this is the κ that the walk reaches
             kappa *= (1 - rate) / math.sqrt(1 - rate / 2)
         sentence += f"; in the long run a weight drifts κ = {kappa:.2f} σ"
     target = "" if source is None else f" to {source}"
@@ -187,7 +188,7 @@ def _by(schedule: str) -> str:
 
 
 def _separated(optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """The optimizer with rounded updates: else the weights' last bits depend on how a device's slice is cut."""
+    """The optimizer with rounded updates; without it the weights' last bits would depend on the sharding."""
     optimizer = optax.with_extra_args_support(optimizer)
 
     def update(updates, state, params=None, **extra):

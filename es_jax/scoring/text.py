@@ -18,9 +18,9 @@ from es_jax.generate.score import score_tokens
 from es_jax.weights.model import Model
 from es_jax.weights.tokenizer import Prompt
 
-NEW_TOKENS = 256  # of a completion at most, by default
-WINDOW = 2048  # tokens that perplexity reads at once, by default
-BATCH_TOKENS = 2**12  # of one forward pass
+NEW_TOKENS = 256  # largest length of a completion, by default
+WINDOW = 2048  # tokens in a window of perplexity, by default
+BATCH_TOKENS = 2**12  # tokens of one forward pass
 
 
 def complete(
@@ -80,7 +80,7 @@ def complete(
         max_new_tokens=new,
         stop_token_ids=model.stop_token_ids,
         sampler=sampler_of(temperature),
-        in_place=False if _is_cut(model.params) else None,  # its kernel is not cut over devices
+        in_place=False if _is_cut(model.params) else None,  # its kernel is not sharded over devices
     )
     key = rng.sampling_key(seed, 0) if temperature else None
     packing = Packing((), engine.max_prompt_tokens) if len(tokens) == 1 else None
@@ -92,7 +92,7 @@ def complete(
 
 
 def _is_one(prompts: Any) -> bool:
-    """Whether it is one prompt: text, or messages."""
+    """Whether it is a single prompt: text or messages."""
     return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Mapping))
 
 
@@ -112,7 +112,7 @@ def _encode(model: Model, prompt: Prompt, place: int) -> list[int]:
 
 
 def _is_cut(params: Any) -> bool:
-    """Whether parameters are on several devices."""
+    """Whether the parameters are on several devices."""
     return any(len(leaf.sharding.device_set) > 1 for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array))
 
 
@@ -156,7 +156,7 @@ def perplexity(
     tokens = [model.encode(text) for text in several]
     for place, ids in enumerate(tokens):
         if len(ids) < 2:
-            raise ValueError(f"text {place} has {len(ids)} tokens: it needs at least 2, the first is not scored")
+            raise ValueError(f"text {place} has {len(ids)} tokens: it needs at least 2, since the first is not scored")
     pieces = [_Piece(place, *piece) for place, ids in enumerate(tokens) for piece in _windows(len(ids), window, stride)]
     total = np.zeros(len(several))
     for piece, logprob in _scored(model, tokens, pieces, window):
@@ -171,7 +171,7 @@ def perplexity(
 
 
 class _Piece(NamedTuple):
-    """A window on a text: its tokens start..end, of which those from `scored` on are scored in it."""
+    """A window of a text: its tokens start..end; those from `scored` on are scored in it."""
 
     text: int
     start: int
@@ -180,7 +180,7 @@ class _Piece(NamedTuple):
 
 
 def _windows(n: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """(start, end, scored) of the windows on n ≥ 2 tokens.
+    """(start, end, scored) of the windows over n ≥ 2 tokens.
 
     >>> list(_windows(9, 4, 2))
     [(0, 4, 1), (2, 6, 4), (4, 8, 6), (6, 9, 8)]
@@ -197,8 +197,8 @@ def _windows(n: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]
 def _scored(
     model: Model, tokens: Sequence[Sequence[int]], pieces: Sequence[_Piece], window: int
 ) -> Iterator[tuple[_Piece, float]]:
-    """Each piece with the sum of its log-probabilities. Pieces of about one length are read together."""
-    alike = defaultdict(list)  # by the width that they are padded to
+    """Each piece with the sum of its log-probabilities. Pieces of similar length are read together."""
+    alike = defaultdict(list)  # by the padded width
     for piece in pieces:
         length = piece.end - piece.start
         alike[min(max(power_of_two(length), SHORTEST // 4), window)].append(piece)

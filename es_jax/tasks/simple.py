@@ -45,7 +45,7 @@ class SimpleTask(Splits):
         Raises:
           NotImplementedError: the subclass does not define it.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no rows: give it a method rows(self, split)")
+        raise NotImplementedError(f"{type(self).__name__} has no method rows: give it a method rows(self, split)")
 
     def score(self, example: Example, completion: str) -> Score | float:
         """Grades a completion. A subclass defines it.
@@ -61,7 +61,7 @@ class SimpleTask(Splits):
           NotImplementedError: the subclass does not define it.
         """
         raise NotImplementedError(
-            f"{type(self).__name__} has no score: give it a method score(self, example, completion)"
+            f"{type(self).__name__} has no method score: give it a method score(self, example, completion)"
         )
 
     def _examples(self, split: str, n: int | None) -> list[Example]:

@@ -8,12 +8,12 @@ from typing import Any, Protocol, TypedDict, runtime_checkable
 from es_jax.core.names import unknown
 
 GRADERS = ("paper", "strict", "robust")
-RULES = 2  # the version of their rules; raise it where a verdict changes
-LINE_ENDS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"  # those of str.splitlines
+RULES = 2  # the version of their rules; increase it when a verdict changes
+LINE_ENDS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"  # the line breaks of str.splitlines
 
 
 class Message(TypedDict):
-    """One turn of a chat, in the form chat templates read: a role and its text."""
+    """One turn of a chat, in the form that chat templates read: a role and its text."""
 
     role: str
     content: str
@@ -60,16 +60,16 @@ class Score:
 
 @dataclass(frozen=True)
 class Choices:
-    """A multiple-choice problem for a model that does not write: which continuation has the highest probability?"""
+    """A multiple-choice problem without generation: which continuation has the highest probability?"""
 
-    prompt: str | tuple[Message, ...]  # what the continuations continue, as `Example.prompt`
+    prompt: str | tuple[Message, ...]  # the text before the continuations, like `Example.prompt`
     options: tuple[str, ...]  # continuations from where the prompt ends, in the order of the task's labels
-    right: int  # index into `options` of the right one
+    right: int  # index of the right one in `options`
 
 
 @runtime_checkable
 class Scorer(Protocol):
-    """What grades completions: a task."""
+    """An object that grades completions: a task."""
 
     def score(self, example: Example, completion: str) -> Score | float:
         """Grades the text that a model wrote after the prompt.
@@ -130,7 +130,7 @@ class Task(Scorer, Protocol):
 
 @runtime_checkable
 class ChoiceTask(Task, Protocol):
-    """A task whose problems have options, which can be compared without generation (`isinstance` tells)."""
+    """A task whose problems have options that can be compared without generation (check with `isinstance`)."""
 
     def choices(self, example: Example) -> Choices:
         """The options of one of this task's examples, as continuations to score."""
@@ -138,15 +138,15 @@ class ChoiceTask(Task, Protocol):
 
 @runtime_checkable
 class VotingTask(Task, Protocol):
-    """A task that tells which answer its grader reads, so that several completions can vote on one."""
+    """A task that reports which answer its grader reads, so that several completions can vote."""
 
     def extract_answer(self, example: Example, completion: str) -> str | None:
-        """The answer in a normal form, equal for answers that the grader cannot tell apart; None where it finds none.
-        It never raises for a strange completion."""
+        """The answer in a normal form, equal for answers that the grader cannot distinguish; None if there is none. It
+        never raises, whatever the completion is."""
 
 
 def as_score(value: Any) -> Score:
-    """What a task's `score` returned, as a Score. Of a number `answer` is 1 where it is at least 1: full marks.
+    """The result of a task's `score` as a Score. For a number, `answer` is 1 if the number is at least 1 (full marks).
 
     Examples:
       >>> as_score(True)
@@ -154,22 +154,22 @@ def as_score(value: Any) -> Score:
     """
     raw, raw_parts = (value.reward, value.parts) if isinstance(value, Score) else (value, {})
     for number in (raw, *raw_parts.values()):
-        if not hasattr(number, "__float__"):  # text has none
+        if not hasattr(number, "__float__"):  # text has no method item
             raise TypeError(f"score returned {value!r}: it must be a number, or a Score of numbers")
     reward = float(raw)
     parts = {"answer": float(reward >= 1)} | {name: float(part) for name, part in raw_parts.items()}
     if math.isfinite(parts["answer"]) and not 0 <= parts["answer"] <= 1:
-        raise ValueError(f"score returned {value!r}: the part 'answer' must be 0 to 1; its mean is the accuracy")
+        raise ValueError(f"score returned {value!r}: the part 'answer' must be 0 to 1, since its mean is the accuracy")
     return Score(reward, parts)
 
 
 def name_of(task: Any) -> str:
-    """What messages call a task: its name, or that of its class."""
+    """The name of a task in messages: its own, or that of its class."""
     return str(getattr(task, "name", type(task).__name__))
 
 
 class Splits:
-    """The two splits of a task, both from one method."""
+    """The two splits of a task, from one method."""
 
     def train(self, n: int | None = None) -> list[Example]:
         """Returns the first training examples.
@@ -210,10 +210,10 @@ def check_known(kind: str, name: str, known: Iterable[str]) -> None:
 
 
 def all_views(grader: str, *, paper: bool, strict: bool, robust: bool, form: float | bool, bonus: float = 0.1) -> Score:
-    """The score of a completion that all graders have looked at: reward = answer + bonus · format.
+    """The score of a completion by all graders: reward = answer + bonus · format.
 
-    `answer` is the verdict of the grader that is asked for, one of GRADERS. All their verdicts are there in each case,
-    so that one generation shows how much of an accuracy hangs on the grader. `format` is by the published rule.
+    `answer` is the verdict of the selected grader, one of GRADERS. The verdicts of all graders are always included, so
+    that one generation shows how much an accuracy depends on the grader. `format` follows the published rule.
 
     Examples:
       >>> all_views("paper", paper=True, strict=False, robust=True, form=0.0)
@@ -225,7 +225,7 @@ def all_views(grader: str, *, paper: bool, strict: bool, robust: bool, form: flo
 
 
 def messages(**contents: str) -> tuple[Message, ...]:
-    """Messages of these roles, in this order.
+    """Messages with these roles, in this order.
 
     Examples:
       >>> messages(user="2 + 2?", assistant="It is ")
@@ -235,7 +235,7 @@ def messages(**contents: str) -> tuple[Message, ...]:
 
 
 def response_text(example: Example, completion: str) -> str:
-    """The whole of the assistant's turn: what the prompt opened, and the completion that continues it.
+    """The assistant's whole turn: the part that the prompt opened, and the completion that continues it.
 
     Examples:
       >>> response_text(Example("0", messages(user="2 + 2?", assistant="<think>"), "4"), "easy</think>")
@@ -247,7 +247,7 @@ def response_text(example: Example, completion: str) -> str:
 
 
 def last_line(text: str) -> str:
-    """The last line that is not blank, without the white space around it; "" where there is none.
+    """The last line that is not blank, without white space around it; "" if there is none.
 
     Examples:
       >>> last_line("one\\n two \\n\\n")
@@ -258,7 +258,7 @@ def last_line(text: str) -> str:
 
 
 def last_block(text: str) -> str | None:
-    """What the last answer block holds, or None. A block runs from an opening tag to the next closing one.
+    """The content of the last answer block, or None. A block extends from an opening tag to the next closing tag.
 
     Examples:
       >>> last_block("<answer>1</answer> or <answer>2</answer>")
@@ -272,14 +272,14 @@ def last_block(text: str) -> str | None:
 
 
 def check_count(n: int) -> int:
-    """Returns `n`, the number of examples asked for; raises ValueError unless it is a whole number ≥ 1."""
+    """Returns `n`, the requested number of examples; raises ValueError unless it is a whole number ≥ 1."""
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
         raise ValueError(f"n is {n!r}: ask for at least 1 example, or leave n out")
     return n
 
 
 def take(examples: Sequence[Example], n: int | None, *, source: str) -> list[Example]:
-    """The first `n` of a data set, which errors call `source`; all of it for None.
+    """The first `n` examples of a data set, which errors call `source`; None takes all.
 
     Examples:
       >>> [e.id for e in take([Example("a", "?", ""), Example("b", "?", "")], 1, source="two rows")]

@@ -50,7 +50,7 @@ class StepRecord:
 
 
 class Recorder:
-    """Writes the rows of a run's directory, after those of the `finished` steps."""
+    """Writes the rows of a run's directory, after those of its `finished` steps."""
 
     def __init__(
         self,
@@ -83,9 +83,9 @@ class Recorder:
         metrics: Mapping[str, float | None],
         timings: Mapping[str, Any],
     ) -> dict[str, Any]:
-        """A step's row in metrics.jsonl and TensorBoard, which is returned, its samples, and its line on the screen.
+        """Write a step's row to metrics.jsonl and TensorBoard, its samples and its screen line; returns the row.
 
-        `metrics`: of the method's update. `timings`: the step's tokens and seconds, and their parts.
+        `metrics` come from the method's update; `timings` hold the step's tokens and seconds, and their parts.
         """
         self._predicted.add(entry)
         rewards, config = np.array(entry.rewards, float), self._config
@@ -121,7 +121,7 @@ class Recorder:
         return row
 
     def evaluations(self, step: int, done: Iterable[tuple[HeldOut, RowResults]]) -> dict[str, dict[str, Any]]:
-        """A row of held-out accuracy for each task, on disk as soon as it is there, and one line on the screen; returns
+        """Write a row of held-out accuracy for each task, as soon as it is known, and one line on the screen; returns
         the rows."""
         rows, max_new_tokens = {}, self._config.decode.max_new_tokens
         for held, results in done:

@@ -99,13 +99,16 @@ def weights_at(
     every = range(len(entries) + 1) if config.record.replayable else [0, *saved]
     wanted = sorted(set(every if steps is None else steps))
     if wanted and not 0 <= wanted[0] <= wanted[-1] <= len(entries):
-        raise ValueError(f"steps are {wanted[0]} to {wanted[-1]}, but {workdir} holds steps 0 to {len(entries)}")
+        raise ValueError(
+            f"steps are {wanted[0]} to {wanted[-1]}, but {workdir} has only steps 0 to {len(entries)}: choose among "
+            "them"
+        )
     for step in wanted:
         if step not in every:
             raise ValueError(
-                f"step {step} of {workdir} cannot be rebuilt: the log of a {config.record.title} run does not "
-                f"hold its completions, and there are checkpoints of steps {', '.join(map(str, saved)) or 'none'} "
-                "alone; raise train.keep_checkpoints, or lower train.checkpoint_every, to have more of them"
+                f"step {step} of {workdir} cannot be rebuilt: the log of a {config.record.title} run does not hold "
+                f"its completions, and the steps with a checkpoint are: {', '.join(map(str, saved)) or 'none'}. To "
+                "keep more checkpoints, raise train.keep_checkpoints or lower train.checkpoint_every"
             )
     mesh = mesh or make_mesh()
     rebuilt = _rebuilt(workdir, config, mesh, entries, [step for step in wanted if step not in saved])
@@ -114,7 +117,7 @@ def weights_at(
         check_finite(
             params,
             f"step {step} of {workdir}: its",
-            "choose a step before it; where drift is null in metrics.jsonl, weights are not finite",
+            "choose an earlier step; weights are not finite from the step on where drift is null in metrics.jsonl",
         )
         yield step, params
 
@@ -148,24 +151,26 @@ def _rebuilt(workdir: Path, config: RunConfig, mesh: Mesh, entries: list[Entry],
 
 
 def check_steps(config: RunConfig, workdir: Path) -> None:
-    """Raises ValueError where a run has more finished steps than train.steps, before anything in its directory changes;
-    says what other steps mean to a schedule."""
+    """Raises ValueError if a run has more finished steps than train.steps, before anything in its directory changes. It
+    warns if a change of train.steps changes a schedule."""
     last, steps = len(read_entries(workdir)), config.train.steps
     if last > steps:
         raise ValueError(
             f"train.steps is {steps} but {workdir} has {last} finished steps: set train.steps to {last}, or higher to "
-            f"go on, or choose another --workdir; the weights of step {steps} are what python -m es_jax.export "
-            f"--step={steps} writes"
+            f"continue, or choose another --workdir; python -m es_jax.export --step={steps} writes the weights of "
+            f"step {steps}"
         )
     if last and (before := directory.read(workdir)["config"]["train"]["steps"]) != steps and processes.first():
         for field, text in config.schedules.items():
             if text != "constant":
-                logger.warning("train.steps was %d and is %d: %s %r ends there now", before, steps, field, text)
+                logger.warning(
+                    "train.steps was %d and is now %d: %s %r ends at the new last step", before, steps, field, text
+                )
 
 
 def resume(config: RunConfig, workdir: Path, state: State, log: SeedLog, checkpoints: Checkpoints) -> None:
-    """Bring the state of a run to its last finished step: the newest checkpoint, then the log's steps since. Where the
-    log cannot be replayed, the run goes back to the checkpoint, and the steps after it are made again.
+    """Bring the state of a run to its last finished step: restore the newest checkpoint, then replay the steps after
+    it. If the log cannot be replayed, the run goes back to the checkpoint and makes the steps after it again.
     """
     last, saved = len(log.entries), checkpoints.latest() or 0
     if saved > last:
@@ -179,10 +184,12 @@ def resume(config: RunConfig, workdir: Path, state: State, log: SeedLog, checkpo
         for entry in log.entries[saved:]:
             state.apply(entry)
         if last:
-            logger.info("resumed at step %d: checkpoint of step %s, the rest replayed", last, saved)
+            logger.info(
+                "resumed at step %d: restored the checkpoint of step %s, and replayed the steps after it", last, saved
+            )
     elif last > saved:
-        logger.info("resumed at step %d, the last checkpoint's: steps to %d are made again", saved, last)
+        logger.info("resumed at step %d, the last checkpoint; the steps up to %d are made again", saved, last)
         log.cut(saved)
     if log.entries:
-        whose = f"{workdir} cannot go on from step {len(log.entries)}: its"
+        whose = f"{workdir} cannot continue from step {len(log.entries)}: its"
         check_finite(state.params, whose, "start again with a lower optim.learning_rate in another --workdir")

@@ -173,7 +173,7 @@ def config_only(source: str | Path) -> TransformerConfig:
 
 @contextlib.contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """A ValueError says which model it is about. What a check did not foresee in its files is one too."""
+    """Make a ValueError name its model. An error that no check foresaw becomes a ValueError too."""
     try:
         yield
     except ValueError as error:
@@ -181,7 +181,7 @@ def _named(path: Path) -> Iterator[None]:
             raise
         raise ValueError(f"{path}: {error}") from error
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError) as error:
-        raise ValueError(f"{path} has fields that no model has ({error!r}): fetch the model again") from error
+        raise ValueError(f"{path} has invalid fields ({error!r}): fetch the model again") from error
 
 
 def save_model(
@@ -224,7 +224,7 @@ def save_model(
     check_new(path, nbytes=dtype.itemsize * sum(math.prod(shape) for shape in shapes.values()))
     if not processes.first():
         for key in shapes:
-            tensor(key)  # every process has a part of it to give
+            tensor(key)  # every process has to send its part
         return processes.barrier()
     with _new_folder(path) as folder:
         ids = {name: getattr(model.tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -241,8 +241,8 @@ def save_model(
 
 
 def _with_rows(fields: Mapping[str, Any], rows: int) -> dict[str, Any]:
-    """The fields without ids of tokens for which the model has no row, such as one that a loader added for padding:
-    transformers refuses a folder with them."""
+    """The fields without the ids of tokens that the model's vocabulary lacks, such as a padding token that a loader
+    added: transformers refuses a folder with them."""
 
     def kept(ids: Any) -> Any:
         if isinstance(ids, list):
@@ -254,8 +254,8 @@ def _with_rows(fields: Mapping[str, Any], rows: int) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _new_folder(path: str | Path) -> Iterator[Path]:
-    """A folder to write into, which gets its name when the block ends well, and is gone when it does not, as is what
-    a killed process of this machine left of it."""
+    """A folder to write into. It gets its name if the block ends without an error, and is removed otherwise. What a
+    killed process of this machine left of it is removed too."""
     path = Path(path).expanduser().absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{path.name}.{platform.node()}."
@@ -266,9 +266,9 @@ def _new_folder(path: str | Path) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
-        os.replace(partial, path)  # over an empty folder too
+        os.replace(partial, path)  # replaces an empty folder too
     except Exception as error:
-        if not isinstance(error, OSError) and type(error) is not Exception:  # which tokenizers raises for a full disk
+        if not isinstance(error, OSError) and type(error) is not Exception:  # tokenizers raises it for a full disk
             raise
         reason = getattr(error, "strerror", None) or error
         raise OSError(f"{path} could not be written ({reason}): free some space, or choose another folder") from error
@@ -277,7 +277,7 @@ def _new_folder(path: str | Path) -> Iterator[Path]:
 
 
 def _running(pid: str) -> bool:
-    """Whether it is the number of a process, other than this one, that runs; true for what is not a number."""
+    """Whether the text is the id of another running process; True if it is not a number."""
     try:
         os.kill(int(pid), 0)
         return int(pid) != os.getpid()
@@ -306,7 +306,7 @@ def check_new(path: str | Path, *, nbytes: int = 0) -> None:
 
 
 def _obstacle(path: str | Path, nbytes: int) -> tuple[bool, str]:
-    """Whether the name of a new folder is taken, and a sentence about what is in its way, empty when nothing is."""
+    """Whether the name of a new folder is taken, and a sentence about the obstacle, "" if there is none."""
     path = Path(path).expanduser().absolute()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         return True, f"{path} exists and is not an empty folder: choose another, or delete it"
@@ -323,13 +323,13 @@ def _obstacle(path: str | Path, nbytes: int) -> tuple[bool, str]:
 
 
 def _open(path: Path) -> tuple[Model, FileReader]:
-    """The model without weights and digest, and the reader of its weights."""
+    """The model without weights and digest, and a reader of its weights."""
     if path.is_file():
         gguf, generation = GGUFReader(path), {}
         config, words = from_gguf(gguf), from_gguf_metadata(gguf.metadata)
         ends = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
         stops = [tokenizer.check_token_ids(gguf.metadata.get(name), f"{path}: {name}") for name in ends]
-        gguf.metadata.clear()  # a hundred thousand strings, which the tokenizer has by now
+        gguf.metadata.clear()  # a hundred thousand strings that the tokenizer now holds
         reader: FileReader = gguf
     else:
         config, reader = config_only(path), safetensors.SafetensorsReader(find_files(path))

@@ -1,8 +1,8 @@
 """python -m es_jax.weights.verify MODEL REFERENCE [--text=TEXT | --text-file=FILE] [--max-kl=NATS] [--json]
 
 Compares a model as es_jax loads it (a folder, a .gguf file, a hub name) with what transformers computes from the folder
-REFERENCE, in float32, on a text. Ends with 1 when they differ by more than allowed, and says at which layer they part.
-Needs PyTorch: pip install 'es_jax[verify]'.
+REFERENCE, in float32, on a text. If they differ by more than allowed, the exit code is 1 and the output names the layer
+at which they diverge. Needs PyTorch: pip install 'es_jax[verify]'.
 
 With --json one object is printed: tokens, same_tokens, logit_difference, mean_kl, max_kl, limit, kl (a list, by
 position), layers (name → relative difference, from the embedding to the logits), parted (a name or null), passed.
@@ -49,10 +49,10 @@ class VerificationReport:
       (True, 3e-09, 'logits')
     """
 
-    tokens: int  # how many were compared
-    same_tokens: bool  # the reference's tokenizer makes the same ids of the text
+    tokens: int  # how many tokens were compared
+    same_tokens: bool  # whether the reference's tokenizer encodes the text to the same ids
     logit_difference: float  # the largest absolute difference of two logits
-    kl: tuple[float, ...]  # KL(reference ‖ model) of the next-token distributions, in nats, one number a position
+    kl: tuple[float, ...]  # KL(reference ‖ model) of the next-token distributions at each position, in nats
     limit: float  # the largest KL that is allowed
     layers: tuple[tuple[str, float], ...]
 
@@ -82,8 +82,8 @@ class VerificationReport:
             f"largest {self.max_kl:.2e} nats at position {np.argmax(self.kl)} (allowed {self.limit:.2e})"
         )
         if self.parted is not None:
-            text += f"; they part at {self.parted}, by {dict(self.layers)[self.parted]:.1e} of its size"
-        return text if self.same_tokens else f"{text}; the tokenizers make different tokens of the text"
+            text += f"; they diverge at {self.parted}, by {dict(self.layers)[self.parted]:.1e} of its norm"
+        return text if self.same_tokens else f"{text}; the tokenizers encode the text differently"
 
     def to_json(self) -> dict[str, Any]:
         """Gives the fields, and what follows from them, as the command prints them with --json.
@@ -108,7 +108,7 @@ class VerificationError(ValueError):
     """
 
     def __init__(self, report: VerificationReport) -> None:
-        super().__init__(f"the model is not its reference: {report}")
+        super().__init__(f"the model does not match its reference: {report}")
         self.report = report
 
 
@@ -151,7 +151,9 @@ def verify_model(model: Model, reference: str | Path, *, max_kl: float, text: st
     theirs, ours = _reference_stream(folder, ids), _stream(model, ids)
     wrong = [name for name in ours if name not in theirs or theirs[name].shape != ours[name].shape]
     if wrong or len(theirs) != len(ours):
-        raise ValueError(f"the model has other sizes than {reference}: {', '.join(wrong) or 'fewer layers'} differs")
+        raise ValueError(
+            f"the model and {reference} have different sizes: {', '.join(wrong) or 'fewer layers'} differs"
+        )
     report = VerificationReport(
         tokens=tokens,
         same_tokens=tokenizer.from_folder(folder).encode(text) == ids[0].tolist(),
@@ -166,7 +168,7 @@ def verify_model(model: Model, reference: str | Path, *, max_kl: float, text: st
 
 
 def _stream(model: Model, ids: np.ndarray) -> dict[str, np.ndarray]:
-    """What each stage gives, [T, D], and the logits, [T, V], float32."""
+    """The output of each stage, [T, D], and the logits, [T, V], float32."""
     transformer, tokens = Transformer(model.config), jnp.asarray(ids)
     embedded, *layers = jax.jit(transformer.trace)(model.params, tokens)
     normed = jax.jit(transformer.hidden)(model.params, tokens)[0]
@@ -224,8 +226,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("model")
     parser.add_argument("reference")
     texts = parser.add_mutually_exclusive_group()
-    texts.add_argument("--text", default=TEXT, help="what to read")
-    texts.add_argument("--text-file", type=Path, help="a UTF-8 file with what to read")
+    texts.add_argument("--text", default=TEXT, help="the text to compare on")
+    texts.add_argument("--text-file", type=Path, help="a UTF-8 file with the text to compare on")
     parser.add_argument("--max-kl", type=float, default=1e-6, help="largest KL allowed at a position, in nats")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args(argv)
