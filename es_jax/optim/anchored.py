@@ -118,8 +118,8 @@ def anchored_weight_decay(
         raise ValueError(f"arithmetic is {arithmetic!r}: it must be 'float32' or 'param'")
     if not isinstance(ema_decay, None | jax.core.Tracer) and (callable(ema_decay) or not 0 <= ema_decay < 1):
         raise ValueError(
-            f"ema_decay is {ema_decay}: it is the decay of the anchor's exponential average, and must be a number in "
-            "[0, 1)"
+            f"ema_decay is {ema_decay}: it is a number, the decay of the anchor's exponential average, and "
+            "must be in [0, 1)"
         )
     _check_rate(rate, penalty)
     mask = mask.make if isinstance(mask, _Mask) else mask
@@ -268,7 +268,7 @@ def _check_params(params: Any) -> None:
 def _check_mask(mask: Any) -> None:
     if mask is not None and not callable(mask) and jax.tree_util.treedef_is_leaf(jax.tree.structure(mask)):
         raise ValueError(
-            f"mask is {mask}: it must be a tree of booleans, or a callable that makes one. If it was a callable, pass "
+            f"mask is {mask}: it must be a tree of booleans, or a callable that makes one. If it was a callable, say "
             "static_args='mask' to optax.inject_hyperparams, which otherwise takes the callable for a schedule"
         )
 

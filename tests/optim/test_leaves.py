@@ -207,7 +207,7 @@ def test_inject_hyperparams_with_a_callable_mask(mask):
         jax.tree.map(np.testing.assert_array_equal, updates, expected)
     updates, _ = updated(factory_of(mask, static_args="mask"), params, params, jit=False)
     jax.tree.map(np.testing.assert_array_equal, updates, expected)
-    with pytest.raises(ValueError, match=r"mask is (True|False): it must be a tree .* pass static_args='mask'"):
+    with pytest.raises(ValueError, match=r"mask is (True|False): it must be a tree .* say static_args='mask'"):
         factory_of(mask).init(params)
 
 
