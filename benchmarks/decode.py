@@ -4,7 +4,7 @@ Command:  python -m benchmarks.decode [--parts=step,step16,prefix,long] [--repea
 Cost:     --repeats=3: 2.5 minutes on 2 CPU cores.
 Result:   step 0.105 s, its products alone 0.118 s, at the rate of a large product 0.030 s; in bfloat16 0.061, 0.048 and
           0.0079 s. A prefill of which 96 of 128 tokens are shared is 3.9 times as fast. long, on two cores without
-          AVX-512 and beside other work, --repeats=2: blocks 51.3 s, whole 58.2 s (1.13).
+          AVX-512 and with other work running, --repeats=2: blocks 51.3 s, whole 58.2 s (1.13).
 
 Random weights; no row stops. The parts:
 

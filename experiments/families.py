@@ -5,7 +5,7 @@ and pretraining.
 
 Command:  python -m experiments.families [--size=full] [--index=$I] [--docs=docs/lab]
           laboratory: first python -m experiments.pretrain_lab --family=qwen3 --out=runs/lab-qwen3, and gemma2
-Cost:     laboratory: 12 runs in 2 minutes on 2 CPU cores, the models 4 minutes each, beside other work. Full:
+Cost:     laboratory: 12 runs in 2 minutes on 2 CPU cores, the models 4 minutes each, with other work. Full:
           4 models × 3 targets × 2 × seeds of 500 steps, not yet run. By plans of N = 32 with an anchor (docs/scale.md:
           bounds, every completion at its full 1024 tokens) 500 steps take at least 3.7 hours for 1.5B, 6.3 for 3B and
           13 for 7B on 16 v5e, and 1.8, 3.1 and 6.3 on eight H100; 0.5B is not planned yet.

@@ -3,7 +3,7 @@
 Question: none; it is the input of every laboratory experiment.
 
 Command:  python -m experiments.pretrain_lab --seed=0 --out=runs/lab-0
-Cost:     134 s on 2 shared CPU cores; 278 s for seed 0 beside eight other jobs.
+Cost:     134 s on 2 shared CPU cores; 278 s for seed 0 next to eight other jobs.
 Result:   share of 200 unseen problems answered right. lab-0 is the model in es_jax/weights/lab. Its bits come from one
           machine; another kind of CPU rounds differently and gives other weights.
 

@@ -372,7 +372,7 @@ def verdict(plan: Plan) -> str:
     worst = max(plan.programs, key=lambda outcome: outcome.peak_bytes)
     of = f"{_gib(worst.peak_bytes)} of {_gib(plan.topology.chip.memory)} GiB a device"
     if plan.fits:
-        return f"fits: {worst.name} needs the most, {of}"
+        return f"fits: {worst.name} needs most, {of}"
     for outcome in plan.programs:
         if outcome.error and not outcome.peak_bytes:
             return f"does not fit: {outcome.name} does not compile ({outcome.error})"

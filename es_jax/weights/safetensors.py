@@ -38,7 +38,7 @@ class SafetensorsReader(FileReader):
                 if key in tensors:
                     problems.append(f"{file}: {key} is in another file of the model too")
                 elif listed.get(key, file.name) != file.name:
-                    problems.append(f"{file}: {key} belongs into {listed[key]}, according to {INDEX}")
+                    problems.append(f"{file}: {key} belongs in {listed[key]}, according to {INDEX}")
                 elif field["dtype"] not in _FLOATS:
                     problems.append(f"{file}: {key} has dtype {field['dtype']}, which is not read")
                 else:

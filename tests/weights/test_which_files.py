@@ -90,7 +90,7 @@ def test_an_index_that_lists_a_tensor_in_the_wrong_shard_is_refused(old):
     *_, first, last = sorted({*listed.values()})
     wrong = next(key for key, name in listed.items() if name == first)
     (old / files.INDEX).write_text(json.dumps({"weight_map": listed | {wrong: last}}))
-    with pytest.raises(ValueError, match=rf"{first}: {wrong} belongs into {last}, according to {files.INDEX}: fetch"):
+    with pytest.raises(ValueError, match=rf"{first}: {wrong} belongs in {last}, according to {files.INDEX}: fetch"):
         load_model(old)
 
 
@@ -103,7 +103,7 @@ def test_shards_of_another_cut_under_the_same_names_are_refused(old, models, tmp
     first = sorted({*index_of(tmp_path / "a").values()})[0]
     assert sorted({*index_of(tmp_path / "b").values()})[0] == first
     shutil.copy(tmp_path / "a" / first, tmp_path / "b" / first)
-    with pytest.raises(ValueError, match=r"(is in another file of the model too|belongs into model-)"):
+    with pytest.raises(ValueError, match=r"(is in another file of the model too|belongs in model-)"):
         load_model(tmp_path / "b")
 
 
