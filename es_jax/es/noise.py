@@ -228,7 +228,7 @@ class GaussianNoise:
           weights: [N], the shaped rewards.
 
         Returns:
-          (seeds, factors): uint32 [n] and float32 [n], where n is N, or N/2 for pairs. A factor is −wₙ signₙ / N; that
+          Seeds, uint32 [n], and factors, float32 [n], where n is N, or N/2 for pairs. A factor is −wₙ signₙ / N; that
             of a pair is −(z⁺ − z⁻) / N.
 
         Raises:

@@ -102,8 +102,8 @@ class Transformer:
           logits_at: int32 [B] in 0..T − 1: compute only the logits of that token of each row.
 
         Returns:
-          (logits, cache): float32 [B, T, V], or [B, V] with `logits_at`; and the cache with the T tokens added, None
-            without a cache. The logits of padding mean nothing, but are finite.
+          The logits, float32 [B, T, V], or [B, V] with `logits_at`; and the cache with the T tokens added, None without
+            a cache. The logits of padding mean nothing, but are finite.
 
         Raises:
           ValueError: there is a cache but there are no positions, or the cache is too short or is stacked unlike
@@ -135,7 +135,7 @@ class Transformer:
             compute the layer again for its gradient, or gather the layer's weights first.
 
         Returns:
-          (hidden, cache): [B, T, D] in the compute dtype, and the cache as from `apply`.
+          The stream, [B, T, D] in the compute dtype; and the cache as from `apply`.
 
         Raises:
           ValueError: there is a cache but there are no positions, or the cache is too short or is stacked unlike

@@ -97,8 +97,8 @@ def build_optimizer(
       anchor_sharding: where the anchor lives; see `anchored_weight_decay`.
 
     Returns:
-      (transformation, sentence): the transformation, whose `update` needs the parameters if there is an anchor; and one
-        sentence that describes it.
+      The transformation, whose `update` needs the parameters if there is an anchor; and one sentence that describes
+        it.
 
     Raises:
       ValueError: the optimizer, penalty or arithmetic is unknown, the optimizer does not take an option, there is a
