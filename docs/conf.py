@@ -8,6 +8,9 @@ import inspect
 import re
 from pathlib import Path
 
+from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
+
 import es_jax
 
 project, author, copyright = "es_jax", "The es_jax authors", "The es_jax authors, Apache-2.0"
@@ -23,6 +26,8 @@ napoleon_attr_annotations = False  # the signature has the types
 napoleon_use_ivar = True
 napoleon_use_rtype = False
 python_maximum_signature_line_length = 60
+smartquotes = False
+html_math_renderer = "mathml"
 html_theme = "furo"
 html_title = "es_jax"
 html_copy_source = html_show_sphinx = False
@@ -34,7 +39,8 @@ def public_names() -> dict[str, list[str]]:
     names = {title: line.split(", ") for title, line in groups}
     listed, public = sorted(name for group in names.values() for name in group), es_jax.__all__
     if listed != public:
-        raise ValueError(f"es_jax.__doc__ and es_jax.__all__ differ in {sorted({*listed} ^ {*public}) or 'a repetition'}")
+        differ = sorted({*listed} ^ {*public}) or "a repetition"
+        raise ValueError(f"the docstring of es_jax and es_jax.__all__ differ in {differ}")
     return names
 
 
@@ -64,14 +70,26 @@ def read_page(app, docname: str, source: list[str]) -> None:
 
 
 def escape(app, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
-    """Our docstrings are plain text with `code`: outside of it, * | and _ mean themselves."""
-    example = False
+    """Outside code, formulas and examples * and | and a last _ mean themselves, as in any sentence."""
+    example, directive = False, None
     for i, line in enumerate(lines):
-        example = line.lstrip().startswith(">>>") or (example and bool(line.strip()))
-        if not example:
+        words, indent = line.strip(), len(line) - len(line.lstrip())
+        example = words.startswith(">>>") or (example and bool(words))
+        if directive is not None and words and indent <= directive:
+            directive = None
+        if words.startswith(".. "):
+            directive = indent
+        if not example and directive is None:
             lines[i] = re.sub(r"(`+[^`]+`+)|([*|\\]|_\b)", lambda found: found[1] or "\\" + found[2], line)
+
+
+def formula(writer, node: nodes.Element) -> None:
+    """A formula as MathML, which browsers show without a script from the network."""
+    writer.body.append(tex2mathml(node.astext(), as_block=isinstance(node, nodes.math_block)))
+    raise nodes.SkipNode
 
 
 def setup(app) -> None:
     app.connect("source-read", read_page)
     app.connect("autodoc-process-docstring", escape, priority=100)
+    app.add_html_math_renderer("mathml", (formula, None), (formula, None))
