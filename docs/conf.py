@@ -64,6 +64,7 @@ def read_page(app, docname: str, source: list[str]) -> None:
         return f"[{text}](path:{target})" if "/" in target and target.endswith(".md") else found[0]
 
     source[0] = re.sub(r"\[([^]]+)\]\(([\w./-]+)\)", link, source[0])
+    source[0] = re.sub(r"^\|.*", lambda row: row[0].replace(" ± ", "\u00a0±\u00a0"), source[0], flags=re.M)  # on one line
     if docname == "api":
         for title, names in public_names().items():
             source[0] += f"\n## {title}\n\n```{{eval-rst}}\n{''.join(map(directive, names))}```\n"
@@ -85,7 +86,9 @@ def escape(app, what: str, name: str, obj: object, options: object, lines: list[
 
 def formula(writer, node: nodes.Element) -> None:
     """A formula as MathML, which browsers show without a script from the network."""
-    writer.body.append(tex2mathml(node.astext(), as_block=isinstance(node, nodes.math_block)))
+    block = isinstance(node, nodes.math_block)
+    text = tex2mathml(node.astext(), as_block=block)
+    writer.body.append(f'<div style="overflow-x: auto">{text}</div>' if block else text)
     raise nodes.SkipNode
 
 
