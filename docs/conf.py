@@ -64,7 +64,8 @@ def read_page(app, docname: str, source: list[str]) -> None:
         return f"[{text}](path:{target})" if "/" in target and target.endswith(".md") else found[0]
 
     source[0] = re.sub(r"\[([^]]+)\]\(([\w./-]+)\)", link, source[0])
-    source[0] = re.sub(r"^\|.*", lambda row: row[0].replace(" ± ", "\u00a0±\u00a0"), source[0], flags=re.M)  # on one line
+    unbroken = "\u00a0±\u00a0"  # a number and its error stay on one line of a cell
+    source[0] = re.sub(r"^\|.*", lambda row: row[0].replace(" ± ", unbroken), source[0], flags=re.M)
     if docname == "api":
         for title, names in public_names().items():
             source[0] += f"\n## {title}\n\n```{{eval-rst}}\n{''.join(map(directive, names))}```\n"
