@@ -71,18 +71,30 @@ def read_page(app, docname: str, source: list[str]) -> None:
             source[0] += f"\n## {title}\n\n```{{eval-rst}}\n{''.join(map(directive, names))}```\n"
 
 
-def escape(app, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
-    """Outside code, formulas and examples * and | and a last _ mean themselves, as in any sentence."""
-    example, directive = False, None
-    for i, line in enumerate(lines):
+def literal(line: str) -> str:
+    """Outside `code`, * and | and a last _ mean themselves, as in any sentence."""
+    return re.sub(r"(`+[^`]+`+)|([*|\\]|_\b)", lambda found: found[1] or "\\" + found[2], line)
+
+
+def read_docstring(app, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+    """Docstrings are plain Markdown with the sections of Google's style; Sphinx reads reStructuredText."""
+    out, kind, last = [], "", ""  # kind: of the block that a line is in; last: the last line that is not empty
+    for line, before in zip(lines, ["", *lines], strict=False):
         words, indent = line.strip(), len(line) - len(line.lstrip())
-        example = words.startswith(">>>") or (example and bool(words))
-        if directive is not None and words and indent <= directive:
-            directive = None
-        if words.startswith(".. "):
-            directive = indent
-        if not example and directive is None:
-            lines[i] = re.sub(r"(`+[^`]+`+)|([*|\\]|_\b)", lambda found: found[1] or "\\" + found[2], line)
+        if words.startswith("```"):
+            kind = "" if kind == "fence" else "fence"
+            out += ["", " " * indent + "::", ""] if kind else [""]
+            continue
+        if (kind == "example" and not words) or (words and indent < {"indented": 4, "directive": 1}.get(kind, 0)):
+            kind = ""
+        if not kind and words.startswith((">>>", ".. ")):
+            kind = "example" if words[0] == ">" else "directive"
+        if not kind and words and indent >= 4 and not before.strip() and last == last.lstrip():
+            kind = "indented"
+            out += ["::", ""]
+        out.append("  " + line if kind == "fence" else line if kind else literal(line))
+        last = line if words else last
+    lines[:] = out
 
 
 def formula(writer, node: nodes.Element) -> None:
@@ -95,5 +107,5 @@ def formula(writer, node: nodes.Element) -> None:
 
 def setup(app) -> None:
     app.connect("source-read", read_page)
-    app.connect("autodoc-process-docstring", escape, priority=100)
+    app.connect("autodoc-process-docstring", read_docstring, priority=100)
     app.add_html_math_renderer("mathml", (formula, None), (formula, None))
