@@ -1,7 +1,7 @@
-"""lm-evaluation-harness on the steps of a run, or on a model: each of its tasks and steps once, in evals/lm_eval.jsonl.
+"""lm-evaluation-harness on the steps of a run, or on a model. Each task and step is done once, in evals/lm_eval.jsonl.
 
-The library (the extra [lm_eval]) is imported when it is needed. It makes the requests and the figures; the model that
-answers is `es_jax.evals.harness_model`.
+The library comes with the extra [lm_eval], and is imported when it is needed. It makes the requests and computes the
+figures. The model that answers is `es_jax.evals.harness_model`.
 """
 
 import contextlib
@@ -44,16 +44,19 @@ BOOTSTRAPS = 1000  # resamples for the error of a metric without a formula; the 
 
 @dataclasses.dataclass(frozen=True)
 class HarnessOptions:
-    """How lm-evaluation-harness evaluates; what is None is as in the task's file.
+    """How lm-evaluation-harness evaluates. A field that is None is as in the task's file.
 
     Attributes:
-      include: a folder of task files of one's own, besides the library's.
-      limit: rows of each task, its first ones.
-      num_fewshot: solved examples in each prompt; a task whose file says 0 keeps 0.
-      apply_chat_template: put prompts through the model's chat template, examples as turns of their own.
-      max_length: tokens of context that are used; the model's own by default.
-      slots: texts generated at once; the run's by default.
-      template_date: the day that the chat template sees; the run's by default.
+      include: a folder with task files of your own, besides the library's.
+      limit: how many rows of each task, the first ones; at least 1.
+      num_fewshot: solved examples in each prompt, at least 0. A task whose file says 0 keeps 0.
+      apply_chat_template: True puts prompts through the model's chat template, with each example as turns of its own.
+      max_length: tokens of context that are used, at least 2; by default the model's context.
+      slots: how many texts are generated at once; by default the run's.
+      template_date: the day that the chat template sees; by default the run's.
+
+    Raises:
+      ValueError: a number is out of range, or `include` has no .yaml file.
     """
 
     include: str | None = None
@@ -84,21 +87,50 @@ def evaluate_harness(
     options: HarnessOptions = HarnessOptions(),
     mesh: Mesh | None = None,
 ) -> Fields:
-    """Evaluate steps of a run, or a model, on tasks of lm-evaluation-harness, and write evals/lm_eval.jsonl.
+    """Evaluates steps of a run, or a model, on tasks of lm-evaluation-harness, and writes evals/lm_eval.jsonl.
 
-    Step 0, the base model, is always evaluated. A finished (task, step) is not done again.
+    Step 0, the base model, is always evaluated. A finished (task, step) is not done again. It needs the extra
+    [lm_eval].
 
     Args:
-      workdir, every, steps, base, out, mesh: as of `evaluate_run`.
-      tasks: names of tasks, groups or tags; or paths of their files.
-      options: see there.
+      workdir: a run's directory, RUN@STEP for one step of it, or a model: a folder, a .gguf file, a name on the hub or
+        "lab".
+      tasks: names of tasks, groups or tags of the library, or paths of their files.
+      every: at least 1: steps 0, every, 2·every, … and the last. By default the run's evals.every.
+      steps: these steps instead. "best" is the best step of a run with train.keep_best.
+      base: for a model, the one that it was trained from. That is then step 0, and the model is step 1.
+      out: the folder of the file. By default workdir/evals, if `workdir` is a folder.
+      options: sizes and limits.
+      mesh: the devices; all of them by default.
 
     Returns:
       {"out": folder, "warnings": […], "lm_eval": rows of the chosen steps}.
 
     Raises:
       ImportError: the extra [lm_eval] is not installed.
-      ValueError, OSError: what is asked for does not exist or does not fit, before anything is computed.
+      ValueError: what is asked for does not exist or does not fit, before anything is computed; or there are several
+        processes.
+      OSError: a file is missing or cannot be written.
+
+    Examples:
+      >>> import tempfile
+      >>> folder = Path(tempfile.mkdtemp())
+      >>> _ = (folder / "rows.jsonl").write_text('{"question": "A37+48=", "choices": ["85", "19"], "gold": 0}')
+      >>> task = {
+      ...     "task": "sums",
+      ...     "dataset_path": "json",
+      ...     "dataset_kwargs": {"data_files": {"test": str(folder / "rows.jsonl")}},
+      ...     "test_split": "test",
+      ...     "output_type": "multiple_choice",
+      ...     "doc_to_text": "{{question}}",
+      ...     "doc_to_choice": "{{choices}}",
+      ...     "doc_to_target": "gold",
+      ... }
+      >>> _ = (folder / "sums.yaml").write_text(json.dumps(task))  # YAML is a superset of JSON
+      >>> options = HarnessOptions(include=str(folder))
+      >>> rows = evaluate_harness("lab", ["sums"], out=folder / "evals", options=options)["lm_eval"]  # doctest: +SKIP
+      >>> [(row["step"], row["metric"], row["value"]) for row in rows]  # doctest: +SKIP
+      [(0, 'acc', 1.0), (0, 'acc_norm', 1.0)]
     """
     require("lm_eval")
     if jax.process_count() > 1:
@@ -140,16 +172,28 @@ def _key(row: Fields) -> tuple:
 def harness_lm(
     model: Model, *, dtype: DTypeLike | None = None, slots: int = SLOTS, max_length: int | None = None, seed: int = 0
 ) -> Any:
-    """The model as lm-evaluation-harness takes one: `lm_eval.simple_evaluate(model=harness_lm(model), tasks=[…])`.
+    """Wraps a model for lm-evaluation-harness: `lm_eval.simple_evaluate(model=harness_lm(model), tasks=[…])`.
+
+    It needs the extra [lm_eval].
 
     Args:
-      model: of `load_model`.
-      dtype: that it computes in; by default that of its weights.
-      slots: texts generated at once.
-      max_length: tokens of context that are used; the model's own by default.
-      seed: of what is sampled.
+      model: from `load_model` or `load_step`.
+      dtype: the compute dtype; by default that of the model's parameters.
+      slots: how many texts are generated at once, at least 1.
+      max_length: tokens of context that are used, 2 to the model's context, which is the default.
+      seed: the seed of what is drawn, 0..2³² − 1.
 
-    Raises ImportError where the extra [lm_eval] is not installed.
+    Returns:
+      An lm_eval.api.model.LM.
+
+    Raises:
+      ImportError: the extra [lm_eval] is not installed.
+      ValueError: `max_length` is out of range.
+
+    Examples:
+      >>> from es_jax.weights.model import load_model
+      >>> harness_lm(load_model("lab")).max_length  # doctest: +SKIP
+      64
     """
     require("lm_eval")
     params = model.params if dtype is None else cast(model.params, dtype)

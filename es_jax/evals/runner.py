@@ -1,4 +1,4 @@
-"""Evaluation of a run's steps: accuracy by every view, KL and drift, each (task, step) once."""
+"""Evaluation of a run's steps: accuracy on tasks, KL and drift. Each (task, step) is done once."""
 
 import contextlib
 import dataclasses
@@ -60,20 +60,28 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How to evaluate; what is None is as in the run's config.
+    """How to evaluate. A field that is None is as in the run's config.
 
     Attributes:
-      rows: test rows of each task.
-      max_prompt_tokens, max_new_tokens, slots: of decoding; slots of a model that no run made is 64.
-      data_dir: a folder of folders of rows, named like their tasks (`-` may be `_`); None: each task's own rows, and
-        for the task that was trained those of the run.
-      template_date: the day that the chat template sees, such as "2026-11-27"; None: the run's; of a model, that of the
-        folder's rows, or today.
+      rows: test rows of each task, at least 1.
+      max_prompt_tokens: the longest prompt allowed, in tokens.
+      max_new_tokens: tokens after which a completion is cut.
+      slots: how many prompts are decoded at once; 64 for a model that no run made.
+      data_dir: a folder of folders of rows, named like their tasks (`-` may be `_`). None is each task's own rows, and
+        those of the run for the task that was trained.
+      template_date: the day that the chat template sees, such as "2026-11-27". None is the run's; for a model, that of
+        the folder's rows, or today.
       kl_rows: how many of the rows KL is measured on.
-      kl_tokens: the longest continuation, in tokens.
-      kl_seed: of the continuations.
-      samples: n completions of each row are sampled besides, for pass@1..n and the majority's vote; None: none are.
-      temperature, top_p, sample_seed: of these; 1, 1 and 0 by default.
+      kl_tokens: the longest continuation for KL, in tokens.
+      kl_seed: the seed of these continuations.
+      samples: n, how many completions of each row are also drawn, for pass@1..n and the majority's vote. None is none.
+      temperature: of the drawn completions; 1 by default.
+      top_p: of the drawn completions; 1 by default.
+      sample_seed: the seed of the drawn completions; 0 by default.
+
+    Raises:
+      ValueError: a number is out of range, the date is not a date, or a field of drawn completions is set without
+        `samples`.
     """
 
     rows: int | None = None
@@ -122,30 +130,50 @@ def evaluate_run(
     options: Options = Options(),
     mesh: Mesh | None = None,
 ) -> Fields:
-    """Evaluate steps of a run, or a model, and write evals/<task>.jsonl, evals/kl.jsonl and evals/drift.jsonl.
+    """Evaluates steps of a run, or a model, and writes evals/<task>.jsonl, evals/kl.jsonl and evals/drift.jsonl.
 
-    The weights of a step come from its checkpoint if there is one, otherwise they are replayed from the seed log. A
-    finished (task, step) is not done again. Step 0, the base model, is always evaluated: the rest is compared with it.
+    The weights of a step come from its checkpoint if there is one, and otherwise from a replay of the seed log. A
+    finished (task, step) is not done again. Step 0, the base model, is always evaluated, because the rest is compared
+    with it.
 
     Args:
-      workdir: a run's directory; or a model folder, .gguf file or hub name.
-      tasks: tasks, or names of tasks; those that the run evaluated, by default.
-      every: steps 0, every, 2·every, … and the last; the run's evals.every by default.
-      steps: these steps instead; "best" is that of a run with train.keep_best.
-      kl: also measure KL(base ‖ now) on the prompts of each task.
-      drift: also measure ‖θ − θ₀‖.
-      base: of a model, what it was trained from; it becomes step 0, and the model step 1.
-      out: the folder of the files; workdir/evals by default, where workdir is a folder. Compiled programs are kept in
+      workdir: a run's directory, RUN@STEP for one step of it, or a model: a folder, a .gguf file, a name on the hub or
+        "lab".
+      tasks: tasks, or names of tasks. By default those that the run evaluated.
+      every: at least 1: steps 0, every, 2·every, … and the last. By default the run's evals.every.
+      steps: these steps instead. "best" is the best step of a run with train.keep_best.
+      kl: True also measures KL(base ‖ now) in nats on the prompts of each task.
+      drift: True also measures ‖θ − θ₀‖.
+      base: for a model, the one that it was trained from. That is then step 0, and the model is step 1.
+      out: the folder of the files. By default workdir/evals, if `workdir` is a folder. Compiled programs are kept in
         its cache folder, or in the run's own.
       options: sizes and limits.
-      mesh: devices; all by default.
+      mesh: the devices; all of them by default.
 
     Returns:
-      {"out": folder, "warnings": […], "tasks": {task: rows}, "samples": {task: rows}, "kl": rows, "drift": rows}: the
-      rows are of the chosen steps.
+      {"out": folder, "warnings": […], "tasks": {task: rows}, "samples": {task: rows}, "kl": rows, "drift": rows}, with
+        the rows of the chosen steps.
 
     Raises:
-      ValueError, OSError: what is asked for does not exist or does not fit, before anything is computed.
+      ValueError: what is asked for does not exist or does not fit, before anything is computed.
+      OSError: a file is missing or cannot be written.
+
+    Examples:
+      >>> import tempfile
+      >>> from es_jax import run
+      >>> config = {
+      ...     "model": {"source": "lab"},
+      ...     "task": {"name": "lab-add", "train_size": 8},
+      ...     "es": {"population": 4, "sigma": 0.01},
+      ...     "decode": {"max_prompt_tokens": 16, "max_new_tokens": 6},
+      ...     "train": {"steps": 2},
+      ...     "evals": {"every": 0, "rows": 8},
+      ... }
+      >>> workdir = tempfile.mkdtemp()
+      >>> _ = run(config, workdir)
+      >>> found = evaluate_run(workdir, tasks=["lab-subtract"], steps=[2])
+      >>> [(row["step"], row["n"]) for row in found["tasks"]["lab-subtract"]]
+      [(0, 8), (2, 8)]
     """
     workdir, steps = run_and_steps(workdir, base, steps)
     path = Path(workdir)

@@ -28,13 +28,20 @@ Chosen = tuple[Array, Array | None]  # tokens, and their log-probabilities if as
 
 
 class Generation(NamedTuple):
-    """What was generated for Q prompts.
+    """What `Engine` generated for Q prompts.
 
     Attributes:
-      tokens: int32 [Q, L], the completion, its stop token included; 0 after it.
-      length: int32 [Q], how many tokens of the row count, 0..L. Below L, or with a stop token last, the row stopped
-        by itself; otherwise it was cut at L = max_new_tokens.
-      logprob: float32 [Q, L], each token's log-probability under the model at temperature 1; None if not asked for.
+      tokens: int32 [Q, L], the completions, each with its stop token and zeros after that. L is `max_new_tokens`.
+      length: int32 [Q], how many tokens of each row count, 0..L. A row shorter than L, or one whose last token is a
+        stop token, ended by itself. Another was cut at L.
+      logprob: float32 [Q, L], each token's log-probability in nats, under the model at temperature 1. None unless the
+        engine has `logprobs=True`.
+
+    Examples:
+      >>> import numpy as np
+      >>> out = Generation(np.array([[5, 7, 0]]), np.array([2]), None)
+      >>> out.tokens[0, : out.length[0]].tolist()
+      [5, 7]
     """
 
     tokens: Int32[Array, "Q L"]

@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens: of whole rows, in one forward pass, and of several continuations of one prompt."""
+"""Log-probabilities of given tokens: of whole rows in one forward pass, and of several continuations of one prompt."""
 
 import functools
 from collections import defaultdict
@@ -25,7 +25,7 @@ Rows = Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]]  # (prompt, optio
 
 
 def token_logprobs(logits: Float[Array, "*b V"], tokens: Int32[Array, "*b"]) -> Float[Array, "*b"]:
-    """log p(token) under softmax(logits), for each of the tokens."""
+    """Computes log p(token) under softmax(logits), for each of the tokens."""
     return jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)
 
 
@@ -39,21 +39,24 @@ def _hidden_logprobs(model: Transformer, params: Any, hidden: Array, tokens: Arr
 def score_tokens(
     config: TransformerConfig, params: Any, tokens: Int32[Array, "B L"], mask: Bool[Array, "B L"]
 ) -> Float32[Array, "B L"]:
-    """log p(tokenₗ | the row's tokens before it), float32 [B, L].
+    """Computes the log-probability of every token given the tokens before it in its row, in one forward pass.
 
     Args:
-      config, params: the model; it computes in the dtype of the parameters.
-      tokens: int32 [B, L].
-      mask: which tokens are there. Padding may stand on either side of a row. It is neither attended nor scored.
+      config: the model's sizes and options.
+      params: the model's parameters, with stacked layers. Their dtype is the compute dtype.
+      tokens: int32 [B, L], ids in 0..V − 1.
+      mask: bool [B, L], True where there is a token. Padding may stand on either side of a row. It is neither attended
+        to nor scored.
 
     Returns:
-      0 at padding and at each row's first token, which has nothing before it.
+      float32 [B, L], log p in nats. It is 0 at padding and at each row's first token, which has nothing before it.
 
-    >>> config = TransformerConfig(family="llama", vocab_size=16, width=8, layers=1, heads=2, kv_heads=1,
-    ...                            head_dim=4, mlp_dim=8)
-    >>> params = Transformer(config).init(jax.random.key(0))
-    >>> score_tokens(config, params, jnp.array([[1, 2, 3]]), jnp.ones((1, 3), bool)).shape
-    (1, 3)
+    Examples:
+      >>> config = TransformerConfig(family="llama", vocab_size=16, width=8, layers=1, heads=2, kv_heads=1,
+      ...                            head_dim=4, mlp_dim=8)
+      >>> params = Transformer(config).init(jax.random.key(0))
+      >>> score_tokens(config, params, jnp.array([[1, 2, 3]]), jnp.ones((1, 3), bool)).shape
+      (1, 3)
     """
     model, positions = Transformer(config), token_positions(mask)
     hidden, _ = model.hidden(params, tokens, positions=positions)
@@ -62,7 +65,7 @@ def score_tokens(
 
 
 def token_positions(mask: Bool[Array, "B L"]) -> Int32[Array, "B L"]:
-    """0, 1, 2, … over the tokens of each row that are there, −1 at padding."""
+    """Counts 0, 1, 2, … over the tokens of each row that are there; −1 at padding."""
     return jnp.where(mask, jnp.cumsum(mask.astype(jnp.int32), axis=1) - 1, -1)
 
 
@@ -74,22 +77,27 @@ def score_options(
     mesh: Mesh | None = None,
     names: Sequence[str] = (),
 ) -> list[np.ndarray]:
-    """log p(option | prompt) of every option, the sum over its tokens: an array [K] for each row.
+    """Computes log p(option | prompt) of every option, the sum over its tokens.
 
     Args:
-      config, params: the model; it computes in the dtype of the parameters.
-      rows: (prompt, options) as token ids, at least one of each; rows may have different numbers of options.
-      mesh: of the parameters, where they are cut over the devices of several processes.
-      names: of the rows, for messages; their numbers, from 0, by default.
+      config: the model's sizes and options.
+      params: the model's parameters. Their dtype is the compute dtype.
+      rows: (prompt, options) as token ids, at least one of each. Rows may have different numbers of options.
+      mesh: the parameters' mesh, where they are sharded over the devices of several processes.
+      names: what messages call the rows. By default these are numbers from 0.
+
+    Returns:
+      For each row an array [K], in nats.
 
     Raises:
-      ValueError: one is NaN or infinite, by which an option would win or lose; its row is named.
+      ValueError: a log-probability is NaN or infinite, by which an option would win or lose. The message names its row.
 
-    >>> config = TransformerConfig(family="llama", vocab_size=16, width=8, layers=1, heads=2, kv_heads=1,
-    ...                            head_dim=4, mlp_dim=8)
-    >>> params = Transformer(config).init(jax.random.key(0))
-    >>> [x.shape for x in score_options(config, params, [([1, 2], [[3], [4, 5]]), ([6], [[7]])])]
-    [(2,), (1,)]
+    Examples:
+      >>> config = TransformerConfig(family="llama", vocab_size=16, width=8, layers=1, heads=2, kv_heads=1,
+      ...                            head_dim=4, mlp_dim=8)
+      >>> params = Transformer(config).init(jax.random.key(0))
+      >>> [x.shape for x in score_options(config, params, [([1, 2], [[3], [4, 5]]), ([6], [[7]])])]
+      [(2,), (1,)]
     """
     longest = max(len(ids) for _, options in rows for ids in options)
     most = max(len(options) for _, options in rows)
@@ -111,16 +119,31 @@ def score_continuations(
     names: Sequence[str] = (),
     done: Callable[[int], None] = lambda options: None,
 ) -> list[OptionScores]:
-    """As `score_options`, of rows whose options may differ much in number and length, and with what is greedy.
+    """Scores options like `score_options`, for rows whose options differ much in number and length.
 
-    Rows that are alike are computed together. Prompt and option may have one token more than the model's context, for
-    the last one is not fed. `done` is called with how many more options are scored.
+    It also says which options greedy decoding would write. Rows that are alike are computed together. Prompt and option
+    together may have one token more than the model's context, because the last token is not fed.
 
-    >>> config = TransformerConfig(family="llama", vocab_size=16, width=8, layers=1, heads=2, kv_heads=1,
-    ...                            head_dim=4, mlp_dim=8)
-    >>> params = Transformer(config).init(jax.random.key(0))
-    >>> [own.greedy.shape for own in score_continuations(config, params, [([1, 2], [[3], [4, 5]]), ([6], [[7]])])]
-    [(2,), (1,)]
+    Args:
+      config: the model's sizes and options.
+      params: the model's parameters. Their dtype is the compute dtype.
+      rows: (prompt, options) as token ids, at least one of each.
+      names: what messages call the rows. By default these are numbers from 0.
+      done: called with how many more options are scored.
+
+    Returns:
+      The scores of each row's options.
+
+    Raises:
+      ValueError: a log-probability is NaN or infinite. The message names its row.
+
+    Examples:
+      >>> config = TransformerConfig(family="llama", vocab_size=16, width=8, layers=1, heads=2, kv_heads=1,
+      ...                            head_dim=4, mlp_dim=8)
+      >>> params = Transformer(config).init(jax.random.key(0))
+      >>> rows = [([1, 2], [[3], [4, 5]]), ([6], [[7]])]
+      >>> [own.greedy.shape for own in score_continuations(config, params, rows)]
+      [(2,), (1,)]
     """
     alike = defaultdict(list)
     for i, (_, options) in enumerate(rows):

@@ -1,4 +1,4 @@
-"""One decoder-only transformer for every family: parameters are a plain tree, `apply` is a pure function."""
+"""One decoder-only transformer for every family: the parameters are a plain tree, and `apply` is a pure function."""
 
 import dataclasses
 import functools
@@ -38,21 +38,33 @@ class Transformer:
         layers/attn/q_norm and k_norm/scale [L, hd] with qk_norm
         layers/attn_post_norm and mlp_post_norm/scale [L, D] with post_norms
 
-    With `layers` stacked the layers are scanned (compiles fast); with the tuple that `unstack_layers` makes
-    they are unrolled (decodes faster). The compute dtype is the embedding's.
+    With `layers` stacked, the layers run in a scan, which compiles fast. With the tuple that `unstack_layers` makes
+    they are unrolled, which decodes faster. The embedding's dtype is the compute dtype.
 
-    >>> model = Transformer(TransformerConfig(family="llama", vocab_size=32, width=16, layers=2, heads=4,
-    ...                                       kv_heads=2, head_dim=8, mlp_dim=24))
-    >>> params = jax.jit(model.init)(jax.random.key(0))
-    >>> logits, _ = jax.jit(model.apply)(params, jnp.zeros((1, 5), jnp.int32))
-    >>> logits.shape
-    (1, 5, 32)
+    Args:
+      config: the model's sizes and options.
+
+    Examples:
+      >>> model = Transformer(TransformerConfig(family="llama", vocab_size=32, width=16, layers=2, heads=4,
+      ...                                       kv_heads=2, head_dim=8, mlp_dim=24))
+      >>> params = jax.jit(model.init)(jax.random.key(0))
+      >>> logits, _ = jax.jit(model.apply)(params, jnp.zeros((1, 5), jnp.int32))
+      >>> logits.shape
+      (1, 5, 32)
     """
 
     config: TransformerConfig
 
     def init(self, key: Array, *, dtype: DTypeLike = jnp.float32) -> Params:
-        """Random parameters: normal of std 0.02, norms the identity, biases zero; drawn in float32, then cast."""
+        """Draws random parameters: kernels are normal with std 0.02, norms are the identity, and biases are zero.
+
+        Args:
+          key: a random key.
+          dtype: the parameters' dtype. They are drawn in float32 and then cast.
+
+        Returns:
+          The tree that the class describes, with stacked layers.
+        """
         c = self.config
         embed_key, layers_key, head_key = jax.random.split(key, 3)
         x = jnp.zeros((1, 1, c.width))
@@ -77,14 +89,25 @@ class Transformer:
         cache: KVCache | RowCache | None = None,
         logits_at: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B T V"] | Float[Array, "B V"], KVCache | RowCache | None]:
-        """Next-token logits, float32, and the cache with the T tokens added (None without a cache).
+        """Computes next-token logits.
 
-        `positions` counts each row's tokens from 0 and is -1 at padding, whose token id does not matter;
-        None means 0..T-1 and is allowed only without a cache. A query at position p attends the tokens (of
-        the cache when there is one, and of `tokens`) at positions 0..p. Padding's logits mean nothing, but
-        are finite. `logits_at` [B], in 0..T-1: only the logits of that token of each row, [B, V]. A `RowCache` takes
-        one token a row, T = 1.
-        Raises ValueError for a cache without positions, too short, or stacked unlike `params`.
+        A query at position p attends to the tokens at positions 0..p, those of the cache among them.
+
+        Args:
+          params: the tree that the class describes, with layers stacked or not.
+          tokens: int32 [B, T], ids in 0..V − 1.
+          positions: int32 [B, T]. They count each row's tokens from 0 and are −1 at padding, whose token id does not
+            matter. None means 0..T − 1, and is allowed only without a cache.
+          cache: the keys and values of the tokens before these. A `RowCache` takes one token a row, T = 1.
+          logits_at: int32 [B] in 0..T − 1: compute only the logits of that token of each row.
+
+        Returns:
+          The logits, float32 [B, T, V], or [B, V] with `logits_at`; and the cache with the T tokens added, None without
+            a cache. The logits of padding mean nothing, but are finite.
+
+        Raises:
+          ValueError: there is a cache but there are no positions, or the cache is too short or is stacked unlike
+            `params`.
         """
         hidden, cache = self.hidden(params, tokens, positions=positions, cache=cache)
         if logits_at is not None:
@@ -101,10 +124,22 @@ class Transformer:
         cache: KVCache | RowCache | None = None,
         around: Callable[[Callable], Callable] = lambda block: block,
     ) -> tuple[Stream, KVCache | RowCache | None]:
-        """The residual stream after the last layer and the final norm, and the cache; see `apply`.
+        """Computes the residual stream after the last layer and the final norm.
 
-        `around` makes of the function of a layer, (x, layer, view, kv) → (x, kv), the one that runs in its place: one
-        that is computed again for its gradient, or one that gathers the layer's weights first.
+        Args:
+          params: as for `apply`.
+          tokens: as for `apply`.
+          positions: as for `apply`.
+          cache: as for `apply`.
+          around: makes, of a layer's function (x, layer, view, kv) → (x, kv), the one that runs in its place. It may
+            compute the layer again for its gradient, or gather the layer's weights first.
+
+        Returns:
+          The stream, [B, T, D] in the compute dtype; and the cache as from `apply`.
+
+        Raises:
+          ValueError: there is a cache but there are no positions, or the cache is too short or is stacked unlike
+            `params`.
         """
         if positions is None:
             if cache is not None:
@@ -138,7 +173,15 @@ class Transformer:
         return normed, cache
 
     def trace(self, params: Params, tokens: PerToken) -> list[Stream]:
-        """The residual stream before the first layer and after each, L + 1 arrays, without the final norm."""
+        """Computes the residual stream before the first layer and after each one, without the final norm.
+
+        Args:
+          params: as for `apply`.
+          tokens: int32 [B, T].
+
+        Returns:
+          L + 1 arrays [B, T, D] in the compute dtype.
+        """
         positions = _count_up(tokens)
         views = _views(self.config, positions, [])
         stream = [self._embed(params, tokens)]
@@ -147,7 +190,17 @@ class Transformer:
         return stream
 
     def empty_cache(self, params: Params, rows: int, length: int, *, past: tuple[Past, ...] = ()) -> KVCache:
-        """A cache of the parameters' dtype, stacked as they are."""
+        """Makes an empty cache of the parameters' dtype, stacked as they are.
+
+        Args:
+          params: as for `apply`.
+          rows: B, the rows.
+          length: how many tokens each row has room for.
+          past: caches of earlier tokens that are read and not written.
+
+        Returns:
+          The cache for `apply`.
+        """
         return KVCache.empty(
             self.config, rows, length=length, dtype=params["embed"]["embedding"].dtype, past=past,
             stacked=not isinstance(params["layers"], list | tuple),
@@ -183,7 +236,15 @@ class Transformer:
         return x, None if pairs[0] is None else tuple(zip(*pairs, strict=True))
 
     def logits(self, params: Params, hidden: Stream) -> Float[Array, "B T V"]:
-        """The output head applied to `hidden`'s result: float32 logits."""
+        """Applies the output head.
+
+        Args:
+          params: as for `apply`; the layers are not used.
+          hidden: [B, T, D], from `hidden`.
+
+        Returns:
+          float32 [B, T, V].
+        """
         if not self.config.tied_embeddings:
             logits = linear(hidden, params["head"]["kernel"], accumulated=True)
         else:

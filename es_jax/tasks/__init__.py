@@ -1,4 +1,4 @@
-"""Tasks: what a model is trained and tested on. `get_task` makes one by its name; `TASKS` is the table."""
+"""Tasks: what a model is trained and tested on. `get_task` makes one by its name; `TASKS` is the table of names."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -32,7 +32,14 @@ TASKS: Mapping[str, Callable[..., Any]] = MappingProxyType(
 
 
 def check_name(name: str) -> None:
-    """Raises ValueError unless the name can be one of a task; a file or a module is not looked at."""
+    """Checks that the name can be one of a task. A file or a module is not looked at.
+
+    Args:
+      name: the name.
+
+    Raises:
+      ValueError: it cannot be.
+    """
     if reasoning_gym.is_name(name):
         return reasoning_gym.check_name(name)
     if name in TASKS or name == Columns.name or outside.is_reference(name):
@@ -42,21 +49,29 @@ def check_name(name: str) -> None:
 
 
 def get_task(name: str, **options: Any) -> Task:
-    """The task of that name, made with its options.
+    """Makes the task of that name with its options.
 
     Args:
-      name: a key of `TASKS`; "rows", see `es_jax.tasks.columns.Columns`; reasoning_gym:NAME, see
-        `es_jax.tasks.reasoning_gym.ReasoningGym`; a name that an installed package registers as an entry point of the
-        group es_jax.tasks; or FILE.py:NAME or package.module:NAME, a class, a function that returns a task, or a task.
+      name: one of the following:
+
+        - a key of `TASKS`;
+        - "rows", see `es_jax.tasks.columns.Columns`;
+        - "reasoning_gym:NAME", see `es_jax.tasks.reasoning_gym.ReasoningGym`;
+        - a name that an installed package registers as an entry point of the group es_jax.tasks;
+        - "FILE.py:NAME" or "package.module:NAME", where NAME is a class, a function that returns a task, or a task.
       **options: fields of the task, which its docstring describes.
+
+    Returns:
+      The task.
 
     Raises:
       ValueError: no task has that name, it has no such option, an option's value is wrong, or what the name stands for
         is not a task or raises.
       OSError: the name's file does not exist.
 
-    >>> get_task("countdown", grader="strict")
-    Countdown(data_dir=None, seed=0, grader='strict', hub=None)
+    Examples:
+      >>> get_task("countdown", grader="strict")
+      Countdown(data_dir=None, seed=0, grader='strict', hub=None)
     """
     make = _maker(name)
     known = _parameters(make)

@@ -1,5 +1,4 @@
-"""The interface of a task: examples to train and test on, and a score for completions. A task holds no model and no
-arrays."""
+"""What a task is: examples to train and test on, and a score for what a model wrote. It holds no model and no array."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,10 +24,15 @@ class Example:
     """One problem.
 
     Args:
-      id: unique within a split.
+      id: a text that is unique within a split.
       prompt: plain text, or messages. The completion continues a last message of role "assistant".
-      answer: the reference answer, or None where a task grades without one.
-      meta: what else grading needs (countdown: `numbers`, `target`), and what the data said about the row.
+      answer: the reference answer; None where the task grades without one.
+      meta: what else grading needs, such as the `numbers` and the `target` of countdown, and what the data say about
+        the row.
+
+    Examples:
+      >>> Example("0", "2 + 2 = ", "4").meta
+      {}
     """
 
     id: str
@@ -39,7 +43,16 @@ class Example:
 
 @dataclass(frozen=True)
 class Score:
-    """What a completion earned: the reward that training maximises, and the parts it is made of."""
+    """What a completion earned: the reward that training maximises, and the parts it is made of.
+
+    Args:
+      reward: a finite number. Training compares rewards within a step, so the scale is free.
+      parts: names and numbers, such as "answer" (0 to 1, its mean is the accuracy) and "format".
+
+    Examples:
+      >>> Score(1.1, {"answer": 1.0, "format": 1.0}).parts["answer"]
+      1.0
+    """
 
     reward: float
     parts: Mapping[str, float]
@@ -59,27 +72,60 @@ class Scorer(Protocol):
     """An object that grades completions: a task."""
 
     def score(self, example: Example, completion: str) -> Score | float:
-        """Grades the text a model wrote after the prompt. Never raises for a strange completion. A number is a reward,
-        see `as_score`.
+        """Grades the text that a model wrote after the prompt.
 
-        It depends on its arguments alone: a step grades the same completion of an example once.
+        It depends on its arguments alone: a step grades the same completion of an example once. It never raises for a
+        strange completion.
+
+        Args:
+          example: one of the task's examples.
+          completion: what the model wrote.
+
+        Returns:
+          A `Score`, or a number, which is a reward. See `as_score`.
         """
 
 
 @runtime_checkable
 class Task(Scorer, Protocol):
-    """What every entry of `es_jax.tasks.TASKS` offers, and a task of one's own has to; also a `name` for messages."""
+    """What a task offers: training and test examples, and a score.
+
+    It is a protocol: any object with these methods is a task. All entries of `es_jax.tasks.TASKS` are tasks. A task may
+    also have a `name` for messages. `SimpleTask` is the shorter way to write one.
+
+    Examples:
+      >>> from es_jax.tasks import get_task
+      >>> isinstance(get_task("lab-add"), Task)
+      True
+    """
 
     def train(self, n: int | None = None) -> list[Example]:
-        """The first `n` training examples (all of them, or the documented default, for None).
+        """Returns the first training examples.
+
+        Args:
+          n: how many, at least 1. None is all of them, or the number that the task documents.
+
+        Returns:
+          `n` examples, the same ones at every call.
 
         Raises:
-          ValueError: `n` < 1, or more than the data holds; a row is wrong.
-          OSError: the rows cannot be had.
+          ValueError: `n` is below 1 or more than the data hold, or a row is wrong.
+          OSError: the rows cannot be read or fetched.
         """
 
     def test(self, n: int | None = None) -> list[Example]:
-        """The first `n` test examples; otherwise like `train`."""
+        """Returns the first test examples.
+
+        Args:
+          n: how many, at least 1. None is all of them, or the number that the task documents.
+
+        Returns:
+          `n` examples, the same ones at every call.
+
+        Raises:
+          ValueError: `n` is below 1 or more than the data hold, or a row is wrong.
+          OSError: the rows cannot be read or fetched.
+        """
 
 
 @runtime_checkable
@@ -102,8 +148,9 @@ class VotingTask(Task, Protocol):
 def as_score(value: Any) -> Score:
     """The result of a task's `score` as a Score. For a number, `answer` is 1 if the number is at least 1 (full marks).
 
-    >>> as_score(True)
-    Score(reward=1.0, parts={'answer': 1.0})
+    Examples:
+      >>> as_score(True)
+      Score(reward=1.0, parts={'answer': 1.0})
     """
     raw, raw_parts = (value.reward, value.parts) if isinstance(value, Score) else (value, {})
     for number in (raw, *raw_parts.values()):
@@ -125,11 +172,31 @@ class Splits:
     """The two splits of a task, from one method."""
 
     def train(self, n: int | None = None) -> list[Example]:
-        """The first `n` training examples, see `Task.train`."""
+        """Returns the first training examples.
+
+        Args:
+          n: how many, at least 1. None is all of them, or the number that the task documents.
+
+        Returns:
+          `n` examples, the same ones at every call.
+
+        Raises:
+          ValueError: `n` is below 1 or more than the data hold, or a row is wrong.
+        """
         return self._examples("train", n)
 
     def test(self, n: int | None = None) -> list[Example]:
-        """The first `n` test examples, see `Task.train`."""
+        """Returns the first test examples.
+
+        Args:
+          n: how many, at least 1. None is all of them, or the number that the task documents.
+
+        Returns:
+          `n` examples, the same ones at every call.
+
+        Raises:
+          ValueError: `n` is below 1 or more than the data hold, or a row is wrong.
+        """
         return self._examples("test", n)
 
     def _examples(self, split: str, n: int | None) -> list[Example]:
@@ -148,8 +215,9 @@ def all_views(grader: str, *, paper: bool, strict: bool, robust: bool, form: flo
     `answer` is the verdict of the selected grader, one of GRADERS. The verdicts of all graders are always included, so
     that one generation shows how much an accuracy depends on the grader. `format` follows the published rule.
 
-    >>> all_views("paper", paper=True, strict=False, robust=True, form=0.0)
-    Score(reward=1.0, parts={'answer': 1.0, 'format': 0.0, 'paper': 1.0, 'strict': 0.0, 'robust': 1.0})
+    Examples:
+      >>> all_views("paper", paper=True, strict=False, robust=True, form=0.0)
+      Score(reward=1.0, parts={'answer': 1.0, 'format': 0.0, 'paper': 1.0, 'strict': 0.0, 'robust': 1.0})
     """
     verdicts = {"paper": float(paper), "strict": float(strict), "robust": float(robust)}
     answer = verdicts[grader]
@@ -159,8 +227,9 @@ def all_views(grader: str, *, paper: bool, strict: bool, robust: bool, form: flo
 def messages(**contents: str) -> tuple[Message, ...]:
     """Messages with these roles, in this order.
 
-    >>> messages(user="2 + 2?", assistant="It is ")
-    ({'role': 'user', 'content': '2 + 2?'}, {'role': 'assistant', 'content': 'It is '})
+    Examples:
+      >>> messages(user="2 + 2?", assistant="It is ")
+      ({'role': 'user', 'content': '2 + 2?'}, {'role': 'assistant', 'content': 'It is '})
     """
     return tuple(Message(role=role, content=content) for role, content in contents.items())
 
@@ -168,8 +237,9 @@ def messages(**contents: str) -> tuple[Message, ...]:
 def response_text(example: Example, completion: str) -> str:
     """The assistant's whole turn: the part that the prompt opened, and the completion that continues it.
 
-    >>> response_text(Example("0", messages(user="2 + 2?", assistant="<think>"), "4"), "easy</think>")
-    '<think>easy</think>'
+    Examples:
+      >>> response_text(Example("0", messages(user="2 + 2?", assistant="<think>"), "4"), "easy</think>")
+      '<think>easy</think>'
     """
     if isinstance(example.prompt, str) or not example.prompt or example.prompt[-1]["role"] != "assistant":
         return completion
@@ -179,8 +249,9 @@ def response_text(example: Example, completion: str) -> str:
 def last_line(text: str) -> str:
     """The last line that is not blank, without white space around it; "" if there is none.
 
-    >>> last_line("one\\n two \\n\\n")
-    'two'
+    Examples:
+      >>> last_line("one\\n two \\n\\n")
+      'two'
     """
     text = text.strip()
     return text[max(map(text.rfind, LINE_ENDS)) + 1 :].strip()
@@ -189,8 +260,9 @@ def last_line(text: str) -> str:
 def last_block(text: str) -> str | None:
     """The content of the last answer block, or None. A block extends from an opening tag to the next closing tag.
 
-    >>> last_block("<answer>1</answer> or <answer>2</answer>")
-    '2'
+    Examples:
+      >>> last_block("<answer>1</answer> or <answer>2</answer>")
+      '2'
     """
     for piece in reversed(text.split("</answer>")[:-1]):
         _, tag, inside = piece.partition("<answer>")
@@ -209,8 +281,9 @@ def check_count(n: int) -> int:
 def take(examples: Sequence[Example], n: int | None, *, source: str) -> list[Example]:
     """The first `n` examples of a data set, which errors call `source`; None takes all.
 
-    >>> [e.id for e in take([Example("a", "?", ""), Example("b", "?", "")], 1, source="two rows")]
-    ['a']
+    Examples:
+      >>> [e.id for e in take([Example("a", "?", ""), Example("b", "?", "")], 1, source="two rows")]
+      ['a']
     """
     if not examples:
         raise ValueError(f"{source} is empty: it needs at least one example")

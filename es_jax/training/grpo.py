@@ -1,8 +1,9 @@
 """GRPO: rollouts → rewards → advantages within each prompt's group → clipped steps (Shao et al., arXiv 2402.03300).
 
-Besides: dual clipping (Ye et al. 2020, arXiv 1912.09729), a higher upper clip as in arXiv 2503.14476, and the k3
-estimator of the KL divergence (Schulman 2020). A step's tokens follow from its weights, so its line of the log does not
-rebuild it: a run that stopped makes the steps after its last checkpoint again, with the same bits on the same mesh.
+It also has dual clipping (Ye et al. 2020, arXiv 1912.09729), a higher upper clip as in arXiv 2503.14476, and the k3
+estimator of the KL divergence (Schulman 2020). The tokens of a step follow from its weights, so its line of the log
+cannot rebuild it. A run that stopped makes the steps after its last checkpoint again, with the same bits on the same
+mesh.
 """
 
 import dataclasses
@@ -48,13 +49,26 @@ METRICS = ("loss", "tokens", "kl", "entropy", "ratio", "clip_fraction", "dual_cl
 def group_relative(
     rewards: Float[np.ndarray, " n"], groups: Integer[np.ndarray, " n"], *, scale: bool = True, eps: float = 1e-6
 ) -> np.ndarray:
-    """(r − mean) / (std + eps) within each group, ddof 1, float32 [N]: the advantage of GRPO (arXiv 2402.03300).
+    """Computes GRPO's advantages: (r − mean) / (std + eps) within each group, with ddof 1.
 
-    `scale=False` leaves r − mean, the advantage of Dr. GRPO (arXiv 2503.20783). A group of equal rewards, or of one,
-    gets zeros.
+    A group of equal rewards, or of one reward, gets zeros. Source: arXiv 2402.03300; without `scale`, Dr. GRPO, arXiv
+    2503.20783.
 
-    >>> group_relative(np.array([0.0, 2.0, 5.0, 5.0]), np.array([0, 0, 1, 1])).round(2)
-    array([-0.71,  0.71,  0.  ,  0.  ], dtype=float32)
+    Args:
+      rewards: [N], one reward for each completion.
+      groups: int [N], equal for completions of one prompt.
+      scale: False leaves r − mean.
+      eps: a small number above 0 that is added to the standard deviation.
+
+    Returns:
+      float32 [N].
+
+    Raises:
+      ValueError: a reward is not finite, or `rewards` and `groups` are not [N] both.
+
+    Examples:
+      >>> group_relative(np.array([0.0, 2.0, 5.0, 5.0]), np.array([0, 0, 1, 1])).round(2)
+      array([-0.71,  0.71,  0.  ,  0.  ], dtype=float32)
     """
     rewards, groups = finite_rewards(rewards), np.asarray(groups)
     if groups.shape != rewards.shape:
@@ -99,8 +113,9 @@ def token_weights(
     "seq-mean-token-sum": 1 / sequences. "seq-mean-token-mean": 1 / (sequences · tokens of the row).
     "seq-mean-token-sum-norm": 1 / (sequences · max_new_tokens), the unbiased form of Dr. GRPO (arXiv 2503.20783).
 
-    >>> token_weights(np.array([[True, True], [True, False]]), "seq-mean-token-mean", max_new_tokens=2).tolist()
-    [[0.25, 0.25], [0.5, 0.0]]
+    Examples:
+      >>> token_weights(np.array([[True, True], [True, False]]), "seq-mean-token-mean", max_new_tokens=2).tolist()
+      [[0.25, 0.25], [0.5, 0.0]]
     """
     lengths = counted.sum(axis=1, keepdims=True)
     sequences = max(int((lengths > 0).sum()), 1)
@@ -271,9 +286,10 @@ def side_by_side(
     Both parts are padded to a multiple of 32 tokens, so that few programs are compiled, but not beyond the run's
     longest prompt and completion.
 
-    >>> out = side_by_side([[5, 6]], np.array([[7, 0]]), np.array([1]), max_prompt_tokens=3)
-    >>> [x.tolist() for x in out]
-    [[[0, 5, 6, 7, 0]], [[-1, 0, 1, 2, -1]], [[True, False]]]
+    Examples:
+      >>> out = side_by_side([[5, 6]], np.array([[7, 0]]), np.array([1]), max_prompt_tokens=3)
+      >>> [x.tolist() for x in out]
+      [[[0, 5, 6, 7, 0]], [[-1, 0, 1, 2, -1]], [[True, False]]]
     """
     width = padded_width(max(int(length.max()), 1), tokens.shape[1])
     left = padded_width(max(map(len, prompts)), max_prompt_tokens)

@@ -86,14 +86,18 @@ CHOSEN = ("slots", "members_at_once")
 
 @dataclasses.dataclass(frozen=True)
 class RunResult:
-    """What `run` leaves.
+    """What `run` returns.
 
     Attributes:
       workdir: the run's directory.
       step: the last finished step.
       params: the weights after it, in model.param_dtype, sharded over the devices.
-      reward: mean reward of the last step's members.
+      reward: the mean reward of the last step's members; None if no step is finished.
       heldout: the last row of evals/<task>.jsonl; None without evaluation.
+
+    Examples:
+      >>> RunResult(Path("runs/lab"), step=2, params={}, reward=0.5, heldout=None).reward
+      0.5
     """
 
     workdir: Path
@@ -111,37 +115,43 @@ def run(
     branch_from: str | None = None,
     callback: Callable[[StepRecord], Any] | None = None,
 ) -> RunResult:
-    """Train, from the start or from where the directory's run stopped; the bits are the same either way.
+    """Trains a model, from the start or from where the directory's run stopped. The bits are the same either way.
 
     Args:
-      config: a RunConfig, the ConfigDict of a config file, or a dict of groups and their fields; what it leaves out has
-        its default.
-      workdir: the run's directory; made if need be.
-      task: in place of task.name: a name, or a task itself. config.json has the name and the options that make it
-        again, where its class tells them; otherwise whoever goes on with the run or evaluates it gives it again.
-      branch_from: RUN@STEP, or RUN: the new run starts from a step of that one (docs/resume.md).
-      callback: is called with a StepRecord after each step that this call finishes, when the step is on disk and its
-        evaluation, where one is due, is done; by each process of the run. What it returns is ignored. What it raises
-        ends the run and is raised here; finished steps stay, that one among them, and the same call goes on after it.
+      config: a `RunConfig`, the ConfigDict of a config file, or a dict of groups and their fields. A field that is left
+        out has its default.
+      workdir: the run's directory, which is made if it does not exist.
+      task: used instead of task.name: a name, or a task itself. config.json keeps the name and options that make the
+        task again, if its class tells them. If it does not, give the task again to go on with the run or to evaluate
+        it.
+      branch_from: RUN@STEP or RUN, to start the new run from a step of that run (docs/resume.md).
+      callback: called with a `StepRecord` after each step that this call finishes, once the step and its evaluation, if
+        one is due, are on disk. Each process of the run calls it. Its result is ignored. An exception in it ends the
+        run and is raised here. Finished steps stay, that one among them, and the same call goes on after them.
+
+    Returns:
+      The last finished step, its weights and its results.
 
     Raises:
-      ValueError, OSError: bad fields, rows, weights, prompts, or a directory of another run, before any work starts;
-        scores or weights that are not finite or a full disk, at their step. Finished steps stay.
-      processes.Preempted: SIGTERM came. The last finished step has a checkpoint.
+      ValueError: fields, rows, weights or prompts are wrong, or the directory has another run; before any work starts.
+        Or scores or weights are not finite; at their step.
+      OSError: files are missing, before any work starts; or the disk is full, at its step. Finished steps stay.
+      es_jax.core.processes.Preempted: SIGTERM came. The last finished step has a checkpoint.
 
-    >>> import tempfile
-    >>> config = {
-    ...     "model": {"source": "lab"},
-    ...     "task": {"name": "lab-countdown", "train_size": 8},
-    ...     "es": {"population": 4, "sigma": 0.01},
-    ...     "optim": {"learning_rate": 0.005, "anchor": {"penalty": "l2", "kappa": 1.0}},
-    ...     "decode": {"max_prompt_tokens": 16, "max_new_tokens": 6},
-    ...     "train": {"steps": 2},
-    ...     "evals": {"rows": 8},
-    ... }
-    >>> result = run(config, tempfile.mkdtemp())
-    >>> result.step, result.heldout["n"]
-    (2, 8)
+    Examples:
+      >>> import tempfile
+      >>> config = {
+      ...     "model": {"source": "lab"},
+      ...     "task": {"name": "lab-add", "train_size": 8},
+      ...     "es": {"population": 4, "sigma": 0.01},
+      ...     "optim": {"learning_rate": 0.005, "anchor": {"penalty": "l2", "kappa": 1.0}},
+      ...     "decode": {"max_prompt_tokens": 16, "max_new_tokens": 6},
+      ...     "train": {"steps": 2},
+      ...     "evals": {"rows": 8},
+      ... }
+      >>> result = run(config, tempfile.mkdtemp())
+      >>> result.step, result.heldout["n"]
+      (2, 8)
     """
     began = time.monotonic()
     config, workdir = config if isinstance(config, RunConfig) else freeze(config), Path(workdir)

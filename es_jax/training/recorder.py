@@ -1,4 +1,4 @@
-"""What a run writes and tells about its steps: metrics, samples, and held-out rows."""
+"""What a run writes and reports about its steps: metrics, samples, and held-out rows."""
 
 import dataclasses
 import itertools
@@ -21,12 +21,18 @@ from es_jax.training.predicted_drift import PredictedDrift
 
 @dataclasses.dataclass(frozen=True)
 class StepRecord:
-    """What the `callback` of `run` is told of a finished step.
+    """What the `callback` of `run` is told about a finished step.
 
     Attributes:
       step: 1..T.
       metrics: the step's row of metrics.jsonl: "reward_mean", "drift", "seconds", …
-      heldout: where an evaluation was due after the step, its row by the name of the task: "accuracy", "reward", …
+      heldout: by the name of the task, the row of each evaluation that was due after the step: "accuracy", "reward", …
+        Empty where none was due.
+
+    Examples:
+      >>> record = StepRecord(1, {"reward_mean": 0.5}, {}, lambda: {"w": np.zeros(2)})
+      >>> record.metrics["reward_mean"], record.params["w"].shape
+      (0.5, (2,))
     """
 
     step: int
@@ -36,8 +42,10 @@ class StepRecord:
 
     @property
     def params(self) -> Any:
-        """The weights after the step, in model.param_dtype, where they lie on the devices; not a copy. The next step
-        writes over them: read them in the callback, and copy what shall stay (`jax.device_get`)."""
+        """The weights after the step, in model.param_dtype, where they lie on the devices; not a copy.
+
+        The next step writes over them. Read them in the callback, and copy what you keep (`jax.device_get`).
+        """
         return self._params()
 
 

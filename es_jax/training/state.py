@@ -140,6 +140,34 @@ def anchor_offset(config: RunConfig, anchor: Any, params: Any) -> float:
     return math.sqrt(sum(float(x) for x in itertools.compress(jax.tree.leaves(squares), moving)))
 
 
+def chain_of(config: RunConfig) -> Chain:
+    """The optimizer of a run, without its rates."""
+    optim, anchor = config.optim, config.optim.anchor
+    return Chain.of(
+        optim.name,
+        vars(optim),
+        max_grad_norm=optim.max_grad_norm,
+        penalty=anchor.penalty,
+        # The published code computes everything in the weights' dtype.
+        arithmetic="param" if config.es.noise == "shared_seed" else "float32",
+        ema_decay=anchor.ema_decay,
+        memory=anchor.memory,
+    )
+
+
+def optimizer_sentence(config: RunConfig) -> str:
+    """One sentence on the optimizer of a run."""
+    optim, anchor = config.optim, config.optim.anchor
+    return describe(
+        chain_of(config),
+        learning_rate=optim.learning_rate,
+        strength=config.anchor_strength,
+        kappa=config.anchor_kappa,
+        schedules=(optim.schedule, anchor.schedule),
+        source=anchor.source,
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class UpdateSpec:
     """All that the program `update` depends on besides shapes and the mesh; runs that differ only in α, σ or λ share
@@ -150,7 +178,7 @@ class UpdateSpec:
 
     @classmethod
     def of(cls, config: RunConfig, streams: int = rng.STREAMS) -> "UpdateSpec":
-        return cls(make_noise(config, streams), Chain.of(config))
+        return cls(make_noise(config, streams), chain_of(config))
 
 
 def update(
@@ -312,7 +340,7 @@ class State:
             raise ValueError("jax_threefry_partitionable is off, which changes the noise: unset it and start again")
         check_memory(config, mesh)
         self._config, self._mesh, self.params = config, mesh, params
-        self.spec, self.sentence = UpdateSpec.of(config, streams), describe(config)
+        self.spec, self.sentence = UpdateSpec.of(config, streams), optimizer_sentence(config)
         self._start, chain = None if anchor_stays(config) else jax.tree.map(jnp.copy, params), self.spec.chain
         tx = transformation(chain, mesh, params)
         where = state_shardings(chain, mesh, jax.eval_shape(tx.init, params))

@@ -1,4 +1,8 @@
-"""The weights of a step of a run: its checkpoint where there is one, else a replay of the seed log, else why not."""
+"""The weights of any step of a run.
+
+They come from the step's checkpoint if there is one, and otherwise from a replay of the seed log. If neither works, an
+error says why.
+"""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -28,24 +32,41 @@ logger = logging.getLogger(__name__)
 def replay(
     workdir: str | Path, *, steps: Sequence[int] | None = None, mesh: Mesh | None = None
 ) -> Iterator[tuple[int, Any]]:
-    """The weights of a run's steps, rebuilt from base weights and seed log alone, bit for bit, on any mesh.
+    """Rebuilds the weights of a run's steps from the base weights and the seed log alone, bit for bit, on any mesh.
 
-    Antithetic pairs of a run whose random streams have version 1 or 2 (config.json) replay so on the kind of device
-    that trained: docs/speed.md.
+    There is one exception. If a run has antithetic pairs and random streams of version 1 or 2 (config.json), the bits
+    are the same only on the kind of device that trained it (docs/speed.md).
 
     Args:
-      workdir: a run's directory; only config.json and seedlog.jsonl are read.
-      steps: which to yield, 0 (the base weights) to the last; all by default. They come in order. Of a GRPO run,
-        whose log does not hold what its steps were made of, those with a checkpoint, and 0.
-      mesh: where to rebuild; all devices by default.
+      workdir: a run's directory. Only config.json and seedlog.jsonl are read.
+      steps: which steps, from 0 (the base weights) to the last; all by default. They come in ascending order. The log
+        of a GRPO run does not hold what its steps were made of, so only steps with a checkpoint, and 0, can be had.
+      mesh: the devices to rebuild on; all of them by default.
 
     Yields:
-      (step, params). Copy the parameters if you keep them: the next step reuses their memory.
+      (step, params). The next step reuses the memory of `params`, so copy what you keep.
 
     Raises:
-      ValueError: a step that the log does not hold, one whose weights are not finite, or base weights that are not
-        those of the run.
-      FileNotFoundError: no run in the directory.
+      ValueError: the log does not hold a step, a step's weights are not finite, or the base weights are not those of
+        the run.
+      FileNotFoundError: the directory has no run.
+
+    Examples:
+      >>> import tempfile
+      >>> from es_jax import run
+      >>> config = {
+      ...     "model": {"source": "lab"},
+      ...     "task": {"name": "lab-add", "train_size": 8},
+      ...     "es": {"population": 4, "sigma": 0.01},
+      ...     "decode": {"max_prompt_tokens": 16, "max_new_tokens": 6},
+      ...     "train": {"steps": 2},
+      ...     "evals": {"every": 0},
+      ... }
+      >>> workdir = tempfile.mkdtemp()
+      >>> result = run(config, workdir)
+      >>> *_, (step, params) = replay(workdir)
+      >>> step, all(bool((a == b).all()) for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(result.params)))
+      (2, True)
     """
     return weights_at(workdir, steps, mesh=mesh, checkpoints=False)
 
@@ -53,8 +74,23 @@ def replay(
 def weights_at(
     workdir: str | Path, steps: Sequence[int] | None, *, mesh: Mesh | None = None, checkpoints: bool = True
 ) -> Iterator[tuple[int, Any]]:
-    """As `replay`, but a step that has a checkpoint is read from it, unless `checkpoints` is False and the seed log
-    can be replayed. Nothing in the directory is changed. Raises also OSError for a checkpoint that is damaged.
+    """Gives what `replay` gives, but reads a step that has a checkpoint from it.
+
+    Nothing in the directory is changed.
+
+    Args:
+      workdir: a run's directory.
+      steps: which steps; None is all.
+      mesh: the devices; all of them by default.
+      checkpoints: False replays the seed log, where it can be replayed.
+
+    Yields:
+      (step, params), as `replay` does.
+
+    Raises:
+      ValueError: as `replay`.
+      FileNotFoundError: the directory has no run.
+      OSError: a checkpoint is damaged.
     """
     workdir = Path(workdir)
     config, entries = read_config(workdir, needs=MODELS), read_entries(workdir)

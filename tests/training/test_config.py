@@ -6,8 +6,9 @@ from ml_collections import config_dict
 
 from configs import conciseness, countdown, gsm8k, json_facts, lab, proofwriter
 from es_jax.es.theory import anchored_norm
-from es_jax.optim.chains import OPTIMIZERS, build_optimizer
+from es_jax.optim.chains import OPTIMIZERS
 from es_jax.training.config import RunConfig, default_config, freeze, read_config
+from es_jax.training.state import optimizer_sentence
 
 
 def test_the_door_and_the_inside_have_the_same_fields_and_defaults():
@@ -100,7 +101,7 @@ def test_a_locked_config_is_what_the_flags_override():
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_sentence_says_what_the_chain_is(name):
     anchor = {"penalty": "l2", "strength": 10.0}
-    _, sentence = build_optimizer(freeze({"optim": {"name": name, "anchor": anchor}}), None)
+    sentence = optimizer_sentence(freeze({"optim": {"name": name, "anchor": anchor}}))
     assert sentence.startswith(f"{name} with learning rate 0.0005, then l2 anchored weight decay with strength λ = 10")
     assert ("κ = 0.91 σ" in sentence) == (name == "sgd")
 
@@ -110,7 +111,7 @@ def test_the_sentence_says_where_a_strong_anchor_ends_the_walk():
     rate, strength = config.optim.learning_rate, config.anchor_strength
     assert rate * strength == pytest.approx(0.25)  # not small
     norm = anchored_norm(dim=1, steps=1000, population=2, learning_rate=rate, strength=strength)
-    assert f"κ = {norm / config.es.sigma:.2f} σ" in build_optimizer(config, None)[1]
+    assert f"κ = {norm / config.es.sigma:.2f} σ" in optimizer_sentence(config)
 
 
 def test_runs_from_before_the_generator_was_a_field_keep_theirs(tmp_path):
