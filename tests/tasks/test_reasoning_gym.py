@@ -253,7 +253,8 @@ def test_rows_are_the_same_anywhere_and_no_question_is_in_both_splits(library):
 
 def test_more_rows_than_there_are(library):
     task = get_task("reasoning_gym:chain_sum", min_terms=2, max_terms=2)
-    with pytest.raises(ValueError, match=r"n is 6000, but task 'reasoning_gym:chain_sum' has \d+ different train rows"):
+    says = r"n is 6000, but with these options task 'reasoning_gym:chain_sum' has only \d+ different train rows"
+    with pytest.raises(ValueError, match=says):
         task.train(6000)
 
 
