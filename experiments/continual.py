@@ -34,9 +34,15 @@ from es_jax import anchored_weight_decay
 from es_jax.plotting.figures import grid, legend, line
 from experiments.runs import mean_se, report
 
-RATES = (0.0, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)  # αλ
-PENALTY_RATES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)  # αλ of L2-SP, which acts more strongly
-LEARNING_RATES = tuple(float(f"{10 ** (k / 2):.1g}") for k in range(-8, -2))  # 1e-4 … 3e-2
+
+def logarithmic(first: int, last: int, *, per_decade: int) -> tuple[float, ...]:
+    """10^(first/per_decade) … 10^(last/per_decade), to two digits."""
+    return tuple(float(f"{10 ** (k / per_decade):.2g}") for k in range(first, last + 1))
+
+
+RATES = (0.0, *logarithmic(-12, -2, per_decade=4))  # αλ of AWD: 0.001 … 0.32
+PENALTY_RATES = logarithmic(-20, -10, per_decade=4)  # αλ of L2-SP, which acts more strongly: 1e-5 … 3.2e-3
+LEARNING_RATES = logarithmic(-7, -2, per_decade=2)  # 3.2e-4 … 0.1
 CLASSES, SIDE = 10, 10
 DIGITS = ("abcdef", "bc", "abdeg", "abcdg", "bcfg", "acdfg", "acdefg", "abc", "abcdefg", "abcdfg")
 STROKES = {  # rows and columns, in a box of 7 by 4
@@ -56,8 +62,8 @@ class Size:
     train: int = 4000
     test: int = 500
     width: int = 48
-    seeds: tuple[int, ...] = tuple(range(5))
-    chosen_on: tuple[int, ...] = (100, 101)  # seeds by which the learning rates are chosen
+    seeds: tuple[int, ...] = tuple(range(8))
+    chosen_on: tuple[int, ...] = (100, 101, 102)  # seeds by which the learning rates are chosen
     rates: tuple[float, ...] = RATES
     penalty_rates: tuple[float, ...] = PENALTY_RATES
     learning_rates: tuple[float, ...] = LEARNING_RATES
@@ -144,33 +150,34 @@ def train(
     *,
     size: Size,
     strength: Any = 0.0,
-) -> list[Params]:
-    """The weights after each of `stops` steps on random batches; `strength` is λ of a penalty in the loss."""
+) -> Params:
+    """The weights after each of `stops` steps on random batches, along a first axis; `strength` is λ of L2-SP."""
 
     def loss(params: Params, batch: Rows) -> jax.Array:
         distance = optax.tree_utils.tree_norm(jax.tree.map(jnp.subtract, params, start), squared=True)
         return cross_entropy(params, batch, MLP(size.width)) + 0.5 * strength * distance
 
-    def step(carry: Any, step: jax.Array) -> tuple[Any, None]:
+    def step(number: Any, carry: Any) -> Any:
         params, state = carry
-        chosen = jax.random.randint(jax.random.fold_in(key, step), (size.batch,), 0, len(rows[0]))
+        chosen = jax.random.randint(jax.random.fold_in(key, number), (size.batch,), 0, len(rows[0]))
         gradient = jax.grad(loss)(params, jax.tree.map(lambda x: x[chosen], rows))
         updates, state = tx.update(gradient, state, params)
-        return (optax.apply_updates(params, updates), state), None
+        return optax.apply_updates(params, updates), state
 
-    carry, done, found = (start, tx.init(start)), 0, []
-    for stop in stops:
-        carry, _ = jax.lax.scan(step, carry, jnp.arange(done, stop))
-        done = stop
-        found.append(evaluated(*carry))
-    return found
+    def until(carry: Any, bounds: tuple[jax.Array, jax.Array]) -> tuple[Any, Params]:
+        carry = jax.lax.fori_loop(*bounds, step, carry)
+        return carry, evaluated(*carry)
+
+    bounds = jnp.asarray([0, *stops[:-1]]), jnp.asarray(stops)
+    return jax.lax.scan(until, (start, tx.init(start)), bounds)[1]
 
 
 def first_task(name: str, alpha: Any, seed: jax.Array, rows: Mapping[str, Rows], size: Size) -> Params:
     """The weights after the first task, without AWD."""
     start = MLP(size.width).init(jax.random.key(seed), rows["first train"][0][:1])
     tx = OPTIMIZERS[name](alpha, optax.identity())
-    return train(start, rows["first train"], tx, jax.random.key(seed + 1000), [size.steps], size=size)[0]
+    found = train(start, rows["first train"], tx, jax.random.key(seed + 1000), [size.steps], size=size)
+    return jax.tree.map(lambda x: x[0], found)
 
 
 def stacked(seeds: Sequence[int], size: Size) -> tuple[jax.Array, dict[str, Rows]]:
@@ -205,6 +212,7 @@ def measured(params: Params, start: Params, rows: Mapping[str, Rows], size: Size
     return of | {"distance": optax.tree_utils.tree_norm(jax.tree.map(jnp.subtract, params, start))}
 
 
+@functools.lru_cache(maxsize=1)
 def after_first(name: str, alpha: float, size: Size) -> tuple[Params, jax.Array, dict[str, Rows]]:
     """The weights after the first task, the seeds and their rows."""
     seeds, rows = stacked(size.seeds, size)
@@ -224,27 +232,28 @@ def second_task(name: str, method: str, alpha: float, size: Size) -> list[dict[s
     starts, seeds, rows = after_first(name, alpha, size)
     stops, rates = stops_of(size.steps, method), size.penalty_rates if method == "L2-SP" else size.rates
 
-    def one(rate: jax.Array, start: Params, seed: jax.Array, rows: Mapping[str, Rows]) -> list[dict[str, jax.Array]]:
+    def one(rate: jax.Array, start: Params, seed: jax.Array, rows: Mapping[str, Rows]) -> dict[str, jax.Array]:
         tx = OPTIMIZERS[name](alpha, METHODS[method](rate))
         strength = rate / alpha if method == "L2-SP" else 0.0
         found = train(start, rows["second train"], tx, jax.random.key(seed + 2000), stops, size=size, strength=strength)
-        return [measured(params, start, rows, size) for params in found]
+        return jax.vmap(lambda params: measured(params, start, rows, size))(found)
 
     over_seeds = jax.vmap(one, in_axes=(None, 0, 0, 0))
     over_rates = jax.jit(jax.vmap(over_seeds, in_axes=(0, None, None, None)))
-    found, lines = jax.tree.map(np.asarray, over_rates(jnp.asarray(rates), starts, seeds, rows)), []
-    for step, values in zip(stops, found, strict=True):
-        for i, rate in enumerate(rates if step == size.steps else [0.0]):
+    found = jax.tree.map(np.asarray, over_rates(jnp.asarray(rates), starts, seeds, rows))  # [rates, seeds, stops]
+    lines = []
+    for k, step in enumerate(stops):
+        for i, rate in enumerate(rates if step == size.steps else rates[:1]):  # the first rate is 0
             label = method if step == size.steps else "stopped early"
             labels = {"optimizer": name, "learning rate": alpha, "method": label, "αλ": rate, "step": step}
-            lines += lines_of(labels, size.seeds, {key: x[i] for key, x in values.items()})
+            lines += lines_of(labels, size.seeds, {key: x[i, :, k] for key, x in found.items()})
     return lines
 
 
 def lines_of(labels: Mapping[str, Any], seeds: Sequence[int], values: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A line a seed."""
     return [
-        {**labels, "seed": seed} | {key: round(float(x[i]), 4) for key, x in values.items()}
+        {**labels, "seed": seed} | {key: round(float(np.asarray(x)[i]), 4) for key, x in values.items()}
         for i, seed in enumerate(seeds)
     ]
 
@@ -308,7 +317,7 @@ def table(lines: Sequence[Mapping[str, Any]]) -> str:
 def figure(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Both tasks against αλ, a line an optimizer. A rate of 1 would leave the weights where they were."""
     drawing, panels = grid(2, columns=2, width=4.6, height=3.4)
-    rates = sorted({now["αλ"] for now in lines})
+    rates = sorted({now["αλ"] for now in lines if now["method"] == "AWD"})
     for i, name in enumerate(dict.fromkeys(now["optimizer"] for now in lines)):
         points = [
             *chosen(lines, optimizer=name, method="AWD").values(),
@@ -319,7 +328,7 @@ def figure(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
             axes.errorbar(range(len(points)), means, errors, capsize=2, label=name, **line(i))
     for axes, title in zip(panels, ("first task, after the second", "second task"), strict=True):
         axes.set(title=title, xlabel="rate αλ of AWD: the fraction of the way back, every step", ylim=(0, 1.0))
-        axes.set_xticks(range(len(rates) + 1), [*(f"{rate:g}" for rate in rates), "1"])
+        axes.set_xticks(range(len(rates) + 1), [*(f"{rate:g}" for rate in rates), "1"], rotation=45, fontsize=7)
     panels[0].set_ylabel("accuracy on test rows")
     legend(drawing, panels[0], columns=4)
     drawing.savefig(path)
