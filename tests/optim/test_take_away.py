@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import optax
 
 from es_jax.optim.anchored import anchored_weight_decay
@@ -55,3 +56,11 @@ def test_every_name_of_optax_in_the_table_is_there():
     names = set(re.findall(r"`(?:contrib\.)?(\w+)`", first)) - {"TrainState"}
     names -= {"madgrad"}  # which the lowest optax that is allowed has not
     assert len(names) > 35 and not {name for name in names if not hasattr(optax, name) | hasattr(optax.contrib, name)}
+
+
+def test_the_programs_of_the_page_run():
+    blocks = re.findall(r"```python\n(.*?)```", PAGE, flags=re.S)
+    assert len(blocks) == 2
+    for block in blocks:
+        with jax.numpy_rank_promotion("allow"):
+            exec(compile(block, "docs/awd.md", "exec"), {})  # our own text
