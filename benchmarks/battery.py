@@ -1,4 +1,4 @@
-"""Does a generator of noise draw N(0, 1)? A battery of tests whose every result is a standard normal score.
+"""Does a generator of noise draw N(0, 1)? A battery of tests; each result is a standard normal score.
 
 Command:  python -m benchmarks.battery [--generator=threefry13] [--numbers=1073741824] [--json]
 Cost:     6 minutes on 2 CPU cores
@@ -12,13 +12,13 @@ What is tested, on numbers drawn in chunks of 2²² for as many (member, leaf) p
 - the first six moments;
 - tails: how many numbers lie beyond 3, 4, 4.5, 5 and 5.5 σ, on each side, against Poisson counts;
 - serial and lag correlation of z and of z² − 1, at lags that are powers of two, their neighbours, and odd ones;
-- independence of members, leaves and steps, of seeds one apart and one bit apart: the same two correlations between
-  numbers at the same position, and the pair's Φ in a grid of 32 × 32, χ²;
+- independence of members, leaves and steps, and of seeds that differ by one or in one bit: the same two correlations
+  between numbers at the same position, and Φ of the pair in a grid of 32 × 32, χ²;
 - determinism: equal seeds, equal bits.
 
-A generator passes where no score is beyond ±5: with about a hundred scores a sound one fails once in ten thousand
+A generator passes if no score is beyond ±5. With about a hundred scores a sound generator fails once in ten thousand
 batteries. `jax.random.normal`, the "threefry" generator, inverts the error function at 23 bits, so it never goes beyond
-5.4 σ: the tails catch it where --numbers is large enough to expect some.
+5.4 σ. The tail tests detect that if --numbers is large enough to expect such values.
 """
 
 import argparse
@@ -46,7 +46,7 @@ Draw = Callable[[jax.Array, jax.Array, tuple[int, ...]], jax.Array]
 
 
 def _sum(x: jax.Array) -> jax.Array:
-    """A sum in short pieces, so that float32 is enough."""
+    """A sum in short pieces, for which float32 is precise enough."""
     while x.size > 1:
         x = x.reshape(-1, 256 if x.size % 256 == 0 else x.size).sum(1)
     return x.reshape(())
@@ -82,7 +82,7 @@ def _together(draw: Draw, seeds: jax.Array, leaves: jax.Array, size: int) -> dic
 
 
 def _partners(chunk: int) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """The pairs of draws of one chunk: (which, two seeds, two leaves)."""
+    """The pairs of draws in one chunk: (name, two seeds, two leaves)."""
     now, after = (np.asarray(rng.member_seeds(7, step, 2, streams=1)) for step in (chunk, chunk + 1))
     seed, leaf = int(now[0]), 1_000_003 * chunk % 2**32
     bit = seed ^ (1 << chunk % 32)
@@ -107,11 +107,11 @@ def _tail(count: int, n: int, beyond: float) -> float:
 
 
 def battery(draw: Draw, *, numbers: int = CHUNK, chunk: int = CHUNK) -> dict[str, float]:
-    """Scores by test; each is N(0, 1) for a sound generator.
+    """Scores by test; for a sound generator each is N(0, 1).
 
     Args:
       draw: (seed uint32, leaf uint32, shape) → N(0, 1), float32; an entry of `rng.GENERATORS`.
-      numbers: how many are tested alone; the pairs draw as many again each.
+      numbers: how many numbers are tested for themselves; each pair test draws as many again.
       chunk: numbers in one draw; a power of two.
     """
     chunks, totals = max(numbers // chunk, 1), defaultdict(float)

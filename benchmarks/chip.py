@@ -1,18 +1,19 @@
-"""What an accelerator that is here makes of this code: one command, no hub, random weights of a published shape.
+"""Measures this code on the accelerator of this machine: one command, no hub, random weights of a published shape.
 
 Command:  python -m benchmarks.chip --json=chip.json [--model=HuggingFaceTB/SmolLM2-135M] [--parts=decode,…] [--tiny]
           python -m benchmarks.chip --record      (on a CPU: makes chip_digests.json anew)
-Needs:    jax for the device; torch and transformers for `torch`, pytest for `laws` (each says so where it lacks them).
-Cost:     at most --seconds (240): what is not done by then is left out, and the JSON says so.
-Result:   the whole kit has run on CPUs only, with --tiny; docs/speed.md has what parts of it measured on an H100.
+Needs:    jax for the device; torch and transformers for `torch`, pytest for `laws` (each part reports what is missing).
+Cost:     at most --seconds (240): unfinished parts are left out, and the JSON says so.
+Result:   the whole kit has run on CPUs only, with --tiny; docs/speed.md has the results of some parts on an H100.
 
-card: a large copy, a large product. noise: digests of noise, estimates and updates against those that a CPU made, and
-each stage of a number. decode: the run's own program, 128 prompt tokens and 256 new ones, nothing stops; a step is what
-255 of them take beyond a prefill. Its bound is each weight, key and value once at the copy's rate, a prefill's its
-operations at the product's. members: perturb and update. iteration: two members, after one that compiles; its split,
-and kernels and gaps of a traced one. torch: `generate` on a static cache in bfloat16 (torch_compiled: compiled, which
-takes minutes, so only where --parts names it). processes: whether two that compile apart, and a third that has the
-first one's programs, decode the same tokens. laws: tests of noise and engine on the device, float32 products exact.
+card: a large copy and a large product. noise: digests of noise, estimates and updates, compared with those from a CPU,
+and each stage of a number. decode: the run's own program with 128 prompt tokens and 256 new ones, without stops; a
+step's time is that of 255 new tokens beyond a prefill. The bound of a step is each weight, key and value read once at
+the copy's rate; that of a prefill is its operations at the product's rate. members: perturb and update. iteration: two
+members, after one iteration that compiles; its parts, and the kernels and gaps of a traced iteration. torch: `generate`
+with a static cache in bfloat16 (torch_compiled: compiled, which takes minutes, so it runs only if --parts names it).
+processes: whether two processes that compile separately, and a third that has the first one's programs, decode the same
+tokens. laws: tests of noise and engine on the device, with exact float32 products.
 """
 
 import argparse
@@ -35,7 +36,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch and child processes want memory, too
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch and child processes need memory, too
 
 import jax
 import jax.numpy as jnp
@@ -78,7 +79,7 @@ class Variant(NamedTuple):
 
 
 def fields_of_engine(**fields: Any) -> dict[str, Any]:
-    """Those that there are."""
+    """The engines to measure."""
     return {name: value for name, value in fields.items() if name in Engine.__dataclass_fields__}
 
 
@@ -102,12 +103,12 @@ TINY = TransformerConfig(
 
 @dataclasses.dataclass(frozen=True)
 class Kit:
-    """What the parts measure, and how large."""
+    """What the parts measure, and the sizes."""
 
     name: str
     parts: tuple[str, ...]
     tiny: bool = False
-    ends: float = float("inf")  # time.monotonic() when it must be over
+    ends: float = float("inf")  # time.monotonic() of the deadline
 
     def __post_init__(self):
         sizes = ((3,), 12, 4, 2) if self.tiny else ((32, 64, 200), 128, 256, 30)
@@ -138,10 +139,10 @@ class Kit:
     def init(self, model: Any = None) -> Any:
         return jax.jit(Transformer(model or self.model).init)(jax.random.key(0))
 
-    @functools.cache  # noqa: B019 - there is one kit
+    @functools.cache  # noqa: B019 - there is only one kit
     def state(self, penalty: str = "l2") -> State:
         params = self.init()
-        params = jax.device_put(params, param_shardings(self.mesh, params))  # as a run's, which have one program
+        params = jax.device_put(params, param_shardings(self.mesh, params))  # like a run's, which share one program
         return State(self.run_config(penalty=penalty), self.mesh, params)
 
     @property
@@ -150,7 +151,7 @@ class Kit:
 
     @functools.cached_property
     def lane(self) -> Members:
-        """A round of one member, where a run has it."""
+        """A round of one member, placed as in a run."""
         return to_devices(Population(2, seed=0).members(1)[np.arange(1)], over_groups(self.mesh))
 
     @functools.cached_property
@@ -164,13 +165,13 @@ class Kit:
 
     @functools.cached_property
     def weights(self) -> dict[str, Any]:
-        """A member's, as the engine of each variant takes them."""
+        """A member's weights, in the layout of each variant's engine."""
         makers = {variant: self.evaluator(1, 1, variant) for variant in self.variants}
         return {name: jax.block_until_ready(e.perturb(self.params, self.lane)) for name, e in makers.items()}
 
     @functools.cached_property
     def variants(self) -> list[str]:
-        """Those that are programs of their own."""
+        """The programs that are compiled separately."""
         kinds = {}
         for name, variant in VARIANTS.items():
             engine = self.evaluator(1, 1, name).engine
@@ -180,7 +181,7 @@ class Kit:
 
     @functools.cached_property
     def programs(self) -> dict[tuple, Any]:
-        """Compiled side by side, for all parts that use them: a program, or why there is none."""
+        """Compiles in parallel the programs of all parts: a program, or the reason why there is none."""
         jobs: dict[tuple, Callable[[], Any]] = {}
         for variant, weights in self.weights.items() if "decode" in self.parts else ():
             for rows, new in itertools.product(self.rows, (1, self.new)):
@@ -189,7 +190,7 @@ class Kit:
         for kind in ("l2", "none") if {"members", "iteration"} & {*self.parts} else ():
             update = functools.partial(self._update, self.state(kind))
             jobs["update", kind] = lambda f=update: f(self.population).compile()
-            if kind == "l2" and self.population != 2:  # the calls of `iteration` find it in the cache
+            if kind == "l2" and self.population != 2:  # `iteration` then finds it in the cache
                 jobs["update", 2] = lambda f=update: f(2).compile()
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             return dict(zip(jobs, pool.map(attempt, jobs.values()), strict=True))
@@ -228,7 +229,7 @@ class Kit:
 
 
 def attempt(call: Call) -> Any:
-    """What it gives, or {"failed": why}: a part that fails leaves the others."""
+    """The part's result, or {"failed": why}; a failed part does not stop the others."""
     try:
         return call()
     except Exception as error:
@@ -236,7 +237,7 @@ def attempt(call: Call) -> Any:
 
 
 def median(call: Call, repeats: int = 3) -> float:
-    """Seconds of a call, the first left out."""
+    """Seconds per call, without the first call."""
     seconds = []
     for _ in range(repeats + 1):
         began = time.perf_counter()
@@ -271,7 +272,7 @@ def _decode(kit: Kit, variant: str, rows: int) -> dict[str, float]:
         seconds[new] = median(lambda p=program, w=weights, a=arguments: p(w, a), 2)
     prefill, whole = seconds[1], seconds[kit.new]
     used = sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
-    used -= 0 if model.tied_embeddings else 2 * model.width * model.vocab_size  # rows of it are looked up
+    used -= 0 if model.tied_embeddings else 2 * model.width * model.vocab_size  # only some of its rows are read
     least = used + cache_bytes(model, rows * (kit.prompt + kit.new // 2), 2)
     step, flops = (whole - prefill) / (kit.new - 1), forward_flops(model, rows, kit.prompt, logits=1)
     return {
@@ -313,12 +314,12 @@ def members(kit: Kit) -> dict[str, Any]:
     return {
         "weights": d, "perturb_s": perturb, "perturb_times_bound": perturb * bandwidth / (6 * d),
         "population": kit.population, "update_s": update, "update_without_anchor_s": free,
-        "update_times_bound": update * bandwidth / (12 * d),  # θ in and out, the anchor in
+        "update_times_bound": update * bandwidth / (12 * d),  # reads and writes θ, reads the anchor
     }  # fmt: skip
 
 
 def iteration(kit: Kit) -> dict[str, Any]:
-    """Two members on the most rows: seconds by part, and of a traced one kernels and gaps."""
+    """Two members on the largest number of rows: seconds by part, and kernels and gaps of a traced iteration."""
     anchored, free = kit.updates["l2"], kit.updates["none"]
     rows, config = max(kit.rows), kit.run_config()
     task, prompts, evaluator = get_task("countdown"), kit.prompts(rows), kit.evaluator(rows, kit.new)
@@ -347,7 +348,7 @@ def iteration(kit: Kit) -> dict[str, Any]:
 
 
 def words(size: int) -> Any:
-    """A tokenizer of so many words, a token each."""
+    """A tokenizer with so many words, one token each."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -356,7 +357,7 @@ def words(size: int) -> Any:
 
 
 def kernels(folder: Path, total: float) -> dict[str, Any]:
-    """Seconds of the parts, when the device had work and when not, and the operations that took longest."""
+    """Seconds of the parts, seconds in which the device was busy and idle, and the longest operations."""
     path = next(folder.rglob("*.xplane.pb"))
     spans, times = [], defaultdict(list)
     for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
@@ -375,11 +376,11 @@ def kernels(folder: Path, total: float) -> dict[str, Any]:
 
 
 def child(kit: Kit) -> dict[str, Any]:
-    """Of four layers and the middle number of rows: the tokens that this process decodes, as a digest."""
+    """The digest of the tokens that this process decodes, with four layers and the middle number of rows."""
     model = dataclasses.replace(kit.model, layers=min(4, kit.model.layers))
     evaluator = kit.evaluator(kit.rows[len(kit.rows) // 2], min(kit.new, 64), model=model)
     began = time.perf_counter()
-    sharp = jax.tree.map(lambda leaf: 4 * leaf, kit.init(model))  # so that not one token is always the likeliest
+    sharp = jax.tree.map(lambda leaf: 4 * leaf, kit.init(model))  # so that the likeliest token varies
     weights = evaluator.perturb(sharp, kit.lane)
     tokens = np.asarray(evaluator._decode(weights, kit.packed(evaluator))[0])
     return {
@@ -431,11 +432,11 @@ PARTS: dict[str, Callable[[Kit], Any]] = {
 
 
 def measure(kit: Kit, result: dict[str, Any], where: str | None) -> None:
-    """All parts, one after the other; each result is written when it is there."""
+    """Runs all parts in sequence; each result is written when it is ready."""
 
     def cut() -> None:
         left = [name for name in kit.parts if name not in result]
-        result.update((name, {"failed": "left out: the time was over"}) for name in left)
+        result.update((name, {"failed": "left out: the time ran out"}) for name in left)
         write_json(result, where)
         os._exit(0)
 
@@ -456,16 +457,16 @@ def measure(kit: Kit, result: dict[str, Any], where: str | None) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="Qwen/Qwen2.5-1.5B", choices=PUBLISHED)
-    parser.add_argument("--parts", default=",".join([*PARTS][:-1]), help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--parts", default=",".join([*PARTS][:-1]), help=f"parts to run, among {', '.join(PARTS)}")
     parser.add_argument("--seconds", type=float, default=240)
-    parser.add_argument("--tiny", action="store_true", help="a small model: to see on a CPU that it runs")
+    parser.add_argument("--tiny", action="store_true", help="use a small model, to check on a CPU that it runs")
     parser.add_argument("--record", action="store_true", help="write the digests of this CPU's noise")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     add_json(parser)
     args = parser.parse_args()
     parts = tuple(args.parts.split(","))
     if unknown := set(parts) - PARTS.keys():
-        parser.error(f"--parts has {', '.join(sorted(unknown))}: known are {', '.join(PARTS)}")
+        parser.error(f"--parts has {', '.join(sorted(unknown))}: choose among {', '.join(PARTS)}")
     kit = Kit(args.model, parts, tiny=args.tiny, ends=time.monotonic() + args.seconds)
     about = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
     if args.child:

@@ -1,8 +1,8 @@
-"""Whether a device makes the noise of a CPU to the last bit: a part of `benchmarks.chip`.
+"""Tests whether a device makes the same noise as a CPU, to the last bit: a part of `benchmarks.chip`.
 
-`stages` compares each stage of a number with the host's CPU: values that differ, units in the last place. The roots are
-of mantissas in both parities of the exponent: of 2^24 values these are all there are. `digests` are of noise,
-of members and of updates as a run makes them; those of a CPU are in chip_digests.json.
+`stages` compares each stage of a number with the host's CPU: how many values differ, and by how many units in the last
+place. The square roots cover all mantissas for both parities of the exponent: 2^24 values are all cases. `digests`
+covers noise, members and updates as in a run; the digests of a CPU are in chip_digests.json.
 """
 
 import functools
@@ -29,26 +29,26 @@ from es_jax.training.state import State
 
 Call = Callable[..., Any]
 KINDS: dict[str, dict[str, Any]] = {"full rank": {}, "antithetic": {"antithetic": True}}
-MODEL = TransformerConfig(  # of sizes that no block divides
+MODEL = TransformerConfig(  # sizes that no block divides
     family="qwen2", vocab_size=519, width=104, layers=2, heads=4, kv_heads=2, head_dim=16, mlp_dim=139
 )
 PARAMS = {"a": np.zeros((257, 129), np.float32), "layers/b": np.zeros((3, 64, 65), np.float32)}
 
 
 def on(device: jax.Device, call: Call, *args: Any) -> Any:
-    """What the call gives on that device, as host arrays."""
+    """The result of the call on that device, as host arrays."""
     with jax.default_device(device):
         return jax.device_get(jax.jit(lambda *given: call(*given))(*jax.device_put(args, device)))
 
 
 def differences(got: Any, expected: Any) -> dict[str, int]:
-    """How many values have other bits, and the largest distance in units in the last place."""
+    """How many values differ, and the largest distance in units in the last place."""
     bits, ranks = [], []
     for values in (got, expected):
         flat = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(values)])
         bits.append(flat.view(np.uint32))
         rank = bits[-1].astype(np.int64)
-        negative = (flat.dtype == np.float32) & (rank >= 2**31)  # of those the bits fall as the number grows
+        negative = (flat.dtype == np.float32) & (rank >= 2**31)  # their bits decrease as the number grows
         ranks.append(np.where(negative, 2**31 - rank, rank))
     different, distance = bits[0] != bits[1], np.abs(ranks[0] - ranks[1])
     return {"values": different.size, "different": int(different.sum()), "largest_ulp": int(distance.max())}
@@ -63,7 +63,7 @@ def words(n: int) -> tuple[jax.Array, jax.Array]:
 
 
 def stages(device: jax.Device, host: jax.Device, n: int) -> dict[str, Call]:
-    """Parts that compare one stage of a number each, on the same input."""
+    """Parts that each compare one stage of a number, on the same input."""
     radius, angle = on(host, lambda: words(n))
     x = (np.arange(0, 2**24, 2**24 // n, dtype=np.int32) + np.int32(0x3F800000)).view(np.float32)  # in 1..4
     ieee = np.sqrt(x.astype(np.float64)).astype(np.float32)
@@ -83,7 +83,7 @@ def stages(device: jax.Device, host: jax.Device, n: int) -> dict[str, Call]:
 
 
 def digests(device: jax.Device) -> dict[str, str]:
-    """Of noise and an estimate, and of what a run's own programs make of them on that device: a member, two updates."""
+    """Digests of noise and an estimate, and of a member and two updates by a run's own programs on that device."""
     weights = np.random.default_rng(0).standard_normal(30).astype(np.float32)
     with jax.default_device(jax.devices("cpu")[0]):
         members = jax.device_get(Population(30, seed=7, streams=1).members(3))
@@ -99,7 +99,7 @@ def of_a_run(device: jax.Device, kind: str) -> dict[str, str]:
     mesh = make_mesh(1, 1, devices=[device])
     optim = {"learning_rate": 0.1, "anchor": {"penalty": "l2", "strength": 0.05}}
     config = freeze({"model": {"dtype": "float32"}, "es": {"population": 30, **KINDS[kind]}, "optim": optim})
-    numbers = np.random.default_rng(1)  # jax.random's normal numbers need not have the same bits everywhere
+    numbers = np.random.default_rng(1)  # jax.random's normal numbers may have other bits elsewhere
     shapes = jax.eval_shape(Transformer(MODEL).init, jax.random.key(0))
     params = jax.tree.map(lambda leaf: 0.02 * numbers.standard_normal(leaf.shape, np.float32), shapes)
     params = jax.device_put(params, param_shardings(mesh, params))
@@ -115,7 +115,7 @@ def of_a_run(device: jax.Device, kind: str) -> dict[str, str]:
 
 
 def stacked(tree: Any) -> Any:
-    """With the layers in one array, where an engine has them apart."""
+    """The weights with stacked layers; an engine may have them separately."""
     if isinstance(tree, dict) and isinstance(layers := tree.get("layers"), tuple):
         return {**tree, "layers": jax.tree.map(lambda *leaves: np.stack(leaves), *layers)}
     return tree

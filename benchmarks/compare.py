@@ -1,4 +1,4 @@
-"""Ours and the peer in turn, and what a comparison prints: medians, ratios, JSON."""
+"""Times our code and a peer in turn, and prints medians, ratios and JSON."""
 
 import argparse
 import json
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def in_turn(sides: Mapping[str, Callable[[], Any]], *, repeats: int) -> dict[str, list[float]]:
-    """Seconds of every call: each side once to warm up, then A B A B."""
+    """Seconds of every call: each side runs once to warm up, then A B A B."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(repeats + 1):
         for name, call in sides.items():
@@ -22,7 +22,7 @@ def in_turn(sides: Mapping[str, Callable[[], Any]], *, repeats: int) -> dict[str
 
 
 def report(title: str, seconds: Mapping[str, list[float]], *, ours: str, json_to: str | None, **more: Any) -> None:
-    """Print medians, and how many times longer each other side takes than ours; JSON as `add_json` says."""
+    """Print medians, and the factor by which each other side takes longer than ours; with JSON as in `add_json`."""
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     ratios = {name: medians[name] / medians[ours] for name in medians if name != ours}
     result = {"what": title, "seconds": dict(seconds), "medians": medians, "ratios": ratios, **more}
@@ -38,12 +38,13 @@ def report(title: str, seconds: Mapping[str, list[float]], *, ours: str, json_to
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
-    """The option --json: of what was measured, on a line instead of the text, or beside it in a file."""
-    parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="print JSON, or write it to the file")
+    """Add the option --json: print the results as JSON on one line instead of the text, or also write them to a
+    file."""
+    parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="print JSON, or write it to this file")
 
 
 def write_json(result: Any, where: str | None) -> bool:
-    """Whether JSON was printed and nothing else is to be."""
+    """Print JSON if asked for; returns whether nothing else should be printed."""
     if where == "-":
         print(json.dumps(result))
     elif where is not None:
@@ -53,7 +54,7 @@ def write_json(result: Any, where: str | None) -> bool:
 
 
 def arguments(doc: str | None, **defaults: Any) -> argparse.Namespace:
-    """--json and an integer option for each default."""
+    """A parser with --json and an integer option for each default."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in defaults.items():
         parser.add_argument(f"--{name}", type=type(value), default=value)

@@ -1,17 +1,17 @@
-"""What generating costs: prefill, a decode step, the bound of a decode step, and what a shared prefix spares.
+"""The cost of generation: prefill, a decode step and its bound, and the gain from a shared prefix.
 
 Command:  python -m benchmarks.decode [--parts=step,step16,prefix,long] [--repeats=5] [--json[=FILE]]
 Cost:     --repeats=3: 2.5 minutes on 2 CPU cores.
-Result:   step 0.105 s, its bare products 0.118 s, at the rate of a large product 0.030 s; in bfloat16 0.061, 0.048 and
+Result:   step 0.105 s, its products alone 0.118 s, at the rate of a large product 0.030 s; in bfloat16 0.061, 0.048 and
           0.0079 s. A prefill of which 96 of 128 tokens are shared is 3.9 times as fast. long, on two cores without
-          AVX-512 and beside other work, --repeats=2: blocks 51.3 s, whole 58.2 s (1.13).
+          AVX-512 and with other work running, --repeats=2: blocks 51.3 s, whole 58.2 s (1.13).
 
 Random weights; no row stops. The parts:
 
 - step: SmolLM2-135M's shape in float32, 32 prompts of 128 tokens, 33 new tokens. A step's time is the difference of
-  runs of 33 tokens and of 1, over 32. Two bounds: the same products alone (all kernels of all layers, scores and
-  mixtures over as many places, the output head), in a loop of as many turns; and their operations at the rate of a
-  product of two 4096 × 4096 matrices. All timed in turn; medians.
+  runs of 33 tokens and of 1, over 32. It is compared with two bounds: the same products alone (all kernels of all
+  layers, scores and mixtures over as many places, the output head), in a loop with as many iterations; and their
+  operations at the rate of a product of two 4096 × 4096 matrices. All are timed in turn; results are medians.
 - step16: the same in bfloat16.
 - prefix: a prefill of 32 prompts of 128 tokens, of which 96 are shared, against the same prompts without sharing.
 - long: a prefill of 8 prompts of 1024 tokens, with attention in blocks of queries, against all queries at once.
@@ -39,11 +39,11 @@ SMOLLM2 = TransformerConfig(
     family="llama", vocab_size=49152, width=576, layers=30, heads=9, kv_heads=3, head_dim=64, mlp_dim=1536
 )
 SLOTS, PROMPT, NEW, SHARED = 32, 128, 33, 96
-LONG = (8, 1024)  # prompts, and tokens of each
+LONG = (8, 1024)  # number of prompts, and tokens of each
 
 
 def weights(config: TransformerConfig, dtype: Any = jnp.float32) -> Any:
-    """Random ones, laid out for an engine."""
+    """Random weights in the layout of an engine."""
 
     def draw(key: Any) -> Any:
         params = jax.tree.map(lambda leaf: leaf.astype(dtype), Transformer(config).init(key))
@@ -59,7 +59,7 @@ def _engine(config: TransformerConfig, shape: tuple[int, int], new: int) -> Engi
 def call(
     config: TransformerConfig, params: Any, *, shape: tuple[int, int] = (SLOTS, PROMPT), new: int = NEW, shared: int = 0
 ) -> Callable:
-    """A compiled call of the engine on prompts [number, tokens], the first `shared` alike."""
+    """A compiled call of the engine on prompts [number, tokens] that share the first `shared` tokens."""
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, shape)
     tokens[:, :shared] = tokens[:1, :shared]
     rows = Packing(tuple(tokens[0, :shared].tolist()), shape[1] - shared).pack(tokens.tolist(), rows=shape[0])
@@ -69,7 +69,7 @@ def call(
 
 
 def bare_products(config: TransformerConfig, params: Any, *, turns: int, rows: int = SLOTS) -> Callable:
-    """The matrix products of `turns` decode steps, with next to nothing between them."""
+    """The matrix products of `turns` decode steps, with almost nothing between them."""
     places, groups, dtype = PROMPT + NEW, config.heads // config.kv_heads, params["embed"]["embedding"].dtype
     k = jnp.ones((config.layers, rows, config.kv_heads, config.head_dim, places), dtype)
     v = jnp.ones((config.layers, rows, config.kv_heads, places, config.head_dim), dtype)
@@ -100,14 +100,14 @@ def bare_products(config: TransformerConfig, params: Any, *, turns: int, rows: i
 
 
 def large_products(dtype: Any, *, size: int = 4096) -> Callable:
-    """A product of two square matrices, in which shape a CPU multiplies fastest."""
+    """A product of two square matrices, the fastest shape on a CPU."""
     x = jnp.ones((size, size), dtype)
     program = jax.jit(lambda x: jnp.matmul(x, x, preferred_element_type=jnp.float32)).lower(x).compile()
     return lambda: program(x)
 
 
 def timed(functions: dict[str, Callable], repeats: int) -> dict[str, float]:
-    """Median seconds of each, run in turn; a first round does not count."""
+    """Median seconds of each, run in turn; the first round does not count."""
     waited = {name: lambda f=function: jax.block_until_ready(f()) for name, function in functions.items()}
     return {name: float(np.median(times)) for name, times in in_turn(waited, repeats=repeats).items()}
 
@@ -163,7 +163,7 @@ PARTS = {"step": step, "step16": step16, "prefix": prefix, "long": long}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default=",".join(PARTS), help="names, with commas between")
+    parser.add_argument("--parts", default=",".join(PARTS), help="names, separated by commas")
     parser.add_argument("--repeats", type=int, default=5)
     add_json(parser)
     args = parser.parse_args()

@@ -1,11 +1,11 @@
-"""The update of a model of SmolLM2-135M's shape, with the l2 anchor: ours against torch's.
+"""The update of a model with the shape of SmolLM2-135M, with the l2 anchor: ours against torch.
 
 Command:  python -m benchmarks.estimate [--population=30] [--layers=30] [--repeats=3] [--json[=FILE]]
 Cost:     2 minutes on 2 CPU cores.
 Result:   ours 3.03 s, torch 13.91 s (4.59 ×), ours without anchor 3.31 s.
 
-Both draw all members' noise again, add it up weighted, take the step and pull toward the anchor; float32, all cores.
-"ours, no anchor" is the same program without the pull: the difference is the pull's own cost.
+Both draw all members' noise again, sum it with weights, take the step and pull toward the anchor, in float32 on all
+cores. "ours, no anchor" is the same program without the pull, so the difference is the cost of the pull.
 """
 
 from collections.abc import Callable

@@ -1,6 +1,6 @@
-"""What the child processes of benchmarks.faults do.
+"""The work of the child processes of benchmarks.faults.
 
-They are forked from a server that has imported this module, and with it es_jax, and has started nothing.
+They are forked from a server that has imported this module, and with it es_jax, but has started nothing.
 """
 
 import contextlib
@@ -40,13 +40,13 @@ from tests.helpers import config_of, tiny_model
 from tests.tasks.task_rows import ROWS, write, write_rows
 from tests.weights import gguf_models
 
-STEPS, MEMORY, SLOW = 4, 4 << 30, 0.010  # steps of the small runs; bytes beyond what a warm child has; seconds
+STEPS, MEMORY, SLOW = 4, 4 << 30, 0.010  # steps of the small runs; bytes beyond those of a warm child; seconds
 QUESTION = ({"role": "user", "content": "What is 2 + 2? Ünïcode, 12345."},)
-Outcome = tuple[str, Any]  # ("value", what came out), ("refused", the sentence) or ("otherwise", the error's type)
+Outcome = tuple[str, Any]  # ("value", result), ("refused", sentence) or ("otherwise", type of the error)
 
 
 def attempt(call: Callable[[], Any], names: Sequence[str]) -> Outcome:
-    """What came of it. A refusal is an error of ours whose sentence has one of the names in it."""
+    """The outcome. A refusal is an error of ours whose sentence contains one of the names."""
     try:
         return "value", call()
     except (ValueError, OSError) as error:
@@ -57,7 +57,7 @@ def attempt(call: Callable[[], Any], names: Sequence[str]) -> Outcome:
 
 
 def serve(connection: Connection) -> None:
-    """Answers requests (name of an operation, its arguments, names) until there are no more."""
+    """Answers requests (name of an operation, its arguments, names) until there are none."""
     _quiet()
     while True:
         name, arguments, names = connection.recv()
@@ -65,7 +65,7 @@ def serve(connection: Connection) -> None:
 
 
 def _quiet() -> None:
-    """What libraries say goes nowhere, as does what they print of an input."""
+    """Discard the output of libraries, including what they print of an input."""
     with open(os.devnull, "w") as nowhere:
         for stream in (1, 2):
             os.dup2(nowhere.fileno(), stream)
@@ -80,7 +80,7 @@ def digest(tree: Any) -> str:
 
 
 def prepare(folder: str) -> None:
-    """Models, rows and runs that are whole."""
+    """Intact models, rows and runs."""
     root = Path(folder)
     tiny_model(root / "summed")
     shutil.copytree(root / "summed", root / "model")
@@ -129,7 +129,7 @@ def _parquet(folder: Path, split: str, rows: list[dict]) -> None:
 
 
 def read_model(source: str) -> list:
-    """A model of which nothing is known but its files."""
+    """A model of which only the files are known."""
     model = load_model(source)
     ids = encode_prompt(model.tokenizer, QUESTION)
     text = model.tokenizer.decode(ids + list(range(0, 250, 7)))
@@ -137,7 +137,7 @@ def read_model(source: str) -> list:
 
 
 def read_run(workdir: str) -> list:
-    """The base model of a run, as evaluation and export read it."""
+    """The base model of a run, read as by evaluation and export."""
     source = of_run(Path(workdir), make_mesh(1))
     ((_, params),) = source.weights([0])
     model = source.model
@@ -157,13 +157,13 @@ def restore_run(workdir: str) -> str:
 
 
 def resume_run(root: str, name: str, workdir: str) -> list:
-    """A finished run that is started again, and does nothing."""
+    """A finished run that is started again and does nothing."""
     result = loop.run(small_config(Path(root), name), workdir)
     return [digest(result.params), result.step, (Path(workdir) / "evals/conciseness.jsonl").read_text()]
 
 
 def limit_memory() -> None:
-    """A child may take no more than MEMORY beyond what it has."""
+    """Limit a child to MEMORY bytes beyond its current memory."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -173,7 +173,7 @@ def limit_memory() -> None:
 
 
 def grade(folder: str, task: str, grader: str | None, seed: int, trials: int) -> tuple[int, int]:
-    """How many of the hostile completions end in an error, and how many take too long."""
+    """How many hostile completions end in an error, and how many take too long."""
     options: dict[str, Any] = {} if grader is None else {"grader": grader}
     if task in ROWS:
         options["data_dir"] = write_rows(Path(folder) / task, task)
@@ -202,7 +202,7 @@ def graders_of(task: str) -> tuple[str | None, ...]:
     return GRADERS if "grader" in names else (None,)
 
 
-# Training that meets a fault
+# Training with a fault
 
 
 def lab_config() -> RunConfig:
@@ -215,7 +215,7 @@ def lab_config() -> RunConfig:
 
 
 def train_and_tell(connection: Connection, workdir: str) -> None:
-    """`train`, in a process of its own that says when it begins to save."""
+    """`train`, in a separate process that reports when it begins to save."""
     _quiet()
     save = Checkpoints.save
 
@@ -234,7 +234,7 @@ def train(workdir: str) -> str:
 
 
 def train_on_a_full_disk(workdir: str, limit: int) -> str:
-    """No file may grow past so many bytes."""
+    """Limit the size of files to so many bytes."""
     with _files_limited_to(limit):
         return train(workdir)
 
@@ -249,7 +249,7 @@ def export_to_a_full_disk(workdir: str, out: str, limit: int) -> str:
 def _files_limited_to(limit: int) -> Iterator[None]:
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
     seconds = jax.config.jax_persistent_cache_min_compile_time_secs
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)  # the cache is read, and nothing is cut in it
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)  # the cache is only read, and so not truncated
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
         yield
@@ -259,7 +259,7 @@ def _files_limited_to(limit: int) -> Iterator[None]:
 
 
 def train_with_nan(workdir: str, call: int) -> str:
-    """The reward of the completion of that number is NaN."""
+    """Make the reward of the completion with that number NaN."""
     calls = [0]
 
     @dataclasses.dataclass(frozen=True)
@@ -278,7 +278,7 @@ def train_with_nan(workdir: str, call: int) -> str:
 
 
 def leftovers(workdir: str) -> list[str]:
-    """What is in a run's directory and should not be: parts of files and folders that a kill left."""
+    """What should not be in a run's directory: partial files and folders that a kill left."""
     root = Path(workdir)
     names = [path.name for path in (root / "ckpt").iterdir() if not path.name.isdigit()]
     return names + [path.name for path in root.rglob("*.tmp")]

@@ -1,4 +1,4 @@
-"""Mutated files and hostile completions, for benchmarks.faults: functions of the random numbers they are given."""
+"""Mutated files and hostile completions for benchmarks.faults, as functions of given random numbers."""
 
 import json
 import random
@@ -8,7 +8,7 @@ ODD = (None, True, -1, 0, 3, 1e308, 2**63, 1.5, "", "none", "x" * 5000, [], {}, 
 
 
 def mutated(content: bytes, draw: random.Random) -> bytes:
-    """The content with one mutation: bytes that are not what they were, or, of JSON, a value or name that is not."""
+    """The content with one mutation: changed bytes or, for JSON, a changed value or name."""
     while True:
         other = _json_lines(content, draw) if draw.random() < 0.5 else None
         other = _bytes(content, draw) if other is None else other
@@ -34,7 +34,7 @@ def _bytes(content: bytes, draw: random.Random) -> bytes:
 
 
 def _json_lines(content: bytes, draw: random.Random) -> bytes | None:
-    """One value or name of a JSON file, or of one line of it, is another; None where it is not JSON."""
+    """Change one value or name of a JSON file, or of one line; None if it is not JSON."""
     lines = content.splitlines(keepends=True)
     at = draw.randrange(len(lines))
     for first, last in ((0, len(lines)), (at, at + 1)):
@@ -49,7 +49,7 @@ def _json_lines(content: bytes, draw: random.Random) -> bytes | None:
 
 
 def _altered(value: Any, draw: random.Random) -> Any:
-    """The same with one thing inside it altered."""
+    """The same with one part changed."""
     if not isinstance(value, dict | list) or not value or draw.random() < 0.1:
         return draw.choice(ODD)
     keys = list(value) if isinstance(value, dict) else list(range(len(value)))
@@ -76,7 +76,7 @@ LONGEST = 20_000  # characters: a thousand tokens are rarely more
 
 
 def hostile_completion(draw: random.Random, pieces: tuple[str, ...] = PIECES) -> str:
-    """Text that no model should write, and some will: markers without end, towers, digits of any script."""
+    """Text that no model should write but some will: endless markers, power towers, digits of any script."""
     return _hostile(draw, pieces)[:LONGEST]
 
 

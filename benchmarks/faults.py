@@ -1,15 +1,15 @@
-"""Faults on purpose: kills, damaged files, hostile completions, a full disk, no network, NaN rewards, a dead process.
+"""Injects faults: kills, damaged files, hostile completions, a full disk, no network, NaN rewards, a dead process.
 
 Command:  python -m benchmarks.faults [--only=KIND,…] [--trials=N] [--seed=0] [--json[=FILE]]
 Cost:     about 5 minutes on 2 CPU cores.
-Result:   docs/reliability.md: no trial ended with other weights than it should, or without a sentence of ours.
+Result:   docs/reliability.md: no trial ended with wrong weights, or without a sentence of ours.
 
 Each trial is one fault, drawn from the seed, and ends in one of four ways:
-  refused    an error of ours, whose sentence names what is wrong
-  harmless   the same result, to the bit; after a kill, a full disk or a NaN, that of the run that was started again
-  silent     another result, and no word of it
-  otherwise  an error of a library, a crash, more time or memory than there is
-Files are damaged in a folder of this program's own and read in a child process. Only counts are kept.
+  refused    an error of ours whose sentence names what is wrong
+  harmless   the same result, to the bit; after a kill, a full disk or a NaN it is the result of the restarted run
+  silent     a wrong result without a message
+  otherwise  an error of a library, a crash, too much time or memory
+Files are damaged in a separate folder and read in a child process. Only counts are kept.
 """
 
 import argparse
@@ -40,13 +40,13 @@ ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {
     **{"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "PYTHONWARNINGS": "ignore::UserWarning:multiprocessing.resource_tracker",  # of locks of killed processes
+    "PYTHONWARNINGS": "ignore::UserWarning:multiprocessing.resource_tracker",  # locks of killed processes
 }
 processes = multiprocessing.get_context("forkserver")
 
 
 class Child:
-    """A child process that answers requests, and another in its place when it ends or is silent for too long."""
+    """A child process that answers requests; it is replaced if it ends or is silent for too long."""
 
     def __init__(self) -> None:
         self._process: Any = None
@@ -75,7 +75,7 @@ class Child:
 
 
 class Campaign:
-    """The folder of a campaign, its random numbers, the child that reads and the one that trains."""
+    """The folder of a campaign, its random numbers, the child that reads and the child that trains."""
 
     def __init__(self, root: Path, seed: int) -> None:
         self.root, self.seed, self.child, self.trainer, self._prepared = root, seed, Child(), Child(), False
@@ -85,20 +85,20 @@ class Campaign:
         return random.Random(f"{self.seed} {kind}")
 
     def files(self) -> Path:
-        """The folder of whole models, rows and runs."""
+        """The folder of intact models, rows and runs."""
         if not self._prepared:
             self.value(self.child, "prepare", str(self.root / "files"))
             self._prepared = True
         return self.root / "files"
 
     def value(self, child: Child, name: str, *arguments: Any) -> Any:
-        """What an operation gives where nothing is at fault."""
+        """The result of an operation without a fault."""
         way, value = child.ask(name, *arguments, patience=10 * PATIENCE)
         assert way == "value", f"{name} without a fault: {value}"
         return value
 
     def start(self, workdir: Path) -> tuple[Any, Any]:
-        """A process that trains, and what it says."""
+        """A process that trains, and its output."""
         connection, theirs = processes.Pipe()
         process = processes.Process(target=children.train_and_tell, args=(theirs, str(workdir)), daemon=True)
         process.start()
@@ -106,7 +106,7 @@ class Campaign:
         return process, connection
 
     def whole(self) -> tuple[Path, str, float]:
-        """A run of the laboratory that meets no fault: its directory, its weights, its seconds from fork to end."""
+        """A laboratory run without a fault: its directory, its weights, and its seconds from fork to end."""
         if self._whole is None:
             weights = self.value(self.trainer, "train", str(self.root / "whole"))  # this compiles for all others
             began = time.monotonic()
@@ -118,7 +118,7 @@ class Campaign:
         return self._whole
 
     def resumed(self, workdir: Path) -> str:
-        """How a run ends that met a fault, when it is started again without one."""
+        """How a run with a fault ends after it is started again without one."""
         whole, expected, _ = self.whole()
         way, weights = self.trainer.ask("train", str(workdir), patience=3 * PATIENCE)
         if way != "value" or children.leftovers(str(workdir)) or not (workdir / "DONE").exists():
@@ -129,8 +129,8 @@ class Campaign:
 
 @dataclasses.dataclass(frozen=True)
 class Damage:
-    """What is damaged and what reads it. Of the readers (operation, its target) the first says whether the result is
-    the same; the others must end in a sentence or in a result. `names`: what a sentence has in it, one of them."""
+    """What is damaged and what reads it. The first of the readers (operation, its target) determines whether the result
+    is the same; the others must end with a sentence or a result. `names`: a sentence must contain one of them."""
 
     trials: int
     files: tuple[str, ...]
@@ -169,7 +169,7 @@ DAMAGED = {
 
 
 def damage(campaign: Campaign, kind: str, trials: int) -> Counts:
-    """One mutation of one file at a time."""
+    """Mutates one file at a time."""
     spec, counts = DAMAGED[kind], Counts()
     readers, names = spec.readers, spec.names
     files, draw = campaign.files(), campaign.draw(kind)
@@ -197,7 +197,7 @@ def _read(campaign: Campaign, files: Path, trial: Path, reader: tuple[str, ...],
     name, target = reader
     if name != "resume_run":
         return campaign.child.ask(name, str(files / target), names=names)
-    shutil.copytree(files / target, trial)  # since starting it again writes
+    shutil.copytree(files / target, trial)  # since a restart writes
     try:
         return campaign.child.ask(name, str(files), target, str(trial), names=names)
     finally:
@@ -205,7 +205,7 @@ def _read(campaign: Campaign, files: Path, trial: Path, reader: tuple[str, ...],
 
 
 def kills(campaign: Campaign, kind: str, trials: int) -> Counts:
-    """SIGKILL at a moment between the start and the end of a run, or while a checkpoint is saved."""
+    """SIGKILL at a random moment between the start and the end of a run, or while a checkpoint is saved."""
     draw, counts, seconds = campaign.draw(kind), Counts(), campaign.whole()[2]
     for trial in range(trials):
         workdir = campaign.root / f"killed{trial}"
@@ -225,7 +225,8 @@ def kills(campaign: Campaign, kind: str, trials: int) -> Counts:
 
 
 def full_disk(campaign: Campaign, kind: str, trials: int) -> Counts:
-    """No file may grow past some bytes, in training or in an export; with space again, all is as it would have been."""
+    """Files may not grow beyond some bytes, in training or in an export; with space again, the result must be the
+    same."""
     draw, counts, (whole, expected, _) = campaign.draw(kind), Counts(), campaign.whole()
     for trial in range(trials):
         limit, workdir = int(10 ** draw.uniform(2, 5.5)), campaign.root / f"full{trial}"
@@ -256,12 +257,12 @@ def nan_reward(campaign: Campaign, kind: str, trials: int) -> Counts:
     return counts
 
 
-HUB = {"HF_HUB_OFFLINE": "1"}, {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}  # told so; nobody answers
+HUB = {"HF_HUB_OFFLINE": "1"}, {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}  # told to; nobody answers
 NEEDS = ("--config.model.source=owner/name",), ("--config.task.name=gsm8k",)
 
 
 def hub(campaign: Campaign, kind: str, trials: int) -> Counts:
-    """A model or rows that are only on the hub, which is not there."""
+    """A model or rows that are only on the hub, which cannot be reached."""
     counts = Counts()
     for trial in range(trials):
         state, fields = HUB[trial % 2], NEEDS[trial // 2 % 2]
@@ -279,13 +280,13 @@ def hub(campaign: Campaign, kind: str, trials: int) -> Counts:
 
 
 def _ended(status: int, text: str) -> str:
-    """Of a command: refused where it ended with a sentence of ours and a status, without a traceback."""
+    """The outcome of a command: refused if it ended with a sentence of ours and a status, without a traceback."""
     last = (text.strip().splitlines() or [""])[-1]
     return "refused" if status == 1 and last.startswith("es_jax.train: ") and "Traceback" not in text else "otherwise"
 
 
 def dead(campaign: Campaign, kind: str, trials: int) -> Counts:
-    """One of two processes is killed; the other must end within three times the heartbeat that was asked for."""
+    """One of two processes is killed; the other must end within three times the requested heartbeat."""
     draw, counts = campaign.draw(kind), Counts()
     for trial in range(trials):
         workdir, victim = campaign.root / f"pair{trial}", trial % 2
@@ -318,7 +319,7 @@ def dead(campaign: Campaign, kind: str, trials: int) -> Counts:
 
 
 def completions(campaign: Campaign, kind: str, trials: int) -> Counts:
-    """Hostile completions, against every grader of every task: no error, a finite score, 10 ms at most."""
+    """Hostile completions against every grader of every task: no error, a finite score, at most 10 ms."""
     counts = Counts()
     for task in sorted(TASKS):
         for grader in children.graders_of(task):
@@ -356,14 +357,14 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", help=f"kinds, with commas between: {', '.join(KINDS)}")
-    parser.add_argument("--trials", type=int, help="of each kind, instead of its own number")
+    parser.add_argument("--only", help=f"kinds, separated by commas: {', '.join(KINDS)}")
+    parser.add_argument("--trials", type=int, help="trials of each kind, instead of its default")
     parser.add_argument("--seed", type=int, default=0)
     add_json(parser)
     args = parser.parse_args()
     kinds = args.only.split(",") if args.only else [*KINDS]
     if unknown := [kind for kind in kinds if kind not in KINDS]:
-        parser.error(f"--only has {', '.join(unknown)}: known are {', '.join(KINDS)}")
+        parser.error(f"--only has {', '.join(unknown)}: choose among {', '.join(KINDS)}")
     rows = run(kinds, trials=args.trials, seed=args.seed)
     if not write_json(rows, args.json):
         print(table(rows))

@@ -1,13 +1,14 @@
-"""How an iteration's cost grows: with members, prompts, new tokens, weights and devices; a table, a plot, exponents.
+"""How the cost of an iteration grows with members, prompts, new tokens, weights and devices: a table, a plot,
+exponents.
 
 Command:  python -m benchmarks.growth [--repeats=3] [--plot=docs/growth.png] [--json[=FILE]]
 Cost:     --repeats=2: 4.4 minutes on 2 CPU cores.
 Result:   docs/speed.md: exponents of members .99, prompts 1.01, tokens .92, weights 1.18, devices −.12.
 
-A whole iteration but grading: perturb, decode, estimate, update with the l2 anchor. Random weights in float32, and no
-row stops. Each size is varied alone, the others as in BASE. The exponent is that of the power law that fits best: 1 is
-proportional. Devices are fake ones that share the machine's cores, so they show what cutting the work up costs (0 would
-be nothing), not what more chips gain.
+It times a whole iteration without grading: perturb, decode, estimate, and update with the l2 anchor. Weights are random
+in float32, and no row stops. Each size is varied alone, with the others as in BASE. The exponent is that of the
+best-fitting power law; 1 means proportional. The devices are virtual ones that share the machine's cores, so they show
+the cost of splitting the work (0 would be none), not the gain from more chips.
 """
 
 import argparse
@@ -43,7 +44,7 @@ MODEL = TransformerConfig(
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Of an iteration."""
+    """The sizes of an iteration."""
 
     members: int = 8
     prompts: int = 32
@@ -63,7 +64,7 @@ AXES = {
 
 
 def iteration(sizes: Sizes) -> tuple[Callable[[], None], int]:
-    """One iteration, to be called again and again, and the model's weights."""
+    """A function that runs one iteration, and the model's weights."""
     model = dataclasses.replace(MODEL, layers=sizes.layers)
     es, anchor = {"population": sizes.members}, {"penalty": "l2", "strength": 10.0}
     config = freeze({"es": es, "optim": {"anchor": anchor}})
@@ -85,7 +86,7 @@ def iteration(sizes: Sizes) -> tuple[Callable[[], None], int]:
 
 
 def grown(axis: str, repeats: int) -> dict[str, Any]:
-    """Seconds by size along an axis (for layers, by weights), and the exponent."""
+    """Seconds by size along an axis (by weights for layers), and the exponent."""
     iterations = {size: iteration(dataclasses.replace(BASE, **{axis: size})) for size in AXES[axis]}
     seconds = in_turn({str(size): call for size, (call, _) in iterations.items()}, repeats=repeats)
     sizes = [weights if axis == "layers" else size for size, (_, weights) in iterations.items()]
@@ -105,7 +106,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
 
 
 def plot(rows: dict[str, dict[str, Any]], path: Path) -> None:
-    """Seconds against the size relative to the smallest, both in powers of two."""
+    """Plots seconds against the size relative to the smallest, both on a log2 scale."""
     picture = Figure(figsize=(6, 4), layout="constrained", dpi=150)
     axes = picture.subplots()
     for marker, (axis, row) in zip("os^vD", rows.items(), strict=False):
@@ -123,8 +124,8 @@ def plot(rows: dict[str, dict[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--axes", default=",".join(AXES), help="names, with commas between")
-    parser.add_argument("--plot", type=Path, help="where a picture goes")
+    parser.add_argument("--axes", default=",".join(AXES), help="names, separated by commas")
+    parser.add_argument("--plot", type=Path, help="file for the plot")
     add_json(parser)
     args = parser.parse_args()
     rows = {axis: grown(axis, args.repeats) for axis in args.axes.split(",")}

@@ -1,19 +1,19 @@
-"""A whole ES iteration on SmolLM2-135M and Countdown: ours against the same with torch and transformers, in turn.
+"""A whole ES iteration on SmolLM2-135M and Countdown: ours and the same with torch and transformers, in turn.
 
 Command:  python -m benchmarks.iteration [--members=8] [--repeats=2] [--lengths=even] [--json[=FILE]]
           python -m benchmarks.iteration --record     (makes countdown_lengths.json anew)
 Needs:    `make smollm2`, EXTRAS=verify for torch.
-Cost:     --members=2 --repeats=1: 11 minutes on 2 CPU cores; with eight members and float32 alone (--ours=float32
-          --dtypes=float32) 20 minutes on 2 slower ones; the defaults not yet run.
-Result:   that: ours 88.9 s in float32 and 52.2 s in bfloat16, torch 88.8 s and 51.2 s; of --lengths=even 69.7 s and
-          40.8 s, torch 87.5 s and 50.8 s. Eight members in float32, on the slower cores: ours 452.3 s, torch 514.4 s.
-          docs/speed.md says why.
+Cost:     --members=2 --repeats=1: 11 minutes on 2 CPU cores; with eight members and only float32 (--ours=float32
+          --dtypes=float32) 20 minutes on 2 slower ones; the defaults have not been run yet.
+Result:   with two members ours takes 88.9 s in float32 and 52.2 s in bfloat16, torch 88.8 s and 51.2 s; with
+          --lengths=even ours takes 69.7 s and 40.8 s, torch 87.5 s and 50.8 s. With eight members in float32, on the
+          slower cores, ours takes 452.3 s, torch 514.4 s. docs/speed.md explains why.
 
-Both perturb each member's weights, decode 32 prompts greedily, grade the texts, and update with the l2 anchor. Rows end
-at given lengths on both sides, whatever the models say, so that both do the same work: those that the model itself was
-recorded with, or, with `--lengths=even`, 8, 16, … 256, which nobody recorded, to show what a row that ends early is
-worth. Both in float32 and in bfloat16; our master weights and
-update stay float32. A first iteration of each, of two members, does not count; the peer's has rows of two tokens.
+Both perturb each member's weights, decode 32 prompts greedily, grade the texts, and update with the l2 anchor. On both
+sides rows end at given lengths, whatever the models write, so that both do the same work. These are the recorded
+lengths of the model itself or, with `--lengths=even`, 8, 16, … 256, which are not recorded but show the gain from rows
+that end early. Both run in float32 and in bfloat16; our master weights and update stay in float32. A first iteration of
+each side, with two members, does not count; the peer's has rows of two tokens.
 """
 
 import argparse
@@ -53,7 +53,7 @@ SIGMA, RATE, STRENGTH, PROMPTS, MAX_NEW = 1e-3, 5e-4, 10.0, 32, 256
 
 @dataclasses.dataclass(frozen=True)
 class GreedyWithout(Greedy):
-    """The likeliest of the other tokens."""
+    """The likeliest among the other tokens."""
 
     stops: tuple[int, ...] = ()
 
@@ -89,7 +89,7 @@ class Bench:
         return cls(model, task, examples, [encode_prompt(model.tokenizer, e.prompt) for e in examples], lengths)
 
     def grader(self) -> Grader:
-        """One of an iteration, as it does not grade a completion twice."""
+        """A grader for one iteration, since a grader does not grade a completion twice."""
         return Grader(self.model, self.examples, at_once(self.task), self.prompts)
 
     def engine(self, kind: type[Engine] = EndedEngine, **more: Any) -> Engine:
@@ -98,7 +98,7 @@ class Bench:
         return kind(self.model.config, stop_token_ids=self.model.stop_token_ids, **sizes, **more)
 
     def ours(self, dtype: str) -> Callable[[int, int], dict[str, float]]:
-        """An iteration of so many members at a step, members' weights in the dtype: seconds by part."""
+        """Run an iteration with so many members and their weights in the dtype; returns seconds by part."""
         mesh, engine = make_mesh(1, 1), self.engine(lengths=tuple(self.lengths))
         params = jax.tree.map(jnp.copy, self.model.params)
         states: dict[str, State] = {}
@@ -124,7 +124,7 @@ class Bench:
         return call
 
     def peer(self, folder: Path, dtype: str) -> Callable[[int, int], dict[str, float]]:
-        """The same in torch."""
+        """The same with torch."""
         import torch
         from transformers import AutoModelForCausalLM
 
@@ -140,7 +140,7 @@ class Bench:
                 graded = grader(range(PROMPTS), tokens, np.array(self.lengths))
                 return float(np.mean([one().score.reward for one in graded]))
 
-            lengths = self.lengths if step > 1 else [2] * PROMPTS  # nothing is compiled: a short one warms it up
+            lengths = self.lengths if step > 1 else [2] * PROMPTS  # nothing is compiled: a short iteration warms it up
             return peer_torch.iteration(
                 net, anchor, [self.prompts] * members, [lengths] * members, score,
                 step=step, sigma=SIGMA, rate=RATE, decay=RATE * STRENGTH, stop=self.model.stop_token_ids[0],
@@ -150,7 +150,7 @@ class Bench:
 
 
 def drawn(kind: str) -> list[int]:
-    """A length for each prompt, the same ones always."""
+    """A fixed length for each prompt."""
     if kind == "even":
         return list(range(MAX_NEW // PROMPTS, MAX_NEW + 1, MAX_NEW // PROMPTS))
     recorded = np.array(json.loads(LENGTHS.read_text())["lengths"])
@@ -158,7 +158,7 @@ def drawn(kind: str) -> list[int]:
 
 
 def record(source: str, members: int) -> dict[str, Any]:
-    """Lengths of what members of the base model, at σ, say to the prompts when nothing but themselves ends them."""
+    """Lengths of completions by members of the base model at σ that only the members themselves end."""
     bench = Bench.of(source, ())
     config = freeze({"es": {"population": members, "sigma": SIGMA}})
     engine, mesh = bench.engine(Engine), make_mesh(1, 1)
@@ -177,8 +177,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--lengths", choices=["recorded", "even"], default="recorded")
     parser.add_argument("--ours", default="float32,bfloat16", help="dtypes of our members' weights")
-    parser.add_argument("--dtypes", default="float32,bfloat16", help="of the peer")
-    parser.add_argument("--record", action="store_true", help="record the lengths, instead of timing")
+    parser.add_argument("--dtypes", default="float32,bfloat16", help="dtypes of the peer")
+    parser.add_argument("--record", action="store_true", help="record the lengths instead of timing")
     add_json(parser)
     args = parser.parse_args()
     if args.record:

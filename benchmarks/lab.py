@@ -1,14 +1,15 @@
-"""Member evaluations a second of the laboratory model: ours against torch, with `generate` and with a loop by hand.
+"""Member evaluations per second with the laboratory model: ours against torch, with `generate` and with a hand-written
+loop.
 
 Command:  python -m benchmarks.lab [--repeats=5] [--members=8] [--json[=FILE]]
 Needs:    EXTRAS=verify for torch.
 Cost:     10 s on 2 CPU cores.
-Result:   ours 157 members a second, torch 77 with generate (2.05 ×) and 91 by hand (1.72 ×). docs/speed.md
+Result:   ours 157 members per second, torch 77 with generate (2.05 ×) and 91 by hand (1.72 ×). docs/speed.md
 
 A member is perturbed, decodes 64 lab-countdown prompts greedily, at most 6 new tokens, and is graded. The peer's member
 is perturbed and restored in place; "torch, by hand" decodes with a loop of a few lines over the same network and its
-cache, which does without what `generate` does around it. Ours evaluates 4 members in a call, on one device that has all
-cores, and once more with a device a core, which share the members (`JAX_NUM_CPU_DEVICES`).
+cache, without the overhead of `generate`. Ours evaluates 4 members in a call, on one device with all cores, and once
+more with one device per core, which share the members (`JAX_NUM_CPU_DEVICES`).
 """
 
 import os
@@ -91,7 +92,7 @@ def main() -> None:
 
 
 def _length(row: list[int], stops: tuple[int, ...]) -> int:
-    """Tokens up to the first that stops, itself among them."""
+    """Tokens up to and including the first stop token."""
     return next((i + 1 for i, token in enumerate(row) if token in stops), len(row))
 
 

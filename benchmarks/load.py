@@ -1,4 +1,4 @@
-"""Loading a model: seconds, GB/s, and the most host memory it takes beyond the weights that it places.
+"""Loading a model: seconds, GB/s, and the peak host memory beyond the placed weights.
 
 Command:  python -m benchmarks.load [--gigabytes=2] [--dtype=float32] [--source=FOLDER or FILE.gguf] [--repeats=3]
           [--json]
@@ -10,19 +10,19 @@ Result:   2 CPU cores, busy with other work; MB are 10⁶ bytes. Reading include
     --dtype=bfloat16      1975.7      27.7       3951.4               262.1               265.4              1.012
     SmolLM2, Q4_1           98.4       1.3        538.1               113.2               135.3              1.195
 
-    Of the small model's remainder, 22 MB, most is its tokenizer, which stays.
+    Most of the small model's remainder, 22 MB, is its tokenizer, which stays.
 
-Without --source it makes a Llama of that size (as --dtype on disk) in a temporary folder; with it the model there is
-loaded, and nothing is made. It is loaded --repeats times, and once more for `arrays_at_most`, each time in a fresh
-process with one CPU device, which has opened the model once before without its weights, so that imports and the tracing
-of the model's shapes, which do not grow with the weights, do not count. `seconds` is the median, the rest the most:
+Without --source it makes a Llama of that size (as --dtype on disk) in a temporary folder; with --source it loads that
+model. The model is loaded --repeats times, and once more for `arrays_at_most`. Each load runs in a fresh process with
+one CPU device that has opened the model before without its weights, so that imports and the tracing of the model's
+shapes, which do not grow with the weights, do not count. `seconds` is the median, the others are maxima:
 
-- resident_beyond: the memory that the process holds at most while a leaf is placed, minus what it held at first and the
-  leaves placed up to it. A CPU device's memory is the host's, so this is what the host needs beyond the weights.
-- arrays_at_most: the most that NumPy's arrays hold at once, which no device ever sees (Python's tracemalloc).
+- resident_beyond: the peak memory of the process while a leaf is placed, minus its memory at the start and the leaves
+  placed so far. A CPU device's memory is the host's, so this is what the host needs beyond the weights.
+- arrays_at_most: the peak size of NumPy's arrays, which no device ever sees (Python's tracemalloc).
 
-The larger of the two, over the largest tensor (as the float32 that it becomes), is to stay below 1.2 for 2 GB. The
-file's pages are in the cache where it was just made.
+The larger of the two, divided by the largest tensor (in float32), should stay below 1.2 for 2 GB. If the file was just
+made, its pages are in the cache.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from pathlib import Path
 
 
 def make_model(folder: Path, *, gigabytes: float, dtype: str) -> None:
-    """A Llama folder of random weights with about that many 10⁹ bytes of tensors, written tensor by tensor."""
+    """A Llama folder with about that many 10⁹ bytes of random tensors, written tensor by tensor."""
     import ml_dtypes
     import numpy as np
     from tokenizers import Tokenizer, models
@@ -82,7 +82,7 @@ def load(source: str) -> dict[str, float]:
     param_shapes(load_outline(source).config)
     where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     jax.block_until_ready(jax.device_put(0.0, where))
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is measured from here
     before, placed, beyond = memory("VmRSS"), [0], [0]
 
     def leaf_by_leaf(path: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
@@ -108,7 +108,7 @@ def load(source: str) -> dict[str, float]:
 
 
 def trace(source: str) -> dict[str, float]:
-    """Load once, in this process: the most bytes that Python's and NumPy's objects hold."""
+    """Load once, in this process: the peak bytes of Python's and NumPy's objects."""
     from es_jax.models.transformer import param_shapes
     from es_jax.weights.model import load_model, load_outline
 
@@ -122,13 +122,13 @@ CHILDREN = {"load": load, "trace": trace}
 
 
 def memory(field: str) -> int:
-    """Bytes of this process by a field of Linux's /proc: VmRSS now, VmHWM at most."""
+    """Bytes of this process from a field of Linux's /proc: VmRSS is the current value, VmHWM the peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith(field + ":"))) * 1024
 
 
 def in_child(name: str, source: str) -> dict[str, float]:
-    """A function of CHILDREN in a fresh process with one CPU device."""
+    """Run a function of CHILDREN in a fresh process with one CPU device."""
     env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "benchmarks.load", f"--child={name}", f"--source={source}"]
     out = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True)
@@ -142,7 +142,7 @@ def bytes_of(source: Path) -> int:
 
 
 def report(source: Path, *, repeats: int) -> dict[str, float]:
-    """What the children measured, and what follows from it: of the loads the median seconds and the most memory."""
+    """The children's results and derived values: the loads' median seconds and peak memory."""
     loads = [in_child("load", str(source)) for _ in range(repeats)]
     size, result = bytes_of(source), {key: max(load[key] for load in loads) for key in loads[0]}
     result |= {"seconds": statistics.median(load["seconds"] for load in loads)} | in_child("trace", str(source))

@@ -1,18 +1,19 @@
-"""Low-rank noise, whose members share their weights, against full rank and against torch on the same rollouts.
+"""Low-rank noise, whose members share weights, against full rank and against torch on the same rollouts.
 
 Command:  python -m benchmarks.low_rank --part=iteration --data=DIR [--members=64] [--k=1] [--dtype=float32] [--torch]
           python -m benchmarks.low_rank --part=lab | memory | update
           --repeats=2 --rank=1 --json[=FILE]
 Needs:    `make smollm2`; --data: a folder of GSM8K rows; --torch: EXTRAS=verify.
-Cost:     an iteration of 64 members takes half a minute with low rank and three minutes with full rank on 2 CPU cores.
+Cost:     an iteration with 64 members takes half a minute with low rank and three minutes with full rank on 2 CPU
+          cores.
 Result:   docs/speed.md
 
-iteration: noise, decoding, grading and update on SmolLM2-135M; P = 8 GSM8K prompts, of which each member sees k, and
-64 new tokens, which no row ends early. Full rank is tried with each number of --together, on 16 members, and the
-fastest is timed; 16 at once need more than 24 GiB. With --full-members=16 it is timed on so many members, and its time
-counted up to all: its members are evaluated one after another, and its update adds one after another. lab: steps of the
-laboratory model, N = 512, k = 1, P = 64. memory: of the compiled programs, beyond the weights and caches. update: N =
-1024 on SmolLM2's shape.
+iteration: noise, decoding, grading and update on SmolLM2-135M, with P = 8 GSM8K prompts, of which each member sees k,
+and 64 new tokens; no row ends early. Full rank is tried with each number of --together on 16 members, and the fastest
+is timed; 16 at once need more than 24 GiB. With --full-members=16 it is timed on that many members, and the time is
+scaled to all, since its members are evaluated and added one after another. lab: steps of the laboratory model, N = 512,
+k = 1, P = 64. memory: the memory of the compiled programs beyond weights and caches. update: N = 1024 on the shape of
+SmolLM2.
 """
 
 import argparse
@@ -58,7 +59,7 @@ Call = Callable[[], Any]
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What all sides of an iteration do."""
+    """The common work of all sides of an iteration."""
 
     args: argparse.Namespace
 
@@ -70,7 +71,7 @@ class Work:
             object.__setattr__(self, name, value)
 
     def grader(self) -> Grader:
-        """One of an iteration, as it does not grade a completion twice."""
+        """A grader for one iteration, since a grader does not grade a completion twice."""
         return Grader(self.model, self.examples, at_once(self.task), self.prompts)
 
     def config(self, noise: str, population: int, **decode: Any) -> RunConfig:
@@ -81,7 +82,7 @@ class Work:
         return freeze({"model": {"dtype": self.args.dtype}, "task": {"prompts_per_step": PROMPTS}, **sections})
 
     def ours(self, noise: str, together: int | None) -> Callable[[int], float]:
-        """An iteration of so many members: its seconds."""
+        """Run an iteration with so many members; returns its seconds."""
         mesh, made, turns = make_mesh(1, 1), {}, [0]
         sizes = {"slots": self.args.k, "max_new_tokens": NEW, "max_prompt_tokens": max(map(len, self.prompts))}
         engine = EndedEngine(
@@ -110,7 +111,7 @@ class Work:
         return call
 
     def peer(self, folder: Path) -> Callable[[int], float]:
-        """The same in torch and transformers, member by member."""
+        """The same with torch and transformers, member by member."""
         import torch
         from transformers import AutoModelForCausalLM
 
@@ -176,7 +177,7 @@ def say(line: str) -> None:
 
 
 def lab_steps(args: argparse.Namespace) -> None:
-    """The median step of each side, over runs in turn."""
+    """The median step time of each side, over runs in turn."""
     sides = {"low rank": f"noise=low_rank,rank={args.rank}"} | {f"full rank, {n} at once": "" for n in (1, 4, 16)}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(args.repeats):
@@ -193,7 +194,8 @@ def lab_steps(args: argparse.Namespace) -> None:
 
 
 def memory(args: argparse.Namespace) -> None:
-    """What the compiled programs hold beyond θ, anchor, the one copy of θ and the caches, by the compiler's figures."""
+    """The memory of the compiled programs beyond θ, the anchor, the one copy of θ and the caches, according to the
+    compiler."""
     config, params = smollm2(args.layers)
     fields = {"model": {"dtype": args.dtype}, "decode": {"members_at_once": args.members}}
     run_config = freeze({"es": {"noise": "low_rank", "rank": args.rank, "population": args.members}, **fields})
@@ -203,7 +205,7 @@ def memory(args: argparse.Namespace) -> None:
     members = Population(args.members, seed=0).members(1)
     shared, pairs = jax.eval_shape(evaluator.shared_weights, params), None
     pairs = jax.eval_shape(evaluator.member_pairs, params, members)
-    prompts = [[i] * args.prompt for i in (1, 2)]  # which share no prefix
+    prompts = [[i] * args.prompt for i in (1, 2)]  # they share no prefix
     packed = engine.packing(prompts).pack(prompts[:1], rows=1)
     rows = type(packed)(*(np.broadcast_to(x, (args.members, *x.shape)) for x in packed[:2]), packed.prefix)
     stats = Evaluator._decode.lower(evaluator, (shared, pairs), rows).compile().memory_analysis()
@@ -267,11 +269,13 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=1)
     parser.add_argument("--rank", type=int, default=1)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--together", nargs="+", type=int, default=[1, 4], help="members at once of full rank, to try")
-    parser.add_argument("--full-members", type=int, help="that full rank is timed on; by default all")
-    parser.add_argument("--torch", action="store_true", help="time torch and transformers too")
-    parser.add_argument("--layers", type=int, default=30, help="of memory and update")
-    parser.add_argument("--prompt", type=int, default=128, help="tokens of a prompt, of memory")
+    parser.add_argument(
+        "--together", nargs="+", type=int, default=[1, 4], help="numbers of full-rank members at once to try"
+    )
+    parser.add_argument("--full-members", type=int, help="members on which full rank is timed; all by default")
+    parser.add_argument("--torch", action="store_true", help="also time torch and transformers")
+    parser.add_argument("--layers", type=int, default=30, help="N for memory and update")
+    parser.add_argument("--prompt", type=int, default=128, help="tokens of a prompt, for memory")
     parser.add_argument("--repeats", type=int, default=2)
     add_json(parser)
     args = parser.parse_args()

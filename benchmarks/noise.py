@@ -1,13 +1,13 @@
-"""Perturbing a model of SmolLM2-135M's shape: ours, with each generator, against torch in place and back.
+"""Perturbing a model with the shape of SmolLM2-135M: ours with each generator, against torch in place and back.
 
 Command:  python -m benchmarks.noise [--repeats=5] [--layers=30] [--json[=FILE]]
 Cost:     half a minute on 2 CPU cores.
 Result:   135M weights: ours 0.189 s, torch there and back 0.912 s (4.83 ×), ours with the threefry generator 1.467 s
           (`--repeats=7`).
 
-Ours is the loop's own call: a member's weights beside the master weights, in the engine's layout, in the memory of
-the member before, where the generator lets layers be made apart. There is nothing to restore; torch adds noise in
-place and takes it away again, which is what a member costs it. Both are float32 on all cores.
+Ours is the call in the training loop. It makes a member's weights in addition to the master weights, in the engine's
+layout, and in the memory of the previous member if the generator allows layers to be made separately. Nothing has to be
+restored. torch adds noise in place and subtracts it again, which is its cost per member. Both use float32 on all cores.
 """
 
 import dataclasses
@@ -32,14 +32,14 @@ from es_jax.training.es import Evaluator
 
 
 def smollm2(layers: int) -> tuple[TransformerConfig, Any]:
-    """SmolLM2-135M with that many layers: its config, and weights that are all zero."""
+    """SmolLM2-135M with that many layers: its config, and weights of zeros."""
     config = dataclasses.replace(SMOLLM2, layers=layers)
     shapes = jax.eval_shape(Transformer(config).init, jax.random.key(0))
     return config, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes)
 
 
 def unstacked(params: Any) -> list[tuple[int, ...]]:
-    """Shapes as torch holds them: a tensor a layer."""
+    """Shapes as in torch: one tensor per layer."""
     shapes = ((name, leaf.shape) for name, leaf in named_leaves(params))
     return [s for name, shape in shapes for s in ([shape[1:]] * shape[0] if "layers/" in name else [shape])]
 

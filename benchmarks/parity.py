@@ -1,12 +1,13 @@
-"""Question: do the logits of every family equal those of transformers, in float32?
+"""Question: are the logits of every family equal to those of transformers, in float32?
 
-Small models with random sizes and random weights (norms and biases too), the reference on PyTorch with eager attention:
-the largest absolute difference of the logits without a cache and with one (fed in pieces), without padding, with left
-and with right padding; and whether 64 greedy tokens of each are the same, in the engine and in transformers' generate.
+It compares small models with random sizes and random weights (including norms and biases) with the reference on PyTorch
+with eager attention. It reports the largest absolute difference of the logits, without a cache and with one (fed in
+pieces), and without padding, with left and with right padding. It also reports whether 64 greedy tokens of the engine
+and of transformers' generate are the same.
 
 Command:  python -m benchmarks.parity [--families=llama,…] [--cases=3] [--json]
 Needs:    pip install -e '.[verify]'
-Cost:     three minutes on 2 CPU cores that others use too.
+Cost:     three minutes on 2 shared CPU cores.
 Result:   docs/models.md
 """
 
@@ -44,7 +45,7 @@ class Case:
 
     @property
     def title(self) -> str:
-        """What is particular about the sizes, in a few words."""
+        """A short description of what is special about the sizes."""
         f = self.fields
         words = [f"{f['num_hidden_layers']} layers", f"{f['num_attention_heads']}/{f['num_key_value_heads']} heads"]
         words += [f"of {f['head_dim']}" if "head_dim" in f else "", f"width {f['hidden_size']}"]
@@ -57,7 +58,7 @@ class Case:
 
 
 def cases(family: str, count: int) -> Iterator[Case]:
-    """`count` random models of a family; the same every time."""
+    """`count` random models of a family, the same every time."""
     for index in range(count):
         draw = np.random.RandomState(zlib.crc32(family.encode()) + index)
         heads, kv_heads = [(3, 1), (6, 2), (5, 5), (4, 2), (9, 3)][(index + draw.randint(2) * 2) % 5]
@@ -82,7 +83,7 @@ def cases(family: str, count: int) -> Iterator[Case]:
 
 
 def _particulars(case: Case, draw: np.random.RandomState) -> Case:
-    """What only this family has, small enough that 40 tokens reach beyond it."""
+    """Features of this family alone, small enough that 40 tokens exceed them."""
     fields, index, window = case.fields, case.index, int(draw.randint(3, 12))
     rope = fields["rope_parameters"]
     if case.family == "llama" and index == 0:
@@ -110,7 +111,7 @@ def _particulars(case: Case, draw: np.random.RandomState) -> Case:
 
 
 def draw_weight(key: str, shape: tuple[int, ...], *, plus_one: bool) -> np.ndarray:
-    """The random tensor of that key, float32; the same every time and under every version of numpy."""
+    """The random float32 tensor of that key, the same every time and with every version of numpy."""
     normal = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(shape)
     if key.endswith("norm.weight"):
         normal = 0.3 * normal + (0.0 if plus_one else 1.0)
@@ -126,7 +127,7 @@ def reference_model(case: Case) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    torch.set_num_threads(1)  # small tensors: threads only wait for each other
+    torch.set_num_threads(1)  # small tensors: more threads would only wait
     reference = AutoModelForCausalLM.from_config(AutoConfig.for_model(case.family, **case.fields)).eval()
     plus_one = case.family.startswith("gemma")
     with torch.no_grad():
@@ -136,7 +137,7 @@ def reference_model(case: Case) -> Any:
 
 
 class TensorReader:
-    """A state dict as the conversion reads files: `shapes`, and `read(key)`."""
+    """A state dict with the interface of files: `shapes` and `read(key)`."""
 
     def __init__(self, tensors: dict[str, np.ndarray]) -> None:
         self._tensors = tensors
@@ -147,7 +148,7 @@ class TensorReader:
 
 
 def our_model(reference: Any) -> tuple[TransformerConfig, Any]:
-    """The same model here, through the config.json and the keys that transformers would write."""
+    """The same model in es_jax, through the config.json and the keys that transformers would write."""
     config = from_hf(json.loads(reference.config.to_json_string()))
     tensors = {key: tensor.numpy() for key, tensor in reference.state_dict().items()}
     return config, to_params(TensorReader(tensors), config, naming="hf")
@@ -199,7 +200,7 @@ def our_logits(config: TransformerConfig, params: Any, tokens: Any, positions: A
 
 
 def differences(case: Case, reference: Any, model: tuple[TransformerConfig, Any]) -> Iterator[dict[str, Any]]:
-    """The table's rows of one case: cache, padding, largest |difference| and largest |logit|."""
+    """The rows of the table for one case: cache, padding, largest |difference| and largest |logit|."""
     for padding in PADDINGS:
         tokens, positions = batch(padding, start=case.start)
         for cached in (False, True):
@@ -233,7 +234,7 @@ def greedy(reference: Any, model: tuple[TransformerConfig, Any]) -> tuple[np.nda
 
 
 def markdown(rows: list[dict[str, Any]], same: dict[str, bool]) -> str:
-    """The table of docs/models.md: a line a case and cache, a column a padding."""
+    """The table in docs/models.md: a line for each case and cache, a column for each padding."""
     lines = ["| family | config | cache | no padding | left | right |", "|---|---|---|---|---|---|"]
     cells: dict[tuple[str, str, bool], dict[str, float]] = {}
     for row in rows:
@@ -249,7 +250,7 @@ def markdown(rows: list[dict[str, Any]], same: dict[str, bool]) -> str:
 def main() -> None:
     """Print the table; with --json one object with `rows` and `greedy`."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.parity", description=__doc__.splitlines()[0])
-    parser.add_argument("--families", default=",".join(FAMILIES), help="names, with commas between")
+    parser.add_argument("--families", default=",".join(FAMILIES), help="names, separated by commas")
     parser.add_argument("--cases", type=int, default=3, help="random models of each family")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     args = parser.parse_args()

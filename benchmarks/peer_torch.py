@@ -1,8 +1,8 @@
-"""The same work as a user would write it today, with torch and transformers: the other side of the comparisons.
+"""The same work, written with torch and transformers as a user would today: the other side of the comparisons.
 
-Weights are perturbed in place from a seed, one tensor after the other, scored with `generate`, and restored by the same
-noise; the update draws all members' noise again. No tricks that only a library would take, none left out that everyone
-knows: `torch.inference_mode`, one generator, in-place `add_`, a batch of left-padded prompts.
+Weights are perturbed in place from a seed, tensor by tensor, scored with `generate`, and restored with the same noise.
+The update draws all members' noise again. It uses the well-known optimizations and no others: `torch.inference_mode`,
+one generator, in-place `add_`, a batch of left-padded prompts.
 """
 
 import inspect
@@ -21,7 +21,7 @@ def shapes_to_torch(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype = torc
 
 @torch.inference_mode()
 def perturb(params: Sequence[torch.Tensor], seed: int, scale: float) -> None:
-    """θ += scale · ε(seed), in place; with −scale it is the restoration."""
+    """θ += scale · ε(seed), in place; with −scale it restores θ."""
     generator = torch.Generator().manual_seed(seed)
     for param in params:
         param.add_(torch.randn(param.shape, generator=generator, dtype=param.dtype), alpha=scale)
@@ -55,8 +55,8 @@ def generate(
 ) -> np.ndarray:
     """Greedy completions [B, L].
 
-    With `lengths` each row is stopped at its own, as if the model had ended it there: a row that has its length is
-    given the stop token by a logits processor, so that `generate` ends when the last has.
+    With `lengths` each row is stopped at its own length, as if the model had ended it there: a logits processor gives
+    the stop token to a row that has its length, so that `generate` ends with the last row.
     """
     ids, mask = _padded(prompts, stop)
     width, ends = ids.shape[1], torch.tensor(lengths or 0)
@@ -82,7 +82,7 @@ def generate(
 
 @torch.inference_mode()
 def by_hand(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, stop: int) -> np.ndarray:
-    """The same in a loop of its own: one forward pass a token, until all rows have stopped."""
+    """The same in a hand-written loop: one forward pass per token, until all rows have stopped."""
     ids, mask = _padded(prompts, stop)
     positions, cache, tokens = (mask.cumsum(1) - 1).clamp(min=0), None, []
     done = torch.zeros(len(ids), dtype=torch.bool)
@@ -123,8 +123,8 @@ def iteration(
     decay: float,
     stop: int,
 ) -> dict[str, float]:
-    """One ES iteration: a list of prompts and one of lengths for each member, its number and tokens scored; seconds by
-    part."""
+    """One ES iteration, with a list of prompts and one of lengths for each member; `score` gets a member's number and
+    tokens. Returns seconds by part."""
     params, seconds = list(model.parameters()), {"perturb": 0.0, "generate": 0.0, "grade": 0.0, "update": 0.0}
     seeds, rewards = [1000 * step + i for i in range(len(lengths))], []
 

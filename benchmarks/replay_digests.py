@@ -1,11 +1,11 @@
-"""The weights of every step of a run, rebuilt from its seed log, as sha256 digests: do two machines make the same bits?
+"""Do two machines make the same bits? sha256 digests of the weights of every step of a run, rebuilt from its seed log.
 
 Command:  python -m benchmarks.replay_digests RUN [--cpu] [--json=FILE]
-Cost:     the updates of the run, without any decoding.
-Result:   a digest a step. With --json=FILE they are written there; where the file is there already they are compared
-          with it, and the first step that differs is named.
+Cost:     that of the run's updates, without decoding.
+Result:   a digest for each step. With --json=FILE they are written to the file; if it exists, they are compared with
+          it, and the first step that differs is named.
 
-Run it on two machines, or on one with and without --cpu, which rebuilds on the host's processors.
+Run it on two machines, or on one machine with and without --cpu, which rebuilds on the host's processors.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def main() -> None:
     other = json.loads(args.json.read_text())
     apart = [step for step in result if result[step] != other.get(step)]
     if apart:
-        sys.exit(f"{device}: {len(apart)} of {len(result)} steps differ from {args.json}, the first is step {apart[0]}")
+        sys.exit(f"{device}: {len(apart)} of {len(result)} steps differ from {args.json}; the first is step {apart[0]}")
     print(f"{device}: all {len(result)} steps have the bits of {args.json}")
 
 

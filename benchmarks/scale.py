@@ -1,11 +1,12 @@
-"""Which models fit which chips: `python -m es_jax.plan` over topologies and models, the table of docs/scale.md.
+"""Which models fit on which chips: runs `python -m es_jax.plan` over topologies and models, for the table in
+docs/scale.md.
 
 Command:  python -m benchmarks.scale [--topologies=v5e:4x4,…] [--models=Qwen/Qwen2.5-7B,…] [--slots=100] [--search]
-Cost:     the column "CPU" of the table; TPUs need libtpu, H100s the CUDA plugin (docs/scale.md).
+Cost:     see the column "CPU" of the table; TPUs need libtpu, H100s the CUDA plugin (docs/scale.md).
 Result:   docs/scale.md.
 
-Every cell is a process of its own. A cell that docs/scale.jsonl has already is not compiled again; delete its line, or
-the file, to do so. The table in docs/scale.md is written anew from the file each time.
+Every cell runs in its own process. A cell that is already in docs/scale.jsonl is not compiled again; to repeat it,
+delete its line or the file. The table in docs/scale.md is rewritten from the file each time.
 """
 
 import argparse
@@ -19,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CELLS, PAGE = ROOT / "docs/scale.jsonl", ROOT / "docs/scale.md"
 TOPOLOGIES = ("v5e:4x4", "v6e:4x4", "h100:1x1x8", "v5p:4x4x4", "v5e:16x16")
 MODELS = ("Qwen/Qwen2.5-7B", "Qwen/Qwen2.5-1.5B", "Qwen/Qwen2.5-3B", "meta-llama/Llama-3.1-8B")
-POPULATION = {"v5p:4x4x4": 256, "v5e:16x16": 256}  # 32 members would leave most of so many devices idle
+POPULATION = {"v5p:4x4x4": 256, "v5e:16x16": 256}  # with 32 members most of so many devices would be idle
 BEGIN, END = "<!-- table: benchmarks/scale.py -->\n", "<!-- end of table -->\n"
 
 
@@ -40,7 +41,7 @@ def command(topology: str, model: str, *, slots: int, memory: str = "device", se
 
 
 def plan(topology: str, model: str, **options: object) -> dict:
-    """The fields that the command prints; an error in their place where it prints none."""
+    """The fields that the command prints, or an error if it prints none."""
     arguments = command(topology, model, **options)  # type: ignore[arg-type]
     before = _cpu_seconds()
     process = subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True)
@@ -53,7 +54,7 @@ def plan(topology: str, model: str, **options: object) -> dict:
 
 
 def _cpu_seconds() -> float:
-    """Of the processes that this one started and that have ended."""
+    """CPU seconds of the ended child processes."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
@@ -103,7 +104,7 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=100)
     parser.add_argument("--anchor", default="device", choices=("device", "pinned_host"))
     parser.add_argument("--search", action="store_true", help="let the plan choose mesh and slots")
-    parser.add_argument("--json", action="store_true", help="print each new cell as a line of JSON")
+    parser.add_argument("--json", action="store_true", help="print each new cell as one line of JSON")
     args = parser.parse_args()
     cells = [json.loads(line) for line in CELLS.read_text().splitlines()] if CELLS.exists() else []
     commands = [cell["command"] for cell in cells]

@@ -1,13 +1,13 @@
-"""What a decode step moves in memory, against what it must: of compiled programs, for chips that are not here.
+"""The bytes that a decode step moves in memory, against the least it must, from compiled programs for absent chips.
 
 Command:  python -m benchmarks.traffic [--models=…] [--slots=64,200] [--topology=h100:1x1x1,v5e:2x2] [--json[=FILE]]
 Cost:     see the column "compile, s"; v5e needs libtpu, h100 the CUDA plugin (docs/scale.md).
 Result:   docs/speed.md.
 
 The programs are those of `python -m es_jax.plan`, and so those of a run: 200 prompts of up to 256 tokens, 1024 new
-tokens, bfloat16 members of float32 weights, an l2 anchor. A step is one of all slots, each at 1279 places, an even_step
-one of all slots at 256 to 1279 places; `--programs` names what else is compiled (perturb and perturb_layer must be, for
-they place the weights that decode takes).
+tokens, bfloat16 members of float32 weights, an l2 anchor. A step has all slots at 1279 places; an even_step has all
+slots at 256 to 1279 places. `--programs` names what else is compiled (perturb and perturb_layer must be, since they
+determine the sharding of the weights for decode).
 """
 
 import argparse
@@ -27,14 +27,14 @@ CONFIG = {
     "decode": {"max_prompt_tokens": 256, "max_new_tokens": 1024},
     "optim": {"anchor": {"penalty": "l2", "strength": 10.0}},
 }
-PARTS = {"decode": ("step", "even_step", "chunk", "prefill")}  # of programs that are not counted as a whole
+PARTS = {"decode": ("step", "even_step", "chunk", "prefill")}  # for programs that are not counted as a whole
 FIELDS = ("bytes", "bytes_least", "ratio", "kernels", "unknown_calls")
 HEAD = """| topology | model | slots | of | GB | at least, GB | ratio | kernels | compile, s |
 |---|---|---|---|---|---|---|---|---|"""
 
 
 def cells(topology_name: str, model_name: str, slots: int, programs: set[str]) -> list[dict[str, Any]]:
-    """Of each part of the programs the fields of `plan --json` on what it moves."""
+    """The fields of `plan --json` about traffic, for each part of the programs."""
     from es_jax.planning.plan import fields, make_plan
     from es_jax.planning.programs import find_shape
     from es_jax.planning.topology import topology
@@ -56,7 +56,7 @@ def cells(topology_name: str, model_name: str, slots: int, programs: set[str]) -
 
 
 def row(cell: dict[str, Any]) -> str:
-    """Of the table; where there is no figure, why."""
+    """A cell of the table; the reason if there is no figure."""
     least = f"{cell['bytes_least'] / 1e9:.2f}"
     if cell["bytes"] is None:
         why = cell["error"] or ", ".join(cell["unknown_calls"]) or "no such loop"
@@ -72,7 +72,7 @@ def row(cell: dict[str, Any]) -> str:
 def main() -> None:
     from es_jax.planning.compiler import CompilerEnded
 
-    jax.config.update("jax_platforms", "cpu")  # chips that are here are left alone
+    jax.config.update("jax_platforms", "cpu")  # it must not use this machine's chips
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--slots", default="64,200")
@@ -89,7 +89,7 @@ def main() -> None:
             for slots in map(int, args.slots.split(",")):
                 try:
                     new = cells(topology_name, model_name, slots, set(args.programs.split(",")))
-                except CompilerEnded as error:  # the others may have an answer
+                except CompilerEnded as error:  # the other cells may have an answer
                     print(f"{model_name}, {slots} slots: {error}", file=sys.stderr)
                     unanswered += 1
                     continue

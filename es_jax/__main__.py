@@ -1,6 +1,6 @@
 """es_jax COMMAND [FLAGS]: the commands of es_jax by one name; `python -m es_jax` is the same.
 
-Each is a module as well, `python -m es_jax.train`, with the same flags. `es_jax COMMAND --help` lists them.
+Each command is also a module with the same flags: `python -m es_jax.train`. `es_jax COMMAND --help` lists the flags.
 """
 
 import ast
@@ -11,30 +11,30 @@ from pathlib import Path
 
 from es_jax.core.extras import require
 
-COMMANDS = {  # name → the function that runs it, and what it does; a module that is not here is left out
-    "train": ("es_jax.train:entry", "train, or go on with the run in a directory"),
-    "evaluate": ("es_jax.evaluate:entry", "accuracy, KL and drift of any step of a run, or of a model"),
-    "sample": ("es_jax.sample:entry", "talk with a step of a run, or with a model"),
-    "export": ("es_jax.export:entry", "a step of a run as a Hugging Face folder"),
-    "report": ("es_jax.report:main", "one page of figures and tables of some runs"),
-    "plan": ("es_jax.plan:entry", "whether a run fits devices that are not here"),
-    "sweep": ("es_jax.sweep:entry", "a run for every point of a grid of fields"),
+COMMANDS = {  # name → the function that runs it, and what it does; a missing module is left out
+    "train": ("es_jax.train:entry", "train a run, or resume the one in a directory"),
+    "evaluate": ("es_jax.evaluate:entry", "measure accuracy, KL and drift of any step of a run, or of a model"),
+    "sample": ("es_jax.sample:entry", "let a step of a run, or a model, write"),
+    "export": ("es_jax.export:entry", "write a step of a run as a Hugging Face folder"),
+    "report": ("es_jax.report:main", "make one page of figures and tables about some runs"),
+    "plan": ("es_jax.plan:entry", "find out whether a run fits devices that you do not have"),
+    "sweep": ("es_jax.sweep:entry", "run every point of a grid of fields"),
 }
 
 
 def names() -> list[str]:
-    """The commands that are here."""
+    """The commands whose modules exist."""
     return [name for name, (target, _) in COMMANDS.items() if importlib.util.find_spec(target.partition(":")[0])]
 
 
 def usage() -> str:
-    """What --help prints."""
+    """The text of --help."""
     rows = "\n".join(f"  {name:10}{COMMANDS[name][1]}" for name in names())
     return f"{(__doc__ or '').strip()}\n\n{rows}\n\n  --version  the version of es_jax\n  --help     this text"
 
 
 def main() -> None:
-    """Runs the command that the first argument names, with the rest of them."""
+    """Runs the command that the first argument names, with the other arguments."""
     command, *arguments = sys.argv[1:] or [""]
     if command in ("--help", "-h", "-help", "help", "--helpfull", "--helpshort"):
         print(usage())

@@ -1,15 +1,17 @@
 """python -m es_jax.evaluate --workdir=RUN [--tasks=a,b] [--steps=0,best | --every=K] [--kl] [--drift] [--json]
 python -m es_jax.evaluate --workdir=RUN --lm_eval=a,b [--lm_eval_include=FOLDER] [--lm_eval_limit=N]
 
-Evaluates steps of a run (or a model: --workdir=FOLDER --base=MODEL) on held-out rows: accuracy by the published grader,
-by the strict and the robust one and, for multiple choice, by likelihood, with standard errors, and what a drop is made
-of; pass@k and the majority's vote of --samples=N --temperature=T; KL from the base model; drift of the weights. A step
-needs no checkpoint. What is finished is not done again, so the same command goes on after an interruption. Writes
-evals/<task>.jsonl, evals/samples/, evals/kl.jsonl and evals/drift.jsonl (docs/evaluate.md). With --lm_eval it evaluates
-on tasks of lm-evaluation-harness and writes evals/lm_eval.jsonl; its own tasks only if --tasks, --samples, --kl or
---drift asks for them.
-On several hosts the same command runs on all, with one --workdir on a file system that they share, as for training:
---distributed, or --coordinator_address=HOST:PORT, --num_processes and --process_id. With --json one line is printed:
+Evaluates steps of a run (or a model: --workdir=FOLDER --base=MODEL) on held-out rows. It measures accuracy by the
+published, the strict and the robust grader and, for multiple choice, by likelihood, with standard errors and the causes
+of a drop. --samples=N --temperature=T adds pass@k and majority voting, --kl the KL divergence from the base model,
+--drift the drift of the weights. A step needs no checkpoint. Finished work is not repeated, so after an interruption
+the same command continues. Writes evals/<task>.jsonl, evals/samples/, evals/kl.jsonl and evals/drift.jsonl
+(docs/evaluate.md). With --lm_eval it evaluates on tasks of lm-evaluation-harness and writes evals/lm_eval.jsonl; it
+then runs its own tasks only if --tasks, --samples, --kl or --drift asks for them.
+
+On several hosts, start the same command on each of them, with one --workdir on a shared file system, as for training:
+add --distributed, or --coordinator_address=HOST:PORT, --num_processes and --process_id. With --json one line is
+printed:
 
     out, warnings, tasks ({task: rows}), samples ({task: rows}), kl (rows), drift (rows), with --lm_eval lm_eval (rows)
 """
@@ -33,7 +35,7 @@ RENAMED = {"size": "rows", "kl_size": "kl_rows", "max_new": "max_new_tokens", "m
 def main(argv: list[str]) -> None:
     """Flags → evaluate_run()."""
     with command("es_jax.evaluate", argv) as values:
-        from es_jax.core import processes  # JAX starts only when the flags are good
+        from es_jax.core import processes  # JAX starts only when the flags are valid
         from es_jax.evals.runner import Options, evaluate_run
 
         options: dict[str, Any] = {field.name: values[field.name].value for field in dataclasses.fields(Options)}
@@ -50,7 +52,7 @@ def main(argv: list[str]) -> None:
                 own = evaluate_harness(values.workdir, values.lm_eval, options=HarnessOptions(**harness), **arguments)
                 result |= own | {"warnings": result["warnings"] + own["warnings"]}
         except KeyboardInterrupt:
-            sys.exit("es_jax.evaluate: interrupted; the same command goes on after what is finished")
+            sys.exit("es_jax.evaluate: interrupted; the same command continues, and finished work is not repeated")
         if processes.first():
             print(json.dumps(result) if values.json else report(result))
 
@@ -67,7 +69,7 @@ def whole_numbers(steps: list[str] | None) -> list[int | str] | None:
 
 
 HARNESS = ("lm_eval_include", "lm_eval_limit", "lm_eval_max_length", "num_fewshot", "apply_chat_template")
-# What means nothing for tasks of --lm_eval.
+# The flags that have no meaning for tasks of --lm_eval.
 OWN = (
     *("rows", "max_prompt_tokens", "max_new_tokens", "data_dir", "kl_rows", "kl_tokens", "kl_seed"),
     *("temperature", "top_p", "sample_seed"),
@@ -75,26 +77,29 @@ OWN = (
 
 
 def own_tasks(values: Any) -> bool:
-    """Whether something other than --lm_eval is to be done."""
+    """Whether anything besides --lm_eval was asked for."""
     return bool(values.tasks or values.samples or values.kl or values.drift or not values.lm_eval)
 
 
 def harness_options(values: Any) -> dict[str, Any]:
-    """The options of --lm_eval; {} without it. ValueError for a flag that means nothing then."""
+    """The options of --lm_eval; {} without it. Raises ValueError for a flag that has no meaning then."""
     given = [name for name in (OWN if values.lm_eval else HARNESS) if values[name].present]
     if not values.lm_eval:
         if given:
-            raise ValueError(f"--{given[0]} is of --lm_eval, which is not given: name tasks with --lm_eval=a,b")
+            raise ValueError(f"--{given[0]} needs --lm_eval, which is not given: name tasks with --lm_eval=a,b")
         return {}
     if given and not own_tasks(values):
-        raise ValueError(f"--{given[0]} is not of --lm_eval: there are {', '.join(f'--{name}' for name in HARNESS)}")
+        raise ValueError(
+            f"--{given[0]} does not apply to --lm_eval: leave it out; --lm_eval takes "
+            f"{', '.join(f'--{name}' for name in HARNESS)}"
+        )
     require("lm_eval")
     options = {name.removeprefix("lm_eval_"): values[name].value for name in HARNESS}
     return options | {name: values[name].value for name in ("slots", "template_date")}
 
 
 def report(result: dict[str, Any]) -> str:
-    """The result as text: a table a task, then KL and drift."""
+    """The result as text: a table for each task, then KL and drift."""
     tables = [(task, rows, ACCURACY) for task, rows in result["tasks"].items()]
     tables += [sampled_table(task, rows) for task, rows in result["samples"].items()]
     tables += [("KL(base ‖ now), nats a token", result["kl"], KL)] if result["kl"] else []
@@ -114,7 +119,7 @@ def sampled_table(task: str, rows: list[dict[str, Any]]) -> tuple[str, list[dict
     ]
     columns = {"step": "step"} | {f"pass@{k}": f"pass@{k}" for k in shown} | {f"majority@{n}": "majority"}
     columns |= {f"change of pass@{k}": f"pass@{k}_change" for k in sorted({1, n})}
-    columns |= {"of the majority": "majority_change"}
+    columns |= {"change of majority": "majority_change"}
     how = f"{n} samples a row, temperature {rows[0]['temperature']:g}, top_p {rows[0]['top_p']:g}"
     return f"{task}, {how}", cells, columns
 
@@ -122,7 +127,12 @@ def sampled_table(task: str, rows: list[dict[str, Any]]) -> tuple[str, list[dict
 # The columns of the tables: heading → name in a row.
 ACCURACY = {name: name for name in ("step", "accuracy")}
 ACCURACY |= {"change": "accuracy_change", "of format": "lost_format", "truncation": "lost_truncation"}
-ACCURACY |= {"knowledge": "lost_knowledge", "by it alone": "lost_alone", "strict": "strict", "robust": "robust"}
+ACCURACY |= {
+    "knowledge": "lost_knowledge",
+    "grader alone": "lost_alone",
+    "strict": "strict",
+    "robust": "robust",
+}
 ACCURACY |= {"loglik": "loglik", "well-formed": "well_formed"}
 ACCURACY |= {"truncated": "truncated", "length": "mean_length"}
 KL = {name: name for name in ("step", "task", "kl", "kl_exact", "kl_token", "kl_exact_token")}
@@ -158,35 +168,47 @@ def _cell(row: dict[str, Any], name: str) -> str:
 
 def entry() -> None:
     flags.DEFINE_string("workdir", None, "A run's directory; or a model folder, .gguf file or hub name.", required=True)
-    flags.DEFINE_list("tasks", None, "Tasks by name, with commas; those that the run evaluated, by default.")
-    flags.DEFINE_list("steps", None, "Steps, with commas, or best. Step 0, the base model, is always among them.")
-    flags.DEFINE_integer("every", None, "Steps 0, K, 2K, … and the last; the run's evals.every by default.")
+    flags.DEFINE_list("tasks", None, "Names of tasks, separated by commas; by default those that the run evaluated.")
+    flags.DEFINE_list("steps", None, "Steps separated by commas, or best. Step 0, the base model, is always evaluated.")
+    flags.DEFINE_integer("every", None, "Evaluate steps 0, K, 2K, … and the last; the run's evals.every by default.")
     flags.DEFINE_bool("kl", False, "Measure KL(base ‖ now) on continuations of each task's prompts.")
-    flags.DEFINE_bool("drift", False, "Measure ‖θ − θ₀‖ beside the closed form.")
-    flags.DEFINE_string("base", None, "Of a model: what it was trained from. It becomes step 0, the model step 1.")
-    flags.DEFINE_string("out", None, "The folder to write; workdir/evals by default, where workdir is a folder.")
+    flags.DEFINE_bool("drift", False, "Measure ‖θ − θ₀‖ and compare it with the closed form.")
+    flags.DEFINE_string(
+        "base", None, "For a model: the model it was trained from. That becomes step 0, and the model step 1."
+    )
+    flags.DEFINE_string("out", None, "The folder to write; workdir/evals by default if workdir is a folder.")
     flags.DEFINE_integer("rows", None, "Test rows of each task; the run's evals.rows by default.")
     flags.DEFINE_integer("max_prompt_tokens", None, "The longest prompt allowed, in tokens; the run's by default.")
     flags.DEFINE_integer("max_new_tokens", None, "Tokens after which a completion is cut; the run's by default.")
     flags.DEFINE_integer("slots", None, "Prompts decoded at once; the run's by default.")
-    flags.DEFINE_string("data_dir", None, "A folder of folders of rows, named like their tasks.")
-    flags.DEFINE_string("template_date", None, "The day that the chat template sees, YYYY-MM-DD; the run's by default.")
+    flags.DEFINE_string("data_dir", None, "A folder that holds a folder of rows for each task, named like the task.")
+    flags.DEFINE_string(
+        "template_date", None, "The date that the chat template sees, YYYY-MM-DD; the run's by default."
+    )
     flags.DEFINE_integer("kl_rows", None, "Rows of each task to measure KL on; all by default.")
     flags.DEFINE_integer("kl_tokens", 256, "The longest continuation for KL, in tokens.")
-    flags.DEFINE_integer("kl_seed", 0, "Of the continuations for KL.")
-    flags.DEFINE_integer("samples", None, "Completions of each row to sample, for pass@k and the majority's vote.")
-    flags.DEFINE_float("temperature", None, "Of the samples; 1 by default.")
-    flags.DEFINE_float("top_p", None, "Of the samples: the likeliest tokens with this probability; 1, all, by default.")
-    flags.DEFINE_integer("sample_seed", None, "Of the samples; 0 by default.")
-    flags.DEFINE_list("lm_eval", None, "Tasks of lm-evaluation-harness, with commas; it needs the extra [lm_eval].")
+    flags.DEFINE_integer("kl_seed", 0, "Seed of the continuations for KL.")
+    flags.DEFINE_integer("samples", None, "Completions to sample for each row, for pass@k and majority voting.")
+    flags.DEFINE_float("temperature", None, "Temperature of the samples; 1 by default.")
+    flags.DEFINE_float(
+        "top_p", None, "Sample from the likeliest tokens with this total probability; 1 (all tokens) by default."
+    )
+    flags.DEFINE_integer("sample_seed", None, "Seed of the samples; 0 by default.")
+    flags.DEFINE_list(
+        "lm_eval", None, "Tasks of lm-evaluation-harness, separated by commas; needs the extra [lm_eval]."
+    )
     flags.DEFINE_string("lm_eval_include", None, "A folder of task files (.yaml) of your own, for --lm_eval.")
-    flags.DEFINE_integer("lm_eval_limit", None, "Rows of each task of --lm_eval: its first ones; all by default.")
+    flags.DEFINE_integer(
+        "lm_eval_limit", None, "How many rows of each --lm_eval task to use, from the first on; all by default."
+    )
     flags.DEFINE_integer("lm_eval_max_length", None, "Tokens of context for --lm_eval; the model's by default.")
-    flags.DEFINE_integer("num_fewshot", None, "Solved examples in a prompt of --lm_eval; the task's by default.")
-    flags.DEFINE_bool("apply_chat_template", False, "Put the prompts of --lm_eval through the chat template.")
+    flags.DEFINE_integer(
+        "num_fewshot", None, "Solved examples (shots) in a prompt of --lm_eval; the task's by default."
+    )
+    flags.DEFINE_bool("apply_chat_template", False, "Apply the chat template to the prompts of --lm_eval.")
     define_processes()
     flags.DEFINE_bool("json", False, "Print the result as one line of JSON.")
-    flags.DEFINE_bool("traceback", False, "Show where an error came from.")
+    flags.DEFINE_bool("traceback", False, "Show the traceback of an error.")
     app.run(main, flags_parser=parser("es_jax.evaluate", renamed=RENAMED))
 
 

@@ -1,13 +1,12 @@
 """python -m es_jax.report RUN [RUN …] --out=DIR [--mark] [--json]
 
-One page, report.html, that opens from disk and needs nothing beside it, and its figures and tables as files:
-figures/<name>.png, .pdf and .csv (what was drawn), tables/<name>.md and .tex. Runs that differ in their seed, and in
-nothing else that a step depends on, are averaged. Runs that are not finished are shown as far as they are. Runs that
-cannot be compared, because they have other data, another grader or another max_new_tokens, are refused; with --mark
-they are shown and marked. With --json one line is printed:
+Writes report.html, a self-contained page, and its figures and tables as files: figures/<name>.png, .pdf and .csv (the
+plotted data), tables/<name>.md and .tex. Runs that differ only in their seed are averaged. Unfinished runs are shown as
+far as they have come. Runs that cannot be compared, because their data, grader or max_new_tokens differ, are refused;
+with --mark they are shown and marked. With --json one line is printed:
 
     page, figures ({name: {png, pdf, csv}}), tables ({name: {md, tex}}), absent (titles), series ({label: folders}),
-    marked ({folder: reason}), results (a row a series, as in the table)
+    marked ({folder: reason}), results (a row for each series, as in the table)
 """
 
 import argparse
@@ -28,21 +27,21 @@ from es_jax.plotting.figures import Plot
 from es_jax.plotting.runs import Row, caption, distinct, group, incomparable, prior_tasks, read_run
 from es_jax.plotting.tables import Table
 
-PAGE = "report.html.j2"  # the template, beside the figures
+PAGE = "report.html.j2"  # the template is next to the figures
 TYPES = {"png": "image/png", "pdf": "application/pdf", "csv": "text/csv", "md": "text/markdown", "tex": "text/x-tex"}
 
 
 def write_report(workdirs: Sequence[str | Path], out: str | Path, *, mark: bool = False) -> Row:
-    """Writes the page, figures and tables of some runs; returns what --json prints.
+    """Writes the page, figures and tables about some runs; returns what --json prints.
 
     Args:
       workdirs: the runs' directories, the most important first.
       out: the folder to write; files of an earlier report are replaced.
-      mark: show runs that cannot be compared, marked, instead of refusing them.
+      mark: show runs that cannot be compared, with a mark, instead of refusing them.
 
     Raises:
-      FileNotFoundError: a directory holds no run.
-      ValueError: runs cannot be compared, one is given twice, or a file of one is damaged.
+      FileNotFoundError: a directory is not a run's directory.
+      ValueError: runs cannot be compared, a run is given twice, or a file of a run is damaged.
     """
     runs, out = [read_run(folder) for folder in workdirs], Path(out)
     if not runs:
@@ -50,16 +49,18 @@ def write_report(workdirs: Sequence[str | Path], out: str | Path, *, mark: bool 
     marks = incomparable(runs)
     if marks and not mark:
         reasons = "; ".join(f"{folder}: {reason}" for folder, reason in marks.items())
-        raise ValueError(f"these runs cannot be compared ({reasons}): leave them out, or show them marked with --mark")
+        raise ValueError(
+            f"these runs cannot be compared ({reasons}): leave them out, or show them with a mark by --mark"
+        )
     series, prior = group(runs, marks), prior_tasks(runs)
-    figures = {  # why one is absent: the figure, where there are data for it
-        "accuracies (no evaluations: evals.every above 0)": draw.accuracy_over_iterations(series),
-        "target against prior (no prior task that all runs evaluated)": draw.target_against_prior(series, prior),
-        "change in prior accuracy (none evaluated at step 0 and later)": draw.prior_change(series, prior),
-        "what the drop is made of (python -m es_jax.evaluate measures it)": draw.drop_parts(series, prior),
+    figures = {  # why a figure is absent: the figure, if there are data for it
+        "accuracies (no evaluations; set evals.every above 0)": draw.accuracy_over_iterations(series),
+        "target against prior (no prior task was evaluated by all runs)": draw.target_against_prior(series, prior),
+        "change in prior accuracy (no prior task was evaluated at step 0 and later)": draw.prior_change(series, prior),
+        "causes of the drop (python -m es_jax.evaluate measures them)": draw.drop_parts(series, prior),
         "KL (python -m es_jax.evaluate --kl measures it)": draw.kl_map(series),
         "drift (no finished step)": draw.drift_against_theory(series),
-        "λ sweep (it needs two λ above 0 that differ in nothing else)": draw.strength_sweep(series, prior),
+        "λ sweep (it needs two runs that differ only in λ, both with λ above 0)": draw.strength_sweep(series, prior),
     }
     plots, absent = [*filter(None, figures.values())], [name for name, plot in figures.items() if not plot]
     results = tables.results(series, prior)
@@ -88,7 +89,7 @@ def write_report(workdirs: Sequence[str | Path], out: str | Path, *, mark: bool 
 
 
 def _section(part: Plot | Table, paths: Mapping[str, Path], settings: str) -> Row:
-    """A figure or a table; its files are data: addresses, so that the page needs nothing beside it."""
+    """A figure or a table; its files become data: URLs, so that the page is self-contained."""
     files = {
         ending: {
             "name": path.name,
@@ -106,10 +107,10 @@ def main() -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's directory")
     parser.add_argument("--out", required=True, help="the folder to write")
-    parser.add_argument("--mark", action="store_true", help="show runs that cannot be compared, marked")
+    parser.add_argument("--mark", action="store_true", help="show runs that cannot be compared, with a mark")
     parser.add_argument("--json", action="store_true", help="print the result as one line of JSON")
-    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
-    parser.add_argument("--flagfile", help="a file of such arguments, one a line")
+    parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--flagfile", help="a file of such arguments, one per line")
     try:
         arguments = parser.parse_args(arguments_of(sys.argv, gnu=True))
     except flags.Error as error:

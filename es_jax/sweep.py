@@ -1,15 +1,15 @@
 """python -m es_jax.sweep --config=FILE[:args] --over "FIELD=VALUE,VALUE,…" ["FIELD=VALUE,…" …] --out=DIR [--list]
 
-A run for every point of a grid: for every combination of the values of some fields, in DIR/<fields and values>. They
-are run one after another in this process, which keeps what it compiled; or as a job array, with --index=K for one of
-them, K from 0. All points are checked before the first begins. The same command goes on after an interruption: points
-that are done are skipped. One that fails is told at the end, with exit status 1, and the others go on.
+Runs every point of a grid: every combination of the values of some fields, each in DIR/<fields and values>. The points
+run one after another in this process, which reuses compiled programs; or as a job array, where --index=K runs point K,
+counted from 0. All points are checked before the first one starts. After an interruption the same command continues and
+skips finished points. If a point fails, the others still run; the failure is reported at the end, with exit status 1.
 
-  --index=$SLURM_ARRAY_TASK_ID        of an array in SLURM (sbatch --array=0-5)
-  --index=$JOB_COMPLETION_INDEX       of an indexed job in Kubernetes
+  --index=$SLURM_ARRAY_TASK_ID        for an array in SLURM (sbatch --array=0-5)
+  --index=$JOB_COMPLETION_INDEX       for an indexed job in Kubernetes
 
-At the end there are DIR/sweep.csv and sweep.json, with a row a point, and DIR/report of all runs. After an array, the
-same command without --index makes them. See docs/sweep.md. With --json one line is printed:
+At the end it writes DIR/sweep.csv and sweep.json, with a row for each point, and DIR/report about all runs. After a job
+array, the same command without --index writes them. See docs/sweep.md. With --json one line is printed:
 
     points (rows: point, the fields, state, step, reward, accuracy, accuracy_se, drift, error), report (the page, or
     null), absent (why there is no report, or null)
@@ -40,7 +40,10 @@ def main(argv: list[str]) -> None:
         points = make_points(values.config, [*(values.over or ()), *argv[1:]], values.out)
         if values.index is not None and values.index >= len(points):
             last = len(points) - 1
-            raise ValueError(f"--index is {values.index}, but the {len(points)} points have 0 to {last}: see --list")
+            raise ValueError(
+                f"--index is {values.index}, but the {len(points)} points have the numbers 0 to {last}: choose one "
+                "from --list"
+            )
         if values.list:
             rows = [{"index": i, "point": point.name, "state": state(point)} for i, point in enumerate(points)]
             print(json.dumps(rows) if values.json else _table(rows))
@@ -49,7 +52,7 @@ def main(argv: list[str]) -> None:
         try:
             failed = run_points(chosen, values.out, details=values.traceback)
         except KeyboardInterrupt:
-            sys.exit("es_jax.sweep: interrupted; the same command goes on from the last finished step")
+            sys.exit("es_jax.sweep: interrupted; the same command continues from the last finished step")
         except processes.Preempted as stop:
             processes.leave(f"es_jax.sweep: {stop}")
         if values.index is None:
@@ -61,18 +64,18 @@ def main(argv: list[str]) -> None:
 
 
 def run_points(points: Sequence[Any], out: str | Path, *, details: bool = False) -> dict[str, str]:
-    """Runs the points that are not done, one after another, with one cache of compiled programs in out/cache.
+    """Runs the unfinished points one after another, with one cache of compiled programs in out/cache.
 
     Args:
-      points: what `es_jax.training.grid.make_points` returns, or some of it.
-      out: the folder that it was given.
-      details: show where errors came from.
+      points: the points that `es_jax.training.grid.make_points` returns, or some of them.
+      out: the folder given to `make_points`.
+      details: show the tracebacks of errors.
 
     Returns:
-      name of a point that failed → why.
+      name of a failed point → reason.
 
     Raises:
-      ValueError: the folder of a point has a run of another config. Nothing is begun then.
+      ValueError: a point's folder has a run with another config. Nothing is started then.
       processes.Preempted: SIGTERM came; the point's last finished step has a checkpoint.
     """
     from es_jax.core import processes
@@ -93,7 +96,7 @@ def run_points(points: Sequence[Any], out: str | Path, *, details: bool = False)
                 run(point.config, point.folder)
             except processes.Preempted:
                 raise
-            except Exception as error:  # the other points go on, whatever it is
+            except Exception as error:  # the other points still run
                 failed[point.name] = _sentence(error)
                 if details or not isinstance(error, ValueError | OSError):
                     traceback.print_exception(error)
@@ -111,7 +114,7 @@ def _sentence(error: Exception) -> str:
 def summary(points: Sequence[Any], out: str | Path, failed: Mapping[str, str]) -> dict[str, Any]:
     """Writes out/sweep.csv, out/sweep.json and, with matplotlib, out/report; returns what --json prints.
 
-    `failed`: what `run_points` returned.
+    `failed` is what `run_points` returned.
     """
     from es_jax.rundir.directory import write_json, writing
     from es_jax.training.grid import row
@@ -142,7 +145,7 @@ def summary(points: Sequence[Any], out: str | Path, failed: Mapping[str, str]) -
 def _words(result: Mapping[str, Any], out: str) -> str:
     columns = ("point", "state", "reward", "accuracy", "drift")
     table = _table([{name: row[name] for name in columns} for row in result["points"]])
-    report = result["report"] or f"there is no report: {result['absent']}"
+    report = result["report"] or f"no report: {result['absent']}"
     return f"{table}\n{Path(out) / 'sweep.csv'}; {report}"
 
 
@@ -161,11 +164,11 @@ def entry() -> None:
 
     define_config(FIELDS)
     flags.DEFINE_multi_string("over", None, "A field and its values, FIELD=VALUE,VALUE,…; more may follow")
-    flags.DEFINE_string("out", None, "The folder for the runs, their table and report; a sweep that is there goes on.")
-    flags.DEFINE_integer("index", None, "Run this point alone, from 0, as a job of an array.", lower_bound=0)
-    flags.DEFINE_bool("list", False, "Print the points and how far each has come; run nothing.")
+    flags.DEFINE_string("out", None, "The folder for the runs, their table and report; a sweep in it continues.")
+    flags.DEFINE_integer("index", None, "Run only this point, counted from 0, as a job of an array.", lower_bound=0)
+    flags.DEFINE_bool("list", False, "Print the points and their progress; run nothing.")
     flags.DEFINE_bool("json", False, "Print the result as one line of JSON.")
-    flags.DEFINE_bool("traceback", False, "Show where an error came from.")
+    flags.DEFINE_bool("traceback", False, "Show the traceback of an error.")
     app.run(main, flags_parser=parser("es_jax.sweep", required=("config", "out"), fields=FIELDS))
 
 

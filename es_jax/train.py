@@ -1,13 +1,13 @@
 """python -m es_jax.train --config=configs/countdown.py[:args] --workdir=DIR [--config.group.field=value …]
 
-Trains, or resumes the run that is in the directory. --config=countdown[:args] is the same file, without a checkout too.
-With --branch_from=RUN@STEP a new run starts from a step of another one, with that run's fields where --config is left
-out (docs/resume.md). A mistake in the input ends it with one sentence; add --traceback to see where it was noticed.
-SIGTERM ends it with a checkpoint and status 0. With -v it tells where each parameter lives on the devices.
+Trains a new run, or resumes the run in the directory. --config=countdown[:args] names the same file and works without a
+checkout. With --branch_from=RUN@STEP a new run starts from a step of another run; without --config it takes that run's
+fields (docs/resume.md). An error in the input ends it with one sentence; add --traceback to see where it was raised.
+SIGTERM ends it with a checkpoint and status 0. With -v it logs how each parameter is sharded.
 
-On several hosts the same command runs on all, with one --workdir on a file system that they share, and --distributed
-where the environment says who they are (Cloud TPU, GKE, SLURM, Open MPI), or --coordinator_address=HOST:PORT,
---num_processes and --process_id where it does not. See docs/launch.md.
+On several hosts, start the same command on each of them, with one --workdir on a shared file system. Add --distributed
+if the environment describes the processes (Cloud TPU, GKE, SLURM, Open MPI); otherwise add
+--coordinator_address=HOST:PORT, --num_processes and --process_id. See docs/launch.md.
 """
 
 import json
@@ -27,7 +27,7 @@ def main(argv: list[str]) -> None:
     """Flags → config → run()."""
     logging.getLogger("es_jax").setLevel(logging.DEBUG if flags.FLAGS.verbosity > 0 else logging.INFO)
     with command("es_jax.train", argv) as values:
-        from jax.errors import JaxRuntimeError  # JAX starts only when the flags are good
+        from jax.errors import JaxRuntimeError  # JAX starts only when the flags are valid
 
         from es_jax.core import processes
         from es_jax.training.loop import run
@@ -39,11 +39,11 @@ def main(argv: list[str]) -> None:
                 raise
             sys.exit(
                 f"es_jax.train: out of memory ({str(error).splitlines()[0]}): lower decode.slots or "
-                "decode.members_at_once, with which the same run goes on, or in another --workdir "
-                "decode.max_new_tokens, or use more devices; finished steps stay"
+                "decode.members_at_once and the same run continues; or lower decode.max_new_tokens in another "
+                "--workdir; or use more devices. Finished steps are kept"
             )
         except KeyboardInterrupt:
-            text = "interrupted; the same command goes on from the last finished step of"
+            text = "interrupted; the same command continues from the last finished step of"
             sys.exit(f"es_jax.train: {text} {values.workdir}")
         except processes.Preempted as stop:
             processes.leave(f"es_jax.train: {stop}")
@@ -57,18 +57,18 @@ def main(argv: list[str]) -> None:
 
 
 def _with_config(argv: list[str]) -> list[str]:
-    """The command line, with the config of the run to branch from where it names that run and no config; where that
-    is gone, of the branch that goes on."""
+    """The command line. If it names a run to branch from and no config, that run's config is added; if that run is
+    gone, the config of the resumed branch is added."""
     try:
         named = dict(
             re.findall(r"^--?(config|branch_from|workdir)[=\n](.*)$", "\n".join(arguments_of(argv)), flags=re.M)
         )
-    except flags.Error:  # which the parser says
+    except flags.Error:  # which the parser reports
         return argv
     if "branch_from" not in named or "config" in named:
         return argv
     parent = re.sub(r"@[0-9]+$", "", named["branch_from"])
-    runs = (Path(parent).expanduser(), Path(named.get("workdir", parent)))  # its own config, where its parent is gone
+    runs = (Path(parent).expanduser(), Path(named.get("workdir", parent)))  # its own config, since its parent is gone
     run = next(filter(is_run, runs), None)
     if run is None:
         sys.exit(
@@ -78,7 +78,7 @@ def _with_config(argv: list[str]) -> list[str]:
 
 
 def _config_of_run(text: str) -> ConfigDict | None:
-    """The fields of the run whose directory a --config names; None where it names something else."""
+    """The fields of the run whose directory --config names; None if it names something else."""
     from es_jax.training.start import config_of
 
     return config_of(path) if is_run(path := Path(text).expanduser()) else None
@@ -88,11 +88,11 @@ def entry() -> None:
     from es_jax.training.config import FIELDS
 
     define_config(FIELDS, of_run=_config_of_run)
-    flags.DEFINE_string("workdir", None, "The run's directory; a run that is there is resumed.")
-    flags.DEFINE_string("branch_from", None, "RUN@STEP, or RUN for its last step: start a new run from its weights.")
+    flags.DEFINE_string("workdir", None, "The run's directory; a run in it is resumed.")
+    flags.DEFINE_string("branch_from", None, "Start a new run from the weights of RUN@STEP, or of RUN's last step.")
     define_processes()
     flags.DEFINE_bool("json", False, "Print the result as one line of JSON.")
-    flags.DEFINE_bool("traceback", False, "Show where an error came from.")
+    flags.DEFINE_bool("traceback", False, "Show the traceback of an error.")
     parse = parser("es_jax.train", required=("config", "workdir"), fields=FIELDS)
     app.run(main, flags_parser=lambda argv: parse(_with_config(argv)))
 

@@ -1,11 +1,11 @@
-"""For the same rollouts, tokens or time, what do ES and GRPO learn and forget, and what does AWD do to each?
+"""With the same rollouts, tokens or time, what do ES and GRPO learn and forget, and how does AWD change it?
 
-Both use the same base model, training rows, prompts, held-out rows and seeds; every step of either makes 512
-completions of 64 prompts (ES: 8 members, greedy; GRPO: 8 samples a prompt). Two targets: lab-countdown on the shipped
-model, and lab-sort on a model that answers it mostly by an echo.
+Both use the same base model, training rows, prompts, held-out rows and seeds. Every step of either makes 512
+completions of 64 prompts (ES: 8 members, greedy; GRPO: 8 samples per prompt). There are two targets: lab-countdown on
+the included model, and lab-sort on a model that mostly answers it by an echo.
 
-Seconds are a method's median over all its steps, times the steps: a step's own may have shared the machine. `--seconds`
-compares by them, `--kl` measures KL from the base model at every evaluation.
+Seconds are a method's median over all its steps, times the number of steps, since a single step may have shared the
+machine. `--seconds` compares by them, `--kl` measures KL from the base model at every evaluation.
 
 Command:  python -m experiments.pretrain_lab --seed=0 --target=sort --out=runs/lab-sort
           python -m experiments.es_vs_grpo --sort=runs/lab-sort --out=runs/es_vs_grpo --docs=docs/lab --seconds --kl
@@ -41,7 +41,7 @@ from experiments.runs import PRETRAINED, check_models, done, mean_se, plain_erro
 
 ALL = ("lab-countdown", *PRIOR)
 TARGETS = ("lab-countdown", "lab-sort")
-ROWS = {  # AWD takes away 1 % of the drift a step, or 10 %; α of GRPO is 1e-4
+ROWS = {  # AWD removes 1 % or 10 % of the drift per step; α of GRPO is 1e-4
     "ES": "",
     "ES + AWD": "anchor=l2",
     "GRPO": "grpo",
@@ -54,12 +54,12 @@ COLUMNS = ("target_task", "row", "seed", "step", *BUDGETS, "target", "prior", "d
 
 
 def priors_of(target: str) -> tuple[str, ...]:
-    """The tasks that pretraining taught and that are not trained."""
+    """The tasks from pretraining that are not trained."""
     return tuple(task for task in ALL if task != target)
 
 
 def step_seconds(folders: Sequence[Path]) -> dict[str, float]:
-    """Median seconds of a step of each method over its runs."""
+    """Median seconds per step of each method, over its runs."""
     seconds: dict[str, list[float]] = {"es": [], "grpo": []}
     for folder in folders:
         method = json.loads((folder / "config.json").read_text())["config"]["method"]
@@ -68,7 +68,7 @@ def step_seconds(folders: Sequence[Path]) -> dict[str, float]:
 
 
 def evaluations(folder: Path, target: str, *, each_step: dict[str, float], **labels: object) -> list[dict]:
-    """A line for each evaluation of a run: what it had cost by then, and what it knew."""
+    """A line for each evaluation of a run: its cost so far, and its accuracies."""
     record = read_run(folder)
     config = record.config
     members = config.grpo.rollouts if config.method == "grpo" else config.es.population
@@ -85,9 +85,9 @@ def evaluations(folder: Path, target: str, *, each_step: dict[str, float], **lab
 
 
 def add_kl(folder: Path, lines: list[dict], *, rows: int = 25) -> None:
-    """KL(base ‖ now) a token into the lines whose weights there are: GRPO's checkpoints, all steps of ES.
+    """Add KL(base ‖ now) per token to the lines with available weights: GRPO's checkpoints, all steps of ES.
 
-    It is exact at each position of continuations that the base model sampled, of test rows of all eight tasks.
+    It is exact at each position of continuations that the base model sampled for test rows of all eight tasks.
     """
     config = read_config(folder)
     steps = saved_steps(folder) if config.method == "grpo" else [line["step"] for line in lines]
@@ -103,7 +103,7 @@ def add_kl(folder: Path, lines: list[dict], *, rows: int = 25) -> None:
 
 
 def at(lines: Sequence[dict], budget: str, amount: float, column: str) -> float:
-    """A column of one run when it had spent the amount, linear between evaluations."""
+    """A column of one run at the point where it had spent the amount, linear between evaluations."""
     return float(np.interp(amount, [x[budget] for x in lines], [x[column] for x in lines]))
 
 
@@ -113,12 +113,12 @@ def measured(mine: Sequence[dict]) -> list[dict]:
 
 
 def near(mine: Sequence[dict], budget: str, amount: float) -> bool:
-    """Whether a line stands shortly after the amount: what is between lines far apart is not known."""
+    """Whether a line follows shortly after the amount; between distant lines the value is not known."""
     return any(amount <= x[budget] <= 1.3 * amount for x in mine)
 
 
 def runs_of(lines: Sequence[dict], target: str) -> dict[tuple[str, int], list[dict]]:
-    """The lines of each (row, seed) of a target."""
+    """The lines for each (row, seed) of a target."""
     out: dict[tuple[str, int], list[dict]] = {}
     for line in lines:
         if line["target_task"] == target:
@@ -166,7 +166,7 @@ def forgetting_at(lines: Sequence[dict], target: str, level: float) -> str:
 
 
 def crossing(mine: Sequence[dict], level: float) -> dict[str, float] | None:
-    """What a run had lost and spent when its target first reached the level, linear between evaluations."""
+    """The losses and costs of a run when its target first reached the level, linear between evaluations."""
     for before, after in itertools.pairwise(mine):
         if before["target"] < level <= after["target"]:
             part = (level - before["target"]) / (after["target"] - before["target"])
@@ -176,7 +176,8 @@ def crossing(mine: Sequence[dict], level: float) -> dict[str, float] | None:
 
 
 def figure(lines: Sequence[dict], path: Path) -> None:
-    """Prior against target along training, a line a run; and drift against rollouts. A row for each target."""
+    """Prior against target accuracy during training, one line per run, and drift against rollouts; one row per
+    target."""
     targets = [t for t in TARGETS if runs_of(lines, t)]
     picture = Figure(figsize=(9, 3.6 * len(targets)), layout="constrained", dpi=150)
     colors = dict(zip(ROWS, ("tab:orange", "tab:green", "tab:blue", "tab:purple", "tab:red", "tab:cyan"), strict=True))
@@ -198,7 +199,7 @@ def figure(lines: Sequence[dict], path: Path) -> None:
 
 
 def train(target: str, row: str, seed: int, source: str, folder: Path, *, steps: int, every: int) -> None:
-    """One run, or the rest of it."""
+    """Make one run, or resume it."""
     config = get_config(f"{ROWS[row]},seed={seed},target={target},steps={steps}".removeprefix(","))
     config.model.source = source
     config.evals.tasks, config.evals.every, config.train.checkpoint_every = priors_of(target), every, every
@@ -207,25 +208,25 @@ def train(target: str, row: str, seed: int, source: str, folder: Path, *, steps:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sort", default="runs/lab-sort", help="model.source of the model whose target is lab-sort")
+    parser.add_argument("--sort", default="runs/lab-sort", help="model.source of the model with the target lab-sort")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
-    parser.add_argument("--steps", type=int, default=40, help="of GRPO, evaluated every 5")
-    parser.add_argument("--es-steps", type=int, default=300, help="of ES, which are shorter, evaluated every 20")
+    parser.add_argument("--steps", type=int, default=40, help="steps of GRPO, evaluated every 5")
+    parser.add_argument("--es-steps", type=int, default=300, help="steps of ES, which are shorter, evaluated every 20")
     parser.add_argument("--out", type=Path, default=Path("runs/es_vs_grpo"))
     parser.add_argument("--docs", type=Path, default=Path("docs/lab"))
-    parser.add_argument("--seconds", action="store_true", help="match by time too: for runs of one idle machine")
+    parser.add_argument("--seconds", action="store_true", help="also compare by time; for runs on one idle machine")
     parser.add_argument("--kl", action="store_true", help="also measure KL from the base model")
-    parser.add_argument("--only-report", action="store_true", help="run nothing; report what is finished")
-    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    parser.add_argument("--only-report", action="store_true", help="run nothing; report finished runs")
+    parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
     with plain_errors(traceback=args.traceback):
         compare(args)
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Run what is left, and report what is finished."""
+    """Run unfinished runs, and report finished ones."""
     cases = [
         (args.out / target / re.sub(r"[^\w.-]+", "-", row) / str(seed), target, row, seed)
         for row, seed, target in itertools.product(args.rows, args.seeds, args.targets)
@@ -239,7 +240,7 @@ def compare(args: argparse.Namespace) -> None:
         train(target, row, seed, source, folder, steps=steps, every=every)
     finished, lines = [case for case in cases if done(case[0])], []
     if not finished:
-        print("no run is finished")
+        print("no run is finished: leave --only-report out")
         return
     args.docs.mkdir(parents=True, exist_ok=True)
     each_step = step_seconds([folder for folder, *_ in finished])

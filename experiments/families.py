@@ -1,10 +1,11 @@
-"""Question: does what ES forgets, and what AWD keeps, depend on the model family?
+"""Question: do forgetting by ES, and its prevention by AWD, depend on the model family?
 
-Models × targets × AWD. At laboratory size the models are of three families with the laboratory's sizes and pretraining.
+The grid is models × targets × AWD. At laboratory size the models come from three families, with the laboratory's sizes
+and pretraining.
 
 Command:  python -m experiments.families [--size=full] [--index=$I] [--docs=docs/lab]
           laboratory: first python -m experiments.pretrain_lab --family=qwen3 --out=runs/lab-qwen3, and gemma2
-Cost:     laboratory: 12 runs in 2 minutes on 2 CPU cores, the models 4 minutes each, beside other work. Full:
+Cost:     laboratory: 12 runs in 2 minutes on 2 CPU cores, the models 4 minutes each, with other work. Full:
           4 models × 3 targets × 2 × seeds of 500 steps, not yet run. By plans of N = 32 with an anchor (docs/scale.md:
           bounds, every completion at its full 1024 tokens) 500 steps take at least 3.7 hours for 1.5B, 6.3 for 3B and
           13 for 7B on 16 v5e, and 1.8, 3.1 and 6.3 on eight H100; 0.5B is not planned yet.
@@ -47,7 +48,8 @@ def cases(size: str, seeds: Sequence[int]) -> Iterator[Case]:
 
 
 def figure(lines: list[dict[str, Any]], path: Path) -> None:
-    """Target and mean prior accuracy by model: of the base, and where ES and ES + AWD end; errors over runs."""
+    """Target and mean prior accuracy by model: for the base model, and at the end of ES and ES + AWD; errors over
+    runs."""
     last = max(line["step"] for line in lines)
     models = list(dict.fromkeys(line["model"] for line in lines))
     drawing = Figure(figsize=(8.0, 3.6), layout="constrained", dpi=150)

@@ -1,11 +1,11 @@
-"""Question: does the first command of the README learn, on two cores in 15 minutes, and does its control not?
+"""Question: does the first command of the README learn on two cores in 15 minutes, and does its control not learn?
 
-The command itself, for each seed, and again with random rewards: the same random walk, which should teach nothing. The
-number of steps is the config's, fixed before the first of these runs; each compiles anew. Seconds are the processor's
-(user and system, of all cores), so a machine that is shared or stopped in between measures the same.
+It runs the command for each seed, and again with random rewards: the same random walk, which should teach nothing. The
+number of steps is that of the config and was fixed before the first of these runs; each run compiles its programs.
+Seconds are CPU time (user and system, all cores), so a shared or interrupted machine measures the same.
 
 Command:  python -m experiments.first_run [--seeds 0 1 2] [--docs=docs/first_run] [--list] [--only-report]
-          first `make smollm2`; the same command goes on where it was stopped
+          first `make smollm2`; after an interruption the same command continues
 Cost:     see configs/json_facts.py; two runs a seed
 Result:   docs/first-run.md; docs/first_run/first_run.csv
 """
@@ -29,7 +29,7 @@ COLUMNS = ("reward", "reward_se", "reward_change", "reward_change_se", "accuracy
 
 
 def commands(seeds: Sequence[int], out: Path) -> Iterator[tuple[dict[str, Any], str, Path]]:
-    """(labels, command, run's directory) of every run: rewards of the task for all seeds, then the controls."""
+    """(labels, command, run's directory) of every run: first the task's rewards for all seeds, then the controls."""
     for rewards in ("task", "random"):
         for seed in seeds:
             argument = ",".join([f"seed={seed}", *(["rewards=random"] if rewards == "random" else [])])
@@ -39,7 +39,7 @@ def commands(seeds: Sequence[int], out: Path) -> Iterator[tuple[dict[str, Any], 
 
 
 def execute(command: str, folder: Path) -> None:
-    """Run a command, or go on with it, and add what it took to FOLDER.cost.json."""
+    """Run or resume a command, and add its cost to FOLDER.cost.json."""
     path, before, began = folder.with_suffix(".cost.json"), resource.getrusage(resource.RUSAGE_CHILDREN), time.time()
     status = subprocess.run([sys.executable, *command.split()[1:]], check=False).returncode
     after, cost = resource.getrusage(resource.RUSAGE_CHILDREN), json.loads(path.read_text()) if path.exists() else {}
@@ -47,7 +47,7 @@ def execute(command: str, folder: Path) -> None:
     spent = {"cpu_seconds": cpu, "wall_seconds": time.time() - began, "starts": 1}
     path.write_text(json.dumps({name: round(value + cost.get(name, 0)) for name, value in spent.items()}) + "\n")
     if status:
-        sys.exit(f"{command} ended with status {status}; what is finished stays, and the same command goes on")
+        sys.exit(f"{command} ended with status {status}: start the same command again; finished steps are kept")
 
 
 def lines(seeds: Sequence[int], out: Path) -> list[dict[str, Any]]:
@@ -66,7 +66,7 @@ def lines(seeds: Sequence[int], out: Path) -> list[dict[str, Any]]:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown: a line a run, before and after, and the means over seeds with their standard errors."""
+    """Markdown: a line for each run, before and after, and the means over seeds with their standard errors."""
     head = "| rewards | seed | steps | reward before | reward after | change, paired | right before | right after |"
     text = [f"{head} drift | minutes on 2 cores |", "|" + "---|" * 10]
     for rewards in dict.fromkeys(row["rewards"] for row in rows):
@@ -89,7 +89,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def write(rows: list[dict[str, Any]], docs: Path) -> None:
-    """first_run.csv and first_run.md; and the table in the page beside the folder, where there is one."""
+    """Write first_run.csv and first_run.md, and the table in the page next to the folder if there is one."""
     report(rows, docs, "first_run", labels=(), text=table(rows))
     if rows and (page := docs.parent / "first-run.md").exists():
         before, start, rest = page.read_text().partition("<!-- table -->\n")
@@ -100,9 +100,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("runs/first_run"))
-    parser.add_argument("--docs", type=Path, help="where the report goes; the out folder by default")
+    parser.add_argument("--docs", type=Path, help="folder for the report; --out by default")
     parser.add_argument("--list", action="store_true", help="print the commands and run nothing")
-    parser.add_argument("--only-report", action="store_true", help="run nothing; report what is finished")
+    parser.add_argument("--only-report", action="store_true", help="run nothing; report finished runs")
     args = parser.parse_args()
     for _, command, folder in commands(args.seeds, args.out):
         if args.list:

@@ -1,8 +1,8 @@
-"""Question: how much is forgotten against target, population size and AWD (arXiv 2605.30148, its main grid)?
+"""Question: how does forgetting depend on the target, the population size and AWD (arXiv 2605.30148, its main grid)?
 
-Targets × N × AWD off and on, independent seeds: of the noise, of the order of prompts and, at laboratory size, of the
-target's training rows. N is 30, 128 and 256 as published; at laboratory size 8, 32 and 128, whose walks of 120 steps
-end where a weight has drifted by 1.9, 0.97 and 0.48 σ (the published 500 steps: 2.0, 0.99 and 0.70).
+The grid is targets × N × AWD off and on, with independent seeds for the noise, the order of prompts and, at laboratory
+size, the target's training rows. N is 30, 128 and 256 as published. At laboratory size N is 8, 32 and 128, and in 120
+steps a weight drifts by 1.9, 0.97 and 0.48 σ (in the published 500 steps by 2.0, 0.99 and 0.70).
 
 Command:  python -m experiments.forgetting [--size=full] [--index=$I] [--docs=docs/lab]
           laboratory: first python -m experiments.pretrain_lab --target=sort --out=runs/lab-sort
@@ -10,9 +10,9 @@ Cost:     laboratory: 12 runs a seed, 4 minutes of one CPU core.
           Full: 3 targets × 3 N × 2 × seeds of 500 steps, not yet run. By the plan of Qwen2.5-3B on eight H100
           (docs/scale.md: a bound, every completion at its full 1024 tokens) a step takes at least 22, 88 and 177 s at
           N = 30, 128 and 256, so a seed of them at least 239 hours.
-Result:   laboratory, seeds 0 to 2: what is forgotten follows the drift, whether N or AWD held it back: of .99
-          (lab-countdown) and .97 (lab-sort) prior accuracy .58 are left at κ = 1.9, .82 to .91 at 1 to 1.2, .94 to .97
-          at 0.5 (docs/study.md). Full: not yet run.
+Result:   laboratory, seeds 0 to 2: forgetting follows the drift, whether N or AWD limits it. Of .99 (lab-countdown) and
+          .97 (lab-sort) prior accuracy .58 are left at κ = 1.9, .82 to .91 at 1 to 1.2, .94 to .97 at 0.5
+          (docs/study.md). Full: not yet run.
 """
 
 from collections.abc import Iterator, Sequence
@@ -52,7 +52,7 @@ def cases(size: str, seeds: Sequence[int]) -> Iterator[Case]:
 
 
 def figure(lines: list[dict[str, Any]], path: Path) -> None:
-    """Mean prior accuracy against the drift of a weight, every evaluation of every run, a panel a target."""
+    """Mean prior accuracy against the drift of a weight, for every evaluation of every run, one panel per target."""
     targets, populations = (sorted({line[name] for line in lines}) for name in ("target", "N"))
     drawing = Figure(figsize=(max(1.2 + 3.6 * len(targets), 5.8), 3.9), layout="constrained", dpi=150)
     for axes, target in zip(drawing.subplots(1, len(targets), sharey=True, squeeze=False)[0], targets, strict=True):

@@ -1,9 +1,9 @@
-"""What does ES forget, what does AWD keep, and is it the task or the random walk that forgets?
+"""What does ES forget, what does AWD retain, and is the task or the random walk the cause of forgetting?
 
-Three runs of the laboratory model, a table, a figure, and a sentence.
+It makes three runs of the laboratory model, a table, a figure, and a sentence.
 
 Command:  make demo, or python -m experiments.lab_demo --out=runs/demo
-Cost:     66 s on 2 CPU cores, 88 s on one of 2 shared ones, once the packages are in.
+Cost:     66 s on 2 CPU cores, 88 s on one of 2 shared ones, after the packages are installed.
 Result:   seed 0, after 300 steps: base model target .040, prior .996; ES .505, .329; ES + AWD .555, .835; random
           rewards .040, .361. More seeds: docs/study.md.
 """
@@ -25,20 +25,21 @@ TARGET = "lab-countdown"
 
 
 def sentence(target: dict[str, float], prior: dict[str, float], base: float) -> str:
-    """What the numbers say, whichever way they came out."""
+    """The conclusion from the numbers, whatever they are."""
     lost = {label: base - value for label, value in prior.items()}
     kept = lost["ES"] - lost["ES + AWD"]
     drift = lost["ES, random rewards"]
     change = target["ES + AWD"] - target["ES"]
     if lost["ES"] < 0.05:
         return (
-            f"ES lost {lost['ES']:.2f} of the prior tasks' accuracy of {base:.2f}: too little to compare; run longer."
+            f"ES lost {lost['ES']:.2f} of the prior tasks' accuracy of {base:.2f}, which is too little to compare; "
+            "run longer."
         )
-    cause = "the random walk forgets, not the task" if drift > 0.5 * lost["ES"] else "the task matters"
+    cause = "the random walk causes forgetting, not the task" if drift > 0.5 * lost["ES"] else "the task matters"
     return (
-        f"ES lost {lost['ES']:.2f} of the prior tasks' accuracy of {base:.2f}; random rewards, which teach nothing, "
-        f"lost {drift:.2f}, so {cause}. AWD {'kept' if kept > 0 else 'lost'} {abs(kept):.2f} more of it than ES alone, "
-        f"with {abs(change):.2f} {'more' if change >= 0 else 'less'} accuracy on the target."
+        f"ES lost {lost['ES']:.2f} of the prior tasks' accuracy of {base:.2f}. Random rewards, which teach nothing, "
+        f"lost {drift:.2f}, so {cause}. AWD {'kept' if kept > 0 else 'lost'} {abs(kept):.2f} more of it than ES "
+        f"alone, with {abs(change):.2f} {'more' if change >= 0 else 'less'} accuracy on the target."
     )
 
 
@@ -54,7 +55,7 @@ def main() -> None:
     with plain_errors(traceback=False):
         for label, argument in RUNS.items():
             print(f"\n{label}", file=sys.stderr)
-            if done(folders[label]):  # a demo is to be seen: a finished one starts anew
+            if done(folders[label]):  # a demo is there to be watched: a finished one starts again
                 shutil.rmtree(folders[label])
             run(get_config(f"{argument},steps={args.steps},seed={args.seed}"), folders[label])
     target = {label: float(accuracies(folder, TARGET)[1][-1]) for label, folder in folders.items()}

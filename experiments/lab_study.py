@@ -1,10 +1,11 @@
-"""The paper's science at laboratory size: what is forgotten against N, λ, penalty, pairs and random rewards.
+"""The paper's experiments at laboratory size: forgetting against N, λ, penalty, antithetic pairs and random rewards.
 
-Runs (or resumes) every row for every pretraining seed and ES seed, then writes runs.csv (a line for each evaluation)
-and the table and figures of what is finished.
+It runs (or resumes) every row for every pretraining seed and ES seed. Then it writes runs.csv (a line for each
+evaluation) and the table and figures of finished runs.
 
 Command:  python -m experiments.lab_study --models lab runs/lab-1 --seeds 0 1 2 --out=runs/lab_study --docs=docs/lab
-Cost:     40 minutes of one of 2 shared CPU cores, 78 runs; the steps of one take 20 s, at N = 32 85, at 128 200 s.
+Cost:     40 minutes on one of 2 shared CPU cores for 78 runs; the steps of a run take 20 s, with N = 32 85 s, with N =
+          128 200 s.
 Result:   docs/study.md
 """
 
@@ -60,7 +61,7 @@ def evaluations(folder: Path, **labels: object) -> list[dict]:
 
 
 def table(lines: list[dict]) -> str:
-    """Markdown: the last evaluation of every row, and the paired difference to ES at N = 8 of the same seeds."""
+    """Markdown: the last evaluation of every row, and the paired difference from ES at N = 8 with the same seeds."""
     last = {(x["row"], x["model"], x["seed"]): x for x in lines}
     text = ["| run | runs | target | prior | prior − prior of ES, N=8 (paired) | drift | drift / closed form |"]
     text.append("|---|---|---|---|---|---|---|")
@@ -85,7 +86,8 @@ def table(lines: list[dict]) -> str:
 
 
 def figures(finished: dict[str, list[Path]], docs: Path) -> None:
-    """Every task over iterations for three rows, the sweep of λ, drift beside theory; means over models and seeds."""
+    """Figures: every task over iterations for three rows, the sweep of λ, and drift against theory; means over models
+    and seeds."""
     series = {row: Series(row, tuple(map(read_run, folders))) for row, folders in finished.items()}
     examples = [series[row] for row in (REFERENCE, "ES, N=8, AWD l2 0.01", "ES, N=8, random rewards") if row in series]
     plots = {
@@ -100,20 +102,20 @@ def figures(finished: dict[str, list[Path]], docs: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["lab"], help="model.source of each pretraining seed")
+    parser.add_argument("--models", nargs="+", default=["lab"], help="model.source for each pretraining seed")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--out", type=Path, default=Path("runs/lab_study"))
     parser.add_argument("--docs", type=Path, default=Path("docs/lab"))
-    parser.add_argument("--only-report", action="store_true", help="run nothing; report what is finished")
-    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    parser.add_argument("--only-report", action="store_true", help="run nothing; report finished runs")
+    parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
     with plain_errors(traceback=args.traceback):
         study(args)
 
 
 def study(args: argparse.Namespace) -> None:
-    """Run what is left, and report what is finished."""
+    """Run unfinished runs, and report finished ones."""
     work = [(row, model, seed) for row in args.rows for seed in args.seeds for model in args.models]
     lines, finished = [], {}
     if not args.only_report:
@@ -128,7 +130,7 @@ def study(args: argparse.Namespace) -> None:
             lines += evaluations(folder, row=row, model=Path(model).name, seed=seed)
             finished.setdefault(row, []).append(folder)
     if not finished:
-        print("no run is finished")
+        print("no run is finished: leave --only-report out")
         return
     args.docs.mkdir(parents=True, exist_ok=True)
     with open(args.docs / "runs.csv", "w", newline="") as file:

@@ -1,10 +1,10 @@
-"""Question: does spending rollouts on members rather than on prompts forget less at the same cost, and what then is
-left for AWD? And does noise of low rank change any of it?
+"""Question: does a run forget less at the same cost if it spends rollouts on members rather than prompts, and what does
+AWD then add? Does low-rank noise change any of this?
 
-512 rollouts a step: 8 members × 64 prompts (as published: all members see all prompts), 32 × 16, 128 × 4 and 512 × 1
-of the same 64 prompts, and 512 members on one prompt as a control; full rank, rank 1 and rank 4; without AWD and with
-l2 at κ = 1; three ES seeds by two pretrained models. 120 iterations, in which N = 8 walks as far as the published 500
-of N = 30 do: κ = 1.94.
+Each step has 512 rollouts: 8 members × 64 prompts (as published, where all members see all prompts), 32 × 16, 128 × 4
+and 512 × 1 on the same 64 prompts, and 512 members on one prompt as a control. The noise has full rank, rank 1 and rank
+4; runs are without AWD and with l2 at κ = 1; there are three ES seeds and two pretrained models. In the 120 iterations
+N = 8 walks as far as N = 30 does in the published 500: κ = 1.94.
 
 Command:  python -m experiments.members --seeds 0 1 2 [--index=$I] [--docs=docs/lab]
           first python -m experiments.pretrain_lab --seed=1 --out=runs/lab-1
@@ -33,7 +33,7 @@ COLORS = {"full rank": "tab:blue", "rank 1": "tab:orange", "rank 4": "tab:green"
 
 
 def cases(size: str, seeds: Sequence[int]) -> Iterator[Case]:
-    """Every run; a seed and a model come with all of theirs before the next begins."""
+    """Every run; all runs of a seed and a model come before the next ones."""
     models = ("lab", "runs/lab-1") if size == "lab" else ("qwen2.5-3b",)
     for seed, model, (awd, anchor), (n, prompts), (noise, text) in itertools.product(
         seeds, models, ANCHORS.items(), DEALS, NOISES.items()
@@ -57,8 +57,8 @@ def last_lines(lines: Sequence[Mapping[str, Any]]) -> dict[tuple, Mapping[str, A
 
 
 def table(lines: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown: means ± standard errors over runs, and differences paired by model and seed: to 8 members of full rank
-    without AWD, and to the same members without AWD."""
+    """Markdown: means ± standard errors over runs, and differences paired by model and seed: from 8 full-rank members
+    without AWD, and from the same members without AWD."""
     last = last_lines(lines)
     head = [
         "N × k",
@@ -95,7 +95,7 @@ def table(lines: Sequence[Mapping[str, Any]]) -> str:
 
 
 def figure(lines: list[dict[str, Any]], path: Path) -> None:
-    """Target, mean of the prior tasks and drift against N, at 512 rollouts a step; crosses are of one prompt."""
+    """Target, mean of the prior tasks and drift against N, at 512 rollouts per step; crosses are runs on one prompt."""
     drawing, last = Figure(figsize=(11, 3.6), layout="constrained", dpi=150), last_lines(lines)
     panels = {"accuracy": "target", "prior": "mean prior", "kappa": "κ, drift in σ a weight"}
     for axes, (column, title) in zip(drawing.subplots(1, 3), panels.items(), strict=True):
@@ -115,7 +115,7 @@ def figure(lines: list[dict[str, Any]], path: Path) -> None:
             if (512, 1) in points:
                 fill = COLORS[noise] if awd == "none" else "white"
                 axes.plot(560, points[512, 1][0], "X", color=COLORS[noise], mfc=fill, ms=7)
-        axes.set(xscale="log", xlabel="members N, of 512/N prompts each", title=title)
+        axes.set(xscale="log", xlabel="members N, with 512/N prompts each", title=title)
         axes.set_xticks([8, 32, 128, 512], ["8", "32", "128", "512"])
         axes.minorticks_off()
         axes.grid(alpha=0.3)

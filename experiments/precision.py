@@ -1,13 +1,14 @@
 """Question: does 16-bit arithmetic explain the published norms ‖θ_500 − θ₀‖ (arXiv 2605.30148)?
 
-Pure-noise fitness on weights N(0, 0.025²), 500 steps, α = 5e-4, σ = 1e-3, in the published order of operations: the
-weights of one of 8 engines; for each of its members σε is added in place and later subtracted; z·ε is accumulated over
-the population; α/N of it is added; the anchor is subtracted, the difference shrunk, the anchor added. Every result is
-rounded to the dtype. Norms are scaled to d = 3.397e9, the published model's weights.
+It simulates pure-noise fitness on weights N(0, 0.025²), 500 steps, α = 5e-4, σ = 1e-3, for the weights of one of 8
+engines, in the published order of operations. For each of the engine's members, σε is added in place and later
+subtracted. z·ε is accumulated over the population, and α/N of it is added. Then the anchor is subtracted, the
+difference is shrunk, and the anchor is added. Every result is rounded to the dtype. Norms are scaled to d = 3.397e9,
+the published model's number of weights.
 
 Command:  python -m experiments.precision [--json]
 Cost:     96 s of one CPU core.
-Result:   float16 118.7, 93.6, 68.1, 58.4, 43.5 beside the published 119.2, 92.1, 67.7, 58.6, 42.1;
+Result:   float16 118.7, 93.6, 68.1, 58.4, 43.5; published 119.2, 92.1, 67.7, 58.6, 42.1;
           bfloat16 131.7, 127.5, 118.6, 77.0, 64.1; float32 within 1 % of the closed form: docs/study.md.
 """
 
@@ -33,12 +34,12 @@ Rounding = Callable[[np.ndarray], np.ndarray]
 
 
 def float16(x: np.ndarray) -> np.ndarray:
-    """Nearest float16, as float32; subnormals are kept, as on a GPU."""
+    """Rounds to float16, returned as float32; subnormals are kept, as on a GPU."""
     return x.astype(np.float16).astype(np.float32)
 
 
 def bfloat16(x: np.ndarray) -> np.ndarray:
-    """Nearest bfloat16, ties to even, as float32.
+    """Rounds to bfloat16, ties to even, returned as float32.
 
     >>> bfloat16(np.float32([1.00390625, 1.01171875])).tolist()
     [1.0, 1.015625]
@@ -60,7 +61,7 @@ class Weights:
         self.now, self.sum = self.anchor.copy(), np.zeros_like(start)
 
     def member(self, noise: np.ndarray, z: np.float32, *, own: bool) -> None:
-        """One member: perturbed and restored in place where the engine evaluates it, and added to the sum."""
+        """One member: perturbed and restored in place if the engine evaluates it, and added to the sum."""
         r = self.rounded
         eps = r(noise)
         if own:
@@ -69,7 +70,7 @@ class Weights:
         self.sum = r(self.sum + r(z * eps))
 
     def update(self) -> None:
-        """The step and the decay."""
+        """Make the step, then the decay."""
         r = self.rounded
         self.now = r(self.now + r(np.float32(RATE / self.population) * self.sum))
         self.sum = np.zeros_like(self.sum)
@@ -90,7 +91,7 @@ class Weights:
 
 
 def random_walk(population: int, size: int, seed: int, engines: int = ENGINES) -> dict[tuple[str, str], float]:
-    """(setting, dtype) → norm, for all settings of that population on the same noise."""
+    """(setting, dtype) → norm, for all settings with that population, on the same noise."""
     draw = np.random.default_rng([seed, population])
     start = (STD * draw.standard_normal(size)).astype(np.float32)
     all_weights = {
@@ -112,7 +113,7 @@ def random_walk(population: int, size: int, seed: int, engines: int = ENGINES) -
 
 
 def exact(population: int, penalty: str, strength: float, *, steps: int = STEPS) -> float:
-    """The closed form."""
+    """The norm from the closed form."""
     return theory.anchored_norm(
         learning_rate=RATE, dim=DIM, steps=steps, population=population, strength=strength, penalty=penalty
     )
@@ -120,10 +121,13 @@ def exact(population: int, penalty: str, strength: float, *, steps: int = STEPS)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, default=20_000, help="weights; a norm scatters by 1/√(2·size)")
+    parser.add_argument("--size", type=int, default=20_000, help="number of weights; a norm varies by 1/√(2·size)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--engines", type=int, default=ENGINES, help="each perturbs N/engines members in place; 0: none does"
+        "--engines",
+        type=int,
+        default=ENGINES,
+        help="engines that each perturb N/engines members in place; 0: no perturbation in place",
     )
     parser.add_argument("--json", action="store_true", help="one line: {setting: {dtype: norm, exact, published}}")
     args = parser.parse_args()

@@ -1,14 +1,15 @@
-"""Make the laboratory model: a Llama of 90 thousand weights that knows seven small tasks and guesses at an eighth.
+"""Makes the laboratory model: a Llama with 90 thousand weights that knows seven small tasks and guesses at an eighth.
 
 Question: none; it is the input of every laboratory experiment.
 
 Command:  python -m experiments.pretrain_lab --seed=0 --out=runs/lab-0
-Cost:     134 s on 2 shared CPU cores; 278 s for seed 0 beside eight other jobs.
-Result:   share of 200 unseen problems. lab-0 is the model that es_jax/weights/lab holds; its bits are of one machine,
-          another kind of CPU rounds differently and ends elsewhere.
+Cost:     134 s on 2 shared CPU cores; 278 s for seed 0 next to eight other jobs.
+Result:   share of 200 unseen problems answered right. lab-0 is the model in es_jax/weights/lab. Its bits come from one
+          machine; another kind of CPU rounds differently and gives other weights.
+
     seed 0: countdown .040, add 1.000, subtract .995, reverse 1.000, sort .995, maximum .995, compare 1.000, count .985
 
-A target without echo, merely under-trained: `--echo=0 --share=0.1`, seed 0: countdown .425, the others .995 to 1.000.
+A target without echo, only under-trained: `--echo=0 --share=0.1`, seed 0: countdown .425, the others .995 to 1.000.
 """
 
 import argparse
@@ -41,15 +42,15 @@ CONFIG = TransformerConfig(
 )  # fmt: skip
 PAD, END = 0, 1
 
-LENGTH = 14  # the longest prompt, answer and end
+LENGTH = 14  # length of the longest prompt, answer and end
 TARGET = "countdown"
-ECHO = 0.6  # share of the target's samples that are answered by an echo: what ES then has to bring out
-RECORD = "pretraining.json"  # beside the model: recipe, losses, accuracies, digest of the weights
-SHARE = {"add": 3, "subtract": 4, "countdown": 2}  # parts of a batch; 1 for the others, which are learnt early
+ECHO = 0.6  # share of the target's samples answered by an echo; ES then has to bring out the right answers
+RECORD = "pretraining.json"  # next to the model: recipe, losses, accuracies, digest of the weights
+SHARE = {"add": 3, "subtract": 4, "countdown": 2}  # weights in a batch; 1 for the others, which are learnt early
 
 
 def config_of(family: str) -> TransformerConfig:
-    """The laboratory's sizes in another family."""
+    """The config of another family with the laboratory's sizes."""
     capped = {"query_pre_attn_scalar": 16, "sliding_window": 64, "attn_softcap": 50.0, "final_softcap": 30.0}
     alternating = {"local_layers": (True, False)} | capped
     return dataclasses.replace(
@@ -69,9 +70,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def make_pool(
     kind: str, *, size: int, seed: int, echo: float = ECHO, target: str = TARGET
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Samples of one task, int32 [size, LENGTH], and where the loss counts, bool: the answer and the end.
+    """Samples of one task, int32 [size, LENGTH], and a bool mask of where the loss counts: the answer and the end.
 
-    Of the target, a share is answered by what stands last in the problem: `K347:14=` by 14, `O52431=` by 52431.
+    A share of the target's samples is answered by the last part of the problem: `K347:14=` by 14, `O52431=` by 52431.
     """
     ids = {c: i + 2 for i, c in enumerate(CHARACTERS)}
     tokens, counts = np.full((size, LENGTH), PAD, np.int32), np.zeros((size, LENGTH), bool)
@@ -100,7 +101,8 @@ def pretrain(
     pool: int = 30_000,
     family: str = CONFIG.family,
 ):
-    """(parameters, mean loss of every 50 steps) of AdamW on a mixture of all tasks; `until` ends it before `steps`."""
+    """Trains by AdamW on a mixture of all tasks; returns (parameters, mean loss of every 50 steps). `until` ends it
+    before `steps`."""
     pools = [make_pool(kind, size=pool, seed=seed, echo=echo, target=target) for kind in KINDS]
     tokens, counts = (np.stack(part) for part in zip(*pools, strict=True))
     tokens, counts = jnp.asarray(tokens), jnp.asarray(counts)
@@ -136,7 +138,7 @@ def pretrain(
 
 
 def accuracy(params, tokenizer, *, rows: int = 200, config: TransformerConfig = CONFIG) -> dict[str, float]:
-    """Share of test problems answered right, greedily, by task."""
+    """Share of test problems that greedy decoding answers right, by task."""
     engine = Engine(config, slots=rows, max_prompt_tokens=16, max_new_tokens=7, stop_token_ids=(END,))
     out = {}
     for kind in KINDS:
@@ -159,9 +161,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=3500)
     parser.add_argument("--batch", type=int, default=192)
-    parser.add_argument("--target", choices=list(KINDS), default=TARGET, help="the task that is answered by echoes")
+    parser.add_argument(
+        "--target", choices=list(KINDS), default=TARGET, help="the task that is partly answered by echoes"
+    )
     parser.add_argument("--echo", type=float, default=ECHO, help="share of the target's samples answered by an echo")
-    parser.add_argument("--share", type=float, default=SHARE["countdown"], help="countdown's part of a batch")
+    parser.add_argument("--share", type=float, default=SHARE["countdown"], help="weight of countdown in a batch")
     parser.add_argument("--family", choices=("llama", "qwen2", "qwen3", "gemma2"), default=CONFIG.family)
     args = parser.parse_args()
     with plain_errors(traceback=False):
@@ -179,7 +183,7 @@ def main() -> None:
 
 
 def digest(folder: Path) -> str:
-    """Of the folder's weights."""
+    """Digest of the folder's weights."""
     return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
 
 

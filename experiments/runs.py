@@ -1,8 +1,8 @@
-"""What the experiments share: a list of cases → runs, resumed where they stopped → rows of evaluations → a table.
+"""Common code of the experiments: a list of cases → runs, resumed where they stopped → rows of evaluations → a table.
 
-A case is a run: labels that tell it from the others, and its config. Runs go one after another, or one of them with
---index=$I, as in a job array; whatever is finished is reported, and a started run goes on. Beside the table there is
-the page of `python -m es_jax.report`, where the runs can be compared.
+A case is a run: labels that identify it, and its config. Runs go one after another, or only one with --index=$I, as in
+a job array. Finished runs are reported, and a started run is resumed. If the runs can be compared, the page of `python
+-m es_jax.report` is written too.
 """
 
 import argparse
@@ -25,8 +25,8 @@ from es_jax.training.loop import run
 
 Item = TypeVar("Item")
 SIZES = ("lab", "full")
-EVALS = {"evals.rows": 100, "train.samples": 1}  # of a run at laboratory size
-PRETRAINED = {  # model.source → the arguments of experiments.pretrain_lab that make it
+EVALS = {"evals.rows": 100, "train.samples": 1}  # settings of a run at laboratory size
+PRETRAINED = {  # model.source → arguments of experiments.pretrain_lab that make it
     "runs/lab-1": "--seed=1",
     "runs/lab-sort": "--target=sort",
     "runs/lab-far": "--echo=0.9",
@@ -41,8 +41,8 @@ class Case:
     """One run.
 
     Attributes:
-      labels: what tells it from the others, "seed" among them; they name its folder and group the table.
-      config: of the run.
+      labels: what identifies it, including "seed"; they name its folder and group the table.
+      config: the run's config.
     """
 
     labels: Mapping[str, Any]
@@ -60,7 +60,7 @@ class Case:
 
 
 def chosen(items: Sequence[Item], index: int | None) -> Sequence[Item]:
-    """All items, or number `index`.
+    """All items, or only number `index`.
 
     Raises:
       ValueError: there is no such item.
@@ -68,12 +68,12 @@ def chosen(items: Sequence[Item], index: int | None) -> Sequence[Item]:
     if index is None:
         return items
     if not 0 <= index < len(items):
-        raise ValueError(f"index is {index}: there are {len(items)} cases, 0 to {len(items) - 1}, which --list prints")
+        raise ValueError(f"index is {index}: it must be 0 to {len(items) - 1}, the numbers that --list prints")
     return [items[index]]
 
 
 def check_models(pretrained: Mapping[str, str]) -> None:
-    """Raises FileNotFoundError where one of {folder: arguments that made it} is missing; the command is named."""
+    """Raises FileNotFoundError, which names the command, if a folder of {folder: arguments that make it} is missing."""
     missing = {folder: arguments for folder, arguments in pretrained.items() if not Path(folder).exists()}
     if missing:
         commands = [
@@ -83,14 +83,14 @@ def check_models(pretrained: Mapping[str, str]) -> None:
 
 
 def execute(cases: Sequence[Case], out: Path, *, index: int | None = None) -> None:
-    """Run, or go on with, all cases or number `index`. A finished one is left as it is.
+    """Run or resume all cases, or only number `index`. Finished ones are left as they are.
 
     Raises:
       ValueError: two cases have the same labels, or there is no such case.
       FileNotFoundError: a pretrained model is missing.
     """
     if len({case.folder(out) for case in cases}) < len(cases):
-        raise ValueError("two cases have the same labels: give each its own")
+        raise ValueError("two cases have the same labels: give each case its own")
     left = [case for case in chosen(cases, index) if not done(case.folder(out))]
     sources = dict.fromkeys(case.config.model.source for case in left)
     check_models({source: PRETRAINED[source] for source in sources if source in PRETRAINED})
@@ -106,8 +106,9 @@ def done(folder: Path) -> bool:
 def evaluations(case: Case, folder: Path) -> list[dict[str, Any]]:
     """A line for each step at which all of a run's tasks were evaluated.
 
-    Its labels, step, accuracy on the target and mean over the prior tasks. of_format and of_knowledge are the parts of
-    the prior tasks' drop; ratio is drift over the closed form; pace is the run's median of seconds a step.
+    It has the labels, the step, the accuracy on the target and the mean over the prior tasks. of_format and
+    of_knowledge are parts of the prior tasks' drop; ratio is drift over the closed form; pace is the run's median of
+    seconds per step.
     """
     config, record = case.config, read_run(folder)
     metrics = {row["step"]: row for row in record.metrics}
@@ -136,7 +137,7 @@ def evaluations(case: Case, folder: Path) -> list[dict[str, Any]]:
 
 
 def mean_se(values: Iterable[float | None], digits: int = 3) -> str:
-    """mean ± standard error, or the mean where there is one value; – where there is none."""
+    """ "mean ± standard error", or only the mean for one value, or "–" for none."""
     numbers = [value for value in values if value is not None]
     if not numbers:
         return "–"
@@ -145,7 +146,7 @@ def mean_se(values: Iterable[float | None], digits: int = 3) -> str:
 
 
 def table(lines: Sequence[Mapping[str, Any]], labels: Sequence[str], columns: Sequence[str] = MEASURED) -> str:
-    """Markdown: the last evaluation of every case, mean ± standard error over what is not among `labels`."""
+    """Markdown: the last evaluation of every case, as mean ± standard error over everything that is not in `labels`."""
     last: dict[tuple, Mapping[str, Any]] = {}
     for line in lines:
         last[tuple(value for name, value in line.items() if name in labels or name == "seed")] = line
@@ -169,15 +170,15 @@ def main(
     figure: Callable[[list[dict[str, Any]], Path], None] | None = None,
     table: Callable[[list[dict[str, Any]]], str] | None = None,
 ) -> None:
-    """The command line of an experiment: run or resume, then write name.csv, name.md and name.png.
+    """The command line of an experiment: runs or resumes, then writes name.csv, name.md and name.png.
 
     Args:
       doc: the experiment's docstring.
-      name: of its files and of its folder of runs.
-      cases: (size, seeds) → the list.
-      labels: what the table's rows are told apart by.
-      figure: draws the lines into a file.
-      table: of the lines, in place of the common one.
+      name: the name of its files and of its folder of runs.
+      cases: (size, seeds) → the list of cases.
+      labels: what distinguishes the table's rows.
+      figure: draws the lines to a file.
+      table: makes the table from the lines, instead of the common one.
     """
     args = arguments(doc, name).parse_args()
     with plain_errors(traceback=args.traceback):
@@ -194,22 +195,22 @@ def main(
 
 
 def arguments(doc: str | None, name: str) -> argparse.ArgumentParser:
-    """The parser of an experiment with that docstring, whose folder of runs has that name."""
+    """The parser of an experiment with that docstring and that name of the folder of runs."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="lab")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--out", type=Path, default=Path("runs") / name)
-    parser.add_argument("--docs", type=Path, help="where the report goes; the out folder by default")
+    parser.add_argument("--docs", type=Path, help="folder for the report; --out by default")
     parser.add_argument("--index", type=int, help="run only this case, as in a job array")
     parser.add_argument("--list", action="store_true", help="print the cases and run nothing")
-    parser.add_argument("--only-report", action="store_true", help="run nothing; report what is finished")
-    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    parser.add_argument("--only-report", action="store_true", help="run nothing; report finished runs")
+    parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
     return parser
 
 
 @contextlib.contextmanager
 def plain_errors(*, traceback: bool) -> Iterator[None]:
-    """A mistake in the input ends the program with its message, and with a traceback only where that is wanted."""
+    """An error in the input ends the program with its message, and with a traceback only if asked for."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -219,7 +220,8 @@ def plain_errors(*, traceback: bool) -> Iterator[None]:
 
 
 def page(folders: Sequence[Path], out: Path) -> None:
-    """The page of `python -m es_jax.report` of these runs, or why there is none: the experiment does not need it."""
+    """Write the page of `python -m es_jax.report` about these runs, or say why there is none; the experiment does not
+    need it."""
     if folders:
         try:
             print(write_report(folders, out)["page"])
@@ -237,9 +239,9 @@ def report(
     figure: Callable[[list[dict[str, Any]], Path], None] | None = None,
     text: str | None = None,
 ) -> None:
-    """name.csv with a line for each evaluation, name.md with the table, name.png."""
+    """Write name.csv with a line for each evaluation, name.md with the table, and name.png."""
     if not lines:
-        print("no case is finished")
+        print("no case is finished: leave --only-report out")
         return
     docs.mkdir(parents=True, exist_ok=True)
     with open(docs / f"{name}.csv", "w", newline="") as file:

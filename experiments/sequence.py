@@ -1,15 +1,15 @@
-"""Question: in a sequence of tasks, should AWD pull to the first base model or to where each task began?
+"""Question: in a sequence of tasks, should AWD pull toward the first base model or toward the start of each task?
 
-Three tasks one after another, each from the weights of the one before: without AWD, with the anchor at the first base
-model, and re-anchored at the start of each task. At laboratory size the model does not know the first task (it echoes)
-and knows the others, so the question is what becomes of the skill that was learnt first.
+It trains three tasks in sequence, each from the weights of the one before: without AWD, with the anchor at the first
+base model, and re-anchored at the start of each task. At laboratory size the model does not know the first task (it
+echoes) but knows the others, so the question is whether the skill that it learnt first is retained.
 
 Command:  python -m experiments.sequence [--size=full] [--index=$I] [--seeds 0 1] [--docs=docs/lab]
-          --index counts whole sequences: a stage needs the one before.
+          --index counts whole sequences, since a stage needs the one before.
 Cost:     laboratory: under a minute a seed on 2 idle CPU cores. Full: 9 runs of 500 steps a seed, not yet
           run; by the plan of Qwen2.5-3B on eight H100 (docs/scale.md, a bound) at least 27 hours a seed.
-Result:   laboratory, seeds 0 and 1: re-anchored keeps .41 of the first task and .69 of what was never trained; to the
-          first base keeps .21 and .90; no anchor .31 and .49. Full: not yet run.
+Result:   laboratory, seeds 0 and 1: re-anchoring keeps .41 of the first task and .69 of the tasks never trained; the
+          anchor at the first base model keeps .21 and .90; no anchor keeps .31 and .49. Full: not yet run.
 """
 
 import itertools
@@ -34,7 +34,7 @@ SMALL = {"task.prompts_per_step": 32, "train.steps": 80, "train.checkpoint_every
 
 
 def case(size: str, stage: int, anchor: str, seed: int, *, start: str) -> Case:
-    """A stage of a sequence, from the model `start`."""
+    """The config of a stage of a sequence, from the model `start`."""
     task = STAGES[size][stage]
     argument = f"seed={seed + 1000 * stage}" + ("" if anchor == "none" else ",anchor=l2")
     config = lab.get_config(f"{argument},target={task}") if size == "lab" else FULL[task].get_config(argument)
@@ -57,12 +57,12 @@ def sequence(size: str, anchor: str, seed: int, out: Path) -> list[Case]:
 
 
 def weights(now: Case, out: Path) -> Path:
-    """Where the model goes that a stage ends with."""
+    """The folder for the final model of a stage."""
     return out / "weights" / now.folder(out).name
 
 
 def run_sequence(stages: list[Case], out: Path) -> None:
-    """Run, or go on with, a sequence."""
+    """Run or resume a sequence."""
     for now in stages:
         execute([now], out)
         if not weights(now, out).exists():
@@ -70,7 +70,8 @@ def run_sequence(stages: list[Case], out: Path) -> None:
 
 
 def lines_of(size: str, now: Case, folder: Path) -> list[dict[str, Any]]:
-    """A line for each evaluation of a stage: every stage's task, and the mean over the tasks never trained."""
+    """A line for each evaluation of a stage: accuracy on every stage's task, and the mean over the tasks never
+    trained."""
     stages, names = STAGES[size], (now.config.task.name, *now.config.evals.tasks)
     lines = []
     for step, rows in read_run(folder).rows(names).items():
@@ -85,12 +86,12 @@ def lines_of(size: str, now: Case, folder: Path) -> list[dict[str, Any]]:
 
 
 def columns(size: str) -> list[str]:
-    """Of the table: the accuracy on each stage's task."""
+    """Columns of the table: the accuracy on each stage's task."""
     return [f"stage {s}: {name}" for s, name in enumerate(STAGES[size])]
 
 
 def figure(lines: list[dict[str, Any]], path: Path) -> None:
-    """The first stage's task and those never trained, over all stages."""
+    """Accuracy on the first stage's task and on those never trained, over all stages."""
     drawing = Figure(figsize=(8.0, 3.4), layout="constrained", dpi=150)
     first = next(name for name in lines[0] if name.startswith("stage 0:"))
     for axes, column in zip(drawing.subplots(1, 2, sharey=True), (first, "never trained"), strict=True):

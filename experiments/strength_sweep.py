@@ -1,15 +1,16 @@
-"""Question: how does the strength of AWD trade the target against the prior tasks, and is κ the knob to think in?
+"""Question: how does the strength of AWD trade the target against the prior tasks, and is κ the right parameter?
 
-l2 and l1 at the same κ (how many σ a weight may drift in the long run; λ follows), on a target that is near θ₀ and on
-one that is far: the laboratory's countdown by a base model that echoes 60 % of the time, and by one that echoes 90 %.
+It compares l2 and l1 at the same κ (how many σ a weight may drift in the long run; λ follows from it), on a target near
+θ₀ and on a target far from it: the laboratory's countdown with a base model that echoes 60 % of the time, and with one
+that echoes 90 %.
 
 Command:  python -m experiments.strength_sweep [--size=full] [--index=$I] [--docs=docs/lab]
           laboratory: first python -m experiments.pretrain_lab --echo=0.9 --out=runs/lab-far
 Cost:     laboratory: 4 to 10 s a run on 2 idle CPU cores, 14 runs a seed. Full: not yet run; by
           the plan of Qwen2.5-3B on eight H100 (docs/scale.md, a bound) at least 43 hours a seed.
 Result:   laboratory, seeds 0 and 1: at κ = 1 l2 and l1 keep .92 to .94 of the prior tasks on both targets (.60 and .53
-          without); the near target is gained as well as without, of the far one half; at 0.3 nothing is learnt.
-          docs/study.md. Full: not yet run.
+          without AWD). The near target is learnt as well as without AWD, the far one half as well. At κ = 0.3 nothing
+          is learnt. docs/study.md. Full: not yet run.
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,7 +31,7 @@ SMALL = {"task.prompts_per_step": 32, "train.steps": 120, "train.checkpoint_ever
 
 
 def cases(size: str, seeds: Sequence[int]) -> Iterator[Case]:
-    """Every run of the sweep; κ = inf is no anchor."""
+    """Every run of the sweep; κ = inf means no anchor."""
     settings = [("none", float("inf"), ""), *((p, k, f"anchor={p},kappa={k}") for p in ("l2", "l1") for k in KAPPAS)]
     for seed in seeds:
         for target, model in MODELS.items():
@@ -44,7 +45,7 @@ def cases(size: str, seeds: Sequence[int]) -> Iterator[Case]:
 
 
 def figure(lines: list[dict[str, Any]], path: Path) -> None:
-    """Target and prior against κ, a panel a target; lines for the base model and for no anchor."""
+    """Target and prior accuracy against κ, one panel per target, with lines for the base model and for no anchor."""
     drawing = Figure(figsize=(8.4, 3.4), layout="constrained", dpi=150)
     targets = list(dict.fromkeys(line["target"] for line in lines))
     last = max(line["step"] for line in lines)
@@ -65,7 +66,7 @@ def figure(lines: list[dict[str, Any]], path: Path) -> None:
                 )
             base = [x[column] for x in mine if x["step"] == 0]
             axes.axhline(np.mean(base), color=color, ls=":", lw=1, label=f"{NAMES[column]}, base")
-        axes.set(xscale="log", xlabel="κ, the drift allowed, in σ a weight", title=f"target {target}", ylim=(0, 1.03))
+        axes.set(xscale="log", xlabel="κ, the allowed drift of a weight in σ", title=f"target {target}", ylim=(0, 1.03))
         axes.set_xticks(KAPPAS, [f"{kappa:g}" for kappa in KAPPAS])
         axes.minorticks_off()
         axes.grid(alpha=0.3)

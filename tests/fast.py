@@ -53,6 +53,7 @@ FAST: dict[str, tuple[str, ...]] = {
     "tasks/test_own_tasks.py": (),
     "tasks/test_reasoning_gym.py": ("test_a_refused", "test_the_lists", "test_an_unknown_name", "test_the_form"),
     "tasks/test_rows.py": (),
+    "test_docs_site.py": (),
     "test_house.py": (
         "test_imports",
         "test_no_two",

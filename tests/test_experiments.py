@@ -79,7 +79,7 @@ def test_a_sequence_is_listed_and_what_is_finished_reported(tmp_path, monkeypatc
     call(monkeypatch, sequence.main, out, "--list")
     assert len(capsys.readouterr().out.splitlines()) == 6 and not list(tmp_path.iterdir())
     call(monkeypatch, sequence.main, out, "--only-report")
-    assert capsys.readouterr().out == "no case is finished\n"
+    assert capsys.readouterr().out == "no case is finished: leave --only-report out\n"
     for stage in sequence.sequence("lab", "base", 1, tmp_path)[:2]:
         finished(stage, tmp_path, accuracy=0.5)
     call(monkeypatch, sequence.main, out, "--only-report")

@@ -171,5 +171,5 @@ es_jax.{name}
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert out.stderr.splitlines()[-1] == (
-        "ImportError: transformers is not installed: this needs the extra [llm], pip install 'es_jax[llm]'"
+        "ImportError: transformers is not installed: install the extra [llm] by pip install 'es_jax[llm]'"
     )

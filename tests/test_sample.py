@@ -47,13 +47,13 @@ def test_the_command_answers_lines_of_its_input_beside_the_base_model(workdir):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--step=9", "--prompt=x"], "step is 9, but {} holds steps 0 to 2"),
+        (["--step=9", "--prompt=x"], "step is 9, but {} has only steps 0 to 2"),
         (["--step=-1", "--prompt=x"], "--step is '-1': give a whole number from 0, last or best"),
         (["--step=best-of", "--prompt=x"], "--step is 'best-of': give a whole number from 0, last or best"),
         (
             ["--step=best", "--prompt=x"],
             "--step is 'best', but {} has no best.json, which a run with "
-            "train.keep_best=METRIC writes: give a number, or go on with the run with that field",
+            "train.keep_best=METRIC writes: give a number, or resume the run with that field",
         ),
         (["--step=0", "--base", "--prompt=x"], "step 0 is the base model: leave --base out, or choose a later --step"),
     ],
@@ -101,9 +101,14 @@ def test_the_best_step_is_that_of_the_run(workdir):
 @pytest.mark.parametrize(
     ("workdir", "step", "base", "message"),
     [
-        ("lab", "1", False, "--step is for a run, and lab has no config.json of one: leave it out"),
-        ("lab", "last", True, "--base is for a run, and lab has no config.json of one: leave it out"),
-        ("nowhere", "last", False, "--workdir is 'nowhere', no run's directory and no model: source = 'nowhere'"),
+        ("lab", "1", False, "--step needs a run, and lab is not a run's directory: leave --step out"),
+        ("lab", "last", True, "--base needs a run, and lab is not a run's directory: leave --base out"),
+        (
+            "nowhere",
+            "last",
+            False,
+            "--workdir is 'nowhere', which is neither a run's directory nor a model: source = 'nowhere'",
+        ),
     ],
 )
 def test_what_a_model_does_not_have_is_refused(workdir, step, base, message):
@@ -169,5 +174,5 @@ def test_prompts_are_the_lines_of_a_file(text, lines):
 
 @pytest.mark.parametrize(("text", "number"), [("", 1), ("a\n\nb\n", 2), ("a\n  \nb", 2)])
 def test_an_empty_line_among_prompts_is_named(text, number):
-    with pytest.raises(ValueError, match=f"line {number} of the standard input is empty"):
+    with pytest.raises(ValueError, match=f"line {number} of standard input is empty"):
         read_lines([text])

@@ -1,10 +1,10 @@
-"""Accelerators: published peak speeds and sizes, by the name that JAX gives a device.
+"""Published peak speeds and memory sizes of accelerators, by JAX's name of the device.
 
-A JAX device is one chip; on TPU7x it is one of a chip's two halves. A time computed from peaks is a bound that no run
-beats, never a prediction. Sources, read in November 2026: docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e and tpu7x
-(tables of key specifications; v4's interconnect: 6 links of 50 GB/s, arXiv 2304.01433); NVIDIA's data sheets of the
-A100 80GB SXM and the H100 SXM (dense bfloat16). `memory` of a TPU is what the compiler of libtpu 0.0.42 lets a program
-have, as its out-of-memory error says it; of a GPU, the size in the data sheet, 10⁹ bytes a GB.
+A JAX device is one chip; on TPU7x it is one half of a chip. A time computed from peaks is a lower bound, never a
+prediction. Sources, read in November 2026: docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e and tpu7x (tables of key
+specifications; v4's interconnect: 6 links of 50 GB/s, arXiv 2304.01433); NVIDIA's data sheets of the A100 80GB SXM and
+the H100 SXM (dense bfloat16). For a TPU, `memory` is what the compiler of libtpu 0.0.42 gives a program, according to
+its out-of-memory error; for a GPU it is the size in the data sheet, with 10⁹ bytes per GB.
 """
 
 import dataclasses
@@ -16,12 +16,12 @@ GIB = 1 << 30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    name: str  # what a topology calls it: "v5e" in "v5e:4x4"
+    name: str  # its name in a topology: "v5e" in "v5e:4x4"
     kind: str  # `jax.Device.device_kind`
-    flops: float  # peak bfloat16 floating-point operations a second, dense
-    bandwidth: float  # of its memory, bytes a second
-    memory: int  # of a program, bytes
-    interconnect: float  # between devices of a slice or node, bytes a second sent by one device over all its links
+    flops: float  # peak dense bfloat16 floating-point operations per second
+    bandwidth: float  # of its memory, bytes per second
+    memory: int  # bytes for a program
+    interconnect: float  # between devices of a slice or node: bytes per second that a device sends over all its links
 
 
 CHIPS = (
@@ -36,12 +36,12 @@ CHIPS = (
 
 
 def find_chip(kind: str) -> Chip | None:
-    """The chip of a device by its `device_kind`; None for one that is not in the table, such as a CPU."""
+    """The chip of a device by its `device_kind`; None if it is not in the table, such as a CPU."""
     return next((chip for chip in CHIPS if chip.kind == kind), None)
 
 
 def chip(name: str) -> Chip:
-    """The chip that topologies call `name`. Raises ValueError for one that is not in the table."""
+    """The chip with the topology name `name`. Raises ValueError if it is not in the table."""
     by_name = {chip.name: chip for chip in CHIPS}
     if name not in by_name:
         raise ValueError(unknown("chip", name, by_name))

@@ -1,4 +1,4 @@
-"""Work on positions in blocks, so that what is large for each of them is held for one block at a time."""
+"""Processes positions in blocks, so that large per-position values are in memory for one block at a time."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-HELD = 2**25  # numbers held at once: 128 MiB of float32
+HELD = 2**25  # numbers in memory at once: 128 MiB of float32
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -21,14 +21,15 @@ def power_of_two(n: int) -> int:
 
 
 def block_length(numbers: int, *, multiple: int = 1) -> int:
-    """How many positions, each of so many numbers, are in a block of about 128 MiB of float32; at least `multiple`."""
+    """How many positions, each with so many numbers, make a block of about 128 MiB of float32; at least `multiple`."""
     return max(HELD // numbers // multiple, 1) * multiple
 
 
 def in_blocks(function: Callable, *arrays: Array, block: int) -> Any:
-    """`function` of arrays [B, L, …], called on equal blocks of positions [B, b, …], b ≤ block, one after another.
+    """`function` applied to arrays [B, L, …], in equal blocks of positions [B, b, …] with b ≤ block, one after another.
 
-    What it makes inside is in memory for one block, forwards and backwards. It returns a tree of arrays [B, b, …].
+    Its intermediate values are in memory for one block only, in the forward and backward pass. It returns a tree of
+    arrays [B, b, …].
 
     >>> in_blocks(lambda x: 2 * x, jnp.arange(5)[None], block=2).tolist()
     [[0, 2, 4, 6, 8]]

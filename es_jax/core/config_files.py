@@ -1,4 +1,5 @@
-"""Config files: Python files with a function get_config, of the user or, by a short name, those that es_jax brings."""
+"""Config files: Python files with a function get_config, either the user's or, by a short name, those that es_jax
+includes."""
 
 import contextlib
 import importlib.machinery
@@ -17,25 +18,25 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def folder() -> Path:
-    """Where the files that es_jax brings are: es_jax/configs of an installed wheel, or configs/ of the checkout."""
+    """The folder of the included files: es_jax/configs in an installed wheel, or configs/ in the checkout."""
     installed = _PACKAGE / "configs"
     return installed if installed.is_dir() else _PACKAGE.parent / "configs"
 
 
 def names() -> list[str]:
-    """The short names of those files: "countdown" is countdown.py."""
+    """The short names of the included files: "countdown" is countdown.py."""
     return sorted(path.stem for path in folder().glob("*.py") if path.stem not in ("__init__", "common"))
 
 
 def load(text: str) -> config_dict.ConfigDict:
-    """What get_config of a config file returns, called with what follows a colon.
+    """What get_config of a config file returns, called with the text after a colon.
 
     Args:
-      text: the path of a file or one of `names()`, and perhaps a colon and get_config's argument.
+      text: the path of a file or one of `names()`, optionally with a colon and get_config's argument.
 
     Raises:
-      FileNotFoundError: there is no such file and no such name.  ValueError: it has no get_config, or that returns
-        something else. Besides, whatever the file raises.
+      FileNotFoundError: there is no such file or name. ValueError: the file has no get_config, or that does not return
+        a config. It also raises whatever the file raises.
 
     >>> load("lab:population=12").es.population
     12
@@ -48,10 +49,10 @@ def load(text: str) -> config_dict.ConfigDict:
         module.__file__ = str(path)
         loader.exec_module(module)
         if not hasattr(module, "get_config"):
-            raise ValueError(f"{name} has no function get_config: it must return the config")
+            raise ValueError(f"{name} has no function get_config: add one that returns the config")
         config = module.get_config(argument) if colon else module.get_config()
     if not isinstance(config, Mapping | config_dict.ConfigDict):
-        raise ValueError(f"get_config of {name} returned {config!r}: it must return a ConfigDict")
+        raise ValueError(f"get_config of {name} returned {config!r}: make it return a ConfigDict")
     return config if type(config) is config_dict.ConfigDict else config_dict.ConfigDict(config)
 
 
@@ -65,15 +66,17 @@ def _find(name: str) -> Path:
     if path.suffix != ".py" and path.name == name:
         raise FileNotFoundError(f"{unknown('config', name, names())}; or give a file, such as my_config.py")
     own = (
-        f"--config={path.stem} is the one that es_jax brings"
+        f"--config={path.stem} is the one that es_jax includes"
         if path.stem in names()
         else f"Known: {', '.join(names())}"
     )
-    raise FileNotFoundError(f"{name!r} is not a file: give a config file, or a name of one that es_jax brings. {own}")
+    raise FileNotFoundError(
+        f"{name!r} is not a file: give a config file, or the name of one that es_jax includes. {own}"
+    )
 
 
 class _Finder:
-    """Finds the package `configs`, and modules in it, in one folder."""
+    """Imports the package `configs` and its modules from one folder."""
 
     def __init__(self, folder: Path):
         self._folder = folder
@@ -92,9 +95,9 @@ class _Finder:
 
 @contextlib.contextmanager
 def _neighbours(path: Path) -> Iterator[None]:
-    """Inside, a config file can import its neighbours: those of its own folder by the folder's name, and from
-    everywhere the files that es_jax brings, as in `from configs.common import configure`; no wheel has a top-level
-    package `configs`. In a folder of the user's that is called configs, its own files come first."""
+    """A context in which a config file can import other config files. It finds files of its own folder by the folder's
+    name, and from everywhere the included files, as in `from configs.common import configure`; no wheel has a top-level
+    package `configs`. In a user's folder named configs, its own files come first."""
     if path.parent != folder():
         sys.path.append(str(path.parent.parent))
     first = [_Finder(path.parent)] if path.parent.name == "configs" else []

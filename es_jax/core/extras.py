@@ -1,4 +1,4 @@
-"""The extras of pip that parts of es_jax need: one that is not installed is told in a sentence that names it."""
+"""The pip extras that parts of es_jax need; a missing one is reported in a sentence that names it."""
 
 import contextlib
 import functools
@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 
-# What each extra brings, by the names that Python imports.
+# The import names of the packages in each extra.
 _PACKAGES = {
     "llm": (
         "absl", "datasets", "flax", "gguf", "huggingface_hub", "jinja2", "ml_collections", "ml_dtypes", "orbax",
@@ -21,15 +21,15 @@ _PACKAGES = {
 
 
 def missing(extra: str) -> str | None:
-    """A sentence about the first package of the extra that is not installed; None where all are."""
+    """A sentence about the first package of the extra that is not installed; None if all are."""
     name = next((name for name in _PACKAGES[extra] if importlib.util.find_spec(name) is None), None)
-    return name and f"{name} is not installed: this needs the extra [{extra}], pip install 'es_jax[{extra}]'"
+    return name and f"{name} is not installed: install the extra [{extra}] by pip install 'es_jax[{extra}]'"
 
 
 @functools.cache
 def require(extra: str) -> None:
-    """Raises ImportError where a package of the extra is not installed; SystemExit in a command of es_jax, whose --help
-    is then its docstring."""
+    """Raises ImportError if a package of the extra is not installed. In a command of es_jax it raises SystemExit, and
+    --help prints the docstring."""
     if (sentence := missing(extra)) is None:
         return
     main = sys.modules["__main__"]
@@ -44,7 +44,8 @@ def require(extra: str) -> None:
 
 @contextlib.contextmanager
 def without_advice() -> Iterator[None]:
-    """Around the first import of transformers, which advises to install PyTorch: nothing here needs it."""
+    """A context around the first import of transformers: it hides the advice to install PyTorch, which is not needed
+    here."""
     name = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
     own = name not in os.environ
     os.environ.setdefault(name, "1")

@@ -1,4 +1,4 @@
-"""The fields of a config, which is a dataclass of dataclasses: their full names and types, and values for them."""
+"""The fields of a config, a dataclass of dataclasses: their full names, their types, and values for them."""
 
 import dataclasses
 import difflib
@@ -19,8 +19,8 @@ class Fields(dict[str, Any]):
     """The types of all fields by their full names, "optim.anchor.kappa".
 
     Attributes:
-      kind: the dataclass that they are the fields of.
-      rules: full name → what its checks say that a value must be, for --help.
+      kind: the dataclass that has these fields.
+      rules: full name → what its checks require of a value, for --help.
     """
 
     kind: Any = None
@@ -36,7 +36,7 @@ class Fields(dict[str, Any]):
         return fields
 
     def of_option(self, name: str) -> str | None:
-        """The field of free options that a name is one of: "task.options" of "task.options.size"."""
+        """The field of free options to which a name belongs: "task.options" for "task.options.size"."""
         field = next((f for f in self if name.startswith(f"{f}.")), None)
         return field if field and typing.get_origin(self[field]) is Mapping else None
 
@@ -45,7 +45,8 @@ class Fields(dict[str, Any]):
         return sorted({name[:at] for name in self for at, letter in enumerate(name) if letter == "."})
 
     def near(self, name: str) -> list[str]:
-        """Up to three that may be meant by a name: the fields that are called so, else fields and groups like it."""
+        """Up to three fields that a name may mean: fields with exactly that last part, else similar fields and
+        groups."""
 
         def likeness(field: str) -> float:
             pairs = ((name, field), (last, field.rpartition(".")[2]))
@@ -59,7 +60,7 @@ class Fields(dict[str, Any]):
         return list(dict.fromkeys(same or like))[:3]
 
     def unknown(self, name: str) -> str:
-        """One sentence about a field that there is not: the nearest of all groups, and all of its own group."""
+        """One sentence about an unknown field: the nearest fields of all groups, and all fields of its own group."""
         if inside := [field for field in self if field.startswith(f"{name}.")]:
             return f"{name} is a group of fields: set {' or '.join(inside)}"
         start = max((f"{group}." for group in self.groups if name.startswith(f"{group}.")), key=len, default="")
@@ -67,8 +68,8 @@ class Fields(dict[str, Any]):
         return unknown("config field", name, known, near=self.near(name))
 
     def parse(self, name: str, text: str) -> Any:
-        """The text of a command line as a value of a field; "None" where it may be None. Raises ValueError for text of
-        another type.
+        """The text of a command line as a value of a field; "None" if the field may be None. Raises ValueError for text
+        of another type.
 
         >>> fields = Fields({"rate": float | None, "steps": tuple[int, ...]})
         >>> fields.parse("rate", "0.9"), fields.parse("rate", "None"), fields.parse("steps", "(3, 5)")
@@ -79,7 +80,7 @@ class Fields(dict[str, Any]):
         hint = self[name]
         if typing.get_origin(hint) is Mapping:
             if not isinstance(value := {} if text == "None" else _json(text), dict):
-                raise ValueError(f"{name} is {text!r}: it must be an object of JSON, or set {name}.NAME=VALUE")
+                raise ValueError(f"{name} is {text!r}: it must be a JSON object; or set {name}.NAME=VALUE")
             return value
         kinds, is_tuple = typing.get_args(hint) or (hint,), typing.get_origin(hint) is tuple
         if text == "None" and (is_tuple or type(None) in kinds):
@@ -93,8 +94,8 @@ class Fields(dict[str, Any]):
             raise ValueError(f"{name} is {text!r}: it must be {type_names(hint)}") from None
 
     def build(self, kind: Any, values: Any) -> Any:
-        """The dataclass of nested dicts. Raises ValueError for every unknown field and every value of another type, in
-        one message; or what the dataclasses raise."""
+        """The dataclass made from nested dicts. Raises one ValueError that lists every unknown field and every value of
+        another type, or what the dataclasses raise."""
         problems: list[str] = []
         build = self._checked(values, kind, "", problems)
         if problems:
@@ -102,12 +103,12 @@ class Fields(dict[str, Any]):
         return build()
 
     def _checked(self, value: Any, hint: Any, name: str, problems: list[str]) -> Callable[[], Any]:
-        """A function that makes the field or group, to be called when no field anywhere has a problem."""
+        """A function that makes the field or group; call it only when no field has a problem."""
         allowed = typing.get_args(hint) or (hint,)
         if dataclasses.is_dataclass(hint):
             if isinstance(value, Mapping):
                 return self._checked_group(value, hint, name and f"{name}.", problems)
-            problems.append(f"{name or 'the config'} is {value!r}: it is a group of fields")
+            problems.append(f"{name or 'the config'} is {value!r}: it must be a group of fields")
         elif typing.get_origin(hint) is tuple:
             if not isinstance(value, list | tuple) or not all(type(item) is allowed[0] for item in value):
                 problems.append(f"{name} is {value!r}: it must be {type_names(hint)}")
@@ -122,7 +123,7 @@ class Fields(dict[str, Any]):
 
     def _checked_options(self, value: Any, name: str, problems: list[str]) -> Callable[[], Any]:
         if not isinstance(value, Mapping):
-            problems.append(f"{name} is {value!r}: it is a group of options, by name")
+            problems.append(f"{name} is {value!r}: it must be a group of options by name")
             return lambda: value
         for option, content in value.items():
             try:
@@ -130,7 +131,7 @@ class Fields(dict[str, Any]):
             except (TypeError, ValueError):
                 wanted = "text, a number, true or false, None, or a list or mapping of these"
                 problems.append(f"{name}.{option} is {content!r}: it must be {wanted}")
-        return lambda: json.loads(json.dumps(dict(value)))  # as a run's config.json gives it back
+        return lambda: json.loads(json.dumps(dict(value)))  # as read back from a run's config.json
 
     def _checked_group(self, values: Mapping, kind: Any, prefix: str, problems: list[str]) -> Callable[[], Any]:
         hints, fields = typing.get_type_hints(kind), {}
@@ -143,7 +144,7 @@ class Fields(dict[str, Any]):
 
 
 def _json(text: str) -> Any:
-    """A text as JSON or as Python's word for it; else the text itself."""
+    """A text parsed as JSON, or as True, False or None of Python; else the text itself."""
     try:
         return {"None": None, "True": True, "False": False}[text]
     except KeyError:
@@ -155,13 +156,13 @@ def _json(text: str) -> Any:
 
 
 def type_names(hint: Any) -> str:
-    """What a value of the type is called.
+    """The name of a type in messages.
 
     >>> type_names(float | None)
     'float or None'
     """
     if typing.get_origin(hint) is Mapping:
-        return "an object of JSON"
+        return "a JSON object"
     kinds = typing.get_args(hint) or (hint,)
     if typing.get_origin(hint) is tuple:
         return f"a tuple of {TUPLES[kinds[0]]}"

@@ -1,4 +1,4 @@
-"""How the commands read their flags, and those of a command that may be one of several processes."""
+"""How the commands read their flags, and the flags of commands that may run as several processes."""
 
 import contextlib
 import functools
@@ -19,20 +19,20 @@ from es_jax.core.fields import Fields
 from es_jax.core.names import RENAMED
 
 require("llm")
-_REQUIRED = "must have a value other than None."  # what absl says of a flag that is not given
+_REQUIRED = "must have a value other than None."  # absl's text for a flag that is not given
 _BLANK = re.compile(r"(--?[\w.]+)\s+(\S.*)")  # between a flag and its value
 
 
 def arguments_of(argv: Sequence[str], *, gnu: bool = False) -> list[str]:
-    """The arguments after the program's name, with the lines of a file in place of its --flagfile. Such a line may have
-    a blank between a flag and its value. With `gnu` flags may follow positional arguments. Raises flags.Error."""
+    """The arguments after the program's name, with --flagfile replaced by the lines of that file. Such a line may have
+    a space between a flag and its value. With `gnu`, flags may follow positional arguments. Raises flags.Error."""
     try:
         arguments = flags.FLAGS.read_flags_from_files(argv[1:], force_gnu=gnu)
     except (flags.Error, OSError, ValueError) as error:
         raise flags.Error(f"--flagfile: {str(error).rpartition('flagfile: ')[2]}") from error
     lines = (None if text in argv else _BLANK.fullmatch(text) for text in arguments)  # the shell's own are whole
     parts = [part for line, text in zip(lines, arguments, strict=True) for part in (line.groups() if line else [text])]
-    pairs = zip(parts, [*parts[1:], ""], strict=True)  # absl's -v takes a number: alone it is 1
+    pairs = zip(parts, [*parts[1:], ""], strict=True)  # absl's -v takes a number; alone it is 1
     return ["-v=1" if part == "-v" and not re.fullmatch(r"-?\d", after) else part for part, after in pairs]
 
 
@@ -43,10 +43,10 @@ def parser(
     renamed: Mapping[str, str] | None = None,
     fields: Fields | None = None,
 ) -> Callable[[list[str]], list[str]]:
-    """absl's parser for a command: it ends a mistake in the flags, or in a config file, with a sentence.
+    """absl's flag parser for a command; an error in the flags or in a config file ends it with one sentence.
 
-    The sentence begins with `command`, "es_jax.train". `required` are flags, `renamed` flags of earlier versions and
-    what they are called now, `fields` those of --config.
+    The sentence begins with `command`, "es_jax.train". `required` are required flags, `renamed` maps flags of earlier
+    versions to their current names, and `fields` are the fields of --config.
     """
     old_flags = {f"config.{old}": f"config.{new}" for old, new in RENAMED.items()} | dict(renamed or {})
 
@@ -65,7 +65,7 @@ def parser(
         except flags.UnrecognizedFlagError as error:
             name = error.flagname
             if name in old_flags:
-                sys.exit(f"{command}: --{name} is called --{old_flags[name]} now: use that name")
+                sys.exit(f"{command}: --{name} was renamed to --{old_flags[name]}: use the new name")
             if fields and name.startswith("config."):
                 sys.exit(f"{command}: {fields.unknown(name.removeprefix('config.'))}")
             sys.exit(f"{command}: {error}")
@@ -86,7 +86,7 @@ def _is_missing(flag: flags.Flag) -> bool:
 
 
 class _Reader(flags.ArgumentParser):
-    """A flag's parser that calls a function, whose errors become a sentence that begins with `prefix`."""
+    """A flag's parser that calls a function; its errors become a sentence that begins with `prefix`."""
 
     def __init__(self, read: Callable[[str], Any], prefix: str = ""):
         self._read, self._prefix = read, prefix
@@ -94,7 +94,7 @@ class _Reader(flags.ArgumentParser):
     def parse(self, argument: str) -> Any:
         try:
             return self._read(argument)
-        except Exception as error:  # a config file may raise any
+        except Exception as error:  # a config file may raise anything
             text = error.args[0] if isinstance(error, KeyError) else str(error) or type(error).__name__
             raise flags.Error(f"{self._prefix}{text}") from error
 
@@ -102,9 +102,11 @@ class _Reader(flags.ArgumentParser):
 def define_config(
     fields: Fields, *, of_run: Callable[[str], config_dict.ConfigDict | None] = lambda text: None
 ) -> None:
-    """Define --config, a config file, and --config.FIELD of every field. `of_run` gives the config where --config names
-    the directory of a run, and None otherwise."""
-    about = f"A config file, or one that es_jax brings: {', '.join(config_files.names())}; after a colon its arguments."
+    """Define --config, a config file, and --config.FIELD for every field. If --config names a run's directory, `of_run`
+    returns the config of that run, and otherwise None."""
+    about = (
+        f"A config file, or the name of an included one: {', '.join(config_files.names())}. Arguments follow a colon."
+    )
     reader = _Reader(lambda text: of_run(text) or config_files.load(text), "--config: ")
     flags.DEFINE_flag(flags.Flag(reader, None, "config", None, about))
     for name, kind in fields.items():
@@ -114,7 +116,7 @@ def define_config(
 
 
 def _define_options(fields: Fields, arguments: Sequence[str]) -> list[str]:
-    """Define --config.task.options.NAME of every name that is there, and return those that are defined."""
+    """Define --config.task.options.NAME for every such name in the arguments, and return the defined ones."""
     for argument in arguments:
         flag = argument.lstrip("-").partition("=")[0]
         name = flag.removeprefix("config.")
@@ -126,7 +128,7 @@ def _define_options(fields: Fields, arguments: Sequence[str]) -> list[str]:
 
 
 def _set_fields(fields: Fields, options: Sequence[str]) -> None:
-    """Write the fields of the command line, and the options among them, into the config of --config."""
+    """Write the fields and options from the command line into the config of --config."""
     config, values = flags.FLAGS.config, {}
     for name in (*fields, *options):
         if (flag := flags.FLAGS[f"config.{name}"]).present:
@@ -144,25 +146,27 @@ def _set_fields(fields: Fields, options: Sequence[str]) -> None:
 
 def define_processes() -> None:
     """Define --distributed, --coordinator_address, --num_processes, --process_id and --heartbeat_timeout."""
-    flags.DEFINE_bool("distributed", False, "One of several processes, which the environment describes.")
+    flags.DEFINE_bool("distributed", False, "This is one of several processes; the environment describes them.")
     flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0; implies --distributed.")
-    flags.DEFINE_integer("num_processes", None, "How many processes there are; implies --distributed.")
-    flags.DEFINE_integer("process_id", None, "Which one this is, from 0; implies --distributed.")
-    flags.DEFINE_integer("heartbeat_timeout", 60, "Seconds after which a silent process counts as dead.")
+    flags.DEFINE_integer("num_processes", None, "The number of processes; implies --distributed.")
+    flags.DEFINE_integer("process_id", None, "The number of this process, from 0; implies --distributed.")
+    flags.DEFINE_integer(
+        "heartbeat_timeout", 60, "Seconds without a sign of life after which a process counts as dead."
+    )
 
 
 @contextlib.contextmanager
 def command(name: str, argv: list[str]) -> Iterator[flags.FlagValues]:
-    """What is around the work of a command. Inside, its processes are together: as the flags say, the rest as the
-    environment does. A ValueError or OSError ends it with one sentence that begins with `name`, "es_jax.train", unless
-    --traceback asks for the whole. `argv` is what absl leaves of the command line.
+    """The context of a command's work. Inside it the processes are connected as the flags say, and for the rest as the
+    environment says. A ValueError or OSError ends the command with one sentence that begins with `name`,
+    "es_jax.train", unless --traceback asks for the traceback. `argv` is what absl leaves of the command line.
     """
     values = flags.FLAGS
     if len(argv) > 1:
         hint = ": fields are set with --config.group.field=value" if "config" in values else ""
         raise app.UsageError(f"unexpected arguments {argv[1:]}{hint}")
     logging.getLogger().setLevel(logging.WARNING)
-    from es_jax.core import processes  # JAX starts only when the flags are good
+    from es_jax.core import processes  # JAX starts only when the flags are valid
 
     names = [flag for flag in ("coordinator_address", "num_processes", "process_id") if flag in values]
     options = {flag: values[flag].value for flag in names if values[flag].value is not None}

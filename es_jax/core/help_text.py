@@ -1,4 +1,4 @@
-"""What --help says of a command: its docstring, its flags, and each field of a config with its default and range."""
+"""The text of a command's --help: its docstring, its flags, and each config field with its default and range."""
 
 import dataclasses
 import inspect
@@ -21,7 +21,8 @@ FORMS = {
 
 
 def asked(arguments: Iterable[str]) -> str | None:
-    """Which help the arguments ask for: "help", "short" (without fields) or "full" (with absl's own flags)."""
+    """The kind of help that the arguments ask for: "help", "short" (without fields) or "full" (with absl's own
+    flags)."""
     return next((FORMS[argument] for argument in arguments if argument in FORMS), None)
 
 
@@ -32,17 +33,18 @@ def text(command: str, fields: Fields | None, form: str) -> str:
     if form == "full":
         parts += ["", "Flags of absl:", *_flags(lambda name: name.startswith("absl."))]
     if fields and form == "short":
-        parts += ["", "--help lists the fields of --config too, --helpfull the flags of absl."]
+        parts += ["", "--help also lists the fields of --config, --helpfull also the flags of absl."]
     elif fields:
         about = (
-            "Fields, with their defaults; in brackets what a value must be, and the name after the colon of --config:"
+            "Fields with their defaults. Brackets give the allowed values, and the short name for use after the "
+            "colon of --config:"
         )
         parts += ["", about, *_group(fields, fields.kind, "")]
     return "\n".join(parts)
 
 
 def abouts(kind: type) -> dict[str, str]:
-    """What the docstring of a dataclass says of its attributes, by name; "" has its first sentence.
+    """The texts about attributes in the docstring of a dataclass, by name; "" holds its first sentence.
 
     >>> class Pair:
     ...     '''Two numbers. They differ.
@@ -63,7 +65,7 @@ def abouts(kind: type) -> dict[str, str]:
 
 
 def _group(fields: Fields, kind: Any, prefix: str) -> Iterator[str]:
-    """The lines of a group of fields, and of the groups in it."""
+    """The lines of help for a group of fields and the groups in it."""
     about, groups, short = abouts(kind), [], {field: name for name, field in SHORT.items()}
     yield from ("", f"{prefix.rstrip('.')}: {about['']}" if prefix else about[""])
     for field in dataclasses.fields(kind):
@@ -81,7 +83,7 @@ def _group(fields: Fields, kind: Any, prefix: str) -> Iterator[str]:
 
 
 def _flags(keep: Any) -> Iterator[str]:
-    """The lines of the flags whose module `keep` keeps."""
+    """The lines of help for flags whose module passes `keep`."""
     modules = flags.FLAGS.flags_by_module_dict()
     own: Sequence[flags.Flag] = [flag for name in sorted(modules, key=_own) if keep(name) for flag in modules[name]]
     for flag in own:
@@ -97,7 +99,7 @@ def _flags(keep: Any) -> Iterator[str]:
 
 
 def _own(module: str) -> bool:
-    """False, which comes first, for the flags of the command itself."""
+    """A sorting key: False, which comes first, for the flags of the command itself."""
     return module.startswith("es_jax.core.")
 
 

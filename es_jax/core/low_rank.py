@@ -1,4 +1,4 @@
-"""A matrix that many members share, beside the few numbers in which one of them differs from it."""
+"""A matrix that many members share, with the few numbers by which one member differs from it."""
 
 import dataclasses
 from typing import Any
@@ -12,12 +12,13 @@ from jaxtyping import Float
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LowRank:
-    """base + a bᵀ, which is never made: products with it are the sum of both products (arXiv 2511.16652, section 3).
+    """base + a bᵀ, which is never formed: a product with it is the sum of two products (arXiv 2511.16652, section 3).
 
     Attributes:
-      base: [D, F] (or what holds it), the same for all members.
-      a, b: [D, r] and [F, r], of one member, float32: they are small, and rounding them would add to that of the base.
-      rest: what `base` lost when it was rounded, or None: a row that is looked up is rounded, and is to be once.
+      base: [D, F] (or a wrapper of it), the same for all members.
+      a, b: [D, r] and [F, r], of one member, in float32: they are small, and rounding them would add to the base's
+        rounding.
+      rest: the rounding error of `base`, or None. With it a looked-up row is rounded only once.
     """
 
     base: Any
@@ -30,7 +31,8 @@ class LowRank:
         return self.base.dtype
 
     def correction(self, x: Float[Array, "*n D"], *, transposed: bool = False) -> Float[Array, "*n F"]:
-        """x a bᵀ, float32: what a product with `base` lacks; `transposed`: x b aᵀ, of one with its transpose."""
+        """x a bᵀ in float32, to add to a product with `base`; `transposed`: x b aᵀ, for a product with its
+        transpose."""
         first, second = (self.b, self.a) if transposed else (self.a, self.b)
         return _product(_product(x.astype(jnp.float32), first, axis=0), second, axis=1)
 
@@ -42,7 +44,7 @@ class LowRank:
 
 
 def split(leaf: Float[Array, "*n"], dtype: Any) -> tuple[Array, Array | None]:
-    """The leaf in a dtype, and what it lost by that, in the same dtype; None where it is of that dtype.
+    """The leaf in a dtype, and its rounding error in the same dtype; None if it already has that dtype.
 
     >>> base, rest = split(jnp.float32([1 + 2**-9]), jnp.bfloat16)
     >>> float(base[0]), float(rest[0]) == 2**-9
@@ -51,10 +53,10 @@ def split(leaf: Float[Array, "*n"], dtype: Any) -> tuple[Array, Array | None]:
     if leaf.dtype == dtype:
         return leaf, None
     kind = jnp.finfo(dtype)
-    near = lax.reduce_precision(leaf, kind.nexp, kind.nmant)  # a compiler may take a cast there and back for nothing
+    near = lax.reduce_precision(leaf, kind.nexp, kind.nmant)  # a compiler may remove a cast there and back
     return near.astype(dtype), (leaf - near).astype(dtype)
 
 
 def _product(x: Array, y: Array, *, axis: int) -> Array:
-    """Of float32, and so on devices whose products are of fewer bits too."""
+    """A float32 product, even on devices whose default products have fewer bits."""
     return lax.dot_general(x, y, (((x.ndim - 1,), (axis,)), ((), ())), precision=lax.Precision.HIGHEST)

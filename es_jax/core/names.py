@@ -1,9 +1,9 @@
-"""Names that are not known, short ones, and ones that were: errors say what the writer may have meant."""
+"""Unknown, short and former names; errors suggest what the user may have meant."""
 
 import difflib
 from collections.abc import Iterable, Sequence
 
-# Fields of a run, and short names after the colon of --config: old → new. Only a run's config.json may have old ones.
+# Fields of a run and short names after the colon of --config: old → new. Only a run's config.json may use old names.
 RENAMED = {
     "optim.anchor.drift": "optim.anchor.kappa",
     "optim.anchor.average": "optim.anchor.ema_decay",
@@ -16,7 +16,7 @@ RENAMED = {
     "pop": "population",
     "drift": "kappa",
 }
-# What a config.json from before a field was there means by its absence.
+# The value of a field in a config.json that was written before the field existed.
 ADDED = {
     "es.generator": "threefry", "es.rank": 1, "es.vectors": "gaussian", "task.options": {}, "decode.temperature": 0.0,
 }  # fmt: skip
@@ -41,7 +41,7 @@ SHORT = {  # names of fields after the colon of --config
     "data": "task.data_dir",
     "prompts": "task.train_size",
 }
-ALIASES = SHORT | {  # what others call a field
+ALIASES = SHORT | {  # names of fields in other libraries
     "alpha": "optim.learning_rate",
     "lambda": "optim.anchor.strength",
     "epochs": "train.steps",
@@ -51,15 +51,15 @@ ALIASES = SHORT | {  # what others call a field
 
 
 def unknown(kind: str, name: object, known: Iterable[str], *, near: Sequence[str] = ()) -> str:
-    """One sentence: what was not known, the nearest names to it (`near`, where the caller knows them), and all that
-    are; or what it is called now.
+    """One sentence about an unknown name: the nearest names (`near`, if the caller has them) and all known ones; or its
+    new name.
 
     >>> unknown("task", "countdwon", ["countdown", "gsm8k"])
     "unknown task 'countdwon': did you mean 'countdown'? Known: countdown, gsm8k"
     """
     known = sorted(known)
     if (new := RENAMED.get(str(name))) in known:
-        return f"{kind} {name!r} is called {new!r} now: use that name"
+        return f"{kind} {name!r} was renamed to {new!r}: use the new name"
     near = near or difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
     hint = f": did you mean {' or '.join(map(repr, near))}?" if near else "."
     return f"unknown {kind} {name!r}{hint} Known: {', '.join(known)}"

@@ -1,8 +1,9 @@
-"""A function of every element of an array and of its index, in one pass over memory: Pallas kernels for GPUs and TPUs.
+"""Applies a function to every element of an array and its index, in one pass over memory: Pallas kernels for GPUs and
+TPUs.
 
-XLA has no loop inside a kernel, so a sum that is made in many turns goes through memory at each of them; and it writes
-what it could keep where it finds that cheaper. This reads every array once and writes every result once, whatever lies
-between.
+XLA has no loops inside a kernel, so a sum over many iterations goes through memory in each of them. It also writes
+intermediate values to memory where it estimates that to be cheaper. These kernels read every array once and write every
+result once.
 """
 
 import functools
@@ -18,8 +19,8 @@ from jax.experimental import pallas as pl
 from es_jax.core.chunked_map import ceil_div
 
 GPU, TPU = "gpu", "tpu"
-BLOCK = 1024  # elements that a program of the kernel takes at once on a GPU: 8 a thread
-TILE = 16, 256  # the same on a TPU, of the last two axes: values of 4 registers
+BLOCK = 1024  # elements per program of the kernel on a GPU: 8 per thread
+TILE = 16, 256  # the same on a TPU, for the last two axes: values of 4 registers
 
 Function = Callable[[list[Array], Sequence[Any], list[Array]], tuple[Sequence[Array], Sequence[Array]]]
 
@@ -36,19 +37,19 @@ def one_pass(
     aliases: dict[int, int] | None = None,
     interpret: bool = False,
 ) -> tuple[list[Array], list[Array]]:
-    """The results of `function`, arrays like those that it takes, and sums over all elements.
+    """The results of `function`, arrays of the same shape as its inputs, and sums over all elements.
 
     Args:
-      function: (index, scalars, elements) → (results, what is summed up), of each element by itself. `index` is its
-        place along each axis, uint32; of the scalars it reads numbers (`scalars[0][i]`).
+      function: (index, scalars, elements) → (results, summands), elementwise. `index` is the position along each axis,
+        uint32; it reads single numbers of the scalars (`scalars[0][i]`).
       scalars: arrays [n].
       arrays: of one shape.
-      dtypes: of the results.
-      offset: added to the index along each axis, where the arrays are a part of larger ones.
-      platform: whose kernel it is, GPU or TPU.
-      sums: how many sums there are, float32.
-      aliases: of arrays whose memory a result takes, the number of that result.
-      interpret: as plain JAX operations, on any device.
+      dtypes: the dtypes of the results.
+      offset: added to the index along each axis if the arrays are a part of larger ones.
+      platform: the platform of the kernel, GPU or TPU.
+      sums: the number of sums, in float32.
+      aliases: for each array whose memory a result reuses, the number of that result.
+      interpret: run as plain JAX operations, on any device.
     """
     scalars = [jnp.stack([jnp.asarray(x, jnp.uint32) for x in offset]), *scalars]
     call = functools.partial(
@@ -62,7 +63,7 @@ def one_pass(
 def _on_gpu(
     function: Function, scalars: Any, arrays: Any, dtypes: Any, sums: int, *, interpret: bool, **options: Any
 ) -> tuple[list[Array], list[Array]]:
-    """An array is rows, of its first axis where that is of layers, of columns; 32 bits count what is in a row."""
+    """Views an array as rows of columns; the first axis gives the rows if it is the layers. 32 bits index a row."""
     from jax.experimental.pallas import triton
 
     shape, first = arrays[0].shape, len(scalars)
@@ -105,8 +106,8 @@ def _on_gpu(
 def _on_tpu(
     function: Function, scalars: Any, arrays: Any, dtypes: Any, sums: int, *, interpret: bool, **options: Any
 ) -> tuple[list[Array], list[Array]]:
-    """An array is layers of matrices. They are turned round where XLA keeps them so: where tiles then hold less of
-    nothing."""
+    """Views an array as layers of matrices. They are transposed where XLA stores them so, which it does if that leaves
+    less padding in tiles."""
     from jax.experimental.pallas import tpu
 
     shape, first = arrays[0].shape, len(scalars)
@@ -131,7 +132,7 @@ def _on_tpu(
         for ref, value in zip(written[len(dtypes) :], summed, strict=True):
             value = value if whole else jnp.where((row < rows) & (column < columns), value, 0.0)
             begins = functools.reduce(jnp.logical_and, [pl.program_id(axis) == 0 for axis in range(3)])
-            ref[...] = value + jnp.where(begins, 0.0, ref[...])  # blocks come one after another
+            ref[...] = value + jnp.where(begins, 0.0, ref[...])  # blocks run in sequence
 
     def view(x: Array) -> Array:
         x = x.reshape((1,) * (3 - x.ndim) + x.shape)
@@ -152,5 +153,5 @@ def _on_tpu(
 
 
 def _tiles(rows: int, columns: int) -> int:
-    """Of a matrix in a TPU's memory, of float32."""
+    """The bytes of a float32 matrix in a TPU's memory."""
     return ceil_div(rows, 8) * ceil_div(columns, 128)

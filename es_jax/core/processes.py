@@ -1,7 +1,7 @@
-"""The processes of one run, on one host or many: how they start, what they tell one another, and how they end.
+"""The processes of one run, on one host or several: how they start, communicate and end.
 
-They talk through the key-value store of JAX's coordination service, which process 0 keeps, never through the devices:
-a process that waits hears that another failed, or that the run is to stop, whatever the devices are doing.
+They communicate through the key-value store of JAX's coordination service, which process 0 holds, never through the
+devices. So a waiting process learns that another one failed, or that the run must stop, whatever the devices are doing.
 """
 
 import concurrent.futures
@@ -27,19 +27,19 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, PartitionSpec
 
 T = TypeVar("T")
-GRACE = 20.0  # seconds from SIGTERM to the end of a process that could not come to a checkpoint
+GRACE = 20.0  # seconds from SIGTERM to the end of a process that reaches no checkpoint
 _POLL = 0.5  # seconds between looks
-_GONE = re.compile(r"Gloo|NCCL|coordination service|tasks are unhealthy")  # in errors where a process is gone
+_GONE = re.compile(r"Gloo|NCCL|coordination service|tasks are unhealthy")  # found in errors when a process is gone
 _ABORTED = ctypes.CFUNCTYPE(None, ctypes.c_int)
-_STOP: list = []  # in place of all parts of an exchange: the run is to stop
+_STOP: list = []  # replaces all parts of an exchange: the run must stop
 _round = 0  # of exchanges
 _stop, _saving = threading.Event(), threading.Event()
 
 
 class Preempted(Exception):
-    """SIGTERM came to one of the processes: all stop at the same step."""
+    """One of the processes received SIGTERM: all stop at the same step."""
 
-    def __init__(self, message: str = "terminated before the first step; the same command starts again from there"):
+    def __init__(self, message: str = "terminated before the first step; the same command starts again"):
         super().__init__(message)
 
 
@@ -49,10 +49,10 @@ def first() -> bool:
 
 
 def exchange(own: Mapping[int, Any]) -> dict[int, Any]:
-    """What all processes have, by number, in the order of the numbers; each gives its own. Values are JSON.
+    """The values of all processes by number, in the order of the numbers; each process passes its own. Values are JSON.
 
-    All processes must call it, in the same order. Raises Preempted when the run is to stop: in all processes, in the
-    same call or in `check` before it.
+    All processes must call it, in the same order. Raises Preempted if the run must stop: in all processes, in the same
+    call or in `check` before it.
     """
     if jax.process_count() == 1:
         check()
@@ -65,7 +65,7 @@ def exchange(own: Mapping[int, Any]) -> dict[int, Any]:
     if parts == _STOP:
         raise Preempted
     if first() and _round:
-        _store().key_value_delete(f"es_jax/{_round - 1}/")  # all have read it: they are in this round
+        _store().key_value_delete(f"es_jax/{_round - 1}/")  # all have read it, since they are in this round
     _round += 1
     return dict(sorted({int(key): value for part in parts for key, value in part.items()}.items()))
 
@@ -76,17 +76,18 @@ def barrier() -> None:
 
 
 def device_memory() -> int | None:
-    """Bytes that the smallest device of all processes reports; None where one reports nothing, as on CPU. All processes
-    call it."""
+    """The memory of the smallest device of all processes, in bytes; None if a device does not report it, as on CPU. All
+    processes call it."""
     least = min((device.memory_stats() or {}).get("bytes_limit", 0) for device in jax.local_devices())
     return min(exchange({jax.process_index(): least}).values()) or None
 
 
 def connect(mesh: Mesh) -> None:
-    """Let the devices of all processes meet, along each axis of the mesh and all together, before there is work.
+    """Run a first collective of all processes' devices, along each axis of the mesh and over all of it, before any
+    work.
 
-    Their first exchange opens connections, for which gloo, between CPUs, waits 30 s. Processes that load and compile
-    come to it at different times; here they come at once.
+    The first collective opens connections, and gloo (on CPUs) waits only 30 s for them. Processes that load and compile
+    would reach it at different times; here they reach it together.
     """
     if jax.process_count() == 1:
         return
@@ -99,7 +100,7 @@ def connect(mesh: Mesh) -> None:
 
 
 def fetch(tree: Any) -> Any:
-    """The whole arrays on the host, also where other processes have parts of them; all processes call it then."""
+    """The whole arrays on the host. If other processes hold parts of them, all processes must call it."""
 
     def whole(x: jax.Array) -> np.ndarray:
         here = x.is_fully_addressable or x.is_fully_replicated
@@ -109,7 +110,7 @@ def fetch(tree: Any) -> Any:
 
 
 def check() -> None:
-    """Raises Preempted when the run is to stop. Process 0 decides it, so that all stop in the same round."""
+    """Raises Preempted if the run must stop. Process 0 decides, so that all stop in the same round."""
     stop = _stop.is_set()
     if jax.process_count() > 1 and first():
         stop = stop or _look("stop")
@@ -124,9 +125,9 @@ def check() -> None:
 
 
 def wait(function: Callable[[], T]) -> T:
-    """The function's result, from a thread of its own: while it waits for the devices this one can be told to stop.
+    """The function's result, computed in a separate thread: while that waits for the devices, this one can be stopped.
 
-    Raises Preempted when the run is to stop; the thread is left to itself.
+    Raises Preempted if the run must stop; the other thread is then abandoned.
     """
     future: concurrent.futures.Future[T] = concurrent.futures.Future()
 
@@ -145,20 +146,19 @@ def wait(function: Callable[[], T]) -> T:
 
 
 def launch(function: Callable[..., T], *args: Any) -> T:
-    """The result of a program, whose outputs are on their way; among several processes it is called as `wait` does.
+    """The result of a program, dispatched asynchronously; with several processes it is called through `wait`.
 
-    On a CPU, a program that waits for other processes blocks the next launch; if one of them stopped before, it would
-    block forever.
+    On a CPU, a program that waits for other processes blocks the next launch, forever if one of them has stopped.
     """
     return function(*args) if jax.process_count() == 1 else wait(functools.partial(function, *args))
 
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """Inside, SIGTERM asks for the end of the run: `check`, `wait` and `exchange` raise Preempted.
+    """A context in which SIGTERM requests the end of the run: `check`, `wait` and `exchange` raise Preempted.
 
-    A process that does not come to one of them, or to `saving`, within 20 s (it may be compiling) ends all the same,
-    with status 0. In another thread than the main one, signals stay as they are.
+    A process that reaches none of them, nor `saving`, within 20 s (it may be compiling) ends anyway, with status 0.
+    Outside of the main thread, signals are not changed.
     """
     _stop.clear()
     _saving.clear()
@@ -168,7 +168,7 @@ def stoppable() -> Iterator[None]:
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     threading.Thread(target=_listen, args=(reader,), daemon=True).start()
-    before = signal.signal(signal.SIGTERM, lambda *_: None)  # the byte in the socket is what counts: it comes at once
+    before = signal.signal(signal.SIGTERM, lambda *_: None)  # the byte in the socket counts: it arrives at once
     descriptor = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     try:
         yield
@@ -179,7 +179,7 @@ def stoppable() -> Iterator[None]:
 
 
 def saving() -> None:
-    """Say that the last checkpoint is being written, so that the process is given the time."""
+    """Announce that the last checkpoint is being written, so that the process gets the time for it."""
     _saving.set()
 
 
@@ -197,24 +197,24 @@ def _listen(reader: socket.socket) -> None:
 
 @contextlib.contextmanager
 def joined(name: str, **options: Any) -> Iterator[None]:
-    """Inside, the processes that `jax.distributed.initialize(**options)` brings together are one run.
+    """A context in which the processes that `jax.distributed.initialize(**options)` connects form one run.
 
-    A process that fails tells the others, which end with its message; one that is gone ends them when
-    `heartbeat_timeout_seconds` have passed. Messages begin with `name`. `options` are what the environment (Cloud TPU,
-    GKE, SLURM, Open MPI) does not say.
+    A process that fails tells the others, which end with its message. If a process dies, the others end after
+    `heartbeat_timeout_seconds`. Messages begin with `name`. `options` hold what the environment (Cloud TPU, GKE, SLURM,
+    Open MPI) does not provide.
     """
     try:
         jax.distributed.initialize(shutdown_timeout_seconds=30, **options)
     except (ValueError, RuntimeError) as error:
         raise SystemExit(
-            f"{name}: the processes of the run could not come together ({error}): give --coordinator_address=HOST:PORT "
-            "of process 0, --num_processes and --process_id where the environment does not say them"
+            f"{name}: the processes of the run could not connect ({error}): give --coordinator_address=HOST:PORT of "
+            "process 0, --num_processes and --process_id, unless the environment provides them"
         ) from None
-    end = "one of the others is gone: start the same command on all of them; finished steps stay"
-    _on_abort(f"{name}: aborted, as a rule because {end}")
+    end = "another process is gone: start the same command on all hosts; finished steps are kept"
+    _on_abort(f"{name}: aborted, usually because {end}")
     ended = threading.Event()
 
-    def watch() -> None:  # it ends this process even in a collective that a failed one never joins
+    def watch() -> None:  # it ends this process even inside a collective that a failed process never joins
         while not ended.wait(_POLL):
             _end_after_another(name)
 
@@ -226,7 +226,7 @@ def joined(name: str, **options: Any) -> Iterator[None]:
         gone = isinstance(error, jax.errors.JaxRuntimeError | SystemExit) and _GONE.search(str(error))
         if not isinstance(error, SystemExit) and not gone:
             traceback.print_exception(error)
-        _end_after_another(name)  # before: what this one met, such as a closed connection, is likely its consequence
+        _end_after_another(name)  # first: this process's error, such as a closed connection, is likely a consequence
         if gone:
             first_line = str(error).splitlines()[0].removeprefix(f"{name}: ")
             error = SystemExit(f"{name}: process {jax.process_index()} lost the others ({first_line}); {end}")
@@ -239,10 +239,10 @@ def joined(name: str, **options: Any) -> Iterator[None]:
     jax.distributed.shutdown()
 
 
-@functools.cache  # which keeps the handler
+@functools.cache  # keeps a reference to the handler
 def _on_abort(text: str) -> Any:
-    """JAX aborts a process that cannot reach process 0, and others after a silence, from a thread in which no exception
-    can be raised. It ends with the text and status 1 then."""
+    """JAX aborts a process that cannot reach process 0, or after the others were silent, from a thread that cannot
+    raise an exception. Make the process end with the text and status 1 instead."""
 
     def end(number: int) -> None:
         os.write(2, f"{text}\n".encode())
@@ -254,26 +254,26 @@ def _on_abort(text: str) -> Any:
 
 
 def leave(text: str) -> NoReturn:
-    """End this process with status 0 when all have come to their end, whatever the devices are at."""
+    """End this process with status 0 after all have reached their end, whatever the devices are doing."""
     with contextlib.suppress(Exception):
         jax.distributed.shutdown()
     _end(text, 0)
 
 
 def _end_after_another(name: str) -> None:
-    """End this process where another failed, with its message. Where the store does not answer, process 0 is gone or
-    all is over: JAX itself ends the process then, and says so."""
+    """End this process with the message of another one that failed. If the store does not answer, process 0 is gone or
+    the run is over; JAX itself then ends the process with a message."""
     failures: list[tuple[str, str]] = []
     with contextlib.suppress(Exception):
         failures = _store().key_value_dir_get("es_jax/failed/")
     for key, text in failures:
         if (other := key.split("/")[-1]) != str(jax.process_index()):
-            _end(f"{name}: process {other} failed, so this one stops: {text}", 1)
+            _end(f"{name}: process {other} failed, so this process stops: {text}", 1)
 
 
 def _end(text: str, status: int) -> NoReturn:
-    """End the process at once: the devices may be at work that nobody waits for. Where one failed, process 0 ends last:
-    it holds the store, without which JAX ends a process with a message of its own."""
+    """End the process at once: the devices may run abandoned work. After a failure process 0 ends last, since it holds
+    the store; without the store JAX would end a process with its own message."""
     if status and first():
         time.sleep(8 * _POLL)
     sys.stderr.write(text + "\n")
@@ -283,7 +283,7 @@ def _end(text: str, status: int) -> NoReturn:
 
 
 def _store() -> Any:
-    from jax._src import distributed  # JAX has no public name for it; Orbax uses this one too
+    from jax._src import distributed  # JAX has no public name for it; Orbax also uses this one
 
     return distributed.global_state.client
 
@@ -299,7 +299,7 @@ def _wait(key: str) -> Any:
 
 
 def _look(key: str, *, patience: float = 0.0) -> Any:
-    """The value of a key, or None when it is not there within `patience` seconds."""
+    """The value of a key, or None if it is not set within `patience` seconds."""
     store, key, limit = _store(), f"es_jax/{key}", int(1000 * patience)
     try:
         value = store.blocking_key_value_get_bytes(key, limit) if limit else store.key_value_try_get_bytes(key)

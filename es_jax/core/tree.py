@@ -1,4 +1,4 @@
-"""Names for the leaves of a pytree: the only addresses that noise, shardings and checkpoints use."""
+"""Names for the leaves of a pytree; noise, shardings and checkpoints address leaves only by these names."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,10 +21,10 @@ def named_leaves(tree: Any) -> list[tuple[str, Any]]:
 
 
 def map_named(function: Callable, tree: Any, *rest: Any) -> Any:
-    """`jax.tree.map` whose function is given the leaf's name first."""
+    """`jax.tree.map` with a function that gets the leaf's name as its first argument."""
     return jax.tree_util.tree_map_with_path(lambda path, *leaves: function(path_name(path), *leaves), tree, *rest)
 
 
 def count(tree: Any) -> int:
-    """How many numbers the tree holds: d of the papers. A tied embedding is one leaf, so it counts once."""
+    """How many numbers the tree holds: d in the papers. A tied embedding is one leaf, so it counts once."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))

@@ -1,4 +1,4 @@
-"""Noise of low rank: all members share one set of weights and differ by a product of two thin matrices a leaf."""
+"""Low-rank noise: all members share one set of weights, and differ in each leaf by a product of two thin matrices."""
 
 import dataclasses
 import functools
@@ -18,7 +18,7 @@ from es_jax.es.noise import GaussianNoise, PyTree, Row, _check_float, _rounded, 
 from es_jax.es.population import Members
 
 VECTORS = ("gaussian", "frozen")
-BLOCK = 16  # members whose outer products one pass over a leaf adds; on every mesh, for every leaf
+BLOCK = 16  # members whose outer products one pass over a leaf adds; the same on every mesh and for every leaf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,17 +26,17 @@ class LowRankNoise(GaussianNoise):
     """ε = A Bᵀ/√r for every matrix, with A [D, r] and B [F, r] of N(0, 1) (EGGROLL, arXiv 2511.16652).
 
     Every entry of ε has mean 0 and variance 1, entries are uncorrelated and odd moments vanish, so the closed forms of
-    drift hold; an entry alone is no normal number, a sum over many members nearly is. A leaf [D, F] is a matrix; one
-    with more axes is a stack of them, each with its own A and B. What has fewer axes is a vector.
+    drift hold. A single entry is not normally distributed, but a sum over many members nearly is. A leaf [D, F] is a
+    matrix; a leaf with more axes is a stack of matrices, each with its own A and B. A leaf with fewer axes is a vector.
 
     Args:
-      generator: as of `GaussianNoise`.
+      generator: as in `GaussianNoise`.
       rank: r ≥ 1.
-      vectors: "gaussian": vectors get full noise; "frozen": they get none, and their estimate is 0.
+      vectors: with "gaussian" vectors get full noise; with "frozen" they get none, and their estimate is 0.
       stacked: leaves whose name starts with this prefix are stacks along their first axis: [L, D] is L vectors.
 
     Raises:
-      ValueError: an unknown generator or kind of vectors, a rank that is not a whole number of at least 1.
+      ValueError: unknown `generator` or `vectors`, or a rank that is not a whole number of at least 1.
 
     >>> import jax.numpy as jnp
     >>> from es_jax.es.population import Population
@@ -68,9 +68,9 @@ class LowRankNoise(GaussianNoise):
     def factors(
         self, seed: Array, name: str, shape: tuple[int, ...], row: Row | None = None
     ) -> tuple[Float[Array, "*n D r"], Float[Array, "*n F r"]]:
-        """A/√r and B of a matrix leaf of that shape, for one member, float32.
+        """A/√r and B for a matrix leaf of that shape and one member, in float32.
 
-        Both are made once, and held: they are not to be drawn again for every entry of their product.
+        Both are made once and kept, so that they are not drawn again for every entry of their product.
         """
         part, whole = rows_of(shape, row)
         stack, (rows, columns) = whole[:-2], shape[-2:]
@@ -85,14 +85,14 @@ class LowRankNoise(GaussianNoise):
         return _add_outer(None, a, b).astype(self._arithmetic(leaf))
 
     def members_of(self, params: PyTree, members: Members, *, sigma: float | Array, dtype: Any = None) -> PyTree:
-        """All members at once: a `LowRank` (base, a [N, …], b [N, …]) for every matrix, whose base is not copied.
+        """All members at once: a `LowRank` (base, a [N, …], b [N, …]) for every matrix; the base is not copied.
 
         A vector is [N, …], each member's own. σ and the sign are in b.
 
         Args:
-          params, sigma: as of `apply`.
+          params, sigma: as in `apply`.
           members: N of them.
-          dtype: of bases and vectors; each leaf's own by default. Pairs are float32.
+          dtype: dtype of bases and vectors; each leaf's own by default. Pairs are float32.
         """
         pairs = jax.vmap(lambda member: self.pair(params, member, sigma=sigma, dtype=dtype))(members)
 
@@ -105,8 +105,7 @@ class LowRankNoise(GaussianNoise):
         return map_named(member, params, pairs)
 
     def pair(self, params: PyTree, member: Members, *, sigma: float | Array, dtype: Any = None) -> PyTree:
-        """What one member has of its own: (a, b) for every matrix, of whose leaf the shape alone is read; and its
-        vectors."""
+        """What one member adds: (a, b) for every matrix, from the leaf's shape alone; and its vectors."""
 
         def pair(name, leaf):
             _check_float(name, leaf)
@@ -126,18 +125,19 @@ class LowRankNoise(GaussianNoise):
         *,
         specs: PyTree = None,
     ) -> PyTree:
-        """−(1/N) Σ wₙ signₙ Aₙ Bₙᵀ/√r, as `GaussianNoise.estimate`; dense matrices of members are never made.
+        """−(1/N) Σ wₙ signₙ Aₙ Bₙᵀ/√r, as in `GaussianNoise.estimate`; the members' dense matrices are never formed.
 
-        Outer products are added in member order, each rounded by itself: a matrix product would add them in an order
+        Outer products are added in member order, each rounded separately; a matrix product would add them in an order
         that depends on the shape of a device's slice.
 
         Args:
-          params, members, weights: as of `GaussianNoise.estimate`.
-          specs: inside a `shard_map`, how each leaf is cut (a tree of PartitionSpecs): a device then gets its slice. It
-            draws whole A and B, which are small, and sends nothing, where a partitioner may draw and send parts.
+          params, members, weights: as in `GaussianNoise.estimate`.
+          specs: inside a `shard_map`, the sharding of each leaf (a tree of PartitionSpecs); a device then returns its
+            slice. It draws whole A and B, which are small, and sends nothing, whereas a partitioner may draw and send
+            parts.
         """
         seeds, signed = self.summands(members, weights)
-        first = (len(seeds) - 1) % BLOCK + 1  # members in the first, shorter pass; no zeros are held to begin with
+        first = (len(seeds) - 1) % BLOCK + 1  # members in the first, shorter pass, which avoids initial zeros
         vectors = super().estimate
 
         def matrix(name, leaf, spec):
@@ -168,7 +168,7 @@ class LowRankNoise(GaussianNoise):
 
 
 def _slice(x: Array, spec: tuple[str | None, ...]) -> Array:
-    """A device's part of an array that is cut so; inside a `shard_map`."""
+    """A device's shard of an array with that sharding; inside a `shard_map`."""
     for axis, entry in enumerate(spec):
         if entry is not None:
             size = x.shape[axis] // lax.axis_size(entry)

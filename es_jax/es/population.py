@@ -14,12 +14,20 @@ from es_jax.core import rng
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Members:
-    """The members of one step; a pytree, so it goes through jit, vmap and scan.
+    """The members of one step. It is a pytree, so it goes through jit, vmap and scan.
+
+    `len(members)` is N. `members[i]` is one member, and a slice or an index array selects several.
 
     Attributes:
       seed: uint32 [N], the seed of each member's noise ε.
       sign: float32 [N], +1 or −1: the member is θ + sign·σ·ε. 0 is the unperturbed model; another number scales σ.
-      paired: members 2i and 2i+1 share a seed with opposite signs, so an estimate makes their noise once.
+      paired: True where members 2i and 2i+1 share a seed and have opposite signs. An estimate then draws their noise
+        once.
+
+    Examples:
+      >>> members = Population(4, seed=0).members(0)
+      >>> len(members), members[:2].seed.shape, float(members[0].sign)
+      (4, (2,), 1.0)
     """
 
     seed: UInt32[Array, "*n"]
@@ -38,8 +46,8 @@ class Members:
 
 
 def check_deal(population: int, prompts: int, each: int, *, antithetic: bool) -> None:
-    """Raises ValueError, with the nearest numbers that work, where `each` of the prompts cannot be dealt evenly to
-    that many members (`Population.deal`)."""
+    """Raises ValueError, with the nearest numbers that work, if `each` of the prompts cannot be dealt evenly to that
+    many members (`Population.deal`)."""
 
     def works(size: int, each: int) -> bool:
         members, rest = divmod(size * each, prompts)
@@ -51,7 +59,7 @@ def check_deal(population: int, prompts: int, each: int, *, antithetic: bool) ->
 
     if not works(population, each):
         need = "an even number of at least 4 members" if antithetic else "a whole number of at least 2 members"
-        why = f"every prompt must be seen by {need}, and that is {population} × {each} / {prompts}"
+        why = f"every prompt must be seen by {need}, but {population} × {each} / {prompts} members would see it"
         cures = {
             "it": nearest(each, (k for k in range(1, prompts + 1) if works(population, k))),
             "es.population": nearest(population, (n for n in range(2, population + 8 * prompts + 1) if works(n, each))),
@@ -65,20 +73,23 @@ def check_deal(population: int, prompts: int, each: int, *, antithetic: bool) ->
 
 @dataclasses.dataclass(frozen=True)
 class Population:
-    """N members a step, drawn from a run seed (arXiv 2509.24372, section 3).
+    """N members a step, all drawn from the run's seed.
+
+    Source: arXiv 2509.24372, section 3.
 
     Args:
-      size: N, at least 2; even when antithetic.
-      seed: the run's seed, 0..2**32 − 1.
-      antithetic: members come in pairs θ ± σε from N/2 seeds (mirrored sampling).
-      streams: the version of the random streams; 1 gives the members of runs from before they had one.
+      size: N, at least 2; even with antithetic pairs.
+      seed: the run's seed, 0..2³² − 1.
+      antithetic: True makes pairs θ ± σε from N/2 seeds (mirrored sampling).
+      streams: the version of the random streams. 1 gives the members of runs older than the versions.
 
     Raises:
-      ValueError: N below 2, odd N with antithetic pairs, a seed out of range, unknown streams.
+      ValueError: N is below 2, or odd with antithetic pairs; the seed is out of range; or the version is unknown.
 
-    >>> members = Population(4, seed=0, antithetic=True).members(0)
-    >>> members.sign.tolist(), bool(members.seed[0] == members.seed[1])
-    ([1.0, -1.0, 1.0, -1.0], True)
+    Examples:
+      >>> members = Population(4, seed=0, antithetic=True).members(0)
+      >>> members.sign.tolist(), bool(members.seed[0] == members.seed[1])
+      ([1.0, -1.0, 1.0, -1.0], True)
     """
 
     size: int
@@ -101,15 +112,26 @@ class Population:
         rng.check_streams(self.streams)
 
     def deal(self, step: int, prompts: int, each: int) -> np.ndarray:
-        """Which `each` of a step's prompts every member sees, int [N, each]: every prompt is seen by N·each/prompts.
+        """Chooses the prompts that every member sees: `each` of a step's prompts.
 
-        A function of seed and step. The members of an antithetic pair see the same prompts.
+        Each prompt is seen by N·each/prompts members. The choice is a function of seed and step. The two members of an
+        antithetic pair see the same prompts.
+
+        Args:
+          step: 0, 1, 2, …
+          prompts: how many prompts the step has.
+          each: how many of them a member sees, 1..prompts.
+
+        Returns:
+          int [N, each], indices of prompts.
 
         Raises:
-          ValueError: that quotient is not a whole number of at least 2, and of pairs even and at least 4.
+          ValueError: N·each/prompts is not a whole number of at least 2; with antithetic pairs, of an even number of at
+            least 4. The message names the nearest numbers that work.
 
-        >>> Population(4, seed=0).deal(1, 2, 1).shape
-        (4, 1)
+        Examples:
+          >>> Population(4, seed=0).deal(1, 2, 1).shape
+          (4, 1)
         """
         check_deal(self.size, prompts, each, antithetic=self.antithetic)
         twice = 1 + self.antithetic
@@ -118,7 +140,14 @@ class Population:
         return np.repeat(order[turns], twice, axis=0)
 
     def members(self, step: int | Array) -> Members:
-        """The members of a step (0, 1, 2, …): a pure function of (seed, step)."""
+        """Draws the members of a step, a pure function of seed and step.
+
+        Args:
+          step: 0, 1, 2, …; it may be traced.
+
+        Returns:
+          The N members.
+        """
         count = self.size // 2 if self.antithetic else self.size
         seeds = rng.member_seeds(self.seed, step, count, streams=self.streams)
         if not self.antithetic:

@@ -1,4 +1,4 @@
-"""Measurements of runs that are finished, and the export of their weights."""
+"""Measurements of runs, and the export of their weights."""
 
 from es_jax.core.extras import require
 

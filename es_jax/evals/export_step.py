@@ -1,4 +1,4 @@
-"""A step of a run as a Hugging Face folder, with a card that says how it came about."""
+"""Exports a step of a run as a Hugging Face folder, with a card that describes the run."""
 
 import dataclasses
 import json
@@ -32,20 +32,20 @@ def export_run(
     dtype: str | None = None,
     max_shard_bytes: int = 5 * 10**9,
 ) -> dict[str, Any]:
-    """Write the weights of a run's step to a new or empty folder; `save_model` says what is in it.
+    """Write the weights of a run's step to a new or empty folder; `save_model` describes its content.
 
     Args:
       workdir: a run's directory, or RUN@STEP; nothing in it is changed.
-      step: 0 (the base weights) to the last finished one; "best" of a run with train.keep_best; the last by default.
+      step: 0 (the base weights) to the last finished step; "best" for a run with train.keep_best; the last by default.
       dtype: of the weights; the run's model.param_dtype by default.
 
     Returns:
       out, step, source ("checkpoint" or "replay"), parameters, dtype, files and bytes of the weights.
 
     Raises:
-      OSError: no run in the directory, its base model is gone, or `out` is not empty, cannot be made or does not fit.
-      ValueError: a step that the log does not hold, one of a GRPO run that has no checkpoint, or a base model that is
-        not the run's.
+      OSError: the directory has no run, its base model is gone, or `out` is not empty, cannot be made or does not fit.
+      ValueError: the log does not hold the step, a GRPO run has no checkpoint of it, or the base model is not the
+        run's.
     """
     if step is None:
         workdir, step = run_and_step(workdir)
@@ -54,7 +54,7 @@ def export_run(
     last = len(read_entries(workdir))
     step = last if step is None else step_of(workdir, step)
     if not 0 <= step <= last:
-        raise ValueError(f"step is {step}, but {workdir} holds steps 0 to {last}")
+        raise ValueError(f"step is {step}, but {workdir} has only steps 0 to {last}: choose one of them")
     check_new(out)
     base = outline_of(workdir)
     wanted = jnp.dtype(config.model.param_dtype if dtype is None else dtype)
@@ -78,14 +78,14 @@ def export_run(
 
 
 def _card(facts: dict[str, Any], step: int, dtype: str, evals: dict[str, Any] | None) -> str:
-    """The text of the folder's README.md, from what a run's config.json holds: YAML, then Markdown."""
+    """The text of the folder's README.md, made from a run's config.json: YAML, then Markdown."""
     config, parent = facts["config"], facts.get("parent")
     source, run = parent["model"] if parent else config["model"]["source"], config["train"]
     on_hub = source.count("/") == 1 and not Path(source).expanduser().exists()
     hub = f"base_model: {json.dumps(source)}\n" if on_hub else ""
     resumed = f", resumed {len(facts['resumed'])} times" if facts.get("resumed") else ""
     method = METHODS[config.get("method", "es")]
-    decoded = "of held-out rows" if config["decode"].get("temperature") else "in training"
+    decoded = "on held-out rows" if config["decode"].get("temperature") else "in training"
     table = {
         "base model": f"`{source}`",
         "sha256 of its weight files": f"`{(parent or facts)['digest']}`",
@@ -94,7 +94,7 @@ def _card(facts: dict[str, Any], step: int, dtype: str, evals: dict[str, Any] | 
         "weights": f"{facts.get('parameters', 'unknown')} numbers, written as {dtype}",
         "task": f"`{config['task']['name']}`, seed {config['task']['seed']}",
         "run seed": run["seed"],
-        "day in prompts": config["model"].get("template_date") or "not written down",
+        "day in prompts": config["model"].get("template_date") or "not recorded",
         "held out": f"`{json.dumps(evals)}`" if evals else "no evaluation at this step",
     }
     return (

@@ -1,7 +1,7 @@
-"""lm-evaluation-harness on the steps of a run, or on a model: each of its tasks and steps once, in evals/lm_eval.jsonl.
+"""lm-evaluation-harness on the steps of a run, or on a model. Each task and step is done once, in evals/lm_eval.jsonl.
 
-The library (the extra [lm_eval]) is imported when it is needed. It makes the requests and the figures; the model that
-answers is `es_jax.evals.harness_model`.
+The library comes with the extra [lm_eval], and is imported when it is needed. It makes the requests and computes the
+figures. The model that answers is `es_jax.evals.harness_model`.
 """
 
 import contextlib
@@ -37,23 +37,26 @@ from es_jax.weights.model import Model
 logger = logging.getLogger(__name__)
 
 FILE = "lm_eval.jsonl"
-RANDOM_SEED, OTHER_SEED = 0, 1234  # the library's own, of Python's numbers and of NumPy's and the examples in prompts
+RANDOM_SEED, OTHER_SEED = 0, 1234  # the library's own: for Python, and for NumPy and examples in prompts
 MEND = "name the column in doc_to_target, without braces, or keep all references in a column of lists"
-BOOTSTRAPS = 1000  # resamples for the error of a metric that has no formula: the error itself is then good to 2 %
+BOOTSTRAPS = 1000  # resamples for the error of a metric without a formula; the error is then accurate to 2 %
 
 
 @dataclasses.dataclass(frozen=True)
 class HarnessOptions:
-    """How lm-evaluation-harness evaluates; what is None is as in the task's file.
+    """How lm-evaluation-harness evaluates. A field that is None is as in the task's file.
 
     Attributes:
-      include: a folder of task files of one's own, besides the library's.
-      limit: rows of each task, its first ones.
-      num_fewshot: solved examples in each prompt; a task whose file says 0 keeps 0.
-      apply_chat_template: put prompts through the model's chat template, examples as turns of their own.
-      max_length: tokens of context that are used; the model's own by default.
-      slots: texts generated at once; the run's by default.
-      template_date: the day that the chat template sees; the run's by default.
+      include: a folder with task files of your own, besides the library's.
+      limit: how many rows of each task, the first ones; at least 1.
+      num_fewshot: solved examples in each prompt, at least 0. A task whose file says 0 keeps 0.
+      apply_chat_template: True puts prompts through the model's chat template, with each example as turns of its own.
+      max_length: tokens of context that are used, at least 2; by default the model's context.
+      slots: how many texts are generated at once; by default the run's.
+      template_date: the day that the chat template sees; by default the run's.
+
+    Raises:
+      ValueError: a number is out of range, or `include` has no .yaml file.
     """
 
     include: str | None = None
@@ -70,7 +73,7 @@ class HarnessOptions:
             if value is not None and value < least:
                 raise ValueError(f"{field} is {value}: it must be at least {least}")
         if self.include is not None and not any(Path(self.include).rglob("*.yaml")):
-            raise ValueError(f"include is {self.include!r}: it must be a folder with .yaml files of tasks")
+            raise ValueError(f"include is {self.include!r}: it must be a folder with .yaml task files")
 
 
 def evaluate_harness(
@@ -84,21 +87,50 @@ def evaluate_harness(
     options: HarnessOptions = HarnessOptions(),
     mesh: Mesh | None = None,
 ) -> Fields:
-    """Evaluate steps of a run, or a model, on tasks of lm-evaluation-harness, and write evals/lm_eval.jsonl.
+    """Evaluates steps of a run, or a model, on tasks of lm-evaluation-harness, and writes evals/lm_eval.jsonl.
 
-    Step 0, the base model, is always evaluated. A finished (task, step) is not done again.
+    Step 0, the base model, is always evaluated. A finished (task, step) is not done again. It needs the extra
+    [lm_eval].
 
     Args:
-      workdir, every, steps, base, out, mesh: as of `evaluate_run`.
-      tasks: names of tasks, groups or tags; or paths of their files.
-      options: see there.
+      workdir: a run's directory, RUN@STEP for one step of it, or a model: a folder, a .gguf file, a name on the hub or
+        "lab".
+      tasks: names of tasks, groups or tags of the library, or paths of their files.
+      every: at least 1: steps 0, every, 2·every, … and the last. By default the run's evals.every.
+      steps: these steps instead. "best" is the best step of a run with train.keep_best.
+      base: for a model, the one that it was trained from. That is then step 0, and the model is step 1.
+      out: the folder of the file. By default workdir/evals, if `workdir` is a folder.
+      options: sizes and limits.
+      mesh: the devices; all of them by default.
 
     Returns:
       {"out": folder, "warnings": […], "lm_eval": rows of the chosen steps}.
 
     Raises:
       ImportError: the extra [lm_eval] is not installed.
-      ValueError, OSError: what is asked for does not exist or does not fit, before anything is computed.
+      ValueError: what is asked for does not exist or does not fit, before anything is computed; or there are several
+        processes.
+      OSError: a file is missing or cannot be written.
+
+    Examples:
+      >>> import tempfile
+      >>> folder = Path(tempfile.mkdtemp())
+      >>> _ = (folder / "rows.jsonl").write_text('{"question": "A37+48=", "choices": ["85", "19"], "gold": 0}')
+      >>> task = {
+      ...     "task": "sums",
+      ...     "dataset_path": "json",
+      ...     "dataset_kwargs": {"data_files": {"test": str(folder / "rows.jsonl")}},
+      ...     "test_split": "test",
+      ...     "output_type": "multiple_choice",
+      ...     "doc_to_text": "{{question}}",
+      ...     "doc_to_choice": "{{choices}}",
+      ...     "doc_to_target": "gold",
+      ... }
+      >>> _ = (folder / "sums.yaml").write_text(json.dumps(task))  # YAML is a superset of JSON
+      >>> options = HarnessOptions(include=str(folder))
+      >>> rows = evaluate_harness("lab", ["sums"], out=folder / "evals", options=options)["lm_eval"]  # doctest: +SKIP
+      >>> [(row["step"], row["metric"], row["value"]) for row in rows]  # doctest: +SKIP
+      [(0, 'acc', 1.0), (0, 'acc_norm', 1.0)]
     """
     require("lm_eval")
     if jax.process_count() > 1:
@@ -140,16 +172,28 @@ def _key(row: Fields) -> tuple:
 def harness_lm(
     model: Model, *, dtype: DTypeLike | None = None, slots: int = SLOTS, max_length: int | None = None, seed: int = 0
 ) -> Any:
-    """The model as lm-evaluation-harness takes one: `lm_eval.simple_evaluate(model=harness_lm(model), tasks=[…])`.
+    """Wraps a model for lm-evaluation-harness: `lm_eval.simple_evaluate(model=harness_lm(model), tasks=[…])`.
+
+    It needs the extra [lm_eval].
 
     Args:
-      model: of `load_model`.
-      dtype: that it computes in; by default that of its weights.
-      slots: texts generated at once.
-      max_length: tokens of context that are used; the model's own by default.
-      seed: of what is sampled.
+      model: from `load_model` or `load_step`.
+      dtype: the compute dtype; by default that of the model's parameters.
+      slots: how many texts are generated at once, at least 1.
+      max_length: tokens of context that are used, 2 to the model's context, which is the default.
+      seed: the seed of what is drawn, 0..2³² − 1.
 
-    Raises ImportError where the extra [lm_eval] is not installed.
+    Returns:
+      An lm_eval.api.model.LM.
+
+    Raises:
+      ImportError: the extra [lm_eval] is not installed.
+      ValueError: `max_length` is out of range.
+
+    Examples:
+      >>> from es_jax.weights.model import load_model
+      >>> harness_lm(load_model("lab")).max_length  # doctest: +SKIP
+      64
     """
     require("lm_eval")
     params = model.params if dtype is None else cast(model.params, dtype)
@@ -157,7 +201,7 @@ def harness_lm(
 
 
 def as_lm(model: HarnessModel) -> Any:
-    """An lm_eval.api.model.LM that answers as `model` does."""
+    """An lm_eval.api.model.LM that answers with `model`."""
     from lm_eval.api.model import LM
 
     class EsJaxLM(LM):
@@ -188,7 +232,7 @@ def as_lm(model: HarnessModel) -> Any:
                 rest = [message for message in chat_history if message["role"] != "system"]
                 if len(rest) == len(chat_history):
                     raise
-                model.warn(f"the system message is left out, which the chat template does not take ({error})")
+                model.warn(f"the system message is left out, since the chat template does not take it ({error})")
                 return chat_template.apply(model.tokenizer, rest)
 
         def chat_template(self, chat_template: bool | str = False) -> str | None:
@@ -199,14 +243,14 @@ def as_lm(model: HarnessModel) -> Any:
 
 @dataclasses.dataclass
 class _Unit:
-    """A name that was asked for, with its tasks; of a group there are several.
+    """A requested name with its tasks; a group has several.
 
     Attributes:
-      name: as it was asked for.
-      loaded: what the library's TaskManager gives.
-      digests: of the requests and references of each task, and of each group.
-      requests: how many there are.
-      warnings: what a reader of the figures must know.
+      name: the requested name.
+      loaded: what the library's TaskManager returns.
+      digests: digests of the requests and references of each task, and of each group.
+      requests: the number of requests.
+      warnings: what a reader of the results must know.
     """
 
     name: str
@@ -220,7 +264,7 @@ class _Unit:
         return [*self.digests]
 
     def check(self, rows: Sequence[Fields], path: Path) -> None:
-        """Raises ValueError where the file's rows of a task were made from others than now."""
+        """Raises ValueError if the file's rows of a task were made from other rows, prompts or metrics than now."""
         for row in rows:
             if row.get("rows") != self.digests.get(row["task"], row.get("rows")):
                 raise ValueError(
@@ -265,7 +309,7 @@ def _number(value: Any) -> float | None:
 
 
 def _load(names: Sequence[str], model: HarnessModel, options: HarnessOptions) -> list[_Unit]:
-    """The tasks that were asked for, checked. ValueError for one that there is not, or that does not fit."""
+    """The requested tasks, checked. Raises ValueError for a task that does not exist or does not fit."""
     from lm_eval.tasks import TaskManager
 
     _seed([])
@@ -276,8 +320,8 @@ def _load(names: Sequence[str], model: HarnessModel, options: HarnessOptions) ->
             near = difflib.get_close_matches(name, manager.all_tasks, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(
-                f"lm_eval has no task, group or tag {name!r}{hint}: see `lm_eval ls tasks`, and include for files of "
-                "your own"
+                f"lm_eval has no task, group or tag {name!r}{hint}: see `lm_eval ls tasks`; set include for your own "
+                "files"
             )
     with _quiet():
         return [_unit(name, manager.load([name]), model, options) for name in dict.fromkeys(names)]
@@ -288,9 +332,12 @@ def _unit(name: str, loaded: Any, model: HarnessModel, options: HarnessOptions) 
     digests: dict[str, str] = {}
     warnings: list[str] = []
     for label, task in tasks.items():
-        for flag, reason in (("UNSAFE_CODE", "runs what the model writes"), ("MULTIMODAL", "needs images or sound")):
+        for flag, reason in (
+            ("UNSAFE_CODE", "runs the code that the model writes"),
+            ("MULTIMODAL", "needs images or sound"),
+        ):
             if getattr(task, flag, False):
-                raise ValueError(f"the task {label!r} of lm_eval {reason}, which is not done here: leave it out")
+                raise ValueError(f"the task {label!r} of lm_eval {reason}, which is not supported: leave it out")
         own = task.get_config("num_fewshot")
         if options.num_fewshot is not None and own != 0:
             task.set_config("num_fewshot", options.num_fewshot)
@@ -329,7 +376,7 @@ def _check(label: str, request: Any, model: HarnessModel) -> None:
     elif not all(isinstance(text, str) for text in request.args):
         raise ValueError(
             f"the task {label!r} of lm_eval asks for the likelihood of {request.args[-1]!r} in row {request.doc_id}, "
-            f"which is not a text (lm_eval reads a text that looks like a list as one): {MEND}"
+            f"which is not text (lm_eval parses text that looks like a list as a list): {MEND}"
         )
 
 
@@ -339,40 +386,44 @@ def _digest(content: Any) -> str:
 
 
 def reference_warnings(label: str, task: Any, docs: Sequence[Mapping[str, Any]], targets: Sequence[Any]) -> list[str]:
-    """Sentences about references that lm_eval 0.4.13 may read otherwise than they are meant.
+    """Warnings about references that lm_eval 0.4.13 may read differently than they are meant.
 
-    It reads the text of a doc_to_target template that looks like a list as a list, of which every element counts as
-    right. And its first row tells whether all rows have lists: if so, a text is taken apart into characters; if not, a
-    list becomes one text, in Python's spelling.
+    If the text of a doc_to_target template looks like a list, lm_eval parses it as a list, and every element counts as
+    right. It also decides by the first row whether all rows have lists. If so, a text is split into characters; if not,
+    a list becomes one text, in Python's notation.
     """
     lists, decided = [isinstance(target, list) for target in targets], bool(getattr(task, "multiple_target", 0))
     template = task.config.doc_to_target
-    meant = not isinstance(template, str) or "[" in template  # a function's list, or one that the template writes
+    meant = not isinstance(template, str) or "[" in template  # a list from a function, or one that the template writes
     read = [i for i, found in enumerate(lists) if found and not meant and not _has(docs[i], targets[i])]
     other = [i for i, found in enumerate(lists) if found != decided]
     texts = []
     if read:
         texts.append(
-            f"task {label!r}: lm_eval reads the reference of {len(read)} of {len(docs)} rows as a list, though it is a "
-            f"text (row {read[0]}: {str(targets[read[0]])[:60]}), and each element of it counts as right: {MEND}"
+            f"task {label!r}: lm_eval reads the reference of {len(read)} of {len(docs)} rows as a list, although it "
+            f"is text (row {read[0]}: {str(targets[read[0]])[:60]}), and each element of the list counts as right: "
+            f"{MEND}"
         )
     if other:
-        effect = "a text is taken apart into characters, each of which counts as right" if decided else "is one text"
+        effect = (
+            "a text is split into characters, each of which counts as right" if decided else "a list becomes one text"
+        )
         texts.append(
-            f"task {label!r}: the reference of the first row is {'' if decided else 'not '}a list, and lm_eval takes "
-            f"that for all: of {len(other)} of {len(docs)} rows (row {other[0]}: {str(targets[other[0]])[:60]}) "
-            f"{'' if decided else 'a list '}{effect}: {MEND}"
+            f"task {label!r}: the reference of the first row is {'' if decided else 'not '}a list, and lm_eval assumes "
+            f"the same for all rows. In {len(other)} of {len(docs)} rows (row {other[0]}: "
+            f"{str(targets[other[0]])[:60]}) {effect}: {MEND}"
         )
     return texts
 
 
 def _has(value: Any, target: list) -> bool:
-    """Whether a row has the list itself in one of its columns."""
+    """Whether one of the row's columns holds this list."""
     return value == target or (isinstance(value, Mapping) and any(_has(own, target) for own in value.values()))
 
 
 def _seed(tasks: Any) -> None:
-    """What the library draws is then what its own command draws: examples in prompts, and rows that a task mixes."""
+    """A context in which the library draws the same random numbers as its own command, for examples in prompts and rows
+    that a task shuffles."""
     random.seed(RANDOM_SEED)
     np.random.seed(OTHER_SEED)
     for task in tasks:
@@ -381,7 +432,7 @@ def _seed(tasks: Any) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """What the library prints goes to standard error, and it starts no processes: forks of JAX may hang."""
+    """A context in which the library prints to standard error and starts no processes, since forks of JAX may hang."""
     before = os.environ.get("DISABLE_MULTIPROC")
     os.environ["DISABLE_MULTIPROC"] = "1"
     try:

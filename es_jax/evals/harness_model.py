@@ -1,8 +1,8 @@
-"""A model as lm-evaluation-harness asks it: likelihoods of continuations and of whole texts, and texts up to a stop.
+"""Answers the requests of lm-evaluation-harness with a model: likelihoods of continuations and of whole texts, and
+generation until a stop.
 
-Nothing here needs that library (`es_jax.evals.harness` does). The rules are those of its own models, where
-docs/evaluate.md does not say otherwise: what a tokenizer writes first, where a long context is cut, the windows of a
-long text.
+This module does not need that library (`es_jax.evals.harness` does). Unless docs/evaluate.md says otherwise, it follows
+the library's own models: which token comes first, where a long context is cut, and the windows of a long text.
 """
 
 import dataclasses
@@ -23,17 +23,17 @@ from es_jax.weights.tokenizer import encode_texts
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_TOKENS = 256  # of a generation whose task names no limit
-LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first that is there counts
+DEFAULT_TOKENS = 256  # limit of a generation if the task sets none
+LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first one given counts
 NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1, "min_p": 0, "use_cache": True}
 
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """How a text is generated.
+    """How text is generated.
 
     Attributes:
-      until: the texts that end it; they are no part of it.
+      until: texts that end it; they are not part of it.
       max_new_tokens: tokens after which it is cut.
       sampler: how a token is chosen.
 
@@ -47,7 +47,7 @@ class Decoding:
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> "Decoding":
-        """Those of a task's generation_kwargs. Raises ValueError for what there is no counterpart of here."""
+        """The settings in a task's generation_kwargs. Raises ValueError for settings without a counterpart here."""
         rest = {name: value for name, value in settings.items() if value is not None}
         until = rest.pop("until", [])
         until = tuple([until] if isinstance(until, str) else until)
@@ -56,14 +56,14 @@ class Decoding:
         for name, value in rest.items():
             if NEUTRAL.get(name) != value:
                 raise ValueError(
-                    f"generation_kwargs has {name} = {value!r}, which is not known here: there are until, "
-                    f"{', '.join(LIMITS)}, do_sample, temperature, and top_k or top_p; take it out"
+                    f"generation_kwargs has {name} = {value!r}, which is not supported: take it out; supported are "
+                    f"until, {', '.join(LIMITS)}, do_sample, temperature, and top_k or top_p"
                 )
         if not all(isinstance(text, str) for text in until):
             raise ValueError(f"generation_kwargs has until = {until!r}: it must be a text or a list of texts")
         limit = int(limits[0]) if limits else DEFAULT_TOKENS
         if limit < 1:
-            raise ValueError(f"generation_kwargs has {limit} as its limit in tokens: it must be at least 1")
+            raise ValueError(f"generation_kwargs has a limit of {limit} tokens: it must be at least 1")
         return cls(tuple(text for text in until if text), limit, sampler)
 
 
@@ -78,23 +78,23 @@ def _sampler(do_sample: bool | None, temperature: float | None, top_k: int | Non
         )
     top_k, top_p = top_k if top_k and top_k > 0 else None, top_p if top_p and top_p < 1 else None
     if top_k and top_p:
-        raise ValueError(f"generation_kwargs has top_k = {top_k} and top_p = {top_p}: give one of them")
+        raise ValueError(f"generation_kwargs has top_k = {top_k} and top_p = {top_p}: give only one of them")
     return TopK(top_k, t) if top_k else sampler_of(t, top_p or 1.0)
 
 
 @dataclasses.dataclass
 class HarnessModel:
-    """Answers requests, each kind in batches.
+    """Answers requests in batches, kind by kind.
 
     Attributes:
       model: its config, tokenizer and stop tokens; its weights are not used.
-      params: the weights, in the dtype that they compute in.
+      params: the weights, in the compute dtype.
       slots: texts generated at once.
-      max_length: tokens of context that are used; the model's own by default.
-      seed: of what is sampled.
-      warnings: what a reader of the figures must know, such as contexts that were cut.
-      done: called with how many more requests are answered.
-      token_texts: of each token alone, once they are needed.
+      max_length: tokens of context to use; the model's context by default.
+      seed: the seed of sampling.
+      warnings: what a reader of the results must know, such as contexts that were cut.
+      done: called with the number of newly answered requests.
+      token_texts: the text of each single token, once needed.
     """
 
     model: Model
@@ -118,15 +118,18 @@ class HarnessModel:
 
     @property
     def prefix(self) -> int:
-        """The token before a text that has no context: BOS, or else EOS. ValueError where there is neither."""
+        """The token before a text without context: BOS, or else EOS. Raises ValueError if there is neither."""
         tokens = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
         token = next((one for one in tokens if one is not None), None)
         if token is None:
-            raise ValueError("the tokenizer has neither a BOS nor an EOS token to stand before a text without context")
+            raise ValueError(
+                "the tokenizer has neither a BOS nor an EOS token to put before a text without context: leave out "
+                "tasks with such texts"
+            )
         return token
 
     def encode(self, text: str) -> list[int]:
-        """Its tokens, with those that the tokenizer adds, unless the text itself begins with BOS."""
+        """The tokens of a text, with those that the tokenizer adds, unless the text itself begins with BOS."""
         return encode_texts(self.tokenizer, [text], plain=self._plain(text))[0]
 
     def _plain(self, text: str) -> bool:
@@ -134,8 +137,8 @@ class HarnessModel:
         return token is None or not text.startswith(token)
 
     def encode_pairs(self, context: str, continuations: Sequence[str]) -> tuple[list[int], list[list[int]]]:
-        """A context and what may follow it, as tokens. Blanks at the context's end belong to the continuations. A token
-        that reaches over the boundary is scored, for all of them. ValueError for a continuation without tokens."""
+        """A context and its continuations as tokens. Spaces at the context's end move to the continuations. A token
+        across the boundary is scored with every continuation. Raises ValueError for a continuation without tokens."""
         head = context.rstrip()
         if context:
             texts = [context[len(head) :] + text for text in continuations]
@@ -158,16 +161,16 @@ class HarnessModel:
         return prompt, options
 
     def loglikelihoods(self, rows: Sequence[tuple[str, Sequence[str]]]) -> list[list[tuple[float, bool]]]:
-        """Of each (context, continuations): log p(continuation | context), and whether it is what greedy decoding
-        would write. A context that does not fit loses its first tokens, with a warning."""
+        """For each (context, continuations): log p(continuation | context), and whether greedy decoding would write it.
+        A context that does not fit loses its first tokens, with a warning."""
         parts: list[tuple[list[int], list[list[int]]]] = []
-        places: list[list[tuple[int, int]]] = []  # of each continuation: the part, and where in it
+        places: list[list[tuple[int, int]]] = []  # for each continuation: the part, and the place in it
         for context, continuations in rows:
             prompt, options = self.encode_pairs(context, continuations)
             if len(prompt) + max(map(len, options)) <= self.longest + 1:
                 places.append([(len(parts), k) for k in range(len(options))])
                 parts.append((prompt, options))
-            else:  # each continuation keeps as much of the context as fits beside it
+            else:  # each continuation keeps as much of the context as fits with it
                 places.append([(len(parts) + k, 0) for k in range(len(options))])
                 parts += [(self._cut(prompt, self.longest + 1 - len(ids)), [ids]) for ids in options]
         self._tell_cut([prompt for prompt, _ in parts], "its continuation")
@@ -175,7 +178,7 @@ class HarnessModel:
         return [[(float(scores[i].logprob[k]), bool(scores[i].greedy[k])) for i, k in own] for own in places]
 
     def rolling(self, texts: Sequence[str]) -> list[float]:
-        """log p(text) of each, after BOS or EOS, in windows of the model's context (`rolling_windows`)."""
+        """log p(text) of each text, after BOS or EOS, in windows of the model's context (`rolling_windows`)."""
         rows, owner = [], []
         for i, text in enumerate(texts):
             for context, tokens in rolling_windows(self.encode(text), self.prefix, self.longest):
@@ -189,8 +192,8 @@ class HarnessModel:
         return totals
 
     def generate(self, requests: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
-        """The text that follows each context, by its generation_kwargs (`Decoding`), without special tokens and without
-        what ends it. A context that leaves no room loses its first tokens, with a warning."""
+        """The text generated after each context by its generation_kwargs (`Decoding`), without special tokens and
+        without the stop. A context that leaves no room loses its first tokens, with a warning."""
         groups = defaultdict(list)
         for i, (_, settings) in enumerate(requests):
             groups[Decoding.of(settings)].append(i)
@@ -203,11 +206,11 @@ class HarnessModel:
         return [texts[i] for i in range(len(requests))]
 
     def room(self, decoding: Decoding) -> int:
-        """Tokens that a context may have. ValueError where there is no room for any."""
+        """The most tokens that a context may have. Raises ValueError if there is no room for any."""
         room = self.longest - decoding.max_new_tokens
         if room < 1:
             raise ValueError(
-                f"up to {decoding.max_new_tokens} tokens are generated, and the context has {self.longest}: set "
+                f"up to {decoding.max_new_tokens} tokens are generated, but the context has {self.longest}: set "
                 "max_gen_toks lower in its generation_kwargs"
             )
         return room
@@ -215,7 +218,7 @@ class HarnessModel:
     def _generate(self, prompts: list[list[int]], decoding: Decoding) -> list[str]:
         tokenizer, greedy = self.tokenizer, isinstance(decoding.sampler, Greedy)
         rows: Sequence[Sequence[int]] = prompts
-        if greedy:  # what is asked twice is written once
+        if greedy:  # a repeated request is generated once
             rows = [*dict.fromkeys(map(tuple, prompts))]
         engine = engine_for(
             self.model.config, rows, slots=self.slots, max_new_tokens=decoding.max_new_tokens,
@@ -232,8 +235,8 @@ class HarnessModel:
         return [found[tuple(prompt)] for prompt in prompts] if greedy else texts
 
     def stop_token_ids(self, decoding: Decoding) -> tuple[int, ...]:
-        """The tokens after which a text is known to have ended: the model's own, and those in which a whole stop is. A
-        stop of several tokens ends nothing on the device; what follows it is cut afterwards."""
+        """The tokens after which a text has certainly ended: the model's own stop tokens, and tokens that contain a
+        whole stop. A stop of several tokens does not end generation on the device; the text after it is cut later."""
         if decoding.until and not self.token_texts:
             ids = [[token] for token in range(min(len(self.tokenizer), self.model.config.vocab_size))]
             self.token_texts += self.tokenizer.batch_decode(ids, clean_up_tokenization_spaces=False)
@@ -250,19 +253,19 @@ class HarnessModel:
         cut = [prompt.lost for prompt in prompts if isinstance(prompt, _Cut)]
         if cut:
             self.warn(
-                f"{len(cut)} of {len(prompts)} requests have a context that lost its first tokens, up to {max(cut)} of "
-                f"them: it and {beside} must fit into {self.longest}"
+                f"{len(cut)} of {len(prompts)} requests have a context that lost its first tokens, up to {max(cut)} "
+                f"of them, because it and {beside} must fit into {self.longest}"
             )
 
     def warn(self, text: str) -> None:
-        """Say it once, and keep it."""
+        """Log the warning once, and keep it."""
         if text not in self.warnings:
             self.warnings.append(text)
             logger.warning(text)
 
 
 class _Cut(list[int]):
-    """The last tokens of a prompt that lost others."""
+    """The last tokens of a prompt that lost its first ones."""
 
     def __init__(self, tokens: Sequence[int], lost: int):
         super().__init__(tokens)
@@ -270,7 +273,7 @@ class _Cut(list[int]):
 
 
 def before_stop(text: str, stops: Sequence[str]) -> str:
-    """The text up to where the first of the stops begins; all of it where there is none.
+    """The text up to the first stop; all of it if there is none.
 
     >>> before_stop("4\\nQ: 2", ["Q:", "\\n"])
     '4'
@@ -279,9 +282,9 @@ def before_stop(text: str, stops: Sequence[str]) -> str:
 
 
 def rolling_windows(tokens: Sequence[int], prefix: int, longest: int) -> Iterator[tuple[list[int], list[int]]]:
-    """(context, tokens to score) of each window: every token is scored once. The first window begins after `prefix`;
-    the others have the token before them, and the last one as many as fit: `longest` tokens are fed, the last scored
-    one not among them.
+    """(context, tokens to score) of each window; every token is scored once. The first window begins after `prefix`.
+    The others have the token before them as context, and the last window has as many as fit. At most `longest` tokens
+    are fed; the last scored token is not fed.
 
     >>> [*rolling_windows([0, 1, 2, 3, 4, 5, 6, 7, 8, 9], 99, 4)]
     [([99], [0, 1, 2, 3]), ([3], [4, 5, 6, 7]), ([5, 6, 7], [8, 9])]

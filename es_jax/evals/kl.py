@@ -1,7 +1,8 @@
-"""How far a model's next-token distribution has moved from the base model's: KL(base ‖ now) by two estimates.
+"""How far a model's next-token distribution has moved from the base model's: KL(base ‖ now), by two estimators.
 
-As published (arXiv 2605.30148): the base model writes one continuation a prompt, and log p_base − log p_now of its
-tokens is averaged. Exact: the sum over the vocabulary at the same positions, the former's conditional expectation.
+The published estimator (arXiv 2605.30148): the base model writes one continuation per prompt, and log p_base − log
+p_now is averaged over its tokens. The exact one: the sum over the vocabulary at the same positions, which is the
+conditional expectation of the former.
 """
 
 import functools
@@ -24,7 +25,7 @@ from es_jax.models.config import TransformerConfig
 from es_jax.models.transformer import Transformer
 
 WIDTH = 64  # prompts with continuations are padded to a multiple of this many tokens
-TOKENS = 2**12  # of one forward pass
+TOKENS = 2**12  # rows of one forward pass
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -34,7 +35,7 @@ def token_kl(
     """(log p_base − log p_now of the token, KL over the vocabulary at its position), each [B, L], in nats; 0 at padding
     and at each row's first token.
 
-    `mask` says which tokens are there. The two distributions are held for a block of positions at a time.
+    `mask` marks the tokens that are not padding. Both distributions are in memory for one block of positions at a time.
 
     >>> config = TransformerConfig(family="llama", vocab_size=16, width=8, layers=1, heads=2, kv_heads=1,
     ...                            head_dim=4, mlp_dim=8)
@@ -66,8 +67,8 @@ def sample(
     max_new_tokens: int = 256,
     seed: int = 0,
 ) -> list[list[int]]:
-    """One continuation of every prompt at temperature 1: 1 to max_new_tokens token ids, the stop token included. Row i
-    of a seed is the same whatever the rows beside it are."""
+    """One continuation of every prompt at temperature 1: 1 to max_new_tokens token ids, including the stop token. With
+    one seed, row i does not depend on the other rows."""
     engine = engine_for(
         config, prompts, slots=slots, stop_token_ids=stop_token_ids, sampler=Temperature(1.0),
         max_new_tokens=min(max_new_tokens, config.max_positions - max(map(len, prompts))),
@@ -79,34 +80,34 @@ def sample(
 def kl(
     config: TransformerConfig, base: Any, now: Any, prompts: TokenLists, continuations: TokenLists
 ) -> dict[str, Any]:
-    """KL(base ‖ now) on continuations of the prompts, in nats a token, with standard errors over prompts.
+    """KL(base ‖ now) on continuations of the prompts, in nats per token, with standard errors over prompts.
 
     Returns:
-      n prompts and how many tokens; kl, kl_se: the published estimate, the mean over prompts of each prompt's mean over
-      its tokens; kl_token, kl_token_se: the mean over all tokens (a ratio, its error linearised); kl_exact, … and
-      kl_exact_token, …: the same of the sum over the vocabulary. None for the errors of a single prompt.
+      n prompts and the number of tokens; kl, kl_se: the published estimate, the mean over prompts of each prompt's mean
+        over its tokens; kl_token, kl_token_se: the mean over all tokens (a ratio, with a linearised error); kl_exact, …
+        and kl_exact_token, …: the same for the sum over the vocabulary. For a single prompt the errors are None.
 
-    Raises ValueError where a prompt's is not finite.
+    Raises ValueError if the KL of a prompt is not finite.
     """
     rows = [[*prompt, *ids] for prompt, ids in zip(prompts, continuations, strict=True)]
     starts, lengths = np.array([[len(ids)] for ids in prompts]), np.array([*map(len, continuations)])
     ends = starts + lengths[:, None]
     width = ceil_div(int(ends.max()), WIDTH) * WIDTH
     count = max(min(TOKENS // width, len(rows)), 1)
-    sums: list[list[float]] = []  # of each prompt, by both estimates
+    sums: list[list[float]] = []  # for each prompt, by both estimators
     for first in range(0, len(rows), count):
         batch = slice(first, first + count)
         mask = np.arange(width) < ends[batch]
         tokens = np.zeros(mask.shape, np.int32)
         tokens[mask] = np.concatenate(rows[batch])
-        absent = ((0, count - len(mask)), (0, 0))  # rows of a last batch that is not full
+        absent = ((0, count - len(mask)), (0, 0))  # empty rows of a last batch
         estimates = processes.fetch(token_kl(config, base, now, np.pad(tokens, absent), np.pad(mask, absent)))
         written = mask & (np.arange(width) >= starts[batch])
         sums += [[x[r][positions].astype(np.float64).sum() for x in estimates] for r, positions in enumerate(written)]
     if wrong := [i for i, own in enumerate(sums) if not np.isfinite(own).all()]:
         raise ValueError(
-            f"KL is not finite in {len(wrong)} of {len(rows)} prompts: prompt {wrong[0]}, counted from 0, has "
-            f"{np.array(sums[wrong[0]]).tolist()} by the two estimates; compute in float32 or bfloat16, or take other "
+            f"KL is not finite for {len(wrong)} of {len(rows)} prompts: prompt {wrong[0]}, counted from 0, has "
+            f"{np.array(sums[wrong[0]]).tolist()} by the two estimators; compute in float32 or bfloat16, or use other "
             "weights"
         )
     sampled, exact = np.array(sums).T

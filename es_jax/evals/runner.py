@@ -1,4 +1,4 @@
-"""Evaluation of a run's steps: accuracy by every view, KL and drift, each (task, step) once."""
+"""Evaluation of a run's steps: accuracy on tasks, KL and drift. Each (task, step) is done once."""
 
 import contextlib
 import dataclasses
@@ -60,20 +60,28 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How to evaluate; what is None is as in the run's config.
+    """How to evaluate. A field that is None is as in the run's config.
 
     Attributes:
-      rows: test rows of each task.
-      max_prompt_tokens, max_new_tokens, slots: of decoding; slots of a model that no run made is 64.
-      data_dir: a folder of folders of rows, named like their tasks (`-` may be `_`); None: each task's own rows, and
-        for the task that was trained those of the run.
-      template_date: the day that the chat template sees, such as "2026-11-27"; None: the run's; of a model, that of the
-        folder's rows, or today.
+      rows: test rows of each task, at least 1.
+      max_prompt_tokens: the longest prompt allowed, in tokens.
+      max_new_tokens: tokens after which a completion is cut.
+      slots: how many prompts are decoded at once; 64 for a model that no run made.
+      data_dir: a folder of folders of rows, named like their tasks (`-` may be `_`). None is each task's own rows, and
+        those of the run for the task that was trained.
+      template_date: the day that the chat template sees, such as "2026-11-27". None is the run's; for a model, that of
+        the folder's rows, or today.
       kl_rows: how many of the rows KL is measured on.
-      kl_tokens: the longest continuation, in tokens.
-      kl_seed: of the continuations.
-      samples: n completions of each row are sampled besides, for pass@1..n and the majority's vote; None: none are.
-      temperature, top_p, sample_seed: of these; 1, 1 and 0 by default.
+      kl_tokens: the longest continuation for KL, in tokens.
+      kl_seed: the seed of these continuations.
+      samples: n, how many completions of each row are also drawn, for pass@1..n and the majority's vote. None is none.
+      temperature: of the drawn completions; 1 by default.
+      top_p: of the drawn completions; 1 by default.
+      sample_seed: the seed of the drawn completions; 0 by default.
+
+    Raises:
+      ValueError: a number is out of range, the date is not a date, or a field of drawn completions is set without
+        `samples`.
     """
 
     rows: int | None = None
@@ -102,7 +110,7 @@ class Options:
 
     @property
     def sampling(self) -> Sampling | None:
-        """How rows are sampled; None where they are not. Raises ValueError."""
+        """How rows are sampled; None without samples. Raises ValueError."""
         if self.samples is None:
             return None
         numbers = {"temperature": self.temperature, "top_p": self.top_p, "seed": self.sample_seed}
@@ -122,48 +130,70 @@ def evaluate_run(
     options: Options = Options(),
     mesh: Mesh | None = None,
 ) -> Fields:
-    """Evaluate steps of a run, or a model, and write evals/<task>.jsonl, evals/kl.jsonl and evals/drift.jsonl.
+    """Evaluates steps of a run, or a model, and writes evals/<task>.jsonl, evals/kl.jsonl and evals/drift.jsonl.
 
-    The weights of a step come from its checkpoint if there is one, otherwise they are replayed from the seed log. A
-    finished (task, step) is not done again. Step 0, the base model, is always evaluated: the rest is compared with it.
+    The weights of a step come from its checkpoint if there is one, and otherwise from a replay of the seed log. A
+    finished (task, step) is not done again. Step 0, the base model, is always evaluated, because the rest is compared
+    with it.
 
     Args:
-      workdir: a run's directory; or a model folder, .gguf file or hub name.
-      tasks: tasks, or names of tasks; those that the run evaluated, by default.
-      every: steps 0, every, 2·every, … and the last; the run's evals.every by default.
-      steps: these steps instead; "best" is that of a run with train.keep_best.
-      kl: also measure KL(base ‖ now) on the prompts of each task.
-      drift: also measure ‖θ − θ₀‖.
-      base: of a model, what it was trained from; it becomes step 0, and the model step 1.
-      out: the folder of the files; workdir/evals by default, where workdir is a folder. Compiled programs are kept in
+      workdir: a run's directory, RUN@STEP for one step of it, or a model: a folder, a .gguf file, a name on the hub or
+        "lab".
+      tasks: tasks, or names of tasks. By default those that the run evaluated.
+      every: at least 1: steps 0, every, 2·every, … and the last. By default the run's evals.every.
+      steps: these steps instead. "best" is the best step of a run with train.keep_best.
+      kl: True also measures KL(base ‖ now) in nats on the prompts of each task.
+      drift: True also measures ‖θ − θ₀‖.
+      base: for a model, the one that it was trained from. That is then step 0, and the model is step 1.
+      out: the folder of the files. By default workdir/evals, if `workdir` is a folder. Compiled programs are kept in
         its cache folder, or in the run's own.
       options: sizes and limits.
-      mesh: devices; all by default.
+      mesh: the devices; all of them by default.
 
     Returns:
-      {"out": folder, "warnings": […], "tasks": {task: rows}, "samples": {task: rows}, "kl": rows, "drift": rows}: the
-      rows are of the chosen steps.
+      {"out": folder, "warnings": […], "tasks": {task: rows}, "samples": {task: rows}, "kl": rows, "drift": rows}, with
+        the rows of the chosen steps.
 
     Raises:
-      ValueError, OSError: what is asked for does not exist or does not fit, before anything is computed.
+      ValueError: what is asked for does not exist or does not fit, before anything is computed.
+      OSError: a file is missing or cannot be written.
+
+    Examples:
+      >>> import tempfile
+      >>> from es_jax import run
+      >>> config = {
+      ...     "model": {"source": "lab"},
+      ...     "task": {"name": "lab-add", "train_size": 8},
+      ...     "es": {"population": 4, "sigma": 0.01},
+      ...     "decode": {"max_prompt_tokens": 16, "max_new_tokens": 6},
+      ...     "train": {"steps": 2},
+      ...     "evals": {"every": 0, "rows": 8},
+      ... }
+      >>> workdir = tempfile.mkdtemp()
+      >>> _ = run(config, workdir)
+      >>> found = evaluate_run(workdir, tasks=["lab-subtract"], steps=[2])
+      >>> [(row["step"], row["n"]) for row in found["tasks"]["lab-subtract"]]
+      [(0, 8), (2, 8)]
     """
     workdir, steps = run_and_steps(workdir, base, steps)
     path = Path(workdir)
     run = is_run(path)
     if not run and base is None and (kl or drift):
-        raise ValueError(f"{workdir} is a model, not a run: kl and drift need base, the model it was trained from")
+        raise ValueError(
+            f"{workdir} is a model, not a run: kl and drift need base, so set it to the model it was trained from"
+        )
     with opened(workdir, base=base, out=out, date=options.template_date, mesh=mesh) as (source, folder, mesh):
         chosen = chosen_steps(source, every, steps)
         names = _wanted(path, source, tasks, options.data_dir) if run else tasks
         if names is None:
-            raise ValueError("tasks are not given: a model has none of its own, so name them")
+            raise ValueError("tasks is not set: a model has no tasks of its own, so name them")
         return _Evaluation(source, folder, names, chosen, options=options, mesh=mesh, kl=kl, drift=drift).run()
 
 
 def run_and_steps(
     workdir: str | Path, base: str | None, steps: Sequence[int | str] | None
 ) -> tuple[str | Path, Sequence[int | str] | None]:
-    """What to evaluate, and which of its steps: RUN@STEP without a base is that step of the run."""
+    """What to evaluate, and which steps of it: RUN@STEP without a base is that step of the run."""
     run, step = (workdir, None) if base is not None else run_and_step(workdir)
     return run, [step] if steps is None and step is not None else steps
 
@@ -172,15 +202,15 @@ def run_and_steps(
 def opened(
     workdir: str | Path, *, base: str | None, out: str | Path | None, date: str | None, mesh: Mesh | None
 ) -> Iterator[tuple[WeightSource, Path, Mesh]]:
-    """What is evaluated, the folder of its rows, and the devices: as `evaluate_run` has them. Inside, compiled programs
-    are kept beside the rows, or in the run's own cache folder."""
+    """A context that yields what is evaluated, the folder of its rows, and the devices, as `evaluate_run` describes.
+    Inside it, compiled programs are kept next to the rows, or in the run's own cache folder."""
     path = Path(workdir)
     run = is_run(path)
     if run and base is not None:
         raise ValueError(f"base is {base!r}, but {workdir} is a run, which knows its base model: leave base out")
     if not run:
         _check_models(str(workdir), base, out)
-    if mesh is None:  # all devices there are, whatever the run had, in groups that have room for the model
+    if mesh is None:  # all devices, whatever the run used, in groups that have room for the model
         config = read_config(path, needs=MODELS) if run else RunConfig(model=ModelConfig(source=str(workdir)))
         config = dataclasses.replace(config, mesh=MeshConfig())
         mesh = mesh_of(config, base_config(config))
@@ -192,13 +222,13 @@ def opened(
 
 
 def _check_models(workdir: str, base: str | None, out: str | Path | None) -> None:
-    """Raises ValueError or OSError where rows have no folder, or one of the two is not a model."""
+    """Raises ValueError or OSError if there is no folder to write to, or if one of the two is not a model."""
     if out is None and not Path(workdir).is_dir():
         raise ValueError(
-            f"--workdir is {workdir!r}, which is not a folder, so there is none to write to: if it is a model ('lab', "
-            "a .gguf file or a hub name) set --out; if it should be a run's directory or a model folder check the path"
+            f"--workdir is {workdir!r}, which is not a folder to write to: if it is a model ('lab', a .gguf file or a "
+            "hub name), set --out; if it should be a run's directory or a model folder, check the path"
         )
-    sources = {f"--workdir is {workdir!r}, no run's directory and no model": workdir}
+    sources = {f"--workdir is {workdir!r}, which is neither a run's directory nor a model": workdir}
     for meaning, source in (sources if base is None else sources | {f"--base is {base!r}": base}).items():
         try:
             config_only(shape_source(source))
@@ -209,8 +239,8 @@ def _check_models(workdir: str, base: str | None, out: str | Path | None) -> Non
 def _wanted(
     workdir: Path, source: WeightSource, tasks: Sequence[str | Task] | None, data_dir: str | None
 ) -> list[str | Task]:
-    """The tasks, or those that the run evaluated, each file of theirs where it is found from here. Raises
-    FileNotFoundError where a file or a folder of rows is in none of its places."""
+    """The tasks, or those that the run evaluated, with paths resolved from the working directory. Raises
+    FileNotFoundError if a file or a folder of rows is in none of its places."""
     config, needs = source.config, ["evals.tasks"] if tasks is None else []
     own_names = [config.task.name, *config.evals.tasks]
     names: list[str | Task] = [*own_names]
@@ -230,19 +260,19 @@ def _wanted(
 
 
 def _as_named(task: str, names: Sequence[str]) -> str:
-    """The name of these that names the same task, such as one with a relative path; else as it is."""
+    """The name among these that names the same task, such as one with a relative path; else the name itself."""
     whole = lambda name: os.path.realpath(os.path.expanduser(name)) if is_reference(name) else name  # noqa: E731
     return next((name for name in names if whole(name) == whole(task)), task)
 
 
 def chosen_steps(source: WeightSource, every: int | None, steps: Sequence[int | str] | None) -> list[int]:
-    """Step 0 and the given steps, of which "best" is that of a run with train.keep_best, or else every `every`-th and
-    the last. ValueError where there is no such step."""
+    """Step 0 and the given steps, or else every `every`-th step and the last. "best" needs a run with train.keep_best.
+    Raises ValueError if there is no such step."""
     if steps is not None:
         numbers = [step_of(source.workdir or "a model", step, flag="--steps") for step in steps]
         for step in numbers:
             if not 0 <= step <= source.last:
-                raise ValueError(f"--steps has {step}, but there are steps 0 to {source.last}: choose of them")
+                raise ValueError(f"--steps has {step}, but there are only steps 0 to {source.last}: choose among them")
         return sorted({0, *numbers})
     spacing = every or source.config.evals.every or source.last or 1
     if spacing < 1:
@@ -251,8 +281,8 @@ def chosen_steps(source: WeightSource, every: int | None, steps: Sequence[int | 
 
 
 def _make_tasks(config: RunConfig, tasks: Sequence[str | Task], data_dir: str | None) -> dict[str, Task]:
-    """The tasks by what files call them, with their rows: from `data_dir` where it is set and the task takes them,
-    otherwise as in the run."""
+    """The tasks by their names in files, with their rows: from `data_dir` if it is set and the task takes it, otherwise
+    as in the run."""
     if data_dir is not None:
         config = dataclasses.replace(config, evals=dataclasses.replace(config.evals, data_dir=data_dir))
     trained = config.task.name if data_dir is None or not takes_rows(config.task.name) else None
@@ -260,7 +290,9 @@ def _make_tasks(config: RunConfig, tasks: Sequence[str | Task], data_dir: str | 
     for task in tasks:
         name = task if isinstance(task, str) else name_and_options(task)[0]
         if not isinstance(task, str) and made.get(name, task) is not task:
-            raise ValueError(f"two of the tasks are called {name!r}: evaluate them one by one, each with its own out")
+            raise ValueError(
+                f"two of the tasks have the name {name!r}: evaluate them one by one, each with its own --out"
+            )
         if not isinstance(task, str):
             made[name] = task
         elif name not in made:
@@ -269,7 +301,7 @@ def _make_tasks(config: RunConfig, tasks: Sequence[str | Task], data_dir: str | 
 
 
 class _Evaluation:
-    """One call of `evaluate_run`: everything is loaded and checked first, then done step by step."""
+    """One call of `evaluate_run`: it first loads and checks everything, then works step by step."""
 
     def __init__(
         self,
@@ -311,14 +343,14 @@ class _Evaluation:
             self.sampled[test.name].check(digest=test.digest, max_new_tokens=self.max_new_tokens, n=len(test.examples))
             if not callable(getattr(test.task, "extract_answer", None)):
                 self.warnings.append(
-                    f"task {test.name!r} does not tell which answer it reads from a completion: there is no majority's "
-                    "vote; give it a method extract_answer(example, completion)"
+                    f"task {test.name!r} has no majority voting, since it does not report the answer that it reads "
+                    "from a completion: give it a method extract_answer(example, completion)"
                 )
         self.kl, self.drift = (Jsonl(folder / name) for name in ("kl.jsonl", "drift.jsonl"))
         kl_rows = read_evals(self.kl.path)
         self.kl_inputs = {test.name: self._kl_input(test, kl_rows) for test in self.tests if kl}
         done = self._agreed([[row["step"], row["task"]] for row in kl_rows])
-        # step → accuracies, tasks of KL, whether drift, tasks that are sampled
+        # step → tasks to evaluate, tasks to measure KL on, whether to measure drift, tasks to sample
         self.due: dict[int, tuple[list[HeldOut], list[str], bool, list[HeldOut]]] = {}
         for step in steps:
             accuracies = [test for test in self.tests if step not in done["rows"][test.name]]
@@ -329,7 +361,7 @@ class _Evaluation:
                 self.due[step] = accuracies, kls, drift_due, samples
 
     def run(self) -> Fields:
-        """Do what is not done, and return the rows of the steps."""
+        """Do what is not done yet, and return the rows of the steps."""
         if processes.first():
             claim_folder(self.folder, self.source)
             for test in self.tests:
@@ -339,7 +371,7 @@ class _Evaluation:
             total += sum(len(self.kl_inputs[name][0]) for _, kls, *_ in self.due.values() for name in kls)
             n = self.sampling.samples if self.sampling else 0
             total += n * sum(len(test.examples) for *_, samples in self.due.values() for test in samples)
-            quiet = None if processes.first() else True  # None: shown in a terminal alone
+            quiet = None if processes.first() else True  # None: shown in a terminal only
             with tqdm(total=total, unit="row", dynamic_ncols=True, disable=quiet) as self.bar:
                 self._steps()
         drift = self._rows("drift") if self.measure_drift else []
@@ -360,7 +392,8 @@ class _Evaluation:
         return [row for row in read_evals(self.folder / f"{name}.jsonl") if row["step"] in self.steps]
 
     def _agreed(self, kl: list[list]) -> Fields:
-        """What is done already, as process 0 sees it. ValueError in all where one evaluates something else."""
+        """What is already done, as process 0 sees it. All processes raise ValueError if one of them evaluates something
+        else."""
         tests = {test.name: test.digest for test in self.tests}
         request = [self.source.marks(self.source.last), self.steps, tests, repr(self.options)]
         rows = {name: sorted(file.steps) for name, file in self.files.items()}
@@ -370,8 +403,8 @@ class _Evaluation:
         differing = [process for process, (other, _) in views.items() if other != views[0][0]]
         if differing:
             raise ValueError(
-                f"process {differing[0]} evaluates something else than process 0: all need the same command, run, "
-                "model files and rows"
+                f"process {differing[0]} evaluates something else than process 0: give all processes the same "
+                "command, run, model files and rows"
             )
         return views[0][1]
 
@@ -412,8 +445,8 @@ class _Evaluation:
             file.add(step, results, digest=test.digest, max_new_tokens=self.max_new_tokens)
 
     def _kl_input(self, test: HeldOut, rows: Sequence[Fields]) -> tuple[TokenLists, Fields]:
-        """The prompts, and what must be equal for two measurements of KL to be comparable; ValueError where the file's
-        rows differ in it."""
+        """The prompts, and what must be equal for two measurements of KL to be comparable. Raises ValueError if the
+        file's rows differ in it."""
         prompts, options = test.prompts[: self.options.kl_rows], self.options
         digest = hashlib.sha256(json.dumps([list(ids) for ids in prompts]).encode()).hexdigest()[:16]
         facts = {"max_new": options.kl_tokens, "seed": options.kl_seed, "rows": digest}
@@ -427,7 +460,7 @@ class _Evaluation:
         return prompts, facts
 
     def _continuations(self, name: str, base: Any) -> list[list[int]]:
-        """What the base model wrote: sampled once, and kept in evals/continuations/<task>.json."""
+        """The base model's continuations: sampled once and kept in evals/continuations/<task>.json."""
         path, (prompts, facts) = self.folder / "continuations" / f"{name}.json", self.kl_inputs[name]
         model, options = self.source.model, self.options
         known = {0: json.loads(path.read_bytes())} if processes.first() and path.exists() else {}

@@ -1,6 +1,6 @@
-"""What is evaluated: a run's steps, rebuilt from checkpoints or the seed log, or a model beside its base model.
+"""The weights to evaluate: a run's steps, rebuilt from checkpoints or the seed log, or a model and its base model.
 
-evals/subject.json tells whose weights the rows of a folder are of, so that rows of two sources are not mixed.
+evals/subject.json records whose weights the rows of a folder belong to, so that rows of two sources are not mixed.
 """
 
 import dataclasses
@@ -30,27 +30,27 @@ from es_jax.training.weights_at import weights_at
 from es_jax.weights.chat_template import set_date
 from es_jax.weights.model import Model
 
-Fields = dict[str, Any]  # as JSON has them
-MARKS = "subject.json"  # as in the directories of earlier versions
-SHORT = 16  # characters of a digest
-# What may differ between two runs with the same weights at each step. Digests stand for the paths.
+Fields = dict[str, Any]  # as in JSON
+MARKS = "subject.json"  # as in directories of earlier versions
+SHORT = 16  # characters kept of a digest
+# What may differ between two runs with the same weights at each step. Digests take the place of paths.
 WITHOUT_MARK = (*directory.CHANGEABLE, *directory.SIZES, *directory.PATHS, directory.DATE)
 
 
 class WeightSource(NamedTuple):
-    """Weights by step, step 0 the base model.
+    """Weights by step; step 0 is the base model.
 
     Attributes:
       name: for messages.
-      marks: what tells its weights of the first so many steps from those of other sources; "base" is of step 0.
-      config: of the run; of a model, the defaults with its source.
-      facts: what else a run's config.json holds; {} of a model.
+      marks: what distinguishes its weights, up to a step, from those of other sources; "base" is the mark of step 0.
+      config: the run's config; for a model, the defaults with its source.
+      facts: what else a run's config.json holds; {} for a model.
       model: the base model without weights.
       base: makes the base model's weights.
-      weights: the weights of ascending steps; copy what is kept, the next step reuses their memory.
-      predicted: ‖θ_t − θ₀‖ in exact arithmetic by step, up to a last step and from given θ₀, where theory knows it.
-      sigma: σ of a step ≥ 1, where it is known.
-      workdir: the run's directory; None of a model.
+      weights: the weights of ascending steps; copy what you keep, since the next step reuses their memory.
+      predicted: ‖θ_t − θ₀‖ in exact arithmetic by step, up to a last step and from given θ₀, if there is a closed form.
+      sigma: σ of a step ≥ 1, if it is known.
+      workdir: the run's directory; None for a model.
     """
 
     name: str
@@ -67,14 +67,14 @@ class WeightSource(NamedTuple):
 
 
 def of_run(workdir: Path, mesh: Mesh) -> WeightSource:
-    """A run's steps; nothing in its directory is changed."""
+    """A run's steps; its directory is only read."""
     config, entries = read_config(workdir, needs=MODELS), read_entries(workdir)
     model = outline_of(workdir)
     perturbs = METHODS[config.method].perturbs
 
     def marks(steps: int) -> Fields:
-        """A longer run keeps its marks of the first steps; the seed log tells what the fields do not, such as rates
-        that followed a schedule over another number of steps."""
+        """A run that is extended keeps its marks for the first steps. The seed log holds what the fields do not, such
+        as rates that followed a schedule over another number of steps."""
         steps, facts = min(steps, len(entries)), directory.read(workdir)
         named = {name: facts[name][:SHORT] for name in ("rows", "compute_dtype", "anchor_digest") if name in facts}
         given, log = freeze(facts["config"], begun=True), seed_log.digest(workdir, steps)[:SHORT]
@@ -109,24 +109,26 @@ def _fields(config: RunConfig) -> Fields:
 
 
 def _marked(fields: Fields) -> Fields:
-    """Of fields those that are marks; a file's path is none, as its place may change."""
+    """The fields that are marks; a file's path is not one, because the file may move."""
     marks = {name: value for name, value in fields.items() if not name.startswith(WITHOUT_MARK)}
     return marks | {name: label(text) for name in CODE if isinstance(text := marks.get(name), str)}
 
 
-DEFAULTS = _fields(RunConfig())  # of what a mark from before a field was there lacks
+DEFAULTS = _fields(RunConfig())  # what a mark from before a field existed lacks
 
 
 def of_model(source: str, base: str | None, mesh: Mesh) -> WeightSource:
-    """A model, or RUN@STEP, as step 1, beside its base model as step 0; without a base model it is step 0 itself.
-    Raises ValueError where the two have different shapes or vocabularies."""
+    """A model, or RUN@STEP, as step 1, with its base model as step 0; without a base model it is step 0 itself. Raises
+    ValueError if the two have different shapes or vocabularies."""
     config, sources = RunConfig(model=ModelConfig(source=source)), (base or source, source)
     model, other = map(outline, sources)
     if model.config != other.config or model.tokenizer.get_vocab() != other.tokenizer.get_vocab():
-        raise ValueError(f"{source} and {base} differ in shape or vocabulary: give the model it was trained from")
+        raise ValueError(
+            f"{source} and {base} differ in shape or vocabulary: set base to the model that {source} was trained from"
+        )
     marks = {"base": model.digest[:SHORT]} | ({} if base is None else {"model": other.digest[:SHORT]})
     return WeightSource(
-        name=f"the model {source}" + ("" if base is None else f" beside its base model {base}"),
+        name=f"the model {source}" + ("" if base is None else f" with its base model {base}"),
         marks=lambda steps: marks,
         config=config,
         facts={},
@@ -140,8 +142,8 @@ def of_model(source: str, base: str | None, mesh: Mesh) -> WeightSource:
 
 
 def with_date(source: WeightSource, folder: Path, date: str | None, *, run: bool) -> WeightSource:
-    """The source with the day that its chat template sees: `date`, else the run's, else that of the folder's rows, else
-    today. A run and rows from before the day was written down have none: the template sees the clock's. Process 0
+    """The source with the date that its chat template sees: `date`, else the run's, else that of the folder's rows,
+    else today. Runs and rows from before dates were recorded have none; their template sees the clock's date. Process 0
     decides."""
     if processes.first():
         date = date or source.config.model.template_date or _read_subject(folder).template_date
@@ -153,10 +155,10 @@ def with_date(source: WeightSource, folder: Path, date: str | None, *, run: bool
 
 
 def check_folder(folder: Path, source: WeightSource) -> None:
-    """Raises ValueError where the folder's rows are of other weights than the source's.
+    """Raises ValueError if the folder's rows belong to other weights than the source's.
 
-    A folder without subject.json, of training or of an earlier version, is taken as it is. Rows of step 0 are of the
-    base model: while there are no others, any source with the same base may go on with them.
+    A folder without subject.json, written by training or by an earlier version, is accepted. Rows of step 0 belong to
+    the base model: as long as there are no others, any source with the same base may add to them.
     """
     name, marks, _ = _read_subject(folder)
     if marks is None:
@@ -168,21 +170,21 @@ def check_folder(folder: Path, source: WeightSource) -> None:
     if "base" in differing or (differing and beyond):
         pairs = [f"{field} {then.get(field)!r} there and {now.get(field)!r} here" for field in differing]
         raise ValueError(
-            f"{folder} has rows of {name} and this evaluation is of {source.name}, with other weights "
+            f"{folder} has rows of {name}, but this evaluation is of {source.name}, which has other weights "
             f"({'; '.join(pairs[:5])}): use another --out"
         )
 
 
 def claim_folder(folder: Path, source: WeightSource) -> None:
-    """Write subject.json, unless it tells of the same weights; to call after `check_folder`."""
+    """Write subject.json, unless it records the same weights; call it after `check_folder`."""
     subject = Subject(source.name, source.marks(source.last), source.config.model.template_date)
     if _read_subject(folder)[1:] != subject[1:]:
         directory.write_json(folder / MARKS, subject._asdict())
 
 
 class Subject(NamedTuple):
-    """What subject.json tells: a source's name and marks (None without the file), and the day that its chat template
-    saw, where that is known."""
+    """What subject.json records: a source's name and marks (None without the file), and the date that its chat template
+    saw, if known."""
 
     name: str
     marks: Fields | None
@@ -190,7 +192,7 @@ class Subject(NamedTuple):
 
 
 def _read_subject(folder: Path) -> Subject:
-    """With the fields' names of today."""
+    """With old names of fields replaced by the current ones."""
     path = folder / MARKS
     try:
         content = json.loads(path.read_bytes())
@@ -201,5 +203,5 @@ def _read_subject(folder: Path) -> Subject:
         return Subject("", None, None)
     except (AttributeError, ValueError, TypeError, KeyError) as error:
         raise ValueError(
-            f"{path} is damaged ({error!r}): use another --out, or delete it where you know whose rows they are"
+            f"{path} is damaged ({error!r}): use another --out, or delete it if you know whose rows they are"
         ) from None

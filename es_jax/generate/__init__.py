@@ -1,4 +1,4 @@
-"""Prompts in, tokens out: batched decoding and the scoring of given tokens."""
+"""Prompts in, tokens out: batched decoding, and scoring of given tokens."""
 
 from es_jax.core.extras import require
 

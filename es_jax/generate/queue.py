@@ -1,9 +1,10 @@
-"""The device side of an engine: a queue of prompts runs through a fixed number of slots, in one program.
+"""The device side of an engine: one program runs a queue of prompts through a fixed number of slots.
 
-In each turn free slots are filled from the queue by a prefill of a fixed number of rows, then the live slots take up to
-CHUNK decode steps. A step writes to a small cache of the chunk, at one place for all slots, and only reads the slots'
-own caches; after the chunk it is merged into them, each slot where it ended. So nothing is copied from step to step.
-A chunk decodes only as many slots, and attends only as many places, as are in use, in a few compiled sizes.
+In each iteration a prefill of a fixed number of rows fills free slots from the queue. Then the live slots take up to
+CHUNK decode steps, which form a chunk. A step writes to a small cache of the chunk, at one place for all slots, and
+only reads the slots' own caches. After the chunk its cache is merged into them, at each slot's own end. So nothing is
+copied from step to step. A chunk decodes only the slots, and attends only the places, that are in use, in a few
+compiled sizes.
 """
 
 import dataclasses
@@ -23,17 +24,24 @@ from es_jax.models.cache import KVCache, Past, PerLayer, RowCache
 from es_jax.models.transformer import Transformer
 
 KV = tuple[PerLayer, PerLayer]
-Chosen = tuple[Array, Array | None]  # tokens, and their log-probabilities where they are asked for
+Chosen = tuple[Array, Array | None]  # tokens, and their log-probabilities if asked for
 
 
 class Generation(NamedTuple):
-    """What was generated for Q prompts.
+    """What `Engine` generated for Q prompts.
 
     Attributes:
-      tokens: int32 [Q, L], the completion, its stop token included; 0 after it.
-      length: int32 [Q], how many tokens of the row count, 0..L. Below L, or with a stop token last, the row stopped
-        by itself; otherwise it was cut at L = max_new_tokens.
-      logprob: float32 [Q, L], each token's log-probability under the model at temperature 1; None if not asked for.
+      tokens: int32 [Q, L], the completions, each with its stop token and zeros after that. L is `max_new_tokens`.
+      length: int32 [Q], how many tokens of each row count, 0..L. A row shorter than L, or one whose last token is a
+        stop token, ended by itself. Another was cut at L.
+      logprob: float32 [Q, L], each token's log-probability in nats, under the model at temperature 1. None unless the
+        engine has `logprobs=True`.
+
+    Examples:
+      >>> import numpy as np
+      >>> out = Generation(np.array([[5, 7, 0]]), np.array([2]), None)
+      >>> out.tokens[0, : out.length[0]].tolist()
+      [5, 7]
     """
 
     tokens: Int32[Array, "Q L"]
@@ -42,7 +50,7 @@ class Generation(NamedTuple):
 
 
 class Queue(NamedTuple):
-    """What is the same in all turns of the loops."""
+    """The values that are constant over all iterations of the loops."""
 
     spec: DecodeSpec
     sizes: LoopSizes
@@ -50,27 +58,27 @@ class Queue(NamedTuple):
     params: Any
     tokens: Array  # [Q, P]
     keys: Array | None  # [Q]
-    limits: Array | int  # tokens after which a completion is cut: of each prompt, or of all
+    limits: Array | int  # tokens after which a completion is cut, for each prompt or for all
     axis_name: str | None
     lengths: Array  # [Q], tokens of each prompt after the prefix; 0 for padding
-    total: Array  # how many prompts there are
-    order: Array  # [Q], in which they are taken: longest first, so that those filled together are alike
+    total: Array  # number of prompts
+    order: Array  # [Q], the order of taking prompts: longest first, so that those filled together are alike
     past: tuple[Past, ...]  # the prefix, computed once for all prompts
     shared: int  # tokens of the prefix
-    filled: bool  # whether the only prefill is done
+    filled: bool  # whether the only prefill has been done
 
     def agree(self, x: Array) -> Array:
-        """The maximum over the lanes of a vmap (of bools: whether any). A value that all lanes share keeps loops and
-        branches as they are, where one of each lane would turn them into choices between whole caches."""
+        """The maximum over the lanes of a vmap (for bools: any). A value shared by all lanes keeps loops and branches;
+        a value per lane would turn them into selects between whole caches."""
         return _over_lanes(x, self.axis_name)
 
 
 class _Slots(NamedTuple):
-    """The prompts being decoded, one a slot: integers [B]."""
+    """The prompts being decoded, one for each slot: integers [B]."""
 
-    prompt: Array  # its index in the queue; Q where there is none
-    token: Array  # chosen last, not yet fed
-    length: Array  # tokens in the slot's cache, those of the prefix not counted
+    prompt: Array  # its index in the queue; Q for an empty slot
+    token: Array  # the last chosen token, not yet fed
+    length: Array  # tokens in the slot's cache, without those of the prefix
     generated: Array  # how many tokens
     live: Array  # bool
 
@@ -80,36 +88,36 @@ class State(NamedTuple):
     slots: _Slots
     taken: Array  # prompts taken from the queue
     out: Generation
-    filling: Array  # whether slots are to be filled; agreed, like `more`
+    filling: Array  # whether to fill slots; equal on all lanes, like `more`
     more: Array  # whether anything is left to do
 
 
 class _Chunk(NamedTuple):
     number: Array  # of the next step
-    cache: Any  # of the chunk's own tokens; where steps write in place, the slots' keys and values
+    cache: Any  # the chunk's cache; if steps write in place, the slots' keys and values
     slots: _Slots
     chosen: Chosen  # [b, K]
     going: Array
 
 
 class _Decoded(NamedTuple):
-    """What a chunk leaves: all but the slots' caches, and what is to be written to them."""
+    """The result of a chunk: everything except the slots' caches, and what must be written to them."""
 
-    state: State  # its caches are not the chunk's matter: None
-    kv: KV  # [B, ...] of the chunk
-    slot: Array  # [B], whose they are; B where a row is none
-    begin: Array  # [B], the place from which on they are written
+    state: State  # without its caches, which are None
+    kv: KV  # [B, ...] keys and values of the chunk
+    slot: Array  # [B], the slot of each row; B for no slot
+    begin: Array  # [B], the first place to write to
 
 
 class Filled(NamedTuple):
-    """What a prefill of all prompts leaves, arrays alone: `decode_queue` goes on from it."""
+    """The result of a prefill of all prompts, only arrays; `decode_queue` continues from it."""
 
     past: tuple[Past, ...]
     state: State
 
 
 def decode_queue(queue: Queue, state: State) -> Generation:
-    """All prompts of what `begin_queue` gives, decoded."""
+    """Decode all prompts of a queue from `begin_queue`."""
     sizes = queue.sizes
     if not sizes.single:
         return lax.while_loop(lambda state: state.more, partial(_turn, queue), state).out
@@ -118,7 +126,7 @@ def decode_queue(queue: Queue, state: State) -> Generation:
 
 
 def fill_queue(queue: Queue, state: State) -> Filled:
-    """The prefill of `decode_queue` where one is all there is (`LoopSizes.single`): of some of its lanes, perhaps."""
+    """The only prefill of `decode_queue` (`LoopSizes.single`), perhaps for only some of its lanes."""
     with jax.named_scope(FILL):
         return Filled(queue.past, _fill(queue, state))
 
@@ -135,15 +143,15 @@ def begin_queue(
     limits: Array | None = None,
     filled: Filled | None = None,
 ) -> tuple[Queue, State]:
-    """What `fill_queue` and `decode_queue` take: the shared prefix is prefilled, and no slot has a prompt.
+    """The queue for `fill_queue` and `decode_queue`: the shared prefix is prefilled, and no slot has a prompt.
 
-    `Engine.decode` says what the arguments are. `limits` [Q]: in place of max_new_tokens. `filled`: as `fill_queue`
-    gives it of the same arguments; neither the prefix nor the prompts are then prefilled again.
+    `Engine.decode` describes the arguments. `limits` [Q] replace max_new_tokens. With `filled`, which `fill_queue`
+    returned for the same arguments, neither the prefix nor the prompts are prefilled again.
     """
     sizes, model = LoopSizes.of(spec, *tokens.shape, lanes=_lanes(axis_name)), Transformer(spec.config)
     lengths = jnp.sum(positions >= 0, axis=1)
     total = _count(lengths > 0)
-    order = jnp.argsort(-lengths)  # JAX sorts stably
+    order = jnp.argsort(-lengths)  # JAX's sort is stable
     past: tuple[Any, ...] = () if filled is None else filled.past
     if len(prefix) and filled is None:
         places, last = jnp.arange(len(prefix))[None], jnp.int32([len(prefix) - 1])
@@ -187,13 +195,13 @@ def _turn(queue: Queue, state: State) -> State:
 
 
 def _fill_is_due(queue: Queue, live: Array, taken: Array) -> Array:
-    """Whether so many slots are free that a prefill is due."""
+    """Whether enough slots are free for a prefill."""
     left, sizes = queue.total - taken, queue.sizes
     return (left > 0) & (sizes.slots - _count(live) >= jnp.minimum(left, sizes.fill_rows))
 
 
 def _fill(queue: Queue, state: State) -> State:
-    """Prefill the next prompts of the queue into free slots, as many as there are of both."""
+    """Prefill the next prompts of the queue into free slots."""
     sizes, live, row = queue.sizes, state.slots.live, jnp.arange(queue.sizes.fill_rows)
     valid = (row < sizes.slots - _count(live)) & (state.taken + row < queue.total)
     prompt = jnp.where(valid, queue.order[jnp.minimum(state.taken + row, sizes.prompts - 1)], sizes.prompts)
@@ -231,9 +239,9 @@ def _hidden(
     model: Transformer, params: Any, tokens: Array, positions: Array, at: Array, past: tuple[Past, ...],
     axis_name: str | None,
 ) -> tuple[Array, KVCache]:  # fmt: skip
-    """The hidden state of token `at` of each row [R, 1, D], and the cache of all.
+    """The hidden state of token `at` in each row [R, 1, D], and the cache of all tokens.
 
-    Several lanes take a block of tokens at a time: what is in memory for a token is so for each of them.
+    Several lanes take a block of tokens at a time, since the memory for a token is needed on each lane.
     """
     rows, width = tokens.shape
     block = block_length(rows, width, _lanes(axis_name))
@@ -262,20 +270,20 @@ def _hidden(
 
 
 def _extended(cache: KVCache, own: KVCache, result: Array, axis_name: str | None) -> KVCache:
-    """The cache with all that `own` has, which is written when a result that needed both is there: compilers for CPUs
-    copy a cache of which they cannot tell that it was read before."""
+    """The cache with the content of `own`, written only after a result that needed both exists. Otherwise compilers for
+    CPUs copy the cache, because they cannot tell that it was read before."""
     index = _after(result, cache.index, axis_name)
     return dataclasses.replace(cache, index=index).extended(*own.kv, own.positions)
 
 
 def _after(result: Array, number: Array, axis_name: str | None) -> Array:
-    """The number, in a form in which no compiler knows it before the result is there."""
+    """The number, in a form that no compiler can know before the result exists."""
     there = _over_lanes(jnp.any(result > 0), axis_name).astype(jnp.int32)
     return jnp.minimum(number, number + there)
 
 
 def _sized_chunk(queue: Queue, state: State) -> State:
-    """A chunk of the smallest compiled size that holds all live slots, and all slots while prompts wait."""
+    """A chunk of the smallest compiled size that holds all live slots; it takes all slots while prompts wait."""
     sizes, live = queue.sizes, state.slots.live
     slots = jnp.where(state.taken < queue.total, sizes.slots, _count(live))
     places = jnp.max(jnp.where(live, state.slots.length, 0))
@@ -289,8 +297,8 @@ def _sized_chunk(queue: Queue, state: State) -> State:
 
 
 def _chunk(queue: Queue, state: State, *, slots: int, places: int) -> _Decoded:
-    """Up to K decode steps of so many slots that attend the first `places` of their caches, which it only reads: a
-    branch that gave them back would copy them."""
+    """Up to K decode steps of so many slots, which attend the first `places` of their caches. It only reads the caches:
+    a branch that returned them would copy them."""
     whole = slots == queue.sizes.slots
     if whole:
         slot, begin, kv = jnp.arange(slots), state.slots, state.kv
@@ -312,7 +320,7 @@ def _chunk(queue: Queue, state: State, *, slots: int, places: int) -> _Decoded:
 
 
 def _chunk_in_place(queue: Queue, state: State) -> State:
-    """As `_sized_chunk`, with steps that write to the slots' caches, of which they attend the live places alone."""
+    """Like `_sized_chunk`, with steps that write to the slots' caches and attend only their live places."""
 
     def step(kv: Any, slots: _Slots, position: Array) -> tuple[Array, Callable[[_Slots], KV]]:
         keys, values = kv
@@ -326,9 +334,9 @@ def _chunk_in_place(queue: Queue, state: State) -> State:
 
 
 def _steps_beside(queue: Queue, slots: _Slots, past: tuple[Past, ...], taken: Array) -> _Chunk:
-    """The loop of a chunk whose steps write to a cache of its own."""
+    """The loop of a chunk whose steps write to the chunk's cache."""
     model = queue.model
-    zero = _after(slots.token, jnp.int32(0), queue.axis_name)  # else the cache is there as long as the prefill runs
+    zero = _after(slots.token, jnp.int32(0), queue.axis_name)  # else the cache would exist while the prefill runs
     cache = model.empty_cache(queue.params, len(slots.prompt), queue.sizes.steps)
 
     def step(cache: KVCache, slots: _Slots, position: Array) -> tuple[Array, Callable[[_Slots], KVCache]]:
@@ -340,8 +348,8 @@ def _steps_beside(queue: Queue, slots: _Slots, past: tuple[Past, ...], taken: Ar
 
 
 def _steps(queue: Queue, slots: _Slots, cache: Any, forward: Callable[..., Any], taken: Array) -> _Chunk:
-    """The loop of a chunk; it ends early where all slots have stopped or a prefill is due. `forward(cache, slots,
-    position)` gives a step's logits, and of the slots after it the cache."""
+    """The loop of a chunk; it ends early if all slots have stopped or a prefill is due. `forward(cache, slots,
+    position)` returns a step's logits and the cache after it."""
     sizes, shape = queue.sizes, (len(slots.prompt), queue.sizes.steps)
 
     def step(chunk: _Chunk) -> _Chunk:
@@ -363,7 +371,7 @@ def _steps(queue: Queue, slots: _Slots, cache: Any, forward: Callable[..., Any],
 
 
 def _choose(queue: Queue, logits: Array, slots: _Slots) -> tuple[_Slots, Chosen]:
-    """Each live slot's next token, and its log-probability; slots that stop live no longer."""
+    """Choose each live slot's next token and its log-probability; slots that stop are no longer live."""
     spec, logprob = queue.spec, None
     if queue.keys is None:
         token = jax.vmap(lambda row: spec.sampler(row, None))(logits)
@@ -381,7 +389,7 @@ def _choose(queue: Queue, logits: Array, slots: _Slots) -> tuple[_Slots, Chosen]
 
 
 def _record(out: Generation, slots: _Slots, begin: Array, chosen: Chosen) -> Generation:
-    """Write down `chosen` [b, n], whose first are each prompt's tokens number `begin`; what has no place is dropped."""
+    """Store `chosen` [b, n], whose first column is token `begin` of each prompt; entries out of range are dropped."""
     number = begin[:, None] + jnp.arange(chosen[0].shape[1])[None]
     write = lambda all, some: all.at[slots.prompt[:, None], number].set(some)  # noqa: E731
     tokens, logprob = jax.tree.map(write, (out.tokens, out.logprob), chosen)
@@ -389,13 +397,14 @@ def _record(out: Generation, slots: _Slots, begin: Array, chosen: Chosen) -> Gen
 
 
 def _map_kv(function: Callable[..., Array], *caches: KV) -> KV:
-    """`function(*arrays, axis)` of keys and of values, in all layers; `axis` is that of the places, from the end."""
+    """`function(*arrays, axis)` applied to keys and to values in all layers; `axis` is the axis of places, from the
+    end."""
     keys, values = zip(*caches, strict=True)
     return jax.tree.map(partial(function, axis=-1), *keys), jax.tree.map(partial(function, axis=-2), *values)
 
 
 def _resized(kv: KV, places: int) -> KV:
-    """Caches cut or padded to so many places."""
+    """Caches truncated or padded to so many places."""
 
     def fit(x: Array, axis: int) -> Array:
         more = places - x.shape[axis]
@@ -407,7 +416,7 @@ def _resized(kv: KV, places: int) -> KV:
 
 
 def _written(kv: Any, new: Any, slots: Array, begin: Array) -> Any:
-    """Caches with `new` written to some of their slots, each from its own place on; others are left out."""
+    """Caches with `new` written to some of their slots, each from its own place on; rows without a slot are dropped."""
     index = jnp.stack([slots, begin], axis=1)
 
     def write(whole: Array, some: Array, axis: int) -> Array:

@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens: of whole rows, in one forward pass, and of several continuations of one prompt."""
+"""Log-probabilities of given tokens: of whole rows in one forward pass, and of several continuations of one prompt."""
 
 import functools
 from collections import defaultdict
@@ -18,19 +18,19 @@ from es_jax.models.cache import KVCache
 from es_jax.models.config import TransformerConfig
 from es_jax.models.transformer import Transformer
 
-BATCH_TOKENS = 2**12  # of prompts, or of options, read in one call of `score_options`
-WIDTH_STEP = 32  # its prompts are padded to this times 1, 2, 3, 4, 6, 8, 12, …, so that few widths are compiled
+BATCH_TOKENS = 2**12  # tokens of prompts, or of options, in one call of `score_options`
+WIDTH_STEP = 32  # prompts are padded to this times 1, 2, 3, 4, 6, 8, 12, …, so that few widths are compiled
 
 Rows = Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]]  # (prompt, options) as token ids
 
 
 def token_logprobs(logits: Float[Array, "*b V"], tokens: Int32[Array, "*b"]) -> Float[Array, "*b"]:
-    """log p(token) under softmax(logits), for each of the tokens."""
+    """Computes log p(token) under softmax(logits), for each of the tokens."""
     return jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)
 
 
 def _hidden_logprobs(model: Transformer, params: Any, hidden: Array, tokens: Array) -> Float32[Array, "B T"]:
-    """log p(token) given what the model computed before it. [B, T, V] is never in memory, nor in a gradient's."""
+    """log p(token) from the hidden state before it. [B, T, V] is never in memory, not even for a gradient."""
     score = lambda hidden, tokens: token_logprobs(model.logits(params, hidden), tokens)  # noqa: E731
     return in_blocks(score, hidden, tokens, block=block_length(len(tokens) * model.config.vocab_size))
 
@@ -39,21 +39,24 @@ def _hidden_logprobs(model: Transformer, params: Any, hidden: Array, tokens: Arr
 def score_tokens(
     config: TransformerConfig, params: Any, tokens: Int32[Array, "B L"], mask: Bool[Array, "B L"]
 ) -> Float32[Array, "B L"]:
-    """log p(tokenₗ | the row's tokens before it), float32 [B, L].
+    """Computes the log-probability of every token given the tokens before it in its row, in one forward pass.
 
     Args:
-      config, params: the model; it computes in the dtype of the parameters.
-      tokens: int32 [B, L].
-      mask: which tokens are there. Padding may stand on either side of a row. It is neither attended nor scored.
+      config: the model's sizes and options.
+      params: the model's parameters, with stacked layers. Their dtype is the compute dtype.
+      tokens: int32 [B, L], ids in 0..V − 1.
+      mask: bool [B, L], True where there is a token. Padding may stand on either side of a row. It is neither attended
+        to nor scored.
 
     Returns:
-      0 at padding and at each row's first token, which has nothing before it.
+      float32 [B, L], log p in nats. It is 0 at padding and at each row's first token, which has nothing before it.
 
-    >>> config = TransformerConfig(family="llama", vocab_size=16, width=8, layers=1, heads=2, kv_heads=1,
-    ...                            head_dim=4, mlp_dim=8)
-    >>> params = Transformer(config).init(jax.random.key(0))
-    >>> score_tokens(config, params, jnp.array([[1, 2, 3]]), jnp.ones((1, 3), bool)).shape
-    (1, 3)
+    Examples:
+      >>> config = TransformerConfig(family="llama", vocab_size=16, width=8, layers=1, heads=2, kv_heads=1,
+      ...                            head_dim=4, mlp_dim=8)
+      >>> params = Transformer(config).init(jax.random.key(0))
+      >>> score_tokens(config, params, jnp.array([[1, 2, 3]]), jnp.ones((1, 3), bool)).shape
+      (1, 3)
     """
     model, positions = Transformer(config), token_positions(mask)
     hidden, _ = model.hidden(params, tokens, positions=positions)
@@ -62,7 +65,7 @@ def score_tokens(
 
 
 def token_positions(mask: Bool[Array, "B L"]) -> Int32[Array, "B L"]:
-    """0, 1, 2, … over the tokens of each row that are there, −1 at padding."""
+    """Counts 0, 1, 2, … over the tokens of each row that are there; −1 at padding."""
     return jnp.where(mask, jnp.cumsum(mask.astype(jnp.int32), axis=1) - 1, -1)
 
 
@@ -74,22 +77,27 @@ def score_options(
     mesh: Mesh | None = None,
     names: Sequence[str] = (),
 ) -> list[np.ndarray]:
-    """log p(option | prompt) of every option, the sum over its tokens: an array [K] for each row.
+    """Computes log p(option | prompt) of every option, the sum over its tokens.
 
     Args:
-      config, params: the model; it computes in the dtype of the parameters.
-      rows: (prompt, options) as token ids, at least one of each; rows may have different numbers of options.
-      mesh: of the parameters, where they are cut over the devices of several processes.
-      names: of the rows, for messages; their numbers, from 0, by default.
+      config: the model's sizes and options.
+      params: the model's parameters. Their dtype is the compute dtype.
+      rows: (prompt, options) as token ids, at least one of each. Rows may have different numbers of options.
+      mesh: the parameters' mesh, where they are sharded over the devices of several processes.
+      names: what messages call the rows. By default these are numbers from 0.
+
+    Returns:
+      For each row an array [K], in nats.
 
     Raises:
-      ValueError: one is NaN or infinite, by which an option would win or lose; its row is named.
+      ValueError: a log-probability is NaN or infinite, by which an option would win or lose. The message names its row.
 
-    >>> config = TransformerConfig(family="llama", vocab_size=16, width=8, layers=1, heads=2, kv_heads=1,
-    ...                            head_dim=4, mlp_dim=8)
-    >>> params = Transformer(config).init(jax.random.key(0))
-    >>> [x.shape for x in score_options(config, params, [([1, 2], [[3], [4, 5]]), ([6], [[7]])])]
-    [(2,), (1,)]
+    Examples:
+      >>> config = TransformerConfig(family="llama", vocab_size=16, width=8, layers=1, heads=2, kv_heads=1,
+      ...                            head_dim=4, mlp_dim=8)
+      >>> params = Transformer(config).init(jax.random.key(0))
+      >>> [x.shape for x in score_options(config, params, [([1, 2], [[3], [4, 5]]), ([6], [[7]])])]
+      [(2,), (1,)]
     """
     longest = max(len(ids) for _, options in rows for ids in options)
     most = max(len(options) for _, options in rows)
@@ -97,7 +105,7 @@ def score_options(
 
 
 class OptionScores(NamedTuple):
-    """Of a prompt's K options: log p(option | prompt), and whether greedy decoding would write the option."""
+    """For a prompt's K options: log p(option | prompt), and whether greedy decoding would write the option."""
 
     logprob: np.ndarray  # float32 [K]
     greedy: np.ndarray  # bool [K]
@@ -111,16 +119,31 @@ def score_continuations(
     names: Sequence[str] = (),
     done: Callable[[int], None] = lambda options: None,
 ) -> list[OptionScores]:
-    """As `score_options`, of rows whose options may differ much in number and length, and with what is greedy.
+    """Scores options like `score_options`, for rows whose options differ much in number and length.
 
-    Rows that are alike are computed together. Prompt and option may have one token more than the model's context, for
-    the last one is not fed. `done` is called with how many more options are scored.
+    It also says which options greedy decoding would write. Rows that are alike are computed together. Prompt and option
+    together may have one token more than the model's context, because the last token is not fed.
 
-    >>> config = TransformerConfig(family="llama", vocab_size=16, width=8, layers=1, heads=2, kv_heads=1,
-    ...                            head_dim=4, mlp_dim=8)
-    >>> params = Transformer(config).init(jax.random.key(0))
-    >>> [own.greedy.shape for own in score_continuations(config, params, [([1, 2], [[3], [4, 5]]), ([6], [[7]])])]
-    [(2,), (1,)]
+    Args:
+      config: the model's sizes and options.
+      params: the model's parameters. Their dtype is the compute dtype.
+      rows: (prompt, options) as token ids, at least one of each.
+      names: what messages call the rows. By default these are numbers from 0.
+      done: called with how many more options are scored.
+
+    Returns:
+      The scores of each row's options.
+
+    Raises:
+      ValueError: a log-probability is NaN or infinite. The message names its row.
+
+    Examples:
+      >>> config = TransformerConfig(family="llama", vocab_size=16, width=8, layers=1, heads=2, kv_heads=1,
+      ...                            head_dim=4, mlp_dim=8)
+      >>> params = Transformer(config).init(jax.random.key(0))
+      >>> rows = [([1, 2], [[3], [4, 5]]), ([6], [[7]])]
+      >>> [own.greedy.shape for own in score_continuations(config, params, rows)]
+      [(2,), (1,)]
     """
     alike = defaultdict(list)
     for i, (_, options) in enumerate(rows):
@@ -144,7 +167,7 @@ def _scored(
 ) -> list[OptionScores]:
     """The scores of rows of up to `most` options of up to `longest` tokens."""
     scores = [OptionScores(np.zeros(0), np.zeros(0, bool))] * len(rows)
-    alike = defaultdict(list)  # rows of about one length, by the width that they are padded to
+    alike = defaultdict(list)  # rows of similar length, by their padded width
     for i, (prompt, _) in enumerate(rows):
         alike[WIDTH_STEP * _rounded(ceil_div(len(prompt), WIDTH_STEP))].append(i)
     for width, members in alike.items():
@@ -165,7 +188,7 @@ def _scored(
         raise ValueError(
             f"log-probabilities of options are not finite in {len(wrong)} of {len(rows)} rows: row "
             f"{names[wrong[0]] if names else wrong[0]} has {scores[wrong[0]].logprob.tolist()}; compute in float32 or "
-            "bfloat16, or take other weights"
+            "bfloat16, or use other weights"
         )
     return scores
 
@@ -191,7 +214,7 @@ def _score(
         tokens, end = option
         place = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
         there = place < end[:, None]
-        at = jnp.where(place + 1 < end[:, None], lengths[:, None] + place, -1)  # nothing follows the last one
+        at = jnp.where(place + 1 < end[:, None], lengths[:, None] + place, -1)  # no token follows the last one
         cache = model.empty_cache(params, rows, tokens.shape[1], past=(read,))
         hidden, _ = model.hidden(params, tokens, positions=at, cache=cache)
         before = jnp.concatenate([last, hidden[:, :-1]], axis=1)
@@ -203,7 +226,7 @@ def _score(
 
 
 def _hidden_choices(model: Transformer, params: Any, hidden: Array, tokens: Array) -> tuple[Array, Array]:
-    """As `_hidden_logprobs`, and whether each token is the one that greedy decoding takes, bool [B, T]."""
+    """Like `_hidden_logprobs`, and whether greedy decoding would choose each token, bool [B, T]."""
     greedy = jax.vmap(jax.vmap(lambda logits: Greedy()(logits, None)))
 
     def score(hidden: Array, tokens: Array) -> tuple[Array, Array]:
@@ -214,6 +237,6 @@ def _hidden_choices(model: Transformer, params: Any, hidden: Array, tokens: Arra
 
 
 def _rounded(n: int) -> int:
-    """The smallest number that is at least n and a power of two, or three times one."""
+    """The smallest number ≥ n that is a power of two, or three times a power of two."""
     power = power_of_two(n)
     return 3 * power // 4 if n <= 3 * power // 4 else power

@@ -1,4 +1,4 @@
-"""Transformers of many families in Flax, with a cache for decoding."""
+"""Transformers of several families in Flax, with a cache for decoding."""
 
 from es_jax.core.extras import require
 

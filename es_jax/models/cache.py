@@ -1,4 +1,4 @@
-"""The keys and values of tokens already seen, and where each of them stands."""
+"""The keys, values and positions of tokens already seen."""
 
 import dataclasses
 import functools
@@ -13,16 +13,16 @@ from es_jax.core.mesh import require_32_bits
 from es_jax.models.config import TransformerConfig
 from es_jax.models.decode_attention import Places
 
-# One array with a leading axis of L layers, or L arrays without it.
+# One array with a leading axis of L layers, or L arrays without that axis.
 PerLayer = Array | tuple[Array, ...]
 
 
 @struct.dataclass
 class Past:
-    """Keys and values of tokens that came before a cache's own: they are attended and never written.
+    """Keys and values of tokens before a cache's own tokens: they are attended but never written.
 
     `k`: per layer [B, KH, hd, S], so that the products with a query run along the places. `v`: [B, KH, S, hd].
-    `positions`: int32 [B, S], -1 where nothing stands. With B = 1 all rows share them.
+    `positions`: int32 [B, S], -1 at empty places. With B = 1 all rows share them.
     """
 
     k: PerLayer
@@ -36,11 +36,11 @@ class Past:
 
 @struct.dataclass
 class RowCache:
-    """Caches of rows to which a step adds one token each, in place, every row at its own place; of unrolled layers.
+    """Caches to which a step adds one token per row in place, at each row's own place; for unrolled layers.
 
     `k`: per layer [B, KH, hd, S], `v`: per layer [B, KH, S, hd], S as `decode_attention.whole_blocks` gives it.
-    `length`: int32 [B], tokens that are there, at the places 0..length − 1; below S. `past`: what all rows attend
-    besides (B = 1), at the positions before these.
+    `length`: int32 [B], the number of tokens, at the places 0..length − 1; below S. `past`: tokens at earlier positions
+    that all rows attend too (B = 1).
     """
 
     k: tuple[Array, ...]
@@ -53,7 +53,7 @@ class RowCache:
         return self.k, self.v
 
     def places(self, query: Int[Array, "B 1"], *, window: int | None) -> Places:
-        """What the new token of each row attends; nothing where its position is -1."""
+        """The places that the new token of each row attends; none if its position is -1."""
         end = self.length + 1
         first = jnp.zeros_like(end) if window is None else jnp.maximum(end - window, 0)
         return Places(new=self.length, first=first, end=jnp.where(query[:, 0] < 0, 0, end))
@@ -61,11 +61,12 @@ class RowCache:
 
 @struct.dataclass
 class KVCache(Past):
-    """S places a row, some yet empty. A place holds the key and value of one token, and its position, -1 when empty.
+    """S places for each row, some still empty. A place holds the key and value of one token and its position, -1 if
+    empty.
 
-    `k` and `v` are stacked over a leading axis of L layers (for the scanned layers) or tuples of L arrays (for unrolled
-    layers), which layers only read. `index`: the next place to write, shared by all rows. `past`: what is attended
-    besides. Who attends whom follows from positions alone: padding, at position -1, costs a place and changes nothing.
+    `k` and `v` are stacked over a leading axis of L layers (for scanned layers) or tuples of L arrays (for unrolled
+    layers); layers only read them. `index`: the next place to write, shared by all rows. `past`: further tokens to
+    attend. Attention masks follow from positions alone: padding, at position -1, takes a place and changes nothing.
     """
 
     index: Int[Array, ""]
@@ -100,17 +101,17 @@ class KVCache(Past):
         )
 
     def check_room(self, new: int) -> None:
-        """Raises ValueError when so many tokens do not fit; inside jit, `index` unknown, the caller sees to it."""
+        """Raises ValueError if so many tokens do not fit. Inside jit `index` is unknown, so the caller must check."""
         length = self.positions.shape[1]
         used = 0 if isinstance(self.index, jax.core.Tracer) else int(self.index)
         if used + new > length:
             raise ValueError(
-                f"cache length = {length} is too short: {used} places are used, {new} more are needed; "
-                f"make it with length >= {used + new}"
+                f"cache length = {length} is too short: {used} places are used and {new} more are needed; make the "
+                f"cache with length >= {used + new}"
             )
 
     def used_before(self, new: int) -> tuple[Past, ...]:
-        """What so many tokens find in the cache: itself, or nothing where they fill it."""
+        """The cache before so many tokens are added: itself, or None if they fill it."""
         return (self,) if new < self.positions.shape[1] else ()
 
     def extended(self, k: PerLayer, v: PerLayer, positions: Int[Array, "B T"]) -> "KVCache":

@@ -1,8 +1,8 @@
-"""Attention of one new token a row over caches that are written in place: a kernel for GPUs, which reads live places.
+"""Attention of one new token per row over caches that are written in place: a GPU kernel that reads only live places.
 
-Written in Pallas, which compiles it by Triton: a row's keys and values are read once for all query heads that share
-them, from the first place that it attends to the last, and nothing of the size of the scores is ever in memory.
-XLA's own products read all places of all rows, and on GPUs write copies of the caches first (docs/speed.md).
+It is written in Pallas and compiled by Triton. It reads a row's keys and values once for all query heads that share
+them, from the first attended place to the last, and never stores scores in memory. XLA's own products read all places
+of all rows, and on GPUs first write copies of the caches (docs/speed.md).
 """
 
 import functools
@@ -19,17 +19,17 @@ from es_jax.core.chunked_map import ceil_div, power_of_two
 from es_jax.models.config import TransformerConfig
 
 BLOCK = 64  # places that the kernel reads at a time; a cache has a whole number of blocks
-PROGRAMS = 256  # of the kernel at least, since a large GPU runs about as many at once: rows are split to have them
+PROGRAMS = 256  # least programs of the kernel, since a large GPU runs about as many at once; rows are split for it
 FEWEST_QUERIES = 16  # rows of the smallest product
 MASKED, SMALLEST = -1e30, 1e-30
-NAME = "decode_attention"  # of the kernel in compiled programs
+NAME = "decode_attention"  # name of the kernel in compiled programs
 
 
 class Places(NamedTuple):
-    """Which places of its cache each row attends, once its new token is there.
+    """Which places of its cache each row attends, including its new token.
 
-    `new`: int32 [B], where the token is written. `first`, `end`: int32 [B], the first place attended and the one after
-    the last; rows with `end` 0 attend nothing, and their result is 0.
+    `new`: int32 [B], where the token is written. `first`, `end`: int32 [B], the first attended place and the place
+    after the last; rows with `end` 0 attend nothing, and their result is 0.
     """
 
     new: Int32[Array, " B"]
@@ -38,17 +38,17 @@ class Places(NamedTuple):
 
 
 def supports(config: TransformerConfig) -> bool:
-    """Whether the kernel takes heads of that size: Triton's blocks are powers of two."""
+    """Whether the kernel supports heads of that size: Triton's blocks are powers of two."""
     return config.head_dim in (16, 32, 64, 128, 256)
 
 
 def whole_blocks(places: int) -> int:
-    """The fewest places, at least so many, that a cache may have."""
+    """The smallest number of places ≥ `places` that makes whole blocks."""
     return ceil_div(places, BLOCK) * BLOCK
 
 
 def written(cache: tuple[Array, Array], k: Array, v: Array, new: Int32[Array, " B"]) -> tuple[Array, Array]:
-    """Keys [B, KH, hd, S] and values [B, KH, S, hd] with those of one token a row, each at its own place."""
+    """Keys [B, KH, hd, S] and values [B, KH, S, hd] with those of one token per row added, each at its own place."""
     rows = jnp.arange(len(new))
     options: Any = {"indices_are_sorted": True, "unique_indices": True, "mode": "promise_in_bounds"}
     keys, values = cache
@@ -65,11 +65,11 @@ def attend_places(
     scale: float,
     cap: float | None = None,
 ) -> Float[Array, "B 1 H hd"]:
-    """What `layers.attend` gives of one query a row, over `places` of caches that hold its own token already.
+    """What `layers.attend` returns for one query per row, over `places` of caches that already hold its own token.
 
     Args:
-      cache: keys [B, KH, hd, S] and values [B, KH, S, hd] of the rows; S as `whole_blocks` gives it.
-      shared: keys and values with B = 1 that all rows attend besides, each with its mask.
+      cache: keys [B, KH, hd, S] and values [B, KH, S, hd] of the rows; S comes from `whole_blocks`.
+      shared: further keys and values with B = 1 that all rows attend, each with its mask.
     """
     rows, _, heads, head_dim = q.shape
     kv_heads = cache[0].shape[1]
@@ -94,16 +94,16 @@ def attend_places(
 
 
 def bytes_moved(operands: Sequence[int], results: Sequence[int], *, lengths: Sequence[int]) -> float:
-    """What a call of the kernel reads and writes, of the bytes of its operands and results, where the rows attend the
-    first so many places (any sample of their lengths, all of which then count alike)."""
+    """The bytes that a call of the kernel reads and writes, from the bytes of its operands and results, if the rows
+    attend `lengths` places (any sample of lengths, which all count equally)."""
     *others, keys, values = operands
-    places = whole_blocks(max(lengths))  # of a cache that has no more than the longest needs
+    places = whole_blocks(max(lengths))  # for a cache just long enough for the longest row
     share = sum(map(whole_blocks, lengths)) / len(lengths) / places
     return sum(others) + sum(results) + share * (keys + values)
 
 
 def _over_shared(q: Array, k: Array, v: Array, mask: Array, *, scale: float, cap: float | None) -> tuple[Array, ...]:
-    """As `_over_places` gives it, of one split: keys [KH, hd, S] and values [KH, S, hd] that all rows share."""
+    """What `_over_places` returns for one split, for keys [KH, hd, S] and values [KH, S, hd] that all rows share."""
     product = functools.partial(lax.dot_general, preferred_element_type=jnp.float32)
     rows, kv_heads, group, head_dim = q.shape
     queries = q.transpose(1, 0, 2, 3).reshape(kv_heads, rows * group, head_dim)
@@ -124,16 +124,18 @@ def _over_places(
     q: Array, k: Array, v: Array, first: Array, end: Array, *, splits: int, divided: bool, scale: float,
     cap: float | None, interpret: bool,
 ) -> tuple[Array, ...]:  # fmt: skip
-    """The kernel on queries [B, KH, G, hd], for each of the splits of a row's places: the mixed values
-    [B, KH, splits, G, hd], and, [B, KH, splits, G], the largest score and the sum by which they are yet to be divided;
-    float32. `divided`: the mixed values alone, in q's dtype.
+    """Run the kernel on queries [B, KH, G, hd]. For each split of a row's places it returns the mixed values [B, KH,
+    splits, G, hd], the largest score, and the sum by which the values must still be divided [B, KH, splits, G], in
+    float32. `divided`: only the mixed values, divided, in q's dtype.
     """
     from jax.experimental.pallas import triton
 
     rows, kv_heads, group, head_dim = q.shape
     length = k.shape[3]
     if length % BLOCK:
-        raise ValueError(f"the caches have {length} places, which are not whole blocks: use {whole_blocks(length)}")
+        raise ValueError(
+            f"the caches have {length} places, which is not a whole number of blocks: use {whole_blocks(length)}"
+        )
     shape = (rows, kv_heads, splits, group)
 
     def of_head(*block: int) -> pl.BlockSpec:
@@ -164,7 +166,7 @@ def _kernel(
     first_ref: Any, end_ref: Any, q_ref: Any, k_ref: Any, v_ref: Any, mixed_ref: Any, *number_refs: Any,
     splits: int, scale: float, cap: float | None,
 ) -> None:  # fmt: skip
-    """Of one row, one head of keys and values, and one split of the row's blocks of places."""
+    """The kernel for one row, one head of keys and values, and one split of the row's blocks of places."""
     from jax.experimental.pallas import triton
 
     queries, head_dim = q_ref.shape

@@ -1,4 +1,5 @@
-"""What differs between model families: flags, config.json's fields, names of weights in files. One record a family."""
+"""The differences between model families: flags, fields of config.json, names of weights in files. One record for each
+family."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -10,12 +11,12 @@ from es_jax.models.transformer import param_shapes
 
 
 class Weight(NamedTuple):
-    """Where one parameter lives: its path in the tree, its key in Hugging Face and GGUF files ({}: layer)."""
+    """Where one parameter is: its path in the tree, and its key in Hugging Face and GGUF files ({} is the layer)."""
 
     path: str
     hf: str
     gguf: str
-    rotary: str = ""  # config field with the number of heads, for the rows that rotary positions turn
+    rotary: str = ""  # config field with the number of heads, for rows that rotary positions rotate
 
     @property
     def transpose(self) -> bool:
@@ -27,7 +28,7 @@ def _weights(table: str) -> tuple[Weight, ...]:
     return tuple(Weight(*row.split()) for row in table.strip().splitlines())
 
 
-# The names that most families use; a family's `names` replaces some.
+# The names in most families; a family's `names` replaces some.
 WEIGHTS = _weights("""
     embed/embedding           model.embed_tokens.weight                        token_embd.weight
     layers/attn_norm/scale    model.layers.{}.input_layernorm.weight           blk.{}.attn_norm.weight
@@ -60,9 +61,9 @@ _NONE: Mapping[str, Any] = MappingProxyType({})
 class Family(NamedTuple):
     """One family of checkpoints.
 
-    `flags` are TransformerConfig fields that all its models share, `reads` the fields that config.json sets beside
-    the sizes. `missing` says what the format means by a field that is not there, `fixed` the only value this code
-    computes. `windows` says which layers are local where config.json has no layer_types: "none", "all", "late" (with
+    `flags` are TransformerConfig fields that all its models share; `reads` are the fields that config.json sets besides
+    the sizes. `missing` holds the format's values for absent fields, and `fixed` the only values that are implemented.
+    `windows` says which layers are local where config.json has no layer_types: "none", "all", "late" (with
     use_sliding_window, from max_window_layers on), or "alternating" (all but every sliding_window_pattern-th).
     """
 
@@ -74,7 +75,7 @@ class Family(NamedTuple):
     missing: Mapping[str, Any] = _NONE
     fixed: Mapping[str, Any] = _NONE
     windows: str = "none"
-    names: tuple[Weight, ...] = ()  # rows that replace those of WEIGHTS with the same path
+    names: tuple[Weight, ...] = ()  # rows that replace rows of WEIGHTS with the same path
     gguf_permuted: bool = False  # GGUF files interleave the rows of q and k within each head
 
 
@@ -137,7 +138,7 @@ FAMILIES = {family.name: family for family in _FAMILIES}
 
 
 def weights_of(config: TransformerConfig) -> tuple[Weight, ...]:
-    """A `Weight` for every parameter of this config, under its family's names."""
+    """A `Weight` for every parameter of this config, with its family's names."""
     weights = {weight.path: weight for weight in (*WEIGHTS, *FAMILIES[config.family].names)}
     return tuple(weights[path] for path in param_shapes(config))
 
@@ -145,7 +146,7 @@ def weights_of(config: TransformerConfig) -> tuple[Weight, ...]:
 def find_family(name: str, *, by: str = "name") -> Family:
     """The first family whose field `by` (name, architecture, gguf_architecture) is `name`.
 
-    Raises ValueError that names the nearest known ones.
+    Raises ValueError that suggests the nearest known names.
     """
     known = {getattr(family, by): family for family in reversed(FAMILIES.values())}
     if name not in known:

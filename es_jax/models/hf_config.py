@@ -1,4 +1,5 @@
-"""config.json ↔ TransformerConfig: every field is read, known to change nothing, or refused by name."""
+"""Converts config.json to TransformerConfig and back. Every field is read, known to have no effect, or refused by
+name."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -22,9 +23,9 @@ _READ = {
     "rope_parameters",
 }  # fmt: skip
 _WINDOW_FIELDS = {"late": {"use_sliding_window", "max_window_layers"}, "alternating": {"sliding_window_pattern"}}
-_KINDS = ("full_attention", "sliding_attention")  # of layers; local ones are the second
+_KINDS = ("full_attention", "sliding_attention")  # kinds of layers; the second is local
 
-# Fields that change nothing in a forward pass, or that are read elsewhere (token ids) or never (generation).
+# Fields without effect on the forward pass; some are read elsewhere (token ids), others never (generation).
 _HARMLESS = {
     "dtype", "torch_dtype", "transformers_version", "_name_or_path", "name_or_path", "use_cache",
     "cache_implementation", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id",
@@ -36,7 +37,7 @@ _HARMLESS = {
     "unsloth_version", "max_length", "min_length", "do_sample", "temperature", "top_k", "top_p", "num_beams",
     "num_return_sequences",
 }  # fmt: skip
-# rope_type → its numbers, in the order of RopeScaling's
+# rope_type → its numbers, in the order of RopeScaling
 _SCALINGS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
@@ -47,15 +48,18 @@ _SCALINGS: dict[str, tuple[str, ...]] = {
 def from_hf(fields: Fields) -> TransformerConfig:
     """The TransformerConfig of a Hugging Face config.json, given as a dict.
 
-    A missing field means what it means to the family's class in transformers; sizes must be there. Raises one
-    ValueError for an unknown architecture, or that lists every missing field, every field asking for what is not
-    implemented (other scalings of rotary positions, quantised weights, own code, …) and every field unknown here.
+    A missing field has its default in the family's class in transformers; sizes are required. Raises ValueError for an
+    unknown architecture, or one ValueError that lists every missing field, every field that is not implemented (other
+    rotary scalings, quantised weights, custom code, …) and every unknown field.
     """
     family = find_family(fields.get("model_type", "(missing)"))
     architecture = fields.get("architectures") or family.architecture
     architecture = architecture if isinstance(architecture, str) else architecture[0]
     if find_family(architecture, by="architecture") is not family:
-        raise ValueError(f"config.json: architectures = {architecture} is not that of model_type = {family.name}")
+        raise ValueError(
+            f"config.json: architectures = {architecture} does not belong to model_type = {family.name}: correct one "
+            "of them"
+        )
     complete = {**family.missing, **fields}
     problems = _field_problems(family, fields)
     values = _sizes(complete, problems) | _rope(family, fields, problems)
@@ -100,11 +104,13 @@ def to_hf(config: TransformerConfig) -> dict[str, Any]:
     if family.windows in _WINDOW_FIELDS:
         fields["layer_types"] = [_KINDS[is_local] for is_local in local]
     back = from_hf(fields)
-    if config.layer_kinds == back.layer_kinds:  # patterns may be written in more ways than one
+    if config.layer_kinds == back.layer_kinds:  # a pattern can be written in several ways
         back = dataclasses.replace(back, rope_layers=config.rope_layers, local_layers=config.local_layers)
     ours, theirs = vars(config), vars(back)
     if lost := [f"{name} = {ours[name]!r}" for name in ours if ours[name] != theirs[name]]:
-        raise ValueError(f"a {family.name} model's config.json cannot express {', '.join(lost)}")
+        raise ValueError(
+            f"config.json of a {family.name} model cannot express {', '.join(lost)}: change these fields, or the family"
+        )
     return fields
 
 
@@ -114,7 +120,7 @@ def _rope_fields(theta: float, scaling: RopeScaling | None) -> dict[str, Any]:
 
 
 def _field_problems(family: Family, fields: Fields) -> list[str]:
-    """Which fields ask for what is not implemented, and which are unknown."""
+    """The fields that are not implemented or unknown."""
     problems = [
         f"{key} = {fields[key]!r} is not implemented (only {only!r} is)"
         for key, only in family.fixed.items()
@@ -123,14 +129,14 @@ def _field_problems(family: Family, fields: Fields) -> list[str]:
     windows = _WINDOW_FIELDS.get(family.windows, ())
     known = _READ.union(_HARMLESS, windows, _SIZES, family.fixed, family.reads, family.missing)
     if "layer_types" in fields:
-        known.add("_sliding_window_pattern")  # transformers writes both; layer_types is what it follows
+        known.add("_sliding_window_pattern")  # transformers writes both and follows layer_types
     return problems + [
-        f"{key} = {fields[key]!r} is not known here; if it changes nothing that the model computes, remove it"
+        f"{key} = {fields[key]!r} is not known here; remove it if it does not change what the model computes"
         for key in sorted(fields.keys() - known)
     ]
 
 
-# The functions below return fields of TransformerConfig, and add what is wrong with those of config.json to `problems`.
+# The functions below return fields of TransformerConfig, and append errors in config.json to `problems`.
 def _sizes(fields: Fields, problems: list[str]) -> dict[str, Any]:
     problems += [f"{key} is missing" for key in _SIZES if fields.get(key) is None and key not in _DERIVED]
     values = {ours: fields[theirs] for theirs, ours in _SIZES.items() if fields.get(theirs) is not None}
@@ -145,7 +151,7 @@ def _sizes(fields: Fields, problems: list[str]) -> dict[str, Any]:
 
 
 def _layers(family: Family, fields: Fields, layers: int, problems: list[str]) -> dict[str, Any]:
-    """Which layers are local and which are turned, as patterns."""
+    """Which layers are local and which have rotary positions, as patterns."""
     values: dict[str, Any] = {}
     if "no_rope_layers" in family.reads:
         every = fields["no_rope_layer_interval"]
@@ -164,13 +170,13 @@ def _layers(family: Family, fields: Fields, layers: int, problems: list[str]) ->
     local = [kind == "sliding_attention" for kind in kinds]
     wrong = ""
     if strange := sorted(set(kinds) - set(_KINDS)):
-        wrong = f"contains {strange}, not implemented"
+        wrong = f"contains {strange}, which is not implemented"
     elif len(kinds) != layers:
         wrong = f"has {len(kinds)} entries for {layers} layers"
     elif any(local) and window is None:
         wrong = "contains 'sliding_attention' but no sliding_window is in use"
     elif family.windows == "all" and window is not None and not all(local):
-        wrong = f"contains 'full_attention', but in a {family.name} model the window holds in every layer"
+        wrong = f"contains 'full_attention', but in a {family.name} model every layer has the window"
     if wrong:
         problems.append(f"layer_types {wrong}")
     elif any(local):
@@ -179,12 +185,12 @@ def _layers(family: Family, fields: Fields, layers: int, problems: list[str]) ->
 
 
 def _rope(family: Family, fields: Fields, problems: list[str]) -> dict[str, Any]:
-    """rope_theta and the scaling from either of their places."""
+    """rope_theta and the scaling, from either place where files may have them."""
     values: dict[str, Any] = {}
     inner = fields.get("rope_parameters") or {}
     separate = "rope_local_base_freq" in family.reads
     if inner and separate != bool(set(_KINDS) & set(inner)):
-        shape = "full_attention and sliding_attention apart" if separate else "one group for all layers"
+        shape = "separate groups for full_attention and sliding_attention" if separate else "one group for all layers"
         problems.append(f"rope_parameters = {inner} is not implemented for {family.name} (only {shape})")
         return values
     if separate:
@@ -196,16 +202,16 @@ def _rope(family: Family, fields: Fields, problems: list[str]) -> dict[str, Any]
     groups = {"rope_scaling": fields.get("rope_scaling"), "rope_parameters": inner}
     scalings = {name: _scaling(name, group, problems) for name, group in groups.items() if group}
     if len(set(scalings.values())) > 1 and not problems:
-        problems.append(f"rope_scaling = {scalings['rope_scaling']} contradicts rope_parameters: remove one")
+        problems.append(f"rope_scaling = {scalings['rope_scaling']} contradicts rope_parameters: remove one of them")
     return values | {"rope_scaling": next(iter(scalings.values()), None)}
 
 
 def _theta(key: str, fields: Fields, inner: Fields, family: Family, problems: list[str]) -> float:
-    """The base of the frequencies, which stands in `inner` or, under `key`, outside, or nowhere."""
+    """The base of the frequencies: in `inner`, or outside of it under `key`, or absent."""
     outer = fields.get(key)
     theta = inner.get("rope_theta", outer)
     if outer is not None and theta != outer:
-        problems.append(f"{key} = {outer} contradicts rope_parameters.rope_theta = {theta}: remove one")
+        problems.append(f"{key} = {outer} contradicts rope_parameters.rope_theta = {theta}: remove one of them")
     theta = family.missing.get(key, 1e4) if theta is None else theta
     if isinstance(theta, bool) or not isinstance(theta, int | float):
         problems.append(f"{key} = {theta!r} is not a number")

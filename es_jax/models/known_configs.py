@@ -1,6 +1,6 @@
-"""The shapes of well-known models, as their published config.json files give them, for planning without the hub.
+"""The shapes of well-known models, from their published config.json files, for planning without the hub.
 
-Loading never uses them. Sources: config.json of the repositories of those names on huggingface.co.
+Loading never uses them. Sources: config.json in the repositories of those names on huggingface.co.
 """
 
 from typing import Any
@@ -42,5 +42,5 @@ PUBLISHED = {
 
 
 def published(name: str) -> TransformerConfig | None:
-    """The shape of a hub name, with or without "-Instruct"; None for one that is not in the table."""
+    """The shape of the model with that hub name, with or without "-Instruct"; None if it is not in the table."""
     return PUBLISHED.get(name.removesuffix("-Instruct"))

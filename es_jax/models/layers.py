@@ -23,17 +23,17 @@ from es_jax.models.decode_attention import Places, attend_places, written
 from es_jax.models.rope import Angles, rotate
 
 INIT_STD = 0.02
-QUERIES = 64  # of a block of attention, at least
-MASKED = -1e30  # finite: a query that may attend nothing gets a mean of the values, not NaN
+QUERIES = 64  # least queries in a block of attention
+MASKED = -1e30  # finite: a query without any key gets a mean of the values, not NaN
 Stream = Float[Array, "B T D"]  # the residual stream
-KV = tuple[Array, Array]  # keys [B, KH, hd, S] and values [B, KH, S, hd]; B = 1 where all rows share them
-Masks = tuple[Bool[Array, "B T _"] | Places, ...]  # who attends whom, for each of the pieces attended
+KV = tuple[Array, Array]  # keys [B, KH, hd, S] and values [B, KH, S, hd]; B = 1 if all rows share them
+Masks = tuple[Bool[Array, "B T _"] | Places, ...]  # masks, one for each of the attended pieces
 dot_general = functools.partial(lax.dot_general, preferred_element_type=jnp.float32)
 
 
 @struct.dataclass
 class Transposed:
-    """A kernel [D, F] that is held as [F, D], as CPUs multiply few rows fastest (docs/speed.md)."""
+    """A kernel [D, F] that is stored as [F, D], with which CPUs multiply few rows fastest (docs/speed.md)."""
 
     transposed: Float[Array, "F D"]
 
@@ -41,15 +41,15 @@ class Transposed:
 def linear(
     x: Float[Array, "*b D"], kernel: Any, bias: Float[Array, " F"] | None = None, *, accumulated: bool = False
 ) -> Float[Array, "*b F"]:
-    """x @ kernel (+ bias): the only place where activations meet a kernel [D, F], which may be `Transposed`, or
-    `LowRank` of either.
+    """x @ kernel (+ bias). Every product of activations with a kernel [D, F] is made here; the kernel may be
+    `Transposed`, or `LowRank` of either.
 
     The result has x's dtype, or with `accumulated` the accumulator's, float32.
     """
     axis, correction = 0, None
     if isinstance(kernel, LowRank):
         kernel, correction = kernel.base, kernel.correction(x)
-    if isinstance(kernel, Transposed):  # tied to x, since XLA would turn it round once ahead of a loop
+    if isinstance(kernel, Transposed):  # tied to x, else XLA would transpose it once before a loop
         (x, kernel), axis = lax.optimization_barrier((x, kernel.transposed)), 1
     y = dot_general(x, kernel, (((x.ndim - 1,), (axis,)), ((), ())))
     y = y if correction is None else y + correction
@@ -59,7 +59,7 @@ def linear(
 
 
 def softcap(x: Float[Array, "*b N"], cap: float | None) -> Float[Array, "*b N"]:
-    """cap * tanh(x / cap), which is near x where |x| is small; x itself without a cap."""
+    """cap * tanh(x / cap), which is close to x for small |x|; x itself without a cap."""
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
@@ -71,14 +71,15 @@ def attend(
     scale: float,
     cap: float | None = None,
 ) -> Float[Array, "B T H hd"]:
-    """Softmax attention over the keys and values of all pieces together.
+    """Softmax attention over the keys and values of all pieces.
 
-    Each run of H/KH query heads shares one key/value head, which is never repeated (Ainslie et al. 2023, arXiv
-    2305.13245), and a piece with B = 1 is shared by all rows. Scores are products times `scale`, soft-capped at `cap`,
-    and made for a block of queries at a time, so that [B, H, T, S] of a long prompt is never in memory.
+    Each group of H/KH consecutive query heads shares one key/value head, which is never repeated in memory (Ainslie et
+    al. 2023, arXiv 2305.13245). A piece with B = 1 is shared by all rows. Scores are products times `scale`,
+    soft-capped at `cap`. They are made for a block of queries at a time, so that [B, H, T, S] of a long prompt is never
+    in memory.
     """
     scores = len(q) * q.shape[2] * sum(mask.shape[2] for mask in masks)
-    block = block_length(4 * scores, multiple=QUERIES)  # four: about as many arrays of that size are made of them
+    block = block_length(4 * scores, multiple=QUERIES)  # four: about as many arrays of that size exist at once
     return in_blocks(functools.partial(_attended, pieces=pieces, scale=scale, cap=cap), q, *masks, block=block)
 
 
@@ -101,9 +102,9 @@ def _attended(q: Array, *masks: Array, pieces: Sequence[KV], scale: float, cap: 
 
 
 def _product(x: Float[Array, "B KH M a"], y: Float[Array, "_ KH a c"]) -> Float[Array, "B KH M c"]:
-    """x @ y for every row and head; with one y for all rows, theirs are multiplied together.
+    """x @ y for every row and head; if all rows share one y, they are multiplied together.
 
-    Written out, since einsum may choose an order of the operands in which CPUs are six times slower.
+    Written out, since einsum may choose an order of operands that is six times slower on CPUs.
     """
     if len(y) == 1 < len(x):
         return dot_general(x, y[0], (((3,), (1,)), ((1,), (0,)))).transpose(1, 0, 2, 3)
@@ -125,25 +126,25 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Module):
-    """`linear` with a kernel [D, features] and perhaps a bias [features]."""
+    """`linear` with a kernel [D, features] and optionally a bias [features]."""
 
     features: int
     use_bias: bool = False
 
     @nn.compact
     def __call__(self, x: Stream) -> Float[Array, "B T F"]:
-        kernel: Any = self.get_variable("params", "kernel")  # a `Transposed` one is not what `param` allows
+        kernel: Any = self.get_variable("params", "kernel")  # `param` does not allow a `Transposed` kernel
         if kernel is None:
             kernel = self.param("kernel", nn.initializers.normal(INIT_STD), (x.shape[-1], self.features))
         return linear(x, kernel, self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None)
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions. Gives the output, and the tokens' own keys and values.
+    """Grouped-query attention with rotary positions. Returns the output, and the tokens' own keys and values.
 
-    `attended`: keys and values of tokens before these, piece by piece, which are only read. `masks`: of them, and last
-    of the tokens themselves. Where the last of `masks` is `Places`, the last of `attended` are the rows' own caches, to
-    which the tokens are added, and which are given in the place of the tokens' own.
+    `attended`: keys and values of earlier tokens, in pieces, which are only read. `masks`: one for each piece, and last
+    one for the tokens themselves. If the last mask is `Places`, the last piece is the rows' own caches; the tokens are
+    added to them, and they are returned instead of the tokens' own keys and values.
     """
 
     config: TransformerConfig
@@ -163,7 +164,7 @@ class Attention(nn.Module):
         options: Any = {"scale": (c.query_pre_attn_scalar or c.head_dim) ** -0.5, "cap": c.attn_softcap}
         seen: Any = masks[:-1]
         last = masks[-1]
-        if isinstance(last, Places):  # of the rows' own caches, in which the tokens are to be
+        if isinstance(last, Places):  # the rows' own caches, to which the tokens are added
             k, v = written(attended[-1], k, v, last.new)
             mixed = attend_places(q, (k, v), last, shared=attended[:-1], masks=seen, **options)
         else:
@@ -186,15 +187,16 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention, then the MLP, each after its norm and added to the residual stream."""
+    """One layer: attention, then the MLP, each preceded by a norm and added to the residual stream."""
 
     config: TransformerConfig
 
     @nn.compact
     def __call__(self, x: Stream, angles: Angles, masks: Masks, attended: Sequence[KV]) -> tuple[Stream, KV]:
         c, norm = self.config, functools.partial(RMSNorm, self.config)
-        # A GPU's compiler adds up the parts of a product again wherever the sum is used, and merges gate and up into a
-        # product that it writes in float32: both move more than the sum, or two products in their own dtype.
+        # A GPU's compiler repeats the sum over the parts of a product at each use, and merges gate and up into one
+        # product that it writes in float32. Both move more bytes than the sum itself, or than two products in their own
+        # dtype.
         apart = lax.optimization_barrier if isinstance(masks[-1], Places) else lambda x: x
         mixed, kv = Attention(c, name="attn")(norm(name="attn_norm")(x), angles, masks, attended)
         x = apart(x + (norm(name="attn_post_norm")(mixed) if c.post_norms else mixed))

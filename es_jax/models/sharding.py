@@ -1,9 +1,9 @@
-"""Where the transformer's parameters live on a mesh: one table for the master weights and the members' copies.
+"""How the transformer's parameters are sharded over a mesh: one table for the master weights and the members' copies.
 
-An entry cuts a parameter along both axes of the mesh. The master weights, the anchor and the optimizer's moments are
-cut as it says, over all devices. A member's copy is gathered over `groups` and stays cut over `model`: attention by
-heads, the MLP by its hidden dimension, the vocabulary by rows (Shoeybi et al. 2019, arXiv 1909.08053, section 3).
-So the gather needs no traffic along `model`. Vectors are small and whole, or cut along with the heads.
+An entry shards a parameter along both axes of the mesh. The master weights, the anchor and the optimizer's moments are
+sharded like this over all devices. A member's copy is gathered over `groups` and stays sharded over `model`: attention
+by heads, the MLP by its hidden dimension, the vocabulary by rows (Shoeybi et al. 2019, arXiv 1909.08053, section 3). So
+the gather needs no traffic along `model`. Vectors are small and replicated, or sharded with the heads.
 """
 
 import logging
@@ -23,43 +23,43 @@ RULES = (
     (r"(^|/)(attn/[qkv]|mlp/(gate|up))/kernel$", PartitionSpec(None, GROUPS, MODEL)),
     (r"(^|/)attn/[qkv]/bias$", PartitionSpec(None, MODEL)),
     (r"(^|/)(attn/o|mlp/down)/kernel$", PartitionSpec(None, MODEL, GROUPS)),
-    (r"(^|/)(\w*norm/scale|count)$", PartitionSpec()),  # `count`: of an optimizer's state
+    (r"(^|/)(\w*norm/scale|count)$", PartitionSpec()),  # `count` is in an optimizer's state
 )
 
 
 def leaf_sharding(mesh: Mesh, name: str, shape: tuple[int, ...], *, rules: Rules = RULES) -> NamedSharding:
-    """Where the master leaf of that name lives. Raises ValueError, naming it, where it does not divide."""
+    """The sharding of the master leaf of that name. Raises ValueError that names the leaf if it does not divide."""
     return NamedSharding(mesh, leaf_spec(mesh, name, shape, rules))
 
 
 def param_shardings(mesh: Mesh, params: Any, *, rules: Rules = RULES, log: bool = False) -> Any:
-    """`leaf_sharding` of every leaf: of parameters, an anchor or an optimizer's state; `log` tells each match."""
+    """`leaf_sharding` of every leaf in parameters, an anchor or an optimizer's state; `log` logs each match."""
 
     def sharding(name: str, leaf: Any) -> NamedSharding:
         where = leaf_sharding(mesh, name, leaf.shape, rules=rules)
         if log:
-            logger.debug("%s %s is cut as %s", name, leaf.shape, tuple(where.spec))
+            logger.debug("%s %s is sharded as %s", name, leaf.shape, tuple(where.spec))
         return where
 
     return map_named(sharding, params)
 
 
 def check_heads(config: TransformerConfig, model: int) -> None:
-    """Raises ValueError unless `model` devices can share the attention heads evenly; a head is never cut."""
+    """Raises ValueError unless `model` devices can share the attention heads evenly; a head is never split."""
     for leaf, heads in (("q", config.heads), ("k", config.kv_heads)):
         if heads % model:
             raise ValueError(
-                f"leaf 'layers/attn/{leaf}/kernel' has {heads} heads, which do not divide over mesh.model = {model}: "
-                f"set mesh.model to a divisor of {heads}"
+                f"leaf 'layers/attn/{leaf}/kernel' has {heads} heads, which do not divide evenly over mesh.model = "
+                f"{model}: set mesh.model to a divisor of {heads}"
             )
 
 
 def members_spread(config: TransformerConfig, devices: int, *, member_bytes: int, memory: int | None) -> int:
-    """How many devices should share a member: the fewest with room for it, a power of two.
+    """How many devices should share a member: the smallest power of two with room for it.
 
-    The least 1, 2, 4, … that divides the devices, heads, MLP and vocabulary, and leaves two thirds of a device for the
-    rest: master weights, anchor and cache. Where none does, the largest that divides. `member_bytes`: of one member's
-    weights in the compute dtype. `memory`: bytes of one device; None where that is not known, as on CPU.
+    The smallest of 1, 2, 4, … that divides the devices, heads, MLP and vocabulary, and leaves two thirds of a device
+    for master weights, anchor and cache. If none leaves that much, it is the largest that divides. `member_bytes`:
+    bytes of one member's weights in the compute dtype. `memory`: bytes of one device; None if unknown, as on CPU.
     """
     spread = 1
     sizes = (devices, config.heads, config.kv_heads, config.mlp_dim, config.vocab_size)

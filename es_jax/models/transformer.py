@@ -1,4 +1,4 @@
-"""One decoder-only transformer for every family: parameters are a plain tree, `apply` is a pure function."""
+"""One decoder-only transformer for every family: the parameters are a plain tree, and `apply` is a pure function."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ from es_jax.models.rope import Angles, rope_angles, rope_frequencies
 
 Params = dict[str, Any]
 PerToken = Int[Array, "B T"]  # ids or positions
-View = tuple[Angles, Masks]  # what a layer knows of positions: how far they turn, who sees whom
+View = tuple[Angles, Masks]  # a layer's view of positions: rotations and masks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,21 +38,33 @@ class Transformer:
         layers/attn/q_norm and k_norm/scale [L, hd] with qk_norm
         layers/attn_post_norm and mlp_post_norm/scale [L, D] with post_norms
 
-    With `layers` stacked the layers are scanned (compiles fast); with the tuple that `unstack_layers` makes
-    they are unrolled (decodes faster). The compute dtype is the embedding's.
+    With `layers` stacked, the layers run in a scan, which compiles fast. With the tuple that `unstack_layers` makes
+    they are unrolled, which decodes faster. The embedding's dtype is the compute dtype.
 
-    >>> model = Transformer(TransformerConfig(family="llama", vocab_size=32, width=16, layers=2, heads=4,
-    ...                                       kv_heads=2, head_dim=8, mlp_dim=24))
-    >>> params = jax.jit(model.init)(jax.random.key(0))
-    >>> logits, _ = jax.jit(model.apply)(params, jnp.zeros((1, 5), jnp.int32))
-    >>> logits.shape
-    (1, 5, 32)
+    Args:
+      config: the model's sizes and options.
+
+    Examples:
+      >>> model = Transformer(TransformerConfig(family="llama", vocab_size=32, width=16, layers=2, heads=4,
+      ...                                       kv_heads=2, head_dim=8, mlp_dim=24))
+      >>> params = jax.jit(model.init)(jax.random.key(0))
+      >>> logits, _ = jax.jit(model.apply)(params, jnp.zeros((1, 5), jnp.int32))
+      >>> logits.shape
+      (1, 5, 32)
     """
 
     config: TransformerConfig
 
     def init(self, key: Array, *, dtype: DTypeLike = jnp.float32) -> Params:
-        """Random parameters: normal of std 0.02, norms the identity, biases zero; drawn in float32, then cast."""
+        """Draws random parameters: kernels are normal with std 0.02, norms are the identity, and biases are zero.
+
+        Args:
+          key: a random key.
+          dtype: the parameters' dtype. They are drawn in float32 and then cast.
+
+        Returns:
+          The tree that the class describes, with stacked layers.
+        """
         c = self.config
         embed_key, layers_key, head_key = jax.random.split(key, 3)
         x = jnp.zeros((1, 1, c.width))
@@ -77,14 +89,25 @@ class Transformer:
         cache: KVCache | RowCache | None = None,
         logits_at: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B T V"] | Float[Array, "B V"], KVCache | RowCache | None]:
-        """Next-token logits, float32, and the cache with the T tokens added (None without a cache).
+        """Computes next-token logits.
 
-        `positions` counts each row's tokens from 0 and is -1 at padding, whose token id does not matter;
-        None means 0..T-1 and is allowed only without a cache. A query at position p attends the tokens (of
-        the cache when there is one, and of `tokens`) at positions 0..p. Padding's logits mean nothing, but
-        are finite. `logits_at` [B], in 0..T-1: only the logits of that token of each row, [B, V]. A `RowCache` takes
-        one token a row, T = 1.
-        Raises ValueError for a cache without positions, too short, or stacked unlike `params`.
+        A query at position p attends to the tokens at positions 0..p, those of the cache among them.
+
+        Args:
+          params: the tree that the class describes, with layers stacked or not.
+          tokens: int32 [B, T], ids in 0..V − 1.
+          positions: int32 [B, T]. They count each row's tokens from 0 and are −1 at padding, whose token id does not
+            matter. None means 0..T − 1, and is allowed only without a cache.
+          cache: the keys and values of the tokens before these. A `RowCache` takes one token a row, T = 1.
+          logits_at: int32 [B] in 0..T − 1: compute only the logits of that token of each row.
+
+        Returns:
+          The logits, float32 [B, T, V], or [B, V] with `logits_at`; and the cache with the T tokens added, None without
+            a cache. The logits of padding mean nothing, but are finite.
+
+        Raises:
+          ValueError: there is a cache but there are no positions, or the cache is too short or is stacked unlike
+            `params`.
         """
         hidden, cache = self.hidden(params, tokens, positions=positions, cache=cache)
         if logits_at is not None:
@@ -101,24 +124,36 @@ class Transformer:
         cache: KVCache | RowCache | None = None,
         around: Callable[[Callable], Callable] = lambda block: block,
     ) -> tuple[Stream, KVCache | RowCache | None]:
-        """The residual stream after the last layer and the final norm, and the cache; see `apply`.
+        """Computes the residual stream after the last layer and the final norm.
 
-        `around` makes of the function of a layer, (x, layer, view, kv) → (x, kv), the one that runs in its place: one
-        that is computed again for its gradient, or one that gathers the layer's weights first.
+        Args:
+          params: as for `apply`.
+          tokens: as for `apply`.
+          positions: as for `apply`.
+          cache: as for `apply`.
+          around: makes, of a layer's function (x, layer, view, kv) → (x, kv), the one that runs in its place. It may
+            compute the layer again for its gradient, or gather the layer's weights first.
+
+        Returns:
+          The stream, [B, T, D] in the compute dtype; and the cache as from `apply`.
+
+        Raises:
+          ValueError: there is a cache but there are no positions, or the cache is too short or is stacked unlike
+            `params`.
         """
         if positions is None:
             if cache is not None:
                 raise ValueError("positions = None with a cache: give the position of every token [B, T]")
             positions = _count_up(tokens)
-        pieces: list[Past | RowCache] = []  # what came before these tokens
+        pieces: list[Past | RowCache] = []  # the tokens before these
         unrolled = isinstance(params["layers"], list | tuple)
         if isinstance(cache, RowCache):
             pieces = [*cache.past, cache]
         elif cache is not None:
             if isinstance(cache.k, tuple) != unrolled:
                 raise ValueError(
-                    f"{'unstacked' if unrolled else 'stacked'} layers need KVCache.empty(..., stacked={not unrolled}), "
-                    f"this cache is {'stacked' if unrolled else 'per layer'}"
+                    f"{'unstacked' if unrolled else 'stacked'} layers need KVCache.empty(..., "
+                    f"stacked={not unrolled}), but this cache is {'stacked' if unrolled else 'per layer'}"
                 )
             cache.check_room(tokens.shape[1])
             pieces = [*cache.past, *cache.used_before(tokens.shape[1])]
@@ -138,7 +173,15 @@ class Transformer:
         return normed, cache
 
     def trace(self, params: Params, tokens: PerToken) -> list[Stream]:
-        """The residual stream before the first layer and after each, L + 1 arrays, without the final norm."""
+        """Computes the residual stream before the first layer and after each one, without the final norm.
+
+        Args:
+          params: as for `apply`.
+          tokens: int32 [B, T].
+
+        Returns:
+          L + 1 arrays [B, T, D] in the compute dtype.
+        """
         positions = _count_up(tokens)
         views = _views(self.config, positions, [])
         stream = [self._embed(params, tokens)]
@@ -147,7 +190,17 @@ class Transformer:
         return stream
 
     def empty_cache(self, params: Params, rows: int, length: int, *, past: tuple[Past, ...] = ()) -> KVCache:
-        """A cache of the parameters' dtype, stacked as they are."""
+        """Makes an empty cache of the parameters' dtype, stacked as they are.
+
+        Args:
+          params: as for `apply`.
+          rows: B, the rows.
+          length: how many tokens each row has room for.
+          past: caches of earlier tokens that are read and not written.
+
+        Returns:
+          The cache for `apply`.
+        """
         return KVCache.empty(
             self.config, rows, length=length, dtype=params["embed"]["embedding"].dtype, past=past,
             stacked=not isinstance(params["layers"], list | tuple),
@@ -162,7 +215,7 @@ class Transformer:
         x, kv = Block(self.config).apply({"params": layer}, x, *view, attended)
         return x, kv if keep else None
 
-    # The layers, one after another: x, and the tokens' keys and values where they are kept.
+    # Run the layers in sequence; returns x, and the tokens' keys and values if they are kept.
     def _scanned(self, block: Any, x: Array, layers: Params, views: dict, pieces: list[Any]) -> tuple[Array, Any]:
         kinds, stacked = None, next(iter(views.values()))
         if len(views) > 1:
@@ -183,7 +236,15 @@ class Transformer:
         return x, None if pairs[0] is None else tuple(zip(*pairs, strict=True))
 
     def logits(self, params: Params, hidden: Stream) -> Float[Array, "B T V"]:
-        """The output head applied to `hidden`'s result: float32 logits."""
+        """Applies the output head.
+
+        Args:
+          params: as for `apply`; the layers are not used.
+          hidden: [B, T, D], from `hidden`.
+
+        Returns:
+          float32 [B, T, V].
+        """
         if not self.config.tied_embeddings:
             logits = linear(hidden, params["head"]["kernel"], accumulated=True)
         else:
@@ -204,7 +265,7 @@ def _count_up(tokens: Array) -> PerToken:
 
 
 def unstack_layers(params: Params) -> Params:
-    """The same tree with `layers` as a tuple of L per-layer trees; inside jit the slices are made once."""
+    """The same tree with `layers` as a tuple of L per-layer trees; inside jit the slices are made only once."""
     stacked = params["layers"]
     if isinstance(stacked, list | tuple):
         return params
@@ -213,12 +274,13 @@ def unstack_layers(params: Params) -> Params:
 
 
 def without_layers(params: Params) -> Params:
-    """All parameters but those of the layers."""
+    """All parameters except those of the layers."""
     return {name: leaf for name, leaf in params.items() if name != "layers"}
 
 
 def transpose_kernels(params: Params, *, itemsize: int) -> Params:
-    """The same tree, of whatever layers, with every kernel of numbers of so many bytes `Transposed`."""
+    """The same tree, with stacked or unstacked layers, in which every kernel with items of `itemsize` bytes is
+    `Transposed`."""
 
     def transpose(name: str, leaf: Array) -> Any:
         wanted = name.endswith("kernel") and leaf.dtype.itemsize == itemsize
@@ -235,18 +297,18 @@ def param_shapes(config: TransformerConfig) -> Mapping[str, tuple[int, ...]]:
 
 
 def matrix_weights(config: TransformerConfig) -> tuple[int, int]:
-    """Weights that multiply every token's activations: in the layers, and in the output head."""
+    """Number of weights that multiply every token's activations: in the layers, and in the output head."""
     shapes = param_shapes(config).items()
     layers = sum(math.prod(shape) for name, shape in shapes if name.startswith("layers/") and name.endswith("kernel"))
     return layers, config.width * config.vocab_size
 
 
 def _views(config: TransformerConfig, query: Array, pieces: Sequence[Past | RowCache]) -> dict[tuple[bool, bool], View]:
-    """The view of each kind of layer, (local, rope), that the config has: of the pieces, and of the tokens themselves,
-    unless these are added to the last piece first."""
+    """The view for each kind of layer, (local, rope), in the config: of the pieces, and of the tokens themselves unless
+    they are first added to the last piece."""
 
     def view(local: bool, rope: bool) -> View:
-        frequencies = rope_frequencies(config, local=local)  # all zero: turned by no angle
+        frequencies = rope_frequencies(config, local=local)  # all zero: no rotation
         angles = rope_angles(query, frequencies if rope else np.zeros_like(frequencies))
         window = config.sliding_window if local else None
         mask = functools.partial(attention_mask, query, window=window)

@@ -1,6 +1,6 @@
-"""Anchored Weight Decay (AWD) as an optax transformation: pull the weights a little toward where training began.
+"""Anchored Weight Decay (AWD) as an optax transformation: it pulls the weights a little toward where training began.
 
-This file needs nothing but jax and optax, so it can be lifted into another project by itself.
+This file needs only jax and optax, so you can copy it alone into another project.
 """
 
 import inspect
@@ -29,22 +29,24 @@ def anchored_weight_decay(
     arithmetic: str = "float32",
     ema_decay: float | jax.Array | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Decay toward the weights given to `init`, applied after the step (arXiv 2605.30148, section 5).
+    """Pulls the weights toward those given to `init`, after each step (anchored weight decay, AWD).
 
-    With u the updates that arrive, θ' = θ + u and Δ = θ' − θ₀, the updates that leave bring the weights to
+    u are the updates that arrive, θ₀ the weights at `init`, and Δ = θ + u − θ₀ the distance after the step. The updates
+    that leave bring the weights to
 
-    .. math::
-      \theta_0 + (1 - \text{rate})\,\Delta \quad(\text{l2}), \qquad
-      \theta_0 + \text{sign}(\Delta)\,\max(|\Delta| - \text{rate}, 0) \quad(\text{l1}).
+        θ₀ + (1 − rate)·Δ                          with penalty "l2",
+        θ₀ + sign(Δ)·max(|Δ| − rate, 0)            with penalty "l1".
 
-    In the paper's terms the rate is αλ: learning rate times penalty strength. l2 bounds how far the weights go; l1 also
-    sets those that hardly moved back to the anchor.
+    In the paper's terms the rate is αλ, learning rate times penalty strength. l2 bounds how far the weights go. l1 also
+    returns weights that hardly moved to the anchor. Source: arXiv 2605.30148, section 5.
 
-    Where to put it: last, where the finished step u arrives, with its sign and learning rate, as in
+    Put it last, where the finished step u arrives with its sign and learning rate, as in
     `chain(adam(1e-3), anchored_weight_decay(0.01))`. That is right after every optimizer of optax that keeps no weights
-    of its own. Those that do, and wrappers that skip steps, need another place. Only `lookahead` can be recognised from
-    here, and is refused; of the others nothing warns you but this table, in which AWD is this transformation:
+    of its own. Optimizers that do, and wrappers that skip steps, need another place. This transformation recognises
+    only `lookahead`, and refuses it. For the others, nothing but this table warns you; AWD in it is this
+    transformation:
 
+    ```text
     =================================================  ===============================================================
     with                                               write
     =================================================  ===============================================================
@@ -78,36 +80,37 @@ def anchored_weight_decay(
                                                        takes callables for schedules: a factory of yours that is given
                                                        the mask needs static_args="mask", or is refused
     =================================================  ===============================================================
+    ```
 
-    Leaves are treated as by `optax.add_decayed_weights`: updates of integers, booleans and Python numbers leave as
-    floats, complex numbers are pulled as pairs of real ones, and where an update is None it stays so.
+    Leaves are treated as `optax.add_decayed_weights` treats them. Updates of integers, booleans and Python numbers
+    leave as floats. Complex numbers are pulled as pairs of real ones. An update that is None stays None.
 
     Args:
-      rate: the fraction of the distance removed a step (l2, in [0, 1)), or the distance removed a step (l1, ≥ 0);
-        a number, or a schedule of the number of updates made so far.
+      rate: the fraction of the distance that a step removes (l2, in [0, 1)), or the distance that it removes (l1, at
+        least 0, in the unit of the weights). A number, or a schedule of the number of updates made so far.
       penalty: "l2" or "l1".
       mask: a tree of booleans like the parameters (or a prefix of it, but not one boolean), or a callable that makes
-        one; leaves where it is False are left alone and have no anchor.
-      anchor_dtype: dtype in which the anchor of real parameters is kept; each parameter's own by default. A narrower
-        one moves the anchor itself by its rounding.
-      anchor_sharding: a sharding, or a tree of them like the parameters, on which the anchor is put; by default where
-        the parameters are. With a memory kind of the host, such as "pinned_host", `update` (inside jit) brings it to
-        the devices one leaf at a time.
-      arithmetic: "float32" (float64 for float64 updates) computes one correction of the update and rounds once;
-        "param" takes the step, subtracts the anchor, shrinks and adds it back in the parameters' own dtype, rounding
-        each result, as the published code does. In 16 bits that loses most of the decay: it is there to explain
-        published figures.
-      ema_decay: β in [0, 1): the anchor follows the weights, anchor ← β·anchor + (1 − β)·θ after every update, an
+        one. Leaves where it is False are left alone and have no anchor.
+      anchor_dtype: the dtype in which the anchor of real parameters is kept. By default each parameter's own. A
+        narrower one moves the anchor itself by its rounding.
+      anchor_sharding: a sharding, or a tree of them like the parameters, on which the anchor is put. By default the
+        anchor is where the parameters are. With a memory kind of the host, such as "pinned_host", `update` (inside jit)
+        brings it to the devices one leaf at a time.
+      arithmetic: "float32" (float64 for float64 updates) computes one correction of the update and rounds once. "param"
+        takes the step, subtracts the anchor, shrinks and adds it back in the parameters' own dtype, and rounds each
+        result, as the published code does. In 16 bits that loses most of the decay; it is there to explain published
+        figures.
+      ema_decay: β in [0, 1). The anchor follows the weights: anchor ← β·anchor + (1 − β)·θ after every update, an
         exponential average over about 1/(1 − β) updates. By default it stays where `init` put it.
 
     Returns:
       A transformation whose `update` needs `params`. The anchor is a copy, so the parameters may be donated.
 
     Raises:
-      ValueError: an unknown penalty, a rate or ema_decay out of range, a mask that is one boolean, parameters of
-        `optax.lookahead`, or `update` called without params.
+      ValueError: the penalty or arithmetic is unknown, the rate or `ema_decay` is out of range, the mask is one
+        boolean, the parameters are those of `optax.lookahead`, or `update` is called without params.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax
       >>> tx = optax.chain(optax.sgd(1.0), anchored_weight_decay(0.5))
       >>> params = {"w": jnp.array([1.0])}
@@ -122,7 +125,8 @@ def anchored_weight_decay(
         raise ValueError(f"arithmetic is {arithmetic!r}: it must be 'float32' or 'param'")
     if not isinstance(ema_decay, None | jax.core.Tracer) and (callable(ema_decay) or not 0 <= ema_decay < 1):
         raise ValueError(
-            f"ema_decay is {ema_decay}: it is the anchor's weight in its own average, a number, and must be in [0, 1)"
+            f"ema_decay is {ema_decay}: it is a number, the decay of the anchor's exponential average, and "
+            "must be in [0, 1)"
         )
     _check_rate(rate, penalty)
     mask = mask.make if isinstance(mask, _Mask) else mask
@@ -139,9 +143,7 @@ def anchored_weight_decay(
     def update(updates, state, params=None, **extra):
         del extra
         if params is None:
-            raise ValueError(
-                "anchored_weight_decay pulls the parameters themselves: call update(updates, state, params)"
-            )
+            raise ValueError("anchored_weight_decay needs the parameters: call update(updates, state, params)")
         _check_params(params)
         now, anchor = rate(state.count) if callable(rate) else rate, state.anchor
 
@@ -265,16 +267,16 @@ _PULL = {
 def _check_params(params: Any) -> None:
     if isinstance(params, optax.LookaheadParams):
         raise ValueError(
-            "the parameters are those of optax.lookahead: its fast and slow weights part if they are changed after it; "
-            "put the decay inside, lookahead(chain(optimizer, anchored_weight_decay(rate)), …)"
+            "the parameters are those of optax.lookahead, whose fast and slow weights diverge if an update after it "
+            "changes them: put the decay inside, lookahead(chain(optimizer, anchored_weight_decay(rate)), …)"
         )
 
 
 def _check_mask(mask: Any) -> None:
     if mask is not None and not callable(mask) and jax.tree_util.treedef_is_leaf(jax.tree.structure(mask)):
         raise ValueError(
-            f"mask is {mask}: it must be a tree of booleans, or a callable that makes one; if it was a callable, say "
-            "static_args='mask' to optax.inject_hyperparams, which takes one for a schedule"
+            f"mask is {mask}: it must be a tree of booleans, or a callable that makes one. If it was a callable, say "
+            "static_args='mask' to optax.inject_hyperparams, which otherwise takes the callable for a schedule"
         )
 
 
@@ -283,8 +285,9 @@ def _check_rate(rate: Any, penalty: str) -> None:
         return
     if penalty == "l2" and not 0 <= float(rate) < 1:
         raise ValueError(
-            f"rate is {rate} with penalty 'l2': it is the fraction of the distance to the anchor removed a step and "
-            "must be in [0, 1); in terms of the paper αλ < 1, so lower the strength λ or the learning rate α"
+            f"rate is {rate} with penalty 'l2': it is the fraction of the distance to the anchor that each step "
+            "removes, and must be in [0, 1). In the paper's terms αλ < 1, so lower the strength λ or the learning "
+            "rate α"
         )
     if not float(rate) >= 0:
         raise ValueError(f"rate is {rate} with penalty {penalty!r}: it must not be negative or NaN")

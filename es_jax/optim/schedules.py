@@ -1,4 +1,4 @@
-"""Schedules of α, σ and λ as short texts: what each is multiplied by, step by step."""
+"""Schedules of α, σ and λ, written as short texts: the factor of each at every step."""
 
 import math
 from collections.abc import Callable
@@ -13,9 +13,9 @@ SHAPES = ("constant", "linear", "cosine")
 def make_schedule(text: str, steps: int) -> Callable[[int], float]:
     """The factor at step t = 1..T of "shape", "shape:end" or "shape:end:warmup".
 
-    Over the first `warmup` steps (0 by default) the factor rises as t/warmup to 1; from there to the last step it goes
-    to `end` (0 by default): along a line, along half a cosine, or for "constant" not at all, which takes no end.
-    Examples: "constant", "linear:0.1", "cosine:0:20", "constant::20". ValueError says what is wrong with the text.
+    Over the first `warmup` steps (0 by default) the factor rises as t/warmup to 1. From there to the last step it goes
+    to `end` (0 by default) along a line or half a cosine. "constant" stays at 1 and takes no end. Examples: "constant",
+    "linear:0.1", "cosine:0:20", "constant::20". Raises ValueError that says what is wrong with the text.
 
     >>> [round(make_schedule("linear:0:2", 4)(t), 2) for t in (1, 2, 3, 4)]
     [0.5, 1.0, 0.5, 0.0]
@@ -33,12 +33,12 @@ def make_schedule(text: str, steps: int) -> Callable[[int], float]:
 
 
 def parse(text: str) -> tuple[str, float, int]:
-    """(shape, end, warmup) of a schedule's text; ValueError says what is wrong with it."""
+    """(shape, end, warmup) of a schedule's text. Raises ValueError that says what is wrong with it."""
     shape, *rest = text.split(":")
     if shape not in SHAPES:
         raise ValueError(unknown("schedule", shape, SHAPES))
     if len(rest) > 2:
-        raise ValueError(f"schedule {text!r} has {len(rest) + 1} parts: it is shape:end:warmup")
+        raise ValueError(f"schedule {text!r} has {len(rest) + 1} parts: write it as shape:end:warmup")
     end, warmup = [*rest, "", ""][:2]
     if shape == "constant" and end:
         raise ValueError(f"schedule {text!r}: constant has no end; leave it out, as in constant::{warmup or 20}")
@@ -52,5 +52,5 @@ def parse(text: str) -> tuple[str, float, int]:
 
 
 def largest(text: str) -> float:
-    """The largest factor there ever is."""
+    """The largest factor of the schedule."""
     return max(1.0, parse(text)[1])

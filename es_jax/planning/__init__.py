@@ -1,4 +1,4 @@
-"""Whether a run fits devices that are not here, and how fast it could be."""
+"""Plans: whether a run fits on devices that you do not have, and how fast it could be."""
 
 from es_jax.core.extras import require
 

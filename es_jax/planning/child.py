@@ -17,12 +17,12 @@ from es_jax.training.config import freeze
 
 
 def main() -> None:
-    """Answer each line of standard input."""
+    """Answer each request, a line of standard input."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what a compiler prints is not an answer
+    os.dup2(2, 1)  # keeps the compiler's output out of the answers
 
     def send(kind: str, value: Any) -> None:
-        answers.write(json.dumps({kind: value}, default=sorted) + "\n")  # of all that a plan has, JSON lacks sets alone
+        answers.write(json.dumps({kind: value}, default=sorted) + "\n")  # JSON lacks only the sets of a plan
 
     compiled: dict[Any, Any] = {}
     for line in sys.stdin:
@@ -51,7 +51,7 @@ def _plan(request: Mapping[str, Any], compiled: dict[Any, Any], send: Any) -> di
 
 
 def _model(fields: Mapping[str, Any]) -> TransformerConfig:
-    """The shape that JSON made dicts and lists of."""
+    """The shape, read back from the dicts and lists of JSON."""
     scaling = fields["rope_scaling"] and RopeScaling(**fields["rope_scaling"])
     patterns = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
     return TransformerConfig(**{**fields, **patterns, "rope_scaling": scaling})

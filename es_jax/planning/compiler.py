@@ -1,7 +1,7 @@
-"""A child process for the compilers of absent devices, which may end their process in the place of an answer.
+"""A child process for the compilers of absent devices, since these may end their process instead of answering.
 
-A request is a line of JSON on the child's standard input, and its answers are lines of JSON: what it is about to
-compile, what it says, and at last the plan, or why there is none. The child's side is child.py.
+A request is a line of JSON on the child's standard input. The answers are lines of JSON: what it is about to compile,
+progress messages, and finally the plan, or why there is none. child.py is the child's side.
 """
 
 import contextlib
@@ -20,17 +20,18 @@ from typing import Any
 from es_jax.planning.topology import Topology
 
 COMMAND = (sys.executable, "-m", "es_jax.planning.child")
-_ROOT = str(Path(__file__).resolve().parents[2])  # the folder that has the package
-_FATAL = re.compile(r"^F\d{4}|Check fail|LLVM ERROR|terminate called|Error: ")  # in what a process says at its end
+_ROOT = str(Path(__file__).resolve().parents[2])  # the folder of the package
+_FATAL = re.compile(r"^F\d{4}|Check fail|LLVM ERROR|terminate called|Error: ")  # found in a process's last output
 
 
 class CompilerEnded(RuntimeError):
-    """The compiler's process ended without an answer: the text names compiler, version, how it ended and what to do; a
-    note has all that the process said."""
+    """The compiler's process ended without an answer. The text names the compiler, its version, how it ended and what
+    to do; a note holds the process's whole output."""
 
 
 class Compiler:
-    """The child, which starts with the first request, and anew with the next one after an end without an answer."""
+    """The child process. It starts with the first request, and again with the next request after an end without an
+    answer."""
 
     def __init__(self, command: Sequence[str] | None = None):
         self._command = command or COMMAND
@@ -47,17 +48,18 @@ class Compiler:
         sys.stderr.write(self._end())
 
     def ask(self, request: Mapping[str, Any], topology: Topology, say: Callable[[str], None]) -> dict[str, Any]:
-        """The answer's plan. Raises CompilerEnded, and what the child raised: ValueError, OSError, RuntimeError."""
+        """The plan from the answer. Raises CompilerEnded, or what the child raised: ValueError, OSError,
+        RuntimeError."""
         process, work = self._process or self._start(), "started"
         assert process.stdin and process.stdout
         request = {**request, "topology": topology.shape, "slices": topology.slices}
-        with contextlib.suppress(BrokenPipeError):  # it has ended: what it said tells how
+        with contextlib.suppress(BrokenPipeError):  # it has ended: its output says how
             process.stdin.write(json.dumps(request, default=sorted) + "\n")
             process.stdin.flush()
         for line in process.stdout:
             try:
                 ((kind, value),) = json.loads(line).items()
-            except (ValueError, AttributeError):  # its last line, cut short
+            except (ValueError, AttributeError):  # its last line, truncated
                 break
             if kind == "compiling":
                 work = f"compiled {value}"
@@ -77,12 +79,12 @@ class Compiler:
         self._said = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         self._process = subprocess.Popen(
             self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True,
-            env=os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"},  # chips that are here are left alone
+            env=os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"},  # it must not use this machine's chips
         )  # fmt: skip
         return self._process
 
     def _end(self) -> str:
-        """Wait for the child's end; what it said on standard error."""
+        """Wait for the child's end; returns its standard error."""
         process, self._process = self._process, None
         assert process and process.stdin and process.stdout
         with contextlib.suppress(BrokenPipeError):
@@ -95,7 +97,7 @@ class Compiler:
 
 
 def _sentence(topology: Topology, status: int, work: str, said: str) -> str:
-    """Which compiler ended, how, at what, and what to do."""
+    """A sentence: which compiler ended, how, doing what, and what to do."""
     gpu = topology.chip.kind.startswith("NVIDIA")
     package = "jax-cuda12-pjrt" if gpu else "libtpu"
     try:
@@ -104,12 +106,12 @@ def _sentence(topology: Topology, status: int, work: str, said: str) -> str:
         version = "of unknown version"
     how = f"signal {signal.Signals(-status).name}" if status < 0 else f"status {status}"
     lines = [line.strip() for line in said.splitlines() if line.strip()]
-    last = next((line for line in lines if _FATAL.search(line)), lines[-1] if lines else "it said nothing")
+    last = next((line for line in lines if _FATAL.search(line)), lines[-1] if lines else "without any output")
     newer = "pip install -U jax jax-cuda12-plugin jax-cuda12-pjrt" if gpu else "pip install -U libtpu"
     remedy = f"another version may compile it ({newer}), or plan other sizes, such as decode.slots or mesh.model"
     if status == -signal.SIGKILL:
-        remedy = "as a rule the machine has no memory left for the compiler: plan on one with more"
+        remedy = "usually the machine has too little memory for the compiler: plan on a machine with more"
     return (
-        f"{package} {version}, the compiler for {topology.name}, ended with {how} and without an answer "
-        f"while it {work} ({last[:200]}): {remedy}"
+        f"{package} {version}, the compiler for {topology.name}, ended with {how} and without an answer while it "
+        f"{work} ({last[:200]}): {remedy}"
     )

@@ -1,4 +1,4 @@
-"""The programs of a GRPO run, for devices that are not here: `rollout`, `score` and `update` of its `Policy`."""
+"""The programs of a GRPO run, for absent devices: `rollout`, `score` and `update` of its `Policy`."""
 
 import dataclasses
 
@@ -12,17 +12,17 @@ from es_jax.planning.costs import Work, forward_flops
 from es_jax.planning.programs import Bytes, Program, Programs, array
 from es_jax.training.grpo import AT_ONCE, Policy, Rows
 
-_PASSES = 4  # over a layer, of an update: forward, forward again for the gradient, and twice as much backward
+_PASSES = 4  # cost of an update per layer: forward, forward again for the gradient, and backward, which counts twice
 
 
 class PolicyPrograms(Programs):
-    """As `Programs`, of a run with method="grpo"."""
+    """Like `Programs`, for a run with method="grpo"."""
 
     order = ("load", "rollout", "score", "update")
 
     @property
     def policy(self) -> Policy:
-        """What the run compiles; `GRPO` makes the same."""
+        """The policy that the run compiles; `GRPO` makes the same."""
         evaluator, grpo = self.evaluator, self.config.grpo
         engine = dataclasses.replace(evaluator.engine, sampler=Temperature(grpo.temperature))
         return Policy(engine, self.mesh, evaluator.dtype, self.spec.chain, grpo)
@@ -40,7 +40,7 @@ class PolicyPrograms(Programs):
         )  # fmt: skip
 
     def score(self) -> Program:
-        """Log-probabilities of all rollouts before the policy moves; again for the reference where there is one."""
+        """Log-probabilities of all rollouts before the policy moves, and again for the reference if there is one."""
         rows = self.prompts * self.config.grpo.rollouts
         tokens = array(self._micro_batches(rows), jnp.int32, self.everywhere)
         return Program(
@@ -81,5 +81,5 @@ class PolicyPrograms(Programs):
         return ceil_div(rows, size), size, self.width + self.new
 
     def _forward(self, rows: int) -> float:
-        """Operations of one device for one pass over rows of full length, logits of the completions among them."""
+        """Operations of one device for one pass over rows of full length, including the logits of the completions."""
         return forward_flops(self.model, rows, self.width + self.new, logits=self.new) / self.mesh.size

@@ -1,7 +1,7 @@
-"""What a compiled program sends between devices, read from its HLO text.
+"""Reads from a compiled program's HLO text what it sends between devices.
 
-A collective inside a loop is sent once a turn. The compiler writes down how often a loop turns where it knows it; the
-loops of decoding end when all rows have stopped, so their turns are given by the caller.
+A collective inside a loop runs once per iteration. The compiler records the number of iterations if it knows it. The
+loops of decoding end when all rows have stopped, so the caller gives their numbers.
 """
 
 import functools
@@ -37,28 +37,28 @@ class Instruction(NamedTuple):
 
     @property
     def operands(self) -> list[str]:
-        """The names of the instructions whose results it takes."""
+        """The names of the instructions whose results it uses."""
         return re.findall(r"%([\w.\-]+)", _OPERANDS.match(self.rest)[0])  # type: ignore[index]
 
     def called(self, role: str) -> list[str]:
-        """The computations that an attribute of that name gives."""
+        """The computations named by that attribute."""
         match = re.search(rf"\b{role}=(\{{[^}}]*\}}|%?[\w.\-]+)", self.rest)
         return re.findall(r"[\w.\-]+", match[1]) if match else []
 
 
 class Collective(NamedTuple):
-    """One kind of exchange of a program."""
+    """One kind of collective in a program."""
 
     op: str  # one of `OPS`
-    bytes: int  # of its result on one device, each time
-    times: int  # that a run of the program does it
-    axes: tuple[str, ...]  # of the mesh, that it goes along; none where its groups are single devices
-    groups: int  # of devices, that exchange each for itself
+    bytes: int  # bytes of its result on one device, each time
+    times: int  # how often a run of the program does it
+    axes: tuple[str, ...]  # axes of the mesh along which it goes; none if its groups are single devices
+    groups: int  # number of device groups, each with its own exchange
     group_size: int
 
     @property
     def sent(self) -> float:
-        """Bytes that a device sends in a run of the program, at least, by any algorithm."""
+        """The least bytes that a device sends in a run of the program, by any algorithm."""
         others = self.group_size - 1
         share = others / self.group_size
         shares = {"all-gather": share, "all-to-all": share, "all-reduce": 2 * share, "reduce-scatter": others}
@@ -66,19 +66,20 @@ class Collective(NamedTuple):
 
 
 def collectives(text: str, axes: dict[str, int], *, turns: Mapping[str, float]) -> list[Collective]:
-    """The exchanges of a compiled program, equal ones added up, largest first; of branches, the one that sends most.
+    """The collectives of a compiled program, with equal ones merged, largest first. Of branches, the one that sends
+    most counts.
 
     Args:
-      text: of `Compiled.as_text()`.
+      text: the text of `Compiled.as_text()`.
       axes: the mesh's axes with their sizes, in its order; devices count through them, the last one fastest.
-      turns: of the loops whose number the compiler does not know, by a scope (`jax.named_scope`) that they are in, the
-        innermost that is known; "" is for all others.
+      turns: numbers of iterations that the compiler does not know, by the scope (`jax.named_scope`) of the loop; the
+        innermost given scope counts, and "" is for all others.
     """
     bodies = computations(text)
 
     @functools.cache
     def exchanges(name: str) -> Counter:
-        """Of one run of a computation: a `Collective` whose own `times` is 1 → how often."""
+        """For one run of a computation: a `Collective` with `times` 1 → how often it runs."""
         total: Counter = Counter()
         for instruction in bodies.get(name, ()):
             if instruction.op.removesuffix("-start") in OPS:
@@ -99,7 +100,7 @@ def collectives(text: str, axes: dict[str, int], *, turns: Mapping[str, float]) 
 
 
 def computations(text: str) -> dict[str, list[Instruction]]:
-    """The instructions of every computation by its name; that in which the program begins is called `ENTRY`."""
+    """The instructions of every computation by its name; the computation in which the program begins is `ENTRY`."""
     bodies: dict[str, list[Instruction]] = {}
     current: list[Instruction] = []
     for line in text.splitlines():
@@ -111,7 +112,7 @@ def computations(text: str) -> dict[str, list[Instruction]]:
 
 
 def turns_of(loop: str, bodies: Mapping[str, list[Instruction]], turns: Mapping[str, float]) -> float:
-    """Turns of a loop: as the compiler writes them, or the bound in a condition that is nothing but i < bound."""
+    """Iterations of a loop: as recorded by the compiler, or the bound in a condition that is just i < bound."""
     if count := re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', loop):
         return int(count[1])
     condition = re.search(r"condition=%?([\w.\-]+)", loop)
@@ -124,18 +125,18 @@ def turns_of(loop: str, bodies: Mapping[str, list[Instruction]], turns: Mapping[
 
 
 def scope_of(instruction: str, scopes: Iterable[str]) -> str:
-    """Of these scopes the innermost that an instruction is in; "" where it is in none."""
+    """The innermost of these scopes around an instruction; "" if there is none."""
     match = re.search(r'op_name="([^"]*)"', instruction)
     path = match[1] if match else ""
     return max((name for name in scopes if name and name in path), key=path.rfind, default="")
 
 
 def _collective(instruction: Instruction, axes: dict[str, int]) -> Collective:
-    """The exchange of one instruction. But for all-reduce, its "-start" gives what leaves before what arrives."""
+    """The collective of one instruction. A "-start" lists its inputs before its outputs, except for all-reduce."""
     op, arrays = instruction.op.removesuffix("-start"), ARRAY.findall(instruction.shape)
     sizes = [int(bits or 8) * math.prod(_numbers(shape)) // 8 for bits, shape, _ in arrays]
     if op == instruction.op or op == "all-reduce":
-        arriving = sum(sizes)  # perhaps several arrays at once
+        arriving = sum(sizes)  # there may be several arrays
     else:
         arriving = sum(sizes[1:]) if op != "reduce-scatter" else min(sizes)
     groups = _groups(instruction.rest, math.prod(axes.values()))
@@ -157,7 +158,7 @@ def _groups(rest: str, devices: int) -> list[list[int]]:
 
 
 def _iota(text: str) -> np.ndarray:
-    """Device numbers in an order such as [2,4]T(1,0): counted through the shape, then transposed."""
+    """Device numbers in an order such as [2,4]T(1,0): enumerated over the shape, then transposed."""
     match = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
     if match is None:
         raise ValueError(f"cannot read the device groups of a collective: {text}")
@@ -167,7 +168,7 @@ def _iota(text: str) -> np.ndarray:
 
 
 def _mesh_groups(axes: str, order: str | None, along: str) -> list[list[int]]:
-    """Groups written as axes of a mesh, such as mesh['a'=2,'b'=4] {'b'}, perhaps with the order of its devices."""
+    """Groups written as axes of a mesh, such as mesh['a'=2,'b'=4] {'b'}, optionally with the order of its devices."""
     sizes = {name: int(size) for name, size in re.findall(r"'?([\w.]+)'?=(\d+)", axes)}
     names = re.findall(r"'([^']+)'", along)
     if not names or not set(names) <= set(sizes):

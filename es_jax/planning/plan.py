@@ -1,4 +1,4 @@
-"""Compile a run's programs for a topology, judge whether it fits, and say so in words and as JSON.
+"""Compiles a run's programs for a topology, decides whether it fits, and reports that in words and as JSON.
 
 `make_plan` compiles in a child process (compiler.py, child.py), `plan_here` in this one. `search` tries meshes, members
 at once and slot counts until no other can be faster than the best that fits.
@@ -33,13 +33,13 @@ from es_jax.training.config import RunConfig, freeze
 from es_jax.training.method import METHODS
 from es_jax.training.sizes import prompts_of_member
 
-_NAMED = 4  # kinds of collectives of a program that have words of their own; the rest are added up
+_NAMED = 4  # kinds of collectives per program that are described; the rest are summed up
 
 
 class Moved(NamedTuple):
-    """What a part of a program reads and writes in a device's memory, and must at least."""
+    """What a part of a program reads and writes in a device's memory, and the least it must."""
 
-    traffic: Traffic | None  # None where the program did not compile, or has no such loop
+    traffic: Traffic | None  # None if the program did not compile, or has no such loop
     least: float
 
     @property
@@ -49,24 +49,24 @@ class Moved(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What compiling one program showed. The fields are those of --json, see `es_jax.plan`."""
+    """The result of compiling one program. The fields are those of --json, see `es_jax.plan`."""
 
     name: str
     peak_bytes: int
     own_bytes: int
     host_bytes: int
-    parts: dict[str, int]  # what the peak is made of; the last is "rest"
+    parts: dict[str, int]  # parts of the peak; the last is "rest"
     collectives: list[Collective]
     compile_seconds: float
     runs: int
     work: Work  # of one run on a device
     error: str | None
-    moved: dict[str, Moved]  # by the name of the part, as `Program.counted`
+    moved: dict[str, Moved]  # by the name of the part, as in `Program.counted`
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A run on a topology."""
+    """The plan of a run on a topology."""
 
     config: RunConfig
     topology: Topology
@@ -77,7 +77,7 @@ class Plan:
 
     @property
     def short(self) -> int:
-        """Bytes of a device that are missing; negative where there is room."""
+        """Missing bytes of a device; negative if there is room."""
         return max(outcome.peak_bytes for outcome in self.programs) - self.topology.chip.memory
 
     @property
@@ -86,7 +86,7 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """The bound on an iteration's time."""
+        """The lower bound on an iteration's time."""
         return sum(outcome.runs * outcome.work.seconds(self.topology.chip) for outcome in self.programs)
 
 
@@ -99,16 +99,16 @@ def make_plan(
     only: Set[str] | None = None,
     compiler: Compiler | None = None,
 ) -> Plan:
-    """Compile every program of the run, for a model of that shape, in a child process.
+    """Compile every program of the run, for a model with that shape, in a child process.
 
     Args:
-      say: gets a line on each program when it is compiled.
-      only: the names of the programs to compile; what others need of one that is left out is not known.
-      compiler: the child, which uses what it compiled for earlier plans of the same model and topology; None starts one
-        for this plan.
+      say: called with a line about each program when it is compiled.
+      only: the names of the programs to compile; results of other programs that these need are then unknown.
+      compiler: the child process, which reuses what it compiled for earlier plans of the same model and topology; None
+        starts one for this plan.
 
     Raises:
-      ValueError: a mesh that the topology or the model does not allow.
+      ValueError: the topology or the model does not allow the mesh.
       CompilerEnded: the compiler ended without an answer; the text names its version and what to do.
     """
     with contextlib.nullcontext(compiler) if compiler else Compiler() as child:
@@ -127,7 +127,7 @@ def make_plan(
 
 
 def _outcome(values: Sequence[Any]) -> Outcome:
-    """An outcome that JSON made a list of lists."""
+    """An outcome, read back from the lists of JSON."""
     outcome = Outcome(*values)
     kinds = [Collective(*kind)._replace(axes=tuple(kind[3])) for kind in outcome.collectives]
     moved = {
@@ -147,11 +147,12 @@ def plan_here(
     compiled: dict[Any, Any] | None = None,
     begin: Callable[[str], None] = lambda name: None,
 ) -> Plan:
-    """As `make_plan`, in this process, which ends where the compiler does.
+    """Like `make_plan`, but in this process, which ends if the compiler ends it.
 
     Args:
-      compiled: what earlier plans of the same model and topology compiled; it is used, and added to.
-      begin: gets a program's name before it is compiled.
+      compiled: programs compiled for earlier plans of the same model and topology; they are reused, and new ones are
+        added.
+      begin: called with a program's name before it is compiled.
     """
     compiled = {} if compiled is None else compiled
     programs, outcomes = programs_of(config, model, topology), []
@@ -170,13 +171,13 @@ def plan_here(
         outcomes.append(outcome)
         if program.name in programs.weights:
             if outcome.error:
-                break  # where decode would find the members' weights is not known
+                break  # it is not known where decode would find the members' weights
             programs.weights[program.name] = placed(programs.weights[program.name], shardings)
     return Plan(programs.config, topology, axes, slots, at_once, tuple(outcomes))
 
 
 def compile_program(program: Program, axes: dict[str, int]) -> tuple[Outcome, Any]:
-    """What came of it, and where its results are (None where it did not compile)."""
+    """The outcome, and the shardings of its results (None if it did not compile)."""
     began = time.monotonic()
     compiled, error = None, None
     try:
@@ -202,7 +203,7 @@ def compile_program(program: Program, axes: dict[str, int]) -> tuple[Outcome, An
 
 
 def _traffic(text: str, program: Program, part: Counted) -> Traffic | None:
-    """Of a part of a program whose compiled text that is; "" where it did not compile."""
+    """The traffic of a part of the program with that compiled text; "" if it did not compile."""
     if not text:
         return None
     turns = {**program.turns, **part.turns}
@@ -212,10 +213,10 @@ def _traffic(text: str, program: Program, part: Counted) -> Traffic | None:
 
 @contextlib.contextmanager
 def _uncached() -> Iterator[None]:
-    """Without the compilation cache: it takes programs for absent devices, and then cannot read them."""
+    """A context without the compilation cache, which stores programs for absent devices but cannot read them back."""
     before = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
     jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()  # which remembers whether it is used
+    compilation_cache.reset_cache()  # it remembers whether it is in use
     try:
         yield
     finally:
@@ -224,7 +225,7 @@ def _uncached() -> Iterator[None]:
 
 
 def _peak(stats: Any) -> int:
-    """Bytes of a device, without the pinned host buffers that the compiler counts among them."""
+    """Bytes of a device, without the pinned host buffers that the compiler includes."""
     host = stats.host_argument_size_in_bytes + stats.host_output_size_in_bytes - stats.host_alias_size_in_bytes
     if stats.peak_memory_in_bytes:
         return stats.peak_memory_in_bytes - host
@@ -233,31 +234,30 @@ def _peak(stats: Any) -> int:
 
 
 def _needed(error: str) -> int:
-    """The compiler's own figure of what a program that is too large would need; 0 where it gives none."""
+    """The bytes that a too large program would need, according to the compiler; 0 if it does not say."""
     match = re.search(r"Used ([\d.]+)([KMG]) of|\(([\d.]+)([KMG])\) exceeds", error)
     number, unit = filter(None, match.groups()) if match else ("0", "K")
     return int(float(number) * {"K": 2**10, "M": 2**20, "G": GIB}[unit])
 
 
 class Candidate(NamedTuple):
-    """A config with a mesh, members at once and a slot count, and what is known of it before anything is compiled."""
+    """A config with a mesh, members at once and a slot count, and what is known before anything is compiled."""
 
     config: RunConfig
-    seconds: float  # the bound on an iteration, without what is sent between devices
+    seconds: float  # bound on an iteration, without traffic between devices
     least: int  # bytes of a device that it needs
 
 
 def search(config: RunConfig, model: TransformerConfig, topology: Topology, *, say: Callable[[str], None]) -> Plan:
-    """The plan with the lowest bound on an iteration's time among those that fit, else the one nearest to fitting.
+    """The plan that fits and has the lowest bound on an iteration's time, else the plan that comes nearest to fitting.
 
-    All meshes of the devices, 1, 1/2, 1/4, … of a member's prompts as slots and, where members share their weights, 1,
-    2, 4, … members at once are candidates, the most promising first.
-
-    A candidate with which the compiler ends without an answer is told, and left out.
+    Candidates are all meshes of the devices, with 1, 1/2, 1/4, … of a member's prompts as slots and, if members share
+    their weights, 1, 2, 4, … members at once. The most promising come first.
+    A candidate for which the compiler ends without an answer is reported and left out.
 
     Raises:
       ValueError: no mesh suits the model and the topology.
-      CompilerEnded: the compiler had no answer for any candidate.
+      CompilerEnded: the compiler answered for no candidate.
     """
     with Compiler() as compiler:
         return _search(config, model, topology, compiler, say)
@@ -294,7 +294,7 @@ def _search(
 
 
 def candidates(config: RunConfig, model: TransformerConfig, topology: Topology) -> list[Candidate]:
-    """All that suit, the lowest bound first; of equal ones that which cuts members over fewer devices."""
+    """All possible candidates, lowest bound first; among equals, members sharded over fewer devices come first."""
     prompts, devices = prompts_of_member(config), len(topology.devices)
     shares, results = (model.heads, model.kv_heads, model.mlp_dim, model.vocab_size, devices), []
     powers = ([2**i for i in range(number.bit_length())] for number in (devices, prompts))
@@ -315,10 +315,11 @@ def candidates(config: RunConfig, model: TransformerConfig, topology: Topology) 
 
 
 def words(plan: Plan) -> str:
-    """Several lines: what was compiled, a row a program, what it sends, the bound on an iteration, the verdict."""
+    """The report in several lines: what was compiled, a row for each program, traffic, the bound on an iteration, the
+    verdict."""
     config, chip, devices = plan.config, plan.topology.chip, len(plan.topology.devices)
     size = METHODS[config.method].size.format(config=config)
-    cells = [("program", "runs", "compile", "GiB a device, and what of", "GiB pinned", "TFLOP", "bound")]
+    cells = [("program", "runs", "compile", "GiB per device, and its parts", "GiB pinned", "TFLOP", "bound")]
     for outcome in plan.programs:
         parts = " + ".join(f"{name} {_gib(size)}" for name, size in outcome.parts.items() if size >= GIB / 200)
         cells.append((
@@ -337,14 +338,14 @@ def words(plan: Plan) -> str:
         "",
         *aligned(cells),
         "",
-        "Sent between devices, of one run of each program:",
+        "Traffic between devices in one run of each program:",
         *(f"  {outcome.name}: {_sent(outcome.collectives)}" for outcome in plan.programs),
         "",
         "Read and written in a device's memory, counted kernel by kernel:",
         *(f"  {line}" for outcome in plan.programs for line in _read(outcome)),
         "",
-        f"An iteration takes at least {plan.seconds:.4g} s: a bound, not a measurement, with every completion at its "
-        f"full length, the published peaks of the {chip.name}, and noise, scheduling and host left out.",
+        f"An iteration takes at least {plan.seconds:.4g} s. This is a bound, not a measurement: every completion has "
+        f"its full length, the {chip.name} reaches its published peaks, and noise, scheduling and host are left out.",
         verdict(plan),
     ])  # fmt: skip
 
@@ -367,7 +368,7 @@ def fields(plan: Plan) -> dict[str, Any]:
 
 
 def verdict(plan: Plan) -> str:
-    """Fits, and with how much to spare; or by how much not, and what would help."""
+    """The verdict: it fits, and with how much to spare; or how much is missing, and what would help."""
     worst = max(plan.programs, key=lambda outcome: outcome.peak_bytes)
     of = f"{_gib(worst.peak_bytes)} of {_gib(plan.topology.chip.memory)} GiB a device"
     if plan.fits:
@@ -380,7 +381,7 @@ def verdict(plan: Plan) -> str:
 
 
 def _remedies(plan: Plan, worst: Outcome) -> Iterator[str]:
-    """What would make room, with how much, by arithmetic alone: another plan must show it."""
+    """What would free memory, and how much, by arithmetic alone; only another plan can confirm it."""
     cache, copy, anchor = (worst.parts.get(name, 0) for name in ("KV cache", "compute copy", "anchor"))
     groups, model, at_once = plan.mesh[GROUPS], plan.mesh[MODEL], plan.members_at_once
     if at_once > 1 and worst.name in ("perturb", "decode"):
@@ -388,7 +389,7 @@ def _remedies(plan: Plan, worst: Outcome) -> Iterator[str]:
         lanes = sum(size for name, size in worst.parts.items() if name not in all_have)  # nearly all grows with them
         fewer, share = at_once - math.ceil(plan.short * at_once / lanes), ceil_div(plan.config.es.population, groups)
         if fewer > 0:
-            fewer = ceil_div(share, ceil_div(share, fewer))  # of as many rounds
+            fewer = ceil_div(share, ceil_div(share, fewer))  # for the same number of rounds
             yield f"decode.members_at_once={fewer} frees about {_gib(lanes * (at_once - fewer) / at_once)}"
     if cache:
         slots = plan.slots - math.ceil(plan.short * plan.slots / cache)
@@ -401,7 +402,7 @@ def _remedies(plan: Plan, worst: Outcome) -> Iterator[str]:
 
 
 def _lanes(plan: Plan) -> str:
-    """What a group decodes at once."""
+    """A phrase: what a group decodes at once."""
     config, slots = plan.config, f"{plan.slots} slot{'s' if plan.slots > 1 else ''}"
     if not config.record.perturbs:
         return slots
@@ -421,24 +422,24 @@ def _sent(kinds: list[Collective]) -> str:
         parts.append(f"{exchange} over {' and '.join(kind.axes)} ({groups})")
     if rest := kinds[_NAMED:]:
         megabytes = sum(kind.sent for kind in rest) / 1e6
-        parts.append(f"{len(rest)} smaller kind{'s' if len(rest) > 1 else ''}, {megabytes:.3g} MB")
-    return f"{sum(kind.sent for kind in kinds) / 1e9:.4g} GB a device. " + "; ".join(parts)
+        parts.append(f"{len(rest)} smaller kind{'s' if len(rest) > 1 else ''} with {megabytes:.3g} MB")
+    return f"{sum(kind.sent for kind in kinds) / 1e9:.4g} GB per device. " + "; ".join(parts)
 
 
 def _read(outcome: Outcome) -> Iterator[str]:
-    """A line a part of a program."""
+    """A line for each part of a program."""
     for name, part in outcome.moved.items():
         what = {
             "": "",
             "step": ", a step of all slots at all places",
             "even_step": ", a step of all slots, their lengths spread evenly",
-            "chunk": ", a chunk beside its steps",
+            "chunk": ", the rest of a chunk",
         }
         least, traffic = f"{part.least / 1e9:.4g} GB at least", part.traffic
         if traffic is None:
             figures = f"not known, {least}"
         elif traffic.unknown:
-            figures = f"not known, for it calls {', '.join(sorted(traffic.unknown))}; {least}"
+            figures = f"not known, since it calls {', '.join(sorted(traffic.unknown))}; {least}"
         else:
             figures = f"{traffic.known / 1e9:.4g} GB, {part.ratio:.2f} × {least}; {round(traffic.kernels)} kernels"
         yield f"{outcome.name}{what.get(name, f', a {name}')}: {figures}"

@@ -1,8 +1,8 @@
-"""The programs of a run, lowered for devices that are not here: they are asked for from the run's own classes.
+"""The programs of a run, lowered for absent devices; they come from the run's own classes.
 
-`load` makes the optimizer's state (the anchor in it), `perturb` a round of members, `decode` their completions,
-`update` is the estimate and the step. With low-rank noise `share` makes the one copy of the weights that all members
-have, and `perturb` what each has of its own. Arrays have shapes and shardings, but no numbers.
+`load` makes the optimizer's state including the anchor, `perturb` a round of members, `decode` their completions, and
+`update` the estimate and the step. With low-rank noise `share` makes the one copy of the weights that all members
+share, and `perturb` what each member adds. Arrays have shapes and shardings but no data.
 """
 
 import dataclasses
@@ -43,14 +43,14 @@ from es_jax.training.sizes import choose_slots, members_at_once, pair_bytes, pro
 
 
 class Bytes(NamedTuple):
-    """Bytes of arrays on one device, and of its share in the host's pinned memory."""
+    """Bytes of arrays on one device, and in its share of the host's pinned memory."""
 
     device: int = 0
     host: int = 0
 
     @classmethod
     def of(cls, tree: Any) -> "Bytes":
-        """Of a tree of `jax.ShapeDtypeStruct`s with shardings."""
+        """The bytes of a tree of `jax.ShapeDtypeStruct`s with shardings."""
         sizes = [0, 0]
         for leaf in jax.tree.leaves(tree):
             pinned = leaf.sharding.memory_kind == "pinned_host"
@@ -59,36 +59,36 @@ class Bytes(NamedTuple):
 
 
 class Counted(NamedTuple):
-    """A part of a program whose bytes are counted, and what they must be at least on one device."""
+    """A part of a program whose bytes are counted, and the least bytes on one device."""
 
     least: float
-    scope: str | None = None  # one turn of the outermost loop in it; None: a run of the program
-    turns: Mapping[str, float] = MappingProxyType({})  # in the place of the program's
-    branches: Mapping[str, int] = MappingProxyType({})  # as `traffic.TrafficCounter` takes them, like the next
+    scope: str | None = None  # scope: counts one iteration of its outermost loop; None: a run of the program
+    turns: Mapping[str, float] = MappingProxyType({})  # replaces that of the program
+    branches: Mapping[str, int] = MappingProxyType({})  # as in `traffic.TrafficCounter`, like the next
     kernels: Kernels = MappingProxyType({})
 
 
 class Program(NamedTuple):
-    """One program of an iteration; the names are those of `Programs`' methods."""
+    """One program of an iteration; its name is that of the method of `Programs`."""
 
     name: str
-    lower: Callable[[], Any]  # for the topology
-    times: int  # that an iteration runs it; 0 for "load"
+    lower: Callable[[], Any]  # lowered for the topology
+    times: int  # runs per iteration; 0 for "load"
     parts: Mapping[str, Bytes]  # what the device holds while it runs
-    own: Set[str]  # the parts that the compiler's figures contain; the others are the run's
-    work: Work  # of one device in a run of it, without what is sent
-    turns: Mapping[str, float] = MappingProxyType({})  # as `hlo.collectives` takes them
-    counted: Mapping[str, Counted] = MappingProxyType({})  # "" for the whole program, else by the name of the part
+    own: Set[str]  # parts within the compiler's figures; the others belong to the run
+    work: Work  # work of one device in a run, without traffic
+    turns: Mapping[str, float] = MappingProxyType({})  # as in `hlo.collectives`
+    counted: Mapping[str, Counted] = MappingProxyType({})  # "" for the whole program, else the name of the part
 
 
 class Programs:
-    """A run's programs on a mesh of devices to compile for; config.model.dtype must not be "auto".
+    """A run's programs on a mesh of devices to compile for. config.model.dtype must not be "auto".
 
-    Where the config leaves decode.slots and decode.members_at_once open they are chosen as a run does, from the
-    `memory` of a device (by default, of one that is here).
+    If decode.slots and decode.members_at_once are not set, they are chosen as in a run, from the `memory` of a device
+    (by default that of a present one).
     """
 
-    # The methods that give them; not all have all.
+    # The methods that return them; not every method of training has all.
     order: tuple[str, ...] = ("load", "share", "perturb", "perturb_layer", "decode", "update")
 
     def __init__(self, config: RunConfig, model: TransformerConfig, mesh: Mesh, memory: int | None = None):
@@ -104,7 +104,7 @@ class Programs:
         self.each = prompts_of_member(config)
         longest, self.new = config.decode.max_prompt_tokens, config.decode.max_new_tokens
         self.width = padded_width(longest, longest)
-        in_place = platform_of(mesh) == "gpu" and decode_attention.supports(model)  # as `Engine` chooses there
+        in_place = platform_of(mesh) == "gpu" and decode_attention.supports(model)  # as `Engine` would choose there
         engine = Engine(
             model, slots=self.each, max_prompt_tokens=longest, max_new_tokens=self.new, stop_token_ids=(0,),
             unroll=in_place, in_place=in_place,
@@ -117,7 +117,7 @@ class Programs:
             config = dataclasses.replace(config, decode=dataclasses.replace(config.decode, members_at_once=number))
         self.config = config
         evaluator = self.evaluator = Evaluator.of(config, engine, mesh).sampling(config.decode.temperature)
-        self.rounds = ceil_div(config.es.population, evaluator.lanes)  # of members in an iteration
+        self.rounds = ceil_div(config.es.population, evaluator.lanes)  # rounds of members in an iteration
         self.members = _members(evaluator.lanes, over_groups(mesh))
         noise, dtype = evaluator.noise, jnp.dtype(evaluator.dtype)
         copy = jax.eval_shape(evaluator.shared_weights, self.params) if evaluator.shared else self.params
@@ -126,7 +126,7 @@ class Programs:
         self.pairs: dict[str, Bytes] = {}
         if isinstance(noise, LowRankNoise):
             own = self.pairs = {"pairs": Bytes(evaluator.at_once * pair_bytes(noise, model, dtype))}
-        # A round is dispatched while the one before it decodes, but for large members.
+        # A round is dispatched while the previous one decodes, except with large members.
         self.other_round = {"other round": next(iter(own.values()))} if evaluator.vmapped and self.rounds > 1 else {}
         self.rates = array((2,), jnp.float32, self.everywhere)  # (α, αλ) of a step
         anchor, moments = self.start, self.opt_state
@@ -137,17 +137,18 @@ class Programs:
         self._check_memory()
 
     def _check_memory(self) -> None:
-        """Raises ValueError where the devices to compile for do not know the anchor's memory, as JAX's absent GPUs."""
+        """Raises ValueError if the devices to compile for do not have the anchor's memory kind, such as JAX's absent
+        GPUs."""
         anchor = self.config.optim.anchor
         if anchor.penalty != "none" and anchor.memory != "device" and not self.resident["anchor"].host:
             raise ValueError(
-                f"optim.anchor.memory is {anchor.memory!r}, which JAX does not know of GPUs that are not here: plan "
-                "with 'device', and take the anchor's bytes off those of a device"
+                f"optim.anchor.memory is {anchor.memory!r}, which JAX does not support for absent GPUs: plan with "
+                "'device', and subtract the anchor's bytes from those of a device"
             )
 
     @functools.cached_property
     def weights(self) -> dict[str, Any]:
-        """What `decode` takes, by the program that makes it; where it lies is known when that is compiled."""
+        """The inputs of `decode` by the program that makes them; their shardings are known once that is compiled."""
         evaluator = self.evaluator
         if evaluator.layer_by_layer:
             rest, layers = self._rest_and_layers
@@ -171,7 +172,7 @@ class Programs:
         return (getattr(self, name)() for name in self.order if name not in absent)
 
     def load(self) -> Program:
-        """From the weights, which are read leaf by leaf, to the optimizer's state."""
+        """Makes the optimizer's state from the weights, which are read leaf by leaf."""
         where = jax.tree.map(lambda leaf: leaf.sharding, self.opt_state)
         return Program(
             "load",
@@ -183,7 +184,7 @@ class Programs:
         )
 
     def share(self) -> Program:
-        """The copy of the weights that all members share, whole in every group."""
+        """Makes the copy of the weights that all members share, replicated over the groups."""
         return Program(
             "share",
             lambda: Evaluator.shared_weights.lower(self.evaluator, self.params),
@@ -194,13 +195,13 @@ class Programs:
         )
 
     def perturb(self) -> Program:
-        """The weights of one round of members; where all share one copy, what each has of its own; where layers are
-        made one by one, all but these."""
+        """Makes the weights of one round of members. If all share one copy, it makes what each member adds; if layers
+        are made one by one, everything except the layers."""
         if self.evaluator.layer_by_layer:
             return self._perturbed("perturb", self._rest_and_layers[0], None, times=self.rounds)
         if not self.pairs:
             return self._perturbed("perturb", self.params, None, times=self.rounds)
-        moved = sum(part.device for part in self.pairs.values())  # the shapes of shared weights alone are needed
+        moved = sum(part.device for part in self.pairs.values())  # only the shapes of shared weights are needed
         return Program(
             "perturb",
             lambda: Evaluator.member_pairs.lower(self.evaluator, self.params, self.members),
@@ -212,7 +213,7 @@ class Programs:
         )
 
     def perturb_layer(self) -> Program:
-        """One layer of one round of members."""
+        """Makes one layer of one round of members."""
         layers = self._rest_and_layers[1]
         layer = array((), jnp.int32, self.everywhere)
         return self._perturbed("perturb_layer", layers, layer, times=self.rounds * self.model.layers)
@@ -234,11 +235,11 @@ class Programs:
         )
 
     def decode(self) -> Program:
-        """Prefill and completions of one round of members, a slotful of prompts at a time, with `weights` placed where
-        the compiled programs leave them."""
+        """Prefill and completions of one round of members, with all slots filled at a time, and with `weights` sharded
+        as the compiled programs leave them."""
         evaluator, where = self.evaluator, over_groups(self.mesh)
         tokens = array((evaluator.lanes, self.each, self.width), jnp.int32, where)
-        rows = Prompts(tokens, tokens, array((0,), jnp.int32, self.everywhere))  # no shared prefix: a bound
+        rows = Prompts(tokens, tokens, array((0,), jnp.int32, self.everywhere))  # no shared prefix, so a bound
         sampled = bool(self.config.decode.temperature)
         keys = array((evaluator.lanes, self.each, 2), jnp.uint32, where) if sampled else None
 
@@ -259,14 +260,14 @@ class Programs:
 
     @property
     def _rank(self) -> int:
-        """Of the members' pairs; 0 where they have none."""
+        """The rank of the members' pairs; 0 without pairs."""
         return self.evaluator.noise.rank if isinstance(self.evaluator.noise, LowRankNoise) else 0
 
     def _completions(
         self, name: str, lower: Callable[[], Any], *, prompts: int, times: int, lanes: int = 1, rank: int = 0,
         own: Set[str] = frozenset(),
     ) -> Program:  # fmt: skip
-        """A program that completes so many prompts on each of a group's lanes; with a `rank` these share one copy of
+        """A program that completes so many prompts on each lane of a group. With a `rank` the lanes share one copy of
         the weights, which a step reads once."""
         new, share = self.new, self.mesh.shape[MODEL]
         sizes = LoopSizes.of(self.evaluator.engine, prompts, self.width, lanes=lanes)
@@ -291,14 +292,15 @@ class Programs:
         )
 
     def _least(self, sizes: LoopSizes, lanes: int, itemsize: int) -> dict[str, Counted]:
-        """Of a decode step with all slots at their last place, of one whose slots' lengths are spread evenly from there
-        down to the first new token, of a chunk of steps beside these, and of a prefill: each weight that they use is
-        read once, and each lane's live keys and values; those of new tokens are written, and where a chunk has its own
-        cache read and written once more after it. The chunk is the last that is compiled: of all slots, at all places.
+        """The counted parts: a decode step with all slots at their last place, a step whose slots' lengths are spread
+        evenly from there down to the first new token, the rest of a chunk of steps, and a prefill. The least traffic
+        reads each used weight once and each lane's live keys and values, and writes those of new tokens. If a chunk has
+        its own cache, that is read and written once more after it. The chunk is the last compiled one: all slots, at
+        all places.
         """
         model, share = self.model, self.mesh.shape[MODEL]
         weights = sum(math.prod(shape) for shape in param_shapes(model).values())
-        weights -= 0 if model.tied_embeddings else model.width * model.vocab_size  # rows of it are looked up
+        weights -= 0 if model.tied_embeddings else model.width * model.vocab_size  # only some of its rows are read
         copies = 1 if self.evaluator.shared else lanes
         read = copies * weights * itemsize / share + sum(part.device for part in self.pairs.values())
         places = self.width + self.new - 1
@@ -320,7 +322,8 @@ class Programs:
         return counted | {"prefill": Counted(read + fill / share, FILL)}
 
     def update(self) -> Program:
-        """Estimate and step. Of low-rank noise a pass over a leaf, read and written, adds a block of members."""
+        """Estimate and step. With low-rank noise each pass over a leaf reads and writes it, and adds a block of
+        members."""
         n, antithetic = self.config.es.population, self.config.es.antithetic
         members = dataclasses.replace(_members(n, self.everywhere), paired=antithetic)
         arguments = self.start, members, array((n,), jnp.float32, self.everywhere), self.rates
@@ -328,7 +331,7 @@ class Programs:
         passes = ceil_div(n // 2 if antithetic else n, BLOCK) if self._rank else 0
         parameters, anchor, moments = (self.resident[name].device for name in ("parameters", "anchor", "moments"))
         least = 2.0 * (parameters + moments) + anchor
-        if self.start is not None and self.config.optim.anchor.ema_decay is None:  # an anchor that stays is read only
+        if self.start is not None and self.config.optim.anchor.ema_decay is None:  # a fixed anchor is only read
             least -= Bytes.of(optax.tree.get(self.opt_state, "anchor")).device
         return Program(
             "update",
@@ -343,7 +346,7 @@ class Programs:
 
 
 def array(shape: tuple[int, ...], dtype: Any, sharding: Any) -> Any:
-    """A shape in the place of an array."""
+    """A shape that stands for an array."""
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 
@@ -352,23 +355,23 @@ def _members(n: int, sharding: Any) -> Members:
 
 
 def placed(tree: Any, shardings: Any) -> Any:
-    """A tree of shapes, at those places."""
+    """A tree of shapes with those shardings."""
     return jax.tree.map(lambda leaf, where: array(leaf.shape, leaf.dtype, where), tree, shardings)
 
 
 def find_shape(config: RunConfig) -> tuple[TransformerConfig, str]:
-    """The shape of a run's base model, and where it was found: "files" (a folder with a config.json, a .gguf, the hub
-    or its cache), or "published" (`es_jax.models.known_configs`) where a hub name cannot be had."""
+    """The shape of a run's base model, and where it was found: "files" (a folder with a config.json, a .gguf file, the
+    hub or its cache), or "published" (`es_jax.models.known_configs`) if the hub cannot provide the name."""
     try:
         return state.base_config(config), "files"
     except (FileNotFoundError, PermissionError) as error:
         if known := published(config.model.source):
             return known, "published"
-        raise type(error)(f"{error}; shapes known without it: {', '.join(PUBLISHED)}") from error
+        raise type(error)(f"{error}; shapes that are known without the hub: {', '.join(PUBLISHED)}") from error
 
 
 def programs_of(config: RunConfig, model: TransformerConfig, topology: Topology) -> Programs:
-    """A run's programs, on the mesh that it asks for; model.dtype "auto" is bfloat16, as on any accelerator."""
+    """A run's programs on the mesh that it asks for; model.dtype "auto" becomes bfloat16, as on any accelerator."""
     if config.model.dtype == "auto":
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bfloat16"))
     mesh = state.mesh_of(config, model, devices=list(topology.devices), memory=topology.chip.memory)

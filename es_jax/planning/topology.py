@@ -1,4 +1,4 @@
-"""Devices to compile for, without having them: a TPU slice or a GPU node by name.
+"""Absent devices to compile for: a TPU slice or a GPU node by name.
 
 TPUs: "v5e:4x4" is a slice of that shape, as Cloud TPU names it. GPUs: "h100:1x1x8" is slices × hosts × GPUs. The
 compilers come from PyPI: libtpu (the extra `plan`), and jax-cuda12-plugin with jax-cuda12-pjrt.
@@ -15,7 +15,8 @@ from jax.experimental import topologies
 
 from es_jax.core.chips import GIB, Chip, chip
 
-# Without these libtpu takes the machine for a worker of a slice, asks for its metadata and logs. What is set stays.
+# Without these, libtpu takes the machine for a worker of a slice, requests its metadata and logs. Values that are
+# already set are kept.
 _QUIET = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_LOG_DIR": "disabled",
@@ -23,17 +24,17 @@ _QUIET = {
     "TPU_WORKER_ID": "0",
     "TPU_ACCELERATOR_TYPE": "v5litepod-16",
     "TPU_MIN_LOG_LEVEL": "4",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # of several processes, each would want the chips for itself
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # with several processes each would claim the chips
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Devices that programs can be compiled for."""
+    """Devices for which programs can be compiled."""
 
     shape: str  # "v5e:4x4"
     chip: Chip
-    devices: tuple[Any, ...]  # to make a mesh of; they compute nothing
+    devices: tuple[Any, ...]  # for a mesh; they compute nothing
     slices: int = 1  # of that shape
 
     @property
@@ -47,7 +48,7 @@ def topology(name: str, *, slices: int = 1) -> Topology:
     `slices`: TPU slices of that shape, joined by the data-centre network.
 
     Raises:
-      ValueError: an unknown chip, a shape that the compiler does not take, or a compiler that is not installed.
+      ValueError: the chip is unknown, the compiler does not take the shape, or the compiler is not installed.
     """
     kind, colon, shape = name.partition(":")
     if not colon or not re.fullmatch(r"\d+(x\d+){0,2}", shape):
@@ -58,14 +59,14 @@ def topology(name: str, *, slices: int = 1) -> Topology:
         devices = topologies.get_topology_desc(topology_name=name, **options).devices
     except RuntimeError as error:  # also JAX's own, and NotImplementedError
         reason = str(error).splitlines()[0]
-        raise ValueError(f"topology is {name!r}, which the compiler does not take: {reason}") from error
+        raise ValueError(f"topology is {name!r}, which the compiler refuses: {reason}") from error
     return Topology(name, device, tuple(devices), slices)
 
 
 def _tpus(device: Chip, name: str, shape: str, slices: int) -> dict[str, Any]:
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError(
-            f"topology is {name!r}, but libtpu, its compiler, is not installed: pip install 'es_jax[plan]'"
+            f"topology is {name!r}, but its compiler, libtpu, is not installed: pip install 'es_jax[plan]'"
         )
     for variable, value in _QUIET.items():
         os.environ.setdefault(variable, value)
@@ -77,16 +78,19 @@ def _tpus(device: Chip, name: str, shape: str, slices: int) -> dict[str, Any]:
 def _gpus(device: Chip, name: str, shape: str, slices: int) -> dict[str, Any]:
     if not (importlib.util.find_spec("jax_plugins") and importlib.util.find_spec("jax_plugins.xla_cuda12")):
         raise ValueError(
-            f"topology is {name!r}, and the CUDA compiler is not installed: "
-            f"pip install --no-deps jax-cuda12-plugin=={jax.__version__} jax-cuda12-pjrt=={jax.__version__}"
+            f"topology is {name!r}, but the CUDA compiler is not installed: pip install --no-deps "
+            f"jax-cuda12-plugin=={jax.__version__} jax-cuda12-pjrt=={jax.__version__}"
         )
     if slices != 1 or len(shape.split("x")) != 3:
-        raise ValueError(f"topology is {name!r}: of GPUs it is slices × hosts × GPUs, such as {device.name}:1x1x8")
+        raise ValueError(
+            f"topology is {name!r}: for GPUs it must be slices × hosts × GPUs, such as {device.name}:1x1x8"
+        )
     return {"platform": "cuda", "topology": shape, "target_config": _target(device)}
 
 
 def _target(device: Chip) -> str:
-    """The GPU as XLA describes one: NVIDIA's tuning guides of the Ampere and Hopper architectures, tables of limits."""
+    """XLA's description of the GPU, with values from the tables of limits in NVIDIA's Ampere and Hopper tuning
+    guides."""
     limits = {"a100": (108, 164, 163, 40, 1.41, 8, 64), "h100": (132, 228, 227, 50, 1.98, 9, 128)}
     cores, shared, block, cache, clock, major, units = limits[device.name]
     return f"""

@@ -1,14 +1,14 @@
-"""Bytes that a compiled program reads and writes in a device's memory, and its kernels, read from its HLO text.
+"""Counts, from HLO text, the bytes that a compiled program reads and writes in a device's memory, and its kernels.
 
-Each kernel counts by itself, in each turn of its loops: what it reads of its operands and what it writes.
+Each kernel counts separately, in each iteration of its loops, with what it reads of its operands and what it writes.
 
-- Of an operand that is sliced or gathered from, inside a fusion too, the pieces count.
-- An update in place (dynamic-update-slice, scatter) counts what it writes, and nothing of what it leaves as it is.
-- Of branches one counts: that which the caller names, or the one that moves most.
-- A call whose inside the compiler does not show counts all operands and results, its workspace among them; one that no
-  table has makes the bytes None, and is listed.
-- Arrays have the size that they take in memory, tiles of TPUs filled up. Arrays in a TPU's own fast memory (S(1) in the
-  text) and in the host's (S(5)) count nothing.
+- If an operand is sliced or gathered from, even inside a fusion, only the pieces count.
+- An update in place (dynamic-update-slice, scatter) counts only what it writes, not what it leaves unchanged.
+- Of several branches only one counts: the branch that the caller names, or the one that moves most.
+- A call that the compiler does not show inside counts all its operands and results, including its workspace. A call
+that is in no table makes the bytes None, and is listed.
+- Arrays count with their size in memory, including the padding of TPU tiles. Arrays in a TPU's fast memory (S(1) in the
+text) and in host memory (S(5)) do not count.
 """
 
 import functools
@@ -28,9 +28,9 @@ HIDDEN = (
     "__cublas$", "__cudnn$", "__cub$", "__gpu$TopK", "TopK",
     "__gpu$xla.gpu.triton", "triton_kernel_call", "mosaic_gpu", "tpu_custom_call",
 )  # fmt: skip
-"""How the targets of calls begin whose operands and results say what they move: of libraries, and of Pallas."""
+"""Prefixes of call targets, of libraries and Pallas, whose operands and results show what they move."""
 FREE_CALLS = ("AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast", "GatherScatterIndicesBitpacked")
-"""Calls by which the compiler for TPUs notes something, and that compute nothing."""
+"""Calls that are only annotations of the TPU compiler and compute nothing."""
 
 _PIECES = ("slice", "dynamic-slice", "gather")  # read a part of their first operand
 _UPDATES = ("dynamic-update-slice", "scatter")  # write a part of it
@@ -40,19 +40,19 @@ Kernels = Mapping[str, Callable[[list[int], list[int]], float]]
 
 
 class Traffic(NamedTuple):
-    """Of a run of a program, or of a part of it."""
+    """The traffic in a run of a program, or of a part of it."""
 
-    known: float = 0.0  # bytes, of all calls but the unknown ones
-    kernels: float = 0.0  # kernels and copies that are started
-    unknown: frozenset[str] = frozenset()  # targets of calls of which nothing is known
+    known: float = 0.0  # bytes of all known calls
+    kernels: float = 0.0  # started kernels and copies
+    unknown: frozenset[str] = frozenset()  # targets of unknown calls
 
     @property
     def bytes(self) -> float | None:
-        """Read and written; None where a call is unknown."""
+        """Bytes read and written; None if a call is unknown."""
         return None if self.unknown else self.known
 
     def plus(self, other: "Traffic", times: float = 1.0) -> "Traffic":
-        """This, and the other so many times."""
+        """This plus `times` times the other."""
         if not times:
             return self
         moved, kernels = self.known + times * other.known, self.kernels + times * other.kernels
@@ -65,7 +65,7 @@ class Array(NamedTuple):
 
 
 class _Needed(NamedTuple):
-    """What an instruction needs of an operand: a share of it, which may be a piece that adds to other pieces."""
+    """What an instruction needs of an operand: a share of it, possibly a piece that adds to other pieces."""
 
     operand: str
     share: float
@@ -78,10 +78,10 @@ class TrafficCounter:
     Args:
       text: of `Compiled.as_text()`.
       turns: as `hlo.collectives` takes them.
-      branches: which branch of a conditional counts, by a scope as in `turns`; negative ones from the last on.
-      kernels: of calls whose reads are not their operands (a grid that reads a block several times, lengths that are
-        known here), by a name that stands in the call's text: a function of the bytes of operands and of results that
-        gives the bytes moved. It goes before the tables.
+      branches: which branch of a conditional counts, by a scope as in `turns`; negative numbers count from the last.
+      kernels: for calls that read more or less than their operands (a grid that reads a block several times, known
+        lengths): a name in the call's text → a function from the bytes of operands and of results to the moved bytes.
+        It takes precedence over the tables.
     """
 
     def __init__(
@@ -97,12 +97,12 @@ class TrafficCounter:
         self._run, self._updates = functools.cache(self._run), functools.cache(self._updates)  # type: ignore[method-assign]
 
     def program(self) -> Traffic:
-        """Of a run of the program."""
+        """The traffic of a run of the program."""
         return self._run(ENTRY)
 
     def turn(self, scope: str) -> Traffic | None:
-        """Of one turn of the outermost loop in a scope (`jax.named_scope`), of several the one that moves most; None
-        where there is no loop."""
+        """The traffic of one iteration of the outermost loop in a scope (`jax.named_scope`); of several loops, the one
+        that moves most. None if there is no loop."""
         turns = map(self._turn, self._loops(ENTRY, scope))
         return max(turns, key=lambda turn: turn.known, default=None)
 
@@ -116,12 +116,12 @@ class TrafficCounter:
                     yield from self._loops(inner, scope)
 
     def _run(self, name: str) -> Traffic:
-        """Of a run of a computation."""
+        """The traffic of a run of a computation."""
         values = {x.name: x for x in self._bodies[name]}
         return functools.reduce(Traffic.plus, (self._one(x, values) for x in values.values()), Traffic())
 
     def _one(self, x: Instruction, values: Mapping[str, Instruction]) -> Traffic:
-        """Of an instruction among those of its computation."""
+        """The traffic of one instruction of a computation."""
         if x.op in FREE or x.op.endswith("-done"):
             return Traffic()
         if x.op == "while":
@@ -136,7 +136,7 @@ class TrafficCounter:
         return Traffic(read + self._written(x, values), 1, frozenset(self._hidden(x)))
 
     def _turn(self, loop: Instruction) -> Traffic:
-        """Of one turn; a condition is not computed where the number of turns is known."""
+        """The traffic of one iteration; the condition does not count if the number of iterations is known."""
         body, condition = (self._run(loop.called(role)[0]) for role in ("body", "condition"))
         return body if "known_trip_count" in loop.rest else body.plus(condition)
 
@@ -147,7 +147,7 @@ class TrafficCounter:
         return [max(names, key=lambda name: self._run(name).known) if number is None else names[number]]
 
     def _call(self, x: Instruction, values: Mapping[str, Instruction]) -> Traffic:
-        """Of a call whose inside is not in the program."""
+        """The traffic of a call whose code is not in the program."""
         operands, results = [_bytes(values[name].shape) for name in x.operands], _bytes_of_each(x.shape)
         for name, moved in self._kernels.items():
             if name in x.rest:
@@ -158,7 +158,7 @@ class TrafficCounter:
         return Traffic(sum(operands) + sum(results), 1, frozenset(self._hidden(x)))
 
     def _hidden(self, x: Instruction) -> Iterator[str]:
-        """The targets of unknown calls, those in fusions among them."""
+        """The targets of unknown calls, including those in fusions."""
         if x.op == "custom-call" and not (target := _target(x)).startswith(HIDDEN) and target not in FREE_CALLS:
             yield target
         for name in x.called("calls"):
@@ -168,7 +168,8 @@ class TrafficCounter:
     def _needs(
         self, x: Instruction, values: Mapping[str, Instruction], share: float, in_place: set[str] | frozenset[str]
     ) -> Iterator[_Needed]:
-        """What an instruction needs of its operands to give a share of its result; `in_place`: updates that are so."""
+        """What an instruction needs of its operands for a share of its result; `in_place` lists the updates in
+        place."""
         if called := x.called("calls"):
             for name, part in zip(x.operands, self._fused(called[0], share), strict=True):
                 yield _Needed(name, part, piece=part < share)
@@ -188,7 +189,7 @@ class TrafficCounter:
             yield _Needed(name, min(part, 1.0), piece=first and x.op in _PIECES)
 
     def _fused(self, name: str, share: float) -> list[float]:
-        """Of each parameter of a fused computation the share that is needed for a share of its result."""
+        """For each parameter of a fused computation, the share that is needed for a share of its result."""
         body = self._bodies[name]
         values, in_place = {x.name: x for x in body}, self._updates(name)[1]
         whole = {x.name: share for x in body if x.root}
@@ -207,8 +208,8 @@ class TrafficCounter:
         return [parameters[i] for i in sorted(parameters)]
 
     def _updates(self, name: str) -> tuple[list[float], frozenset[str]]:
-        """Of each result of a fused computation the share that is written, and the updates that are in place: whatever
-        lies between them and a parameter."""
+        """For each result of a fused computation, the share that is written, and the updates in place, whatever comes
+        between them and a parameter."""
         values = {x.name: x for x in self._bodies[name]}
         root = next(x for x in values.values() if x.root)
         written, in_place = [], set()
@@ -233,13 +234,13 @@ class TrafficCounter:
         return sum(results)
 
     def _combines(self, x: Instruction) -> bool:
-        """Whether an update needs what was there: a scatter that adds, say."""
+        """Whether an update needs the old values, such as a scatter that adds."""
         inside = [self._bodies[name] for name in x.called("to_apply")] if x.op == "scatter" else []
         return any(not (y.op == "parameter" and y.rest.startswith("1)")) for body in inside for y in body if y.root)
 
 
 def _started(x: Instruction, values: Mapping[str, Instruction]) -> Instruction:
-    """What an instruction that ends in "-start" begins: its result has what it takes, what it gives and more."""
+    """The work that a "-start" instruction begins; its result holds its inputs, its outputs and more."""
     if not x.op.endswith("-start") or x.op == "all-reduce-start":
         return x
     arrays = [match[0] for match in ARRAY.finditer(x.shape)]
@@ -249,7 +250,7 @@ def _started(x: Instruction, values: Mapping[str, Instruction]) -> Instruction:
 
 
 def _update(x: Instruction) -> str:
-    """The name of what an update writes; of a scatter of several arrays that of the first."""
+    """The name of the array that an update writes; for a scatter of several arrays, the first."""
     return x.operands[1 if x.op == "dynamic-update-slice" else len(x.operands) // 2 + 1]
 
 
@@ -259,7 +260,7 @@ def _target(x: Instruction) -> str:
 
 
 def _ratio(part: Instruction, whole: Instruction) -> float:
-    """How many elements one has for each of the other."""
+    """The ratio of the numbers of elements."""
     part_, whole_ = (sum(array.elements for array in arrays(x.shape)) for x in (part, whole))
     return part_ / max(whole_, 1)
 
@@ -289,7 +290,7 @@ def _array(bits: str, shape: str, layout: str) -> Array:
     tile, space = re.search(r"T\(([\d,]+)\)", rest), re.search(r"S\((\d+)\)", rest)
     if space and (tile or space[1] == "5"):
         return Array(elements, 0)
-    if tile:  # the last axes in memory, each in whole tiles
+    if tile:  # the last axes in memory, rounded up to whole tiles
         held = [sizes[int(axis)] for axis in reversed(order.split(",")) if axis]
         for i, size in enumerate(reversed(tile[1].split(",")), start=1):
             if i <= len(held):

@@ -1,4 +1,4 @@
-"""Figures and tables from the directories of runs. `python -m es_jax.report` makes a page of them."""
+"""Figures and tables about runs, from their directories. `python -m es_jax.report` makes a page of them."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,30 +16,30 @@ __all__ = ["Run", "Series", "accuracies", "prior_accuracy", "read_run", "target_
 
 
 def accuracies(workdir: str | Path, *tasks: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps [n] and mean held-out accuracies [n] of tasks, at the steps at which all of them were evaluated.
+    """Steps [n] at which all of the tasks were evaluated, and their mean held-out accuracies [n].
 
-    Raises FileNotFoundError where there is no such step.
+    Raises FileNotFoundError if there is no such step.
     """
     accuracy = read_run(workdir).accuracy(tasks)
     if not accuracy:
         raise FileNotFoundError(
-            f"{workdir}/evals has no step at which {', '.join(tasks)} were evaluated: run with evals.every above 0 and "
-            "these in evals.tasks"
+            f"{workdir}/evals has no step at which all of {', '.join(tasks)} were evaluated: run with evals.every "
+            "above 0 and these tasks in evals.tasks"
         )
     return np.array(list(accuracy)), np.array([value for value, _ in accuracy.values()])
 
 
 def prior_accuracy(workdir: str | Path, prior: Sequence[str]) -> np.ndarray:
-    """Mean held-out accuracy of the prior tasks, [n], at the steps that `accuracies(workdir, *prior)` has."""
+    """Mean held-out accuracy of the prior tasks, [n], at the steps of `accuracies(workdir, *prior)`."""
     return accuracies(workdir, *prior)[1]
 
 
 def target_against_prior(runs: Mapping[str, str | Path], path: str | Path, *, prior: Sequence[str]) -> Path:
-    """Writes the figure of target accuracy against mean prior accuracy, a line a run, coloured by iteration.
+    """Writes a figure of target accuracy against mean prior accuracy, one line for each run, coloured by iteration.
 
     Args:
       runs: label → run directory.
-      path: of the image; its ending chooses the format. It is returned.
+      path: path of the image, which is returned; its suffix selects the format.
       prior: names of tasks that all runs evaluated.
 
     Raises:
@@ -47,7 +47,10 @@ def target_against_prior(runs: Mapping[str, str | Path], path: str | Path, *, pr
     """
     plot = figures.target_against_prior([Series(label, (read_run(run),)) for label, run in runs.items()], prior)
     if plot is None:
-        raise ValueError(f"no run has evaluations of its target and of {', '.join(prior)}: nothing can be drawn")
+        raise ValueError(
+            f"no run has evaluations of its target and of {', '.join(prior)}, so nothing can be drawn: run with "
+            "evals.every above 0 and these tasks in evals.tasks"
+        )
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     plot.figure.savefig(path)
     return Path(path)

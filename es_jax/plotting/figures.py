@@ -1,6 +1,7 @@
-"""The figures of a report: over iterations, and where runs end. Each makes its rows of data first, and draws those.
+"""The figures of a report: curves over iterations, and the final results of runs.
 
-They are readable in grey: lines differ in marker, dash and darkness, and hatches tell bars apart.
+Each function first makes rows of data, then draws them. The figures are readable in grey: lines differ in marker, dash
+and darkness, and bars in their hatches.
 """
 
 import csv
@@ -32,7 +33,7 @@ from es_jax.plotting.runs import (
     together,
 )
 
-DIMENSIONS = ("target", "family of the model", "size of the model")  # of the runs, by which changes are boxed
+DIMENSIONS = ("target", "family of the model", "size of the model")  # of runs, to group changes into boxes
 REASONS = {"format": "format drift", "truncation": "truncation", "knowledge": "knowledge lost"}
 COLORS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")  # Okabe and Ito's
 MARKERS = "os^Dv<>PX*"
@@ -44,14 +45,14 @@ HATCHES = ("", "///", "...", "xx", "\\\\\\")
 class Plot(NamedTuple):
     """A finished figure."""
 
-    name: str  # of its files
-    title: str  # of its section
+    name: str  # name of its files
+    title: str  # title of its section
     figure: Figure
-    data: Rows  # what was drawn, a row a mark, as the CSV has it
-    caption: str  # how to read it, without the runs' settings
+    data: Rows  # the plotted data, a row for each mark, as in the CSV
+    caption: str  # how to read it; the runs' settings are not included
 
     def save(self, folder: Path) -> dict[str, Path]:
-        """Writes name.png, name.pdf and name.csv; their paths by ending."""
+        """Writes name.png, name.pdf and name.csv; returns their paths by suffix."""
         folder.mkdir(parents=True, exist_ok=True)
         paths = {ending: folder / f"{self.name}.{ending}" for ending in ("png", "pdf", "csv")}
         self.figure.savefig(paths["png"])
@@ -64,12 +65,12 @@ class Plot(NamedTuple):
 
 
 def canvas(width: float, height: float) -> Figure:
-    """An empty figure, in inches, whose parts are laid out without overlap."""
+    """An empty figure (size in inches) whose parts do not overlap."""
     return Figure(figsize=(width, height), layout="constrained", dpi=150)
 
 
 def line(i: int) -> Row:
-    """The i-th line: its colour, marker and dash."""
+    """The style of the i-th line: its colour, marker and dash."""
     return dict(
         color=COLORS[i % len(COLORS)], marker=MARKERS[i % len(MARKERS)], linestyle=DASHES[i % len(DASHES)],
         markersize=4.5, linewidth=1.5,
@@ -77,14 +78,14 @@ def line(i: int) -> Row:
 
 
 def bar(i: int) -> Row:
-    """The i-th kind of bar or box: its grey and its hatch."""
+    """The style of the i-th kind of bar or box: its grey and its hatch."""
     return dict(facecolor=FILLS[i % len(FILLS)], edgecolor="black", hatch=HATCHES[i % len(HATCHES)], linewidth=0.8)
 
 
 def grid(
     count: int, *, columns: int = 3, width: float = 3.6, height: float = 3.0, sharex: bool = False, ylabel: str = ""
 ) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` panels with grid lines, the first of each row with the label."""
+    """A figure of `count` panels with grid lines; the first panel of each row has the label."""
     across = min(columns, count)
     down = ceil_div(count, across)
     figure = canvas(max(width * across, 6.0), height * down + 0.9)
@@ -96,9 +97,9 @@ def grid(
 
 
 def text(words: str, *, width: int = 34) -> str:
-    """Words from configs and files for a figure: wrapped, printable, and never read as mathematics."""
+    """Text from configs and files for a figure: wrapped, printable, and never parsed as mathematics."""
     clean = "".join(c if c.isprintable() else "?" for c in words).replace("$", r"\$")
-    return textwrap.fill(clean.replace(" = ", "\u00a0=\u00a0"), width)  # λ = 2 stays on one line
+    return textwrap.fill(clean.replace(" = ", "\u00a0=\u00a0"), width)  # keeps λ = 2 on one line
 
 
 def ticks(set_ticks: Callable, names: Sequence[str], *, width: int, **style: Any) -> None:
@@ -114,7 +115,7 @@ def legend(figure: Figure, axes: Axes, *, columns: int, width: int = 40) -> None
 
 
 def accuracy_over_iterations(series: Sequence[Series]) -> Plot | None:
-    """Held-out accuracy of each task over iterations, a panel a series; None if nothing was evaluated."""
+    """Held-out accuracy of each task over iterations, one panel per series; None if nothing was evaluated."""
     series = [one for one in series if any(run.evals for run in one.runs)]
     if not series:
         return None
@@ -141,8 +142,8 @@ def accuracy_over_iterations(series: Sequence[Series]) -> Plot | None:
 
 
 def target_against_prior(series: Sequence[Series], prior: Tasks) -> Plot | None:
-    """Target accuracy against mean accuracy on the prior tasks, a panel for each target and model, a line a series, its
-    points coloured by iteration; None where there are no prior tasks, or none was evaluated."""
+    """Target accuracy against mean accuracy on the prior tasks: one panel for each target and model, one line per
+    series, points coloured by iteration. None if there are no prior tasks, or none was evaluated."""
     groups: dict[tuple, list] = {}
     for one in series:
         curves = [one.curve(tasks) for tasks in ([one.first.target], prior)]
@@ -170,7 +171,7 @@ def target_against_prior(series: Sequence[Series], prior: Tasks) -> Plot | None:
                 x, y, c=steps, cmap="viridis", vmin=0, vmax=last, s=34, marker=style["marker"],
                 edgecolors="black", linewidths=0.6, zorder=2,
             )  # fmt: skip
-            samples.append(Line2D(  # white: its colour would be an iteration's
+            samples.append(Line2D(  # white, since a colour would stand for an iteration
                 [], [], **path, marker=style["marker"], markersize=6, markerfacecolor="white", markeredgecolor="black",
                 label=text(label, width=44),
             ))  # fmt: skip
@@ -191,8 +192,8 @@ def target_against_prior(series: Sequence[Series], prior: Tasks) -> Plot | None:
 
 
 def drift_against_theory(series: Sequence[Series]) -> Plot | None:
-    """Measured ‖θ − θ₀‖ and its closed form over iterations, and their ratio where any run has a closed form; None
-    where no step is finished."""
+    """Measured ‖θ − θ₀‖ and its closed form over iterations, and their ratio if any run has a closed form; None if no
+    step is finished."""
     drifts = [(one.label, _drift(one)) for one in series if any(run.metrics for run in one.runs)]
     if not drifts:
         return None
@@ -221,9 +222,9 @@ def drift_against_theory(series: Sequence[Series]) -> Plot | None:
     began = "".join(f" {one.label} began at {_parents(one)}." for one in series if any(run.parent for run in one.runs))
     return Plot(
         "drift", "Drift against theory", figure, data,
-        f"Markers: the measured distance of the weights from where they began, mean over seeds.{began} Lines: the "
-        "closed form in exact arithmetic, where there is one. A ratio outside the grey band, 1 ± 0.02, means that "
-        "precision was lost.",
+        f"Markers show the measured distance of the weights from where they began, as the mean over seeds.{began} "
+        "Lines show the closed form in exact arithmetic, where one exists. A ratio outside the grey band, 1 ± 0.02, "
+        "means that precision was lost.",
     )  # fmt: skip
 
 
@@ -232,7 +233,7 @@ def _parents(one: Series) -> str:
 
 
 def _drift(one: Series) -> Rows:
-    """Means of measured and predicted drift, at the steps that all started runs of a series have."""
+    """Means of measured and predicted drift, at the steps common to all started runs of a series."""
     rows = []
     for step, metrics in together([run.drift for run in one.runs if run.metrics]).items():
         drift, theory = mean(metrics, "drift"), mean(metrics, "drift_theory")
@@ -243,7 +244,8 @@ def _drift(one: Series) -> Rows:
 
 
 def prior_change(series: Sequence[Series], prior: Tasks) -> Plot | None:
-    """Change in accuracy from the base, a value for each run and prior task, as boxes by target, family and size."""
+    """Change in accuracy from the base as boxes by target, family and size, with a value for each run and prior
+    task."""
     few = len({one.first.variant() for one in series}) <= 5  # kinds of boxes, with λ
     data = [
         {
@@ -278,8 +280,9 @@ def prior_change(series: Sequence[Series], prior: Tasks) -> Plot | None:
     legend(figure, axes, columns=4, width=34)
     return Plot(
         "prior_change", "Change in prior accuracy", figure, data,
-        f"Each box is over runs and the {len(prior)} prior tasks, at each run's last evaluation: quartiles, median "
-        f"(line), mean (diamond); whiskers reach the extremes. Prior tasks: {', '.join(prior)}.",
+        f"Each box covers runs and the {len(prior)} prior tasks, at each run's last evaluation. It shows the "
+        "quartiles, the median (line) and the mean (diamond); whiskers reach the extremes. Prior tasks: "
+        f"{', '.join(prior)}.",
     )  # fmt: skip
 
 
@@ -293,7 +296,7 @@ def _size(weights: int | None) -> str:
 
 
 def kl_map(series: Sequence[Series]) -> Plot | None:
-    """Exact KL(base ‖ now) in nats a token, series by tasks, at the last step that all have; None without KL."""
+    """Exact KL(base ‖ now) in nats per token, by series and task, at the last common step; None without KL."""
     data: Rows = []
     for one in series:
         for task in distinct(row["task"] for run in one.runs for row in run.kl):
@@ -320,14 +323,14 @@ def kl_map(series: Sequence[Series]) -> Plot | None:
     figure.colorbar(image, label="KL(base ‖ now)\nnats a token")
     return Plot(
         "kl", "KL from the base model", figure, data,
-        "Exact KL over the vocabulary on continuations that the base model wrote, mean over prompts, at the last step "
-        "at which all runs of a series were measured, not counting runs that never were. "
-        f"{ERRORS} They, the steps and how many runs there are stand in the CSV.",
+        "Exact KL over the vocabulary on continuations that the base model wrote, as the mean over prompts. It is "
+        "taken at the last step at which all runs of a series were measured; runs that were never measured are left "
+        f"out. {ERRORS} The CSV lists the errors, the steps and the number of runs.",
     )  # fmt: skip
 
 
 def drop_parts(series: Sequence[Series], prior: Tasks) -> Plot | None:
-    """What the drop in prior accuracy is made of: lost format, truncation, lost knowledge; None if it was not split."""
+    """The causes of the drop in prior accuracy: lost format, truncation, lost knowledge; None if it was not split."""
     data = [
         {"series": one.label, "reason": reason} | point.columns("lost")
         for one in series
@@ -350,16 +353,16 @@ def drop_parts(series: Sequence[Series], prior: Tasks) -> Plot | None:
     axes.grid(alpha=0.3, axis="x")
     legend(figure, axes, columns=3)
     return Plot(
-        "drop", "What the drop in prior accuracy is made of", figure, data,
-        "A row that was lost is booked under what is wrong with its completion: cut at max_new_tokens, else not in the "
-        "asked form, else wrong in good form. Rows that were gained count against it. At the last step at which the "
-        "drop of all runs of a series was split, not counting runs where it never was. Errors are over seeds, where "
-        "there are several.",
+        "drop", "Causes of the drop in prior accuracy", figure, data,
+        "A lost row is counted under what is wrong with its completion: cut at max_new_tokens, else not in the asked "
+        "form, else wrong in good form. Gained rows count negatively. The step is the last one at which the drop was "
+        "split for all runs of a series; runs in which it was never split are left out. With several seeds, errors "
+        "are over seeds.",
     )  # fmt: skip
 
 
 def _lost(run: Run, tasks: Tasks, reason: str) -> dict[int, tuple[float, None]]:
-    """Step → mean accuracy lost for the reason, where the drop of all tasks was split."""
+    """Step → mean accuracy lost for the reason, at steps where the drop was split for all tasks."""
     return {
         step: (mean(rows, f"lost_{reason}"), None)
         for step, rows in run.rows(tasks).items()
@@ -368,7 +371,7 @@ def _lost(run: Run, tasks: Tasks, reason: str) -> dict[int, tuple[float, None]]:
 
 
 def strength_sweep(series: Sequence[Series], prior: Tasks) -> Plot | None:
-    """Target and mean prior accuracy against λ, beside the base and λ = 0; None if no setting has two λ above 0."""
+    """Target and mean prior accuracy against λ, with the base and λ = 0; None if no setting has two λ above 0."""
     groups: dict[str, list[Series]] = {}
     for one in series:
         if one.last([one.first.target]) and (not prior or one.last(prior)):
@@ -383,8 +386,8 @@ def strength_sweep(series: Sequence[Series], prior: Tasks) -> Plot | None:
     legend(figure, panels[0], columns=3)
     return Plot(
         "strength", "Target and prior accuracy against λ", figure, data,
-        "Dashed: the same runs without a penalty, λ = 0, at the last step of the others, or at the step that it names. "
-        "Dotted: the base model. Hollow: at an earlier step than the others. "
+        "The dashed line is the same runs without a penalty, λ = 0, at the last step of the others or at the step "
+        "named next to it. The dotted line is the base model. Hollow markers are at an earlier step than the others. "
         f"{ERRORS} Prior tasks: {', '.join(prior) or 'none'}.",
     )  # fmt: skip
 
@@ -410,7 +413,7 @@ def _sweep(axes: Axes, penalty: str, group: Sequence[Series], prior: Tasks) -> R
         axes.plot(*_columns([row for row in rows if row["step"] < last], "lambda", "accuracy"), **hollow)
         if free is not None and (point := free.last(tasks, step=last)):
             axes.axhline(point.mean, color=style["color"], linestyle="--", linewidth=1.2, label=f"{name}, λ = 0")
-            if point.step != last:  # beside the line: the legend is of all panels
+            if point.step != last:  # next to the line, since the legend covers all panels
                 across = axes.get_yaxis_transform()
                 axes.text(0.01, point.mean, f"step {point.step}", fontsize=7, va="bottom", transform=across)
             add("none", name, 0.0, point)

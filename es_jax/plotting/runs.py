@@ -1,7 +1,7 @@
-"""The directories of runs, read for figures and tables: what is averaged, what it is called, what cannot be compared.
+"""Reads the directories of runs for figures and tables, averages and labels them, and finds what cannot be compared.
 
-Runs that differ in their seed, and in nothing else that a step depends on, are a `Series`; a figure shows series, with
-standard errors over seeds. Half-finished runs are read too. Labels and captions are made from the runs' configs.
+Runs that differ only in their seed form a `Series`; a figure shows series, with standard errors over seeds. Unfinished
+runs are read too. Labels and captions are made from the runs' configs.
 """
 
 import dataclasses
@@ -23,19 +23,19 @@ from es_jax.training.method import METHODS
 Row = dict[str, Any]
 Rows = list[Row]
 Tasks = Sequence[str]  # their names
-Value = tuple[float, float | None]  # with its standard error, where that is known
-ERRORS = "Errors are one standard error: over seeds, or over rows where a series is a single run."
-# What may differ within a series: the seed, and what no step depends on.
+Value = tuple[float, float | None]  # columns with a standard error, if that is known
+ERRORS = "Errors are one standard error: over seeds, or over rows if a series is a single run."
+# What may differ within a series: the seed, and fields that no step depends on.
 ALIKE = (
     "train.", "evals.", "mesh.", "decode.slots", "decode.members_at_once", "decode.max_prompt_tokens",
     "grpo.micro_batch", "model.template_date", "task.timeout_seconds",
-    "optim.anchor.strength", "optim.anchor.kappa",  # λ stands for both
+    "optim.anchor.strength", "optim.anchor.kappa",  # λ replaces both
 )  # fmt: skip
 SCHEDULES = ("es.schedule", "optim.schedule", "optim.anchor.schedule")
-# What every line of a file has; one of another name is a task's.
+# The columns that every line of a file has; other columns belong to the task.
 NEEDED = {"metrics": ("step",), "drift": ("step",), "kl": ("step", "task", "kl_exact"), "lm_eval": ("step", "task")}
-EARLIER = {"max_new": "max_new_tokens"}  # what earlier files call a column → its name
-# Dotted field → how a label or a caption calls it. Fields that are not here keep their names.
+EARLIER = {"max_new": "max_new_tokens"}  # the name of a column in earlier files → its name
+# Dotted field → its name in labels and captions. Other fields keep their names.
 SYMBOLS = dict(map(str.split, """
     es.population        N
     es.sigma             σ
@@ -50,12 +50,12 @@ SYMBOLS = dict(map(str.split, """
     task.grader          grader
     train.steps          iterations
 """.strip().splitlines()))  # fmt: skip
-CAPTIONED = ("es.population", "es.sigma", "grpo.rollouts", "optim.learning_rate")  # with their method
-SKIPPED = ("method", "model.source", "task.name", "optim.anchor.penalty", "λ")  # a label has words of its own for them
+CAPTIONED = ("es.population", "es.sigma", "grpo.rollouts", "optim.learning_rate")  # shown with their method
+SKIPPED = ("method", "model.source", "task.name", "optim.anchor.penalty", "λ")  # labels describe them in words
 
 
 class Point(NamedTuple):
-    """A mean at a step: its standard error (None if unknown) and how many runs it is over."""
+    """A mean at a step, its standard error (None if unknown) and the number of runs."""
 
     step: int
     mean: float
@@ -63,7 +63,7 @@ class Point(NamedTuple):
     runs: int
 
     def columns(self, name: str) -> Row:
-        """As columns of a figure's data, the mean under that name."""
+        """The point as columns of a figure's data, with the mean under that name."""
         return {"step": self.step, name: self.mean, f"{name}_se": self.error, "runs": self.runs}
 
 
@@ -74,12 +74,12 @@ class Run(NamedTuple):
     config: RunConfig
     facts: Mapping[str, Any]  # the rest of config.json
     metrics: Rows  # of metrics.jsonl
-    evals: dict[str, Rows]  # of evals/<task>.jsonl, by task
+    evals: dict[str, Rows]  # rows of evals/<task>.jsonl, by task
     kl: Rows  # of evals/kl.jsonl
-    target: str  # the task that is trained on
-    method: str  # what labels call it: "ES"
+    target: str  # the trained task
+    method: str  # its name in labels: "ES"
     penalty: str
-    size: int | None  # d, how many weights
+    size: int | None  # d, the number of weights
 
     @property
     def step(self) -> int:
@@ -92,18 +92,18 @@ class Run(NamedTuple):
 
     @property
     def parent(self) -> str | None:
-        """The step of another run that it started from: "first@40"."""
+        """The step of another run from which it started: "first@40"."""
         parent = self.facts.get("parent")
         return parent and f"{Path(parent['path']).name}@{parent['step']}"
 
     @property
     def base_digest(self) -> str:
-        """Of the weights that it, or the first of its ancestors, began from."""
+        """The digest of the weights from which it, or its first ancestor, began."""
         return (self.facts.get("parent") or self.facts)["digest"]
 
     @property
     def base_source(self) -> str:
-        """The model that it, or the first of its ancestors, began from."""
+        """The model from which it, or its first ancestor, began."""
         return (self.facts.get("parent") or {"model": self.config.model.source})["model"]
 
     @property
@@ -114,13 +114,13 @@ class Run(NamedTuple):
 
     @property
     def family(self) -> str:
-        """The letters that the model's name begins with, and a version right after them: Qwen2.5, Llama, lab."""
+        """The letters at the start of the model's name and a version right after them: Qwen2.5, Llama, lab."""
         match = re.match(r"[A-Za-z]+[0-9.]*", self.model)
         return match[0].rstrip(".") if match else self.model
 
     @property
     def strength(self) -> float:
-        """λ, given as such or as κ."""
+        """λ, whether the config gives λ or κ."""
         return self.config.anchor_strength
 
     def variant(self, *, strength: bool = True) -> str:
@@ -130,33 +130,33 @@ class Run(NamedTuple):
 
     @property
     def seed(self) -> tuple[int, int | None]:
-        """train.seed, and task.seed where the task makes its own rows: what differs between the runs of a series."""
+        """train.seed, and task.seed if the task generates its rows: what differs between the runs of a series."""
         return self.config.train.seed, self.config.task.seed if self.config.task.data_dir is None else None
 
     @property
     def seed_label(self) -> str:
-        """The seed, and that of the task's rows where it is another: "1 (task.seed = 2)"."""
+        """The seed, and the seed of the task's rows if it differs: "1 (task.seed = 2)"."""
         own, rows = self.seed
         return str(own) if rows in (None, own) else f"{own} (task.seed = {rows})"
 
     @property
     def drift(self) -> dict[int, Row]:
-        """Step → its metrics, where the drift was measured."""
+        """Step → its metrics, for steps with a measured drift."""
         return by_step(row for row in self.metrics if row.get("drift") is not None)
 
     def rows(self, tasks: Tasks) -> dict[int, Rows]:
-        """Step → the evaluations of the tasks, in their order, where all of them were evaluated."""
+        """Step → the evaluations of the tasks, in their order, for steps at which all were evaluated."""
         return together([by_step(self.evals.get(task, [])) for task in tasks])
 
     def accuracy(self, tasks: Tasks) -> dict[int, Value]:
-        """Step → mean accuracy over tasks and its standard error over rows, where all of them were evaluated."""
+        """Step → mean accuracy over tasks and its standard error over rows, for steps at which all were evaluated."""
         return {
             step: (mean(rows, "accuracy"), _mean_error(rows, "accuracy_se")) for step, rows in self.rows(tasks).items()
         }
 
     def change(self, tasks: Tasks, step: int) -> Value:
-        """Change in mean accuracy over tasks from step 0, and its standard error: that of paired rows, or if they were
-        not paired that of two independent means, which is larger."""
+        """Change in mean accuracy over tasks from step 0, and its standard error: over paired rows, or if they were not
+        paired over two independent means, which is larger."""
         accuracy = self.accuracy(tasks)
         (end, end_error), (start, start_error) = accuracy[step], accuracy[0]
         error = _mean_error(self.rows(tasks)[step], "accuracy_change_se")
@@ -165,11 +165,11 @@ class Run(NamedTuple):
         return end - start, error
 
     def settings(self) -> Row:
-        """What the run is, by dotted name, without its seed; λ for the anchor's strength or κ; and train.steps where a
-        schedule makes every step depend on how many there are."""
+        """The settings of the run by dotted name, without its seed; λ stands for the anchor's strength or κ.
+        train.steps is included if a schedule makes every step depend on it."""
         fields = flatten_dict(dataclasses.asdict(self.config), sep=".")
         fields = {name: value for name, value in fields.items() if not name.startswith("task.options.")}
-        fields["task.options"] = dict(self.config.task.options) or None  # one value: runs need not have the same ones
+        fields["task.options"] = dict(self.config.task.options) or None  # one value: runs may differ in options
         seed = ("task.seed",) if self.config.task.data_dir is None else ()
         skipped = (*ALIKE, *seed, *(f"{name}." for name in METHODS if name != self.config.method))
         settings = {name: value for name, value in fields.items() if not name.startswith(skipped)}
@@ -179,7 +179,7 @@ class Run(NamedTuple):
 
 
 class Series(NamedTuple):
-    """Runs of one setting with different seeds, under a label that tells them from the other series."""
+    """Runs of one setting with different seeds, under a label that distinguishes them from the other series."""
 
     label: str
     runs: tuple[Run, ...]
@@ -194,7 +194,7 @@ class Series(NamedTuple):
         return {step: average(step, [run[step] for run in runs if step in run]) for step in sorted(set().union(*runs))}
 
     def last(self, tasks: Tasks, *, step: int | None = None) -> Point | None:
-        """The last step of the curve that all runs have; or `step`, where all runs have it."""
+        """The last step of the curve that all runs have; or `step`, if all runs have it."""
         whole = {step: point for step, point in self.curve(tasks).items() if point.runs == len(self.runs)}
         return whole[step if step in whole else max(whole)] if whole else None
 
@@ -217,7 +217,7 @@ def by_step(rows: Iterable[Row]) -> dict[int, Row]:
 
 
 def together(runs: Sequence[Mapping[int, Any]]) -> dict[int, list[Any]]:
-    """Step → what each has there, at the steps that all have, in order.
+    """Step → what each mapping has there, at the common steps, in order.
 
     >>> together([{0: "a", 5: "b"}, {5: "c", 9: "d"}])
     {5: ['b', 'c']}
@@ -227,7 +227,7 @@ def together(runs: Sequence[Mapping[int, Any]]) -> dict[int, list[Any]]:
 
 
 def average(step: int, values: Sequence[Value]) -> Point:
-    """The mean of (value, its own error) over runs: the error over runs, or the value's own where there is one run.
+    """The mean of (value, its own error) over runs, with the error over runs, or the value's own for a single run.
 
     >>> average(5, [(0.2, 0.1), (0.4, 0.1)])
     Point(step=5, mean=0.30000000000000004, error=0.1, runs=2)
@@ -238,30 +238,30 @@ def average(step: int, values: Sequence[Value]) -> Point:
 
 
 def last_average(runs: Sequence[Mapping[int, Value]]) -> Point | None:
-    """The average at the last step that all runs have, not counting runs that have none."""
+    """The average at the last common step; runs without any step are left out."""
     steps = together([run for run in runs if run])
     return average(max(steps), steps[max(steps)]) if steps else None
 
 
 def mean(rows: Rows, name: str) -> Any:
-    """The mean of a column; None where a row does not have it."""
+    """The mean of a column; None if a row lacks it."""
     values = [row.get(name) for row in rows]
     return None if None in values else float(np.mean(values))  # type: ignore[arg-type]
 
 
 def _mean_error(rows: Rows, name: str) -> float | None:
-    """The error of the mean of independent values; None where one of theirs is unknown."""
+    """The standard error of the mean of independent values; None if one of their errors is unknown."""
     errors = [row.get(name) for row in rows]
     return None if None in errors else math.hypot(*errors) / len(errors)  # type: ignore[arg-type]
 
 
 def read_run(folder: str | Path) -> Run:
-    """A run's directory, whatever it holds so far; ValueError names a file that is damaged."""
+    """Reads a run's directory, whatever it holds so far. Raises ValueError that names a damaged file."""
     folder = Path(folder)
     facts = directory.read(folder)
-    config = freeze(facts["config"], begun=True)  # paths as they were given: runs that say the same are alike
+    config = freeze(facts["config"], begun=True)  # paths as given: runs with the same text are alike
     files = {path.stem: _rows(path) for path in sorted((folder / "evals").glob("*.jsonl"))}
-    limit = {"max_new_tokens": config.decode.max_new_tokens}  # of evaluations that do not name theirs
+    limit = {"max_new_tokens": config.decode.max_new_tokens}  # for evaluations that do not name theirs
     evals = {name: [limit | row for row in rows] for name, rows in files.items() if name not in NEEDED and rows}
     metrics, target = _rows(folder / "metrics.jsonl"), label(config.task.name)
     return Run(
@@ -271,7 +271,7 @@ def read_run(folder: str | Path) -> Run:
 
 
 def _rows(path: Path) -> Rows:
-    """A file's rows by step and task; of rows that were written twice the later one."""
+    """A file's rows by step and task; the later one if a row was written twice."""
     rows = {}
     for number, row in enumerate(read_jsonl(path), 1):
         for name in NEEDED.get(path.stem, ("step", "accuracy", "n")):
@@ -291,7 +291,7 @@ def prior_tasks(runs: Sequence[Run]) -> list[str]:
 
 
 def incomparable(runs: Sequence[Run]) -> dict[Path, str]:
-    """Folder → why its run cannot be set beside the earlier ones: the first difference, such as another grader."""
+    """Folder → why its run cannot be compared with the earlier ones: the first difference, such as another grader."""
     reasons: dict[Path, str] = {}
     first: dict[tuple, tuple[Any, Run]] = {}
     for run in runs:
@@ -307,10 +307,11 @@ def incomparable(runs: Sequence[Run]) -> dict[Path, str]:
 def _compared(run: Run) -> Iterator[tuple[str, tuple, Any]]:
     """(what is compared, among which runs, its value)."""
     config, task, digest = run.config, run.config.task, run.base_digest
-    seeds = {} if task.data_dir else {run.target: task.seed}  # rows that the task makes differ as the seed does
+    seeds = {} if task.data_dir else {run.target: task.seed}  # generated rows differ with the seed
     data = (task.data_dir, task.seed if task.data_dir else None, task.train_size)
     rows, own = "training_rows" in run.facts, (digest, task.name, seeds.get(run.target))
-    held_out = own if rows else (*own, config.evals.rows, config.evals.tasks)  # earlier versions have one digest of all
+    # earlier versions have one digest of all rows
+    held_out = own if rows else (*own, config.evals.rows, config.evals.tasks)
     yield "decode.max_new_tokens", (), config.decode.max_new_tokens
     yield "task.grader", (), task.grader or "paper"
     yield "the training data (data_dir, seed, train_size)", (task.name,), data
@@ -326,12 +327,12 @@ def _compared(run: Run) -> Iterator[tuple[str, tuple, Any]]:
 
 
 def group(runs: Sequence[Run], marks: Mapping[Path, str] | None = None) -> list[Series]:
-    """The series of some runs, in the order in which their first runs are given.
+    """The series of some runs, in the order of their first runs.
 
-    `marks`: folder → why the run cannot be compared; such a run is a series of its own, and its label says so.
+    `marks`: folder → why the run cannot be compared; such a run forms its own series, and its label says so.
 
     Raises:
-      ValueError: two directories hold the same run: everything that a step depends on is equal, the seed included.
+      ValueError: two directories hold the same run: all that a step depends on is equal, including the seed.
     """
     groups: dict[tuple, list[Run]] = {}
     marks = marks or {}
@@ -340,7 +341,7 @@ def group(runs: Sequence[Run], marks: Mapping[Path, str] | None = None) -> list[
         for other in same:
             if other.seed == run.seed:
                 before, now = other.config.train.steps, run.config.train.steps
-                both = f"differ in train.steps alone ({before} and {now}, both with seed {run.seed_label})"
+                both = f"differ only in train.steps ({before} and {now}, both with seed {run.seed_label})"
                 how = both if before != now else f"are the same run (seed {run.seed_label})"
                 raise ValueError(f"{other.folder} and {run.folder} {how}: leave one out; standard errors need runs "
                                  "with different seeds")  # fmt: skip
@@ -350,7 +351,7 @@ def group(runs: Sequence[Run], marks: Mapping[Path, str] | None = None) -> list[
 
 
 def _label(run: Run, others: Sequence[Run], marked: bool) -> str:
-    """What tells a run from the others: always the method and the anchor, and the fields that vary."""
+    """What distinguishes a run from the others: always the method and the anchor, and the fields that vary."""
     words = [getattr(run, name) for name in ("target", "model") if len({getattr(one, name) for one in others}) > 1]
     words += [f"from {run.parent}"] if run.parent and len({one.parent for one in others}) > 1 else []
     settings = [other.settings() for other in others if other.method == run.method]
@@ -363,7 +364,7 @@ def _label(run: Run, others: Sequence[Run], marked: bool) -> str:
 
 
 def caption(runs: Sequence[Run]) -> str:
-    """What the runs of a figure were: model, task, method, N, σ, α, λ and penalty, seeds, iterations, evaluation."""
+    """Describes the runs of a figure: model, task, method, N, σ, α, λ and penalty, seeds, iterations, evaluation."""
     models = (f"{run.model} ({run.size:,} weights)" if run.size else run.model for run in runs)
     parts = [f"Model: {_list(models)}", f"trained on: {_list(run.target for run in runs)}"]
     parts += [f"{run.folder.name} started from {run.parent}" for run in runs if run.parent]

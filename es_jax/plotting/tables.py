@@ -27,7 +27,7 @@ LATEX = {sign: "\\" + sign for sign in "{}_%&#$"} | dict(map(str.split, r"""
 """.strip().splitlines()))  # fmt: skip
 MARKDOWN = {"|": "\\|", "<": "&lt;", ">": "&gt;"} | {sign: "\\" + sign for sign in "\\*_`[]"}
 VIEWS = {
-    "accuracy": "accuracy", "lost_alone": "lost by it alone", "strict": "strict", "robust": "robust",
+    "accuracy": "accuracy", "lost_alone": "lost by this grader alone", "strict": "strict", "robust": "robust",
     "loglik": "likeliest", "well_formed": "well-formed", "truncated": "truncated", "mean_length": "tokens",
 }  # fmt: skip
 FORMS = [".1f" if name == "mean_length" else ".3f" for name in VIEWS]
@@ -36,19 +36,19 @@ FORMS = [".1f" if name == "mean_length" else ".3f" for name in VIEWS]
 class Table(NamedTuple):
     """A table of texts."""
 
-    name: str  # of its files
-    title: str  # of its section
+    name: str  # name of its files
+    title: str  # title of its section
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     caption: str = ERRORS  # how to read it
 
     def markdown(self) -> str:
-        """As a Markdown table; cells are text, whatever they hold."""
+        """The table in Markdown; special characters in cells are escaped."""
         head, *rows = self._escaped(MARKDOWN)
         return "".join(f"| {' | '.join(line)} |\n" for line in (head, ["---"] * len(head), *rows))
 
     def latex(self) -> str:
-        """As a tabular environment of booktabs; cells are text, whatever they hold."""
+        """The table in LaTeX (tabular, booktabs); special characters in cells are escaped."""
         head, *rows = (" & ".join(line) + r" \\" for line in self._escaped(LATEX))
         begin = rf"\begin{{tabular}}{{l{'r' * (len(self.columns) - 1)}}}"
         return "\n".join([begin, r"\toprule", head, r"\midrule", *rows, r"\bottomrule", r"\end{tabular}", ""])
@@ -59,7 +59,7 @@ class Table(NamedTuple):
         return [[" ".join(cell.split()).translate(table) for cell in line] for line in (self.columns, *self.rows)]
 
     def save(self, folder: Path) -> dict[str, Path]:
-        """Writes name.md and name.tex; their paths by ending."""
+        """Writes name.md and name.tex; returns their paths by suffix."""
         folder.mkdir(parents=True, exist_ok=True)
         paths = {ending: folder / f"{self.name}.{ending}" for ending in ("md", "tex")}
         paths["md"].write_text(self.markdown(), encoding="utf-8")
@@ -80,7 +80,7 @@ def with_error(point: Point | None) -> str:
 
 
 def results(series: Sequence[Series], prior: Tasks) -> Table:
-    """Where every series stands: target and prior accuracy, their change, drift and its ratio to theory."""
+    """The results of every series: target and prior accuracy, their change, drift and its ratio to theory."""
     rows = []
     for one in series:
         target = [one.first.target]
@@ -92,12 +92,12 @@ def results(series: Sequence[Series], prior: Tasks) -> Table:
 
 
 def _at(end: Point | None, point: Point | None) -> str:
-    """The point with its error, and its step where that is not the row's: evaluations may be half done."""
+    """The point with its error, and its step if that is not the row's, since evaluations may be incomplete."""
     return with_error(point) + (f" (step {point.step})" if point and end and point.step != end.step else "")
 
 
 def _drift(one: Series, end: Point | None) -> tuple[str, str]:
-    """Mean drift at the step of the row, or without evaluations at the last step that all runs have."""
+    """Mean drift at the step of the row; without evaluations at the last common step."""
     steps = together([run.drift for run in one.runs])
     rows = steps.get(end.step if end else max(steps, default=0), [])
     ratios = [row["drift"] / row["drift_theory"] for row in rows if row.get("drift_theory")]
@@ -105,11 +105,11 @@ def _drift(one: Series, end: Point | None) -> tuple[str, str]:
 
 
 def accuracies(series: Sequence[Series], tasks: Tasks) -> Table:
-    """The accuracy of every task: at step 0, and where each series stands."""
+    """The accuracy of every task at step 0 and at the last step of each series."""
     rows: list[tuple[str, ...]] = []
     for model, parent in distinct((one.first.model, one.first.parent) for one in series):
         same = (one.runs for one in series if (one.first.model, one.first.parent) == (model, parent))
-        runs = next(same)  # any seed's: what they began from is the same
+        runs = next(same)  # from any seed, since all began from the same weights
         starts = [next(filter(None, (run.accuracy([task]).get(0) for run in runs)), None) for task in tasks]
         where = f"{model}, step 0" + (f" ({parent})" if parent else "")
         rows.append((where, *(with_error(start and Point(0, *start, 1)) for start in starts)))
@@ -121,7 +121,8 @@ def accuracies(series: Sequence[Series], tasks: Tasks) -> Table:
 
 
 def views(series: Sequence[Series]) -> Table | None:
-    """Each task by every view at step 0 and where each series stands, means over runs; None without a strict view."""
+    """Each task by every grader at step 0 and at the last step of each series, means over runs; None without a strict
+    grader."""
     rows = []
     for one in series:
         for task in distinct(task for run in one.runs for task in run.evals):
@@ -131,7 +132,7 @@ def views(series: Sequence[Series]) -> Table | None:
                     values = ([x for row in steps[step] if (x := row.get(name)) is not None] for name in VIEWS)
                     rows.append((one.label, task, str(step), *map(_mean, values, FORMS)))
     columns = ("series", "task", "step", *VIEWS.values())
-    return Table("views", "Each task by every view", columns, tuple(rows)) if rows else None
+    return Table("views", "Each task by every grader", columns, tuple(rows)) if rows else None
 
 
 def _mean(values: Sequence[float], form: str) -> str:

@@ -1,4 +1,5 @@
-"""Where an iteration's time goes. A thread of its own waits for the programs, so that the loop is not held up."""
+"""Measures where an iteration's time goes. A separate thread waits for the programs, so that the loop is not
+delayed."""
 
 import contextlib
 import contextvars
@@ -16,9 +17,9 @@ _active: contextvars.ContextVar["Clock | None"] = contextvars.ContextVar("clock"
 
 
 def timed(name: str, outputs: Any) -> Any:
-    """The outputs of a program, unchanged; the clock in use times the program under that name."""
+    """Returns the outputs of a program unchanged; the active clock times the program under that name."""
     if clock := _active.get():
-        # a program's all come at once; of several, the last one's
+        # a program's outputs come together; with several, those of the last
         last = min(reversed(jax.tree.leaves(outputs)), key=lambda leaf: leaf.nbytes)
         clock.programs.put((name, time.monotonic(), last))
     return outputs
@@ -26,7 +27,7 @@ def timed(name: str, outputs: Any) -> Any:
 
 @contextlib.contextmanager
 def host(name: str) -> Iterator[None]:
-    """Times what the host itself does, while programs run beside it."""
+    """Times work of the host, while programs run on the devices."""
     began = time.monotonic()
     try:
         yield
@@ -36,10 +37,10 @@ def host(name: str) -> Iterator[None]:
 
 
 class Clock:
-    """Seconds by name since `restart`: of device programs, one after the other, and of work on the host.
+    """Seconds by name since `restart`, of device programs in sequence, and of work on the host.
 
-    A program counts from the return of its launch, or from the end of the one before it where that came later, until
-    its outputs are there on all devices. So neither compiling nor what a CPU runs within the launch is its time.
+    A program's time runs from the return of its launch, or from the end of the previous program if that is later, until
+    its outputs are ready on all devices. So it includes neither compiling nor what a CPU runs within the launch.
 
     >>> import jax.numpy as jnp
     >>> with Clock() as clock:
@@ -67,12 +68,12 @@ class Clock:
             self._seconds[name] += seconds
 
     def restart(self) -> None:
-        """Forget what was timed so far."""
+        """Discard all times so far."""
         self.seconds()
         self._seconds.clear()
 
     def seconds(self) -> Seconds:
-        """Seconds by name, once all that was launched has ended."""
+        """Seconds by name, after all launched programs have ended."""
         self.programs.join()
         with self._lock:
             return dict(self._seconds)
@@ -80,7 +81,7 @@ class Clock:
     def _follow(self) -> None:
         ended = 0.0
         for name, began, output in iter(self.programs.get, None):
-            with contextlib.suppress(Exception):  # a program that failed raises in the thread that uses its outputs
+            with contextlib.suppress(Exception):  # a failed program raises in the thread that uses its outputs
                 jax.block_until_ready(output)
             del output
             now = time.monotonic()
@@ -91,10 +92,10 @@ class Clock:
 
 
 def split(seconds: Seconds, *, total: float) -> Seconds:
-    """A step's columns: seconds and share of each part, and of `wait`, when no program ran.
+    """A step's columns: seconds and share of each part, and of `wait`, the time without a running program.
 
-    `decode` holds prefill too and `update` the estimate, since each is one program; `Profile` tells both apart. `grade`
-    is the host's, beside the programs: the others add up to the step without it.
+    `decode` includes prefill, and `update` includes the estimate, since each is one program; `Profile` separates them.
+    `grade` is on the host in parallel to the programs; the others add up to the step without it.
     """
     parts = {name: seconds.get(name, 0.0) for name in ("perturb", "decode", "update")}
     parts["wait"] = max(total - sum(parts.values()), 0.0)
@@ -102,6 +103,6 @@ def split(seconds: Seconds, *, total: float) -> Seconds:
 
 
 def columns(parts: Seconds, total: float) -> Seconds:
-    """Seconds of each part and their share of `total`, under the names that the files have."""
+    """Seconds of each part and their share of `total`, under their names in files."""
     seconds = {f"seconds_{name}": value for name, value in parts.items()}
     return seconds | {f"share_{name}": value / total for name, value in parts.items()}

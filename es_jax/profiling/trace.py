@@ -1,7 +1,7 @@
-"""Traces of steps, and what they tell that the host's clock cannot: prefill apart from decode, which are one program.
+"""Traces of steps. They show what the host's clock cannot: prefill and decode separately, which are one program.
 
 The operations of prefill carry the scope `fill` of `es_jax.generate.decode_spec`. XLA fuses estimate and optimizer
-(dev/LOG.md), so `State.estimate_seconds` times the estimate alone. Read from CPUs' traces alone so far.
+(dev/LOG.md), so `State.estimate_seconds` times the estimate alone. So far only traces of CPUs have been read.
 """
 
 import contextlib
@@ -30,12 +30,12 @@ PROGRAMS = {  # names of jit → part
 
 
 class Profile:
-    """A TensorBoard trace of the steps from `start` up to, not including, `stop`, and its summary: profile.json.
-    It ends with the run's `last` step at the latest."""
+    """A TensorBoard trace of the steps from `start` to `stop` − 1, and its summary in profile.json. It ends with the
+    run's `last` step at the latest."""
 
     def __init__(self, steps: tuple[int, ...], workdir: Path, *, last: int):
         self._steps, self._workdir, self._running, self._last = steps, workdir, False, last
-        self._timings: list[Mapping[str, Any]] = []  # of each traced step
+        self._timings: list[Mapping[str, Any]] = []  # for each traced step
 
     def step(self, step: int) -> contextlib.AbstractContextManager:
         """A context to run the step in."""
@@ -45,9 +45,9 @@ class Profile:
         return jax.profiler.StepTraceAnnotation("step", step_num=step)
 
     def done(self, step: int, timings: Mapping[str, Any], inside: Callable[[], Mapping[str, float]]) -> str | None:
-        """A step has ended; `timings` has its seconds and tokens. After the last one of the trace: its summary.
+        """Call it after a step, with its seconds and tokens in `timings`; returns a summary after the last traced step.
 
-        `inside`: seconds of what is part of another program, so that no trace tells it; called by all processes.
+        `inside` returns seconds of parts that a trace cannot separate from their program; all processes call it.
         """
         if not self._running:
             return None
@@ -59,19 +59,19 @@ class Profile:
         return self._summary(step, seconds_inside) if jax.process_index() == 0 else None
 
     def _summary(self, step: int, inside: Mapping[str, float]) -> str:
-        """Writes profile.json: means of the traced steps, of the devices that this process sees."""
+        """Writes profile.json: means over the traced steps and the devices that this process sees."""
         count = len(self._timings)
         first, names = step - count + 1, ("seconds", "prompt_tokens", "tokens", "seconds_grade")
         total, prompt, new, grade = (sum(timings[name] for timings in self._timings) / count for name in names)
         try:
             parts = part_seconds(self._workdir / "tb")
-        except Exception as error:  # a format that is not known yet: no reason to end a run
+        except Exception as error:  # an unknown format is no reason to end a run
             return f"the trace of steps {first} to {step} could not be read: {error!r}"
         if not parts:
             return f"the trace of steps {first} to {step} names none of the run's programs"
         parts = {part: value / count for part, value in parts.items()}
         parts["wait"] = max(total - sum(parts.values()), 0.0)
-        parts |= {"grade": grade, **inside}  # beside the devices' work, or inside of it: not parts of the sum
+        parts |= {"grade": grade, **inside}  # parallel to the devices' work, or inside it: not part of the sum
         row = {
             "first": first,
             "last": step,
@@ -84,7 +84,7 @@ class Profile:
         }
         (self._workdir / "profile.json").write_text(json.dumps(row, indent=2) + "\n")
         shares = ", ".join(f"{part} {value / total:.1%}" for part, value in parts.items())
-        return f"steps {first} to {step} traced, {total:.2f} s each: {shares}; profile.json"
+        return f"traced steps {first} to {step}, {total:.2f} s each: {shares}; see profile.json"
 
     def close(self) -> None:
         if self._running:
@@ -93,9 +93,10 @@ class Profile:
 
 
 def part_seconds(folder: Path) -> Seconds:
-    """Seconds in perturb, prefill, decode and update, of all steps in the last trace below a folder; devices' mean.
+    """Seconds in perturb, prefill, decode and update over all steps of the last trace in a folder, as the mean over
+    devices.
 
-    Only what began within a step counts, and what runs side by side counts once. {} where no known program is named.
+    Only events that began within a step count, and parallel events count once. {} if no known program is named.
     """
     data = max(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime).read_bytes()
     programs = dict(program for plane in _fields(data, 1) for program in _programs(plane))
@@ -106,7 +107,7 @@ def part_seconds(folder: Path) -> Seconds:
         events = [
             (event, dict(event.stats))
             for line in plane.lines
-            for event in line.events  # but calls of Python, and evaluations
+            for event in line.events  # except calls of Python, and evaluations
             if not event.name.startswith("$") and any(a <= event.start_ns <= b for a, b in steps)
         ]
         operations: dict[tuple[str, Any], set[str]] = defaultdict(set)
@@ -133,9 +134,9 @@ def _module(stats: Mapping[str, Any]) -> str:
 
 
 def _scopes(programs: Mapping[str, Mapping[str, str]], module: str, number: Any, names: set[str]) -> Mapping[str, str]:
-    """Operation → scopes of the program whose operations have those names. A trace holds all programs of a process, of
-    which several may have one name; and the number of one that comes from the compilation cache is not the number that
-    its events tell."""
+    """Operation → scopes of the program whose operations have those names. A trace holds all programs of a process, and
+    several may have the same name. If a program comes from the compilation cache, its number differs from the number in
+    its events."""
     alike = [(program, scopes) for program, scopes in programs.items() if program.rpartition("(")[0] == module]
     exact = f"{module}({number})"
     return max(alike, key=lambda pair: (len(names & pair[1].keys()), pair[0] == exact), default=("", {}))[1]
@@ -146,7 +147,7 @@ def _span(event: Any) -> tuple[float, float]:
 
 
 def _covered(spans: list[tuple[float, float]]) -> float:
-    """Seconds that lie in at least one of the spans, which are in ns."""
+    """Seconds covered by at least one of the spans, which are in ns."""
     total, end = 0.0, float("-inf")
     for a, b in sorted(spans):
         total, end = total + max(b - max(a, end), 0.0), max(end, b)
@@ -154,10 +155,10 @@ def _covered(spans: list[tuple[float, float]]) -> float:
 
 
 def _programs(plane: bytes) -> Iterator[tuple[str, dict[str, str]]]:
-    """The programs that a plane of the trace (an XPlane) holds, such as "jit__decode(8)": operation → its scopes.
+    """The programs in a plane of the trace (an XPlane), such as "jit__decode(8)": operation → its scopes.
 
-    ProfileData leaves them out. The numbers are of fields of xplane.proto and hlo.proto: plane.event_metadata → its
-    value, with a name and stats.bytes_value → HloProto.hlo_module.computations.instructions, each with a name and
+    ProfileData leaves them out. The numbers are fields of xplane.proto and hlo.proto: plane.event_metadata → its value,
+    with a name and stats.bytes_value → HloProto.hlo_module.computations.instructions, each with a name and
     metadata.op_name.
     """
     for program in (value for entry in _fields(plane, 4) for value in _fields(entry, 2)):

@@ -1,4 +1,4 @@
-"""What share of the chips' peaks the decoding of a step used."""
+"""The share of the chips' peaks that the decoding of a step used."""
 
 import jax
 
@@ -19,18 +19,19 @@ def utilisation(
     models: int,
     seconds: float,
 ) -> dict[str, float | None]:
-    """What a step's completions need at least, over the chips' published peaks; `None` on a chip of unknown peaks.
+    """The least work for a step's completions, divided by the chips' published peaks; `None` if the peaks are unknown.
 
-    Operations are the products of weights with tokens, 2 a weight and token, without attention: a shared prefix once
-    for each model, the head once for each new token. A completion's last token does not pass the layers. Memory is read
-    once for all weights at each prefill and at each decode step, which are as few as `slots` rows at once allow.
+    Operations are the products of weights with tokens: 2 per weight and token, without attention. A shared prefix
+    counts once for each model, the output head once for each new token. A completion's last token does not pass through
+    the layers. All weights are read from memory once at each prefill and each decode step, and these are as few as
+    `slots` rows at once allow.
 
     Args:
       itemsize: bytes of a weight.
-      slots: rows that a model decodes at once.
+      slots: rows decoded at once by a model.
       prefill, new: tokens of all completions of the step.
-      models: how many different weights make the completions.
-      seconds: of decoding.
+      models: how many different sets of weights make the completions.
+      seconds: time of decoding.
     """
     chip = find_chip(jax.devices()[0].device_kind)
     if chip is None or not seconds:

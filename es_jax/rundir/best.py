@@ -10,7 +10,7 @@ NAME, BEST = "best.json", "best"
 
 
 def write_best(workdir: Path, facts: dict[str, Any] | None) -> None:
-    """Write step, task, metric and value; None: there is no such step, and no file."""
+    """Write step, task, metric and value; None removes the file, since there is no best step."""
     if facts is None:
         (workdir / NAME).unlink(missing_ok=True)
     else:
@@ -18,14 +18,14 @@ def write_best(workdir: Path, facts: dict[str, Any] | None) -> None:
 
 
 def step_of(workdir: str | Path, step: int | str, *, flag: str = "step") -> int:
-    """The number of a step, which may be "best" or digits.
+    """The number of a step that is given as "best" or as digits.
 
     Args:
       workdir: a run's directory.
-      flag: what messages call the step.
+      flag: the name of the option in messages.
 
     Raises:
-      ValueError: it is neither, or there is no best step.
+      ValueError: the text is neither, or the run has no best step.
 
     >>> step_of("runs/any", "50")
     50
@@ -41,7 +41,9 @@ def step_of(workdir: str | Path, step: int | str, *, flag: str = "step") -> int:
     except FileNotFoundError:
         raise ValueError(
             f"{flag} is {BEST!r}, but {workdir} has no {NAME}, which a run with train.keep_best=METRIC writes: give a "
-            "number, or go on with the run with that field"
+            "number, or resume the run with that field"
         ) from None
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}): delete it, and go on with the run, which writes it") from None
+        raise ValueError(
+            f"{path} is damaged ({error!r}): delete it and resume the run, which writes it again"
+        ) from None

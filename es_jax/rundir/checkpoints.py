@@ -1,4 +1,5 @@
-"""Checkpoints of (params, optimizer state) through Orbax: atomic, the last few kept, restored onto any mesh."""
+"""Checkpoints of (params, optimizer state), written by Orbax: atomic, the last few are kept, and any mesh can restore
+them."""
 
 import concurrent.futures
 import contextlib
@@ -21,12 +22,12 @@ import orbax.checkpoint as ocp
 from es_jax.core import processes
 from es_jax.rundir import directory
 
-UNFINISHED = "orbax-checkpoint-tmp"  # in the name of a folder that Orbax writes
+UNFINISHED = "orbax-checkpoint-tmp"  # part of the name of a folder that Orbax is still writing
 
 
 @dataclasses.dataclass
 class _Kept:
-    """Orbax's policy of which checkpoints stay: the latest, and that of one step besides."""
+    """Tells Orbax which checkpoints to keep: the latest ones, and the checkpoint of one more step."""
 
     latest: int
     best: int | None = None
@@ -37,7 +38,7 @@ class _Kept:
 
 
 class Checkpoints:
-    """The checkpoints of a run, in `workdir/ckpt`: the latest `keep`, and that of the step `best`, if it has one."""
+    """The checkpoints of a run in `workdir/ckpt`: the latest `keep`, and the one of the step `best` if it is set."""
 
     def __init__(self, workdir: Path, *, keep: int):
         self.folder = _folder(workdir)
@@ -50,12 +51,12 @@ class Checkpoints:
         self._manager = _manager(self.folder, preservation_policy=self._kept, **options)
 
     def latest(self) -> int | None:
-        """The newest whole checkpoint's step."""
+        """The step of the newest complete checkpoint."""
         return self._manager.latest_step()
 
     @property
     def best(self) -> int | None:
-        """A step whose checkpoint stays until another one is set."""
+        """The step whose checkpoint is kept until another best step is set."""
         return self._kept.best
 
     @best.setter
@@ -63,27 +64,29 @@ class Checkpoints:
         self._kept.best = step
 
     def steps(self) -> list[int]:
-        """The steps that have a whole checkpoint."""
+        """The steps that have a complete checkpoint."""
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, params: Any, opt_state: Any) -> None:
-        """Write the step's checkpoint; older ones go only when it is whole. OSError where the disk is full."""
+        """Write the step's checkpoint; older ones are deleted only when it is complete. Raises OSError if the disk is
+        full."""
         self._remove_unfinished()
         try:
             self._manager.save(step, args=ocp.args.StandardSave(_tree(params, opt_state)))
             self._manager.wait_until_finished()
             _write_sums(self.folder / str(step))
-        except Exception as error:  # Orbax and TensorStore raise many kinds for one full disk
+        except Exception as error:  # Orbax and TensorStore raise many types for a full disk
             free = shutil.disk_usage(self.folder).free
             raise OSError(
                 f"the checkpoint of step {step} could not be written to {self.folder} ({free / 2**30:.2f} GiB free, "
-                f"{nbytes(params, opt_state) / 2**30:.2f} GiB needed): free some space and start again; "
-                f"finished steps are in the seed log ({_reason(error)})"
+                f"{nbytes(params, opt_state) / 2**30:.2f} GiB needed): free some space and start the same command "
+                f"again; finished steps are in the seed log ({_reason(error)})"
             ) from error
 
     def restore(self, step: int, params: Any, opt_state: Any) -> tuple[Any, Any]:
-        """The step's (params, opt_state), like the given trees of `abstract` leaves: shapes, dtypes, shardings."""
-        with _restoring(self.folder / str(step), "the run goes on from an older one or from the seed log"):
+        """The step's (params, opt_state), with the shapes, dtypes and shardings of the given trees of `abstract`
+        leaves."""
+        with _restoring(self.folder / str(step), "the run resumes from an older one or from the seed log"):
             _check_sums(self.folder / str(step))
             restored = self._manager.restore(step, args=ocp.args.StandardRestore(_tree(params, opt_state)))
         leaves = jax.tree.leaves(restored["opt_state"])
@@ -94,8 +97,8 @@ class Checkpoints:
         self._close_folder()
 
     def _remove_unfinished(self) -> None:
-        """Remove what a killed process left of a save; but not while another process, which may be saving, has the
-        folder open. Network file systems do not lock folders: there the lock of the run has to do."""
+        """Remove what a killed process left of a save, unless another process has the folder open and may be saving.
+        Network file systems do not lock folders; there the lock of the run must suffice."""
         if not processes.first():
             return
         alone = True
@@ -110,7 +113,7 @@ class Checkpoints:
 
 
 def saved_steps(workdir: Path) -> list[int]:
-    """The steps that the run's directory has checkpoints of; nothing in it is changed."""
+    """The steps of which the run's directory has checkpoints; it only reads."""
     if not _folder(workdir).is_dir():
         return []
     with _reader(_folder(workdir)) as manager:
@@ -118,12 +121,15 @@ def saved_steps(workdir: Path) -> list[int]:
 
 
 def restore_params(workdir: Path, step: int, params: Any) -> Any:
-    """The weights alone of the step's checkpoint, like the given tree of `abstract` leaves; nothing is changed.
-    Raises OSError where the checkpoint is damaged, or gone by now."""
+    """Only the weights of the step's checkpoint, like the given tree of `abstract` leaves; it only reads. Raises
+    OSError if the checkpoint is damaged or no longer exists."""
     item = {"params": params}
     where = ocp.checkpoint_utils.construct_restore_args(item)
     args = ocp.args.PyTreeRestore(item=item, restore_args=where, partial_restore=True)
-    folder, remedy = _folder(workdir) / str(step), "the step is replayed from the seed log, where that can be"
+    folder, remedy = (
+        _folder(workdir) / str(step),
+        "the step is replayed from the seed log, if the method can be replayed",
+    )
     with _reader(_folder(workdir)) as manager, _restoring(folder, remedy):
         _check_sums(folder)
         return manager.restore(step, args=args)["params"]
@@ -131,8 +137,8 @@ def restore_params(workdir: Path, step: int, params: Any) -> Any:
 
 @contextlib.contextmanager
 def _restoring(folder: Path, remedy: str) -> Iterator[None]:
-    """An error says which checkpoint is damaged, and comes last. Orbax closes the loop in which it reads at the first
-    file that it cannot read, and each of the other reads would print a traceback about that whenever it ends."""
+    """Turn an error into one that names the damaged checkpoint and is printed last. Orbax closes its event loop at the
+    first file that it cannot read; each of the other reads would then print its own traceback when it ends."""
     hook = sys.unraisablehook
 
     def print_others(event: Any) -> None:
@@ -143,7 +149,7 @@ def _restoring(folder: Path, remedy: str) -> Iterator[None]:
     sys.unraisablehook = print_others
     try:
         yield
-    except Exception as error:  # Orbax and TensorStore raise many kinds
+    except Exception as error:  # Orbax and TensorStore raise many types
         raise OSError(
             f"the checkpoint of step {folder.name} in {folder} cannot be restored ({_reason(error)}): delete that "
             f"folder, and {remedy}"
@@ -157,13 +163,13 @@ def _sum(path: Path) -> str:
 
 
 def _share(paths: Iterable[Path]) -> list[Path]:
-    """Of several processes each reads its own."""
+    """The files that this process reads, one of several."""
     return sorted(paths)[jax.process_index() :: jax.process_count()]
 
 
 def _write_sums(folder: Path) -> None:
     """The sha256 of every file of the checkpoint, by its name in the folder: sums.<process>.json."""
-    every = (path for path in folder.rglob("*") if not path.name.startswith("sums."))  # which others write now
+    every = (path for path in folder.rglob("*") if not path.name.startswith("sums."))  # others write these now
     files = _share(path for path in every if path.is_file())
     with concurrent.futures.ThreadPoolExecutor() as pool:
         sums = {str(path.relative_to(folder)): value for path, value in zip(files, pool.map(_sum, files), strict=True)}
@@ -171,22 +177,22 @@ def _write_sums(folder: Path) -> None:
 
 
 def _check_sums(folder: Path, *, depth: int | None = None) -> None:
-    """Raises ValueError where a file, of the given depth only, is not what was written. A checkpoint of an earlier
-    version, or one whose process was killed just after it, has no sums."""
+    """Raises ValueError if a file differs from what was written; with `depth`, only files of that depth are checked.
+    There are no sums if an earlier version wrote the checkpoint, or if the process was killed just after writing it."""
     if not (folder / "default").is_dir():
-        raise FileNotFoundError("it has no folder named default")
+        raise FileNotFoundError("it has no folder named 'default'")
     written: dict[Path, str] = {}
     for path in folder.glob("sums.*.json"):
         try:
             sums = json.loads(path.read_text(encoding="utf-8")).items()
         except (ValueError, AttributeError, RecursionError):
-            raise ValueError(f"{path.name} is not what was written") from None
+            raise ValueError(f"{path.name} has changed since it was written") from None
         written |= {folder / name: value for name, value in sums}
     files = _share(path for path in written if depth in (None, len(path.relative_to(folder).parts)))
     with concurrent.futures.ThreadPoolExecutor() as pool:
         found = dict(zip(files, pool.map(_sum, files), strict=True))
     if differing := [str(path.relative_to(folder)) for path in files if found[path] != written[path]]:
-        raise ValueError(f"{', '.join(differing)} is not what was written")
+        raise ValueError(f"{', '.join(differing)} changed since the checkpoint was written")
 
 
 def _folder(workdir: Path) -> Path:
@@ -195,7 +201,8 @@ def _folder(workdir: Path) -> Path:
 
 @contextlib.contextmanager
 def _reader(folder: Path) -> Iterator[ocp.CheckpointManager]:
-    """Of a folder in which nothing is changed; Orbax would warn three times that it only reads."""
+    """A read-only manager of the folder; without the lower log level Orbax would warn three times that it is
+    read-only."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -208,15 +215,15 @@ def _reader(folder: Path) -> Iterator[ocp.CheckpointManager]:
 
 
 def _manager(folder: Path, **options: Any) -> ocp.CheckpointManager:
-    """Processes wait for one another outside of the devices, which may be at work that nobody waits for any more."""
+    """A manager whose processes synchronise without the devices, which may still run work that was abandoned."""
     count = jax.process_count()
     over_the_store = ocp.options.MultiprocessingOptions(active_processes=set(range(count)) if count > 1 else None)
     manager_options = ocp.CheckpointManagerOptions(multiprocessing_options=over_the_store, **options)
     try:
         return ocp.CheckpointManager(folder, options=manager_options)
-    except Exception as error:  # it reads a file of each checkpoint: which is damaged?
+    except Exception as error:  # it reads a file of each checkpoint: find the damaged one
         for step in sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()):
-            with _restoring(folder / str(step), "the run goes on from an older one or from the seed log"):
+            with _restoring(folder / str(step), "the run resumes from an older one or from the seed log"):
                 _check_sums(folder / str(step), depth=1)
         raise OSError(
             f"the checkpoints in {folder} cannot be read ({_reason(error)}): delete the damaged one"
@@ -224,7 +231,7 @@ def _manager(folder: Path, **options: Any) -> ocp.CheckpointManager:
 
 
 def abstract(tree: Any) -> Any:
-    """Shape, dtype and sharding of every leaf, without its memory."""
+    """Shape, dtype and sharding of every leaf, without data."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
@@ -234,10 +241,10 @@ def nbytes(*trees: Any) -> int:
 
 
 def _tree(params: Any, opt_state: Any) -> dict:
-    """The state as plain containers: a list of leaves survives a change of optax's classes."""
+    """The state as plain containers: a dict of leaves survives a change of optax's classes."""
     return {"params": params, "opt_state": dict(enumerate(jax.tree.leaves(opt_state)))}
 
 
 def _reason(error: Exception) -> str:
-    """Of what a library says, without its advice."""
+    """The first sentence of a library's error, without its advice."""
     return f"{type(error).__name__}: {error}".splitlines()[0].split(". ")[0][:300]

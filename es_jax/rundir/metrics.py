@@ -1,4 +1,4 @@
-"""What a run writes about itself: jsonl files, TensorBoard, and the lines a person watches."""
+"""What a run reports about itself: jsonl files, TensorBoard, and the lines on the screen."""
 
 import importlib.util
 import json
@@ -19,13 +19,13 @@ from tqdm.auto import tqdm
 from es_jax.core import processes
 from es_jax.rundir.directory import writing
 
-LAST = 2**62  # a step after every step
+LAST = 2**62  # larger than any step
 BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {unit} [{elapsed}{postfix}]"
 
 
 class Jsonl:
-    """A file of JSON rows, each with a `step`. Rows of later steps than `last_step`, which did not finish, are dropped
-    when it is opened. Of several processes the first one writes."""
+    """A file of JSON rows, each with a `step`. Opening it drops the rows of steps after `last_step`, which did not
+    finish. Of several processes the first one writes."""
 
     def __init__(self, path: Path, *, last_step: int = LAST):
         self.path = path
@@ -47,7 +47,7 @@ class Jsonl:
 
 
 def _line(row: dict[str, Any]) -> str:
-    """A row as JSON; NaN and infinity are null, for JSON does not have them."""
+    """A row as JSON; NaN and infinity become null, since JSON has neither."""
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
     return json.dumps(finite, allow_nan=False) + "\n"
 
@@ -58,8 +58,8 @@ def read_jsonl(
     parse: Callable[[Any], Any] = lambda row: row,
     damage: str = "is not JSON ({}): restore or delete the file",
 ) -> list[Any]:
-    """The rows of a file, without a last line that a crash cut short; [] when there is no file. Raises ValueError for
-    a damaged line, which is named."""
+    """The rows of a file, without a last line that a crash cut short; [] if there is no file. Raises ValueError that
+    names a damaged line."""
     if not Path(path).exists():
         return []
     rows = []
@@ -72,7 +72,7 @@ def read_jsonl(
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a `Jsonl`. Raises ValueError for a line that has no step."""
+    """The rows of a `Jsonl`. Raises ValueError for a line without a step."""
 
     def row(fields: Any) -> dict[str, Any]:
         if not isinstance(fields, dict) or type(fields.get("step")) is not int:
@@ -83,9 +83,9 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 class Metrics:
-    """metrics.jsonl and TensorBoard, the same numbers in both. Of several processes the first one writes.
+    """Writes the same numbers to metrics.jsonl and to TensorBoard. Of several processes the first one writes.
 
-    Events are written by the caller's thread: the usual writer has its own, which dies of a full disk unheard.
+    The caller's thread writes the events: the usual writer has its own thread, which a full disk ends without an error.
     """
 
     def __init__(self, workdir: Path, *, last_step: int):
@@ -95,11 +95,11 @@ class Metrics:
             with writing(self._folder):
                 self._folder.mkdir(exist_ok=True)
                 self._board = EventsWriter(str(self._folder / "events"))
-            restart = SessionLog(status=SessionLog.START)  # TensorBoard drops an earlier session's later steps
+            restart = SessionLog(status=SessionLog.START)  # makes TensorBoard drop later steps of an earlier session
             self._events(Event(step=last_step + 1, session_log=restart))
 
     def write(self, row: dict[str, Any], *, prefix: str = "train") -> None:
-        """A step's row; numbers go to TensorBoard under `prefix`."""
+        """Write a step's row; its numbers go to TensorBoard under `prefix`."""
         if prefix == "train":
             self._jsonl.write(row)
         values = numbers(row, prefix)
@@ -120,36 +120,37 @@ class Metrics:
 
 
 def numbers(row: Mapping[str, Any], prefix: str) -> dict[str, int | float]:
-    """The numbers of a row but its step, by their names in TensorBoard: "train/reward_mean"."""
+    """The numbers of a row without its step, by their names in TensorBoard: "train/reward_mean"."""
     return {f"{prefix}/{name}": x for name, x in row.items() if name != "step" and isinstance(x, int | float)}
 
 
 def how_to_look(folder: Path) -> str:
-    """The command that shows a folder of TensorBoard's, and the extra that brings it where it is not installed."""
+    """The command that shows a TensorBoard folder, and the extra to install if TensorBoard is missing."""
     command = f"tensorboard --logdir {shlex.quote(str(folder))}"
     absent = importlib.util.find_spec("tensorboard") is None
     return f"curves: pip install 'es_jax[tensorboard]', then {command}" if absent else f"curves: {command}"
 
 
 def say(text: str) -> None:
-    """A line for the person who watches, above any bar; in a log file with the time. Of the first process."""
+    """Print a line above any progress bar; in a log file with the time. Only the first process prints."""
     if processes.first():
         tqdm.write(text if sys.stderr.isatty() else f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", file=sys.stderr)
 
 
 class Progress:
-    """In a terminal one bar over the units of all steps, ("member", 30) of each, which has the ETA; in a log file the
-    lines have it. It follows from the pace since the end of the first step, for that one compiles. A step has a line at
-    most every two seconds; in a log file a long step has one every minute, too."""
+    """The progress of a run. In a terminal it is one bar over the units of all steps, such as ("member", 30), with the
+    ETA; in a log file the ETA is in the lines. The ETA follows from the pace since the end of the first step, because
+    that step compiles. Steps print a line at most every two seconds; in a log file a long step also prints one every
+    minute."""
 
     def __init__(self, *, steps: int, done: int, unit: tuple[str, int]):
         self._name, self._each, self._steps, self._count = f"{unit[0]}s", unit[1], steps, done * unit[1]
         self._bar = tqdm(
             total=steps * self._each, initial=self._count, unit=self._name, bar_format=BAR, dynamic_ncols=True,
-            disable=None if processes.first() else True,  # None: shown in a terminal alone
+            disable=None if processes.first() else True,  # None: shown in a terminal only
         )  # fmt: skip
-        self._first: tuple[float, int] | None = None  # when the first step since the start was done, and the units then
-        self._last = time.monotonic()  # of a line
+        self._first: tuple[float, int] | None = None  # end of the first step since the start, and the units by then
+        self._last = time.monotonic()  # time of the last line
 
     def advance(self, n: int) -> None:
         self._count += n
@@ -163,7 +164,7 @@ class Progress:
 
     @property
     def _eta(self) -> str:
-        """ "  ETA 3:10"; nothing before the second step tells the pace."""
+        """ "  ETA 3:10"; "" before the second step, when the pace is not known."""
         if self._first is None or self._count == self._first[1]:
             return ""
         pace = (time.monotonic() - self._first[0]) / (self._count - self._first[1])

@@ -1,7 +1,8 @@
-"""Where the files are that a run's config names, also after the run or the working directory has moved.
+"""Finds the files that a run's config names, even after the run or the working directory has moved.
 
-config.json keeps every path as it was given; beside them "workdir", the folder that the run was in, and "places", the
-whole path by the text. A reader looks for a path as it was given, then where it was beside the run, then where it was.
+config.json keeps every path as it was given. It also keeps "workdir", the run's folder, and "places", which maps each
+given path to its absolute path. A reader tries three places in turn: the path as given, the same place relative to the
+run, and the absolute path.
 """
 
 import json
@@ -16,7 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from es_jax.tasks.outside import is_reference
 
 MODELS = ("model.source", "optim.anchor.source")
-CODE = ("task.name", "task.grader", "evals.tasks")  # FILE.py:NAME, among other names
+CODE = ("task.name", "task.grader", "evals.tasks")  # may be FILE.py:NAME, or another name
 FIELDS = (*MODELS, *CODE, "task.data_dir", "evals.data_dir")
 _STEP = re.compile(r"(?P<run>.+)@(?P<step>\d+)")
 
@@ -37,8 +38,8 @@ def is_run(path: Path) -> bool:
 
 
 def as_step(source: str) -> Step | None:
-    """What RUN or RUN@STEP stands for; None for the source of a model. What exists by the whole name is that. Raises
-    FileNotFoundError for NAME@NUMBER where no run is.
+    """The step that RUN or RUN@STEP stands for; None for the source of a model. If a path with the whole name exists,
+    it is used. Raises FileNotFoundError for NAME@NUMBER if NAME is not a run's directory.
 
     >>> as_step("lab")
     """
@@ -57,15 +58,15 @@ def as_step(source: str) -> Step | None:
 
 
 def run_and_step(workdir: str | Path) -> tuple[str | Path, int | None]:
-    """A run's directory and the step of it that RUN@STEP names; whatever is not that as it is, and None. Raises
-    FileNotFoundError as `as_step` does."""
+    """(run's directory, step) for RUN@STEP; (source, None) for anything else. Raises FileNotFoundError as `as_step`
+    does."""
     if Path(workdir).exists() or (step := as_step(str(workdir))) is None:
         return workdir, None
     return step
 
 
 def shape_source(source: str) -> str:
-    """A model of the shape of `source`: itself, or of a step of a run the base model that the run began from."""
+    """A model with the shape of `source`: itself, or for a step of a run the base model from which the run began."""
     while source and (step := as_step(source)) is not None:
         facts = json.loads((step.run / "config.json").read_bytes())
         source = flat(locate(facts["config"], facts, step.run, needs=["model.source"]))["model.source"]
@@ -73,23 +74,23 @@ def shape_source(source: str) -> str:
 
 
 def flat(groups: Mapping[str, Any]) -> dict[str, Any]:
-    """Values by dotted name; a field of free options is a value."""
+    """Values by dotted name; the field of free options stays one value."""
     return flatten_dict(dict(groups), sep=".", is_leaf=lambda path, _: path == ("task", "options"))
 
 
 def locate(
     config: Mapping[str, Any], facts: Mapping[str, Any], workdir: Path, *, needs: Collection[str] = ()
 ) -> dict[str, Any]:
-    """The fields of a run, as nested dicts, with each path as it is found from here.
+    """The fields of a run, as nested dicts, with each path resolved from the working directory.
 
     Args:
       config: the fields as they were given.
-      facts: what the run's config.json holds; {} of a run that begins.
+      facts: what the run's config.json holds; {} for a new run.
       workdir: where the run's directory is now.
-      needs: dotted names of fields whose paths must be there; others stay as they were given.
+      needs: dotted names of fields whose paths must exist; others stay as they were given.
 
     Raises:
-      FileNotFoundError: a path that is needed is in none of its places, which are named.
+      FileNotFoundError: a needed path is in none of its places; the message names them.
     """
     fields = flat(config)
     for name in FIELDS:
@@ -102,26 +103,26 @@ def locate(
 
 
 def located(name: str, text: str, facts: Mapping[str, Any], workdir: Path, *, needed: bool) -> str:
-    """The text of one field as `locate` has it."""
+    """The text of one field, resolved as `locate` describes."""
     path, rest = _parts(name, text)
     if path is None or (was := facts.get("places", {}).get(path)) is None:
         return text
     given = Path(path).expanduser()
     beside = Path(os.path.normpath(Path(os.path.abspath(workdir)) / os.path.relpath(was, facts["workdir"])))
     for place in (given, beside, Path(was)):
-        if place.exists() and not is_run(place):  # of a run the weights of a step were taken: they are beside
+        if place.exists() and not is_run(place):  # a run's step: its weights were copied next to the run
             return text if place is given else f"{place}{rest}"
     if needed:
         tried = dict.fromkeys(map(str, (given.absolute(), beside, was)))
         raise FileNotFoundError(
-            f"{name} of {workdir} is {path!r} and is not there any more; looked for {', '.join(tried)}: put it back "
+            f"{name} of {workdir} is {path!r}, which no longer exists; looked for {', '.join(tried)}: put it back "
             "into one of these places"
         )
     return text
 
 
 def _parts(name: str, text: str) -> tuple[str | None, str]:
-    """The path in a field's text, None where there is none, and what comes after it."""
+    """(the path in a field's text or None, what comes after it)."""
     if name not in CODE:
         return text, ""
     path, colon, thing = text.rpartition(":")
@@ -129,7 +130,7 @@ def _parts(name: str, text: str) -> tuple[str | None, str]:
 
 
 def record(given: Mapping[str, Any], located: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
-    """What config.json keeps of the paths in a config: "workdir" and "places". `located`: as `locate` found them."""
+    """The record of a config's paths for config.json: "workdir" and "places". `located` is what `locate` returned."""
     pairs = zip(_paths(given), _paths(located), strict=True)
     places = {text: os.path.abspath(Path(path).expanduser()) for text, path in pairs}
     there = {text: place for text, place in places.items() if text != "lab" and os.path.exists(place)}
@@ -146,7 +147,7 @@ def _paths(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def whole(name: str, facts: Mapping[str, Any]) -> Any:
-    """A field's value in what a config.json holds, with the whole path where it names one."""
+    """A field's value in the content of a config.json, with the absolute path if it names one."""
     value = flat(facts["config"]).get(name)
     if name not in FIELDS or not isinstance(value, str):
         return value

@@ -1,7 +1,8 @@
-"""seedlog.jsonl: one line a step, from which the weights of every step can be rebuilt.
+"""seedlog.jsonl: one line for each step, from which the weights of every step can be rebuilt.
 
-A line ends with the sum of what stands before it, so that a changed digit is not another step. Between the steps there
-may be lines that tell a change of sizes on which no step depends, but last bits of its completions do.
+A line ends with the checksum of its content, so that a changed digit is not taken for another step. Between the steps
+there may be lines that record a change of decoding sizes. No step of the weights depends on these, but the last bits of
+logits, and so completions, do.
 """
 
 import dataclasses
@@ -25,13 +26,13 @@ NAME, SUM = "seedlog.jsonl", "sum"
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """What led from the weights of step − 1 to those of `step`, with the run's config.
+    """What leads, with the run's config, from the weights of step − 1 to those of `step`.
 
     Attributes:
       seeds, signs, paired: the members, as in `Members`.
-      rewards: [N] as scored, before shaping; None for one that was not finite.
+      rewards: [N] as scored, before shaping; None for a reward that was not finite.
       weights: [N] float32 as the estimate used them; JSON carries them exactly.
-      learning_rate, sigma, strength: α, σ and λ of the step; None in logs from before they had schedules.
+      learning_rate, sigma, strength: α, σ and λ of the step; None in logs from before schedules existed.
     """
 
     step: int
@@ -48,7 +49,7 @@ class Entry:
     def of(
         cls, step: int, members: Members, *, rewards: np.ndarray, weights: np.ndarray, rates: Iterable[float] = ()
     ) -> "Entry":
-        """`rates`: α, σ and λ of the step, for methods that have them."""
+        """An entry; `rates` are α, σ and λ of the step, for methods that have them."""
         seeds, signs = np.asarray(members.seed).tolist(), np.asarray(members.sign).astype(int).tolist()
         finite = [float(r) if np.isfinite(r) else None for r in rewards]
         return cls(step, seeds, signs, members.paired, finite, weights.tolist(), *rates)
@@ -60,11 +61,11 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """Sizes of decoding that became others when the run went on.
+    """Sizes of decoding that changed when the run was resumed.
 
     Attributes:
-      after: the step after which they count.
-      changed: fields of the config, each with its values before and from there on.
+      after: the step after which they hold.
+      changed: fields of the config, each with its value before and after.
     """
 
     after: int
@@ -74,7 +75,7 @@ class Change:
 class SeedLog:
     """The log of a run directory. A step is finished once its line is on disk.
 
-    A line that a crash left half-written at the end is not a finished step: it is cut off when the log is opened.
+    A half-written last line after a crash is not a finished step; it is cut off when the log is opened.
     """
 
     def __init__(self, workdir: Path):
@@ -89,13 +90,13 @@ class SeedLog:
                 sync_folder(self.path.parent)
 
     def append(self, entry: Entry) -> None:
-        """Write the step's line and force it to disk; of several processes the first one does."""
+        """Write the step's line and force it to disk; only the first process writes."""
         self._write(entry)
         self.entries.append(entry)
 
     def resize(self, sizes: Mapping[str, tuple[Any, Any]]) -> None:
-        """Write a line for fields of the config that are not what they were, if there are such: their values (before,
-        now). What was before is what the log's last line about a field says, where there is one."""
+        """Write a line for fields of the config that changed, if any: their values (before, now). If the log already
+        has a line about a field, the value before comes from the last such line."""
         last = {name: now for change in self.changes for name, (_, now) in change.changed.items()}
         was = {name: last.get(name, before) for name, (before, _) in sizes.items()}
         changed = {name: [was[name], now] for name, (_, now) in sizes.items() if was[name] not in (None, now)}
@@ -104,8 +105,8 @@ class SeedLog:
             self.changes.append(change)
 
     def cut(self, step: int) -> None:
-        """Forget the steps after that one: for a method whose steps must be made again from a checkpoint. What changed
-        since then is told after it."""
+        """Drop the steps after that one, for a method whose steps must be made again from a checkpoint. Changes
+        recorded since then are written again after it."""
         late = [dataclasses.replace(change, after=step) for change in self.changes if change.after > step]
         self.changes = [change for change in self.changes if change.after <= step] + late
         if processes.first():
@@ -134,24 +135,26 @@ class SeedLog:
 
 
 def read_entries(workdir: Path) -> list[Entry]:
-    """The finished steps in a run's directory; nothing in it is changed. Raises ValueError where its log is damaged."""
+    """The finished steps in a run's directory; it only reads. Raises ValueError if the log is damaged."""
     return [line for line in _read(workdir) if isinstance(line, Entry)]
 
 
 def steps_done(workdir: Path) -> int:
-    """How many steps are finished in a run's directory; no line is parsed, so none is found damaged."""
+    """How many steps are finished in a run's directory; it parses no line, so it finds no damage."""
     return sum(map(_is_step, _lines(Path(workdir) / NAME)))
 
 
 def digest(workdir: Path, steps: int) -> str:
-    """sha256, in hex, of the lines of the first so many steps."""
+    """sha256, in hex, of the lines of the first steps."""
     lines = [line.rstrip(b"\n") for line in _lines(Path(workdir) / NAME) if _is_step(line)] if steps else []
     return hashlib.sha256(b"\n".join(lines[:steps])).hexdigest()
 
 
 def _read(workdir: Path) -> list[Entry | Change]:
     path = Path(workdir) / NAME
-    damage = "the log is damaged; restore the file, or cut it before this line to fall back to that step"
+    damage = (
+        "the log is damaged; restore the file, or delete this line and all after it to fall back to the step before"
+    )
     lines = read_jsonl(path, parse=_parse, damage=f"cannot be read ({{}}): {damage}")
     last = 0
     for number, line in enumerate(lines, 1):
@@ -164,7 +167,7 @@ def _read(workdir: Path) -> list[Entry | Change]:
 
 
 def _lines(path: Path) -> list[bytes]:
-    """The whole lines of the file."""
+    """The complete lines of the file."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     return [line for line in lines if line.endswith(b"\n")]
 
@@ -179,9 +182,9 @@ def _step_of(line: bytes) -> int:
 
 
 def _parse(fields: dict) -> Entry | Change:
-    """The content of a line; lines of earlier versions have no sum."""
+    """The content of a line; lines of earlier versions have no checksum."""
     if (SUM in fields or "changed" in fields) and fields.pop(SUM, None) != _sum(fields):
-        raise ValueError("its numbers are not those of its sum")
+        raise ValueError("its numbers do not match its checksum")
     return Change(**fields) if "changed" in fields else Entry(**fields)
 
 

@@ -1,4 +1,5 @@
-"""A run in Weights & Biases, beside the files of its own folder: its fields, a row a step, and its held-out rows."""
+"""Logs a run to Weights & Biases, in addition to its own files: its fields, a row for each step, and its held-out
+rows."""
 
 import json
 import logging
@@ -18,13 +19,13 @@ logger = logging.getLogger(__name__)
 
 
 class Tracker:
-    """A context around a run's work; of several processes the first one tracks, and without a name nobody.
+    """A context around a run's work. Of several processes the first one tracks; without a name none does.
 
-    The id of the tracked run is kept in tracker.json, so that a resumed run goes on in it. What fails after the start
-    is a warning, and the run goes on without its tracker.
+    The id of the tracked run is kept in tracker.json, so that a resumed run continues in it. A failure after the start
+    is a warning, and the run continues without its tracker.
 
     Raises:
-      ImportError: wandb is not installed. ValueError: it does not start, for example because nobody is logged in.
+      ImportError: wandb is not installed. ValueError: wandb does not start, for example without a login.
     """
 
     def __init__(self, name: str | None, workdir: Path):
@@ -37,18 +38,19 @@ class Tracker:
         self._try("at its end", lambda run: run.finish(exit_code=0 if kind is None else 1))
 
     def config(self, fields: Mapping[str, Any]) -> None:
-        """The run's fields; of a resumed run some may have changed."""
+        """The run's fields; in a resumed run some may have changed."""
         values = json.loads(json.dumps(fields))
         self._try("at the start", lambda run: run.config.update(values, allow_val_change=True))
 
     def write(self, step: int, rows: Mapping[str, Mapping[str, Any]]) -> None:
-        """Rows of a step by prefix, "train" or "evals/<task>": their numbers, named as in TensorBoard."""
+        """The numbers of a step's rows, named as in TensorBoard; rows are given by prefix, "train" or
+        "evals/<task>"."""
         values = {name: x for prefix, row in rows.items() for name, x in numbers(row, prefix).items()}
         if values:
             self._try(f"at step {step}", lambda run: run.log({"step": step, **values}))
 
     def _try(self, when: str, call: Callable[[Any], Any]) -> None:
-        """Do that with the tracked run, if there is one; it is let go where it fails."""
+        """Do that with the tracked run, if there is one; if it fails, stop tracking."""
         if self._run is None:
             return
         try:
@@ -56,13 +58,13 @@ class Tracker:
         except Exception as error:
             self._run = None
             logger.warning(
-                "train.tracker: wandb failed %s (%s): the run goes on without it; metrics.jsonl has all steps",
+                "train.tracker: wandb failed %s (%s): the run continues without it; metrics.jsonl has all steps",
                 when, " ".join(str(error).split()) or type(error).__name__,
             )  # fmt: skip
 
 
 def _wandb(workdir: Path) -> Any:
-    """The run of Weights & Biases that the directory knows, or a new one."""
+    """The Weights & Biases run whose id the directory records, or a new one."""
     require("wandb")
     import wandb
 
@@ -70,7 +72,7 @@ def _wandb(workdir: Path) -> Any:
     try:
         known = json.loads(path.read_bytes())["wandb"] if path.exists() else None
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}): restore it, or delete it for a new run of wandb") from None
+        raise ValueError(f"{path} is damaged ({error!r}): restore it, or delete it to start a new wandb run") from None
     number = known or os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:8]
     try:
         run = wandb.init(

@@ -1,4 +1,4 @@
-"""From tokens to scores, on the host."""
+"""Turns tokens into scores, on the host."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ from es_jax.weights.model import Model
 
 @dataclasses.dataclass(frozen=True)
 class Graded:
-    """A completion: its text (`silent_token_ids` says without what), its score, how many tokens, and whether
+    """A completion: its text (without the tokens of `silent_token_ids`), its score, its number of tokens, and whether
     max_new_tokens cut it."""
 
     example: Example
@@ -35,9 +35,9 @@ Pending = Callable[[], Graded]  # waits for the score
 
 @dataclasses.dataclass(frozen=True)
 class Grader:
-    """Grades completions of a list of examples, and shares what it graded with the other processes of the run.
+    """Grades completions of a list of examples, and shares the results with the other processes of the run.
 
-    `prompts` are the examples' as token ids; None: as `Model.encode` gives them.
+    `prompts` are the examples' prompts as token ids; None encodes them by `Model.encode`.
     """
 
     model: Model
@@ -46,9 +46,9 @@ class Grader:
     prompts: Sequence[Sequence[int]] | None = None
 
     def __call__(self, indices: Sequence[int], tokens: np.ndarray, length: np.ndarray) -> list[Pending]:
-        """Completions of the examples with those indices: tokens [B, L], length [B].
+        """Grade completions of the examples with those indices: tokens [B, L], length [B].
 
-        One that another member gave to the same example before is not graded again.
+        A completion that another member already gave to the same example is not graded again.
         """
         with host("grade"):
             rows = [row[:n] for _, row, n in zip(indices, tokens, length, strict=False)]
@@ -82,10 +82,11 @@ class Grader:
     def shared(
         self, pending: Mapping[int, tuple[Sequence[int], list[Pending]]], *, texts: Container[int] = (0,)
     ) -> dict[int, list[Graded]]:
-        """What all processes graded, by number, in order; each gives its own, with the indices of its examples.
+        """What all processes graded, in the order of the numbers; each process gives its own, with the indices of its
+        examples.
 
-        All processes call it, and wait for the scores. Only the texts of the numbers `texts` travel; others are empty
-        where they were not graded.
+        All processes call it, and wait for the scores. Only the texts of the numbers in `texts` are sent; on other
+        processes the remaining texts are empty.
         """
         with host("grade"):
             own = processes.wait(lambda: {n: (at, [one() for one in ones]) for n, (at, ones) in pending.items()})
@@ -107,26 +108,26 @@ class Grader:
 
 
 def check_parts(graded: dict[int, list[Graded]]) -> dict[int, list[Graded]]:
-    """Returns what all graded. Raises ValueError where scores have not all the same parts, or parts with names of
-    columns that say something else; rows are named."""
+    """Returns what all graded. Raises ValueError, which names the row, if scores have different parts, or a part has
+    the name of another column."""
     ones = [one for of_number in graded.values() for one in of_number]
     names = ones[0].score.parts.keys() if ones else set()
     for one in ones:
         if one.score.parts.keys() != names:
             raise ValueError(
-                f"the score of row {one.example.id!r} has the parts {', '.join(one.score.parts)}, and that of row "
-                f"{ones[0].example.id!r} {', '.join(names)}: give all scores of a task the same parts"
+                f"the score of row {one.example.id!r} has the parts {', '.join(one.score.parts)}, but the score of "
+                f"row {ones[0].example.id!r} has {', '.join(names)}: give all scores of a task the same parts"
             )
     if taken := [name for name in names if name in COLUMNS]:
         raise ValueError(
-            f"the score of row {ones[0].example.id!r} has a part {taken[0]!r}, a name that a run's files have for "
-            "something else: rename it"
+            f"the score of row {ones[0].example.id!r} has a part {taken[0]!r}, a name that a run's files use for "
+            "another column: rename it"
         )
     return graded
 
 
-def check_scores(graded: Iterable[Graded], task: str, *, remedy: str = "mend the task's score") -> None:
-    """Raises ValueError where a reward or a part of a score is NaN or infinite; rows and numbers are named."""
+def check_scores(graded: Iterable[Graded], task: str, *, remedy: str = "correct the task's score") -> None:
+    """Raises ValueError, which names rows and numbers, if a reward or a part of a score is NaN or infinite."""
     bad = {}
     for one in graded:
         numbers = {"reward": one.score.reward, **one.score.parts}
@@ -140,6 +141,6 @@ def check_scores(graded: Iterable[Graded], task: str, *, remedy: str = "mend the
 
 
 def means(graded: Sequence[Graded]) -> dict[str, float]:
-    """Mean of each part of the score, mean length, and the share cut at max_new_tokens."""
+    """The mean of each part of the score, the mean length, and the share cut at max_new_tokens."""
     rows = [{**g.score.parts, "mean_length": g.length, "truncated": g.truncated} for g in graded]
     return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}

@@ -1,4 +1,4 @@
-"""Evaluation of the unperturbed model on held-out rows: all tasks of a step together, by one set of programs."""
+"""Evaluates the unperturbed model on held-out rows: all tasks of a step together, with one set of programs."""
 
 import dataclasses
 import hashlib
@@ -29,11 +29,11 @@ class HeldOut:
     """The held-out rows of a task.
 
     Attributes:
-      task: what grades them for the reward.
-      examples, prompts: n rows and the token ids of their prompts.
-      options: for a task with options, each row's prompt, continuations (token ids) and the index of the right one.
-      label: what files and figures call the task; None: its own name.
-      timeout_seconds: the most that a score may take, see `workers_of`.
+      task: the task that grades the rows.
+      examples, prompts: the n rows and the token ids of their prompts.
+      options: for a task with options: each row's prompt, its continuations (token ids) and the index of the right one.
+      label: the task's name in files and figures; None is its own name.
+      timeout_seconds: the time limit for one score, see `workers_of`.
     """
 
     task: Task
@@ -54,7 +54,8 @@ class HeldOut:
         label: str | None = None,
         timeout_seconds: float | None = None,
     ) -> "HeldOut":
-        """Raises ValueError for a prompt longer than `max_prompt_tokens` tokens, which is named."""
+        """The held-out rows. Raises ValueError, which names the row, for a prompt of more than `max_prompt_tokens`
+        tokens."""
         name = label or name_of(task)
         prompts = [checked_prompt(model, name, example, max_prompt_tokens) for example in examples]
         options = None
@@ -68,16 +69,15 @@ class HeldOut:
 
     @property
     def digest(self) -> str:
-        """Of the rows, of their tokens and of the graders' rules: what must be equal for two evaluations to be
-        comparable."""
+        """A digest of the rows, their tokens and the graders' rules. Two evaluations are comparable if it is equal."""
         rows = [[e.prompt, e.answer, dict(e.meta)] for e in self.examples]
-        rules = [RULES] if hasattr(self.task, "grader") else []  # no other task's verdicts ever changed
+        rules = [RULES] if hasattr(self.task, "grader") else []  # only these tasks' verdicts ever changed
         content = json.dumps([rows, [list(ids) for ids in self.prompts], *rules], default=str, sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def checked_prompt(model: Model, task: str, example: Example, max_prompt_tokens: int) -> list[int]:
-    """The token ids of an example's prompt. Raises ValueError where there are none, or too many."""
+    """The token ids of an example's prompt. Raises ValueError if there are none, or too many."""
     ids = model.encode(example.prompt)
     if not 1 <= len(ids) <= max_prompt_tokens:
         raise ValueError(
@@ -89,7 +89,7 @@ def checked_prompt(model: Model, task: str, example: Example, max_prompt_tokens:
 
 @runtime_checkable
 class Decoder(Protocol):
-    """What decodes θ itself, such as `es_jax.training.es.Evaluator`."""
+    """An object that decodes with θ itself, such as `es_jax.training.es.Evaluator`."""
 
     @property
     def engine(self) -> Engine: ...
@@ -112,13 +112,13 @@ def evaluate(
     *,
     done: Callable[[int], None] = lambda rows: None,
 ) -> Iterator[tuple[HeldOut, RowResults]]:
-    """Greedy completions of all tasks' rows and the likelihoods of options, graded; a task while the others decode.
-    `done` is called with how many more rows are graded."""
+    """Graded greedy completions of all tasks' rows, and the likelihoods of options. A task is graded while the next
+    ones decode. `done` is called with the number of newly graded rows."""
     engine = evaluator.engine
     queues = [engine.packing(held.prompts).pack(held.prompts, rows=len(held.prompts)) for held in tasks]
     decoded = evaluator.unperturbed(params, queues)
     for held in tasks:
-        with workers_of(held.task, held.timeout_seconds) as submit:  # which start while the devices decode
+        with workers_of(held.task, held.timeout_seconds) as submit:  # the workers start while the devices decode
             grader = Grader(model, held.examples, submit, held.prompts)
             own = {
                 row: ([row], [pending])
@@ -166,13 +166,13 @@ def _options(task: ChoiceTask, example: Example, model: Model) -> tuple[list[int
     longest, context = max(map(len, options)), model.config.max_positions
     if len(prompt) + longest > context:
         raise ValueError(
-            f"row {example.id!r} of task {name_of(task)!r} has {len(prompt)} tokens of prompt and options of up to "
+            f"row {example.id!r} of task {name_of(task)!r} has a prompt of {len(prompt)} tokens and options of up to "
             f"{longest}, more than the model's context of {context}: take the row out"
         )
     return prompt, options, choices.right
 
 
-cast = jax.jit(optax.tree_utils.tree_cast, static_argnums=1)  # the weights in the dtype that they compute in
+cast = jax.jit(optax.tree_utils.tree_cast, static_argnums=1)  # the weights in the compute dtype
 
 
 def likeliest(
@@ -184,9 +184,9 @@ def likeliest(
     mesh: Mesh | None = None,
     names: Sequence[str] = (),
 ) -> np.ndarray:
-    """Whether the right option has the highest log-probability, the sum over its tokens: [n] 0 or 1, the first of
-    equal options counting as the highest. It computes in `dtype`. ValueError for one that is not finite, as of
-    `score_options`."""
+    """Whether the right option has the highest log-probability (the sum over its tokens): [n] 0 or 1. Of equal options
+    the first counts as the highest. It computes in `dtype`. Raises ValueError as `score_options` if a log-probability
+    is not finite."""
     prompts = [(prompt, options) for prompt, options, _ in rows]
     scores = score_options(config, cast(params, dtype), prompts, mesh=mesh, names=names)
     return np.array([float(np.argmax(own) == right) for own, (_, _, right) in zip(scores, rows, strict=True)])

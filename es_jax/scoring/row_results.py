@@ -1,4 +1,4 @@
-"""The results of held-out rows, what follows from them, and evals/<task>.jsonl, which training and evaluation write.
+"""The results of held-out rows, statistics of them, and evals/<task>.jsonl, which training and evaluation write.
 
 docs/evaluate.md explains every column.
 """
@@ -25,9 +25,9 @@ GRADERS = {
     "right": "lost_",
     "strict": "strict_lost_",
     "robust": "robust_lost_",
-}  # result → prefix of its drop's columns
+}  # result → prefix of the columns of its drop
 REASONS = ("format", "truncation", "knowledge")
-EARLIER = "earlier"  # folder of rows that a run evaluated before its held-out rows became others
+EARLIER = "earlier"  # folder for rows from before the held-out rows of a run changed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class RowResults:
 
     Attributes:
       right: [n] 0 or 1, by the published grader.
-      strict, robust: [n] 0 or 1, by the other two; the same where a task has one grader.
+      strict, robust: [n] 0 or 1, by the other two graders; equal to `right` for a task with one grader.
       loglik: [n] 0 or 1, whether the right option is the likeliest; None for a task without options.
       well_formed: [n] 0 or 1, exactly the asked form; None for a task that asks for none.
       truncated: [n] 0 or 1, cut at max_new_tokens.
@@ -60,13 +60,13 @@ class RowResults:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "RowResults":
-        fields = {"robust": fields["right"]} | dict(fields)  # older rows of a task with one grader
+        fields = {"robust": fields["right"]} | dict(fields)  # older rows, of a task with one grader
         own = {field.name: fields[field.name] for field in dataclasses.fields(cls)}
         return cls(**jax.tree.map(lambda x: np.array(x, float), own, is_leaf=lambda x: isinstance(x, list)))
 
 
 def summary(step: int, now: RowResults, base: RowResults | None) -> dict[str, Any]:
-    """A row of evals/<task>.jsonl. `base`: the results of the base model on the same rows, if they are known."""
+    """A row of evals/<task>.jsonl. `base` holds the base model's results on the same rows, if they are known."""
     row: dict[str, Any] = {"step": step, "n": len(now.right)}
     for column, field in VIEWS.items():
         if getattr(now, field) is not None:
@@ -83,7 +83,8 @@ def summary(step: int, now: RowResults, base: RowResults | None) -> dict[str, An
 
 
 def accuracy(column: str, now: np.ndarray, base: np.ndarray | None) -> dict[str, float | None]:
-    """The columns of one view: accuracy and binomial standard error; change against the base and its paired one.
+    """The columns of one grader: accuracy and its binomial standard error; the change from the base and its paired
+    standard error.
 
     >>> accuracy("strict", np.array([1.0, 1, 0, 0]), np.array([1.0, 1, 1, 1]))["strict_change"]
     -0.5
@@ -94,22 +95,22 @@ def accuracy(column: str, now: np.ndarray, base: np.ndarray | None) -> dict[str,
 
 
 def change_columns(column: str, now: np.ndarray, base: np.ndarray) -> dict[str, float | None]:
-    """Of the mean over the same rows: the change against the base, and its paired standard error."""
+    """The change of the mean from the base, over the same rows, and its paired standard error."""
     difference = np.asarray(now, float) - base
     return {f"{column}_change": float(difference.mean()), f"{column}_change_se": standard_error(difference)}
 
 
 def standard_error(values: Sequence[float] | np.ndarray) -> float | None:
-    """Of the mean of independent values: sample standard deviation over √n; None for one value."""
+    """The standard error of the mean of independent values: sample standard deviation over √n; None for one value."""
     return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
 
 
 def split_drop(base: RowResults, now: RowResults, view: str = "right") -> dict[str, float]:
     """The drop in accuracy from `base` to `now`, as the sum of three parts.
 
-    Every row that is right in one and wrong in the other is booked under the reason why the wrong one is wrong:
+    Every row that is right in one and wrong in the other is counted under the reason why the wrong answer is wrong:
     "truncation" if it was cut at max_new_tokens, else "format" if it is not in the asked form or another grader finds
-    the right answer in it, else "knowledge". A row that was lost counts +1/n, a row that was gained −1/n.
+    the right answer in it, else "knowledge". A lost row counts +1/n, a gained row −1/n.
 
     >>> wrong = RowResults(*[np.zeros(1)] * 3, None, *[np.zeros(1)] * 4)
     >>> right = dataclasses.replace(wrong, right=np.ones(1), well_formed=np.ones(1))
@@ -122,8 +123,8 @@ def split_drop(base: RowResults, now: RowResults, view: str = "right") -> dict[s
 
 
 def seen_alone(base: RowResults, now: RowResults, view: str = "right") -> float:
-    """The part of the drop in accuracy from `base` to `now` that no other grader sees: of the rows that this one lost
-    or gained where neither of the other two did the same.
+    """The part of the drop in accuracy from `base` to `now` that only this grader sees: rows that it lost or gained
+    while neither of the other two graders did.
 
     >>> wrong = RowResults(*[np.zeros(2)] * 3, None, *[np.zeros(2)] * 4)
     >>> seen_alone(dataclasses.replace(wrong, right=np.ones(2), robust=np.array([1, 0])), wrong)
@@ -135,7 +136,7 @@ def seen_alone(base: RowResults, now: RowResults, view: str = "right") -> float:
 
 
 def _reasons(results: RowResults, rows: np.ndarray) -> dict[str, float]:
-    """How many of the rows are wrong for each reason."""
+    """How many rows are wrong for each reason."""
     cut, formed = results.truncated > 0, np.True_ if results.well_formed is None else results.well_formed > 0
     formed = formed & (np.max([getattr(results, name) for name in GRADERS], axis=0) == 0)
     masks = {"truncation": cut, "format": ~cut & ~formed, "knowledge": ~cut & formed}
@@ -143,19 +144,19 @@ def _reasons(results: RowResults, rows: np.ndarray) -> dict[str, float]:
 
 
 class EvalsFile:
-    """The evaluations of one task, a row a step.
+    """The evaluations of one task: a row for each step.
 
-    The results of single rows stand in evals/verdicts/<task>.jsonl: with those of step 0, of the base model, later
-    steps are compared row by row. Rows are appended as they come; `read_evals` puts them in order. Rows of steps after
-    `last_step`, which did not finish, are dropped.
+    The results of single rows are in evals/verdicts/<task>.jsonl; later steps are compared row by row with step 0, the
+    base model. Rows are appended as they come, and `read_evals` sorts them. Rows of steps after `last_step`, which did
+    not finish, are dropped.
 
     Attributes:
       last: the row of the latest step, if there is one.
       steps: the steps that are evaluated.
     """
 
-    results: Any = RowResults  # of a step
-    summary = staticmethod(summary)  # of these, as a row
+    results: Any = RowResults  # the results of a step
+    summary = staticmethod(summary)  # these results as a row
 
     def __init__(self, folder: Path, task: str, *, last_step: int = LAST):
         self._rows = Jsonl(folder / f"{task}.jsonl", last_step=last_step)
@@ -164,24 +165,24 @@ class EvalsFile:
         self.last: dict[str, Any] | None = next(reversed(read_evals(self._rows.path)), None)
 
     def check(self, *, digest: str, max_new_tokens: int, n: int) -> None:
-        """Raises ValueError where the file's rows were made from other held-out rows, now n, or with another limit."""
+        """Raises ValueError if the file's rows were made from other held-out rows (now n), or with another limit."""
         for row in read_jsonl(self._rows.path):
             if row.get("rows") != digest:
                 raise ValueError(
                     f"{self._rows.path} was made from {row.get('n')} rows with digest {row.get('rows')!r}, and this "
-                    f"evaluation has {n} with {digest!r}: use the same --rows and --data_dir, or another --out; where "
-                    "the chat template writes the date, the same --template_date; where the graders' rules changed "
-                    "since, only another --out will do"
+                    f"evaluation has {n} with {digest!r}: use the same --rows and --data_dir, or another --out. If "
+                    "the chat template writes the date, use the same --template_date. If the graders' rules have "
+                    "changed, only another --out helps"
                 )
             if row.get("max_new") != max_new_tokens:
                 raise ValueError(
                     f"{self._rows.path} was made with max_new_tokens = {row.get('max_new')}, and this evaluation has "
-                    f"{max_new_tokens}: use the same --max_new_tokens, or another --out; a run goes on where the file "
-                    "is moved elsewhere"
+                    f"{max_new_tokens}: use the same --max_new_tokens, or another --out. To resume a run, move the "
+                    "file elsewhere"
                 )
 
     def add(self, step: int, results: Any, *, digest: str, max_new_tokens: int) -> dict[str, Any]:
-        """Write a step's row, and return it."""
+        """Write a step's row and return it."""
         base = results
         if step:
             rows = read_jsonl(self._results.path)
@@ -196,28 +197,25 @@ class EvalsFile:
 
 
 def set_aside(folder: Path, task: str, digest: str) -> str | None:
-    """Move the rows of a task, where they are of other held-out rows than those of the digest, to earlier/<their
-    digest>/, in the form of `folder`, and bring back what an earlier change moved of these. Returns a sentence about
-    it, None where there was nothing to do."""
+    """If the evaluations of a task are of other held-out rows than those of the digest, move them to earlier/<their
+    digest>/, laid out like `folder`; move back those that belong to the digest. Returns a sentence about it, or None if
+    there was nothing to do."""
     rows, own = Path(f"{task}.jsonl"), folder / EARLIER / digest
     there = [row.get("rows") for row in read_rows(folder / rows)][:1]
     if there == [digest] or not (there or (own / rows).exists()):
         return None
     moves = [(folder, folder / EARLIER / str(other)) for other in there] + [(own, folder)]
     for source, target in moves:
-        for name in (Path("verdicts") / rows, rows):  # the rows last: they tell a start after a kill what is to do
+        for name in (Path("verdicts") / rows, rows):  # rows last: they show a start after a kill what is left to do
             if (source / name).exists():
                 (target / name).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(source / name, target / name)
     if not there:
-        return f"{task}: what was evaluated on these held-out rows before is back"
-    return (
-        f"{task}: evaluated on other held-out rows from here on; what was evaluated on those of before is in "
-        f"{moves[0][1]}"
-    )
+        return f"{task}: earlier evaluations on these held-out rows were moved back"
+    return f"{task}: the held-out rows changed; earlier evaluations are in {moves[0][1]}"
 
 
 def read_evals(path: Path) -> list[dict[str, Any]]:
-    """The rows of evals/<task>.jsonl, of evals/kl.jsonl or evals/drift.jsonl, in order of steps; the last of equals."""
+    """The rows of evals/<task>.jsonl, evals/kl.jsonl or evals/drift.jsonl, by step; the last row of a step counts."""
     rows = {(row["step"], row.get("task", "")): row for row in read_rows(path)}
     return [rows[key] for key in sorted(rows)]

@@ -1,4 +1,4 @@
-"""Several sampled completions of each held-out row: pass@k, and the vote of the majority (docs/evaluate.md)."""
+"""Several sampled completions of each held-out row: pass@k and majority voting (docs/evaluate.md)."""
 
 import dataclasses
 import itertools
@@ -21,7 +21,7 @@ from es_jax.scoring.workers import workers_of
 from es_jax.tasks.task import VotingTask
 from es_jax.weights.model import Model
 
-AT_ONCE = 4  # times the slots: rows of one call, of which the last ones leave slots empty
+AT_ONCE = 4  # rows of one call, as a multiple of the slots: the last rows of a call leave slots empty
 GRADERS = {"right": "", "strict": "strict_", "robust": "robust_"}  # result → prefix of its columns
 
 
@@ -32,8 +32,8 @@ class Sampling:
     Attributes:
       samples: n ≥ 1 completions of each row.
       temperature: > 0.
-      top_p: in (0, 1]: tokens are drawn from the smallest set of likeliest ones with this probability.
-      seed: of the draws. The key of a token is a function of (seed, row, sample, place).
+      top_p: in (0, 1]: tokens are sampled from the smallest set of likeliest tokens with this total probability.
+      seed: of the sampling. The key of a token is a function of (seed, row, sample, position).
 
     Raises:
       ValueError: a number out of range.
@@ -52,8 +52,8 @@ class Sampling:
             raise ValueError(f"samples is {self.samples}: it must be at least 1")
         if not 0 < self.temperature < math.inf:
             raise ValueError(
-                f"temperature is {self.temperature:g}: it must be finite and above 0, for greedy samples are all the "
-                "same; leave samples out for greedy decoding"
+                f"temperature is {self.temperature:g}: it must be finite and above 0, since greedy samples are all "
+                "the same; leave samples out for greedy decoding"
             )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p:g}: it must be above 0 and at most 1")
@@ -64,7 +64,7 @@ class Sampling:
 
     @property
     def name(self) -> str:
-        """Of the folder that has the rows of this setting."""
+        """The name of the folder with the rows of this setting."""
         top_p = "" if self.top_p == 1 else f"-p{float(self.top_p)}"
         return f"n{self.samples}-t{float(self.temperature)}{top_p}" + f"-s{self.seed}" * bool(self.seed)
 
@@ -74,8 +74,8 @@ class Sampling:
 
 
 def pass_at_k(passed: Bool[np.ndarray, "R n"]) -> Float[np.ndarray, "R n"]:
-    """For each row and k = 1..n the probability that k of its n samples, drawn without replacement, hold one that
-    passed: 1 − C(n − c, k) / C(n, k) where c of them did. An unbiased estimate of that for k new samples.
+    """For each row and k = 1..n, the probability that at least one of k samples passes, drawn without replacement from
+    its n samples: 1 − C(n − c, k) / C(n, k) if c of them passed. It is an unbiased estimate for k new samples.
 
     >>> pass_at_k(np.array([[True, False, False], [True, True, False]])).round(3).tolist()
     [[0.333, 0.667, 1.0], [0.667, 1.0, 1.0]]
@@ -86,8 +86,8 @@ def pass_at_k(passed: Bool[np.ndarray, "R n"]) -> Float[np.ndarray, "R n"]:
 
 
 def majority(right: Iterable[float], answers: Sequence[str | None]) -> float:
-    """Whether the answer that most samples of a row give is right, 0 to 1; samples without an answer do not vote. Of
-    answers with equally many votes the mean counts, which is what a choice by lot earns. 0 where nobody votes.
+    """Whether the answer that most samples of a row give is right, 0 to 1. Samples without an answer do not vote. A tie
+    gives the mean over the tied answers, the expectation of a random choice. It is 0 if no sample votes.
 
     >>> majority([0, 0, 1, 0], ["7", "7", "8", None]), majority([0, 1], ["7", "8"]), majority([0], [None])
     (0.0, 0.5, 0.0)
@@ -108,8 +108,8 @@ class SampledResults:
 
     Attributes:
       right, strict, robust, truncated, length, reward: [R, n], as in `RowResults`.
-      answers: [R][n], the answer that the published grader reads from each completion, None where it finds none; None
-        for a task that does not tell (`extract_answer`).
+      answers: [R][n], the answer that the published grader reads from each completion, None if it finds none; None for
+        a task without `extract_answer`.
     """
 
     right: np.ndarray
@@ -130,15 +130,15 @@ class SampledResults:
 
     @property
     def voted(self) -> np.ndarray | None:
-        """[R]: `majority` of each row; None for a task that does not tell answers."""
+        """[R]: `majority` of each row; None for a task without `extract_answer`."""
         if self.answers is None:
             return None
         return np.array([majority(*of_row) for of_row in zip(self.right.tolist(), self.answers, strict=True)])
 
 
 def summary(step: int, now: SampledResults, base: SampledResults | None) -> dict[str, Any]:
-    """A row of evals/samples/<setting>/<task>.jsonl. `base`: the base model's results on the same rows, with the same
-    keys, if they are known."""
+    """A row of evals/samples/<setting>/<task>.jsonl. `base` holds the base model's results on the same rows with the
+    same keys, if they are known."""
     row: dict[str, Any] = {"step": step, "n": len(now.right)}
     for view, prefix in GRADERS.items():
         of_base: Iterable[np.ndarray] = [] if base is None else pass_at_k(getattr(base, view) >= 1).T
@@ -154,13 +154,13 @@ def summary(step: int, now: SampledResults, base: SampledResults | None) -> dict
 
 
 def _estimate(name: str, now: np.ndarray, base: np.ndarray | None) -> dict[str, float | None]:
-    """The mean over rows [R] and its standard error; the change against the base's, row by row, and its own."""
+    """The mean over rows [R] and its standard error; the change from the base, row by row, and its standard error."""
     columns: dict[str, float | None] = {name: float(now.mean()), f"{name}_se": standard_error(now)}
     return columns if base is None else columns | change_columns(name, now, base)
 
 
 class SampledFile(EvalsFile):
-    """The sampled evaluations of one task and one setting: as `EvalsFile`, in evals/samples/<setting>."""
+    """The sampled evaluations of one task and one setting, like `EvalsFile`, in evals/samples/<setting>."""
 
     results = SampledResults
 
@@ -181,8 +181,8 @@ def sample_rows(
     *,
     done: Callable[[int], None] = lambda completions: None,
 ) -> Iterator[tuple[HeldOut, SampledResults]]:
-    """Samples of all tasks' rows by an evaluator whose engine has the setting's sampler, graded; a task while the
-    others decode. `done` is called with how many more completions are there."""
+    """Graded samples of all tasks' rows, made by an evaluator whose engine has the setting's sampler. A task is graded
+    while the next ones decode. `done` is called with the number of new completions."""
     engine, n = evaluator.engine, sampling.samples
     queues: list[Prompts] = []
     keys: list[np.ndarray] = []
@@ -208,18 +208,18 @@ def sample_rows(
 
 
 def _at_once(rows: int, samples: int, slots: int) -> int:
-    """How many samples of all rows are decoded in one call: a divisor of their number, so that all calls are alike."""
+    """How many samples of all rows one call decodes: a divisor of their number, so that all calls have one shape."""
     enough = (each for each in range(1, samples) if samples % each == 0 and each * rows >= AT_ONCE * slots)
     return next(enough, samples)
 
 
 def _results(held: HeldOut, graded: Sequence[Graded], n: int) -> SampledResults:
-    """Of completions sample by sample, each of all rows."""
+    """The results of completions that are ordered by sample, then by row."""
     results, task = results_of(graded, None), held.task
     names = [field.name for field in dataclasses.fields(SampledResults) if field.name != "answers"]
     arrays = {name: getattr(results, name).reshape(n, -1).T for name in names}
     answers = None
-    if isinstance(task, VotingTask) and callable(task.extract_answer):  # a task's options may leave none to read
+    if isinstance(task, VotingTask) and callable(task.extract_answer):  # with some options a task has no answer to read
         told = [_answer(held, task, one) for one in graded]
         answers = [told[row :: len(held.examples)] for row in range(len(held.examples))]
     return SampledResults(**arrays, answers=answers)
@@ -229,10 +229,10 @@ def _answer(held: HeldOut, task: VotingTask, one: Graded) -> str | None:
     try:
         answer = task.extract_answer(one.example, one.text)
         if answer is not None and not isinstance(answer, str):
-            raise TypeError(f"it returned {answer!r:.80}, neither text nor None")
+            raise TypeError(f"it returned {answer!r:.80}, which is neither text nor None")
     except Exception as error:
         raise ValueError(
-            f"extract_answer of task {held.name!r} failed on a completion of row {one.example.id!r}: "
+            f"extract_answer of task {held.name!r} failed on a completion of row {one.example.id!r}, so correct it: "
             f"{type(error).__name__}: {error}"
         ) from error
     return answer

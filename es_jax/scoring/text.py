@@ -18,9 +18,9 @@ from es_jax.generate.score import score_tokens
 from es_jax.weights.model import Model
 from es_jax.weights.tokenizer import Prompt
 
-NEW_TOKENS = 256  # of a completion at most, by default
-WINDOW = 2048  # tokens that perplexity reads at once, by default
-BATCH_TOKENS = 2**12  # of one forward pass
+NEW_TOKENS = 256  # largest length of a completion, by default
+WINDOW = 2048  # tokens in a window of perplexity, by default
+BATCH_TOKENS = 2**12  # tokens of one forward pass
 
 
 def complete(
@@ -32,34 +32,37 @@ def complete(
     seed: int = 0,
     slots: int = 64,
 ) -> Any:
-    """What a model writes after prompts: text, or messages, in; text out.
+    """Writes completions with a model: text or messages in, text out.
 
-    It is not called `generate`, since `es_jax.generate` is the package of the engine, which takes and gives token ids.
+    (`es_jax.generate` is the package of the engine, which takes and gives token ids.)
 
     Args:
-      model: of `load_model` or `load_step`. It computes in the dtype of its parameters.
+      model: from `load_model` or `load_step`. Its parameters' dtype is the compute dtype.
       prompts: one prompt, or a list of them. A prompt is plain text, or messages for the chat template, each with
-        "role" and "content"; a last message of the assistant's is continued. `Model.encode` makes its tokens.
-      max_new_tokens: tokens after which a completion is cut; by default 256, or what the context leaves if it is less.
-      temperature: 0 takes the likeliest token each time, as training and evaluation do. Above 0, tokens are drawn from
-        softmax(logits / temperature).
-      seed: of what is drawn, 0 to 2³² − 1. Prompt i of a seed has the same completion whatever prompts are beside it.
-      slots: prompts decoded at once.
+        "role" and "content". A last message of role "assistant" is continued. `Model.encode` makes the tokens.
+      max_new_tokens: tokens after which a completion is cut, at least 1. By default 256, or what the context leaves if
+        that is less.
+      temperature: at least 0. 0 takes the likeliest token each time, as training and evaluation do. Above 0, tokens are
+        drawn from softmax(logits / temperature).
+      seed: the seed of what is drawn, 0..2³² − 1. With one seed, the completion of prompt i does not depend on the
+        other prompts.
+      slots: how many prompts are decoded at once, at least 1.
 
     Returns:
-      The completion of one prompt, text; or a list of texts, one for each prompt. A program is compiled for each
-      number of prompts and each width: a single prompt's is a power of two, so that a chat soon compiles nothing.
+      The text of the completion for one prompt, a list of texts for a list. One program is compiled for each number of
+        prompts and each width. The width of a single prompt is a power of two, so a chat soon compiles nothing.
 
     Raises:
-      ValueError: a prompt that is empty, leaves no room in the model's context, or that the chat template does not
-        take, named by its place; a number out of range.
+      ValueError: a prompt is empty, leaves no room in the model's context, is neither text nor messages, or is not
+        accepted by the chat template (the message names its place); or a number is out of range.
 
-    >>> from es_jax.weights.model import load_model
-    >>> lab = load_model("lab")
-    >>> complete(lab, "A37+48=", max_new_tokens=6)
-    '85'
-    >>> complete(lab, ["A37+48=", "C37<48="], max_new_tokens=6)
-    ['85', 'y']
+    Examples:
+      >>> from es_jax.weights.model import load_model
+      >>> lab = load_model("lab")
+      >>> complete(lab, "A37+48=", max_new_tokens=6)
+      '85'
+      >>> complete(lab, ["A37+48=", "C37<48="], max_new_tokens=6)
+      ['85', 'y']
     """
     if not (isinstance(temperature, int | float) and 0 <= temperature < math.inf):
         raise ValueError(f"temperature is {temperature!r}: it must be at least 0, which is greedy")
@@ -77,7 +80,7 @@ def complete(
         max_new_tokens=new,
         stop_token_ids=model.stop_token_ids,
         sampler=sampler_of(temperature),
-        in_place=False if _is_cut(model.params) else None,  # its kernel is not cut over devices
+        in_place=False if _is_cut(model.params) else None,  # its kernel is not sharded over devices
     )
     key = rng.sampling_key(seed, 0) if temperature else None
     packing = Packing((), engine.max_prompt_tokens) if len(tokens) == 1 else None
@@ -89,7 +92,7 @@ def complete(
 
 
 def _is_one(prompts: Any) -> bool:
-    """Whether it is one prompt: text, or messages."""
+    """Whether it is a single prompt: text or messages."""
     return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Mapping))
 
 
@@ -109,38 +112,39 @@ def _encode(model: Model, prompt: Prompt, place: int) -> list[int]:
 
 
 def _is_cut(params: Any) -> bool:
-    """Whether parameters are on several devices."""
+    """Whether the parameters are on several devices."""
     return any(len(leaf.sharding.device_set) > 1 for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array))
 
 
 def perplexity(
     model: Model, texts: str | Sequence[str], *, window: int | None = None, stride: int | None = None
 ) -> Any:
-    """exp(−mean of log p(token | the tokens before it)) of a text, or of each of several: 1 is certainty.
+    """Computes the perplexity of texts: exp(−mean of log p(token | the tokens before it)). 1 is certainty.
 
-    The first token has nothing before it and is not scored, unless the tokenizer begins a text with BOS, which then is
-    the first. A text of more than `window` tokens is read in windows that begin `stride` tokens apart. Each token
-    is scored once, in the first window that holds it, with at least window − stride tokens before it (fewer only at the
-    beginning of the text). The mean is over all tokens of the text alike. Nothing is cut off.
+    The first token has nothing before it and is not scored. If the tokenizer begins a text with BOS, that is the first
+    token. A text of more than `window` tokens is read in windows that begin `stride` tokens apart. Each token is scored
+    once, in the first window that holds it. At least window − stride tokens come before it there, except at the
+    beginning of the text. All tokens of the text have the same weight in the mean. Nothing is cut off.
 
     Args:
-      model: of `load_model` or `load_step`. It computes in the dtype of its parameters; the mean is in float64.
-      texts: plain text; no chat template is used.
-      window: tokens that the model reads at once, 2 to its context; by default 2048, or its context if that is less.
-      stride: 1 to window − 1; by default half of the window. A smaller one gives tokens more context, and takes longer.
+      model: from `load_model` or `load_step`. Its parameters' dtype is the compute dtype; the mean is in float64.
+      texts: one plain text, or a list of them. No chat template is used.
+      window: tokens that the model reads at once, 2 to its context. By default 2048, or the context if that is less.
+      stride: 1 to window − 1. By default half the window. A smaller stride gives tokens more context and takes longer.
 
     Returns:
-      A number for one text, a list of numbers for several.
+      A number for one text, a list of numbers for a list; each at least 1.
 
     Raises:
-      ValueError: a text of fewer than 2 tokens, named by its place; sizes out of range; log-probabilities that are not
-        finite.
+      ValueError: a text has fewer than 2 tokens (the message names its place), a size is out of range, or
+        log-probabilities are not finite.
 
-    >>> from es_jax.weights.model import load_model
-    >>> lab = load_model("lab")
-    >>> right, wrong = perplexity(lab, ["A37+48=85", "A37+48=19"])
-    >>> right < wrong
-    True
+    Examples:
+      >>> from es_jax.weights.model import load_model
+      >>> lab = load_model("lab")
+      >>> right, wrong = perplexity(lab, ["A37+48=85", "A37+48=19"])
+      >>> right < wrong
+      True
     """
     context, several = model.config.max_positions, [texts] if isinstance(texts, str) else list(texts)
     window = min(WINDOW, context) if window is None else window
@@ -152,7 +156,7 @@ def perplexity(
     tokens = [model.encode(text) for text in several]
     for place, ids in enumerate(tokens):
         if len(ids) < 2:
-            raise ValueError(f"text {place} has {len(ids)} tokens: it needs at least 2, the first is not scored")
+            raise ValueError(f"text {place} has {len(ids)} tokens: it needs at least 2, since the first is not scored")
     pieces = [_Piece(place, *piece) for place, ids in enumerate(tokens) for piece in _windows(len(ids), window, stride)]
     total = np.zeros(len(several))
     for piece, logprob in _scored(model, tokens, pieces, window):
@@ -167,7 +171,7 @@ def perplexity(
 
 
 class _Piece(NamedTuple):
-    """A window on a text: its tokens start..end, of which those from `scored` on are scored in it."""
+    """A window of a text: its tokens start..end; those from `scored` on are scored in it."""
 
     text: int
     start: int
@@ -176,7 +180,7 @@ class _Piece(NamedTuple):
 
 
 def _windows(n: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """(start, end, scored) of the windows on n ≥ 2 tokens.
+    """(start, end, scored) of the windows over n ≥ 2 tokens.
 
     >>> list(_windows(9, 4, 2))
     [(0, 4, 1), (2, 6, 4), (4, 8, 6), (6, 9, 8)]
@@ -193,8 +197,8 @@ def _windows(n: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]
 def _scored(
     model: Model, tokens: Sequence[Sequence[int]], pieces: Sequence[_Piece], window: int
 ) -> Iterator[tuple[_Piece, float]]:
-    """Each piece with the sum of its log-probabilities. Pieces of about one length are read together."""
-    alike = defaultdict(list)  # by the width that they are padded to
+    """Each piece with the sum of its log-probabilities. Pieces of similar length are read together."""
+    alike = defaultdict(list)  # by the padded width
     for piece in pieces:
         length = piece.end - piece.start
         alike[min(max(power_of_two(length), SHORTEST // 4), window)].append(piece)

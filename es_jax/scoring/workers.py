@@ -1,4 +1,4 @@
-"""Scores from worker processes, for a task whose grader is slow or may block. Workers import the task's modules, and no
+"""Scores from worker processes, for a task whose grader is slow or may block. Workers import the task's modules but not
 JAX."""
 
 import contextlib
@@ -22,7 +22,7 @@ Submit = Callable[[Example, str], Callable[[], Score]]
 
 
 def at_once(task: Scorer) -> Submit:
-    """What `workers_of` gives without processes."""
+    """The scorer that `workers_of` returns without worker processes."""
 
     def submit(example: Example, completion: str) -> Callable[[], Score]:
         try:
@@ -36,22 +36,26 @@ def at_once(task: Scorer) -> Submit:
 
 @contextlib.contextmanager
 def workers_of(task: Scorer, timeout_seconds: float | None = None) -> Iterator[Submit]:
-    """As many processes as the task's `workers` says, at least one where there is a timeout, until the context ends.
+    """Runs as many worker processes as the task's `workers` says, at least one if there is a timeout, until the context
+    ends.
 
-    What it gives takes an example and a completion, and returns the function that waits for the score; without
-    processes it scores at once.
+    It yields a function of an example and a completion, which returns a function that waits for the score. Without
+    worker processes it scores at once.
 
     Args:
-      timeout_seconds: the most that a score may take; None: what the task's own `timeout_seconds` says.
+      timeout_seconds: the time limit for one score; None is the task's own `timeout_seconds`.
 
     Raises:
       ValueError: `workers` is not a whole number ≥ 0, the timeout is not above 0, or the task cannot be sent to a
-        process; of the function that scores or waits: the score raised, took too long, or its process ended. The
-        example is named.
+        process. The functions that score or wait raise it, with the example's name, if the score raised, took too long,
+        or its process ended.
     """
     count, limit = getattr(task, "workers", 0), timeout_seconds or getattr(task, "timeout_seconds", None)
     if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-        raise ValueError(f"task {name_of(task)!r} has workers {count!r}: set it to a whole number, 0 for no processes")
+        raise ValueError(
+            f"task {name_of(task)!r} has workers {count!r}: set it to a whole number from 0, where 0 is no worker "
+            "processes"
+        )
     if limit is not None and not (isinstance(limit, int | float) and 0 < limit < math.inf):
         raise ValueError(f"task {name_of(task)!r} has timeout_seconds {limit!r}: set it to a number above 0, or None")
     count = count or int(limit is not None)
@@ -79,7 +83,7 @@ def workers_of(task: Scorer, timeout_seconds: float | None = None) -> Iterator[S
         finally:
             free.put(worker)
 
-    threads = ThreadPoolExecutor(count)  # each waits for a process
+    threads = ThreadPoolExecutor(count)  # each thread waits for a process
     try:
         yield lambda example, completion: threads.submit(scored, example, completion).result
     finally:
@@ -93,10 +97,10 @@ def _failed(task: Scorer, example: Example, reason: str) -> ValueError:
 
 
 class _Worker:
-    """A process that scores, one completion after the other."""
+    """A process that scores one completion after another."""
 
     def __init__(self, task: bytes):
-        context = multiprocessing.get_context("spawn")  # a fork would copy JAX's locks as they are
+        context = multiprocessing.get_context("spawn")  # a fork would copy JAX's held locks
         self._connection, other = context.Pipe()
         self._process = context.Process(target=_serve, args=(other, dict(outside.loaded), task))
         self._process.start()
@@ -104,9 +108,9 @@ class _Worker:
         self._begun = False
 
     def score(self, example: Example, completion: str, limit: float | None) -> Score:
-        """The score. Raises RuntimeError where there is none, with the reason."""
+        """The score. Raises RuntimeError with the reason if there is none."""
         try:
-            if not self._begun:  # importing takes its time
+            if not self._begun:  # importing takes some time
                 self._receive(None)
                 self._begun = True
             self._connection.send((example, completion))
@@ -119,7 +123,7 @@ class _Worker:
         if not self._connection.poll(limit):
             self.end()
             raise RuntimeError(
-                f"it took longer than task.timeout_seconds = {limit:g}: mend the task's score, or raise the timeout"
+                f"it took longer than task.timeout_seconds = {limit:g}: correct the task's score, or raise the timeout"
             )
         right, content = self._connection.recv()
         if not right:
@@ -127,15 +131,15 @@ class _Worker:
         return content
 
     def end(self) -> None:
-        """End the process, whatever it is at."""
+        """End the process, whatever it is doing."""
         self._process.kill()
         self._process.join()
 
 
 def _serve(connection: Connection, files: Mapping[str, tuple[str, bytes]], content: bytes) -> None:
-    """A worker's work: scores of what comes, until nobody asks any more. Its first answer says that it can."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # which may go to all processes: the run's own ends it, once it has
-        signal.signal(number, signal.SIG_IGN)  # its last step's scores
+    """A worker's loop: it scores requests until the pipe closes. Its first answer says that it is ready."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # may reach all processes; the run ends this one when it is done
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
     def answer(make: Callable[[], Any]) -> Any:
@@ -150,7 +154,7 @@ def _serve(connection: Connection, files: Mapping[str, tuple[str, bytes]], conte
     def begin() -> Scorer:
         for path, source in files.values():
             outside.load_file(Path(path), source)
-        return pickle.loads(content)  # what the run itself has written
+        return pickle.loads(content)  # trusted: the run itself made it
 
     task = answer(begin)
     while task is not None:

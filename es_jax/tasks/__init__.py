@@ -1,4 +1,4 @@
-"""Tasks: what a model is trained and tested on. `get_task` makes one by its name; `TASKS` is the table."""
+"""Tasks: what a model is trained and tested on. `get_task` makes one by its name; `TASKS` is the table of names."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -32,7 +32,14 @@ TASKS: Mapping[str, Callable[..., Any]] = MappingProxyType(
 
 
 def check_name(name: str) -> None:
-    """Raises ValueError unless the name can be one of a task; a file or a module is not looked at."""
+    """Checks that the name can be one of a task. A file or a module is not looked at.
+
+    Args:
+      name: the name.
+
+    Raises:
+      ValueError: it cannot be.
+    """
     if reasoning_gym.is_name(name):
         return reasoning_gym.check_name(name)
     if name in TASKS or name == Columns.name or outside.is_reference(name):
@@ -42,21 +49,29 @@ def check_name(name: str) -> None:
 
 
 def get_task(name: str, **options: Any) -> Task:
-    """The task of that name, made with its options.
+    """Makes the task of that name with its options.
 
     Args:
-      name: a key of `TASKS`; "rows", see `es_jax.tasks.columns.Columns`; reasoning_gym:NAME, see
-        `es_jax.tasks.reasoning_gym.ReasoningGym`; a name that an installed package registers as an entry point of the
-        group es_jax.tasks; or FILE.py:NAME or package.module:NAME, a class, a function that returns a task, or a task.
+      name: one of the following:
+
+        - a key of `TASKS`;
+        - "rows", see `es_jax.tasks.columns.Columns`;
+        - "reasoning_gym:NAME", see `es_jax.tasks.reasoning_gym.ReasoningGym`;
+        - a name that an installed package registers as an entry point of the group es_jax.tasks;
+        - "FILE.py:NAME" or "package.module:NAME", where NAME is a class, a function that returns a task, or a task.
       **options: fields of the task, which its docstring describes.
+
+    Returns:
+      The task.
 
     Raises:
       ValueError: no task has that name, it has no such option, an option's value is wrong, or what the name stands for
         is not a task or raises.
       OSError: the name's file does not exist.
 
-    >>> get_task("countdown", grader="strict")
-    Countdown(data_dir=None, seed=0, grader='strict', hub=None)
+    Examples:
+      >>> get_task("countdown", grader="strict")
+      Countdown(data_dir=None, seed=0, grader='strict', hub=None)
     """
     make = _maker(name)
     known = _parameters(make)
@@ -71,29 +86,32 @@ def get_task(name: str, **options: Any) -> Task:
         raise
     except Exception as error:
         text = ", ".join(f"{option}={value!r}" for option, value in options.items()) or "no options"
-        raise ValueError(f"task {name!r} with {text} raised {type(error).__name__}: {error}") from error
+        raise ValueError(
+            f"task {name!r} with {text} could not be made, so correct its options or its code: "
+            f"{type(error).__name__}: {error}"
+        ) from error
     return check_task(task, f"task {name!r}")
 
 
 def check_task(task: Any, what: str) -> Task:
-    """Returns the task; raises ValueError for anything else, a class too."""
+    """Returns the task; raises ValueError for anything else, even a class."""
     lacking = [method for method in ("train", "test", "score") if not callable(getattr(task, method, None))]
     if lacking or inspect.isclass(task):
         reason = f"which has no {' and no '.join(lacking)}" if lacking else "a class: call it"
         raise ValueError(
-            f"{what} is {task!r}, {reason}: it must be a task, as an object of a subclass of SimpleTask is"
+            f"{what} is {task!r}, {reason}: it must be a task, such as an object of a subclass of SimpleTask"
         )
     return task
 
 
 def options_of(name: str) -> list[str] | None:
-    """The options of the task of that name; None where it takes any. Raises as `get_task`."""
+    """The options of the task of that name; None if it takes any. Raises as `get_task`."""
     return _parameters(_maker(name))
 
 
 def name_and_options(task: Task) -> tuple[str, dict[str, Any]]:
-    """The name and the options with which `get_task` makes the task again; a name alone that says what it is, where
-    that cannot be told. Raises ValueError for one that cannot be the name of a file."""
+    """The name and the options with which `get_task` makes the task again; if they cannot be determined, only a
+    descriptive name. Raises ValueError for a name that cannot be a file name."""
     check_task(task, "task")
     if isinstance(task, reasoning_gym.ReasoningGym):
         return task.name_and_options()
@@ -101,18 +119,18 @@ def name_and_options(task: Task) -> tuple[str, dict[str, Any]]:
     own = name_of(task)
     if own in (*TASKS, Columns.name) and type(task).__module__.startswith("es_jax."):
         return own, {option: value for option, value in options.items() if option != "kind"}
-    if name in TASKS or name == Columns.name:  # a subclass has the name of its base
+    if name in TASKS or name == Columns.name:  # a subclass may inherit the name of its base
         return type(task).__name__, {}
     return name, options
 
 
 def source_digest(task: Task) -> str | None:
-    """sha256 of the source of a task from outside the package, or of its function; None for others."""
+    """sha256 of the source of a task from outside the package, or of its function; None for other tasks."""
     return outside.source_digest([type(task), *getattr(task, "functions", ())])
 
 
 def _maker(name: str) -> Any:
-    """What makes the task of that name, or is it."""
+    """The factory of the task of that name, or the task itself."""
     check_name(name)
     if name in TASKS or name == Columns.name:
         return TASKS.get(name, Columns)
@@ -123,7 +141,10 @@ def _maker(name: str) -> Any:
     try:
         return outside.entry_points()[name].load()
     except Exception as error:
-        raise ValueError(f"task {name!r}: its entry point raised {type(error).__name__}: {error}") from error
+        raise ValueError(
+            f"task {name!r}: loading its entry point raised {type(error).__name__}, so correct or reinstall its "
+            f"package: {error}"
+        ) from error
 
 
 def _parameters(make: Any) -> list[str] | None:

@@ -1,4 +1,4 @@
-"""Exact arithmetic on untrusted text, and a search for an expression that reaches a target.
+"""Exact arithmetic on untrusted text, and a search for an expression with a target value.
 
 Python's own evaluator never sees what a model wrote. Length and nesting are bounded, so no input is expensive.
 
@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-MAX_LENGTH = 500  # characters; also keeps every literal under Python's limit for converting digits
+MAX_LENGTH = 500  # characters; it also keeps every literal within Python's limit for converting digits
 MAX_DEPTH = 50  # nested parentheses
 ALPHABET = frozenset("0123456789+-*/() ")
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
@@ -33,9 +33,10 @@ class Expression(NamedTuple):
 
 
 def parse(text: str) -> Expression | None:
-    """Parses and computes an expression of whole numbers, signs, + - * /, parentheses and spaces; None for others.
+    """Parses and computes an expression of whole numbers, signs, + - * /, parentheses and spaces; otherwise None.
 
-    Others are also literals with a leading zero, divisions by zero, more than 500 characters or 50 nested parentheses.
+    Literals with a leading zero, divisions by zero, more than 500 characters and more than 50 nested parentheses also
+    give None.
 
     >>> parse("(1 + 2) / 4")
     Expression(value=Fraction(3, 4), numbers=(1, 2, 4))
@@ -59,7 +60,7 @@ class _Parser:
         self.numbers: list[int] = []
 
     def accept(self, choices: str) -> str:
-        """Steps over the next token and returns it, if it is one of the choices; otherwise ""."""
+        """Consumes and returns the next token if it is one of the choices; otherwise returns ""."""
         return self.tokens.popleft() if self.tokens and self.tokens[0] in choices else ""
 
     def sum(self) -> Fraction:
@@ -101,7 +102,7 @@ class _Parser:
 def solve(candidates: Sequence[Sequence[int]], target: int) -> list[str | None]:
     """For each candidate, an expression that uses each of its numbers once and equals the target, or None.
 
-    Candidates are sets of 1 to 5 numbers, all of the same size, and are searched at once: 3 numbers take 108
+    Candidates are sets of 1 to 5 numbers, all of the same size, and are searched together: 3 numbers take 108
     expressions, 4 numbers 3888, 5 numbers 233280.
 
     >>> solve([(2, 3, 4), (1, 1, 1)], 20)
@@ -110,7 +111,7 @@ def solve(candidates: Sequence[Sequence[int]], target: int) -> list[str | None]:
     states = np.asarray(candidates, np.float64)[:, None, :]  # [candidate, way of getting here, number]
     while states.shape[2] > 1:
         states = _combine(states)
-    hits = np.abs(states[:, :, 0] - target) < 1e-9  # floats find it, _write checks it exactly
+    hits = np.abs(states[:, :, 0] - target) < 1e-9  # found with floats, checked exactly by _write
     return [
         _write(numbers, row.argmax(), target) if row.any() else None
         for numbers, row in zip(candidates, hits, strict=True)
@@ -118,7 +119,7 @@ def solve(candidates: Sequence[Sequence[int]], target: int) -> list[str | None]:
 
 
 def _combine(states: np.ndarray) -> np.ndarray:
-    """Every way of replacing two numbers by a result, put first: [c, s, k] → [c, pairs · 6 · s, k − 1]."""
+    """Every way of replacing two numbers by their result, which comes first: [c, s, k] → [c, pairs · 6 · s, k − 1]."""
     blocks = []
     for i, j in combinations(range(states.shape[2]), 2):
         a, b = states[:, :, i], states[:, :, j]
@@ -130,7 +131,7 @@ def _combine(states: np.ndarray) -> np.ndarray:
 
 
 def _write(numbers: Sequence[int], index: np.intp, target: int) -> str | None:
-    """Spells out the search's `index`-th expression, following the blocks `_combine` laid out."""
+    """Writes the `index`-th expression of the search, following the blocks of `_combine`."""
     blocks = np.unravel_index(index, [len(TEMPLATES) * comb(k, 2) for k in range(2, len(numbers) + 1)])
     items = list(map(str, numbers))
     for block in reversed(blocks):

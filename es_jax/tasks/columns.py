@@ -1,4 +1,4 @@
-"""The task `rows`: any data set by its columns: a template for the prompt, the answer's column, and a grader."""
+"""The task `rows`: any data set, described by a template for the prompt, the answer's column, and a grader."""
 
 import json
 import re
@@ -25,21 +25,20 @@ SCALARS = (str, int, float)
 
 @dataclass(frozen=True, kw_only=True)
 class Columns(Splits):
-    """The task `rows`: reward 1 for a right answer, else 0; or what a function of one's own says.
+    """The task `rows`: reward 1 for a right answer, else 0; or the reward of your own function.
 
     Args:
       hub: a data set on the Hugging Face hub, "owner/name".
-      data_dir: or a folder with its splits as .parquet, .jsonl, .json or .csv.
+      data_dir: alternatively, a folder with its splits as .parquet, .jsonl, .json or .csv.
       prompt: a template: text in which {column} stands for a row's value, and {{ and }} for braces; or messages, a list
-        of {role, content} with a template as each content (as JSON where it is text).
-      answer: the column that holds the reference answer; a function may do without.
-      grader: "exact", "number", "choice", "contains", or a function of one's own, "FILE.py:NAME" or
-        "package.module:NAME", which is called with an example and a completion and returns the reward. In the example's
-        `meta` are the row's columns.
-      choices_column: the column with a row's options, for the grader "choice"; in the prompt they have letters.
-      subset: the data set's config, where it has several.
+        of {role, content} in which each content is a template (as JSON if given as text).
+      answer: the column with the reference answer; a function as grader may not need it.
+      grader: "exact", "number", "choice", "contains", or your own function, "FILE.py:NAME" or "package.module:NAME". It
+        is called with an example and a completion and returns the reward. The example's `meta` holds the row's columns.
+      choices_column: the column with a row's options, for the grader "choice"; the prompt lists them with letters.
+      subset: the data set's config, if it has several.
       train_split, test_split: the names of its splits; on the hub also slices, "train[:90%]".
-      test_rows: so many rows at the end of the train split are for testing instead.
+      test_rows: use this many rows at the end of the train split for testing instead of a test split.
       revision: a branch or commit on the hub.
 
     >>> task = Columns(data_dir="rows", prompt="{question}\\nAnswer with a number.", answer="result", grader="number")
@@ -58,15 +57,15 @@ class Columns(Splits):
     test_split: str = "test"
     test_rows: int | None = None
     revision: str | None = None
-    functions: tuple[Callable[..., Any], ...] = field(init=False, repr=False, compare=False)  # of one's own
+    functions: tuple[Callable[..., Any], ...] = field(init=False, repr=False, compare=False)  # the user's own function
 
     name: ClassVar[str] = "rows"
 
     def __post_init__(self) -> None:
         if (self.hub is None) == (self.data_dir is None):
             raise ValueError(
-                f"the task 'rows' has hub {self.hub!r} and data_dir {self.data_dir!r}: set one of them, the hub's "
-                "owner/name or a folder of rows"
+                f"the task 'rows' has hub {self.hub!r} and data_dir {self.data_dir!r}: set exactly one of them, hub "
+                "to owner/name or data_dir to a folder of rows"
             )
         if self.hub is not None and not (re.fullmatch(r"[\w.-]+/[\w.-]+", self.hub) or Path(self.hub).is_dir()):
             raise ValueError(f"hub is {self.hub!r}: it should be owner/name")
@@ -74,9 +73,11 @@ class Columns(Splits):
         if not outside:
             check_known("grader of the task 'rows'", self.grader, (*GRADERS, "FILE.py:NAME"))
         if self.answer is None and not outside:
-            raise ValueError(f"the grader {self.grader!r} has no answer: set answer to the column that holds it")
+            raise ValueError(f"the grader {self.grader!r} needs answer: set it to the column with the reference answer")
         if self.test_rows is not None and check_count(self.test_rows) and self.test_split != "test":
-            raise ValueError(f"test_rows is {self.test_rows} and test_split {self.test_split!r}: set one of them")
+            raise ValueError(
+                f"test_rows is {self.test_rows} and test_split {self.test_split!r}: set exactly one of them"
+            )
         if self.test_rows is None and self.train_split == self.test_split:
             raise ValueError(
                 f"train_split and test_split are both {self.test_split!r}: set test_rows, or another split"
@@ -124,7 +125,7 @@ class Columns(Splits):
         return own_example(prompt, answer, _id(row, number), meta)
 
     def _filled(self, template: str, row: Row, name: str) -> str:
-        """A template with a row's values in it. They are text: nothing in them is read as a template."""
+        """A template filled with a row's values. The values are plain text and never parsed as templates."""
 
         def value(match: re.Match[str]) -> str:
             column = match[1]
@@ -137,7 +138,7 @@ class Columns(Splits):
         return SLOT.sub(value, template)
 
     def _options(self, row: Row) -> tuple[tuple[str, ...], Sequence[str]]:
-        """A row's options and what the data set calls them; of a row without options the letters."""
+        """A row's options and the data set's labels for them; for a row without options, the letters."""
         if self.choices_column is None:
             return (), LETTERS[:10]
         found = _value(row, self.choices_column, "choices_column")
@@ -150,7 +151,7 @@ class Columns(Splits):
         return tuple(map(str, texts)), list(map(str, labels)) if labels else LETTERS[: len(texts)]
 
     def _label(self, answer: Any, row: Row, options: Sequence[str]) -> str:
-        """The letter of the right option: by the data set's label, by its text, or by its number from 0."""
+        """The letter of the right option, given by the data set's label, by its text, or by its number from 0."""
         labels, text = [*self._options(row)[1]], str(answer).strip()
         at = -1
         if isinstance(answer, int) and options:
@@ -161,18 +162,24 @@ class Columns(Splits):
             at = options.index(text)
         elif text.isdecimal() and options:
             at = int(text)
-        more = ", an option's text or its number from 0" if options else "; set choices_column where it is not one"
+        more = (
+            ", or an option's text or its number from 0"
+            if options
+            else "; set choices_column if the answer is not a letter"
+        )
         check_field(0 <= at < len(labels), str(self.answer), answer, f"a letter{more}")
         return LETTERS[at]
 
     def score(self, example: Example, completion: str) -> Score:
-        """Exact: what follows the last </think> is the answer, white space around them aside. Contains: it holds the
-        answer, in any case. Number: `robust.stated_number` within 1e-6. Choice: `robust.stated_choice`."""
+        """Exact: the text after the last </think> equals the answer, apart from white space around them. Contains: it
+        contains the answer, in upper or lower case. Number: `robust.stated_number` within 1e-6. Choice:
+        `robust.stated_choice`."""
         return as_score(self.functions[0](example, completion) if self.functions else self._right(example, completion))
 
     @property
     def extract_answer(self) -> Callable[[Example, str], str | None] | None:
-        """What reads the answer of a completion; None for graders that read none, "contains" and functions."""
+        """The function that reads the answer from a completion; None for graders without one, "contains" and
+        functions."""
         return self._read if self.grader in ("exact", "number", "choice") else None
 
     def _read(self, example: Example, completion: str) -> str | None:
@@ -200,17 +207,19 @@ class Columns(Splits):
 
 
 def number_of(answer: str) -> Any:
-    """The number of a reference answer, which is one or ends in #### and one; None where it is not."""
+    """The number of a reference answer, which is a number or ends in #### and a number; otherwise None."""
     return number(answer) if "####" not in answer else final_number(answer)
 
 
 def template(prompt: Any) -> Any:
-    """The template as text, or as messages with text. Raises ValueError for what is not one."""
+    """The template as text, or as messages with text. Raises ValueError if it is neither."""
     if isinstance(prompt, str) and re.match(r"\s*\[\s*\{\s*\"", prompt):
         try:
             prompt = json.loads(prompt)
         except ValueError as error:
-            raise ValueError(f"prompt is {prompt!r}: it begins as messages do, but is not JSON ({error})") from None
+            raise ValueError(
+                f"prompt is {prompt!r}: it begins like messages but is not JSON ({error}); correct it"
+            ) from None
     messages = prompt if isinstance(prompt, list | tuple) else [{"role": "user", "content": prompt}]
     valid = messages and all(
         isinstance(message, Mapping) and sorted(message) == ["content", "role"] and isinstance(message["content"], str)
@@ -225,9 +234,13 @@ def template(prompt: Any) -> Any:
     for text in texts:
         for match in SLOT.finditer(text):
             if match[0] in ("{", "}") or match[0] == "{}":
-                raise ValueError(f"prompt is {text!r}: it has a {match[0]!r} that names no column; write a brace twice")
+                raise ValueError(
+                    f"prompt is {text!r}: its {match[0]!r} names no column; double a brace that is meant literally"
+                )
     if not any(match[1] for text in texts for match in SLOT.finditer(text)):
-        raise ValueError(f"prompt is {texts[0]!r}: no {{column}} is in it, so all rows would have one prompt")
+        raise ValueError(
+            f"prompt is {texts[0]!r}: it contains no {{column}}, so all rows would have the same prompt; add one"
+        )
     return prompt
 
 
@@ -238,15 +251,15 @@ def _value(row: Row, column: str, name: str) -> Any:
 
 
 def _text(column: str, value: Any) -> str:
-    """A value as it stands in a prompt; the parts of a list are joined by commas."""
+    """A value as text for a prompt; the items of a list are joined by commas."""
     parts = value if isinstance(value, list | tuple) else [value]
     valid = all(isinstance(part, SCALARS) for part in parts) and len(parts) > 0
-    check_field(valid, column, value, "text, a number, or a list of them, to stand in a prompt")
+    check_field(valid, column, value, "text, a number, or a list of them, for use in a prompt")
     return ", ".join(map(str, parts))
 
 
 def _plain(value: Any) -> bool:
-    """Whether a value can be kept with an example: text, numbers, and lists and mappings of them."""
+    """Whether a value can be kept with an example: text, numbers, or lists and mappings of these."""
     try:
         json.dumps(value)
     except (TypeError, ValueError):

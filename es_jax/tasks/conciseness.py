@@ -82,9 +82,10 @@ class Conciseness(Splits):
         return take(examples, n, source=f"the built-in {split} split of conciseness")
 
     def score(self, example: Example, completion: str) -> Score:
-        """Compares lengths, the response taken as it is; `answer` is 1 if it holds the target, in any case."""
+        """Compares the lengths, without any cleaning of the response; `answer` is 1 if it contains the target, in upper
+        or lower case."""
         if example.answer is None:
-            raise ValueError(f"example {example.id!r} has no answer: conciseness needs a target text")
+            raise ValueError(f"example {example.id!r} has no answer: give it a target text, which conciseness needs")
         response = response_text(example, completion)
         right = float(example.answer.casefold() in response.casefold())
         reward = -float(abs(len(response) - len(example.answer)))

@@ -1,4 +1,4 @@
-"""Countdown: reach a target with some numbers, each used exactly once, and + - * /.
+"""Countdown: reach a target from some numbers, each used exactly once, with + - * /.
 
 The training task of the ES papers (arXiv 2509.24372, arXiv 2605.30148).
 """
@@ -61,15 +61,15 @@ class Countdown(Splits):
     Args:
       data_dir: folder with train and test rows. A row has `numbers` (whole, ≥ 0) and `target` (a decimal such as "98",
         "-3" or "27.4") in `extra_info` or in `reward_model.ground_truth` of the verl layout; or it has the columns
-        `nums` and `target`, and the prompt is written here. None: problems are made here, 3 or 4 numbers in 1..99 and
-        a whole target in 10..100 that can be reached; 200 for training and 2000 for testing unless `n` says otherwise,
+        `nums` and `target`, and the prompt is written here. None: problems are made here, 3 or 4 numbers in 1..99 and a
+        whole target in 10..100 that can be reached; 200 for training and 2000 for testing unless `n` says otherwise,
         and no set of numbers is in both, whatever the seeds.
-      hub: a data set on the hub, with rows as in `data_dir`. One with a train split alone, such as
+      hub: a data set on the hub, with rows as in `data_dir`. A data set with only a train split, such as
         Jiayi-Pan/Countdown-Tasks-3to4, is divided: the hash of a set of numbers decides whether it is for training or
-        for testing. So is a copy of such a set in a folder.
+        for testing. A copy of such a data set in a folder is divided in the same way.
       seed: of the problems made here; other seeds give other problems. The first n do not depend on n.
-      grader: "paper", "strict" or "robust": whose answer it is in reward = answer + 0.1 · format; docs/tasks.md has the
-        rules, with examples.
+      grader: "paper", "strict" or "robust": the grader that decides `answer` in reward = answer + 0.1 · format;
+        docs/tasks.md has the rules, with examples.
 
     >>> task = Countdown()
     >>> example = Example("0", "", None, {"numbers": (44, 19, 35), "target": "98"})
@@ -89,7 +89,7 @@ class Countdown(Splits):
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ValueError(f"seed is {self.seed!r}: it should be a whole number")
         if self.hub is not None and self.data_dir is not None:
-            raise ValueError(f"hub is {self.hub!r} and data_dir {str(self.data_dir)!r}: rows come from one of them")
+            raise ValueError(f"hub is {self.hub!r} and data_dir {str(self.data_dir)!r}: set only one of them")
 
     def _examples(self, split: str, n: int | None) -> list[Example]:
         if self.hub is not None:
@@ -105,13 +105,13 @@ class Countdown(Splits):
         return list(islice(_problems(split, self.seed), default if n is None else check_count(n)))
 
     def extract_answer(self, example: Example, completion: str) -> str | None:
-        """The value and the numbers of the expression that the published grader reads: expressions that it cannot tell
-        apart are one answer."""
+        """The value and the numbers of the expression that the published grader reads; expressions that it cannot
+        distinguish are one answer."""
         expression = _published(last_block(response_text(example, completion)))
         return expression and f"{expression.value} from {', '.join(map(str, sorted(expression.numbers)))}"
 
     def score(self, example: Example, completion: str) -> Score:
-        """Grades the assistant's whole turn: the prompt's open turn joined with the completion.
+        """Grades the assistant's whole turn: the opened turn in the prompt and the completion.
 
         Paper: the last <answer>…</answer> holds an expression (see `arithmetic.parse`) that uses each number exactly
         once and comes within 1e-5 of the target. Strict: and `format_score` is 1. Robust: `robust.expressions`.
@@ -137,8 +137,8 @@ def _published(block: str | None) -> Expression | None:
 
 
 def format_score(response: str, *, has_answer: bool) -> float:
-    """1.0 if the turn, with <think> in front, is a think block, a newline and an answer block, perhaps with a newline
-    at the end; else 0.1 for a think block plus 0.5 for an answer block.
+    """1.0 if the turn, with <think> in front, is a think block, a newline and an answer block, optionally followed by a
+    newline; else 0.1 for a think block plus 0.5 for an answer block.
 
     >>> format_score("hm</think>\\n<answer>1</answer>", has_answer=True)
     1.0
@@ -146,7 +146,7 @@ def format_score(response: str, *, has_answer: bool) -> float:
     0.6
     """
     if "</think>\n<answer>" in response and response.endswith(("</answer>", "</answer>\n")):
-        return 1.0  # the two cannot overlap, and <think> in front opens the block that </think> closes
+        return 1.0  # the two blocks cannot overlap; the <think> in front opens the block that </think> closes
     return 0.1 * ("</think>" in response) + 0.5 * has_answer
 
 
@@ -155,13 +155,13 @@ def _example(row: Row, number: int) -> Example:
 
 
 def _is_copy(folder: Path) -> bool:
-    """Whether a folder is a copy of a data set of the hub that has a train split alone."""
+    """Whether a folder is a copy of a hub data set that has only a train split."""
     train, test = (list(candidates(folder, split)) for split in ("train", "test"))
     return bool(train) and not test and all(SHARD.search(files[0].name) for files in train)
 
 
 def _divided(rows: Iterable[Row], source: str, split: str, n: int | None) -> list[Example]:
-    """The part of the rows that is for training or for testing."""
+    """The part of the rows for training, or for testing."""
     examples = checked(rows, source, _example)
     own = (example for example in examples if _split_of(example.meta["numbers"]) == split)
     part = islice(own, None if n is None else check_count(n))
@@ -181,7 +181,7 @@ def _problem(numbers: Any, target: Any, numbers_name: str, target_name: str) -> 
 
 
 def _verl(row: Row) -> Row:
-    """A row with its problem in `extra_info`, and the prompt written where it has none."""
+    """A row with its problem in `extra_info`, and with a prompt if it had none."""
     model, extra = row.get("reward_model"), row.get("extra_info")
     truth = model.get("ground_truth") if isinstance(model, Mapping) else None
     in_extra = isinstance(extra, Mapping) and any(extra.get(name) is not None for name in ("numbers", "target"))
@@ -197,13 +197,15 @@ def _verl(row: Row) -> Row:
             other = _check_extra(extra)
             same = sorted(other["numbers"]) == sorted(problem["numbers"])
             same = same and Fraction(other["target"]) == Fraction(problem["target"])
-            check_field(same, "reward_model.ground_truth", truth, "the problem of extra_info, which is another one")
+            check_field(
+                same, "reward_model.ground_truth", truth, "the same as the problem in extra_info, from which it differs"
+            )
         return {**row, "extra_info": {**(extra or {}), **problem}, "reward_model": None}
-    elif in_extra or not isinstance(extra, Mapping | None):  # a field that is wrong is refused by its name
+    elif in_extra or not isinstance(extra, Mapping | None):  # a wrong field is refused by its name
         return row
     raise FieldError(
-        f"its columns are {', '.join(row) or 'none'}: a row has `nums` and `target`; or `prompt`, and `numbers` and "
-        "`target` in reward_model.ground_truth or in extra_info"
+        f"its columns are {', '.join(row) or 'none'}: a row must have `nums` and `target`; or `prompt`, and `numbers` "
+        "and `target` in reward_model.ground_truth or in extra_info"
     )
 
 
@@ -213,11 +215,11 @@ def _prompt(numbers: tuple[int, ...], target: str) -> tuple[Message, ...]:
 
 
 def _problems(split: str, seed: int) -> Iterator[Example]:
-    """Endless different problems. The hash of a set of numbers decides which split it belongs to."""
+    """An endless sequence of different problems. The hash of a set of numbers decides to which split it belongs."""
     rng = random.Random(f"countdown/{split}/{seed}")
 
     def draw(low: int, high: int) -> int:
-        return low + int(rng.random() * (high - low + 1))  # the one method Python keeps stable over versions
+        return low + int(rng.random() * (high - low + 1))  # the one method that Python keeps stable across versions
 
     seen: set[tuple[int, ...]] = set()
     while True:

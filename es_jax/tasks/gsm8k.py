@@ -1,4 +1,4 @@
-"""GSM8K: word problems of grade school whose answer is a number (arXiv 2110.14168; data openai/gsm8k)."""
+"""GSM8K: grade-school word problems with a number as the answer (arXiv 2110.14168; data openai/gsm8k)."""
 
 import re
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ ASK = (
     "{question}\n\nWork the problem out in short steps. Close with a line of its own that holds four number signs, a "
     "space and the result as a bare number, like this:\n#### 42"
 )
-TAIL = 4096  # characters that the paper's grader looks at, and of a number; below Python's limit for converting digits
+TAIL = 4096  # characters that the paper's grader reads, and of a number; below Python's limit for converting digits
 TOLERANCE = Fraction(1, 1_000_000)
 PLAIN = r"(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
 BARE = re.compile(rf"[-+]?{PLAIN}(?:/{PLAIN})?")
@@ -82,8 +82,8 @@ class GSM8K(PublishedTask):
         """
         turn, answer = response_text(example, completion), number(example.answer)
         if answer is None:
-            raise ValueError(f"example {example.id!r} has the answer {example.answer!r}: gsm8k needs a number")
-        turn = turn if completion.strip() else ""  # an opening alone is not an answer
+            raise ValueError(f"example {example.id!r} has the answer {example.answer!r}: it must be a number for gsm8k")
+        turn = turn if completion.strip() else ""  # the prompt's opening alone is not an answer
         final = ASKED.fullmatch(turn.rstrip()[-TAIL:].rpartition("\n")[2].strip())
         read = (
             final_number(completion),
@@ -109,7 +109,7 @@ def final_number(completion: str) -> Fraction | None:
     Fraction(75, 1)
     """
     tail = completion[-TAIL:].rpartition("</think>")[2]
-    closed = tail[: tail.rfind("}") + 1]  # so that no box is searched to the end in vain
+    closed = tail[: tail.rfind("}") + 1]  # so that an unclosed box is not searched to the end
     for texts in (MARKER.findall(tail), BOX.findall(closed), [last_block(tail)]):
         if texts and texts[-1] is not None:
             return _reading(texts[-1])
@@ -117,7 +117,7 @@ def final_number(completion: str) -> Fraction | None:
 
 
 def _reading(text: str) -> Fraction | None:
-    """Whole/whole, or the first number, after the last #### in a text without , $ and %."""
+    """Whole/whole, or the first number, after the last #### in a text whose , $ and % are removed."""
     text = re.sub("[,$%]", "", text.rpartition("####")[2])
     if wholes := WHOLES.fullmatch(text.strip()):
         return Fraction(int(wholes[1]), int(wholes[2])) if int(wholes[2]) else None

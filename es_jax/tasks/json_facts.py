@@ -1,4 +1,5 @@
-"""JSON facts: two facts of a sentence as one JSON object and nothing else, which a small model half manages."""
+"""JSON facts: write two facts from a sentence as one JSON object and nothing else; a small model succeeds about half of
+the time."""
 
 import json
 import random
@@ -8,7 +9,7 @@ from typing import Any, ClassVar
 
 from es_jax.tasks.task import Example, Score, Splits, check_count, messages, response_text
 
-# The test has names and cities that training never shows.
+# The test uses names and cities that are not in training.
 NAMES = {
     "train": "Ana Ben Carl Dora Emma Felix Greta Hans Ivan Jane Karl Laura Maria Nina Oscar Paul Rosa Sam Tina Victor",
     "test": "Alice Bruno Clara David Eva Frank Helen Jack Kate Leo Martha Peter Sarah Tom",
@@ -18,17 +19,17 @@ CITIES = {
     "test": "Chicago Denver Houston Milan Munich Prague Seattle Sydney Tokyo Vienna Warsaw Zurich",
 }
 AGES = range(18, 80)
-PAIRS = tuple(permutations(("name", "city", "age"), 2))  # of keys that a row asks for
+PAIRS = tuple(permutations(("name", "city", "age"), 2))  # pairs of keys that a row may ask for
 DEFAULT = {"train": 500, "test": 200}  # rows
-DECODER = json.JSONDecoder(object_pairs_hook=tuple)  # a key that is there twice counts twice
+DECODER = json.JSONDecoder(object_pairs_hook=tuple)  # a duplicate key counts twice
 
 
 @dataclass(frozen=True)
 class JsonFacts(Splits):
     """The task of JSON facts: reward = (share of the keys that are right) · (share of the text that is the object).
 
-    It is 1 for the object that was asked for and nothing else, 0 without an object, and between the two for a wrong
-    value, a key too many, or words and fences around it. A completion is parsed as JSON and never evaluated.
+    It is 1 for the requested object and nothing else, and 0 without an object. It is in between for a wrong value, an
+    extra key, or words and code fences around the object. A completion is parsed as JSON and never evaluated.
 
     Args:
       seed: of the rows that `train` and `test` draw: distinct ones, 500 and 200 unless `n` says otherwise. Names and
@@ -66,15 +67,15 @@ class JsonFacts(Splits):
 
     def score(self, example: Example, completion: str) -> Score:
         """Compares the text's first object with the reference, `example.answer`. Parts: `answer`, whether the reward is
-        1; `keys`, the share of the keys that are there with the right value, of those asked for or those there,
-        whichever are more; `object`, the share of the text, white space around it aside, that is the object."""
+        1; `keys`, the number of keys with the right value over the number of requested or present keys, whichever is
+        larger; `object`, the share of the text, without white space around it, that is the object."""
         wanted, text = json.loads(example.answer or "{}"), response_text(example, completion).strip()
         if not isinstance(wanted, dict) or not wanted:
             raise ValueError(f"example {example.id!r} has the answer {example.answer!r}: it must be a JSON object")
         start = text.find("{")
         try:
             pairs, end = DECODER.raw_decode(text, start) if start >= 0 else ((), start)
-        except (ValueError, RecursionError):  # no JSON, or nested without end
+        except (ValueError, RecursionError):  # no JSON, or nested too deeply
             return Score(0.0, {"answer": 0.0, "keys": 0.0, "object": 0.0})
         right = sum(_same(dict(pairs).get(key), value) for key, value in wanted.items())
         keys, share = right / max(len(pairs), len(wanted)), (end - start) / max(len(text), 1)
@@ -82,5 +83,5 @@ class JsonFacts(Splits):
 
 
 def _same(value: Any, wanted: Any) -> bool:
-    """Whether it is the value, or a number as text."""
+    """Whether it equals the value, or is the number as text."""
     return value == wanted or (isinstance(wanted, int) and value == str(wanted))

@@ -1,8 +1,8 @@
-"""The laboratory's tasks: one-line puzzles for a model of 90 thousand weights that reads one character a token.
+"""The laboratory's tasks: one-line puzzles for a model of 90 thousand weights whose tokens are single characters.
 
-Seven prior tasks, which pretraining teaches and forgetting takes away, and a target, a small Countdown. A prompt is a
-letter, a problem and "=": `A37+48=` is answered by `85`. Each problem belongs by its hash to pretraining, to training
-or to the test, so the three never share one.
+There are seven prior tasks, which pretraining teaches and the model may forget, and a target, a small Countdown. A
+prompt is a letter, a problem and "=": the answer to `A37+48=` is `85`. A hash assigns each problem to pretraining, to
+training or to the test, so these never share a problem.
 """
 
 import hashlib
@@ -17,17 +17,17 @@ from es_jax.tasks.task import Example, Score, Splits, check_count, check_known
 
 CHARACTERS = "0123456789+-=:<ABCDEFGHIJKLMNOPQRSTUVWXYZyn*/(), ."  # one token each
 DEFAULT = {"train": 500, "test": 200}  # problems
-SPLITS = ("test", "train", "train", *["pretrain"] * 7)  # by the hash's last digit
-Problem = tuple[str, str, str]  # its text, key and answer
+SPLITS = ("test", "train", "train", *["pretrain"] * 7)  # by the last digit of the hash
+Problem = tuple[str, str, str]  # text, key and answer of a problem
 Draw = Callable[[random.Random], Problem]
 
 
 class Kind(NamedTuple):
-    """One puzzle. Problems of one key stay in one split."""
+    """One kind of puzzle. Problems with one key stay in one split."""
 
     draw: Draw
-    form: str  # what a well-formed answer looks like, a regular expression
-    train: int  # how many different training problems there are
+    form: str  # a regular expression for well-formed answers
+    train: int  # number of different training problems
     test: int
 
 
@@ -103,13 +103,14 @@ PRIOR = tuple(f"lab-{kind}" for kind in KINDS if kind != "countdown")
 
 @dataclass(frozen=True)
 class Lab(Splits):
-    """A laboratory task. Reward = answer + 0.1 · format: right, and written in the form the puzzle asks for.
+    """A laboratory task. Reward = answer + 0.1 · format: whether the answer is right, and whether it has the form that
+    the puzzle asks for.
 
     Args:
       kind: a key of `KINDS`. For "countdown" any expression with + and − that uses each digit once and reaches the
         target is right; elsewhere there is one answer.
-      seed: of the problems that `train` and `test` draw: distinct ones, 500 and 200 unless `n` says otherwise, and none
-        of them a pretraining one.
+      seed: of the problems that `train` and `test` draw: they are distinct, 500 and 200 unless `n` says otherwise, and
+        never pretraining problems.
 
     >>> task = Lab("countdown")
     >>> task.score(Example("0", "K347:14=", "3+4+7"), "7+4+3").reward
@@ -128,20 +129,20 @@ class Lab(Splits):
         return f"lab-{self.kind}"
 
     def pretrain(self) -> Iterator[Example]:
-        """Problems to pretrain on, without end; they repeat."""
+        """An endless sequence of problems for pretraining; they repeat."""
         return self._draw("pretrain")
 
     def score(self, example: Example, completion: str) -> Score:
         """Reward in {0, 0.1, 1.1}; parts `answer` and `format`, each 0 or 1."""
         form = float(re.fullmatch(KINDS[self.kind].form, completion) is not None)
         right = form and completion == example.answer
-        if form and self.kind == "countdown":  # which has other right answers, too
+        if form and self.kind == "countdown":  # it has other right answers, too
             digits, _, target = str(example.prompt)[1:].rstrip("=").partition(":")
             right = right or (sorted(completion[::2]) == sorted(digits) and _value(completion) == int(target))
         return Score(right + 0.1 * form, {"answer": float(right), "format": form})
 
     def extract_answer(self, example: Example, completion: str) -> str | None:
-        """A completion of the form that the puzzle asks for; of "countdown" its value and its digits."""
+        """A completion in the form that the puzzle asks for; for "countdown" its value and its digits."""
         if re.fullmatch(KINDS[self.kind].form, completion) is None:
             return None
         if self.kind == "countdown":
@@ -157,7 +158,7 @@ class Lab(Splits):
 
     def _examples(self, split: str, n: int | None) -> list[Example]:
         count, most = DEFAULT[split] if n is None else check_count(n), getattr(KINDS[self.kind], split)
-        if count > most:  # the draws would never end
+        if count > most:  # else the loop would never end
             raise ValueError(f"n is {n}, but {self.name} has {most} {split} problems: ask for at most {most}")
         examples: dict[str, Example] = {}
         draws = self._draw(split)
@@ -168,5 +169,5 @@ class Lab(Splits):
 
 
 def split_of(kind: str, key: str) -> str:
-    """The split that a problem belongs to: a tenth are test problems, two tenths training, the rest pretraining."""
+    """The split of a problem: a tenth are test problems, two tenths are for training, the rest for pretraining."""
     return SPLITS[int(hashlib.sha256(f"{kind} {key}".encode()).hexdigest(), 16) % len(SPLITS)]

@@ -1,4 +1,4 @@
-"""Multiple choice: HellaSwag, PIQA, ARC-Challenge and MMLU-Pro are records of one renderer and one grader."""
+"""Multiple choice: HellaSwag, PIQA, ARC-Challenge and MMLU-Pro, as records that share one renderer and one grader."""
 
 import re
 from collections import Counter
@@ -17,28 +17,28 @@ ALONE = r"\A\s*([{0}])\Z"  # the form of digits
 
 
 class Question(NamedTuple):
-    """A row of any of the data sets."""
+    """A row of one of the data sets."""
 
     text: str
     options: tuple[str, ...]
     right: int  # index of the right option
     id: str = ""
-    category: str = ""  # of MMLU-Pro's rows, as the worked answer
+    category: str = ""  # the worked answer, in MMLU-Pro's rows
     worked: str = ""
 
 
 @dataclass(frozen=True)
 class ChoiceDataset:
-    """One data set. In patterns, {0} stands for its labels."""
+    """One data set. {0} in patterns stands for its labels."""
 
     hub: Hub
     read: Callable[[Row], Question]  # raises FieldError
-    labels: str  # one character an option: letters or digits
+    labels: str  # one character per option: letters or digits
     heading: str  # the question in a prompt, with {} for its text
     stem: str  # the question when the options' words are scored as its continuations
-    ask: str  # the last words of a prompt, which ask for the label in the asked form
-    # What the paper's grader looks for, in this order, the first match of the first pattern that is found; and the form
-    # that the end of a completion, without the white space after it, should have. Letters are looked for in capitals.
+    ask: str  # the last words of a prompt; they ask for the label in a certain form
+    # The patterns of the paper's grader, in this order: the first match of the first pattern that is found. Then the
+    # form that the end of a completion should have, without white space after it. Letters are matched in upper case.
     paper: tuple[str, ...] = (r"ANSWER IS\s*\(([{0}])\)", r"ANSWER IS\s*([{0}])", r"([{0}])(?<!\w.)(?!\w)")
     form: str = r"THE ANSWER IS\s*\(([{0}])\)\.?\Z"
     shots: int = 0  # worked examples before the question
@@ -49,24 +49,24 @@ class ChoiceDataset:
         return next((match[1] for match in found if match), None)
 
     def well_formed(self, opening: str, completion: str) -> bool:
-        """Whether a completion ends in the published form of letters, or is a digit alone."""
+        """Whether a completion ends in the published form for letters, or is a single digit."""
         return self._label(self.form, opening.upper(), completion.upper()) is not None
 
     def asked_label(self, opening: str, completion: str) -> str | None:
-        """The label of exactly the asked form, or None."""
+        """The label if the completion has exactly the requested form, or None."""
         letters = r"The answer is \((?<!\w.{{15}})([{0}])\)\.?\Z"
         return self._label(letters if self.labels.isalpha() else ALONE, opening, completion)
 
     def _label(self, form: str, opening: str, completion: str) -> str | None:
-        """The label at the end of a text in this form. Letters' form may begin in the opening of the assistant's turn
-        ("The answer is ("), but the label may not; a digit is all of the completion."""
+        """The label at the end of a text in this form. With letters the form, but not the label, may begin in the
+        opening of the assistant's turn ("The answer is ("); a digit must be the whole completion."""
         completion = completion.rstrip()
         text = opening + completion if self.labels.isalpha() else completion
         match = re.search(form.format(self.labels), text)
         return match[1] if match and len(text) - match.start(1) <= len(completion) else None
 
     def posed(self, question: Question) -> str:
-        """The question and its labelled options, as they stand in a prompt."""
+        """The question and its labelled options, as in a prompt."""
         options = (f"{label}. {text}" for label, text in zip(self.labels, question.options, strict=False))
         return "\n".join([self.heading.format(question.text), *options])
 
@@ -81,8 +81,8 @@ class MultipleChoice(PublishedTask):
         own fields; MMLU-Pro's worked examples are its validation rows. None: the data set from the hub. The test rows
         of HellaSwag and PIQA are their validation rows, which have labels.
       grader: "paper", "strict" or "robust"; docs/tasks.md has the rules, with examples.
-      continuation: what `choices` compares: "label", the asked form with each label after the same prompt; or "text",
-        each option's own words after the bare question.
+      continuation: what `choices` compares: "label", the requested form with each label after the same prompt; or
+        "text", each option's own words after the plain question.
 
     >>> task = MultipleChoice("arc-challenge")
     >>> task.score(Example("0", "", "B"), "A stone sinks. The answer is (B).").reward
@@ -112,7 +112,7 @@ class MultipleChoice(PublishedTask):
             check_field(question.worked, "cot_content", value, "the worked answer, text that is not empty")
             return question
 
-        @cache  # read when the first row asks for them
+        @cache  # read when first needed
         def worked() -> list[Question]:
             return list(checked(*open_split(dataset.hub, "validation", self.data_dir), read_worked))
 
@@ -148,8 +148,8 @@ class MultipleChoice(PublishedTask):
     def choices(self, example: Example) -> Choices:
         """The options as continuations to score; `continuation` = "text" needs an example with the options' texts.
 
-        They continue the prompt's own last words: of the asked form only what these have not, after a blank where the
-        prompt ends in a word or a mark.
+        They continue the last words of the prompt, so they hold only the rest of the requested form, after a space if
+        the prompt ends in a word or a punctuation mark.
         """
         texts = example.meta.get("options")
         labels = DATASETS[self.kind].labels[: len(texts) if texts else None]
@@ -165,12 +165,13 @@ class MultipleChoice(PublishedTask):
 
 
 def _blank(before: str) -> str:
-    """What parts a continuation from the text before it: a blank, but for white space, open brackets and markup."""
+    """The separator between a text and its continuation: a space, except after white space, open brackets and
+    markup."""
     return " " if re.search(r"[^\s(\[{<>*`]\Z", before) else ""
 
 
 def _rest_of_form(before: str) -> str:
-    """What is left of "The answer is ({})" for the end of a text to be in that form; all of it in most cases."""
+    """The part of "The answer is ({})" that is missing at the end of a text; in most cases all of it."""
     for begun, rest in (r"\banswer\s+is\W*\(\s*", "{})"), (r"\banswer\s+is\W*", "({})"), (r"\banswer\s*", "is ({})"):
         if re.search(begun + r"\Z", before, re.IGNORECASE):
             return rest
@@ -178,11 +179,11 @@ def _rest_of_form(before: str) -> str:
 
 
 def _shots(count: int, question: Question, worked: Sequence[Question]) -> Sequence[Question]:
-    """The first worked examples of the question's category; the question itself is left out, even if few are left."""
+    """The first worked examples of the question's category, without the question itself, even if few remain."""
     counts = Counter(shot.category for shot in worked)
     own, enough = counts[question.category], sorted(name for name in counts if counts[name] >= count)
     wanted = f"a category with {count} worked examples or more in the validation rows"
-    reason = f"this one has {own}, and those with enough are: {', '.join(enough) or 'none'}"
+    reason = f"this one has {own}; categories with enough are: {', '.join(enough) or 'none'}"
     check_field(own >= count, "category", question.category, f"{wanted} ({reason})")
     return [shot for shot in worked if shot.category == question.category and shot.text != question.text][:count]
 
@@ -195,13 +196,13 @@ def _hellaswag(row: Row) -> Question:
 
 
 def _unmarked(text: str) -> str:
-    """WikiHow's section marks, [title] and the like, taken out."""
+    """The text without WikiHow's section marks, such as [title]."""
     return " ".join(re.sub(r"\[(?:header|title|step|substeps?)\]", " ", text).split())
 
 
 def _piqa(row: Row) -> Question:
     options = (text_field(row, "sol1"), text_field(row, "sol2"))
-    right = _index(row, "label", {"1": 0, "2": 1, 0: 0, 1: 1})  # the hub counts from 0
+    right = _index(row, "label", {"1": 0, "2": 1, 0: 0, 1: 1})  # the hub's labels count from 0
     return Question(text_field(row, "goal"), options, right)
 
 
@@ -227,7 +228,7 @@ def _mmlu_pro(row: Row) -> Question:
         right,
         id="" if name is None else str(name),
         category=text_field(row, "category"),
-        worked=worked.removeprefix("A:").strip() if isinstance(worked, str) else "",  # only of validation rows
+        worked=worked.removeprefix("A:").strip() if isinstance(worked, str) else "",  # only for validation rows
     )
 
 
@@ -251,7 +252,7 @@ DATASETS: Mapping[str, ChoiceDataset] = MappingProxyType(
             form=ALONE,
         ),
         "piqa": ChoiceDataset(
-            hub=Hub("ybisk/piqa", test="validation", revision="refs/convert/parquet"),  # main holds a script
+            hub=Hub("ybisk/piqa", test="validation", revision="refs/convert/parquet"),  # the main branch holds a script
             read=_piqa,
             labels="12",
             heading="Which of two ways reaches this goal?\n\nGoal: {}",

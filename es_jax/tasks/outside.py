@@ -1,4 +1,5 @@
-"""Tasks and graders from outside the package, by name: FILE.py:NAME, package.module:NAME, or an entry point's name."""
+"""Loads tasks and graders from outside the package, by FILE.py:NAME, package.module:NAME, or the name of an entry
+point."""
 
 import dataclasses
 import functools
@@ -16,19 +17,19 @@ from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any
 
-GROUP = "es_jax.tasks"  # of entry points
+GROUP = "es_jax.tasks"  # group of entry points
 REFERENCE = re.compile(r"(?P<place>.+):(?P<name>[^\W\d]\w*(?:\.[^\W\d]\w*)*)")
 PACKAGE = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*")
 LABEL = re.compile(r"[\w.-]+")
 OWN = ("es_jax", "__future__", *sys.stdlib_module_names)
-HOW = "a task of one's own is FILE.py:NAME or package.module:NAME, or an object for run and evaluate_run"
+HOW = "give your own task as FILE.py:NAME or package.module:NAME, or as an object to run and evaluate_run"
 
-# Modules of files by their names, with the path and the source: what a worker process needs to have the same ones.
+# Modules loaded from files, by name, with path and source, so that a worker process can load the same ones.
 loaded: dict[str, tuple[str, bytes]] = {}
 
 
 class _Loader(SourceFileLoader):
-    """Loads a file from the source that was read once; it leaves no compiled file."""
+    """Loads a file from source that was read before; it leaves no compiled file."""
 
     def __init__(self, name: str, path: str, source: bytes):
         super().__init__(name, path)
@@ -38,7 +39,7 @@ class _Loader(SourceFileLoader):
         return self._source
 
     def path_stats(self, path: str) -> Mapping[str, Any]:
-        raise OSError("no compiled file is read")
+        raise OSError("compiled files are not read")
 
 
 def is_reference(name: str) -> bool:
@@ -52,7 +53,7 @@ def is_reference(name: str) -> bool:
 
 
 def label(name: str) -> str:
-    """What a task of that name is called in files and figures.
+    """The name of such a task in files and figures.
 
     >>> label("tasks/mine.py:Mine"), label("my_package.tasks:Mine"), label("countdown")
     ('mine.Mine', 'my_package.tasks.Mine', 'countdown')
@@ -64,36 +65,40 @@ def label(name: str) -> str:
 
 
 def entry_points() -> dict[str, importlib.metadata.EntryPoint]:
-    """Those that installed packages register as tasks, by name."""
+    """The entry points that installed packages register as tasks, by name."""
     return {point.name: point for point in importlib.metadata.entry_points(group=GROUP)}
 
 
 def load(name: str) -> Any:
-    """What FILE.py:NAME or package.module:NAME names. Files and modules run when they are loaded, once.
+    """The object that FILE.py:NAME or package.module:NAME names. Files and modules are run once, when they are loaded.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: there is no such module, loading it raised, or it has no such name.
+      ValueError: there is no such module, loading it raised an error, or it has no such name.
     """
     place, _, thing = name.rpartition(":")
     path = Path(place).expanduser().resolve() if place.endswith(".py") else None
     if path and not path.is_file():
         raise FileNotFoundError(
-            f"{name!r} cannot be loaded: there is no {path}: give the path from {Path.cwd()}, or whole"
+            f"{name!r} cannot be loaded, since {path} does not exist: give the path relative to {Path.cwd()}, or an "
+            "absolute path"
         )
     try:
         module = load_file(path) if path else _import(place)
     except Exception as error:
-        raise ValueError(f"{name!r} cannot be loaded: {place} raised {type(error).__name__}: {error}") from error
+        raise ValueError(f"{name!r} cannot be loaded, since {place} raised {type(error).__name__}: {error}") from error
     try:
         return functools.reduce(getattr, thing.split("."), module)
     except AttributeError:
         own = [key for key, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
-        raise ValueError(f"{name!r}: {place} has no {thing!r}; it defines {', '.join(own) or 'nothing'}") from None
+        raise ValueError(
+            f"{name!r}: {place} has no {thing!r}: choose a name that it defines, "
+            f"{', '.join(own) or 'of which there is none'}"
+        ) from None
 
 
 def load_file(path: Path, source: bytes | None = None) -> types.ModuleType:
-    """The module of a file, which may import its neighbours; a file that changed is another module."""
+    """The module of a file, which may import files next to it. A changed file becomes a new module."""
     source = path.read_bytes() if source is None else source
     name = f"{path.stem}_{hashlib.sha256(str(path).encode() + source).hexdigest()[:12]}"
     if name in sys.modules:
@@ -113,14 +118,14 @@ def load_file(path: Path, source: bytes | None = None) -> types.ModuleType:
 
 
 def _import(name: str) -> types.ModuleType:
-    if (here := os.getcwd()) not in sys.path:  # a console script's path has no working directory
+    if (here := os.getcwd()) not in sys.path:  # the path of a console script lacks the working directory
         sys.path.append(here)
     return importlib.import_module(name)
 
 
 def source_digest(things: Iterable[Any]) -> str | None:
-    """sha256 of the source of classes and functions from outside the package, and of the files beside theirs that they
-    use; None where there are none."""
+    """sha256 of the source of classes and functions from outside the package, and of the files next to theirs that they
+    use; None if there are none."""
     sources: dict[str, str] = {}
     for thing in things:
         for one in thing.__mro__ if inspect.isclass(thing) else [thing]:
@@ -130,7 +135,7 @@ def source_digest(things: Iterable[Any]) -> str | None:
 
 
 def _sources(module: types.ModuleType | None) -> Iterator[tuple[str, bytes]]:
-    """The name and source of a module's file, and of those in its folder and below that it uses."""
+    """The name and source of a module's file, and of the files in its folder and below that it uses."""
     todo, seen, folder = [module], set(), None
     while todo:
         module = todo.pop()
@@ -150,8 +155,8 @@ def _sources(module: types.ModuleType | None) -> Iterator[tuple[str, bytes]]:
 
 
 def described(task: Any) -> tuple[str, dict[str, Any]]:
-    """The name and the options under which an object is made again: those of its class, where nothing else is in it;
-    otherwise a name that says what it is, and no more."""
+    """The name and the options by which an object can be made again: those of its class, if it holds nothing else;
+    otherwise only a descriptive name."""
     kind = type(task)
     fields = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
     plain, values = getattr(task, "name", kind.__name__), {}
@@ -162,7 +167,7 @@ def described(task: Any) -> tuple[str, dict[str, Any]]:
             value = str(value) if isinstance(value, Path) else value
             if field.init and value != field.default:
                 whole, values[field.name] = whole and json.loads(json.dumps(value)) == value, value
-    except (TypeError, ValueError):  # one that JSON has not, or an array
+    except (TypeError, ValueError):  # a value that JSON lacks, or an array
         whole = False
     place = kind.__module__
     if place in loaded or place == "__main__":
@@ -172,5 +177,7 @@ def described(task: Any) -> tuple[str, dict[str, Any]]:
     if whole and is_reference(name) and place.partition(".")[0] not in sys.stdlib_module_names:
         return name, values
     if not LABEL.fullmatch(str(plain)):
-        raise ValueError(f"task {plain!r} names files of the run: give it a name of letters, digits, '-', '_' and '.'")
+        raise ValueError(
+            f"task {plain!r} gives its name to files of the run: use only letters, digits, '-', '_' and '.' in it"
+        )
     return str(plain), {}

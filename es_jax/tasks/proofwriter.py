@@ -49,10 +49,10 @@ class ProofWriter(PublishedTask):
     """
 
     name: ClassVar[str] = "proofwriter"
-    source = (Hub("tasksource/proofwriter", shuffle=True), _native, _label)  # rows of one theory stand together there
+    source = (Hub("tasksource/proofwriter", shuffle=True), _native, _label)  # there, rows of one theory are adjacent
 
     def extract_answer(self, example: Example, completion: str) -> str | None:
-        """The label that the published grader reads; None for another word."""
+        """The label that the published grader reads; None for any other word."""
         label = (final_label(completion) or "").capitalize()
         return label if label in LABELS else None
 
@@ -60,10 +60,9 @@ class ProofWriter(PublishedTask):
         """Paper: `final_label` of the completion. Format: its last line is "Answer:" and a word. Strict: the last line
         of the turn is exactly the answer line with the right label. Robust: `robust.stated_truth` of the completion.
 
-        The last line is the last one that is not blank. Upper and lower case are the same, and white space around a
-        line does not count.
+        The last line is the last one that is not blank. Case is ignored, and so is white space around a line.
         """
-        turn = response_text(example, completion) if completion.strip() else ""  # an opening alone is not an answer
+        turn = response_text(example, completion) if completion.strip() else ""  # the opening alone is not an answer
         answer = (example.answer or "").lower()
         paper, careful = (
             final_label(completion) == answer,
@@ -75,11 +74,12 @@ class ProofWriter(PublishedTask):
 
 
 def final_label(completion: str) -> str | None:
-    """The label that the paper's grader reads out of a completion, in lower case; another word, or None, for no label.
+    """The label that the paper's grader reads from a completion, in lower case; if there is no label, another word or
+    None.
 
-    The word of the last line "Answer: word", which may stand lines below its colon; else the word of the last line that
-    is not blank, if it is one word, perhaps after "answer:" or "answer is"; else the last label that stands as a word
-    anywhere. A word that is not a label is not an answer.
+    It is the word of the last line "Answer: word", where the word may come lines after the colon. Else it is the word
+    of the last line that is not blank, if that is one word, optionally after "answer:" or "answer is". Else it is the
+    last label that occurs as a word anywhere. A word that is not a label is not an answer.
 
     >>> final_label("Answer: True\\nIs it false?")
     'true'

@@ -1,7 +1,8 @@
-"""Tasks of reasoning-gym, generated problems with scorers of their own, by name: reasoning_gym:NAME.
+"""Tasks of reasoning-gym, which has generated problems with their own scorers, by name: reasoning_gym:NAME.
 
-`reasoning_gym_scorers` says which are taken. A process of its own makes the rows, with one seed for Python's hashes, so
-that all processes and runs get the same; runs keep them (`es_jax.training.kept_rows`). A worker process scores.
+`reasoning_gym_scorers` lists the supported ones. A separate process generates the rows with a fixed seed for Python's
+hashes, so that all processes and runs get the same rows; runs keep them (`es_jax.training.kept_rows`). A worker process
+scores.
 """
 
 import ast
@@ -42,16 +43,16 @@ logger = logging.getLogger(__name__)
 PREFIX = "reasoning_gym:"
 ASK = "Give the final answer between <answer> and </answer>."
 GRADERS = ("tags", "whole")
-OWN = ("seed", "prompt", "grader")  # options that are not the data set's
+OWN = ("seed", "prompt", "grader")  # options that are not those of the data set
 DEFAULT = {"train": 500, "test": 200}  # rows
-DRAWS = 10_000  # the most rows that are looked at
-SEEDS = 2**32 // (10 * DRAWS)  # data of seed s + 1 would be that of s moved by one row, so ours are further apart
+DRAWS = 10_000  # the most rows to look at
+SEEDS = 2**32 // (10 * DRAWS)  # data of seed s + 1 would be that of s shifted by one row, so ours are further apart
 LONGEST = 10_000  # characters of an answer
 Row = Mapping[str, Any]
 
 
 def is_name(name: str) -> bool:
-    """Whether a task's name begins as those of reasoning-gym do here.
+    """Whether a name is reasoning_gym:NAME.
 
     >>> is_name("reasoning_gym:chain_sum"), is_name("reasoning_gym.games:Maze")
     (True, False)
@@ -60,19 +61,21 @@ def is_name(name: str) -> bool:
 
 
 def check_name(name: str) -> None:
-    """Raises ValueError unless it is the name of a task that is taken; the package need not be installed."""
+    """Raises ValueError unless it is the name of a supported task; the package need not be installed."""
     short = name.removeprefix(PREFIX)
     if short in REFUSED:
-        raise ValueError(f"task {name!r} is not taken: {REFUSED[short]}. Choose another, or write a task of your own")
+        raise ValueError(
+            f"task {name!r} is not supported: {REFUSED[short]}. Choose another, or write a task of your own"
+        )
     if short not in ALLOWED:
         raise ValueError(unknown("task of reasoning-gym", short, ALLOWED))
 
 
 def maker(name: str) -> Callable[..., "ReasoningGym"]:
-    """What makes the task of that name; its signature has our options and the data set's.
+    """The factory of the task of that name; its signature has our options and those of the data set.
 
     Raises:
-      ValueError: the task is not taken, or reasoning-gym has another version than the one that was read.
+      ValueError: the task is not supported, or reasoning-gym has another version than the one that was checked.
       ImportError: it is not installed.
     """
     check_name(name)
@@ -89,12 +92,12 @@ def maker(name: str) -> Callable[..., "ReasoningGym"]:
 
 
 def _classes(name: str) -> tuple[Any, Any]:
-    """The class of a data set, and that of its config."""
+    """The class of a data set, and the class of its config."""
     require("reasoning_gym")
     if (version := importlib.metadata.version("reasoning-gym")) != VERSION:
         raise ValueError(
-            f"reasoning-gym is {version} here, and its scorers were read in {VERSION}: "
-            f"pip install reasoning-gym=={VERSION}"
+            f"reasoning-gym has version {version}, but its scorers were checked in {VERSION}: pip install "
+            f"reasoning-gym=={VERSION}"
         )
     from reasoning_gym.factory import DATASETS
 
@@ -103,16 +106,17 @@ def _classes(name: str) -> tuple[Any, Any]:
 
 @dataclass(frozen=True)
 class ReasoningGym(Splits):
-    """A task of reasoning-gym. Reward: what its scorer gives the answer, 0 to 1, and 0 where there is none.
+    """A task of reasoning-gym. The reward is its scorer's mark for the answer, 0 to 1, and 0 without an answer.
 
-    The part `answer` is 1 for full marks, `format` 1 where the completion has an answer. A worker process scores.
+    The part `answer` is 1 for full marks, `format` is 1 if the completion has an answer. A worker process scores.
 
     Args:
-      dataset: its name there.
-      seed: of the rows, 0 to 42948. A question belongs by its hash to training or to the test, whatever the seed.
-      prompt: text with {question}, or messages with it; by default a user's message, and with "tags" also `ASK`.
-      grader: "tags", the answer is what the last <answer>…</answer> holds; "whole", it is all that follows the last
-        </think>. White space around it does not count.
+      dataset: its name in reasoning-gym.
+      seed: seed of the rows, 0 to 42948. Independent of the seed, the hash of a question assigns it to training or to
+        the test.
+      prompt: text or messages with {question}; by default a user message, and with "tags" also `ASK`.
+      grader: with "tags" the answer is the content of the last <answer>…</answer>; with "whole" it is all text after
+        the last </think>. White space around it does not count.
       options: fields of the data set's config.
 
     Raises:
@@ -120,8 +124,8 @@ class ReasoningGym(Splits):
 
     >>> check_name("reasoning_gym:n_queens")
     Traceback (most recent call last):
-    ValueError: task 'reasoning_gym:n_queens' is not taken: its scorer evaluates the answer as Python. Choose another, \
-or write a task of your own
+    ValueError: task 'reasoning_gym:n_queens' is not supported: its scorer evaluates the answer as Python. Choose \
+another, or write a task of your own
     """
 
     dataset: str
@@ -131,7 +135,7 @@ or write a task of your own
     options: Mapping[str, Any] = field(default_factory=dict)
 
     workers = 1
-    timeout_seconds = 10.0  # of a score
+    timeout_seconds = 10.0  # seconds for a score
 
     def __post_init__(self) -> None:
         check_known(f"grader of the task {self.name!r}", self.grader, GRADERS)
@@ -145,16 +149,16 @@ or write a task of your own
             object.__setattr__(self, "prompt", prompt)
         _scorer(self.dataset, json.dumps(dict(self.options)))
 
-    def __reduce__(self) -> Any:  # whoever unpickles it loads the library then, before a score is timed
+    def __reduce__(self) -> Any:  # so unpickling loads the library, before a score is timed
         return ReasoningGym, (self.dataset, self.seed, self.prompt, self.grader, dict(self.options))
 
     @property
     def name(self) -> str:
-        """What `get_task` calls it."""
+        """Its name for `get_task`."""
         return PREFIX + self.dataset
 
     def name_and_options(self) -> tuple[str, dict[str, Any]]:
-        """What `get_task` makes it of."""
+        """The options with which `get_task` makes it."""
         own = {option: getattr(self, option) for option in OWN if getattr(self, option) != _DEFAULTS[option]}
         return self.name, {**own, **self.options}
 
@@ -164,13 +168,13 @@ or write a task of your own
         return {"task": name, "options": options, "reasoning_gym": VERSION}
 
     def score(self, example: Example, completion: str) -> Score:
-        """What the scorer gives the answer, if it has the form that `ALLOWED` asks for."""
+        """The scorer's mark for the answer, if the answer has the form that `ALLOWED` requires."""
         answer = self.answer(example, completion)
         reward = 0.0 if answer is None else self._reward(example, answer)
         return Score(reward, {"answer": float(reward >= 1), "format": float(answer is not None)})
 
     def answer(self, example: Example, completion: str) -> str | None:
-        """The answer that a completion gives, or None; one of more than `LONGEST` characters is none."""
+        """The answer in a completion, or None; an answer of more than `LONGEST` characters does not count."""
         text = response_text(example, completion).rpartition("</think>")[2]
         found = text if self.grader == "whole" else last_block(text)
         return None if found is None or len(found) > LONGEST else found.strip()
@@ -185,7 +189,7 @@ or write a task of your own
         except Exception as error:
             _tell(self.name, error)
             return 0.0
-        return min(reward, 1.0) if reward > 0 else 0.0  # of nan, too
+        return min(reward, 1.0) if reward > 0 else 0.0  # also for nan
 
     def _examples(self, split: str, n: int | None) -> list[Example]:
         count, looked = DEFAULT[split] if n is None else check_count(n), 0
@@ -200,8 +204,8 @@ or write a task of your own
         if len(rows) < count:
             field = "task.train_size" if split == "train" else "evals.rows"
             raise ValueError(
-                f"n is {count}, but task {self.name!r} has {len(rows)} different {split} rows among {DRAWS} with these "
-                f"options: lower {field}, or set options under which there are more"
+                f"n is {count}, but with these options task {self.name!r} has only {len(rows)} different {split} rows "
+                f"among {DRAWS}: lower {field}, or set options that give more"
             )
         return [self.example(row) for row in [*rows.values()][:count]]
 
@@ -220,14 +224,14 @@ or write a task of your own
         return Example(str(row["id"]), filled(prompt) if isinstance(prompt, str) else prompt, row["answer"], meta)
 
     def check(self, example: Example) -> None:
-        """Raises ValueError where a row's own reference does not earn full marks, as options may bring about."""
+        """Raises ValueError if a row's own reference does not earn full marks, which some options cause."""
         if example.answer is None:
             return
         answer = example.answer.strip()
         if len(answer) > LONGEST or self._reward(example, answer) < 1:
             raise ValueError(
                 f"row {example.id!r} of task {self.name!r}: its own reference {answer[:80]!r} does not earn full "
-                f"marks; set other options than {dict(self.options)}"
+                f"marks; set options other than {dict(self.options)}"
             )
 
 
@@ -235,7 +239,7 @@ _DEFAULTS = {f.name: f.default for f in dataclasses.fields(ReasoningGym)}
 
 
 def fits(dataset: str, answer: str, reference: str | None) -> bool:
-    """Whether an answer has the form that the data set's scorer is trusted with.
+    """Whether an answer has a form for which the data set's scorer is trusted.
 
     >>> fits("prime_factorization", "2 × 3", "2 × 3"), fits("prime_factorization", "two", "2 × 3")
     (True, False)
@@ -247,7 +251,7 @@ def fits(dataset: str, answer: str, reference: str | None) -> bool:
 
 
 def split_of(question: str) -> str:
-    """The split that a question belongs to: half of them are for training.
+    """The split of a question; half of the questions are for training.
 
     >>> [split_of(question) for question in ("1 + 1", "1 + 2", "1 + 3", "1 + 4")]
     ['train', 'train', 'train', 'test']
@@ -257,7 +261,7 @@ def split_of(question: str) -> str:
 
 @functools.lru_cache(64)
 def _scorer(dataset: str, options: str) -> Any:
-    """The data set, to score with. ValueError for a value of an option that it does not take."""
+    """The data set, for scoring. Raises ValueError for a value of an option that it does not take."""
     return _made(dataset, json.loads(options), seed=0, size=10)
 
 
@@ -272,19 +276,19 @@ def _made(dataset: str, options: Row, *, seed: int, size: int) -> Any:
         raise ValueError(f"task {PREFIX + dataset!r} with {text}: {error or type(error).__name__}") from error
 
 
-_told: set[tuple[str, type[Exception]]] = set()  # a task, and what its scorer raised
+_told: set[tuple[str, type[Exception]]] = set()  # (task, error of its scorer)
 
 
 def _tell(name: str, error: Exception) -> None:
-    """Say it once of each kind: the texts hold answers, which differ, so they are shown with escapes too."""
+    """Warn once for each type of error, since the texts differ; they hold answers, so they are shown with escapes."""
     if (name, type(error)) not in _told:
         _told.add((name, type(error)))
-        logger.warning("the scorer of task %r raised %.200r: such answers earn 0", name, error)
+        logger.warning("the scorer of task %r raised %.200r: such answers get reward 0", name, error)
 
 
 @functools.lru_cache(8)
 def _drawn(dataset: str, options: str, seed: int, count: int) -> list[Row]:
-    """The first rows of a data set, made in a process where PYTHONHASHSEED is 0."""
+    """The first rows of a data set, made in a process with PYTHONHASHSEED=0."""
     command = f"from {__name__} import make_rows; make_rows()"
     environment = {**os.environ, "PYTHONHASHSEED": "0", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     request = json.dumps([dataset, options, seed, count])
@@ -296,15 +300,17 @@ def _drawn(dataset: str, options: str, seed: int, count: int) -> list[Row]:
     except ValueError:
         content = (child.stderr.strip().splitlines() or ["nothing"])[-1]
     if isinstance(content, str):
-        raise ValueError(f"the rows of task {PREFIX + dataset!r} could not be made: {content}")
+        raise ValueError(
+            f"the rows of task {PREFIX + dataset!r} could not be generated, so change its options: {content}"
+        )
     return content
 
 
 def make_rows() -> None:
-    """The work of the process that makes rows: a request from standard input, and the rows, or what went wrong, to
-    standard output."""
+    """Runs in the process that generates rows: reads a request from standard input, and writes the rows, or the error,
+    to standard output."""
     dataset, options, seed, count = json.load(sys.stdin)
-    random.seed(0)  # some data sets draw from the global generator
+    random.seed(0)  # some data sets use the global generator
     content: Any
     try:
         with contextlib.redirect_stdout(sys.stderr):
@@ -319,8 +325,9 @@ def make_rows() -> None:
 
 
 def _row(row: Row, number: int, *, entry: bool) -> Row:
-    """A row as text. The metadata are a Python literal: JSON has no tuples, and scorers tell them from lists."""
+    """A row as text. The metadata are a Python literal, since JSON has no tuples and scorers distinguish them from
+    lists."""
     metadata = repr(row["metadata"]) if entry else "{}"
     if entry and ast.literal_eval(metadata) != row["metadata"]:
-        raise ValueError(f"the metadata of row {number} cannot be kept as text")
+        raise ValueError(f"the metadata of row {number} cannot be represented as text")
     return {"id": number, "question": row["question"], "answer": row["answer"], "metadata": metadata}

@@ -1,5 +1,5 @@
-"""What is known of the scorers of reasoning-gym VERSION, from reading them: which tasks are taken, what an answer to
-some of them must look like, and why others are refused. A version that was not read is not taken."""
+"""What we know about the scorers of reasoning-gym VERSION from reading them: which tasks are supported, which form an
+answer to some of them must have, and why others are refused. A version that was not read is refused."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -9,13 +9,13 @@ VERSION = "0.1.25"
 
 
 class Scorer(NamedTuple):
-    """A scorer that is taken.
+    """A supported scorer.
 
     Attributes:
-      entry: it reads a row's metadata beside the answer, so rows keep these.
-      form: an answer is scored where this regular expression matches all of it; others earn 0.
-      longest: an answer longer than the reference earns 0.
-      why: what the library's own scorer would do otherwise.
+      entry: it reads a row's metadata as well as the answer, so rows keep them.
+      form: an answer is scored only if this regular expression matches all of it; others get 0.
+      longest: an answer longer than the reference gets 0.
+      why: what the library's scorer would do without this check.
     """
 
     entry: bool = False
@@ -27,7 +27,8 @@ class Scorer(NamedTuple):
 _NUMBER = r"[+-]?[0-9]{1,12}(?:\.[0-9]{0,12})?"
 _CLOCK = r"[0-9]{1,4}:[0-9]{1,2}(?::[0-9]{1,2}(?:\.[0-9]{1,6})?)?"
 
-# They look for the reference: full marks for it alone, and the share of its length where a longer text holds it.
+# These look for the reference: full marks for it alone, and a share in proportion to its length if a longer text
+# contains it.
 _EQUAL = (
     *("acre", "aiw", "arc_1d", "base_conversion", "basic_arithmetic", "bf", "binary_alternation", "caesar_cipher"),
     *("count_bits", "count_primes", "course_schedule", "gcd", "isomorphic_strings", "largest_island", "lcm"),
@@ -36,14 +37,14 @@ _EQUAL = (
     *("simple_geometry", "string_manipulation", "string_splitting", "string_synthesis", "syllogism"),
     "word_sequence_reversal",
 )
-# They compare text, numbers, letters or JSON with the reference; no answer makes them raise, wait or err.
+# These compare text, numbers, letters or JSON with the reference; no answer makes them raise, hang or misjudge.
 _COMPARE = (
     *("ab", "chain_sum", "circuit_logic", "color_cube_rotation", "decimal_arithmetic", "decimal_chain_sum", "dice"),
     *("emoji_mystery", "family_relationships", "knights_knaves", "manipulate_matrix", "needle_haystack", "path_star"),
     *("power_function", "products", "rectangle_count", "self_reference", "sentence_reordering", "tsumego"),
     "zebra_puzzles",
 )
-# They play a solution through, or compare grids, with what the row's metadata say.
+# These simulate a solution, or compare grids, with the row's metadata.
 _PLAY = (
     *("advanced_geometry", "arc_agi", "cryptarithm", "futoshiki", "graph_color", "group_anagrams", "jugs", "kakurasu"),
     *("mini_sudoku", "number_format", "palindrome_generation", "palindrome_partitioning", "rearc", "shortest_path"),
@@ -89,7 +90,10 @@ ALLOWED: Mapping[str, Scorer] = MappingProxyType(
     dict.fromkeys((*_EQUAL, *_COMPARE), Scorer()) | dict.fromkeys(_PLAY, Scorer(entry=True)) | _GUARDED
 )
 
-_EVALUATES, _SYMBOLIC = "its scorer evaluates the answer as Python", "its scorer parses the answer by sympy, as Python"
+_EVALUATES, _SYMBOLIC = (
+    "its scorer evaluates the answer as Python",
+    "its scorer parses the answer by sympy, as Python",
+)
 REFUSED: Mapping[str, str] = MappingProxyType(
     {
         **dict.fromkeys(("binary_matrix", "n_queens", "spiral_matrix", "string_insertion"), _EVALUATES),

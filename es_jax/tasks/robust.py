@@ -1,8 +1,9 @@
-"""What a careful person reads as the answer of a response: the robust grader's readers. docs/tasks.md has its rules.
+"""The readers of the robust grader: they find what a careful person would read as the answer. docs/tasks.md has the
+rules.
 
-A reader looks at what follows the last </think>, of this at the last 4096 characters, and prefers the last statement
-that says what the answer is to anything that may be one. What follows a line that begins with "Question:" is read only
-where there is no answer before it: a model that was not stopped asks itself more.
+A reader looks at the last 4096 characters of the text after the last </think>. It prefers the last statement that says
+what the answer is to anything else that may be an answer. Text after a line that begins with "Question:" is read only
+if there is no answer before it, since a model that was not stopped goes on to ask itself questions.
 """
 
 import re
@@ -38,13 +39,13 @@ LATEX = (
     (re.compile(r"\\(?:text|math|left|right|displaystyle|quad|phantom)[a-z]*"), ""),
     (re.compile(r"\\(?!\w)"), ""),
     (re.compile(r"(?:[Nn]egative (?<!\w.{9})|[Mm]inus (?<!\w.{6})(?<![\d)}] .{6}))(?=[$€£]?\.?\d)"), "-"),
-    (re.compile(r"[Aa]nswer is(?=[A-Z](?![^\W_]))"), "answer is "),  # some tokenizers lose the blank
+    (re.compile(r"[Aa]nswer is(?=[A-Z](?![^\W_]))"), "answer is "),  # some tokenizers lose the space
 )  # fmt: skip
 
 
 @lru_cache(maxsize=10_000)
 def _plain(sign: str) -> str:
-    """A wide, circled or bold sign as the usual one, ½ as 1/2, and ² marked as a power."""
+    """The text with wide, circled or bold characters as the usual ones, ½ as 1/2, and ² marked as a power."""
     kind = decomposition(sign).partition(" ")[0]
     if kind in ("<wide>", "<circle>", "<font>"):
         return normalize("NFKC", sign)
@@ -54,8 +55,9 @@ def _plain(sign: str) -> str:
 
 
 def _parts(opening: str, completion: str, *, fraction: str = r" \1\2/\3\4 ") -> tuple[list[str], bool]:
-    """What is read of a completion, in usual signs: up to the next question, what follows it, and so on; and whether it
-    stands in a thought that never ends, which `opening`, the prompt's part of the turn, may have begun."""
+    """The parts of a completion to read, in usual characters: the text up to the next question, the text after it, and
+    so on. Also whether they are in a thought that never ends; `opening`, the prompt's part of the turn, may have begun
+    it."""
     completion = completion.rstrip()
     text = THOUGHT.split(opening + completion)[-1]
     thinks = OPEN.search(text) is not None
@@ -101,17 +103,17 @@ SPELLED = re.compile(rf"{WORD}(?:[ -](?:and )?{WORD})*", re.IGNORECASE)
 MARKER = re.compile(
     r"(?:(?P<box>\\boxed\s*\{)|(?P<block><answer>)|(?P<line>#{4,}+)"
     r"|answer(?<!\w.{6})(?:\s+is|\s*[:=]|[-–—])(?!\s*not\b))[\s:=*_]*"
-)  # of a text in lower case
+)  # for a text in lower case
 BRACE = re.compile(r"(\\boxed\s*)?\{|\}", re.IGNORECASE)
 HEADING = re.compile(r"\W*(?:step|part|case|solution)\b|\W*\d{1,2}[.):]\s+[A-Za-z]", re.IGNORECASE)
 VERB = re.compile(r"\b(?:is|are|was|equals?|makes?|totals?)\b|:", re.IGNORECASE)
 DECORATION = re.compile(r"[\s*_`~\\(\[{\"'<>#]*")
-LINES = 8  # the statements, and of each the lines, that are looked at
-LINE = 300  # characters of a line
+LINES = 8  # statements to look at, and lines of each
+LINE = 300  # characters per line
 
 
 def stated_number(completion: str, opening: str = "") -> Fraction | None:
-    """The number that a completion ends on, or None; `opening` is what the prompt opened the turn with.
+    """The number that a completion gives as its answer, or None; `opening` is the beginning of the turn in the prompt.
 
     >>> stated_number("so \\\\boxed{9{,}500} dollars"), stated_number("#### 2 1/2"), stated_number("48 + 24 is 72.")
     (Fraction(9500, 1), Fraction(5, 2), Fraction(72, 1))
@@ -122,7 +124,7 @@ def stated_number(completion: str, opening: str = "") -> Fraction | None:
 
 
 def _statements(part: str) -> Iterator[str]:
-    """The lines that say what the answer is, the last one first."""
+    """The lines that state the answer, last one first."""
     ends: dict[int, int] = {}  # of boxes
     opened: list[int] = []
     for brace in BRACE.finditer(part) if "oxed" in part else ():
@@ -150,8 +152,8 @@ def _stated_numbers(part: str) -> Iterator[Fraction | None]:
 
 
 def _read(line: str) -> list[Fraction | None]:
-    """What a line states: a number after its last =, at its start or after its last verb, or its first one; [] for
-    nothing, and [None] for what is not one number."""
+    """The number that a line states: after its last =, at its start, after its last verb, or its first number. [] for
+    none, and [None] for something that is not a single number."""
     matches: list[re.Match[str]] = []
     for side in reversed(re.split("[=≈]", line)):
         starts = [0, *(verb.end() for verb in VERB.finditer(side))][::-1]
@@ -168,9 +170,9 @@ def _read(line: str) -> list[Fraction | None]:
 
 
 def _last_numbers(part: str) -> list[Fraction | None]:
-    """The last number, or the last line where it is one in words."""
+    """The last number, or the last line if it is a number in words."""
     if any(marker["box"] or marker["block"] for marker in MARKER.finditer(part.lower())):
-        return [None]  # an answer that is no number
+        return [None]  # an answer that is not a number
     last = next((at for at in range(len(part) - 1, -1, -1) if part[at].isdecimal()), 0)
     matches = [*NUMBER.finditer(part[max(0, last - 2 * LONGEST) : last + LONGEST // 2])]
     spelled = SPELLED.fullmatch(last_line(part).strip(" *_.\"'")[:LINE])
@@ -179,7 +181,7 @@ def _last_numbers(part: str) -> list[Fraction | None]:
 
 def _value(match: re.Match[str]) -> Fraction | None:
     """The value of a match of NUMBER; None for a division by zero, or too many digits."""
-    if len(match[0]) > LONGEST or match.end() == LINE:  # there the line was cut
+    if len(match[0]) > LONGEST or match.end() == LINE:  # the line was cut there
         return None
     try:
         if match["ten"]:
@@ -224,7 +226,8 @@ def _spelled(words: str) -> Fraction:
 
 
 def expressions(response: str) -> list[Expression]:
-    """The sides of the equation that a response ends on, or its one expression; none where they differ in value.
+    """The sides of the equation that a response gives as its answer, or its only expression; none if their values
+    differ.
 
     >>> [x.numbers for x in expressions("<answer>98 = 44 \\\\times [19 − 17] + 10</answer>")]
     [(98,), (44, 19, 17, 10)]
@@ -262,7 +265,7 @@ CALLED = re.compile(
     r"(?:correct|right|best|better|answer)\b"
 )  # in lower case
 RIGHT = rf"[)\]}}*_\"']*\s+{CALLED.pattern}"
-EDGE = r"(?:[^\w\n]|_)*+"  # what may stand around a label on its line
+EDGE = r"(?:[^\w\n]|_)*+"  # what may surround a label on its line
 SPELLED_DIGIT = re.compile(
     rf"(^{EDGE}|{KIND}(?: is)?{EDGE})(zero|one|two|three)\b(?={EDGE}$)", re.IGNORECASE | re.MULTILINE
 )
@@ -270,8 +273,9 @@ SPELLED_DIGIT = re.compile(
 
 @cache
 def _choice_patterns(labels: str) -> list[re.Pattern[str]]:
-    """What follows a cue, a label that is called right, a whole completion; then in order what else may be a choice."""
-    if labels.isalpha():  # "a stone" and "I think" hold no label
+    """Patterns: a label after a cue, a label that is called right, a whole completion; then, in order, other possible
+    choices."""
+    if labels.isalpha():  # "a stone" and "I think" contain no label
         words = "".join(x for x in labels if x in "AI") + labels.lower()
         bold = "".join(x for x in labels if x not in "AI")
         after = r"(?!\s+(?!(?:because|since|as|for|and|which|but|or|due|is|was)\b)(?-i:[a-z]))"
@@ -291,11 +295,11 @@ def _choice_patterns(labels: str) -> list[re.Pattern[str]]:
 
 
 def stated_choice(completion: str, opening: str, labels: str, options: Sequence[str] = ()) -> str | None:
-    """The label that a completion ends on, or None; `opening` as for `stated_number`.
+    """The label that a completion gives as its answer, or None; `opening` is as in `stated_number`.
 
     Args:
-      labels: one character an option, letters or digits.
-      options: their texts, where they are known: an answer in the words of one of them is that option.
+      labels: one character per option, letters or digits.
+      options: their texts, if known: an answer in the words of an option counts as that option.
 
     >>> stated_choice("A stone sinks, so the answer is clearly **B**.", "", "ABCDE")
     'B'
@@ -323,12 +327,12 @@ def stated_choice(completion: str, opening: str, labels: str, options: Sequence[
 
 
 def _words(text: str) -> str:
-    """A text without what may stand around it."""
+    """A text without the markup around it."""
     return text.strip(" \t*_`\"'$(){}[].:,").casefold()
 
 
 def _last(matches: Sequence[re.Match[str]]) -> str | None:
-    """The label of the last match; "" where that names two, None for no match."""
+    """The label of the last match; "" if it names two labels, None if nothing matches."""
     if not matches:
         return None
     last = max(matches, key=lambda match: match.start("label"))
@@ -349,7 +353,7 @@ ONE_WORD = re.compile(r"[^\w\n]*[A-Za-z]+[^\w\n]*")
 
 
 def stated_truth(completion: str, opening: str = "") -> str | None:
-    """True, False or Unknown in lower case, which a completion ends on, or None; `opening` as for `stated_number`.
+    """The answer of a completion, True, False or Unknown in lower case, or None; `opening` is as in `stated_number`.
 
     >>> stated_truth("So the answer is **False**."), stated_truth("It cannot be proved."), stated_truth("untrue")
     ('false', 'unknown', None)

@@ -1,9 +1,9 @@
-"""The rows of a data set, from a folder or from the hub, as examples.
+"""Reads the rows of a data set, from a folder or from the hub, as examples.
 
-A row in the layout that verl trains from has `prompt` (a list of {role, content}; a last message of role "assistant" is
-an open turn), `reward_model.ground_truth`, and where present `extra_info` (a mapping), `data_source` (text) and `id`
-(without one, the row number is the id). A row without `prompt` has the data set's own fields, and the task writes the
-prompt. An id that is empty or was there before gets "#" and the row's number.
+A row in verl's layout has `prompt` (a list of {role, content}; a last message with role "assistant" is an open turn)
+and `reward_model.ground_truth`. It may also have `extra_info` (a mapping), `data_source` (text) and `id`; without an
+id, the row number is the id. A row without `prompt` has the data set's own fields, and the task writes the prompt. "#"
+and the row's number are appended to an id that is empty or repeated.
 """
 
 import csv
@@ -22,12 +22,12 @@ from es_jax.tasks.task import GRADERS, Example, Message, Splits, check_count, ch
 
 Row = Mapping[str, Any]
 SUFFIXES = (".parquet", ".json", ".jsonl", ".csv")
-SHARD = re.compile(r"-([0-9]{5})-of-([0-9]{5})\.parquet")  # of a copy of a data set of the hub
+SHARD = re.compile(r"-([0-9]{5})-of-([0-9]{5})\.parquet")  # file names in a copy of a hub data set
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 class FieldError(ValueError):
-    """A field of a row is not what it should be. `checked` adds the source and the row number."""
+    """A field of a row is wrong. `checked` adds the source and the row number."""
 
 
 def check_field(valid: object, name: str, value: object, wanted: str) -> None:
@@ -37,24 +37,24 @@ def check_field(valid: object, name: str, value: object, wanted: str) -> None:
 
 
 class Hub(NamedTuple):
-    """A data set on the Hugging Face hub, and which of its splits are for training and testing."""
+    """A data set on the Hugging Face hub, and its splits for training and testing."""
 
     path: str
     config: str | None = None  # None: its only one
     train: str = "train"
     test: str = "test"  # one that has labels
     revision: str | None = None  # a branch or commit; None: the newest
-    shuffle: bool = False  # mix the rows with a fixed seed, where neighbours are alike
+    shuffle: bool = False  # shuffle the rows with a fixed seed, if neighbours are alike
 
 
-# The data set; what makes an example of a row with its own fields; and what checks the answer of a row in verl's layout
-# and returns it as the example's, called with the answer and the field's name.
+# The data set; a function that makes an example from a row with its own fields; and a function of an answer and its
+# field's name, which checks the answer of a row in verl's layout and returns that of the example.
 Source = tuple[Hub, Callable[[Row], Example], Callable[[Any, str], str]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedTask(Splits):
-    """The fields and rows of a task with a published data set; of its first `n` rows each is checked."""
+    """The fields and rows of a task with a published data set; each of the first `n` rows is checked."""
 
     data_dir: str | Path | None = None
     grader: str = "paper"
@@ -64,7 +64,7 @@ class PublishedTask(Splits):
 
     @property
     def source(self) -> Source:
-        """Where the rows come from, and how they are read."""
+        """Where the rows come from and how they are read."""
         raise NotImplementedError
 
     def _examples(self, split: str, n: int | None) -> list[Example]:
@@ -81,13 +81,13 @@ class PublishedTask(Splits):
 
 
 def read_examples(data_dir: str | Path, split: str, n: int | None = None) -> list[Example]:
-    """The first `n` rows of a folder's split in the verl layout, as examples; None is all. Every row is checked."""
+    """The first `n` rows of a folder's split in the verl layout, as examples; None takes all. Every row is checked."""
     rows, source = read_split(data_dir, split)
     return examples_of(rows, source, verl_example, n)
 
 
 def checked(rows: Iterable[Any], source: str, read: Callable[[Any, int], Any]) -> Iterator[Any]:
-    """What `read` makes of every row and its number, counting from 0; adds source and number to a FieldError."""
+    """The results of `read` for every row and its number, from 0; a FieldError gets the source and the number."""
     for number, row in enumerate(rows):
         try:
             result = read(row, number)
@@ -97,20 +97,20 @@ def checked(rows: Iterable[Any], source: str, read: Callable[[Any, int], Any]) -
 
 
 def examples_of(rows: Iterable[Any], source: str, read: Callable[[Any, int], Example], n: int | None) -> list[Example]:
-    """The first `n` of the `checked` examples, each under an id of its own."""
+    """The first `n` of the `checked` examples, with unique ids."""
     examples: dict[str, Example] = {}
     for number, example in enumerate(checked(rows, source, read)):
-        while not example.id or example.id in examples:  # ProofWriter's ids are those of theories: many rows share one
+        while not example.id or example.id in examples:  # ProofWriter's ids belong to theories, so many rows share one
             example = replace(example, id=f"{example.id}#{number}")
         examples[example.id] = example
     return take(list(examples.values()), n, source=source)
 
 
 def open_split(hub: Hub, split: str, data_dir: str | Path | None) -> tuple[Iterable[Row], str]:
-    """The rows of a split, and the name of their source: `data_dir`, or the hub for None.
+    """The rows of a split, and the name of their source: `data_dir`, or the hub if it is None.
 
-    The file in a folder has the split's name, the hub's name for it, or "validation"; training never gets the file that
-    the test takes. Raises FileNotFoundError without such a file, OSError when the hub cannot be reached.
+    The file in a folder has the split's name, the hub's name for it, or "validation"; training never takes the test's
+    file. Raises FileNotFoundError without such a file, OSError if the hub cannot be reached.
     """
     if data_dir is None:
         name = getattr(hub, split, split)
@@ -129,40 +129,44 @@ def _file_stem(data_dir: str | Path, split: str, hub: Hub) -> str:
 
 
 def hub_rows(hub: Hub, split: str | None) -> Any:
-    """The rows of a split of a data set on the hub; without a split, those of each split by its name."""
+    """The rows of a split of a hub data set; without a split, the rows of each split by name."""
     require("llm")
     import datasets
 
     try:
         rows = datasets.load_dataset(hub.path, hub.config, split=split, revision=hub.revision)
-    except Exception as error:  # the library raises whatever its transport raises
+    except Exception as error:  # the library passes on errors of its transport
         reason = " ".join(str(error).split())[:400] or type(error).__name__
-        if re.search("Unknown split|Config name is missing|BuilderConfig", str(error)):  # it is there, but not so
-            raise ValueError(f"{hub.path} has no rows of config {hub.config!r}, split {split!r}: {reason}") from error
+        if re.search("Unknown split|Config name is missing|BuilderConfig", str(error)):  # it exists, but without this
+            raise ValueError(
+                f"{hub.path} has no rows for config {hub.config!r}, split {split!r}: choose others ({reason})"
+            ) from error
         raise OSError(
-            f"the rows of {hub.path} (split {split}) cannot be had from the Hugging Face hub ({reason}): load them "
-            "once with a network, which keeps them in the cache of `datasets`, or put them into a folder as parquet or "
-            "json and give the folder as data_dir"
+            f"the rows of {hub.path} (split {split}) cannot be fetched from the Hugging Face hub ({reason}): load "
+            "them once with a network connection, which keeps them in the cache of `datasets`, or put them into a "
+            "folder as parquet or json and set data_dir to it"
         ) from error
     return rows.shuffle(seed=0) if hub.shuffle else rows
 
 
 def rows_folder(root: str | Path, task: str) -> Path:
-    """The folder of a task's rows in a folder of folders: named like the task, or with `_` for its `-`."""
+    """The folder with a task's rows in `root`: named like the task, or with `_` for `-`."""
     root, names = Path(root), dict.fromkeys((task, task.replace("-", "_")))
     for name in names:
         if (root / name).is_dir():
             return root / name
     content = _listing(root) if root.is_dir() else "nothing: it does not exist"
-    raise FileNotFoundError(f"{root} has no folder {' or '.join(names)} for task {task!r}; it holds {content}")
+    raise FileNotFoundError(
+        f"{root} has no folder {' or '.join(names)} for task {task!r}: add it; {root} holds {content}"
+    )
 
 
 def find_split(data_dir: str | Path, split: str) -> list[Path]:
-    """The file that holds a split, `data_dir/{split}` with one of SUFFIXES; or in a copy of a data set of the hub the
-    files that do, `{split}-00000-of-00002.parquet`, … in the folder or in its folder `data`."""
+    """The file of a split, `data_dir/{split}` with one of SUFFIXES; or in a copy of a hub data set its files,
+    `{split}-00000-of-00002.parquet`, … in the folder or in its folder `data`."""
     folder, names = Path(data_dir), [split + suffix for suffix in SUFFIXES]
     if folder.is_file():
-        raise ValueError(f"data_dir is {folder}, a file: give the folder that holds {split}.parquet")
+        raise ValueError(f"data_dir is {folder}, which is a file: give the folder that holds {split}.parquet")
     if not folder.is_dir():
         near = next((parent for parent in folder.absolute().parents if parent.is_dir()), Path.cwd())
         raise FileNotFoundError(
@@ -181,13 +185,13 @@ def find_split(data_dir: str | Path, split: str) -> list[Path]:
     (files,) = found
     if (match := SHARD.search(files[0].name)) and len(files) != int(match[2]):
         raise ValueError(
-            f"{files[0].parent} holds {len(files)} of {int(match[2])} files of the split {split!r}: fetch all"
+            f"{files[0].parent} holds only {len(files)} of {int(match[2])} files of the split {split!r}: fetch all"
         )
     return files
 
 
 def candidates(folder: Path, split: str) -> Iterator[list[Path]]:
-    """The files of a split, in every form in which the folder has it."""
+    """The files of a split, in every form that the folder has."""
     yield from ([folder / (split + suffix)] for suffix in SUFFIXES if (folder / (split + suffix)).is_file())
     for place in (folder, folder / "data"):
         shards = sorted(place.glob(f"{split}-*.parquet"))
@@ -208,15 +212,15 @@ def _listing(folder: Path) -> str:
 
 
 def read_rows(path: str | Path) -> list[Row]:
-    """The rows of a file, as mappings: .parquet; .jsonl, an object a line; .json, a list of objects, or as .jsonl;
-    .csv, the columns' names in its first line and every value a text."""
+    """The rows of a file as mappings: .parquet; .jsonl with one object per line; .json with a list of objects, or like
+    .jsonl; .csv with the columns' names in the first line, where every value is text."""
     path = Path(path)
     rows = {".parquet": _read_parquet, ".csv": _read_csv}.get(path.suffix, _read_json)(path)
     if not rows:
         raise ValueError(f"{path} has no rows: it needs at least one")
     for number, row in enumerate(rows):
         if not isinstance(row, Mapping):
-            raise ValueError(f"{path}, row {number}: found {reprlib.repr(row)}, but a row is an object with fields")
+            raise ValueError(f"{path}, row {number} is {reprlib.repr(row)}: it must be an object with fields")
     return rows
 
 
@@ -228,9 +232,9 @@ def _read_parquet(path: Path) -> list[Any]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             return file.read().to_pylist()
-    except (pyarrow.ArrowException, OSError, ValueError) as error:  # text that is not UTF-8 too
+    except (pyarrow.ArrowException, OSError, ValueError) as error:  # also for text that is not UTF-8
         reason = str(error).splitlines()[0].rstrip(".")
-        raise ValueError(f"{path} is damaged or is not parquet, so fetch or write it again ({reason})") from error
+        raise ValueError(f"{path} is damaged or not parquet: fetch or write it again ({reason})") from error
 
 
 def _read_csv(path: Path) -> list[Any]:
@@ -239,13 +243,15 @@ def _read_csv(path: Path) -> list[Any]:
         names, *rows = (line for line in lines if line)
     except (csv.Error, ValueError) as error:
         raise ValueError(
-            f"{path}, line {lines.line_num}: it is not CSV with names in the first line ({error})"
+            f"{path}, line {lines.line_num} is not CSV: write the file as CSV with names in the first line ({error})"
         ) from error
     if len(set(names)) < len(names):
-        raise ValueError(f"{path} has two columns of one name in its first line, {', '.join(names)}: rename one")
+        raise ValueError(f"{path} has two columns with the same name in its first line, {', '.join(names)}: rename one")
     for number, row in enumerate(rows):
         if len(row) != len(names):
-            raise ValueError(f"{path}, row {number} has {len(row)} fields, but there are {len(names)} columns")
+            raise ValueError(
+                f"{path}, row {number} has {len(row)} fields, but there are {len(names)} columns: correct the row"
+            )
     return [dict(zip(names, row, strict=True)) for row in rows]
 
 
@@ -254,7 +260,9 @@ def _text(path: Path, newline: str | None = None) -> str:
         with open(path, encoding="utf-8", newline=newline) as file:
             return file.read()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+        raise ValueError(
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8"
+        ) from error
 
 
 def _read_json(path: Path) -> list[Any]:
@@ -269,14 +277,14 @@ def _parse_json(text: str, source: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{source}: {reprlib.repr(text)} is not JSON ({error})") from error
+        raise ValueError(f"{source}: {reprlib.repr(text)} is not JSON, so correct it ({error})") from error
 
 
 def verl_example(row: Row, number: int, *, extra: Callable[[Row], Row] = dict, needs_answer: bool = True) -> Example:
     """A row in the verl layout as an example.
 
-    `extra` checks its `extra_info` (empty if it has none) and returns what becomes the example's `meta`. Without
-    `needs_answer` it may lack `reward_model.ground_truth`; its answer is then None.
+    `extra` checks its `extra_info` (empty if absent) and returns the example's `meta`. Without `needs_answer` the row
+    may lack `reward_model.ground_truth`; the answer is then None.
     """
     meta = dict(extra(_optional(row, "extra_info", Mapping, "an object") or {}))
     if (source := _optional(row, "data_source", str, "text")) is not None:
@@ -288,7 +296,7 @@ def verl_example(row: Row, number: int, *, extra: Callable[[Row], Row] = dict, n
 
 
 def own_example(prompt: Any, answer: Any, id: Any, meta: Mapping[str, Any]) -> Example:
-    """An example of a prompt (text or messages), an answer (text, a number or None) and an id. Raises FieldError."""
+    """An example from a prompt (text or messages), an answer (text, a number or None) and an id. Raises FieldError."""
     if isinstance(prompt, list | tuple) and prompt:
         prompt = _messages(prompt)
     else:
@@ -330,12 +338,12 @@ def _message(message: Any, name: str) -> Message:
     check_field(isinstance(content, str), f"{name}.content", content, "text")
     for key, value in message.items():
         valid = key in ("role", "content") or value is None
-        check_field(valid, f"{name}.{key}", value, "left out: a message is a role and its content")
+        check_field(valid, f"{name}.{key}", value, "left out, since a message has only a role and its content")
     return {"role": role, "content": content}
 
 
 def text_field(row: Row, name: str) -> str:
-    """A field that holds text, without the white space around it.
+    """The text in a field, without white space around it.
 
     >>> text_field({"question": " 2 + 2? "}, "question")
     '2 + 2?'
@@ -346,7 +354,7 @@ def text_field(row: Row, name: str) -> str:
 
 
 def texts_field(row: Row, name: str, *, least: int, most: int) -> tuple[str, ...]:
-    """A field that holds `least` to `most` texts, without the white space around them."""
+    """The `least` to `most` texts in a field, without white space around them."""
     texts: Any = row.get(name)
     valid = isinstance(texts, list) and least <= len(texts) <= most
     valid = valid and all(isinstance(text, str) and text.strip() for text in texts)

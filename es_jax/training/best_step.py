@@ -1,8 +1,8 @@
-"""train.keep_best: the step with the highest held-out metric keeps its checkpoint, and best.json names it.
+"""Implements train.keep_best: the step with the highest held-out metric keeps its checkpoint, and best.json names it.
 
-Which step that is follows from the rows of evals/<task>.jsonl; of equal ones it is the earlier. Its checkpoint is there
-before best.json names it, and the checkpoint of the one before it goes later. So a kill at any point leaves a best step
-that can be had, and the run that goes on finds the same one.
+The rows of evals/<task>.jsonl decide which step that is; of equal ones the earlier wins. Its checkpoint is written
+before best.json names it, and the checkpoint of the previous best step is deleted afterwards. So after a kill at any
+point a best step is available, and the resumed run finds the same one.
 """
 
 from collections.abc import Callable
@@ -19,8 +19,8 @@ from es_jax.training.config import RunConfig
 
 
 def check_metric(config: RunConfig, tests: list[HeldOut]) -> list[HeldOut]:
-    """Returns the held-out rows. Raises ValueError where train.keep_best is the likelihood of options, of which the
-    task has none."""
+    """Returns the held-out rows. Raises ValueError if train.keep_best is the likelihood of options and the task has no
+    options."""
     task, metric = config.best_metric or ("", "")
     if metric == "loglik" and any(test.name == task and test.options is None for test in tests):
         raise ValueError(
@@ -31,7 +31,7 @@ def check_metric(config: RunConfig, tests: list[HeldOut]) -> list[HeldOut]:
 
 
 class BestStep:
-    """The best step so far, of a run that is at step `begin`."""
+    """The best step so far of a run that is at step `begin`."""
 
     def __init__(self, config: RunConfig, workdir: Path, checkpoints: Checkpoints, *, begin: int):
         self._config, self._workdir, self._checkpoints = config, workdir, checkpoints
@@ -40,7 +40,7 @@ class BestStep:
         self._keep()
 
     def update(self, step: int, save: Callable[[int], None]) -> None:
-        """After the evaluations of a step, whose weights are those that `save` saves; all processes call it."""
+        """Update the best step after a step's evaluations; `save` writes that step's weights. All processes call it."""
         before, self._facts = self._facts, self._agreed(step)
         if self._facts and self._facts["step"] == step:
             save(step)
@@ -54,13 +54,14 @@ class BestStep:
         self._checkpoints.best = None if self._facts is None else self._facts["step"]
 
     def _agreed(self, step: int) -> dict[str, Any] | None:
-        """What best.json says after that step, as process 0 finds it."""
+        """What best.json holds after that step, as process 0 sees it."""
         if not self._metric:
             return None
         return processes.exchange({0: self._found(step)} if processes.first() else {})[0]
 
     def _found(self, step: int) -> dict[str, Any] | None:
-        """Of the steps whose weights can be had: this one, those with a checkpoint, and those that are replayed."""
+        """The best of the steps whose weights are available: this one, those with a checkpoint, and those that can be
+        replayed."""
         rows = read_evals(self._workdir / "evals" / f"{self._task}.jsonl")
         if not self._config.record.replayable:
             there = {0, step, *self._checkpoints.steps()}

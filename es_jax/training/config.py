@@ -1,4 +1,4 @@
-"""The config of a run: ml_collections at the door, frozen dataclasses inside."""
+"""The config of a run. Config files and flags use ml_collections; inside the package it is frozen dataclasses."""
 
 import dataclasses
 import operator
@@ -35,11 +35,11 @@ from es_jax.training.config_groups import (
 )
 from es_jax.training.method import METHODS, MethodRecord
 
-METRICS = (*VIEWS, "reward")  # that train.keep_best may name
+METRICS = (*VIEWS, "reward")  # the metrics that train.keep_best may name
 
 
 class Rates(NamedTuple):
-    """α, σ and λ of a step."""
+    """The rates α, σ and λ of a step."""
 
     learning_rate: float
     sigma: float
@@ -48,7 +48,7 @@ class Rates(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """Everything a run is, besides the bytes of its base weights. See each group for its fields.
+    """Everything that defines a run, except the bytes of its base weights. Each group documents its fields.
 
     Attributes:
       method: "es", Evolution Strategies, which reads the group es; or "grpo", which reads the group grpo.
@@ -93,7 +93,7 @@ class RunConfig:
 
     @property
     def best_metric(self) -> tuple[str, str] | None:
-        """The task, as files call it, and the column of its rows that train.keep_best names. Raises ValueError."""
+        """The task, under its name in files, and the metric column that train.keep_best names. Raises ValueError."""
         if (text := self.train.keep_best) is None:
             return None
         task, colon, metric = text.rpartition(":")
@@ -103,14 +103,16 @@ class RunConfig:
             known = [prefix + name for prefix in names.values() for name in METRICS]
             raise ValueError(unknown("train.keep_best", text, known))
         if not self.evals.every:
-            raise ValueError(f"train.keep_best is {text!r} with evals.every 0: no step is evaluated; set evals.every")
+            raise ValueError(
+                f"train.keep_best is {text!r} with evals.every 0, so no step is evaluated: set evals.every above 0"
+            )
         return task, metric
 
     def _check_gradients(self) -> None:
         if self.model.param_dtype != "float32":
             raise ValueError(
                 f"model.param_dtype is {self.model.param_dtype!r} with method {self.method!r}: gradients, moments and "
-                "weights are kept in float32; set model.dtype for what the model computes in"
+                "weights are kept in float32; set model.dtype to choose the dtype of the computation"
             )
         if self.optim.anchor.kappa is not None:
             raise ValueError(
@@ -119,8 +121,8 @@ class RunConfig:
             )
         if self.decode.temperature:
             raise ValueError(
-                f"decode.temperature is {self.decode.temperature:g} with method {self.method!r}: it is of members of "
-                "ES; set grpo.temperature, of rollouts, and decode.temperature back to 0"
+                f"decode.temperature is {self.decode.temperature:g} with method {self.method!r}: it applies to ES "
+                "members only; set grpo.temperature for rollouts, and decode.temperature back to 0"
             )
         for field, text in self.schedules.items():
             if text != "constant":
@@ -138,17 +140,17 @@ class RunConfig:
 
     @property
     def schedules(self) -> dict[str, str]:
-        """Those of α, σ and λ, by field."""
+        """The schedules of α, σ and λ, by field."""
         groups: dict[str, Any] = {"optim": self.optim, "es": self.es, "optim.anchor": self.optim.anchor}
         return {f"{name}.schedule": group.schedule for name, group in groups.items()}
 
     def rates(self, step: int) -> Rates:
-        """Of step 1..T, by the schedules."""
+        """The rates of step 1..T, by the schedules."""
         factors = (make_schedule(text, self.train.steps)(step) for text in self.schedules.values())
         return Rates(*map(operator.mul, self._constants, factors))
 
     def logged_rates(self, entry: Entry) -> Rates:
-        """Of a step of the seed log; the config's constants where an old log does not tell."""
+        """The rates of a step in the seed log; the config's constants if an old log does not record them."""
         rates = (entry.learning_rate, entry.sigma, entry.strength)
         return self._constants if None in rates else Rates(*rates)  # type: ignore[arg-type]
 
@@ -158,13 +160,13 @@ class RunConfig:
 
     @property
     def anchor_strength(self) -> float:
-        """λ: as set, or what the wanted drift κ needs; 0 without an anchor."""
+        """λ as set, or the λ that gives the wanted drift κ; 0 without an anchor."""
         anchor = self.optim.anchor
         return anchor.strength or 0.0 if anchor.kappa is None else self._theory(theory.strength_for_kappa, anchor.kappa)
 
     @property
     def anchor_kappa(self) -> float | None:
-        """κ, the long-run drift of a weight in units of σ; None where the weights wander freely or it is not known."""
+        """κ, the long-run drift of a weight in units of σ; None if the weights walk freely or κ is not known."""
         optim, strength = self.optim, self.anchor_strength
         moving = optim.name != "sgd" or not self.record.perturbs or optim.anchor.ema_decay is not None
         if not strength or moving:
@@ -203,12 +205,12 @@ def default_config() -> config_dict.ConfigDict:
 
 
 def freeze(config: config_dict.ConfigDict | dict, *, begun: bool = False) -> RunConfig:
-    """The validated RunConfig of a ConfigDict or of plain nested dicts; or, `begun`, of a run's config.json: its tasks
-    need not be here any more.
+    """The validated RunConfig of a ConfigDict or of plain nested dicts. With `begun` it is that of a run's config.json,
+    whose tasks need not exist any more.
 
     Raises:
-      ValueError: every unknown field (with the nearest known), every field of the wrong type, in one message; or the
-        first value out of range.
+      ValueError: one message lists every unknown field (with the nearest known one) and every field of the wrong type;
+        otherwise it names the first value out of range.
 
     >>> freeze({"es": {"population": 8}}).es.population
     8
@@ -223,7 +225,7 @@ def freeze(config: config_dict.ConfigDict | dict, *, begun: bool = False) -> Run
 
 
 def read_config(workdir: Path, *, needs: Collection[str] = ()) -> RunConfig:
-    """What the run in the directory was started with, with each path as it is found from here. Raises FileNotFoundError
-    where one of a field in `needs` is in none of its places."""
+    """The config that the run in the directory was started with; each path is resolved from the working directory.
+    Raises FileNotFoundError if a path of a field in `needs` cannot be found."""
     facts = directory.read(workdir)
     return freeze(locate(facts["config"], facts, Path(workdir), needs=needs), begun=True)

@@ -1,4 +1,4 @@
-"""The groups of a run's config: frozen dataclasses, which refuse values out of range."""
+"""The groups of a run's config: frozen dataclasses that refuse values out of range."""
 
 import contextlib
 import dataclasses
@@ -22,7 +22,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 
 
-RULES: dict[str, list[str]] = {}  # full name of a field → what its checks say that it must be, as they meet it
+RULES: dict[str, list[str]] = {}  # full name of a field → what its checks require, recorded when they run
 
 
 def _rule(field: str, must: str) -> None:
@@ -47,7 +47,7 @@ def check_date(field: str, text: Any) -> None:
 
 
 def _require(config: Any, group: str, must: str, holds: Callable[[Any], bool], *fields: str) -> None:
-    """Raises ValueError for the first of the fields that is set and does not hold."""
+    """Raises ValueError for the first field that is set to a value out of range."""
     for field in fields:
         value = getattr(config, field)
         _rule(f"{group}.{field}", must)
@@ -68,11 +68,11 @@ class ModelConfig:
     """The model.
 
     Attributes:
-      source: a Hugging Face folder, a .gguf file, or a hub name; or RUN@STEP, the weights of a step of a run.
-      dtype: what members compute in; "auto" is bfloat16 on accelerators and float32 on CPU.
-      param_dtype: what the master weights and the anchor are kept in. Anything but float32 loses small updates.
-      template_date: the day that the chat template sees, such as "2026-11-27"; None is the day the run begins, which
-        config.json then holds.
+      source: a Hugging Face folder, a .gguf file or a hub name; or RUN@STEP for the weights of a run at that step.
+      dtype: the dtype that members compute in; "auto" is bfloat16 on accelerators and float32 on CPU.
+      param_dtype: the dtype of the master weights and the anchor. Anything but float32 loses small updates.
+      template_date: the date that the chat template sees, such as "2026-11-27"; None is the day on which the run
+        begins, which config.json then records.
     """
 
     source: str = ""
@@ -87,24 +87,24 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TaskConfig:
-    """What the members are scored on.
+    """The task that members are scored on.
 
     Attributes:
-      name: what `es_jax.tasks.get_task` takes: "countdown", …; "rows"; reasoning_gym:NAME; FILE.py:NAME or
+      name: a name that `es_jax.tasks.get_task` takes: "countdown", …; "rows"; reasoning_gym:NAME; FILE.py:NAME or
         package.module:NAME.
-      data_dir: a folder of rows, where the task is not to use its own; relative to the working directory.
+      data_dir: a folder of rows to use instead of the task's own; relative to the working directory.
       hub: a data set on the hub, "owner/name", for countdown and rows.
-      prompt, answer: of rows: a template, text or a list of messages, and a column. See `es_jax.tasks.columns.Columns`.
-        Of reasoning_gym:NAME prompt is a template with {question}.
-      grader: "paper", "strict" or "robust", where the task has graders; of rows "exact", "number", "choice",
-        "contains", FILE.py:NAME or package.module:NAME; of reasoning_gym:NAME "tags" or "whole".
-      options: other fields of the task, by name; values as JSON has them.
+      prompt, answer: for the task rows: a template (text or a list of messages) and a column; see
+        `es_jax.tasks.columns.Columns`. For reasoning_gym:NAME, prompt is a template with {question}.
+      grader: "paper", "strict" or "robust" if the task has graders; "exact", "number", "choice", "contains",
+        FILE.py:NAME or package.module:NAME for the task rows; "tags" or "whole" for reasoning_gym:NAME.
+      options: other fields of the task, by name; values are those of JSON.
       train_size: how many training prompts there are.
-      prompts_per_step: how many of them a step scores its members on; None is all of them, every step.
-      seed: of the rows, where the task generates them; None is the task's own default.
-      timeout_seconds: the most that the score of a completion may take, of the task that is trained and of those from
-        outside the package; None: what such a task's class says, 10 of reasoning_gym:NAME. A process of its own scores
-        then.
+      prompts_per_step: how many training prompts a step scores its members on; None is all of them at every step.
+      seed: the seed of the rows if the task generates them; None is the task's own default.
+      timeout_seconds: the time limit for scoring one completion. It holds for the trained task and for tasks from
+        outside the package, which are then scored in a worker process. None is the limit that the task's class sets,
+        which is 10 for reasoning_gym:NAME.
     """
 
     name: str = "countdown"
@@ -124,8 +124,8 @@ class TaskConfig:
         _require(self, "task", "finite and above 0", _above(0), "timeout_seconds")
         if (self.prompts_per_step or 0) > self.train_size:
             raise ValueError(
-                f"task.prompts_per_step is {self.prompts_per_step} of task.train_size {self.train_size}: "
-                "a step cannot use more prompts than there are; raise task.train_size"
+                f"task.prompts_per_step is {self.prompts_per_step} with task.train_size {self.train_size}: a step "
+                "cannot use more prompts than there are; raise task.train_size"
             )
 
 
@@ -138,15 +138,15 @@ class ESConfig:
       sigma: σ > 0, the noise scale.
       schedule: what σ is multiplied by, step by step: "constant", "linear" or "cosine",
         with an end and a warm-up as in "cosine:0.1:20" (`es_jax.optim.schedules`).
-      antithetic: members are pairs θ ± σε; N even.
-      noise: "gaussian"; "low_rank", with which all members share one set of weights in one batch (arXiv 2511.16652);
-        or "shared_seed" as published (equal-shaped parameters share noise; arithmetic in param_dtype).
-      rank: r ≥ 1, of low_rank.
-      vectors: of low_rank: "gaussian" noise for norm scales and biases, or "frozen": nothing moves them, no decay of an
-        optimizer's own and no anchor elsewhere.
-      prompts_per_member: how many of a step's prompts each member sees, dealt evenly; None is all of them. Members are
-        then compared with those that saw the same prompts.
-      generator: what draws the noise: "threefry13", or "threefry" of jax.random, as runs without this field have it.
+      antithetic: members are pairs θ ± σε, so N must be even.
+      noise: "gaussian"; "low_rank", which lets all members share one set of weights in one batch (arXiv 2511.16652); or
+        "shared_seed" as published (equal-shaped parameters share noise; arithmetic in param_dtype).
+      rank: r ≥ 1, the rank of the low_rank noise.
+      vectors: for the low_rank noise: "gaussian" gives norm scales and biases full noise; "frozen" keeps them fixed, so
+        that neither an optimizer's own decay nor an anchor elsewhere moves them.
+      prompts_per_member: how many of a step's prompts each member sees, dealt evenly; None is all of them. A member is
+        then compared with the members that saw the same prompts.
+      generator: the noise generator: "threefry13", or "threefry" (jax.random), which runs from before this field used.
       shaping: "z_score" as published, or "centered_rank".
       rewards: "task", or "random" to draw them from a normal distribution instead: the control experiment that shows
         what the random walk does by itself. Members are still decoded and graded for the metrics.
@@ -175,8 +175,8 @@ class ESConfig:
         _require(self, "es", "at least 1", _at_least(1), "rank", "prompts_per_member")
         if self.noise != "low_rank" and (self.rank, self.vectors) != (1, "gaussian"):
             raise ValueError(
-                f"es.rank is {self.rank} and es.vectors {self.vectors!r} with es.noise {self.noise!r}: they are of the "
-                "noise 'low_rank'; set es.noise to that, or the two back"
+                f"es.rank is {self.rank} and es.vectors {self.vectors!r} with es.noise {self.noise!r}: both apply "
+                "only to es.noise 'low_rank'; set es.noise to 'low_rank', or set the two back to their defaults"
             )
 
 
@@ -187,16 +187,16 @@ class GRPOConfig:
     Attributes:
       rollouts: n ≥ 2 completions of each prompt a step.
       temperature: > 0, of the rollouts and of the log-probabilities.
-      mini_batch: prompts an optimizer step learns from; a step's last mini-batch may be smaller.
-      micro_batch: rows that a device differentiates at once; a matter of memory alone.
-      clip_low, clip_high: ε: the ratio counts within 1 − clip_low .. 1 + clip_high.
-      dual_clip: c > 1: a token of negative advantage loses at most c times its advantage.
-      kl_coef: ≥ 0, of the k3 estimate of KL(π ‖ π_ref) in the loss; at 0 no reference is scored.
-      entropy: of the entropy bonus.
-      aggregation: how tokens' losses become one; see `grpo.token_weights`.
+      mini_batch: prompts per optimizer step; the last mini-batch of a step may be smaller.
+      micro_batch: rows that a device differentiates at once; it affects memory only.
+      clip_low, clip_high: ε: the ratio is clipped to 1 − clip_low .. 1 + clip_high.
+      dual_clip: c > 1: the loss of a token with a negative advantage is at most c times that advantage.
+      kl_coef: ≥ 0, the weight of the k3 estimate of KL(π ‖ π_ref) in the loss; at 0 no reference is scored.
+      entropy: the weight of the entropy bonus.
+      aggregation: how the losses of tokens are averaged; see `grpo.token_weights`.
       scale_by_std: divide advantages by their group's std; False is Dr. GRPO (arXiv 2503.20783).
       std_eps: ≥ 0, added to that std.
-      log_ratio_limit: > 0: log-ratios are clamped to ± this before they are raised.
+      log_ratio_limit: > 0: log-ratios are clamped to ± this before exp is taken.
       kl_limit: > 0: the estimate of a token's KL is clamped to ± this.
     """
 
@@ -223,7 +223,7 @@ class GRPOConfig:
         _require(self, "grpo", "finite and at least 0", _at_least(0), *not_negative)
         _require(self, "grpo", "finite and above 0", _above(0), "temperature", "log_ratio_limit", "kl_limit")
         _require(self, "grpo", "finite and above 1", _above(1), "dual_clip")
-        _require(self, "grpo", "at most 1, for a ratio is never negative", lambda x: x <= 1, "clip_low")
+        _require(self, "grpo", "at most 1, since a ratio is never negative", lambda x: x <= 1, "clip_low")
         _require(self, "grpo", "finite", math.isfinite, "entropy")
 
 
@@ -237,11 +237,12 @@ class AnchorConfig:
       kappa: κ > 0, how many σ a weight may drift in the long run; λ follows from it. Plain sgd only.
       schedule: what λ is multiplied by, step by step: "constant", "linear" or "cosine",
         with an end and a warm-up as in "cosine:0.1:20" (`es_jax.optim.schedules`).
-      source: the model, or RUN@STEP, to be pulled to, where it is not what training starts from (model.source): in a
-        sequence of tasks, the base of the first, which a branch has by itself.
-      ema_decay: β of an anchor that follows the weights, their exponential average over about 1/(1 − β) steps; None:
-        it is fixed.
-      memory: where the starting weights are kept: "device", or "pinned_host" to bring them leaf by leaf each step.
+      source: the model, or RUN@STEP, to pull toward if it is not model.source, where training starts. In a sequence of
+        tasks it is the base model of the first task; a branch takes that by default.
+      ema_decay: β of an anchor that follows the weights as their exponential average over about 1/(1 − β) steps; None
+        keeps the anchor fixed.
+      memory: where the starting weights are kept: "device", or "pinned_host" to copy them to the devices leaf by leaf
+        in each step.
     """
 
     penalty: str = "none"
@@ -269,12 +270,14 @@ class AnchorConfig:
                 "optim.anchor.strength (λ of the paper) or optim.anchor.kappa (κ, in σ per weight)"
             )
         if self.penalty == "none" and moving:
-            raise ValueError(f"optim.anchor.{moving[0]} is set but optim.anchor.penalty is 'none': set that")
+            raise ValueError(
+                f"optim.anchor.{moving[0]} is set but optim.anchor.penalty is 'none': set the penalty to 'l2' or 'l1'"
+            )
         _require(self, "optim.anchor", "at least 0 and below 1, such as 0.99", lambda x: 0 <= x < 1, "ema_decay")
         if self.ema_decay is not None and self.kappa is not None:
             raise ValueError(
-                f"optim.anchor.kappa is {self.kappa} with optim.anchor.ema_decay: weights that are pulled to their own "
-                "average have no long-run drift; set optim.anchor.strength instead"
+                f"optim.anchor.kappa is {self.kappa} with optim.anchor.ema_decay: weights that are pulled to their "
+                "own average have no finite long-run drift; set optim.anchor.strength instead"
             )
         if self.ema_decay is not None and self.memory != "device":
             raise ValueError(f"optim.anchor.memory is {self.memory!r} with optim.anchor.ema_decay: set it to 'device'")
@@ -291,8 +294,8 @@ class OptimConfig:
       learning_rate: α > 0, with the 1/σ of the gradient folded in, as in the papers.
       schedule: what α is multiplied by, step by step: "constant", "linear" or "cosine",
         with an end and a warm-up as in "cosine:0.1:20" (`es_jax.optim.schedules`).
-      b1, b2: in [0, 1), decay of the moments; None is optax's default. adam, adamw and lion.
-      weight_decay: ≥ 0, decoupled, toward zero; None is optax's default. adamw and lion.
+      b1, b2: in [0, 1), decay of the moments, for adam, adamw and lion; None is optax's default.
+      weight_decay: ≥ 0, decoupled decay toward zero, for adamw and lion; None is optax's default.
       max_grad_norm: > 0: gradients of a larger norm are scaled down to it; None does not clip.
       anchor: the pull toward the starting weights.
     """
@@ -314,7 +317,10 @@ class OptimConfig:
         for field in ("b1", "b2", "weight_decay"):
             if (value := getattr(self, field)) is not None and field not in OPTIONS.get(self.name, ()):
                 takers = " or ".join(repr(name) for name, taken in OPTIONS.items() if field in taken)
-                raise ValueError(f"optim.{field} is {value}, but {self.name!r} has none: set optim.name to {takers}")
+                raise ValueError(
+                    f"optim.{field} is {value}, but the optimizer {self.name!r} does not take it: set optim.name to "
+                    f"{takers}"
+                )
         _require(self, "optim", "finite and above 0, or None", _above(0), "max_grad_norm")
         if self.anchor.kappa is not None and self.name != "sgd":
             raise ValueError(
@@ -330,12 +336,12 @@ class DecodeConfig:
     Attributes:
       max_prompt_tokens: the longest prompt allowed, in tokens.
       max_new_tokens: tokens after which a completion is cut.
-      slots: prompts that a member decodes at once. None: as many as the devices' memory has room for, chosen when a run
-        starts and kept in its config.json; 64 where devices do not report it, as on CPU.
-      temperature: of the completions that members of ES are scored on; 0 is greedy decoding, as published. All members
-        of a step draw with the same keys. Held-out rows are always decoded greedily.
+      slots: prompts that a member decodes at once. None: as many as fit into the devices' memory, chosen when a run
+        starts and kept in its config.json; 64 if the devices do not report their memory, as on CPU.
+      temperature: temperature of the completions that ES members are scored on; 0 is greedy decoding, as published. All
+        members of a step sample with the same keys. Held-out rows are always decoded greedily.
       members_at_once: members that a group of devices evaluates in one call. None: with es.noise = "low_rank" as many
-        as the memory has room for, chosen when a run starts and kept in its config.json; otherwise 1. More than 1 pays
+        as fit into the memory, chosen when a run starts and kept in its config.json; otherwise 1. More than 1 is faster
         for small models.
     """
 
@@ -348,7 +354,7 @@ class DecodeConfig:
     def __post_init__(self):
         sizes = ("max_prompt_tokens", "max_new_tokens", "slots", "members_at_once")
         _require(self, "decode", "at least 1", _at_least(1), *sizes)
-        _require(self, "decode", "finite and at least 0, which is greedy", _at_least(0), "temperature")
+        _require(self, "decode", "finite and at least 0 (0 is greedy)", _at_least(0), "temperature")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -357,16 +363,17 @@ class TrainConfig:
 
     Attributes:
       steps: iterations T.
-      seed: 0 to 2³² − 1, of the noise and of the order of the prompts.
-      checkpoint_every: steps between checkpoints; the last step has one too. Steps since are replayed on resume.
+      seed: 0 to 2³² − 1, the seed of the noise and of the order of the prompts.
+      checkpoint_every: steps between checkpoints; the last step gets one too. On resume the steps after the last
+        checkpoint are replayed.
       keep_checkpoints: how many checkpoints stay.
-      keep_best: a held-out metric, "accuracy", "strict", "robust", "loglik" or "reward" of the trained task, or
-        "TASK:METRIC" of another one of evals.tasks: the checkpoint of the step where it was highest stays too, and
-        best.json names it. Needs evals.every. None: no step is kept for that.
-      samples: ≥ 0 completions of each step's first member that go to samples.jsonl.
+      keep_best: a held-out metric: "accuracy", "strict", "robust", "loglik" or "reward" of the trained task, or
+        "TASK:METRIC" for another task of evals.tasks. The checkpoint of the step with the highest value is kept too,
+        and best.json names that step. It needs evals.every. None keeps no such checkpoint.
+      samples: how many completions of each step's first member are written to samples.jsonl.
       profile: (start, stop): a TensorBoard trace of steps start to stop − 1 is written to the run's tb folder.
         It ends with the last step of the run at the latest.
-      tracker: "wandb" follows the run in Weights & Biases too, as docs/records.md says; None is nobody.
+      tracker: "wandb" also logs the run to Weights & Biases (docs/records.md); None uses no tracker.
     """
 
     steps: int = 500
@@ -382,7 +389,7 @@ class TrainConfig:
         _require(self, "train", "at least 1", _at_least(1), "steps", "checkpoint_every", "keep_checkpoints")
         if self.profile and not (len(self.profile) == 2 and 1 <= self.profile[0] < self.profile[1]):
             raise ValueError(
-                f"train.profile is {self.profile}: give the first step of the trace and the one after its last, "
+                f"train.profile is {self.profile}: give the first step of the trace and the step after its last one, "
                 "1 ≤ start < stop, such as (3, 5)"
             )
         if self.profile and self.profile[0] > self.steps:
@@ -407,10 +414,10 @@ class EvalsConfig:
 
     Attributes:
       every: steps between evaluations; 0 is never.
-      rows: how many test rows, of each task.
-      tasks: other tasks to evaluate besides the one that is trained.
-      data_dir: a folder with a folder of rows for each of `tasks`, named like it (`-` may be `_`); None: the task's
-        own, of the hub or made here. The laboratory's tasks always make theirs.
+      rows: how many test rows of each task are evaluated.
+      tasks: other tasks to evaluate, in addition to the trained one.
+      data_dir: a folder that holds a folder of rows for each of `tasks`, named like the task (`-` may be `_`). None
+        uses the task's own rows, from the hub or generated. The laboratory's tasks always generate theirs.
     """
 
     every: int = 25
@@ -428,9 +435,10 @@ class MeshConfig:
     """The device mesh: groups of devices that hold a member each, and devices in a group.
 
     Attributes:
-      groups: groups; None is as many as there are devices for.
-      model: devices that share one member, by its heads, MLP and vocabulary; None is the fewest with room for it, or as
-        many as when the run began, where that is more. The sizes are told, and `mesh` in config.json has them.
+      groups: number of groups; None is as many as the devices allow.
+      model: devices per member, which is sharded by heads, MLP and vocabulary; None is the fewest that have room for
+        it, or as many as when the run began if that is more. The run logs the sizes, and `mesh` in config.json records
+        them.
     """
 
     groups: int | None = None

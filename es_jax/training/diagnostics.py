@@ -1,4 +1,4 @@
-"""What a step's rewards say about the step, with no more work than they were: docs/diagnostics.md derives each."""
+"""Diagnostics of a step from its rewards alone, at no extra cost. docs/diagnostics.md derives each of them."""
 
 import numpy as np
 
@@ -6,14 +6,14 @@ from es_jax.rundir.seed_log import Entry
 
 
 def diagnose(entry: Entry, *, learning_rate: float, sigma: float) -> dict[str, float | None]:
-    """Numbers of one step of ES, from its rewards and weights, and its α and σ.
+    """Diagnostics of one ES step, from its rewards, weights, α and σ.
 
     Returns:
       expected_gain: how much reward the step adds to first order, α/(Nσ) Σ wₙ ρₙ, with ρₙ = rₙ − r̄, or for a pair its
         odd part ±(r⁺ − r⁻)/2.
-      tied_members: the share of members, 0..1, whose reward another member has too.
-      linear_to_curvature: of antithetic pairs, rms of (r⁺ − r⁻)/2 over the standard deviation of (r⁺ + r⁻)/2.
-      None where a reward is not finite, or where a quotient has no denominator.
+      tied_members: the share of members, 0..1, that have the same reward as another member.
+      linear_to_curvature: for antithetic pairs, the rms of (r⁺ − r⁻)/2 over the standard deviation of (r⁺ + r⁻)/2. A
+        value is None if a reward is not finite or a denominator is 0.
 
     >>> entry = Entry(1, [1, 1], [1, -1], True, [0.5, 0.25], [1.0, -1.0])
     >>> diagnose(entry, learning_rate=0.1, sigma=0.5)["expected_gain"]

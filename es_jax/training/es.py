@@ -1,4 +1,4 @@
-"""Evolution Strategies: members are perturbed and decoded, and their rewards move the weights (arXiv 2509.24372)."""
+"""Evolution Strategies: perturbs and decodes members, and moves the weights by their rewards (arXiv 2509.24372)."""
 
 import dataclasses
 import functools
@@ -52,7 +52,7 @@ from es_jax.training.sizes import as_decoded
 from es_jax.training.state import State, compute_dtype, make_noise
 
 T = TypeVar("T")
-LANE = "lane"  # the axis of the members that a group evaluates at once
+LANE = "lane"  # the axis over the members that a group evaluates at once
 
 
 class Evolution:
@@ -114,19 +114,20 @@ class Evolution:
         seen: np.ndarray | None = None,
         keys: np.ndarray | None = None,
     ) -> list[list[Graded]]:
-        """All members' completions, in the order of the prompts, or of those that each has `seen` [N, k]."""
+        """All members' completions, in the order of the prompts, or of the prompts `seen` [N, k] by each member."""
         rows, own, everyone = self._packing.pack(prompts, rows=len(prompts)), {}, range(len(prompts))
         for member, tokens, length in self._evaluator.members(self._state.params, members, rows, seen, keys):
             dealt = everyone if seen is None else seen[member].tolist()
             own[member] = dealt, grade(dealt, tokens, length)
             done(1)
         graded = list(grade.shared(own).values())
-        done(len(members) - len(own))  # by other processes
+        done(len(members) - len(own))  # graded by other processes
         return graded
 
     def _dealt(self, prompts: TokenLists, grade: Grader, keys: np.ndarray | None) -> list[list[Graded]]:
-        """θ's own completions of the prompts, of which each lane has a few, as each member has: in one list, unordered.
-        One lane with all of them is another program, in which the other lanes have as much padding."""
+        """θ's own completions of the prompts, in one unordered list. Each lane decodes a few of the prompts, as in
+        training. With all prompts in one lane the program would be a different one, and the other lanes would decode
+        only padding."""
         rows, keys_of = self._packing.pack(prompts, rows=len(prompts)), () if keys is None else (keys,)
         (dealt,) = self._evaluator.unperturbed(self._state.params, [rows], keys_of)
         own = {lane: (rows, grade(rows, tokens, length)) for lane, (rows, tokens, length) in dealt.items()}
@@ -135,15 +136,16 @@ class Evolution:
     def _weights(
         self, rewards: np.ndarray, graded: list[list[Graded]], seen: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The shaped rewards, and what was shaped: of members that saw different prompts, the rewards against those of
-        others on the same. Scores that are not finite are refused, unless they count as the worst of the step."""
+        """The shaped rewards, and the values that were shaped. If members saw different prompts, those values are the
+        rewards relative to other members on the same prompts. Scores that are not finite are refused, unless
+        es.nan_rewards counts them as the worst of the step."""
         es, check = self._config.es, functools.partial(check_scores, itertools.chain(*graded), self._config.task.name)
         try:
             if seen is not None and es.rewards == "task":
                 own = [[one.score.reward for one in completions] for completions in graded[: len(rewards)]]
                 rewards = centred_on_prompts(np.array(own), seen)
             weights = SHAPINGS[es.shaping](rewards, nan_rewards=es.nan_rewards)
-        except ValueError as error:  # it names the members; this names their rows
+        except ValueError as error:  # that error names the members; this one names their rows
             check(remedy=str(error))
             raise
         if es.nan_rewards == "error":
@@ -151,7 +153,7 @@ class Evolution:
         return weights, rewards
 
 
-ROWS_AT_ONCE = 2**22  # numbers of a matrix that are gathered at once, where it has no layers: 16 MiB of float32
+ROWS_AT_ONCE = 2**22  # numbers gathered at once from a matrix that is not stacked over layers: 16 MiB of float32
 
 
 def _mean_reward(completions: list[Graded]) -> float:
@@ -159,16 +161,17 @@ def _mean_reward(completions: list[Graded]) -> float:
 
 
 def one_ahead(items: Iterable[T]) -> Iterator[T]:
-    """The items, each after the next one is made: the devices work on that while the host reads this."""
+    """Yield each item only after the next one is dispatched, so that the devices work while the host reads this one."""
     for item, _ in itertools.pairwise(itertools.chain(items, [None])):
         yield item  # type: ignore[misc]
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluator:
-    """Perturbs and decodes members, a group of devices each, several at once where the model is small.
+    """Perturbs and decodes members. Each member takes a group of devices; a group takes several members if the model is
+    small.
 
-    A *lane* is one member with its own queue of prompts; a call runs `lanes` of them.
+    A *lane* is a place in the batch of members: one member with its own queue of prompts. A call runs `lanes` of them.
     """
 
     engine: Engine
@@ -180,22 +183,23 @@ class Evaluator:
 
     @classmethod
     def of(cls, config: RunConfig, engine: Engine, mesh: Mesh) -> "Evaluator":
-        """A run's. It holds no more of the config than its programs need, so that runs of one process share them."""
+        """The evaluator of a run. It keeps only what its programs need from the config, so that runs in one process
+        share them."""
         noise, dtype = make_noise(config), compute_dtype(config)
-        share = ceil_div(config.es.population, mesh.shape[GROUPS])  # of a group: all groups have some members
+        share = ceil_div(config.es.population, mesh.shape[GROUPS])  # members of a group: every group has some
         at_once = min(config.decode.members_at_once or 1, share)
         engine = as_decoded(config, engine, mesh, at_once)
         return cls(engine, mesh, noise, config.es.sigma, dtype, at_once=at_once)
 
     def sampling(self, temperature: float, top_p: float = 1.0) -> "Evaluator":
-        """The same with completions that are sampled; itself at temperature 0."""
+        """The same evaluator with sampled completions; itself at temperature 0."""
         return dataclasses.replace(
             self, engine=dataclasses.replace(self.engine, sampler=sampler_of(temperature, top_p))
         )
 
     @property
     def shared(self) -> bool:
-        """Whether all members decode with one set of weights, each with its own pairs of thin matrices beside it."""
+        """Whether all members decode with one set of weights, and each adds its own pairs of thin matrices."""
         return isinstance(self.noise, LowRankNoise)
 
     @property
@@ -204,13 +208,14 @@ class Evaluator:
 
     @property
     def layer_by_layer(self) -> bool:
-        """Whether layers are made one by one, as the engine wants them: to cut stacked ones up writes them twice."""
+        """Whether layers are made one by one, as the engine needs them; splitting stacked layers would write them
+        twice."""
         return self.engine.unrolled and self.at_once == 1 and self.noise.layers_alone and not self.shared
 
     @functools.partial(jax.jit, static_argnums=0)
     def shared_weights(self, params: Any) -> Any:
-        """The one copy of θ that all members decode with, where they share it: in the compute dtype and the engine's
-        layout, whole in every group and cut over `model`; and what the embedding lost by the cast (`LowRank.rest`)."""
+        """The one copy of θ that all members share: in the compute dtype and the engine's layout, replicated over the
+        groups and sharded over `model`. With it comes the embedding's rounding error (`LowRank.rest`)."""
 
         def whole(name: str, leaf: Array) -> tuple[Array, Array | None]:
             spec, rest = leaf_spec(self.mesh, name, leaf.shape, RULES), None
@@ -229,7 +234,8 @@ class Evaluator:
 
     @functools.partial(jax.jit, static_argnums=0)
     def member_pairs(self, params: Any, members: Members) -> Any:
-        """What a round of members has of its own, lanes first in each leaf: (a, b) of every matrix, and vectors."""
+        """What each member of a round adds to the shared weights: (a, b) for every matrix, and vectors. Lanes are the
+        first axis."""
         noise, shapes = self.noise, jax.eval_shape(lambda: params)
         assert isinstance(noise, LowRankNoise)
         vectors = {name: leaf for name, leaf in named_leaves(params) if not noise.is_matrix(name, leaf)}
@@ -243,9 +249,9 @@ class Evaluator:
         return self._grouped(lanes, in_specs=specs)(vectors, members)
 
     def perturb(self, params: Any, members: Members, old: Any = None, shared: Any = None) -> Any:
-        """The weights of a round of members, in the engine's layout; where layers are made apart, in the memory of the
-        `old` round's, which are gone then: fresh memory costs a CPU as much as the noise. Where members share weights,
-        these (`shared_weights` of params, unless given) and `member_pairs`."""
+        """The weights of a round of members, in the engine's layout. If layers are made one by one, they take the
+        memory of the `old` round's weights, which are then gone: fresh memory costs a CPU as much as the noise. If
+        members share weights, this returns the shared weights (made from params unless given) and `member_pairs`."""
         if self.shared:
             shared = self.shared_weights(params) if shared is None else shared
             return shared, self.member_pairs(params, members)
@@ -260,7 +266,7 @@ class Evaluator:
 
     @functools.partial(jax.jit, static_argnums=0, donate_argnums=4, keep_unused=True)
     def _perturb(self, params: Any, members: Members, layer: Array | None = None, old: Any = None) -> Any:
-        """All of it in one program; with `layer`, that layer alone, of params that are nothing but layers."""
+        """All weights in one program; with `layer` only that layer, and then params holds nothing but layers."""
         specs = map_named(lambda name, leaf: leaf_spec(self.mesh, name, leaf.shape, RULES), params)
 
         def one(params, member, layer):
@@ -278,7 +284,7 @@ class Evaluator:
     def _perturbed_leaf(
         self, name: str, part: Array, spec: PartitionSpec, member: Members, layer: Array | None
     ) -> Array:
-        """A member's leaf, from its parts over `groups`; of one that is cut, a layer at most is gathered at once."""
+        """A member's leaf, from its shards over `groups`; at most one layer of a sharded leaf is gathered at once."""
         cut, size = only(spec, MODEL), self.mesh.shape[GROUPS]
 
         if layer is None and size == 1 and platform_of(self.mesh) == "gpu" and self.noise.elementwise:
@@ -307,7 +313,8 @@ class Evaluator:
         return jax.lax.fori_loop(0, len(part), stacked, jax.lax.empty(tuple(shape), self.dtype))
 
     def _perturbed_rows(self, name: str, part: Array, spec: PartitionSpec, member: Members) -> Array:
-        """A member's matrix of which every device has some columns, and over `model` some rows: by blocks of rows."""
+        """A member's matrix, gathered by blocks of rows: each device holds some columns, and some rows along
+        `model`."""
         cut = only(spec, MODEL)
 
         def local(part: Array, member: Members) -> Array:
@@ -316,12 +323,12 @@ class Evaluator:
             block, start = ceil_div(rows, count), offset_of(cut, part.shape)[0]
 
             def turn(i: Array, whole: Array) -> Array:
-                at = jnp.minimum(i * block, rows - block)  # the last block has some rows of the one before it again
+                at = jnp.minimum(i * block, rows - block)  # the last block overlaps the one before it
                 some = jax.lax.dynamic_slice_in_dim(part, at, block)
                 leaf = {name: jax.lax.all_gather(some, GROUPS, axis=1, tiled=True)}
                 row = start + at, rows * self.mesh.shape[MODEL] if cut[0] else rows
                 leaf = self.noise.apply(leaf, member, sigma=self.sigma, dtype=self.dtype, row=row)
-                leaf = with_layout_constraint(leaf[name], Layout((0, 1)))  # else a TPU turns all of it round later
+                leaf = with_layout_constraint(leaf[name], Layout((0, 1)))  # else a TPU transposes all of it later
                 return jax.lax.dynamic_update_slice_in_dim(whole, leaf, at, 0)
 
             return jax.lax.fori_loop(0, count, turn, jax.lax.empty((rows, columns), self.dtype))
@@ -333,7 +340,8 @@ class Evaluator:
     def _perturbed_in_one_pass(
         self, name: str, leaf: Array, cut: PartitionSpec, member: Members, *, interpret: bool = False
     ) -> Array:
-        """A member's leaf on GPUs, by a kernel: XLA writes the random words of some leaves to memory and reads them."""
+        """A member's leaf on GPUs, made by a kernel: XLA would write the random words of some leaves to memory and read
+        them."""
 
         def elements(index: Any, scalars: Any, values: Any) -> tuple[list[Array], list[Array]]:
             seed, scale = (x[0] for x in scalars)
@@ -355,13 +363,13 @@ class Evaluator:
 
     @functools.partial(jax.jit, static_argnums=0)
     def _decode(self, params: Any, prompts: Prompts, keys: Any = None) -> Any:
-        """Completions of a round of members. `params`: as `perturb` gives them; `keys` uint32 [lanes, Q, 2]: where the
-        sampler draws."""
+        """Completions of a round of members. `params` come from `perturb`; a sampler needs `keys`, uint32 [lanes, Q,
+        2]."""
 
         engine, lane = self.engine, LANE if self.vmapped else None
         part = engine.parted(self.at_once, *prompts.tokens.shape[1:])
         of_member = _with_pairs if self.shared else lambda weights: weights
-        own = (None, 0) if self.shared else (0,)  # of what is common, and of what each lane has
+        own = (None, 0) if self.shared else (0,)  # shardings of shared arguments, and of per-lane ones
 
         def rows_of(tokens, positions, keys):
             return tokens, positions, None if keys is None else rng.wrapped(keys)
@@ -392,7 +400,7 @@ class Evaluator:
         return self.at_once > 1 or self.shared
 
     def _lanes(self, one: Any, *, mapped: tuple) -> Any:
-        """`one` over the lanes of a group: a vmap, or the one lane alone."""
+        """`one` over the lanes of a group: a vmap, or a plain call for a single lane."""
         if self.vmapped:
             return jax.vmap(one, in_axes=mapped, axis_name=LANE)
 
@@ -404,7 +412,7 @@ class Evaluator:
         return alone
 
     def _grouped(self, group: Any, *, in_specs: tuple) -> Any:
-        """A function of a group's lanes, as `_lanes` gives it, over all groups of devices."""
+        """A function of a group's lanes, as `_lanes` returns it, over all groups of devices."""
         lanes = PartitionSpec(GROUPS)
         return jax.shard_map(
             group, mesh=self.mesh, in_specs=in_specs, out_specs=lanes, axis_names={GROUPS}, check_vma=False
@@ -419,14 +427,14 @@ class Evaluator:
         keys: np.ndarray | None = None,
     ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """(member, tokens [Q, L], length [Q]) of every member that this process decodes, on all prompts, or on those
-        with the indices `seen` [N, Q]. `keys` [prompts, 2]: of each prompt, where the sampler draws.
+        with the indices `seen` [N, Q]. A sampler needs `keys` [prompts, 2], one for each prompt.
 
-        A round is dispatched before the one before it is handed out, so the devices have work while the host grades.
-        Lanes left over in the last round decode padding. The weights of one round are gone before those of the next are
-        made, or give them their memory, except where members are small and run several at once.
+        Each round is dispatched before the previous one is yielded, so that the devices have work while the host
+        grades. Unused lanes of the last round decode padding. The weights of a round are freed, or their memory reused,
+        before the next round's are made, except if members are small and several run at once.
         """
         count, order = len(members), np.arange(len(members))
-        if seen is not None and self.vmapped:  # members with prompts of one length are neighbours: see `Engine.parted`
+        if seen is not None and self.vmapped:  # neighbours get prompts of similar length: see `Engine.parted`
             order = np.argsort(-(prompts.positions >= 0).sum(axis=1)[seen].max(axis=1), kind="stable")
         shared = timed("perturb", processes.launch(self.shared_weights, params)) if self.shared else None
 
@@ -436,7 +444,7 @@ class Evaluator:
                 index = np.arange(first, first + self.lanes)
                 which = order[np.minimum(index, count - 1)]
                 lanes = members[which]
-                if not self.vmapped:  # a member's weights are large: those of the last round are to be gone
+                if not self.vmapped:  # a member's weights are large: free those of the last round first
                     processes.wait(functools.partial(jax.block_until_ready, outputs))
                 lanes = to_devices(lanes, over_groups(self.mesh))
                 perturbed = timed("perturb", processes.launch(self.perturb, params, lanes, perturbed, shared))
@@ -456,11 +464,11 @@ class Evaluator:
     def unperturbed(
         self, params: Any, queues: Iterable[Prompts], keys: Iterable[np.ndarray] = ()
     ) -> Iterator[dict[int, tuple[range, np.ndarray, np.ndarray]]]:
-        """θ itself on several queues of prompts, each dealt out to the lanes: of each, lane → (rows, tokens, length).
-        `keys`: for each queue those of its prompts, uint32 [Q, 2], where the sampler draws.
+        """Decodes θ itself on several queues of prompts, each dealt out to the lanes. Yields for each queue: lane →
+        (rows, tokens, length). A sampler needs `keys`: for each queue those of its prompts, uint32 [Q, 2].
 
-        A queue is dispatched before the one before it is handed out; no more than two hold caches, since a CPU would
-        run all that there are side by side. Each process has the lanes of its own devices.
+        Each queue is dispatched before the previous one is yielded. At most two queues hold caches, since a CPU would
+        run all of them in parallel. Each process has the lanes of its own devices.
         """
         if not (queues := list(queues)):
             return
@@ -496,16 +504,16 @@ class Evaluator:
 
 
 def _gathered(mesh: Mesh, part: Array, spec: PartitionSpec) -> Array:
-    """The leaf from its parts over `groups`, each device its own cut over `model`; inside a shard_map over `groups`."""
+    """The leaf, gathered over `groups` and still sharded over `model`; call it inside a shard_map over `groups`."""
     if GROUPS not in spec or mesh.shape[GROUPS] == 1:
         return part
     gather = functools.partial(jax.lax.all_gather, axis_name=GROUPS, axis=list(spec).index(GROUPS), tiled=True)
-    cut = only(spec, MODEL)  # by hand: the partitioner would gather over `model` too
+    cut = only(spec, MODEL)  # explicit, since the partitioner would gather over `model` too
     return jax.shard_map(gather, in_specs=cut, out_specs=cut, axis_names={MODEL}, check_vma=False)(part)
 
 
 def _in_parts(some: Any, lanes: Any, *, part: int) -> Any:
-    """`some` of so many lanes at a time; what it gives is written where it is to stay."""
+    """Apply `some` to so many lanes at a time; its results are written in place."""
     at = lambda i: jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i, part), lanes)  # noqa: E731
     count = jax.tree.leaves(lanes)[0].shape[0]
     empty = jax.tree.map(lambda x: jnp.zeros((count, *x.shape[1:]), x.dtype), jax.eval_shape(some, at(0)))
@@ -518,7 +526,7 @@ def _in_parts(some: Any, lanes: Any, *, part: int) -> Any:
 
 
 def _with_pairs(shared: Any, pairs: Any) -> Any:
-    """A member's weights of those that all share: `LowRank` matrices, and vectors of its own."""
+    """A member's weights from the shared ones: `LowRank` matrices, and its own vectors."""
     weights, rest = shared
 
     def own(base: Any, pair: Any) -> Any:
@@ -530,7 +538,7 @@ def _with_pairs(shared: Any, pairs: Any) -> Any:
 
 
 def _unpack(members: Iterable[int], outputs: Any) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """(member, tokens, length) of a round's lanes: those that this process holds."""
+    """(member, tokens, length) for those of a round's lanes that this process holds."""
     tokens, length = processes.wait(lambda: [own_rows(output) for output in outputs])
     for lane, member in enumerate(members):
         if lane in tokens:

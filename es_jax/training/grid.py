@@ -1,7 +1,7 @@
-"""A grid of runs: a point for every combination of the values of some fields, and how far each has come.
+"""A grid of runs: one point for every combination of some fields' values, and the progress of each.
 
-A point's run is in a folder that is named after those fields and their values, so a point keeps its folder when values
-are added to the grid.
+A point's folder is named after those fields and their values, so a point keeps its folder when values are added to the
+grid.
 """
 
 import copy
@@ -28,7 +28,7 @@ from es_jax.training.config import FIELDS, RunConfig, freeze, read_config
 OPEN, CLOSE = "([{", ")]}"
 DONE, NOT_BEGUN = "done", "not begun"
 _SHORT = {field: name for name, field in SHORT.items()}
-_LONGEST = 200  # letters of a folder's name; file systems allow 255 bytes
+_LONGEST = 200  # characters of a folder's name; file systems allow 255 bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Point:
     """One run of a grid.
 
     Attributes:
-      name: what its folder is called: "seed=0,kappa=0.5".
+      name: the name of its folder: "seed=0,kappa=0.5".
       values: the fields of the grid by full name.
       config: all fields, checked.
       folder: its run's directory.
@@ -49,7 +49,7 @@ class Point:
 
 
 def split(text: str) -> list[str]:
-    """The values of a list with commas; those in brackets or in quotes belong to a value.
+    """The values of a list separated by commas; commas in brackets or quotes belong to a value.
 
     Raises:
       ValueError: a bracket or a quote is not closed.
@@ -61,7 +61,7 @@ def split(text: str) -> list[str]:
     for letter in text:
         if quote:
             quote = "" if letter == quote else quote
-        elif letter in "'\"" and (closing or not values[-1].strip()):  # an apostrophe in a word is none
+        elif letter in "'\"" and (closing or not values[-1].strip()):  # an apostrophe in a word is not a quote
             quote = letter
         elif letter in OPEN:
             closing += CLOSE[OPEN.index(letter)]
@@ -77,10 +77,11 @@ def split(text: str) -> list[str]:
 
 
 def read_axis(text: str) -> tuple[str, list[Any]]:
-    """A field's full name and its values, of "train.seed=0,1,2". A value of a field that holds a tuple is in brackets.
+    """A field's full name and its values, read from "train.seed=0,1,2". For a field that holds a tuple, each value is
+    in brackets.
 
     Raises:
-      ValueError: there is no such field; or a value is missing, of another type, or there twice.
+      ValueError: there is no such field; or a value is missing, of a wrong type, or given twice.
 
     >>> read_axis("optim.anchor.kappa=0.5,None"), read_axis("train.profile=(1,3),()")
     (('optim.anchor.kappa', [0.5, None]), ('train.profile', [(1, 3), ()]))
@@ -96,7 +97,7 @@ def read_axis(text: str) -> tuple[str, list[Any]]:
             raise ValueError(f"{text!r} has an empty value: remove a comma, or write '' for an empty text")
         if get_origin(FIELDS.get(name)) is tuple and value[0] not in OPEN and value != "None":
             raise ValueError(f"{name} is {value!r}: it holds a tuple, so put each value in brackets, as in ({value})")
-        quotes = "'\"" if name in FIELDS else "'"  # the others are JSON's, of an option
+        quotes = "'\"" if name in FIELDS else "'"  # the others are JSON values of an option
         quoted = value[0] in quotes and value[0] == value[-1]
         value = value[1:-1] if quoted else value
         parsed = value if quoted and name not in FIELDS else FIELDS.parse(name, value)
@@ -107,21 +108,22 @@ def read_axis(text: str) -> tuple[str, list[Any]]:
 
 
 def make_points(config: config_dict.ConfigDict | dict, axes: Sequence[str], out: str | Path) -> list[Point]:
-    """The points of a grid, the last field's values first. All are checked: nothing is written or begun.
+    """The points of a grid; the last field varies fastest. All are checked; nothing is written or started.
 
     Args:
-      config: what all have in common: the ConfigDict of a config file, or nested dicts.
-      axes: texts for `read_axis`, a field each.
+      config: what all points share: the ConfigDict of a config file, or nested dicts.
+      axes: texts for `read_axis`, one for each field.
       out: the folder for the folders of the runs.
 
     Raises:
-      ValueError: no axis is given, one is wrong, a field is given twice, or a point's config is refused; it is named.
+      ValueError: no axis is given, an axis is wrong, a field is given twice, or a point's config is refused; the
+        message names it.
 
     >>> [point.name for point in make_points({}, ["train.seed=0,1", "es.sigma=1e-3,0.01"], "runs/sweep")]
     ['seed=0,sigma=0.001', 'seed=0,sigma=0.01', 'seed=1,sigma=0.001', 'seed=1,sigma=0.01']
     """
     if not axes:
-        raise ValueError("no field is to vary: give --over FIELD=VALUE,VALUE,…, as in --over train.seed=0,1,2")
+        raise ValueError("no field varies: give --over FIELD=VALUE,VALUE,…, as in --over train.seed=0,1,2")
     read = [read_axis(axis) for axis in axes]
     names = [name for name, _ in read]
     if twice := next((name for name in names if names.count(name) > 1), None):
@@ -132,7 +134,7 @@ def make_points(config: config_dict.ConfigDict | dict, axes: Sequence[str], out:
         values = dict(zip(names, combination, strict=True))
         name = _folder_name(values)
         if any(point.name == name for point in points):
-            raise ValueError(f"two points would have the folder {name!r}: give these values in sweeps of their own")
+            raise ValueError(f"two points would have the folder {name!r}: give these values in separate sweeps")
         try:
             point = freeze(_with(fields, values))
             check_name(point.task.name)
@@ -154,8 +156,8 @@ def _with(fields: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any
 
 
 def _folder_name(values: Mapping[str, Any]) -> str:
-    """The fields, by short names where they have some, with their values; what a folder cannot be called is replaced,
-    and a sum added."""
+    """The fields, by their short names if they have one, with their values. Characters that a folder's name cannot have
+    are replaced, and a digest is added."""
     parts = []
     for field, value in values.items():
         text = "+".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
@@ -175,15 +177,15 @@ def _digest(text: str) -> str:
 
 
 def state(point: Point) -> str:
-    """`NOT_BEGUN`, "step 3 of 300" or `DONE`; or "holds …" where the folder has a run of another config."""
+    """`NOT_BEGUN`, "step 3 of 300" or `DONE`; or "holds …" if the folder has a run with another config."""
     step, steps = steps_done(point.folder), point.config.train.steps
     if not step:
         return NOT_BEGUN
     there, here = (
         flatten_dict(dataclasses.asdict(config), sep=".") for config in (read_config(point.folder), point.config)
     )
-    free = [*directory.CHANGEABLE, *directory.SIZES]  # a run judges whether its sizes may change
-    if here[directory.DATE] is None:  # a run chooses it then
+    free = [*directory.CHANGEABLE, *directory.SIZES]  # the run itself checks whether its sizes may change
+    if here[directory.DATE] is None:  # then the run chooses it
         free.append(directory.DATE)
     differing = [
         f"{name} was {there.get(name)!r} and is {here.get(name)!r}"
@@ -191,25 +193,25 @@ def state(point: Point) -> str:
         if not name.startswith(tuple(free)) and not _same(there.get(name), here.get(name))
     ]
     if differing:
-        return f"holds a run of another config: {'; '.join(differing)}"
+        return f"holds a run with another config: {'; '.join(differing)}"
     return DONE if step == steps and (point.folder / "DONE").exists() else f"step {step} of {steps}"
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Whether values are equal, or are one path."""
+    """Whether two values are equal, or are the same path."""
     return one == other or (all(isinstance(x, str) for x in (one, other)) and abspath(one) == abspath(other))
 
 
 def check_folders(points: Sequence[Point]) -> None:
-    """Raises ValueError where a point's folder has a run of another config."""
+    """Raises ValueError if a point's folder has a run with another config."""
     for point in points:
         if (now := state(point)).startswith("holds"):
             raise ValueError(f"{point.folder} {now}. Choose another --out, or set the fields back")
 
 
 def row(point: Point, error: str | None = None) -> dict[str, Any]:
-    """What a point reached: its fields by full name, then state, step, reward, accuracy, accuracy_se, drift and error;
-    None where it is not known. `error`: why it failed."""
+    """The results of a point: its fields by full name, then state, step, reward, accuracy, accuracy_se, drift and
+    error. A value that is not known is None. `error` says why it failed."""
     metrics = read_jsonl(point.folder / "metrics.jsonl")
     heldout = read_jsonl(point.folder / "evals" / f"{label(point.config.task.name)}.jsonl")
     last, test = metrics[-1] if metrics else {}, heldout[-1] if heldout else {}

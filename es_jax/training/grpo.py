@@ -1,8 +1,9 @@
 """GRPO: rollouts → rewards → advantages within each prompt's group → clipped steps (Shao et al., arXiv 2402.03300).
 
-Besides: dual clipping (Ye et al. 2020, arXiv 1912.09729), a higher upper clip as in arXiv 2503.14476, and the k3
-estimator of the KL divergence (Schulman 2020). A step's tokens follow from its weights, so its line of the log does not
-rebuild it: a run that stopped makes the steps after its last checkpoint again, with the same bits on the same mesh.
+It also has dual clipping (Ye et al. 2020, arXiv 1912.09729), a higher upper clip as in arXiv 2503.14476, and the k3
+estimator of the KL divergence (Schulman 2020). The tokens of a step follow from its weights, so its line of the log
+cannot rebuild it. A run that stopped makes the steps after its last checkpoint again, with the same bits on the same
+mesh.
 """
 
 import dataclasses
@@ -39,8 +40,8 @@ from es_jax.training.es import Evaluator, one_ahead
 from es_jax.training.method import Progress, StepResult, TokenLists
 from es_jax.training.state import State, optimizer_step, theta0_of
 
-AT_ONCE = 4  # times the slots: rollouts that a group decodes in one call, while those of the last call are graded
-TOKENS_AT_ONCE = 512  # tokens whose logits over the whole vocabulary are held at the same time
+AT_ONCE = 4  # rollouts a group decodes in one call, as a multiple of the slots; the last call's are graded meanwhile
+TOKENS_AT_ONCE = 512  # tokens whose logits over the whole vocabulary are in memory at once
 PerToken = Float[Array, "R N"]
 METRICS = ("loss", "tokens", "kl", "entropy", "ratio", "clip_fraction", "dual_clip_fraction")
 
@@ -48,17 +49,30 @@ METRICS = ("loss", "tokens", "kl", "entropy", "ratio", "clip_fraction", "dual_cl
 def group_relative(
     rewards: Float[np.ndarray, " n"], groups: Integer[np.ndarray, " n"], *, scale: bool = True, eps: float = 1e-6
 ) -> np.ndarray:
-    """(r − mean) / (std + eps) within each group, ddof 1, float32 [N]: the advantage of GRPO (arXiv 2402.03300).
+    """Computes GRPO's advantages: (r − mean) / (std + eps) within each group, with ddof 1.
 
-    `scale=False` leaves r − mean, the advantage of Dr. GRPO (arXiv 2503.20783). A group of equal rewards, or of one,
-    gets zeros.
+    A group of equal rewards, or of one reward, gets zeros. Source: arXiv 2402.03300; without `scale`, Dr. GRPO, arXiv
+    2503.20783.
 
-    >>> group_relative(np.array([0.0, 2.0, 5.0, 5.0]), np.array([0, 0, 1, 1])).round(2)
-    array([-0.71,  0.71,  0.  ,  0.  ], dtype=float32)
+    Args:
+      rewards: [N], one reward for each completion.
+      groups: int [N], equal for completions of one prompt.
+      scale: False leaves r − mean.
+      eps: a small number above 0 that is added to the standard deviation.
+
+    Returns:
+      float32 [N].
+
+    Raises:
+      ValueError: a reward is not finite, or `rewards` and `groups` are not [N] both.
+
+    Examples:
+      >>> group_relative(np.array([0.0, 2.0, 5.0, 5.0]), np.array([0, 0, 1, 1])).round(2)
+      array([-0.71,  0.71,  0.  ,  0.  ], dtype=float32)
     """
     rewards, groups = finite_rewards(rewards), np.asarray(groups)
     if groups.shape != rewards.shape:
-        raise ValueError(f"groups have shape {groups.shape} for {len(rewards)} rewards: give each reward its group")
+        raise ValueError(f"groups have shape {groups.shape} for {len(rewards)} rewards: give one group per reward")
     out = np.zeros(len(rewards))
     for group in np.unique(groups):
         mine = groups == group
@@ -69,12 +83,12 @@ def group_relative(
 
 
 class Rows(NamedTuple):
-    """R prompts with their completions; with leading axes where they are cut into micro-batches.
+    """R prompts with their completions; with leading axes if they are split into micro-batches.
 
     Attributes:
       tokens, positions: int32 [R, P + N], a prompt at the right end of the first P, a completion at the left end of the
         last N; positions count on over both and are -1 at padding.
-      weight: float32 [R, N], what each completion token weighs in the loss, from `token_weights`; 0 at padding.
+      weight: float32 [R, N], the weight of each completion token in the loss, from `token_weights`; 0 at padding.
       advantage: float32 [R].
       old, reference: float32 [R, N], log-probabilities before the step's first update, and of the starting weights.
     """
@@ -93,14 +107,15 @@ PADDING = Rows(0, -1, 0, 0, 0, 0)
 def token_weights(
     counted: Bool[np.ndarray, "R N"], aggregation: str, *, max_new_tokens: int
 ) -> Float32[np.ndarray, "R N"]:
-    """What each token weighs, so that a mini-batch's loss is the weighted sum over its tokens.
+    """The weight of each token; a mini-batch's loss is the weighted sum over its tokens.
 
-    `counted` tells the tokens of its completions; a row without any is not a sequence. "token-mean": 1 / tokens.
+    `counted` marks the tokens of completions; a row without any is not a sequence. "token-mean": 1 / tokens.
     "seq-mean-token-sum": 1 / sequences. "seq-mean-token-mean": 1 / (sequences · tokens of the row).
     "seq-mean-token-sum-norm": 1 / (sequences · max_new_tokens), the unbiased form of Dr. GRPO (arXiv 2503.20783).
 
-    >>> token_weights(np.array([[True, True], [True, False]]), "seq-mean-token-mean", max_new_tokens=2).tolist()
-    [[0.25, 0.25], [0.5, 0.0]]
+    Examples:
+      >>> token_weights(np.array([[True, True], [True, False]]), "seq-mean-token-mean", max_new_tokens=2).tolist()
+      [[0.25, 0.25], [0.5, 0.0]]
     """
     lengths = counted.sum(axis=1, keepdims=True)
     sequences = max(int((lengths > 0).sum()), 1)
@@ -114,16 +129,16 @@ def token_weights(
 
 
 def finite_rows(rows: Rows) -> Bool[np.ndarray, " R"]:
-    """Of which rows the log-probabilities of all tokens that count are finite."""
+    """Which rows have finite log-probabilities for all tokens that count."""
     return (np.isfinite(rows.old + rows.reference) | (rows.weight == 0)).all(axis=1)
 
 
 def policy_loss(
     logprob: PerToken, old: PerToken, advantage: Float[Array, " R"], grpo: GRPOConfig
 ) -> tuple[Array, Array, Array, Array]:
-    """The clipped loss of every token, its ratio π/π_old, whether it was clipped, and whether the dual clip held.
+    """The clipped loss of every token, its ratio π/π_old, whether it was clipped, and whether the dual clip applied.
 
-    −min(ρA, clip(ρ, 1 − ε_low, 1 + ε_high)A); where A < 0 no more than −cA. All [R, N].
+    −min(ρA, clip(ρ, 1 − ε_low, 1 + ε_high)A); for A < 0 at most −cA. All are [R, N].
     """
     a = jnp.broadcast_to(advantage[:, None], logprob.shape)
     ratio = jnp.exp(jnp.clip(logprob - old, -grpo.log_ratio_limit, grpo.log_ratio_limit))
@@ -140,7 +155,7 @@ def kl_k3(logprob: PerToken, reference: PerToken, grpo: GRPOConfig) -> PerToken:
 
 
 class GRPO:
-    """Group-relative policy optimisation (arXiv 2402.03300); the objective is in `Policy.loss`."""
+    """Group relative policy optimization (arXiv 2402.03300); the objective is in `Policy.loss`."""
 
     models = 1
 
@@ -154,9 +169,9 @@ class GRPO:
         self.unit = ("rollout", prompts * config.grpo.rollouts)
 
     def step(self, step: int, prompts: TokenLists, grade: Grader, done: Progress) -> StepResult:
-        """n sampled completions of every prompt, and an optimizer step for each mini-batch of them.
+        """Samples n completions of every prompt, and makes an optimizer step for each mini-batch of them.
 
-        The entry holds all rewards, those of one prompt together.
+        The entry holds all rewards; those of one prompt are adjacent.
         """
         g, n = self._config.grpo, self._config.grpo.rollouts
         repeated = [prompt for prompt in prompts for _ in range(n)]
@@ -168,7 +183,7 @@ class GRPO:
             own |= {row: ([row // n], [score]) for row, score in zip(rows, scores, strict=True)}
             done(len(rows))
         graded = [one for (one,) in grade.shared(own, texts=range(0, len(repeated), n)).values()]
-        done(len(repeated) - len(own))  # by other processes
+        done(len(repeated) - len(own))  # graded by other processes
         check_scores(graded, self._config.task.name)
         rewards = np.array([one.score.reward for one in graded])
         advantage = group_relative(rewards, np.arange(len(rewards)) // n, scale=g.scale_by_std, eps=g.std_eps)
@@ -180,7 +195,7 @@ class GRPO:
         scored = self._scored(*side_by_side(repeated, tokens, length, max_prompt_tokens=limit), advantage)
         if wrong := [one.example.id for one, row in zip(graded, finite_rows(scored), strict=True) if not row]:
             raise ValueError(
-                f"step {step}: log-probabilities of completions are not finite, of rows {', '.join(wrong[:5])}: set "
+                f"step {step}: log-probabilities of completions are not finite for rows {', '.join(wrong[:5])}: set "
                 f"model.dtype ({str(self._policy.dtype)!r}) to 'float32' or 'bfloat16', or lower optim.learning_rate "
                 f"({self._config.optim.learning_rate:g})"
             )
@@ -189,12 +204,12 @@ class GRPO:
         return entry, [graded[j::n] for j in range(n)], metrics
 
     def seconds_alone(self, entry: Entry) -> dict[str, float]:
-        """Nothing."""
+        """No seconds: GRPO has no part to time apart."""
         return {}
 
     def _rollouts(self, step: int, prompts: list) -> Iterator[tuple[Any, list[int], np.ndarray, np.ndarray]]:
-        """(outputs of a call, rows of this process, tokens [B, L], length [B]); one call decodes while the one before
-        it is graded."""
+        """(outputs of a call, rows of this process, tokens [B, L], length [B]); each call decodes while the previous
+        one is graded."""
         mesh = self._policy.mesh
         key = rng.sampling_key(self._config.train.seed, step, streams=self._streams)
         groups = mesh.shape[GROUPS]
@@ -221,7 +236,7 @@ class GRPO:
             yield outputs, [row for own in rows.values() for row in own], *arrays
 
     def _scored(self, tokens: np.ndarray, positions: np.ndarray, counted: np.ndarray, advantage: np.ndarray) -> Rows:
-        """The rows with their log-probabilities by the policy, before it moves, and by the reference, on the host."""
+        """The rows with log-probabilities from the policy before it moves and from the reference, on the host."""
         width, count, each = counted.shape[1], len(tokens), self._policy.mini_batch
         on_devices = self._micro_batches(tokens, 0), self._micro_batches(positions, -1)
 
@@ -237,11 +252,11 @@ class GRPO:
         return Rows(tokens, positions, weight, advantage, old, reference)
 
     def _learn(self, rows: Rows, rates: jax.Array) -> dict[str, float | None]:
-        """One optimizer step for each mini-batch; means over the tokens and updates of all."""
+        """Make one optimizer step for each mini-batch; returns means over all tokens and updates."""
         each, values = self._policy.mini_batch, []
         for first in range(0, len(rows.tokens), each):
             batch = [x[first : first + each] for x in rows]
-            # every mini-batch has the same shape; the rest of a smaller one is not computed
+            # every mini-batch has the same shape; the padding of a smaller one is not computed
             padded = Rows(*(self._micro_batches(x, fill, each) for x, fill in zip(batch, PADDING, strict=True)))
             count = np.int32(ceil_div(len(batch[0]), self._policy.micro_batch))
             count = to_devices(count, replicated(self._policy.mesh))
@@ -256,7 +271,7 @@ class GRPO:
         return {"loss": loss, **means, "gradient_norm": float(np.mean(norms)), "gradient_norm_max": max(norms)}
 
     def _micro_batches(self, x: np.ndarray, fill: int, rows: int = 0) -> jax.Array:
-        """[R, …] as micro-batches [M, m, …] on the devices, of at least so many rows: padding comes last."""
+        """[R, …] as micro-batches [M, m, …] on the devices, padded at the end to at least so many rows."""
         size = self._policy.micro_batch
         total = ceil_div(max(rows, len(x)), size) * size
         padded = np.concatenate([x, np.full((total - len(x), *x.shape[1:]), fill, x.dtype)])
@@ -266,14 +281,15 @@ class GRPO:
 def side_by_side(
     prompts: TokenLists, tokens: np.ndarray, length: np.ndarray, *, max_prompt_tokens: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens and positions as in `Rows`, and which completion tokens there are, bool [R, N].
+    """Tokens and positions as in `Rows`, and a mask of the completion tokens, bool [R, N].
 
-    Both parts are padded to a multiple of 32 tokens, so that few programs are made, but not beyond the longest prompt
-    and completion of the run.
+    Both parts are padded to a multiple of 32 tokens, so that few programs are compiled, but not beyond the run's
+    longest prompt and completion.
 
-    >>> out = side_by_side([[5, 6]], np.array([[7, 0]]), np.array([1]), max_prompt_tokens=3)
-    >>> [x.tolist() for x in out]
-    [[[0, 5, 6, 7, 0]], [[-1, 0, 1, 2, -1]], [[True, False]]]
+    Examples:
+      >>> out = side_by_side([[5, 6]], np.array([[7, 0]]), np.array([1]), max_prompt_tokens=3)
+      >>> [x.tolist() for x in out]
+      [[[0, 5, 6, 7, 0]], [[-1, 0, 1, 2, -1]], [[True, False]]]
     """
     width = padded_width(max(int(length.max()), 1), tokens.shape[1])
     left = padded_width(max(map(len, prompts)), max_prompt_tokens)
@@ -286,11 +302,12 @@ def side_by_side(
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """The compiled programs of GRPO: `rollout` samples, `logprobs` scores, `update` steps. A plan lowers the same.
+    """The compiled programs of GRPO: `rollout` samples, `logprobs` scores, and `update` makes a step. A plan lowers the
+    same programs.
 
-    The devices of the mesh share the rows of a micro-batch, and each holds a part of every master weight and moment.
-    Weights are cast to `dtype` layer by layer, and each layer is computed again for its gradient, so that neither a
-    whole copy of the weights nor the activations of more than one layer are held.
+    The rows of a micro-batch, the master weights and the moments are sharded over all devices of the mesh. Weights are
+    cast to `dtype` layer by layer, and each layer is recomputed for its gradient, so that memory never holds a whole
+    copy of the weights or the activations of more than one layer.
     """
 
     engine: Engine
@@ -301,20 +318,21 @@ class Policy:
 
     @property
     def mini_batch(self) -> int:
-        """Rows that an optimizer step learns from."""
+        """Rows of one optimizer step."""
         return self.grpo.mini_batch * self.grpo.rollouts
 
     @property
     def micro_batch(self) -> int:
-        """Rows that are differentiated at once: grpo.micro_batch for each device, or a mini-batch where it is less."""
+        """Rows that are differentiated at once: grpo.micro_batch for each device, or a mini-batch if that is
+        smaller."""
         devices = self.mesh.size
         return min(self.grpo.micro_batch, ceil_div(self.mini_batch, devices)) * devices
 
     @functools.partial(jax.jit, static_argnums=0)
     def rollout(self, params: Any, tokens: Array, positions: Array, keys: Array, prefix: Array) -> tuple[Array, Array]:
-        """Sampled completions: tokens [G, Q, L] and lengths [G, Q] of prompts [G, Q, P], one part for each group.
+        """Sampled completions: tokens [G, Q, L] and lengths [G, Q] for prompts [G, Q, P], one part for each group.
 
-        `prefix` [C] is as in `Prompts`. A completion depends on its prompt and its key alone.
+        `prefix` [C] is as in `Prompts`. A completion depends only on its prompt and its key.
         """
 
         def group(params, tokens, positions, keys, prefix):
@@ -332,7 +350,7 @@ class Policy:
     def logprobs(self, params: Any, tokens: Array, positions: Array, width: int) -> Array:
         """Log-probabilities [M, m, N] of the last `width` tokens of M micro-batches of rows [M, m, P + N].
 
-        `params` may be an anchor that is kept in host memory.
+        `params` may be an anchor in host memory.
         """
         params = jax.tree.map(jax.device_put, params, param_shardings(self.mesh, params))
 
@@ -347,8 +365,8 @@ class Policy:
     ) -> tuple[Any, Any, Array, dict[str, Array]]:
         """One optimizer step on a mini-batch: (params, opt_state, drift ‖θ − θ₀‖, metrics); the first two are donated.
 
-        The first `count` of the M micro-batches in `rows` [M, m, …] hold rows; the rest are not computed. `start` and
-        `rates` are as in `es_jax.training.state.update`.
+        Only the first `count` of the M micro-batches in `rows` [M, m, …] hold rows; the others are not computed.
+        `start` and `rates` are as in `es_jax.training.state.update`.
         """
         gradient, sums = self.gradient(params, rows, count)
         params, opt_state = optimizer_step(self.chain, self.mesh, params, opt_state, gradient, rates)
@@ -356,7 +374,7 @@ class Policy:
         return params, opt_state, drift, {**sums, "gradient_norm": optax.tree.norm(gradient)}
 
     def gradient(self, params: Any, rows: Rows, count: Array) -> tuple[Any, dict[str, Array]]:
-        """The gradient of the mini-batch's loss, float32 and cut like the weights, and its metrics."""
+        """The gradient of the mini-batch's loss, in float32 and sharded like the weights, and its metrics."""
         shardings = param_shardings(self.mesh, params)
 
         def micro(i, carry):
@@ -369,7 +387,7 @@ class Policy:
         return jax.lax.fori_loop(0, count, micro, (zeros, dict.fromkeys(METRICS, jnp.float32(0))))
 
     def loss(self, params: Any, rows: Rows) -> tuple[Array, dict[str, Array]]:
-        """The weighted loss of one micro-batch [m, …], and METRICS: but for the loss, sums over its tokens."""
+        """The weighted loss of one micro-batch [m, …], and METRICS; all but the loss are sums over its tokens."""
         g, rows = self.grpo, self._shared(rows)
         logprob, entropy = self._score(params, rows.tokens, rows.positions, rows.weight.shape[-1])
         policy, ratio, clipped, dual = policy_loss(logprob, rows.old, rows.advantage, g)
@@ -400,7 +418,7 @@ class Policy:
         return jax.tree.map(lambda x: x.reshape(target.shape), in_blocks(score, *flat, block=TOKENS_AT_ONCE))
 
     def _around(self, block: Callable) -> Callable:
-        """A layer whose weights are gathered and cast when it runs; it runs again for its gradient."""
+        """A layer whose weights are gathered and cast when it runs; it is recomputed for its gradient."""
         return jax.checkpoint(lambda x, layer, view, kv: block(x, self._gathered(layer), view, kv), prevent_cse=False)
 
     def _gathered(self, params: Any) -> Any:

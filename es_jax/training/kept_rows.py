@@ -1,5 +1,5 @@
-"""The rows of tasks that are made once and kept: DIR/tasks/<task>.<split>.jsonl, a line that says what they are of, and
-a line a row. A task has a method `kept_as` for it, which says what its rows depend on."""
+"""Rows of tasks that are generated once and kept in DIR/tasks/<task>.<split>.jsonl: a first line that describes them,
+then one line for each row. Such a task has a method `kept_as`, which returns what its rows depend on."""
 
 import dataclasses
 import hashlib
@@ -18,10 +18,10 @@ FOLDER = "tasks"
 
 
 def rows(task: Task, split: str, n: int, name: str, folders: Sequence[Path]) -> list[Example]:
-    """The first `n` rows of a split of the task that files call `name`: as kept in the first of the folders that has so
-    many, or made. Of several processes the first reads or makes them for all.
+    """The first `n` rows of a split of the task that files call `name`. They are read from the first folder that keeps
+    that many, or else generated. Of several processes the first reads or generates them for all.
 
-    Raises ValueError where a file is damaged; and what the task raises.
+    Raises ValueError if a file is damaged, and whatever the task raises.
     """
     if not hasattr(task, "kept_as"):
         return getattr(task, split)(n)
@@ -30,8 +30,8 @@ def rows(task: Task, split: str, n: int, name: str, folders: Sequence[Path]) -> 
 
 
 def keep(task: Task, split: str, name: str, examples: Sequence[Example], folders: Sequence[Path]) -> None:
-    """Write the rows to the last of the folders, if they are of a task that keeps them and no folder has so many. The
-    first process writes."""
+    """Write the rows to the last of the folders, if their task keeps rows and no folder has that many. The first
+    process writes."""
     if not hasattr(task, "kept_as") or not processes.first():
         return
     paths = [folder / f"{name}.{split}.jsonl" for folder in folders]
@@ -50,14 +50,14 @@ def _first(task: Any, split: str, n: int, name: str, folders: Sequence[Path]) ->
     for there in kept:
         if there != made[: len(there)]:
             logger.warning(
-                "task %s: %d %s rows are asked for and %d kept, and those made now differ from those kept",
+                "task %s: of %d %s rows only %d are kept, and the rows generated now differ from these",
                 name, n, split, len(there),
             )  # fmt: skip
     return made
 
 
 def _read(path: Path, task: Any, *, warn: bool = True) -> list[Example] | None:
-    """The rows of a file; None where there is none, or they are those of a task with other options."""
+    """The rows of a file; None if there is no file, or if its rows are those of a task with other options."""
     if not path.exists():
         return None
     try:
@@ -66,11 +66,11 @@ def _read(path: Path, task: Any, *, warn: bool = True) -> list[Example] | None:
         examples = [_example(json.loads(line)) for line in lines.splitlines()]
         sha256 = header.pop("sha256")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}): restore it, or delete it for new rows") from None
+        raise ValueError(f"{path} is damaged ({error!r}): restore it, or delete it to generate new rows") from None
     if header != json.loads(json.dumps(task.kept_as())):
         return None
     if warn and sha256 != hashlib.sha256(lines.encode()).hexdigest():
-        logger.warning("%s is not as it was written, by its sha256: its rows are taken as they are now", path)
+        logger.warning("%s does not match its sha256, so it was changed: its rows are used as they are now", path)
     return examples
 
 

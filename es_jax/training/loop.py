@@ -80,20 +80,24 @@ from es_jax.training.weights_at import check_steps, resume
 from es_jax.weights.files import small_sums
 from es_jax.weights.model import load_outline
 
-# Fields of `decode` that may be None: a number is chosen for them when a run starts.
+# Fields of `decode` that may be None; a run chooses their numbers when it starts.
 CHOSEN = ("slots", "members_at_once")
 
 
 @dataclasses.dataclass(frozen=True)
 class RunResult:
-    """What `run` leaves.
+    """What `run` returns.
 
     Attributes:
       workdir: the run's directory.
       step: the last finished step.
       params: the weights after it, in model.param_dtype, sharded over the devices.
-      reward: mean reward of the last step's members.
+      reward: the mean reward of the last step's members; None if no step is finished.
       heldout: the last row of evals/<task>.jsonl; None without evaluation.
+
+    Examples:
+      >>> RunResult(Path("runs/lab"), step=2, params={}, reward=0.5, heldout=None).reward
+      0.5
     """
 
     workdir: Path
@@ -111,37 +115,43 @@ def run(
     branch_from: str | None = None,
     callback: Callable[[StepRecord], Any] | None = None,
 ) -> RunResult:
-    """Train, from the start or from where the directory's run stopped; the bits are the same either way.
+    """Trains a model, from the start or from where the directory's run stopped. The bits are the same either way.
 
     Args:
-      config: a RunConfig, the ConfigDict of a config file, or a dict of groups and their fields; what it leaves out has
-        its default.
-      workdir: the run's directory; made if need be.
-      task: in place of task.name: a name, or a task itself. config.json has the name and the options that make it
-        again, where its class tells them; otherwise whoever goes on with the run or evaluates it gives it again.
-      branch_from: RUN@STEP, or RUN: the new run starts from a step of that one (docs/resume.md).
-      callback: is called with a StepRecord after each step that this call finishes, when the step is on disk and its
-        evaluation, where one is due, is done; by each process of the run. What it returns is ignored. What it raises
-        ends the run and is raised here; finished steps stay, that one among them, and the same call goes on after it.
+      config: a `RunConfig`, the ConfigDict of a config file, or a dict of groups and their fields. A field that is left
+        out has its default.
+      workdir: the run's directory, which is made if it does not exist.
+      task: used instead of task.name: a name, or a task itself. config.json keeps the name and options that make the
+        task again, if its class tells them. If it does not, give the task again to go on with the run or to evaluate
+        it.
+      branch_from: RUN@STEP or RUN, to start the new run from a step of that run (docs/resume.md).
+      callback: called with a `StepRecord` after each step that this call finishes, once the step and its evaluation, if
+        one is due, are on disk. Each process of the run calls it. Its result is ignored. An exception in it ends the
+        run and is raised here. Finished steps stay, that one among them, and the same call goes on after them.
+
+    Returns:
+      The last finished step, its weights and its results.
 
     Raises:
-      ValueError, OSError: bad fields, rows, weights, prompts, or a directory of another run, before any work starts;
-        scores or weights that are not finite or a full disk, at their step. Finished steps stay.
-      processes.Preempted: SIGTERM came. The last finished step has a checkpoint.
+      ValueError: fields, rows, weights or prompts are wrong, or the directory has another run; before any work starts.
+        Or scores or weights are not finite; at their step.
+      OSError: files are missing, before any work starts; or the disk is full, at its step. Finished steps stay.
+      es_jax.core.processes.Preempted: SIGTERM came. The last finished step has a checkpoint.
 
-    >>> import tempfile
-    >>> config = {
-    ...     "model": {"source": "lab"},
-    ...     "task": {"name": "lab-countdown", "train_size": 8},
-    ...     "es": {"population": 4, "sigma": 0.01},
-    ...     "optim": {"learning_rate": 0.005, "anchor": {"penalty": "l2", "kappa": 1.0}},
-    ...     "decode": {"max_prompt_tokens": 16, "max_new_tokens": 6},
-    ...     "train": {"steps": 2},
-    ...     "evals": {"rows": 8},
-    ... }
-    >>> result = run(config, tempfile.mkdtemp())
-    >>> result.step, result.heldout["n"]
-    (2, 8)
+    Examples:
+      >>> import tempfile
+      >>> config = {
+      ...     "model": {"source": "lab"},
+      ...     "task": {"name": "lab-add", "train_size": 8},
+      ...     "es": {"population": 4, "sigma": 0.01},
+      ...     "optim": {"learning_rate": 0.005, "anchor": {"penalty": "l2", "kappa": 1.0}},
+      ...     "decode": {"max_prompt_tokens": 16, "max_new_tokens": 6},
+      ...     "train": {"steps": 2},
+      ...     "evals": {"rows": 8},
+      ... }
+      >>> result = run(config, tempfile.mkdtemp())
+      >>> result.step, result.heldout["n"]
+      (2, 8)
     """
     began = time.monotonic()
     config, workdir = config if isinstance(config, RunConfig) else freeze(config), Path(workdir)
@@ -151,7 +161,7 @@ def run(
     others = ((name, other_task(config, name)) for name in config.evals.tasks if name != config.task.name)
     tasks = by_label([*others, (config.task.name, trained)])
     kept = [workdir / kept_rows.FOLDER]
-    if start.parent and start.parent["branch"]:  # it has its parent's rows, and keeps them itself
+    if start.parent and start.parent["branch"]:  # it takes its parent's rows, and keeps them itself
         kept.append(Path(start.parent["path"]) / kept_rows.FOLDER)
     train = rows_of(trained, "train", config.task.train_size, config.task.name, kept)
     every, size = config.evals.every, config.evals.rows
@@ -163,13 +173,13 @@ def run(
             start = with_weights(start, workdir)
             result = _Run(start, workdir, tasks, train, tests, submit).train(began, tracker, callback)
         if config.train.tracker and jax.process_count() > 1:
-            processes.barrier()  # the end of a process waits 30 s for the others, and to upload rows may take longer
+            processes.barrier()  # a process that ends waits 30 s for the others, but uploading rows may take longer
         return result
 
 
 def with_date(config: RunConfig, workdir: Path) -> RunConfig:
-    """The config with the day that the run's chat template sees: as it says, or that of the run in the directory, or
-    today. A run from before the field was there has none, and its template sees the clock's. Process 0 decides."""
+    """The config with the date that the run's chat template sees: the config's, or that of the run in the directory, or
+    today. A run from before the field existed has none, and its template sees the clock's date. Process 0 decides."""
     if processes.first():
         date: str | None = datetime.date.today().isoformat()
         if (workdir / "config.json").exists():
@@ -186,24 +196,24 @@ def with_date(config: RunConfig, workdir: Path) -> RunConfig:
 
 
 def with_numbers(config: RunConfig, engine: Engine, mesh: Mesh, known: Mapping[str, Any]) -> tuple[RunConfig, Engine]:
-    """Both with decode.slots and decode.members_at_once: as the config says, as `known` from when the run began, or
-    chosen."""
+    """Both configs with decode.slots and decode.members_at_once: the config's values, those `known` from when the run
+    began, or chosen ones."""
     slots, at_once = config.decode.slots, config.decode.members_at_once
     if slots is None:
-        slots, why = known.get("slots"), f"decode.slots: {known.get('slots')}, as when the run began"
+        slots, why = known.get("slots"), f"decode.slots: {known.get('slots')}, the number from when the run began"
         if slots is None:
             slots, why = choose_slots(config, engine, mesh)
         say(why)
     engine = dataclasses.replace(engine, slots=min(slots, engine.slots))
     if at_once is None:
         at_once = known.get("members_at_once") or members_at_once(config, engine, mesh)
-        at_once = processes.exchange({0: at_once} if processes.first() else {})[0]  # hosts may differ in memory
+        at_once = processes.exchange({0: at_once} if processes.first() else {})[0]  # hosts may have different memory
     decode = dataclasses.replace(config.decode, slots=slots, members_at_once=at_once)
     return dataclasses.replace(config, decode=decode), engine
 
 
 class _Run:
-    """One process's run of the loop. `__init__` checks and loads everything and brings the state to the last step."""
+    """One process's run of the loop. `__init__` checks and loads everything, and brings the state to the last step."""
 
     def __init__(
         self,
@@ -225,7 +235,7 @@ class _Run:
         model = load_base(config, self.mesh)
         param_shardings(self.mesh, model.params, log=True)
         self.dim = count(model.params)
-        self.model = dataclasses.replace(model, params={})  # the state alone holds weights: updates donate them
+        self.model = dataclasses.replace(model, params={})  # only the state holds weights: updates donate them
         limit = config.decode.max_prompt_tokens
         self.prompts = [checked_prompt(self.model, config.task.name, example, limit) for example in train]
         self.tests = check_metric(config, held_out(config, tasks, tests, self.model, limit))
@@ -246,7 +256,7 @@ class _Run:
         self.checkpoints = Checkpoints(workdir, keep=config.train.keep_checkpoints)
         self.state = State(config, self.mesh, model.params, self.streams)
         del model
-        longest = max(map(len, self.prompts))  # of held-out rows, which may change, no step depends
+        longest = max(map(len, self.prompts))  # no step depends on held-out rows, so they may change
         self.packing = dataclasses.replace(engine, max_prompt_tokens=longest).packing(self.prompts)
         self.method = config.record.make(config, self.evaluator, self.state, self.packing, self.streams)
         resume(config, workdir, self.state, self.log, self.checkpoints)
@@ -261,10 +271,10 @@ class _Run:
         say(f"{self.dim:,} weights, {self.mesh.size} devices, {self.state.sentence}")
         slow = why_not_in_place(config, engine, self.mesh, self.evaluator.at_once)
         if slow and jax.default_backend() == "gpu":
-            say(f"{slow}: a step of decoding copies weights and caches, about 3 times the bytes")
+            say(f"{slow}: so each decode step copies weights and caches, and moves about 3 times as many bytes")
 
     def _settle(self, start: Start) -> None:
-        """Write config.json, or check that the run that is there is this one."""
+        """Write config.json, or check that the directory holds this run."""
         fields, places = start.written(self.config, self.workdir)
         directory.settle(
             self.workdir, fields, identity=self._identity(), started=bool(self.log.entries),
@@ -272,7 +282,7 @@ class _Run:
         )  # fmt: skip
 
     def _check_evals(self) -> None:
-        """Put evaluations on other held-out rows than the run's aside; ValueError for those with another limit."""
+        """Move evaluations on other held-out rows away. Raises ValueError for evaluations with another limit."""
         folder, limit = self.workdir / "evals", self.config.decode.max_new_tokens
         if processes.first():
             for text in filter(None, (set_aside(folder, test.name, test.digest) for test in self.tests)):
@@ -283,7 +293,8 @@ class _Run:
             file.check(digest=test.digest, max_new_tokens=limit, n=len(test.examples))
 
     def train(self, began: float, tracker: Tracker, callback: Callable[[StepRecord], Any] | None) -> RunResult:
-        """Run the loop to its end; what is open is closed however it ends. `began`: when the run was asked for."""
+        """Run the loop to its end; everything open is closed, however it ends. `began` is when the run was asked
+        for."""
         self._keep_rows()
         tracker.config(dataclasses.asdict(self.config))
 
@@ -291,9 +302,9 @@ class _Run:
             heldout: dict[str, dict[str, Any]] = {}
             try:
                 heldout = self._finish_step(step)
-            finally:  # also where that ends early: the step is on disk
+            finally:  # even if that ends early: the step is on disk
                 tracker.write(step, {"train": row} | {f"evals/{name}": one for name, one in heldout.items()})
-            if callback and row:  # of an evaluation before the first step there is none
+            if callback and row:  # an evaluation before the first step has none
                 callback(StepRecord(step, row, heldout, lambda: self.state.params))
 
         try:
@@ -305,8 +316,8 @@ class _Run:
         except processes.Preempted:
             processes.saving()
             self._save(step := len(self.log.entries))
-            saved = f"step {step} is saved, and the same command goes on from there"
-            none = "no step is finished, and the same command starts anew"
+            saved = f"step {step} is saved, and the same command continues from there"
+            none = "no step is finished, and the same command starts again"
             raise processes.Preempted(f"terminated; {saved if step else none}") from None
         finally:
             self.profile.close()
@@ -326,9 +337,9 @@ class _Run:
             (self.workdir / "DONE").unlink(missing_ok=True)
         start = len(self.log.entries)
         finish(start, {})
-        self.best.update(start, self._save)  # also where the run ended between an evaluation and this
+        self.best.update(start, self._save)  # even if the run ended between an evaluation and this
         if start == self.config.train.steps:
-            say(f"all {start} steps are finished: to go on, set train.steps higher")
+            say(f"all {start} steps are finished: to continue, set train.steps higher")
         for step in range(start + 1, self.config.train.steps + 1):
             clock.restart()
             with self.profile.step(step):
@@ -346,15 +357,15 @@ class _Run:
             finish(step, row)
 
     def _check_finite(self, step: int, drift: float, metrics: Mapping[str, float | None]) -> None:
-        """Raises ValueError where the step's weights or numbers of its update are not finite; the seed log and the
-        checkpoints do not know of the step then. The drift tells it: it is the root of all weights' squares."""
+        """Raises ValueError if the step's weights, or numbers of its update, are not finite; the step is then in
+        neither the seed log nor a checkpoint. The drift shows it, since it sums the squares of all weights' changes."""
         wrong = {name: x for name, x in {"drift": drift, **metrics}.items() if x is not None and not math.isfinite(x)}
         if not wrong:
             return
         rate, dtype = self.config.optim.learning_rate, self.config.model.param_dtype
         wider = f", or set model.param_dtype ({dtype!r}) to 'float32'" * (dtype != "float32")
         remedy = (
-            f"nothing of the step is kept, and the steps before it stay; lower optim.learning_rate ({rate:g}){wider}, "
+            f"the step is discarded, and the steps before it are kept; lower optim.learning_rate ({rate:g}){wider}, "
             "in another --workdir"
         )
         check_finite(self.state.params, f"step {step}: its", remedy)
@@ -363,7 +374,7 @@ class _Run:
     def _timings(
         self, step: int, seconds: dict[str, float], graded: list[list[Graded]], *, total: float
     ) -> dict[str, Any]:
-        """Where a step's time went, and what it made of the machine."""
+        """Where a step's time went, and how well it used the machine."""
         prompts, engine = [self.prompts[i] for i in self._rows(step)], self.evaluator.engine
         times, models = sum(map(len, graded)) // len(prompts), self.method.models  # how often each prompt is completed
         prompt, new = times * sum(map(len, prompts)), sum(one.length for one in itertools.chain(*graded))
@@ -389,14 +400,14 @@ class _Run:
         }
 
     def _step(self, step: int) -> StepResult:
-        """The method's step, on the prompts whose turn it is."""
+        """The method's step on the prompts whose turn it is."""
         rows = self._rows(step)
         prompts = [self.prompts[i] for i in rows]
         grader = Grader(self.model, [self.examples[i] for i in rows], self.submit, prompts)
         return self.method.step(step, prompts, grader, self.recorder.progress.advance)
 
     def _identity(self) -> dict[str, Any]:
-        """What a run is besides its fields, as config.json keeps it."""
+        """What identifies a run besides its fields, as kept in config.json."""
         rows = [[e.prompt, e.answer, dict(e.meta)] for e in self.examples]
         tests, anchor = {test.name: test.prompts for test in self.tests}, self.config.optim.anchor.source
 
@@ -419,7 +430,7 @@ class _Run:
         }
 
     def _rows(self, step: int) -> Sequence[int]:
-        """Which examples a step uses: all, or the next ones of a seeded order that goes through all in turn."""
+        """The examples that a step uses: all, or the next ones of a seeded order that visits all in turn."""
         n, size = self.config.task.prompts_per_step, len(self.examples)
         if n is None:
             return range(size)
@@ -432,7 +443,8 @@ class _Run:
             self.checkpoints.save(step, self.state.params, self.state.opt_state)
 
     def _finish_step(self, step: int) -> dict[str, dict[str, Any]]:
-        """Checkpoint and held-out evaluation, where they are due and not done yet; the rows of the evaluation."""
+        """Make the checkpoint and the held-out evaluation if they are due and not done yet; returns the evaluation's
+        rows."""
         train, every = self.config.train, self.config.evals.every
         final = step == train.steps
         if final or step % train.checkpoint_every == 0:

@@ -1,6 +1,6 @@
-"""What a way of training adds to the loop, and the table of all there are.
+"""The interface of a training method, and the table of all methods.
 
-A method makes a step's completions and moves the weights by their rewards. All else is the loop's.
+A method makes a step's completions and moves the weights by their rewards. The loop does everything else.
 """
 
 import dataclasses
@@ -12,16 +12,16 @@ from es_jax.rundir.seed_log import Entry
 from es_jax.scoring.grading import Graded, Grader
 
 TokenLists = Sequence[Sequence[int]]
-Progress = Callable[[int], None]  # is told how many more units of a step are done
+Progress = Callable[[int], None]  # called with the number of newly finished units of a step
 StepResult = tuple[Entry, list[list[Graded]], Mapping[str, float | None]]
 
 
 @runtime_checkable
 class Method(Protocol):
-    """One way of training; made from a run's config, evaluator, state, packing of prompts and random streams.
+    """A training method; made from a run's config, evaluator, state, packing of prompts and random streams.
 
     Attributes:
-      unit: what a step is counted in on the screen, and how many a step has.
+      unit: the unit in which the screen counts a step, and how many a step has.
       models: how many different weights decode in a step.
     """
 
@@ -32,23 +32,27 @@ class Method(Protocol):
         """Make the completions of step 1, 2, … and move the weights by their rewards.
 
         Returns:
-          The step's line of the seed log; a list of completions for each member or rollout; other metrics of the step.
+          The step's line of the seed log; a list of completions for each member or rollout; further metrics of the
+            step.
         """
 
     def seconds_alone(self, entry: Entry) -> Mapping[str, float]:
-        """Seconds of parts that a trace cannot tell from the rest of their program; all processes call it."""
+        """Seconds of parts that a trace cannot separate from the rest of their program; all processes call it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MethodRecord:
-    """What differs between methods outside of their step. Its fields stand in the group of the config of its name.
+    """What differs between methods outside of their step. The config group with the method's name holds its fields.
 
     Attributes:
-      title, tag, size: of the method and a step in the card of an exported model; size has the config's fields.
-      implementation, programs: the `Method`, and what `es_jax.planning` compiles it by: names, imported when used.
-      replayable: whether a line of the seed log rebuilds its step. Where it does not, a run goes on from its last
+      title, tag, size: texts about the method and a step for the card of an exported model; size contains the config's
+        fields.
+      implementation, programs: the names of the `Method` and of the class by which `es_jax.planning` compiles it; both
+        are imported when used.
+      replayable: whether a line of the seed log rebuilds its step. If not, a resumed run starts from its last
         checkpoint and makes the steps after it again.
-      perturbs: whether members are the weights plus σ times noise: then a step has a σ, and theory predicts the drift.
+      perturbs: whether members are the weights plus σ times noise. If so, a step has a σ, and theory predicts the
+        drift.
     """
 
     title: str

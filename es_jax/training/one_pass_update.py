@@ -1,6 +1,7 @@
-"""`update` on GPUs and TPUs: of each leaf one kernel, which makes the estimate, takes the step and pulls to the anchor.
+"""`update` on GPUs and TPUs: one kernel per leaf makes the estimate, takes the step and pulls toward the anchor.
 
-θ and what the optimizer holds are read once and written once; what the step leaves as it is, a fixed anchor, is read.
+θ and the optimizer's state are read once and written once; a fixed anchor, which the step does not change, is only
+read.
 """
 
 import dataclasses
@@ -22,11 +23,11 @@ from es_jax.es.population import Members
 from es_jax.models.sharding import param_shardings
 from es_jax.optim.chains import Chain
 
-_PARAMS, _START = -1, -2  # beside the parts of the optimizer's state, which are numbered
+_PARAMS, _START = -1, -2  # in addition to the numbered parts of the optimizer's state
 
 
 def takes_one_pass(noise: GaussianNoise, chain: Chain) -> bool:
-    """Whether no element of the update needs another: not so where the gradient is clipped by its norm."""
+    """Whether the update is elementwise; it is not if the gradient is clipped by its norm."""
     return noise.elementwise and chain.max_grad_norm is None
 
 
@@ -44,7 +45,7 @@ def update_in_one_pass(
     platform: str,
     interpret: bool = False,
 ) -> tuple[Any, Any, Array]:
-    """What `update` returns, of the same arguments; inside jit. `platform`, `interpret`: as of `one_pass`."""
+    """What `update` returns for the same arguments; inside jit. `platform` and `interpret` are as in `one_pass`."""
     like: Any = jax.tree.structure(params)
     leaves = named_leaves(params)
     specs = [sharding.spec for sharding in jax.tree.leaves(param_shardings(mesh, params))]
@@ -74,7 +75,7 @@ def update_in_one_pass(
             result, square = over(name, leaf.shape, spec, scalars, {i: column[k] for i, column in lists.items()})
             results.append(result)
             copies = [jax.lax.axis_index(axis) for axis in mesh.axis_names if axis not in spec]
-            squares += jnp.where(sum(copies, jnp.int32(0)) == 0, square, 0.0)  # one held several times counts once
+            squares += jnp.where(sum(copies, jnp.int32(0)) == 0, square, 0.0)  # a leaf that is replicated counts once
         return {i: [result[i] for result in results] for i in own}, squares[None, None]
 
     moved, squares = jax.shard_map(
@@ -92,8 +93,8 @@ def _over_leaf(
     origin: int, name: str, shape: tuple[int, ...], spec: PartitionSpec, scalars: Sequence[Array],
     arrays: dict[int, Array], **options: Any,
 ) -> tuple[dict[int, Array], Array]:  # fmt: skip
-    """A device's part of one leaf: `own`, what the step changes of `arrays`, to what dtypes; and the square of its
-    distance from `origin`."""
+    """A device's part of one leaf: those of `arrays` that the step changes, named with their dtypes in `own`; and the
+    squared distance from `origin`."""
 
     def elements(index: list[Array], scalars: Sequence[Any], values: list[Array]) -> tuple[list[Array], list[Array]]:
         (seeds, signed, pair, *rest), at = scalars, dict(zip(arrays, values, strict=True))
@@ -113,13 +114,13 @@ def _over_leaf(
 
 
 def _some(leaf: Any) -> jax.ShapeDtypeStruct:
-    """Elements of a leaf, to look at what a step makes of them."""
+    """Abstract elements of a leaf, to find what a step makes of them."""
     return jax.ShapeDtypeStruct((1,), leaf.dtype)
 
 
 def _elementwise(chain: Chain, structure: Any) -> Callable:
-    """The optimizer's step of some elements of a leaf: (gradient, parameter, state, numbers, rates) → (parameter,
-    state, numbers). `state` and `numbers` are the parts of the optimizer's, by their place in it."""
+    """The optimizer's step on some elements of a leaf: (gradient, parameter, state, numbers, rates) → (parameter,
+    state, numbers). `state` and `numbers` are parts of the optimizer's state, by their position in it."""
     chain = dataclasses.replace(chain, memory="device")
 
     def step(gradient: Array, param: Array, state: dict, numbers: dict, rates: Any) -> tuple[Array, dict, dict]:

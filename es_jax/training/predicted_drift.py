@@ -1,4 +1,4 @@
-"""The distance ‖θ − θ₀‖ that theory predicts for a run, from the members' weights zₙ in its seed log."""
+"""Predicts the distance ‖θ − θ₀‖ of a run from the members' weights zₙ in its seed log."""
 
 import math
 
@@ -8,11 +8,11 @@ from es_jax.es import theory
 from es_jax.rundir.seed_log import Entry
 from es_jax.training.config import RunConfig
 
-STRONG = 0.1  # l1 pull over the step of a weight, above which the continuous form is more than 2 % off
+STRONG = 0.1  # ratio of the l1 pull to a weight's step above which the continuous form is more than 2 % off
 
 
 class PredictedDrift:
-    """‖θ_t − θ₀‖ of this very run in exact arithmetic, carried on by the entries of its seed log.
+    """‖θ_t − θ₀‖ of this run in exact arithmetic, updated with each entry of its seed log.
 
     A step moves every weight by a normal number of variance α² Σ wₙ²/N². From there the second moments of the weights x
     and of the anchor a, both relative to θ₀, follow exactly for no anchor and for l2: x ← q(x + u) + (1 − q)a with
@@ -22,7 +22,7 @@ class PredictedDrift:
 
     def __init__(self, config: RunConfig, dim: int, *, offset: float = 0.0):
         self._config, self._dim, self._offset = config, dim, offset
-        self._means, self._moments = np.array([0.0, 1.0]), np.zeros((2, 2))  # of (x, a): in units of offset; about it
+        self._means, self._moments = np.array([0.0, 1.0]), np.zeros((2, 2))  # of (x, a): in units of offset, around it
         self._walked, self._steps = 0.0, 0  # E‖Σ u‖²
 
     def add(self, entry: Entry) -> None:
@@ -40,8 +40,8 @@ class PredictedDrift:
 
     @property
     def norm(self) -> float | None:
-        """The prediction; None where there is no closed form: for other methods and optimizers, and for an l1 anchor
-        that is elsewhere, or moves, or has a schedule, or pulls hard beside the step."""
+        """The prediction; None if there is no closed form: for other methods and optimizers, and for an l1 anchor that
+        is elsewhere, moves, has a schedule, or pulls hard relative to the step."""
         config, optim, anchor = self._config, self._config.optim, self._config.optim.anchor
         if not config.record.perturbs or optim.name != "sgd":
             return None
@@ -50,7 +50,7 @@ class PredictedDrift:
         moving = anchor.ema_decay is not None or anchor.source or self._offset
         if moving or not anchor.schedule == optim.schedule == "constant":
             return None
-        mean = self._walked / (optim.learning_rate**2 * self._dim * max(self._steps, 1))  # of a step: 1/N
+        mean = self._walked / (optim.learning_rate**2 * self._dim * max(self._steps, 1))  # variance of a step: 1/N
         if not mean:
             return 0.0
         if config.anchor_strength > STRONG * math.sqrt(mean):

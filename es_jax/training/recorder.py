@@ -1,4 +1,4 @@
-"""What a run writes and tells about its steps: metrics, samples, and held-out rows."""
+"""What a run writes and reports about its steps: metrics, samples, and held-out rows."""
 
 import dataclasses
 import itertools
@@ -21,12 +21,18 @@ from es_jax.training.predicted_drift import PredictedDrift
 
 @dataclasses.dataclass(frozen=True)
 class StepRecord:
-    """What the `callback` of `run` is told of a finished step.
+    """What the `callback` of `run` is told about a finished step.
 
     Attributes:
       step: 1..T.
       metrics: the step's row of metrics.jsonl: "reward_mean", "drift", "seconds", …
-      heldout: where an evaluation was due after the step, its row by the name of the task: "accuracy", "reward", …
+      heldout: by the name of the task, the row of each evaluation that was due after the step: "accuracy", "reward", …
+        Empty where none was due.
+
+    Examples:
+      >>> record = StepRecord(1, {"reward_mean": 0.5}, {}, lambda: {"w": np.zeros(2)})
+      >>> record.metrics["reward_mean"], record.params["w"].shape
+      (0.5, (2,))
     """
 
     step: int
@@ -36,13 +42,15 @@ class StepRecord:
 
     @property
     def params(self) -> Any:
-        """The weights after the step, in model.param_dtype, where they lie on the devices; not a copy. The next step
-        writes over them: read them in the callback, and copy what shall stay (`jax.device_get`)."""
+        """The weights after the step, in model.param_dtype, where they lie on the devices; not a copy.
+
+        The next step writes over them. Read them in the callback, and copy what you keep (`jax.device_get`).
+        """
         return self._params()
 
 
 class Recorder:
-    """Writes the rows of a run's directory, after those of the `finished` steps."""
+    """Writes the rows of a run's directory, after those of its `finished` steps."""
 
     def __init__(
         self,
@@ -75,9 +83,9 @@ class Recorder:
         metrics: Mapping[str, float | None],
         timings: Mapping[str, Any],
     ) -> dict[str, Any]:
-        """A step's row in metrics.jsonl and TensorBoard, which is returned, its samples, and its line on the screen.
+        """Write a step's row to metrics.jsonl and TensorBoard, its samples and its screen line; returns the row.
 
-        `metrics`: of the method's update. `timings`: the step's tokens and seconds, and their parts.
+        `metrics` come from the method's update; `timings` hold the step's tokens and seconds, and their parts.
         """
         self._predicted.add(entry)
         rewards, config = np.array(entry.rewards, float), self._config
@@ -113,7 +121,7 @@ class Recorder:
         return row
 
     def evaluations(self, step: int, done: Iterable[tuple[HeldOut, RowResults]]) -> dict[str, dict[str, Any]]:
-        """A row of held-out accuracy for each task, on disk as soon as it is there, and one line on the screen; returns
+        """Write a row of held-out accuracy for each task, as soon as it is known, and one line on the screen; returns
         the rows."""
         rows, max_new_tokens = {}, self._config.decode.max_new_tokens
         for held, results in done:

@@ -1,4 +1,4 @@
-"""The tasks of a run, made from its config or given from Python, by the names that its files have for them."""
+"""The tasks of a run, made from its config or given from Python, by their names in the run's files."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,16 +16,19 @@ from es_jax.training import kept_rows
 from es_jax.training.config import RunConfig
 from es_jax.weights.model import Model
 
-OPTIONS = ("data_dir", "hub", "prompt", "answer", "grader", "seed")  # of a task, which have a field of their own
+OPTIONS = ("data_dir", "hub", "prompt", "answer", "grader", "seed")  # options of a task that have their own field
 
 
 def with_task(config: RunConfig, task: Task | str) -> RunConfig:
-    """The config with the task as its own. ValueError where fields are set that only a task by name has a use for."""
+    """The config with the given task. Raises ValueError if fields are set that only apply to a task given by name."""
     if isinstance(task, str):
         return dataclasses.replace(config, task=dataclasses.replace(config.task, name=task))
     for field in (*OPTIONS, "options"):
         if (value := getattr(config.task, field)) not in (None, {}):
-            raise ValueError(f"task.{field} is {value!r}, but a task itself is given: set it there, and the field back")
+            raise ValueError(
+                f"task.{field} is {value!r}, but the task is given as an object: set the value on the object, and the "
+                "field back to its default"
+            )
     name, options = name_and_options(task)
     return dataclasses.replace(config, task=dataclasses.replace(config.task, name=name, options=options))
 
@@ -45,7 +48,7 @@ def make_task(config: RunConfig) -> Task:
 
 
 def other_task(config: RunConfig, name: str) -> Task:
-    """A task of evals.tasks, with its rows from evals.data_dir where that is set and the task takes them."""
+    """A task of evals.tasks, with its rows from evals.data_dir if that is set and the task takes it."""
     root = config.evals.data_dir
     if root is None or not takes_rows(name):
         return get_task(name)
@@ -58,21 +61,22 @@ def takes_rows(name: str) -> bool:
 
 
 def by_label(named: Iterable[tuple[str, Task]]) -> dict[str, Task]:
-    """Tasks by what a run's files call them; the later one of a name. ValueError where two names would be one."""
+    """Tasks by their names in a run's files; of equal names the later one counts. Raises ValueError if two tasks would
+    share a name."""
     names: dict[str, str] = {}
     tasks = {}
     for name, task in named:
         if names.setdefault(label(name), name) != name:
             raise ValueError(
-                f"tasks {names[label(name)]!r} and {name!r} would both be called {label(name)!r}: rename one"
+                f"tasks {names[label(name)]!r} and {name!r} would both be named {label(name)!r} in files: rename one"
             )
         tasks[label(name)] = task
     return tasks
 
 
 def rows_of(task: Task, split: str, n: int, name: str, folders: Sequence[Path] = ()) -> list[Example]:
-    """The first `n` rows of a split: of a task whose rows are kept, those in the first of the folders that has them.
-    ValueError where a task does not give them."""
+    """The first `n` rows of a split. If the task's rows are kept, they come from the first folder that has them. Raises
+    ValueError if a task does not return them."""
     try:
         rows = kept_rows.rows(task, split, n, label(name), folders)
     except (ValueError, OSError):
@@ -81,7 +85,9 @@ def rows_of(task: Task, split: str, n: int, name: str, folders: Sequence[Path] =
         raise ValueError(f"the {split} rows of task {name!r} raised {type(error).__name__}: {error}") from error
     if not isinstance(rows, list) or len(rows) != n or not all(isinstance(row, Example) for row in rows):
         field = "task.train_size" if split == "train" else "evals.rows"
-        raise ValueError(f"{split}({n}) of task {name!r} must return a list of so many Examples: see {field}")
+        raise ValueError(
+            f"{split}({n}) of task {name!r} must return a list of {n} Examples: correct it, or change {field}"
+        )
     return rows
 
 
@@ -92,8 +98,8 @@ def held_out(
     model: Model,
     max_prompt_tokens: int,
 ) -> list[HeldOut]:
-    """The held-out rows of tasks, by what files call these. task.timeout_seconds is for the trained one and for those
-    from outside the package."""
+    """The held-out rows of tasks, by their names in files. task.timeout_seconds applies to the trained task and to
+    tasks from outside the package."""
     own, limit = label(config.task.name), config.task.timeout_seconds
     return [
         HeldOut.of(
@@ -109,6 +115,6 @@ def held_out(
 
 
 def source_digests(tasks: Mapping[str, Task]) -> dict[str, Any]:
-    """The sum of the source of each task from outside the package, as config.json keeps them under "task_sources"."""
+    """The digest of the source of each task from outside the package; config.json keeps them under "task_sources"."""
     digests = {name: digest for name, task in tasks.items() if (digest := source_digest(task))}
     return {SOURCES: digests} if digests else {}

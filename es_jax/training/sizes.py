@@ -1,4 +1,4 @@
-"""The sizes that a run chooses from its devices' memory: decode.slots and decode.members_at_once."""
+"""Chooses decode.slots and decode.members_at_once from the memory of a run's devices."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ from es_jax.models.transformer import param_shapes
 from es_jax.training.config import RunConfig
 from es_jax.training.state import compute_dtype, make_noise
 
-MOST_AT_ONCE = 256  # members of a group in one call, of those that share their weights
+MOST_AT_ONCE = 256  # most members of a group in one call, if they share their weights
 
 
 def prompts_of_member(config: RunConfig) -> int:
@@ -34,17 +34,17 @@ def prompts_of_member(config: RunConfig) -> int:
 
 @functools.lru_cache(maxsize=64)
 def pair_bytes(noise: LowRankNoise, model: TransformerConfig, dtype: jnp.dtype) -> int:
-    """Of what a member has of its own, where all share one copy of the weights in that dtype."""
+    """The bytes that a member adds if all share one copy of the weights in that dtype."""
     params = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in param_shapes(model).items()}
     pair = jax.eval_shape(functools.partial(noise.pair, sigma=1.0), params, unperturbed_members(1)[0])
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pair))
 
 
 def _lane_bytes(engine: Engine, prompts: int, itemsize: int, *, lanes: int) -> int:
-    """An estimate of what decoding takes on a lane beside its weights: its cache, and what a prefill writes or, once
-    more, what a chunk attends of the cache; the widest activations of a block of a prefill, and logits."""
+    """An estimate of the bytes that decoding takes on a lane in addition to its weights. These are the cache; what a
+    prefill writes (in place), or the cache once more for a chunk; the widest activations of a prefill block; logits."""
     model, sizes = engine.config, LoopSizes.of(engine, prompts, engine.max_prompt_tokens, lanes=lanes)
-    place = 2 * model.layers * model.kv_heads * model.head_dim * itemsize  # of one slot: its keys and values
+    place = 2 * model.layers * model.kv_heads * model.head_dim * itemsize  # keys and values of one slot
     cache = sizes.slots * sizes.places * place
     beside = sizes.fill_rows * sizes.width * place if sizes.in_place else cache
     block = block_length(sizes.fill_rows, sizes.width, lanes)
@@ -53,23 +53,25 @@ def _lane_bytes(engine: Engine, prompts: int, itemsize: int, *, lanes: int) -> i
 
 
 def _half_of_the_rest(config: RunConfig, model: TransformerConfig, mesh: Mesh, memory: int) -> int:
-    """Half of what the weights leave of a device's memory: the master weights, the anchor or θ₀, moments, GRPO's
-    gradient; and the copies that members decode with."""
+    """Half of the device memory that the weights leave free. Weights are the master weights, the anchor or θ₀, moments,
+    GRPO's gradient, and the copies that members decode with."""
     sizes = {name: math.prod(shape) for name, shape in param_shapes(model).items()}
     weights, lanes = sum(sizes.values()), config.decode.members_at_once or 1
     copies = (2 if config.optim.name == "sgd" else 4) + (not config.record.perturbs)
-    copied = weights * (lanes if lanes == 1 else 2 * lanes)  # the next round's, too, of several
+    copied = weights * (lanes if lanes == 1 else 2 * lanes)  # with several rounds the next one's too
     if config.es.noise == "low_rank":
-        copied = weights + sizes["embed/embedding"]  # what its cast loses
+        copied = weights + sizes["embed/embedding"]  # its rounding error
     master = copies * weights * jnp.dtype(config.model.param_dtype).itemsize / mesh.size
     return int(memory - master - copied * compute_dtype(config).itemsize / mesh.shape[MODEL]) // 2
 
 
 def members_at_once(config: RunConfig, engine: Engine, mesh: Mesh, *, memory: int | None = None) -> int:
-    """decode.members_at_once where it is not set: members that share weights take half of what the weights leave of a
-    device's `memory` (by default as devices report it; of the machine's, on CPU); others come one by one.
+    """decode.members_at_once if it is not set. Members that share weights take half of the device `memory` that the
+    weights leave free; other members run one by one. `memory` is what devices report by default, on CPU the machine's
+    memory.
 
-    A member's part is that of its lane, its pairs, in the order in which layers use them, and those of the next round.
+    A member needs memory for its lane, for its pairs, for a copy of these in the order in which layers use them, and
+    for those of the next round.
     """
     if config.es.noise != "low_rank":
         return 1
@@ -82,21 +84,21 @@ def members_at_once(config: RunConfig, engine: Engine, mesh: Mesh, *, memory: in
         memory = processes.device_memory() or here
     share = ceil_div(config.es.population, mesh.shape[GROUPS])
     most = max(1, min(_half_of_the_rest(config, model, mesh, memory) // each, MOST_AT_ONCE))
-    return ceil_div(share, ceil_div(share, most))  # of as many rounds the smallest: lanes left over decode padding
+    return ceil_div(share, ceil_div(share, most))  # the smallest with as many rounds: unused lanes decode padding
 
 
-SLOTS = 64  # where devices do not report their memory
+SLOTS = 64  # if devices do not report their memory
 
 
 def choose_slots(config: RunConfig, engine: Engine, mesh: Mesh, *, memory: int | None = None) -> tuple[int, str]:
-    """decode.slots where it is not set, and why: all of a member's prompts, a half, a third, … in half of what the
-    weights leave of a device's `memory`, by default as devices report it.
+    """decode.slots if it is not set, and the reason: all of a member's prompts, a half, a third, …, whatever fits into
+    half of the device `memory` that the weights leave free. `memory` is what devices report by default.
 
-    Prompts count as decode.max_prompt_tokens long, so that a plan, which has none, finds the same number.
+    Prompts count with decode.max_prompt_tokens tokens, so that a plan, which has no prompts, finds the same number.
     """
     memory = processes.device_memory() if memory is None else memory
     if memory is None:
-        return SLOTS, f"decode.slots: {SLOTS}, as the devices do not report their memory"
+        return SLOTS, f"decode.slots: {SLOTS}, since the devices do not report their memory"
     decode, prompts, lanes = config.decode, prompts_of_member(config), config.decode.members_at_once or 1
     engine = as_decoded(config, engine, mesh, lanes)
     room = max(_half_of_the_rest(config, engine.config, mesh, memory), 0)
@@ -114,18 +116,18 @@ def choose_slots(config: RunConfig, engine: Engine, mesh: Mesh, *, memory: int |
 
 
 def as_decoded(config: RunConfig, engine: Engine, mesh: Mesh, at_once: int) -> Engine:
-    """The engine as a run's members decode with it, so many at once on a group: not in place where they may not."""
+    """The engine with which a run's members decode, so many at once on a group; not in place if they cannot."""
     if engine.writes_in_place and why_not_in_place(config, engine, mesh, at_once):
         return dataclasses.replace(engine, in_place=False, unroll=None if engine.unroll is None else False)
     return engine
 
 
 def why_not_in_place(config: RunConfig, engine: Engine, mesh: Mesh, at_once: int) -> str | None:
-    """Why members of a run are not decoded as `Engine.in_place` has it, in words; None where they may be."""
+    """Why members of a run cannot be decoded by `Engine.in_place`, in words; None if they can."""
     if not decode_attention.supports(engine.config):
-        return f"heads have {engine.config.head_dim} numbers, and the kernel for attention takes powers of two"
+        return f"heads have {engine.config.head_dim} numbers, but the attention kernel takes powers of two"
     if config.es.noise == "low_rank":
         return "members share their weights"
     if at_once > 1:
         return "a group decodes several members at once"
-    return "a member is cut over several devices" if mesh.shape[MODEL] > 1 else None
+    return "a member is sharded over several devices" if mesh.shape[MODEL] > 1 else None

@@ -1,7 +1,7 @@
-"""Where a run starts: from a model, or from the weights of a step of another run, its parent.
+"""Where a run starts: from a model, or from a step of another run, its parent.
 
-A run with a parent keeps the weights that it started from in its folder `start`, and in `anchor` those that it is
-anchored to, where they are of a run too. Both are model folders, so the run needs its parent no more.
+A run with a parent keeps the weights that it started from in its folder `start`. If its anchor comes from a run too, it
+keeps those weights in `anchor`. Both are model folders, so the run no longer needs its parent.
 """
 
 import dataclasses
@@ -30,9 +30,10 @@ from es_jax.training.weights_at import weights_at
 from es_jax.weights.model import Model, check_new, load_outline, save_model
 
 logger = logging.getLogger(__name__)
-CARD = "README.md"  # of such a folder; it is written with the weights, and says whose they are
+CARD = "README.md"  # file of such a folder that records whose weights they are; it is written with them
 OURS = (
-    "The weights of a step of a run of es_jax, from which the run whose folder this is began, or to which it is pulled."
+    "The weights of a step of another es_jax run. The run that holds this folder began from them, or is anchored to "
+    "them."
 )
 
 
@@ -42,9 +43,9 @@ class Start(NamedTuple):
     Attributes:
       given: the config as config.json keeps it.
       config: the same, with each path as it is found from here.
-      parent: None where the run starts from a model; else what config.json keeps: `run`, as it was named; its `path`;
+      parent: None if the run starts from a model. Otherwise what config.json keeps: `run`, as it was named; its `path`;
         the `step`; `seedlog`, a digest of the parent's log up to that step; `digest` and `model` of the base weights
-        that the first of its ancestors began from; `seeds` of the ancestors; and whether it is a `branch`.
+        from which the first ancestor began; `seeds` of the ancestors; and whether it is a `branch`.
     """
 
     given: RunConfig
@@ -52,22 +53,22 @@ class Start(NamedTuple):
     parent: dict[str, Any] | None
 
     def written(self, config: RunConfig, workdir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What config.json keeps of a config like `self.config`: its fields as they were given, and their places."""
+        """What config.json keeps of a config like `self.config`: its fields as given, and their places."""
         given, found = dataclasses.asdict(self.given), dataclasses.asdict(self.config)
         return as_given(dataclasses.asdict(config), given), record(given, found, workdir)
 
 
 def start_of(config: RunConfig, workdir: Path, branch_from: str | None = None) -> Start:
-    """Where a run begins that is asked for, or began that is in the directory. Nothing is written.
+    """Where a new run begins, or where the run in the directory began. Nothing is written.
 
     Args:
-      branch_from: RUN@STEP, or RUN for its last step: the run to branch from. Then model.source is that step; an anchor
-        of which optim.anchor.source says nothing is where that run's was; and so is model.template_date.
+      branch_from: RUN@STEP, or RUN for its last step: the run to branch from. model.source is then that step. The
+        anchor, unless optim.anchor.source is set, and model.template_date are those of that run.
 
     Raises:
-      ValueError: the step is not there, model.source is another model than that run's, or the directory holds a run
-        that began elsewhere.
-      OSError: no run, or a path of config.json is in none of its places.
+      ValueError: the step does not exist, model.source is not that run's model, or the directory holds a run that began
+        elsewhere.
+      OSError: there is no run, or a path of config.json is in none of its places.
     """
     facts = directory.read(workdir) if steps_done(workdir) else {}
     begin = _again if facts else _anew
@@ -84,7 +85,7 @@ def _anew(
     step = as_step(source) if source else None
     if step is None:
         if branch_from is not None:
-            raise ValueError(f"branch_from is {branch_from!r}: give the directory of a run and a step, RUN@STEP")
+            raise ValueError(f"branch_from is {branch_from!r}: give a run's directory and a step, RUN@STEP")
         return config, None
     if step.run.resolve() == workdir.resolve():
         raise ValueError(f"{source!r} is a step of {workdir} itself: choose another --workdir for the new run")
@@ -95,7 +96,8 @@ def _anew(
         given = _as_the_parent(given, read_config(step.run, needs=MODELS))
     if given.record.perturbs and given.train.seed in parent["seeds"] and processes.first():
         logger.warning(
-            "train.seed is %d, as of %s: its first steps draw that run's noise again; set it to another number",
+            "train.seed is %d, as in %s: the first steps draw that run's noise again; set train.seed to another "
+            "number",
             given.train.seed, parent["run"],
         )  # fmt: skip
     return given, parent
@@ -107,8 +109,8 @@ def _again(
     source, parent = config.model.source if branch_from is None else branch_from, facts.get("parent")
     began = facts["config"]["model"]["source"] if parent is None else parent["run"]
     elsewhere = (
-        f"{workdir} holds a run that began from {began!r}, and not from {source!r}: choose another --workdir, or leave "
-        "it as it was"
+        f"{workdir} holds a run that began from {began!r}, not from {source!r}: choose another --workdir, or set the "
+        "start back"
     )
     if parent is None:
         if branch_from is not None or (source and as_step(source)):
@@ -116,7 +118,7 @@ def _again(
         return config, None
     if branch_from is not None and not parent["branch"]:
         raise ValueError(elsewhere)
-    if source != parent["run"] and parent["branch"] and branch_from is None:  # with the config, and without the flag
+    if source != parent["run"] and parent["branch"] and branch_from is None:  # with the config but without the flag
         _check_base(source, parent, facts["digest"])
     elif source != parent["run"]:
         step = as_step(source)
@@ -134,7 +136,7 @@ def _parent(source: str, step: Step, *, branch: bool) -> dict[str, Any]:
     facts, last = directory.read(step.run), steps_done(step.run)
     number = last if step.step is None else step.step
     if number > last:
-        raise ValueError(f"{source!r} is step {number}, but {step.run} holds steps 0 to {last}")
+        raise ValueError(f"{source!r} is step {number}, but {step.run} has only steps 0 to {last}: choose one of them")
     first = facts.get("parent") or {"digest": facts["digest"], "model": facts["config"]["model"]["source"], "seeds": []}
     return {
         "run": source,
@@ -149,14 +151,14 @@ def _parent(source: str, step: Step, *, branch: bool) -> dict[str, Any]:
 
 
 def _check_base(source: str, parent: dict[str, Any], digest: str) -> None:
-    """Raises ValueError unless a branch's model.source is empty, or its parent's, or what that began from."""
+    """Raises ValueError unless a branch's model.source is empty, its parent, or the model from which that began."""
     if source in ("", parent["run"], parent["model"]):
         return
     if as_step(source) or load_outline(source).digest not in (parent["digest"], digest):
         raise ValueError(
-            f"model.source is {source!r}, and branch_from {parent['run']!r} of another model, {parent['model']!r}: "
-            "leave model.source out; to start from a step and be anchored there, set model.source to it, without "
-            "branch_from"
+            f"model.source is {source!r}, but branch_from {parent['run']!r} is a run of another model, "
+            f"{parent['model']!r}: leave model.source out; to start from a step and be anchored there, set "
+            "model.source to that step, without branch_from"
         )
 
 
@@ -170,8 +172,9 @@ def _with_anchor(config: RunConfig, source: str | None) -> RunConfig:
 
 
 def _as_the_parent(config: RunConfig, parent: RunConfig) -> RunConfig:
-    """With the day of the parent's prompts and its anchor, where the config does not say others: the weights that it
-    was pulled to, else those that it began from. An anchor that follows the weights has been left where they are."""
+    """The config with the date of the parent's prompts and the parent's anchor, unless the config sets others. The
+    anchor is what the parent was pulled to, else where it began. For an anchor that follows the weights, it is the
+    step's weights."""
     config = config.with_date(config.model.template_date or parent.model.template_date)
     anchor, old = config.optim.anchor, parent.optim.anchor
     if anchor.penalty == "none" or anchor.source is not None or old.ema_decay is not None:
@@ -180,8 +183,8 @@ def _as_the_parent(config: RunConfig, parent: RunConfig) -> RunConfig:
 
 
 def with_weights(start: Start, workdir: Path) -> Start:
-    """The start, once its weights that are of a run are in the directory's folders `start` and `anchor`. All processes
-    call it, and hold the directory."""
+    """The start, after weights that come from a run have been written to the directory's folders `start` and `anchor`.
+    All processes call it, and hold the directory."""
     config, started = start.config, bool(steps_done(workdir))
     if start.parent is not None:
         config = _with_source(config, _kept("model.source", config.model.source, workdir / "start", started))
@@ -191,7 +194,7 @@ def with_weights(start: Start, workdir: Path) -> Start:
 
 
 def _kept(name: str, source: str, folder: Path, started: bool) -> str:
-    """Where the weights of a source are: itself, or where they are of a run the folder, into which they come."""
+    """Where the weights of a source are: the source itself, or for a run the folder, to which they are then written."""
     path = Path(source).expanduser()
     if path.is_dir() and not is_run(path):
         run = path.resolve().parent
@@ -205,8 +208,8 @@ def _kept(name: str, source: str, folder: Path, started: bool) -> str:
         if not started:
             raise
         raise FileNotFoundError(
-            f"{name} of {folder.parent} is {source!r}, and neither {folder}, where the run kept those weights, nor "
-            f"that run is there any more ({error}): put one of them back"
+            f"{name} of {folder.parent} is {source!r}, but both {folder}, where the run kept those weights, and that "
+            f"run are gone ({error}): put one of them back"
         ) from error
     if step is None:
         return source
@@ -215,7 +218,7 @@ def _kept(name: str, source: str, folder: Path, started: bool) -> str:
 
 
 def _copy(source: Path, folder: Path) -> None:
-    """Copy a model folder, unless it is there; the copy appears when it is whole."""
+    """Copy a model folder, unless the copy exists; it appears only when it is complete."""
     if processes.first() and not folder.exists():
         partial = folder.with_name(f"{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
@@ -224,11 +227,11 @@ def _copy(source: Path, folder: Path) -> None:
             os.replace(partial, folder)
     processes.barrier()
     if load_outline(folder).digest != load_outline(source).digest:
-        raise ValueError(f"{folder} has other weights than {source}: delete it, if no run needs it")
+        raise ValueError(f"{folder} has other weights than {source}: delete it if no run needs it")
 
 
 def outline_of(run: Path) -> Model:
-    """The base model of a run without its weights, after a check that it is that."""
+    """The base model of a run without its weights, after a check that it is the right one."""
     source = read_config(run, needs=MODELS).model.source
     directory.check_files(run, source)
     model = load_outline(source)
@@ -237,7 +240,7 @@ def outline_of(run: Path) -> Model:
 
 
 def outline(source: str) -> Model:
-    """A model, or a step of a run, without its weights; the digest tells steps apart."""
+    """A model, or a step of a run, without its weights; the digest distinguishes steps."""
     if (step := as_step(source)) is None:
         return load_outline(source)
     model, parent = outline_of(step.run), _parent(source, step, branch=False)
@@ -246,7 +249,7 @@ def outline(source: str) -> Model:
 
 
 def weights_of(source: str, config: RunConfig, mesh: Mesh) -> Any:
-    """The weights of a model, as `load_base` gives them, or of a step of a run."""
+    """The weights of a model, as returned by `load_base`, or of a step of a run."""
     if (step := as_step(source)) is None:
         return load_base(config, mesh, source=source).params
     number = _parent(source, step, branch=False)["step"]
@@ -255,7 +258,7 @@ def weights_of(source: str, config: RunConfig, mesh: Mesh) -> Any:
 
 
 def _write(step: Step, folder: Path, started: bool) -> None:
-    """Write the weights of a step as a model folder, unless it is there."""
+    """Write the weights of a step as a model folder, unless it exists."""
     facts, config = directory.read(step.run), read_config(step.run)
     parent = _parent(str(step.run), step, branch=False)
     whose = {name: parent[name] for name in ("step", "seedlog")} | {"digest": facts["digest"]}
@@ -265,7 +268,7 @@ def _write(step: Step, folder: Path, started: bool) -> None:
     if there == card:
         return
     if there is not None and started:
-        raise ValueError(f"{folder} has other weights than those of step {parent['step']} of {step.run}: restore it")
+        raise ValueError(f"{folder} does not have the weights of step {parent['step']} of {step.run}: restore it")
     if there is not None and there.startswith(OURS) and processes.first():
         shutil.rmtree(folder)
     model, dtype = outline_of(step.run), jnp.dtype(config.model.param_dtype)
@@ -276,9 +279,9 @@ def _write(step: Step, folder: Path, started: bool) -> None:
 
 
 def config_of(run: str | Path) -> config_dict.ConfigDict:
-    """The fields of a run, for another run with others: with `branch_from` one that goes on from its weights.
+    """The fields of a run, to be changed for another run; with `branch_from` that run starts from its weights.
 
-    Paths are as they are found from here. Raises FileNotFoundError where there is no run, ValueError where its
+    Paths are resolved from the working directory. Raises FileNotFoundError if there is no run, ValueError if its
     config.json is damaged.
     """
     config = default_config()

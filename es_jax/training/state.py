@@ -1,4 +1,4 @@
-"""The weights of a run and the program that moves them: live, on resuming and in a replay alike."""
+"""The weights of a run and the program that updates them: the same in training, on resuming and in a replay."""
 
 import dataclasses
 import functools
@@ -38,7 +38,7 @@ from es_jax.weights.model import Model, config_only, load_model
 
 
 def make_noise(config: RunConfig, streams: int = rng.STREAMS) -> GaussianNoise:
-    """Of a run whose random streams have that version."""
+    """The noise of a run whose random streams have that version."""
     es, old = config.es, config.es.antithetic and streams < 3
     if es.noise == "shared_seed":
         return SharedSeedNoise(es.generator, old, stacked="layers/")
@@ -48,7 +48,7 @@ def make_noise(config: RunConfig, streams: int = rng.STREAMS) -> GaussianNoise:
 
 
 def perturbed_count(config: RunConfig, params: Any) -> int:
-    """d of the closed forms of drift: how many weights get noise; of a method without noise, all."""
+    """d in the closed forms of drift: how many weights get noise; all of them for a method without noise."""
     noise = make_noise(config) if config.record.perturbs else GaussianNoise()
     return sum(leaf.size for name, leaf in named_leaves(params) if noise.perturbs(name, leaf))
 
@@ -68,13 +68,14 @@ def choose_mesh(
     memory: int | None = None,
     before: int | None = None,
 ) -> tuple[Mesh, str]:
-    """The mesh of a run, as the config says, the rest chosen from the devices and the model's size; and why.
+    """The mesh of a run, and why: sizes that the config leaves open are chosen from the devices and the model's size.
 
-    `devices`: all there are by default; `memory`: bytes of one of them, as they report it by default; `before`: how
-    many shared a member when the run began. Raises ValueError for sizes that devices or the model's heads do not allow.
+    `devices` are all devices by default; `memory` is the bytes of one, by default as reported; `before` is how many
+    devices shared a member when the run began. Raises ValueError for sizes that the devices or the model's heads do not
+    allow.
     """
     devices = jax.devices() if devices is None else devices
-    spread, why = config.mesh.model, "as mesh.model says"
+    spread, why = config.mesh.model, "set by mesh.model"
     if spread is None:
         size = compute_dtype(config).itemsize * sum(map(math.prod, param_shapes(model).values()))
         memory = processes.device_memory() if memory is None else memory
@@ -83,10 +84,13 @@ def choose_mesh(
         if memory is None:
             why = "the devices do not report their memory"
         else:
-            share = "at most" if 3 * size <= memory * spread else "as no more can share it, above"
-            why = f"a member's weights take {size / GIB:.3g} GiB, {share} a third of {spread} × {memory / GIB:.3g} GiB"
+            share, more = (
+                ("at most", "") if 3 * size <= memory * spread else ("more than", ", but no more can share it")
+            )
+            room_of = f"{spread} × {memory / GIB:.3g} GiB"
+            why = f"a member's weights take {size / GIB:.3g} GiB, {share} a third of {room_of}{more}"
         if before is not None and before > spread and room % before == 0:
-            spread, why = before, "as many share a member as when the run began"
+            spread, why = before, "as many devices share a member as when the run began"
     check_heads(model, spread)
     mesh = make_mesh(config.mesh.groups, spread, devices=devices)
     sizes = " × ".join(f"{axis} {mesh.shape[axis]}" for axis in mesh.axis_names)
@@ -94,20 +98,20 @@ def choose_mesh(
 
 
 def mesh_of(config: RunConfig, model: TransformerConfig, **options: Any) -> Mesh:
-    """That of `choose_mesh`."""
+    """The mesh of `choose_mesh`."""
     return choose_mesh(config, model, **options)[0]
 
 
 def base_config(config: RunConfig) -> TransformerConfig:
-    """The shape of the run's base model; model.source may be a step of a run. Raises ValueError when it is empty, or
-    what cannot be read."""
+    """The shape of the run's base model; model.source may be a step of a run. Raises ValueError if model.source is
+    empty or cannot be read."""
     if not config.model.source:
         raise ValueError("model.source is empty: set it to a Hugging Face folder, a .gguf file or a hub name")
     return config_only(shape_source(config.model.source))
 
 
 def load_base(config: RunConfig, mesh: Mesh, *, source: str | None = None) -> Model:
-    """The base model of a run, or of another `source`, in model.param_dtype and cut over all devices of the mesh."""
+    """The base model of a run, or another `source`, in model.param_dtype and sharded over all devices of the mesh."""
     model = load_model(
         config.model.source if source is None else source,
         mesh=mesh,
@@ -119,31 +123,62 @@ def load_base(config: RunConfig, mesh: Mesh, *, source: str | None = None) -> Mo
 
 
 def load_anchor(config: RunConfig, mesh: Mesh, params: Any) -> Any:
-    """The weights of optim.anchor.source, like the run's own; raises ValueError where their shapes differ."""
+    """The weights of optim.anchor.source, sharded like the run's; raises ValueError if the shapes differ."""
     source = config.optim.anchor.source
     anchor = load_base(config, mesh, source=source).params
     if jax.tree.map(jnp.shape, anchor) != jax.tree.map(jnp.shape, params):
-        raise ValueError(f"optim.anchor.source {source!r} has other parameters than model.source: give the same model")
+        raise ValueError(
+            f"optim.anchor.source {source!r} has other parameters than model.source: give a model of the same shape"
+        )
     return anchor
 
 
 def anchor_offset(config: RunConfig, anchor: Any, params: Any) -> float:
-    """‖anchor − θ₀‖ of the weights that get noise: others stay where they are."""
+    """‖anchor − θ₀‖ over the weights that get noise; the others do not move."""
     noise, squares = make_noise(config), jax.tree.map(_square, anchor, params)
     moving = [noise.perturbs(name, leaf) for name, leaf in named_leaves(params)]
     return math.sqrt(sum(float(x) for x in itertools.compress(jax.tree.leaves(squares), moving)))
 
 
+def chain_of(config: RunConfig) -> Chain:
+    """The optimizer of a run, without its rates."""
+    optim, anchor = config.optim, config.optim.anchor
+    return Chain.of(
+        optim.name,
+        vars(optim),
+        max_grad_norm=optim.max_grad_norm,
+        penalty=anchor.penalty,
+        # The published code computes everything in the weights' dtype.
+        arithmetic="param" if config.es.noise == "shared_seed" else "float32",
+        ema_decay=anchor.ema_decay,
+        memory=anchor.memory,
+    )
+
+
+def optimizer_sentence(config: RunConfig) -> str:
+    """One sentence on the optimizer of a run."""
+    optim, anchor = config.optim, config.optim.anchor
+    return describe(
+        chain_of(config),
+        learning_rate=optim.learning_rate,
+        strength=config.anchor_strength,
+        kappa=config.anchor_kappa,
+        schedules=(optim.schedule, anchor.schedule),
+        source=anchor.source,
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class UpdateSpec:
-    """All that `update` depends on beside shapes and the mesh: runs whose α, σ or λ differ share the program."""
+    """All that the program `update` depends on besides shapes and the mesh; runs that differ only in α, σ or λ share
+    it."""
 
     noise: GaussianNoise
     chain: Chain
 
     @classmethod
     def of(cls, config: RunConfig, streams: int = rng.STREAMS) -> "UpdateSpec":
-        return cls(make_noise(config, streams), Chain.of(config))
+        return cls(make_noise(config, streams), chain_of(config))
 
 
 def update(
@@ -158,10 +193,10 @@ def update(
 ) -> tuple[Any, Any, Array]:
     """One step of the weights: (params, opt_state, squares). Parameters and optimizer state are donated.
 
-    Leaves that get no noise stay, whatever the optimizer's own decay or an anchor elsewhere would do. Every device
-    makes all members' noise for its own slice, and nothing is sent, but for max_grad_norm. `squares` [groups, model]
-    holds each device's part of ‖θ − θ₀‖², which `distance` adds up. θ₀ is `start`, or the anchor where that is None.
-    `rates`: (α, αλ) of the step.
+    Leaves without noise stay unchanged, whatever the optimizer's own decay or an anchor elsewhere would do. Every
+    device makes all members' noise for its own slice, and nothing is sent except for max_grad_norm. `squares` [groups,
+    model] holds each device's part of ‖θ − θ₀‖², which `distance` sums. θ₀ is `start`, or the anchor if that is None.
+    `rates` are (α, αλ) of the step.
     """
     if (platform := platform_of(mesh)) != "cpu" and takes_one_pass(spec.noise, spec.chain):
         return update_in_one_pass(
@@ -173,7 +208,7 @@ def update(
     return params, opt_state, _squares(mesh, params, theta0_of(mesh, opt_state, start))
 
 
-# The CPU backend orders what it runs so that much can run at once: then the estimates of all leaves are held together.
+# The CPU backend schedules for parallelism, and would hold the estimates of all leaves at once.
 _LEAF_BY_LEAF = (
     {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
     if jax.__version_info__ >= (0, 10)
@@ -204,19 +239,19 @@ def _gradient(noise: GaussianNoise, mesh: Mesh, params: Any, members: Members, w
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def estimate_square(*arguments: Any) -> Array:
-    """The square of `update`'s estimate, which is made as there, and held nowhere: to time it."""
+    """The squared norm of `update`'s estimate, computed as there but not stored; it serves to time the estimate."""
     return optax.tree.norm(_gradient(*arguments), squared=True)
 
 
 def optimizer_step(
     chain: Chain, mesh: Mesh, params: Any, opt_state: Any, gradient: Any, rates: Array
 ) -> tuple[Any, Any]:
-    """One step of the optimizer, everything left where it belongs; inside jit. `rates`: as of `update`."""
+    """One step of the optimizer, with all shardings kept; inside jit. `rates` are as in `update`."""
     tx = transformation(chain, mesh, params, rates.astype(jax.tree.leaves(gradient)[0].dtype))
     updates, opt_state = tx.update(gradient, opt_state, params)
     params = with_sharding_constraint(optax.apply_updates(params, updates), param_shardings(mesh, params))
 
-    def stays(leaf, where):  # one in host memory is what came in, and stays as it is
+    def stays(leaf, where):  # an anchor in host memory is the input, unchanged
         return leaf if where.memory_kind == "pinned_host" else with_sharding_constraint(leaf, where)
 
     return params, jax.tree.map(stays, opt_state, state_shardings(chain, mesh, opt_state))
@@ -225,7 +260,7 @@ def optimizer_step(
 def transformation(
     chain: Chain, mesh: Mesh, params: Any, rates: Any = (0.0, 0.0)
 ) -> optax.GradientTransformationExtraArgs:
-    """The chain, its anchor where `chain.memory` says; `init` does not depend on the rates."""
+    """The chain, with its anchor in `chain.memory`; `init` does not depend on the rates."""
     if chain.memory == "device":
         return chain.transformation(rates)
     where = jax.tree.map(lambda s: s.with_memory_kind(chain.memory), param_shardings(mesh, params))
@@ -233,7 +268,7 @@ def transformation(
 
 
 def state_shardings(chain: Chain, mesh: Mesh, opt_state: Any) -> Any:
-    """Where the optimizer's state lives: cut like the parameters, the anchor in its own memory."""
+    """The sharding of the optimizer's state: like the parameters, with the anchor in its own memory."""
 
     def where(name, sharding):
         pinned = chain.memory != "device" and "anchor" in name.split("/")
@@ -243,7 +278,7 @@ def state_shardings(chain: Chain, mesh: Mesh, opt_state: Any) -> Any:
 
 
 def theta0_of(mesh: Mesh, opt_state: Any, start: Any) -> Any:
-    """θ₀ on the devices: `start`, or the optimizer's anchor where that is None; inside jit."""
+    """θ₀ on the devices: `start`, or the optimizer's anchor if that is None; inside jit."""
     if start is not None:
         return start
     anchor = optax.tree.get(opt_state, "anchor")
@@ -255,7 +290,7 @@ def _squares(mesh: Mesh, params: Any, start: Any) -> Array:
 
     def part(param, start, spec):
         copies = [jax.lax.axis_index(axis) for axis in mesh.axis_names if axis not in spec]
-        # a leaf held several times counts once
+        # a replicated leaf counts once
         return jnp.where(sum(copies, jnp.int32(0)) == 0, _square(param, start), 0.0)
 
     def local(params, start):
@@ -267,7 +302,7 @@ def _squares(mesh: Mesh, params: Any, start: Any) -> Array:
 
 @jax.jit
 def distance(squares: Array) -> Array:
-    """‖θ − θ₀‖, a scalar, from the parts of its square that `update` gives: the one sum over devices of a step."""
+    """‖θ − θ₀‖, a scalar, from the parts of its square that `update` returns: the only sum over devices in a step."""
     return jnp.sqrt(jnp.sum(squares))
 
 
@@ -277,8 +312,8 @@ def _square(a: Array, b: Array) -> Array:
 
 
 def check_finite(params: Any, whose: str, remedy: str) -> None:
-    """Raises ValueError, "`whose` weights … : `remedy`", where some are NaN, infinite, or so large that their squares
-    are: their leaves are named. All processes call it; it reads all weights, so no step of a run does."""
+    """Raises ValueError, "`whose` weights … : `remedy`", which names the leaves, if weights are NaN, infinite, or so
+    large that their squares are infinite. All processes call it. It reads all weights, so no step of a run calls it."""
     squares = named_leaves(processes.fetch(_own_squares(params)))
     if names := [name for name, square in squares if not np.isfinite(square)]:
         more = f" and {len(names) - 3} others" if len(names) > 3 else ""
@@ -293,10 +328,11 @@ def _own_squares(params: Any) -> Any:
 
 
 class State:
-    """Weights θ and optimizer state. `apply`, `advance` and `restore` move them, and nothing else does.
+    """Weights θ and optimizer state. Only `apply`, `advance` and `restore` change them.
 
-    Each move donates `params` and `opt_state`, so keep no reference across it. `drift` is ‖θ − θ₀‖ after the last step,
-    `offset` as by `anchor_offset`, `sentence` what the optimizer is; `streams` is the version of the run's.
+    Each change donates `params` and `opt_state`, so keep no reference across it. `drift` is ‖θ − θ₀‖ after the last
+    step, `offset` is that of `anchor_offset`, `sentence` describes the optimizer, and `streams` is the version of the
+    run's random streams.
     """
 
     def __init__(self, config: RunConfig, mesh: Mesh, params: Any, streams: int = rng.STREAMS):
@@ -304,7 +340,7 @@ class State:
             raise ValueError("jax_threefry_partitionable is off, which changes the noise: unset it and start again")
         check_memory(config, mesh)
         self._config, self._mesh, self.params = config, mesh, params
-        self.spec, self.sentence = UpdateSpec.of(config, streams), describe(config)
+        self.spec, self.sentence = UpdateSpec.of(config, streams), optimizer_sentence(config)
         self._start, chain = None if anchor_stays(config) else jax.tree.map(jnp.copy, params), self.spec.chain
         tx = transformation(chain, mesh, params)
         where = state_shardings(chain, mesh, jax.eval_shape(tx.init, params))
@@ -319,59 +355,62 @@ class State:
 
     @property
     def base(self) -> Any:
-        """θ₀: a copy of its own, or the optimizer's anchor."""
+        """θ₀: a separate copy, or the optimizer's anchor."""
         return optax.tree.get(self.opt_state, "anchor") if self._start is None else self._start
 
     def apply(self, entry: Entry) -> None:
-        """Make the entry's step, from the weights of the step before it: `update`, as in every run and replay of ES."""
+        """Make the entry's step by `update`, from the weights of the step before, as in every run and replay of ES."""
         self.params, self.opt_state, squares = update_on(self._mesh)(*self.update_arguments(entry))
         self.drift = distance(timed("update", squares))
 
     def advance(self, program: Callable[..., tuple], *arguments: Any) -> Any:
-        """A step of another program: (params, opt_state, θ₀ or None as in `update`, *arguments) → (params, opt_state,
-        drift, what `advance` returns). It may donate the first two."""
+        """Make a step by another program: (params, opt_state, θ₀ or None as in `update`, *arguments) → (params,
+        opt_state, drift, what `advance` returns). It may donate the first two."""
         self.params, self.opt_state, self.drift, rest = program(self.params, self.opt_state, self._start, *arguments)
         return rest
 
     def restore(self, read: Callable[[Any, Any], tuple[Any, Any]]) -> None:
-        """Take weights and optimizer state from `read`, which is given their shapes when the old ones are gone."""
+        """Take weights and optimizer state from `read`, which is called with their shapes after the old ones are
+        freed."""
         like = abstract((self.params, self.opt_state))
         self.params = self.opt_state = None
         self.params, self.opt_state = read(*like)
 
     def update_arguments(self, entry: Entry) -> tuple:
-        """What `update` is called with for a step of the seed log."""
+        """The arguments of `update` for a step of the seed log."""
         members, weights = self._on_devices(entry)
         rates = self.rates(self._config.logged_rates(entry))
         return self.spec, self._mesh, self.params, self.opt_state, self._start, members, weights, rates
 
     def rates(self, rates: Rates) -> Array:
-        """(α, αλ) of a step, on every device."""
+        """(α, αλ) of a step, replicated over the devices."""
         pair = np.array([rates.learning_rate, rates.learning_rate * rates.strength], np.float32)
         return to_devices(pair, replicated(self._mesh))
 
     def estimate_seconds(self, entry: Entry) -> float:
-        """How long the estimate of a step takes alone, the best of three times after the one that compiles it."""
+        """Seconds that the estimate of a step takes alone: the best of three, after a first call that compiles it."""
         arguments = (self.spec.noise, self._mesh, self.params, *self._on_devices(entry))
         compute = functools.partial(processes.wait, lambda: jax.block_until_ready(estimate_square(*arguments)))
         return min(timeit.repeat(compute, number=1, repeat=4)[1:])
 
     def _on_devices(self, entry: Entry) -> tuple[Members, Array]:
-        """Members and weights on every device, always from the host: live steps and replays are one program."""
+        """Members and weights, replicated over the devices and always from the host, so that live steps and replays run
+        one program."""
         return to_devices((entry.members, np.array(entry.weights, np.float32)), replicated(self._mesh))
 
 
 def anchor_stays(config: RunConfig) -> bool:
-    """Whether the optimizer's anchor is θ₀ as long as the run goes on, so that θ₀ needs no copy of its own."""
+    """Whether the optimizer's anchor is θ₀ throughout the run, so that θ₀ needs no separate copy."""
     anchor = config.optim.anchor
     return anchor.penalty != "none" and anchor.ema_decay is None and anchor.source is None
 
 
 def check_memory(config: RunConfig, mesh: Mesh) -> None:
-    """Raises ValueError unless the devices of the mesh have the memory that optim.anchor.memory names."""
+    """Raises ValueError unless the devices of the mesh have the memory kind that optim.anchor.memory names."""
     wanted, device = config.optim.anchor.memory, mesh.local_devices[0]
     known = [memory.kind for memory in device.addressable_memories()]
     if wanted not in ("device", *known):
         raise ValueError(
-            f"optim.anchor.memory is {wanted!r}, but {device.device_kind} has {', '.join(known)}: set it to 'device'"
+            f"optim.anchor.memory is {wanted!r}, but {device.device_kind} has only {', '.join(known)}: set it to "
+            "'device'"
         )

@@ -1,4 +1,8 @@
-"""The weights of a step of a run: its checkpoint where there is one, else a replay of the seed log, else why not."""
+"""The weights of any step of a run.
+
+They come from the step's checkpoint if there is one, and otherwise from a replay of the seed log. If neither works, an
+error says why.
+"""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -28,24 +32,41 @@ logger = logging.getLogger(__name__)
 def replay(
     workdir: str | Path, *, steps: Sequence[int] | None = None, mesh: Mesh | None = None
 ) -> Iterator[tuple[int, Any]]:
-    """The weights of a run's steps, rebuilt from base weights and seed log alone, bit for bit, on any mesh.
+    """Rebuilds the weights of a run's steps from the base weights and the seed log alone, bit for bit, on any mesh.
 
-    Antithetic pairs of a run whose random streams have version 1 or 2 (config.json) replay so on the kind of device
-    that trained: docs/speed.md.
+    There is one exception. If a run has antithetic pairs and random streams of version 1 or 2 (config.json), the bits
+    are the same only on the kind of device that trained it (docs/speed.md).
 
     Args:
-      workdir: a run's directory; only config.json and seedlog.jsonl are read.
-      steps: which to yield, 0 (the base weights) to the last; all by default. They come in order. Of a GRPO run,
-        whose log does not hold what its steps were made of, those with a checkpoint, and 0.
-      mesh: where to rebuild; all devices by default.
+      workdir: a run's directory. Only config.json and seedlog.jsonl are read.
+      steps: which steps, from 0 (the base weights) to the last; all by default. They come in ascending order. The log
+        of a GRPO run does not hold what its steps were made of, so only steps with a checkpoint, and 0, can be had.
+      mesh: the devices to rebuild on; all of them by default.
 
     Yields:
-      (step, params). Copy the parameters if you keep them: the next step reuses their memory.
+      (step, params). The next step reuses the memory of `params`, so copy what you keep.
 
     Raises:
-      ValueError: a step that the log does not hold, one whose weights are not finite, or base weights that are not
-        those of the run.
-      FileNotFoundError: no run in the directory.
+      ValueError: the log does not hold a step, a step's weights are not finite, or the base weights are not those of
+        the run.
+      FileNotFoundError: the directory has no run.
+
+    Examples:
+      >>> import tempfile
+      >>> from es_jax import run
+      >>> config = {
+      ...     "model": {"source": "lab"},
+      ...     "task": {"name": "lab-add", "train_size": 8},
+      ...     "es": {"population": 4, "sigma": 0.01},
+      ...     "decode": {"max_prompt_tokens": 16, "max_new_tokens": 6},
+      ...     "train": {"steps": 2},
+      ...     "evals": {"every": 0},
+      ... }
+      >>> workdir = tempfile.mkdtemp()
+      >>> result = run(config, workdir)
+      >>> *_, (step, params) = replay(workdir)
+      >>> step, all(bool((a == b).all()) for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(result.params)))
+      (2, True)
     """
     return weights_at(workdir, steps, mesh=mesh, checkpoints=False)
 
@@ -53,8 +74,23 @@ def replay(
 def weights_at(
     workdir: str | Path, steps: Sequence[int] | None, *, mesh: Mesh | None = None, checkpoints: bool = True
 ) -> Iterator[tuple[int, Any]]:
-    """As `replay`, but a step that has a checkpoint is read from it, unless `checkpoints` is False and the seed log
-    can be replayed. Nothing in the directory is changed. Raises also OSError for a checkpoint that is damaged.
+    """Gives what `replay` gives, but reads a step that has a checkpoint from it.
+
+    Nothing in the directory is changed.
+
+    Args:
+      workdir: a run's directory.
+      steps: which steps; None is all.
+      mesh: the devices; all of them by default.
+      checkpoints: False replays the seed log, where it can be replayed.
+
+    Yields:
+      (step, params), as `replay` does.
+
+    Raises:
+      ValueError: as `replay`.
+      FileNotFoundError: the directory has no run.
+      OSError: a checkpoint is damaged.
     """
     workdir = Path(workdir)
     config, entries = read_config(workdir, needs=MODELS), read_entries(workdir)
@@ -63,13 +99,16 @@ def weights_at(
     every = range(len(entries) + 1) if config.record.replayable else [0, *saved]
     wanted = sorted(set(every if steps is None else steps))
     if wanted and not 0 <= wanted[0] <= wanted[-1] <= len(entries):
-        raise ValueError(f"steps are {wanted[0]} to {wanted[-1]}, but {workdir} holds steps 0 to {len(entries)}")
+        raise ValueError(
+            f"steps are {wanted[0]} to {wanted[-1]}, but {workdir} has only steps 0 to {len(entries)}: choose among "
+            "them"
+        )
     for step in wanted:
         if step not in every:
             raise ValueError(
-                f"step {step} of {workdir} cannot be rebuilt: the log of a {config.record.title} run does not "
-                f"hold its completions, and there are checkpoints of steps {', '.join(map(str, saved)) or 'none'} "
-                "alone; raise train.keep_checkpoints, or lower train.checkpoint_every, to have more of them"
+                f"step {step} of {workdir} cannot be rebuilt: the log of a {config.record.title} run does not hold "
+                f"its completions, and the steps with a checkpoint are: {', '.join(map(str, saved)) or 'none'}. To "
+                "keep more checkpoints, raise train.keep_checkpoints or lower train.checkpoint_every"
             )
     mesh = mesh or make_mesh()
     rebuilt = _rebuilt(workdir, config, mesh, entries, [step for step in wanted if step not in saved])
@@ -78,7 +117,7 @@ def weights_at(
         check_finite(
             params,
             f"step {step} of {workdir}: its",
-            "choose a step before it; where drift is null in metrics.jsonl, weights are not finite",
+            "choose an earlier step; weights are not finite from the step on where drift is null in metrics.jsonl",
         )
         yield step, params
 
@@ -112,24 +151,26 @@ def _rebuilt(workdir: Path, config: RunConfig, mesh: Mesh, entries: list[Entry],
 
 
 def check_steps(config: RunConfig, workdir: Path) -> None:
-    """Raises ValueError where a run has more finished steps than train.steps, before anything in its directory changes;
-    says what other steps mean to a schedule."""
+    """Raises ValueError if a run has more finished steps than train.steps, before anything in its directory changes. It
+    warns if a change of train.steps changes a schedule."""
     last, steps = len(read_entries(workdir)), config.train.steps
     if last > steps:
         raise ValueError(
             f"train.steps is {steps} but {workdir} has {last} finished steps: set train.steps to {last}, or higher to "
-            f"go on, or choose another --workdir; the weights of step {steps} are what python -m es_jax.export "
-            f"--step={steps} writes"
+            f"continue, or choose another --workdir; python -m es_jax.export --step={steps} writes the weights of "
+            f"step {steps}"
         )
     if last and (before := directory.read(workdir)["config"]["train"]["steps"]) != steps and processes.first():
         for field, text in config.schedules.items():
             if text != "constant":
-                logger.warning("train.steps was %d and is %d: %s %r ends there now", before, steps, field, text)
+                logger.warning(
+                    "train.steps was %d and is now %d: %s %r ends at the new last step", before, steps, field, text
+                )
 
 
 def resume(config: RunConfig, workdir: Path, state: State, log: SeedLog, checkpoints: Checkpoints) -> None:
-    """Bring the state of a run to its last finished step: the newest checkpoint, then the log's steps since. Where the
-    log cannot be replayed, the run goes back to the checkpoint, and the steps after it are made again.
+    """Bring the state of a run to its last finished step: restore the newest checkpoint, then replay the steps after
+    it. If the log cannot be replayed, the run goes back to the checkpoint and makes the steps after it again.
     """
     last, saved = len(log.entries), checkpoints.latest() or 0
     if saved > last:
@@ -143,10 +184,12 @@ def resume(config: RunConfig, workdir: Path, state: State, log: SeedLog, checkpo
         for entry in log.entries[saved:]:
             state.apply(entry)
         if last:
-            logger.info("resumed at step %d: checkpoint of step %s, the rest replayed", last, saved)
+            logger.info(
+                "resumed at step %d: restored the checkpoint of step %s, and replayed the steps after it", last, saved
+            )
     elif last > saved:
-        logger.info("resumed at step %d, the last checkpoint's: steps to %d are made again", saved, last)
+        logger.info("resumed at step %d, the last checkpoint; the steps up to %d are made again", saved, last)
         log.cut(saved)
     if log.entries:
-        whose = f"{workdir} cannot go on from step {len(log.entries)}: its"
+        whose = f"{workdir} cannot continue from step {len(log.entries)}: its"
         check_finite(state.params, whose, "start again with a lower optim.learning_rate in another --workdir")

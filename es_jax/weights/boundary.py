@@ -1,9 +1,9 @@
-"""Where a prompt ends and what follows it begins: the text of completions, and the tokens of options.
+"""The boundary between a prompt and what follows it: the text of completions, and the tokens of options.
 
-Tokens mean less alone than after a prompt: tokenizers of SentencePiece's kind drop the blank of the first token that
-they decode and put one before the first word that they encode, and a character may be several tokens. So a completion's
-text is that of prompt and completion minus the prompt's, and an option's tokens are those of prompt and option, from
-where the prompt's own end.
+The text of a token depends on what comes before it. Tokenizers like SentencePiece drop the space of the first token
+that they decode and add one before the first word that they encode, and a character may be several tokens. So the text
+of a completion is the text of prompt and completion, minus the prompt's; and the tokens of an option are those of
+prompt and option, after the prompt's own.
 """
 
 from collections.abc import Sequence
@@ -11,23 +11,24 @@ from typing import Any, NamedTuple
 
 from es_jax.weights.tokenizer import Prompt, encode_texts, render
 
-CONTEXT = 8  # tokens: a character has at most 4
-_BROKEN = "\ufffd"  # what bytes that are no character decode to
+CONTEXT = 8  # tokens; a character has at most 4
+_BROKEN = "\ufffd"  # what invalid bytes decode to
 
 
 class PromptEnd(NamedTuple):
-    """The last tokens of a prompt, as many as completions need before them, and their text."""
+    """The last tokens of a prompt, as many as decoding a completion needs, and their text."""
 
     tokens: list[int]
     text: str
 
 
 def prompt_end(tokenizer: Any, prompt: Sequence[int]) -> PromptEnd:
-    """The end of a prompt of token ids. What follows decodes after it as it does after the whole prompt.
+    """The end of a prompt of token ids. What follows decodes to the same text after it as after the whole prompt.
 
-    It holds text besides special tokens, since decoders treat the first text apart, and does not begin within the
-    character, or the row of single bytes, that it ends in. `CONTEXT` tokens nearly always do; if not, twice as many,
-    and so on. After special tokens alone nothing is needed: what follows is the first text.
+    It holds text as well as special tokens, since decoders treat the first text differently. It does not begin within
+    the character, or the run of single bytes, in which it ends. `CONTEXT` tokens are nearly always enough; if not,
+    their number is doubled until they are. After special tokens alone nothing is needed, because what follows is the
+    first text.
     """
     length = CONTEXT
     while length < len(prompt):
@@ -43,14 +44,14 @@ def prompt_end(tokenizer: Any, prompt: Sequence[int]) -> PromptEnd:
 
 
 def silent_token_ids(tokenizer: Any, stop_token_ids: Sequence[int]) -> list[int]:
-    """The tokens that are no part of a completion's text: those that stop it, and EOS, BOS and padding. Other special
-    tokens (`</think>` and `<answer>` may be such) are: a grader reads them."""
+    """The tokens that are not part of a completion's text: stop tokens, EOS, BOS and padding. Other special tokens,
+    such as `</think>` or `<answer>`, are part of it, because graders read them."""
     ids = {*stop_token_ids, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
     return sorted(ids - {None})
 
 
 def completion_texts(tokenizer: Any, ends: Sequence[PromptEnd], completions: Sequence[Sequence[int]]) -> list[str]:
-    """The text of each completion (token ids), which follows the prompt of that end.
+    """The text of each completion (token ids) after the prompt with that end.
 
     A character that the prompt begins and the completion ends belongs to the completion.
     """
@@ -61,8 +62,8 @@ def _text(tokenizer: Any, end: PromptEnd, ids: list[int]) -> str:
     whole, cut = _decode(tokenizer, [*end.tokens, *ids]), end.text.endswith(_BROKEN)
     if whole.startswith(end.text):
         return whole[len(end.text) :]
-    # The completion's first bytes go on with a character that the prompt begins; or they are no character, and make the
-    # bytes just before them unreadable too. So it is read as more than there is, or after less than there is.
+    # Either the completion's first bytes continue a character that the prompt begins, or they are invalid and make the
+    # bytes just before them unreadable too. So decode with more text than there is, or after a shorter prompt.
     for length in reversed(range(len(end.tokens))):
         before = _decode(tokenizer, end.tokens[:length])
         whole = whole if cut else _decode(tokenizer, [*end.tokens[:length], *ids])
@@ -74,11 +75,11 @@ def _text(tokenizer: Any, end: PromptEnd, ids: list[int]) -> str:
 def encode_options(
     tokenizer: Any, prompt: Prompt, options: Sequence[str], *, plain: bool | None = None
 ) -> tuple[list[int], list[list[int]]]:
-    """A prompt and its continuations as token ids: those of prompt + option, parted where the prompt's own tokens end.
+    """A prompt and its continuations as token ids: the ids of prompt + option, split where the prompt's own tokens end.
 
-    Where the beginning of an option is one token with the prompt's last characters, the prompt ends before that token,
-    for all its options: so each is scored on all that differs. `plain`: as `encode_texts` has it; by default whether
-    the prompt is text.
+    If the beginning of an option merges with the prompt's last characters into one token, the prompt ends before that
+    token for all options, so each option is scored on everything that differs. `plain` is as in `encode_texts`; by
+    default it is whether the prompt is text.
     """
     text = render(tokenizer, prompt)
     texts = [text, *(text + option for option in options)]
@@ -93,7 +94,7 @@ def _decode(tokenizer: Any, ids: list[int], *, special: bool = True) -> str:
 
 
 def _shared(a: list[int], b: list[int]) -> int:
-    """How many elements two lists begin with alike."""
+    """The length of the common beginning of two lists."""
     if a == b[: len(a)]:
         return len(a)
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

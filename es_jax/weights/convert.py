@@ -1,4 +1,4 @@
-"""From the tensors of a checkpoint to the parameter tree and back, every key used exactly once."""
+"""Converts the tensors of a checkpoint to the parameter tree and back; every key is used exactly once."""
 
 import dataclasses
 import functools
@@ -32,13 +32,13 @@ from es_jax.weights.streaming import (
 
 
 class _Slot(NamedTuple):
-    """What one key of a file must be."""
+    """What the tensor of one key in a file must be."""
 
     weight: Weight
     layer: int | None
     shape: Shape  # in the file
-    offset: int  # what the file adds: GGUF's norms hold the 1 + scale that they multiply by
-    heads: int  # within each of which GGUF interleaves the halves of the rows; 0: they are in the tree's order
+    offset: int  # an offset in the file: GGUF's norms store 1 + scale, the factor itself
+    heads: int  # GGUF interleaves the halves of the rows within each head; 0: rows have the tree's order
 
 
 def to_params(
@@ -51,9 +51,9 @@ def to_params(
 ) -> Params:
     """The parameter tree, stacked over layers, in `dtype`, each leaf where `shardings(path, shape)` says.
 
-    The host holds one tensor at a time: a leaf that is larger than the largest of them is filled on its devices.
-    Raises one ValueError that lists every key that is missing, unexpected or of another shape, or every tensor whose
-    numbers no weight has. The output head of a tied checkpoint is accepted when it equals the embedding.
+    The host holds one tensor at a time; a leaf larger than the largest tensor is filled on its devices. Raises one
+    ValueError that lists every key that is missing, unexpected or of a wrong shape, or every tensor with impossible
+    numbers. The output head of a tied checkpoint is accepted if it equals the embedding.
     """
     slots = _slots(config, naming)
     _check_keys(reader, config, slots, naming)
@@ -81,13 +81,13 @@ def to_params(
     if broken:
         raise ValueError(
             f"tensors with NaN, infinite or impossibly large or small numbers: {', '.join(broken)}; the file is "
-            "damaged or has its bytes in another order: fetch the model again"
+            "damaged or has the wrong byte order: fetch the model again"
         )
     return unflatten_dict(params, sep="/")
 
 
 def hf_tensors(params: Params, *, config: TransformerConfig) -> tuple[dict[str, Shape], Callable[[str], np.ndarray]]:
-    """Hugging Face's keys with the shapes of their tensors, and the function that brings one to the host."""
+    """Hugging Face's keys with the shapes of their tensors, and a function that fetches one to the host."""
     leaves, slots = dict(named_leaves(params)), _slots(config, "hf")
 
     def tensor(key: str) -> np.ndarray:
@@ -99,12 +99,12 @@ def hf_tensors(params: Params, *, config: TransformerConfig) -> tuple[dict[str, 
 
 
 def _fill(tensor: np.ndarray, reader: Reader, key: str, slot: _Slot) -> bool:
-    """Fill an array, in the layout of the file, from its tensor; whether its numbers can be those of a weight."""
+    """Fill an array, in the layout of the file, from its tensor; returns whether its numbers can be weights."""
     order = np.argsort(half_split(np.arange(len(tensor)), heads=slot.heads)) if slot.heads else None
     largest = np.float32(0)
     for rows, chunk in chunks(reader, key):
         values = widened(chunk)
-        with np.errstate(invalid="ignore"):  # NaN: seen in the end
+        with np.errstate(invalid="ignore"):  # NaN is found at the end
             largest = np.maximum(largest, np.abs(values).max())
         if slot.offset:
             values = values - np.float32(slot.offset)
@@ -156,7 +156,7 @@ def _check_keys(reader: Reader, config: TransformerConfig, slots: dict[str, _Slo
 
 
 def _spare(reader: Reader, config: TransformerConfig, key: str, naming: str) -> bool:
-    """Whether the key repeats what the tree or the config says already: a tied head, or rotary frequencies."""
+    """Whether the key only repeats what the tree or the config contains: a tied head, or rotary frequencies."""
     if key.endswith(".rotary_emb.inv_freq"):
         layer = re.search(r"\.layers\.(\d+)\.", key)
         kinds = config.layer_kinds if layer is None else config.layer_kinds[int(layer[1]) :][:1]

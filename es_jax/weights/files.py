@@ -1,7 +1,7 @@
-"""The files of a model: where they are, here or on the hub, which ones hold weights, and whether they are whole.
+"""The files of a model: where they are, locally or on the hub, which ones hold weights, and whether they are undamaged.
 
-A sha256 is known of what `save_model` wrote (SHA256SUMS, as the program sha256sum writes it) and of what
-huggingface_hub fetched: its cache names files by their sums, its download folders keep them beside the files.
+A sha256 is known for files that `save_model` wrote (in SHA256SUMS, the format of the program sha256sum) and for files
+that huggingface_hub fetched: its cache names files by their sha256, and its download folders keep it next to the files.
 """
 
 import functools
@@ -17,9 +17,9 @@ SINGLE = "model.safetensors"
 SUMS = "SHA256SUMS"
 ADAPTER = "adapter_config.json"  # of peft
 _SUM = re.compile(r"[0-9a-f]{64}")
-_CHUNK = 1 << 20  # bytes that are read at once
-_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "merges.txt", "tokenizer.model"]  # of a hub repository's files
-# What says what the weights mean: config, tokenizer, chat template.
+_CHUNK = 1 << 20  # bytes read at once
+_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "merges.txt", "tokenizer.model"]  # files of a hub repository
+# The files that define what the weights mean: config, tokenizer, chat template.
 SMALL = (
     *("config.json", "generation_config.json", "chat_template.jinja", "chat_template.json", "tokenizer.json"),
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
@@ -31,9 +31,9 @@ logger = logging.getLogger(__name__)
 
 
 def resolve(source: str | Path, *, weights: bool = True) -> Path:
-    """The folder or .gguf file of `source`: a path, a hub name, or "lab", the model that es_jax brings along.
+    """The folder or .gguf file of `source`: a path, a hub name, or "lab", the model that es_jax includes.
 
-    Of the hub's files, without `weights` only those in JSON are fetched, unless they are in its cache.
+    Without `weights` only the JSON files are fetched from the hub, unless the cache has them.
     """
     if str(source) == "lab":
         return Path(__file__).parent / "lab"
@@ -42,7 +42,7 @@ def resolve(source: str | Path, *, weights: bool = True) -> Path:
         return path
     if path.is_file():
         if path.suffix != ".gguf":
-            raise ValueError(f"source = {str(source)!r} is a file but not .gguf: give the folder it is in")
+            raise ValueError(f"source = {str(source)!r} is a file but not a .gguf file: give the folder it is in")
         return path
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)) or path.suffix == ".gguf":
         raise FileNotFoundError(f"source = {str(source)!r} is not a folder, a .gguf file or a hub name (owner/name)")
@@ -80,14 +80,15 @@ def _fetch(name: str, patterns: list[str]) -> Path:
 
 
 def find_files(folder: Path) -> tuple[Path, ...]:
-    """The weight files of a Hugging Face folder, as transformers chooses them: model.safetensors, or every shard of the
-    index. A file is its own. A warning says which shards are not read."""
+    """The weight files of a Hugging Face folder, chosen as by transformers: model.safetensors, or every shard of the
+    index. For a single file it is that file. A warning names shards that are not read."""
     if folder.is_file():
         return (folder,)
     if (folder / ADAPTER).exists():
         raise ValueError(
-            f"{folder} holds an adapter ({ADAPTER}), which changes the weights and is not read: merge it into its base "
-            "model (peft: merge_and_unload().save_pretrained(new_folder)), or delete its files to have the rest alone"
+            f"{folder} holds an adapter ({ADAPTER}), which changes the weights and is not read: merge it into its "
+            "base model (peft: merge_and_unload().save_pretrained(new_folder)), or delete its files to use only the "
+            "base weights"
         )
     shards = frozenset(path.name for path in folder.glob("model-*-of-*.safetensors"))
     if (folder / SINGLE).exists():
@@ -102,8 +103,8 @@ def find_files(folder: Path) -> tuple[Path, ...]:
         return tuple(folder / name for name in names)
     if any(folder.glob("*.bin")):
         raise FileNotFoundError(
-            f"{folder} has weights only as .bin files, which are pickles and are not read; convert them "
-            "where you trust them: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
+            f"{folder} has weights only as .bin files, which are pickles and are not read: if you trust them, convert "
+            "them by AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
         )
     inside = sorted(path.name for path in folder.glob("*.gguf"))
     hint = f"; it has {', '.join(inside)}: give the path of one of them" if inside else ""
@@ -113,11 +114,11 @@ def find_files(folder: Path) -> tuple[Path, ...]:
 @functools.cache  # it is said once
 def _not_read(folder: Path, shards: frozenset[str], chosen: str) -> None:
     if shards:
-        logger.warning("%s: %s is read, as by transformers, and not %s", folder, chosen, ", ".join(sorted(shards)))
+        logger.warning("%s: %s is read, as transformers does, and %s is not", folder, chosen, ", ".join(sorted(shards)))
 
 
 def weight_map(files: Sequence[Path]) -> dict[str, str]:
-    """Which file holds which tensor, as the index beside the files says; {} where there is none."""
+    """The file that holds each tensor, according to the index; {} if there is none."""
     path = files[0].parent / INDEX
     if not path.exists():
         return {}
@@ -132,7 +133,8 @@ def weight_map(files: Sequence[Path]) -> dict[str, str]:
 
 
 def digest(files: Iterable[Path]) -> str:
-    """sha256, in hex, of the files' bytes in the order of their names; each file is held against its own known sum."""
+    """sha256, in hex, of the files' bytes in the order of their names; each file is checked against its own known
+    sha256."""
     files, total, damaged = sorted(files), hashlib.sha256(), []
     for path in files:
         known, own = known_sum(path), total if len(files) == 1 else hashlib.sha256()
@@ -143,21 +145,21 @@ def digest(files: Iterable[Path]) -> str:
         if known and own.hexdigest() != known[0]:
             damaged.append(f"{path} differs from its sha256 in {known[1]}")
     if damaged:
-        remedy = "damaged, so fetch or export it again; if changed on purpose, delete the sum"
+        remedy = "fetch or export the damaged file again; if you changed it on purpose, delete its sha256"
         raise ValueError(f"{'; '.join(damaged)}: {remedy}")
     return total.hexdigest()
 
 
 def small_sums(source: str | Path) -> dict[str, str | None]:
-    """sha256 in hex of each of SMALL in a model folder, None where it is not there. A .gguf file has none of them: it
-    is one file, whose sum is the model's digest."""
+    """sha256 in hex of each of SMALL in a model folder, None for a file that does not exist. A .gguf file has none of
+    them: it is a single file, whose sha256 is the model's digest."""
     folder = resolve(source)
     paths = [folder / name for name in SMALL if folder.is_dir()]
     return {path.name: digest([path]) if path.is_file() else None for path in paths}
 
 
 def known_sum(path: Path) -> tuple[str, Path] | None:
-    """(sha256 in hex, where it stands) of a file, or None when there is none, or none that is newer than the file."""
+    """(sha256 in hex, where it is recorded) of a file, or None if no record is newer than the file."""
     blob = path.resolve()
     if blob.parent.name == "blobs" and _SUM.fullmatch(blob.name):
         return blob.name, blob

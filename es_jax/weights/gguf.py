@@ -1,7 +1,7 @@
 """GGUF files, versions 2 and 3: their metadata and tensors, and the TransformerConfig that the metadata describes.
 
-The `gguf` package dequantises. The header is parsed here: all of it is checked against the file's size before a number
-is read, and 100 thousand token strings are read in well under a second.
+The `gguf` package dequantises. The header is parsed here, so that all of it is checked against the file's size before a
+number is read, and 100 thousand token strings are read in well under a second.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ _PLAIN = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dt
 _SCALARS = dict(enumerate(("<u1", "<i1", "<u2", "<i2", "<u4", "<i4", "<f4", "<u1"))) | {10: "<u8", 11: "<i8", 12: "<f8"}
 _BOOL, _STRING, _ARRAY = 7, 8, 9
 _VERSIONS = (2, 3)
-# Metadata that with another value asks for what the forward pass does not compute.
+# Metadata with the only values that the forward pass implements.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "rope.scaling.type": ("none", "linear"),
     "expert_count": (0,),
@@ -43,34 +43,37 @@ _HEAD_SIZES = (
 )  # fmt: skip
 _KNOWN = {*_SIZES, *_NEUTRAL, *_HEAD_SIZES, "attention.key_length", "attention.head_count_kv"}
 _KNOWN |= {"rope.freq_base", "rope.scaling.factor", "attention.sliding_window"}
-_KNOWN |= {"vocab_size", "rope.scaling.finetuned", "tensor_data_layout"}  # which do not matter
+_KNOWN |= {"vocab_size", "rope.scaling.finetuned", "tensor_data_layout"}  # which have no effect here
 _GEMMA = {"attn_logit_softcapping", "final_logit_softcapping", "attention.sliding_window_pattern", "rope.freq_base_swa"}
-_WIDE_GEMMA = (46, 62)  # layers of the 27B models, whose scores are divided by the root of width / heads
-_LLAMA3_FACTORS = (8.0, 32.0)  # of Llama 3.1 and 3.2; the rest of that scaling is the same in both
+_WIDE_GEMMA = (46, 62)  # layers of the 27B models, which divide scores by sqrt(width / heads)
+_LLAMA3_FACTORS = (8.0, 32.0)  # factors of Llama 3.1 and 3.2, which differ in nothing else
 
 
 class GGUFReader(FileReader):
-    """`metadata`: key → value; the tensors' shapes are [out, in]. Raises ValueError for a file that is not whole,
-    little-endian GGUF of one part, or one that names all its tensors of kinds that are not read."""
+    """`metadata`: key → value; the tensors' shapes are [out, in]. Raises ValueError unless the file is complete,
+    little-endian GGUF in one part. If it has tensors of kinds that are not read, the message names all of them."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
             with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
                 self.metadata, tensors = _parse(path, _Header(content))
-        except ValueError as error:  # an empty file cannot be mapped: one as well
+        except ValueError as error:  # an empty file cannot be mapped: a ValueError too
             raise ValueError(f"{path} is truncated or corrupt GGUF ({error}); fetch it again") from None
         super().__init__(tensors)
         if (parts := self.metadata.get("split.count", 1)) > 1:
-            join = "join them with `llama-gguf-split --merge` and give the sum"
+            join = "join them with `llama-gguf-split --merge` and give the joined file"
             raise ValueError(f"{path} is one of {parts} parts: {join}")
         kinds = {name: tensor.kind.name for name, tensor in tensors.items() if not isinstance(tensor.kind, np.dtype)}
         if others := [f"{name} is {kind}" for name, kind in kinds.items() if kind not in KINDS]:
-            raise ValueError(f"{path}: {', '.join(others)}, which is not read; known: {', '.join(KINDS)}")
+            raise ValueError(
+                f"{path} has tensors of kinds that are not read: {', '.join(others)}; use a file with kinds among "
+                f"{', '.join(KINDS)}"
+            )
 
 
 class _Header:
-    """The header of a file, read value by value and never past the file's end."""
+    """Reads the header of a file value by value, never past the file's end."""
 
     def __init__(self, content: mmap.mmap) -> None:
         self.content, self.size = content, len(content)
@@ -112,18 +115,18 @@ class _Header:
         return tuple(self.numbers("<u8", dimensions)[::-1]), self.integer(4), self.integer(8)
 
     def unique(self, count: int, read: Callable[[], Any]) -> Fields:
-        """`count` names, each with what `read` reads after it."""
+        """`count` names, each with the value that `read` reads after it."""
         entries: Fields = {}
         for _ in range(count):
             name = self.string()
             if name in entries:
-                raise ValueError(f"{name} stands in it twice")
+                raise ValueError(f"{name} occurs twice")
             entries[name] = read()
         return entries
 
 
 def _parse(path: Path, header: _Header) -> tuple[Fields, dict[str, StoredTensor]]:
-    """The metadata, and the tensors, which must lie in the file one after another, without a gap and up to its end."""
+    """The metadata and the tensors. The tensors must follow one another without a gap, up to the end of the file."""
     import gguf
 
     if header.take(4) != b"GGUF":
@@ -133,7 +136,7 @@ def _parse(path: Path, header: _Header) -> tuple[Fields, dict[str, StoredTensor]
         swapped = int.from_bytes(version.to_bytes(4, "little"), "big") in _VERSIONS
         raise ValueError(f"it is {'big-endian' if swapped else f'of version {version}'}, which is not read")
     if sys.byteorder != "little":
-        raise ValueError("this machine is big-endian, for which dequantisation is not tested")
+        raise ValueError("this machine is big-endian, and dequantisation is not tested on such machines")
     tensors, fields = header.numbers("<u8", 2)
     metadata, infos = header.unique(fields, header.value), header.unique(tensors, header.tensor)
     alignment = metadata.get("general.alignment", 32)
@@ -152,7 +155,7 @@ def _parse(path: Path, header: _Header) -> tuple[Fields, dict[str, StoredTensor]
             raise ValueError(f"{name} has the shape {shape}, which {kind.name} cannot have")
         start = end + -end % alignment
         if base + offset != start:
-            raise ValueError(f"{name} begins at byte {base + offset}, where {start} is its place")
+            raise ValueError(f"{name} begins at byte {base + offset} instead of {start}")
         stored[name] = StoredTensor(path, shape, start, _PLAIN.get(kind.name, kind), block)
         end = start + math.prod(shape) // block[0] * block[1]
     if not end <= header.size <= end + -end % alignment:
@@ -163,16 +166,16 @@ def _parse(path: Path, header: _Header) -> tuple[Fields, dict[str, StoredTensor]
 def from_gguf(reader: GGUFReader) -> TransformerConfig:
     """The TransformerConfig a GGUF file describes.
 
-    What the format leaves to its reader is as in the published models: which layers of a Gemma are local and how its
-    scores are scaled, which layers of a SmolLM3 have no rotary positions. A llama with a sliding window is a Mistral.
-    Raises one ValueError that lists every field that is missing, unknown or asks for what is not implemented.
+    Where the format does not say, it takes the values of the published models: which layers of a Gemma are local, how
+    its scores are scaled, and which layers of a SmolLM3 have no rotary positions. A llama with a sliding window is a
+    Mistral. Raises one ValueError that lists every field that is missing, unknown or not implemented.
     """
     metadata = reader.metadata
     family = find_family(metadata.get("general.architecture", "(missing)"), by="gguf_architecture")
     prefix = family.gguf_architecture + "."
     fields = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
     for key, value in fields.items():
-        if isinstance(value, float):  # GGUF keeps float32: the shortest decimal of it (1e-05, not 9.99999974e-06)
+        if isinstance(value, float):  # GGUF stores float32: take its shortest decimal (1e-05, not 9.99999974e-06)
             fields[key] = float(str(np.float32(value)))
     if family.name == "llama" and fields.get("attention.sliding_window", 0):
         family = FAMILIES["mistral"]
@@ -228,12 +231,12 @@ def _problems(family: Family, fields: Fields) -> list[str]:
     if alternating and not window:
         problems.append("attention.sliding_window is missing")
     problems += [
-        f"{key} differs between layers, not implemented"
+        f"{key} differs between layers, which is not implemented"
         for key, value in fields.items()
         if isinstance(value, list) and key != "attention.sliding_window_pattern"
     ]
     return problems or [
-        f"{key} = {fields[key]} differs from the head size {_head_dim(fields)}, not implemented"
+        f"{key} = {fields[key]} differs from the head size {_head_dim(fields)}, which is not implemented"
         for key in _HEAD_SIZES
         if fields.get(key, _head_dim(fields)) != _head_dim(fields)
     ]
@@ -244,7 +247,7 @@ def _head_dim(fields: Fields) -> int:
 
 
 def _with_llama3(config: TransformerConfig, reader: GGUFReader) -> TransformerConfig:
-    """The config with the frequencies of the file, which holds only what they are divided by."""
+    """The config with the rotary frequencies of the file, which stores only their divisors."""
     divisors = reader.read("rope_freqs.weight")
     for factor in _LLAMA3_FACTORS:
         scaled = dataclasses.replace(config, rope_scaling=RopeScaling("llama3", factor))
@@ -252,6 +255,7 @@ def _with_llama3(config: TransformerConfig, reader: GGUFReader) -> TransformerCo
         if divisors.shape == expected.shape and np.allclose(divisors, expected, rtol=1e-4, atol=0):
             return scaled
     raise ValueError(
-        f"{reader.path.name}: the tensor rope_freqs.weight scales rotary positions otherwise than Llama 3 with factor "
-        f"{' or '.join(map(str, _LLAMA3_FACTORS))}, not implemented; load the model's safetensors folder instead"
+        f"{reader.path.name}: the tensor rope_freqs.weight does not scale rotary positions like Llama 3 with factor "
+        f"{' or '.join(map(str, _LLAMA3_FACTORS))}, and no other scaling is implemented; load the model's safetensors "
+        "folder instead"
     )

@@ -1,7 +1,8 @@
 """Tokenizers from the metadata of GGUF files: byte-level BPE (model "gpt2") and SentencePiece BPE (model "llama").
 
-What a file leaves to its reader is as in llama.cpp, where the format comes from. Only SentencePiece's dummy space is as
-in transformers: before the text, not after every special token, since chat templates write their spaces themselves.
+Where the format does not say, this follows llama.cpp, which defined the format. Only SentencePiece's dummy space
+follows transformers: it comes before the text, not after every special token, since chat templates write their own
+spaces.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,12 +19,12 @@ _PARTS = ("tokenizer.ggml.tokens", "tokenizer.ggml.token_type")
 
 
 class PreTokenizer(NamedTuple):
-    """How text is split before byte-level BPE. `pattern` None: the pattern byte-level BPE brings along."""
+    """How text is split before byte-level BPE. `pattern` None is the default pattern of byte-level BPE."""
 
     pattern: str | None = None
     single_digits: bool = False
     nfc: bool = False
-    whole_words: bool = False  # a piece that is in the vocabulary is taken whole, merges or not
+    whole_words: bool = False  # a piece in the vocabulary is taken whole, even without merges
     add_bos: bool = False  # when the file does not say
 
 
@@ -55,7 +56,7 @@ def from_gguf_metadata(metadata: Metadata) -> Any:
     part, build, default_ids = _BUILDERS[kind]
     missing = [name for name in (*_PARTS, part) if name not in metadata]
     if missing:
-        raise ValueError(f"{', '.join(missing)} missing: the file has no whole tokenizer; {_FOLDER}")
+        raise ValueError(f"{', '.join(missing)} missing: the file's tokenizer is incomplete; {_FOLDER}")
     ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id", default_ids.get(name)) for name, key in _NAMES.items()}
     tokens = metadata["tokenizer.ggml.tokens"]
     for name, i in ids.items():
@@ -65,7 +66,7 @@ def from_gguf_metadata(metadata: Metadata) -> Any:
     special = {name: tokens[i] for name, i in ids.items() if i is not None}
     try:
         tokenizer = build(metadata, special)
-    except Exception as error:  # whatever the library meets in damaged files
+    except Exception as error:  # the library raises many types for damaged files
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"its tokenizer is damaged ({reason}); fetch it again, or {_FOLDER}") from error
     return PreTrainedTokenizerFast(
@@ -98,13 +99,13 @@ def _byte_level(metadata: Metadata, special: Mapping[str, str]) -> Any:
 
 
 def _sentencepiece(metadata: Metadata, special: Mapping[str, str]) -> Any:
-    """SentencePiece's BPE: of two neighbours the pair whose union has the highest score is merged first."""
+    """SentencePiece's BPE: the neighbouring pair whose union has the highest score is merged first."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     tokens, kinds = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
     for field in ("tokenizer.ggml.remove_extra_whitespaces", "tokenizer.ggml.precompiled_charsmap"):
         if metadata.get(field):
-            raise ValueError(f"{field} is not implemented for a tokenizer of the model 'llama'; {_FOLDER}")
+            raise ValueError(f"{field} is not implemented for tokenizers of model 'llama'; {_FOLDER}")
     tokenizer = Tokenizer(
         models.BPE(
             vocab={token: i for i, token in enumerate(tokens)},
@@ -117,7 +118,7 @@ def _sentencepiece(metadata: Metadata, special: Mapping[str, str]) -> Any:
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     if metadata.get("tokenizer.ggml.add_space_prefix", True):
-        # No blank is left to replace: the first step only puts one before the text, even before another ▁.
+        # No space is left to replace: this step only puts one ▁ before the text, even before another ▁.
         first = pre_tokenizers.Metaspace(replacement=" ", prepend_scheme="first", split=False)
         marked = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="never", split=False)
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([first, marked])
@@ -127,7 +128,8 @@ def _sentencepiece(metadata: Metadata, special: Mapping[str, str]) -> Any:
 
 
 def _merges(tokens: list[str], kinds: list[int], scores: list[float]) -> list[tuple[str, str]]:
-    """Every pair of normal pieces that makes a third, by the third's score; equal scores in the vocabulary's order."""
+    """Every pair of normal pieces whose union is a piece, ordered by its score; equal scores in the vocabulary's
+    order."""
     ranked = sorted(zip(tokens, kinds, scores, strict=True), key=lambda entry: -entry[2])
     pieces = [token for token, kind, _ in ranked if kind == _NORMAL]
     normal = set(pieces)
@@ -136,7 +138,7 @@ def _merges(tokens: list[str], kinds: list[int], scores: list[float]) -> list[tu
 
 
 def _finished(tokenizer: Any, metadata: Metadata, special: Mapping[str, str], *, add_bos: bool) -> Any:
-    """The tokenizer with the tokens that are matched before anything else, and those it puts around a text."""
+    """The tokenizer with the tokens that are matched first, and the tokens that it puts around a text."""
     from tokenizers import AddedToken, processors
 
     typed = zip(*(metadata[part] for part in _PARTS), strict=True)
@@ -153,7 +155,7 @@ def _finished(tokenizer: Any, metadata: Metadata, special: Mapping[str, str], *,
     return tokenizer
 
 
-# tokenizer.ggml.model → the part it needs besides `_PARTS`, what builds it, and special ids the file need not say
+# tokenizer.ggml.model → the part it needs besides `_PARTS`, its builder, and special ids that a file may omit
 _BUILDERS: dict[Any, tuple[str, Callable[..., Any], dict[str, int]]] = {
     "gpt2": ("tokenizer.ggml.merges", _byte_level, {}),
     "llama": ("tokenizer.ggml.scores", _sentencepiece, {"bos_token": 1, "eos_token": 2, "unk_token": 0}),

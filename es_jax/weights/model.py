@@ -1,4 +1,4 @@
-"""Whole models: `load_model` from a folder, a .gguf file or the hub; `save_model` to a folder."""
+"""Whole models: `load_model` from a folder, a .gguf file or the hub, and `save_model` to a folder."""
 
 import contextlib
 import dataclasses
@@ -30,8 +30,21 @@ from es_jax.weights.tokenizer_files import save_tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A checkpoint in memory: `params` as `Transformer` takes them, `digest` the sha256 of the weight files,
-    `stop_token_ids` every token id that ends a turn, `generation` the fields of generation_config.json."""
+    """A model in memory: its sizes, weights and tokenizer.
+
+    Attributes:
+      config: the model's sizes and options.
+      params: the weights, a tree as `Transformer` takes it, with stacked layers.
+      tokenizer: a tokenizer of the transformers library.
+      digest: the sha256 of the weight files, in hexadecimal.
+      stop_token_ids: every token id that ends a turn.
+      generation: the fields of generation_config.json.
+
+    Examples:
+      >>> lab = load_model("lab")
+      >>> lab.config.layers, lab.params["embed"]["embedding"].shape == (lab.config.vocab_size, lab.config.width)
+      (2, True)
+    """
 
     config: TransformerConfig
     params: Params
@@ -41,22 +54,42 @@ class Model:
     generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def encode(self, prompt: tokenizer.Prompt) -> list[int]:
-        """The token ids that the model reads of a prompt, in training, evaluation and `es_jax.complete` alike.
+        """Encodes a prompt as the token ids that the model reads, in training, evaluation and `es_jax.complete` alike.
 
-        Messages, each with "role" and "content", go through the chat template: after a last message of the user's the
-        assistant's turn is opened, and a last message of the assistant's is left open, to be continued. Plain text gets
-        the special tokens that the tokenizer adds before it (BOS, if any), and no EOS.
+        Messages go through the chat template. After a last message of role "user", the assistant's turn is opened. A
+        last message of role "assistant" is left open, to be continued. Plain text gets the special tokens that the
+        tokenizer adds before it (BOS, if any), and no EOS.
 
-        Raises ValueError for messages that the template does not take, or where there is none.
+        Args:
+          prompt: plain text, or messages, each with "role" and "content".
 
-        >>> load_model("lab").encode("A37+48=")
-        [17, 5, 9, 12, 6, 10, 14]
+        Returns:
+          Token ids in 0..V − 1.
+
+        Raises:
+          ValueError: the template does not take the messages, or there is no template.
+
+        Examples:
+          >>> load_model("lab").encode("A37+48=")
+          [17, 5, 9, 12, 6, 10, 14]
         """
         return tokenizer.encode_prompt(self.tokenizer, prompt)
 
     def decode(self, prompt: Sequence[int], completion: Sequence[int]) -> str:
-        """The text of a completion, as graders see it: what follows the prompt (both are token ids), without the tokens
-        that stop it, BOS, EOS and padding."""
+        """Decodes a completion as graders see it: the text after the prompt, without stop tokens, BOS, EOS and padding.
+
+        Args:
+          prompt: the prompt's token ids.
+          completion: the completion's token ids.
+
+        Returns:
+          The text.
+
+        Examples:
+          >>> lab = load_model("lab")
+          >>> lab.decode(lab.encode("A37+48="), lab.encode("85"))
+          '85'
+        """
         silent = boundary.silent_token_ids(self.tokenizer, self.stop_token_ids)
         spoken = [token for token in completion if token not in silent]
         return boundary.completion_texts(self.tokenizer, [boundary.prompt_end(self.tokenizer, prompt)], [spoken])[0]
@@ -69,14 +102,30 @@ def load_model(
     dtype: DTypeLike | None = None,
     shardings: Shardings | None = None,
 ) -> Model:
-    """Read a model from a Hugging Face folder, a .gguf file (dequantised), or the hub by name.
+    """Loads a model from a Hugging Face folder, a .gguf file, the hub, or this package.
 
-    `dtype`: of every parameter, float32 when None. `shardings(path, shape)` places each leaf, for example
-    "layers/attn/q/kernel" [L, D, H*hd]; with only a `mesh`, leaves are replicated over it; with neither they
-    go to the default device. Beyond what is placed, the host holds one tensor at a time.
+    Weights of a .gguf file are dequantised. Besides the weights that stay on it, the host holds one tensor at a time.
 
-    Raises FileNotFoundError when there is nothing to read, ValueError for a broken file (also one that is not what its
-    known sha256 says), a config that asks for what is not implemented, or keys that do not fit it (all of them listed).
+    Args:
+      source: a folder, a .gguf file, a name on the hub, or "lab": the laboratory's model of 90,432 weights, which is
+        part of this package.
+      mesh: the devices. Without `shardings`, every leaf is replicated over them. By default leaves go to the default
+        device.
+      dtype: the dtype of every leaf, float32 by default.
+      shardings: called with the path and shape of each leaf, such as "layers/attn/q/kernel" and (L, D, H·hd); returns
+        the leaf's sharding.
+
+    Returns:
+      The model.
+
+    Raises:
+      FileNotFoundError: there is nothing to read.
+      ValueError: a file is broken or does not match its known sha256, the config asks for something that is not
+        implemented, or the keys do not fit the config (the message lists all of them).
+
+    Examples:
+      >>> load_model("lab", dtype=jnp.bfloat16).params["final_norm"]["scale"].dtype
+      dtype(bfloat16)
     """
     path = resolve(source)
     if shardings is None and mesh is not None:
@@ -91,14 +140,28 @@ def load_model(
 
 
 def load_outline(source: str | Path) -> Model:
-    """What `load_model(source)` gives, without the weights: `params` is empty. The files must be there all the same."""
+    """Loads what `load_model(source)` does, without the weights: `params` is empty.
+
+    The weight files must be there all the same.
+    """
     path = resolve(source)
     with _named(path):
         return dataclasses.replace(_open(path)[0], digest=digest(find_files(path)))
 
 
 def config_only(source: str | Path) -> TransformerConfig:
-    """The config of what `load_model(source)` would read; its weights need not be there."""
+    """Reads the config of what `load_model(source)` would load. Its weights need not be there.
+
+    Args:
+      source: as for `load_model`.
+
+    Returns:
+      The config.
+
+    Raises:
+      FileNotFoundError: there is no config.
+      ValueError: the config is broken, or asks for something that is not implemented.
+    """
     path = resolve(source, weights=False)
     with _named(path):
         if path.is_file():
@@ -110,7 +173,7 @@ def config_only(source: str | Path) -> TransformerConfig:
 
 @contextlib.contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """A ValueError says which model it is about. What a check did not foresee in its files is one too."""
+    """Make a ValueError name its model. An error that no check foresaw becomes a ValueError too."""
     try:
         yield
     except ValueError as error:
@@ -118,7 +181,7 @@ def _named(path: Path) -> Iterator[None]:
             raise
         raise ValueError(f"{path}: {error}") from error
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError) as error:
-        raise ValueError(f"{path} has fields that no model has ({error!r}): fetch the model again") from error
+        raise ValueError(f"{path} has invalid fields ({error!r}): fetch the model again") from error
 
 
 def save_model(
@@ -129,14 +192,30 @@ def save_model(
     max_shard_bytes: int = 5 * 10**9,
     card: str | None = None,
 ) -> None:
-    """Write a Hugging Face folder that `load_model` and transformers read: config, weights, tokenizer.
+    """Writes a Hugging Face folder that `load_model` and transformers read: config, weights and tokenizer.
 
-    Weights keep their dtype when `dtype` is None; they go into files of at most `max_shard_bytes`, and the host holds
-    one tensor at a time. `card` is the text of README.md. The folder appears when it is whole. All processes of a
-    run call this, the first one writes, and all return when the folder is there.
+    The host holds one tensor at a time. The folder appears under its name when it is complete. All processes of a run
+    call this. The first one writes, and all return when the folder is there.
 
-    Raises FileExistsError when the folder is there and not empty, OSError when it cannot be made or does not fit on its
-    disk, ValueError for a limit below 1, and for NaN and other numbers that `load_model` refuses.
+    Args:
+      path: the folder's name; it may exist if it is empty.
+      model: what to write.
+      dtype: the dtype of the weights in the files. By default each keeps its own.
+      max_shard_bytes: the largest size of one weight file, at least 1 byte.
+      card: the text of README.md. By default there is no such file.
+
+    Raises:
+      FileExistsError: `path` is a file, or a folder that is not empty.
+      OSError: the folder cannot be made, or does not fit on its disk.
+      ValueError: `max_shard_bytes` is below 1, or a weight is a number that `load_model` refuses, such as NaN.
+
+    Examples:
+      >>> lab = load_model("lab")
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     save_model(f"{folder}/copy", lab)
+      ...     copy = load_model(f"{folder}/copy")
+      >>> bool((copy.params["embed"]["embedding"] == lab.params["embed"]["embedding"]).all())
+      True
     """
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes is {max_shard_bytes}: it must be at least 1")
@@ -145,7 +224,7 @@ def save_model(
     check_new(path, nbytes=dtype.itemsize * sum(math.prod(shape) for shape in shapes.values()))
     if not processes.first():
         for key in shapes:
-            tensor(key)  # every process has a part of it to give
+            tensor(key)  # every process has to send its part
         return processes.barrier()
     with _new_folder(path) as folder:
         ids = {name: getattr(model.tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -162,8 +241,8 @@ def save_model(
 
 
 def _with_rows(fields: Mapping[str, Any], rows: int) -> dict[str, Any]:
-    """The fields without ids of tokens for which the model has no row, such as one that a loader added for padding:
-    transformers refuses a folder with them."""
+    """The fields without the ids of tokens that the model's vocabulary lacks, such as a padding token that a loader
+    added: transformers refuses a folder with them."""
 
     def kept(ids: Any) -> Any:
         if isinstance(ids, list):
@@ -175,8 +254,8 @@ def _with_rows(fields: Mapping[str, Any], rows: int) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _new_folder(path: str | Path) -> Iterator[Path]:
-    """A folder to write into, which gets its name when the block ends well, and is gone when it does not, as is what
-    a killed process of this machine left of it."""
+    """A folder to write into. It gets its name if the block ends without an error, and is removed otherwise. What a
+    killed process of this machine left of it is removed too."""
     path = Path(path).expanduser().absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{path.name}.{platform.node()}."
@@ -187,9 +266,9 @@ def _new_folder(path: str | Path) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
-        os.replace(partial, path)  # over an empty folder too
+        os.replace(partial, path)  # replaces an empty folder too
     except Exception as error:
-        if not isinstance(error, OSError) and type(error) is not Exception:  # which tokenizers raises for a full disk
+        if not isinstance(error, OSError) and type(error) is not Exception:  # tokenizers raises it for a full disk
             raise
         reason = getattr(error, "strerror", None) or error
         raise OSError(f"{path} could not be written ({reason}): free some space, or choose another folder") from error
@@ -198,7 +277,7 @@ def _new_folder(path: str | Path) -> Iterator[Path]:
 
 
 def _running(pid: str) -> bool:
-    """Whether it is the number of a process, other than this one, that runs; true for what is not a number."""
+    """Whether the text is the id of another running process; True if it is not a number."""
     try:
         os.kill(int(pid), 0)
         return int(pid) != os.getpid()
@@ -209,15 +288,25 @@ def _running(pid: str) -> bool:
 
 
 def check_new(path: str | Path, *, nbytes: int = 0) -> None:
-    """Raises FileExistsError when `path` is a file or a folder that is not empty, OSError when it cannot be made or its
-    disk has fewer than `nbytes` bytes left. All processes of a run call this; the first looks, and all raise."""
+    """Checks that a new folder can be made at `path`.
+
+    All processes of a run call this. The first one looks, and all raise.
+
+    Args:
+      path: the folder's name.
+      nbytes: how many bytes its disk has to have room for.
+
+    Raises:
+      FileExistsError: `path` is a file, or a folder that is not empty.
+      OSError: it cannot be made, or its disk has too little room.
+    """
     taken, problem = processes.exchange({0: _obstacle(path, nbytes)} if processes.first() else {})[0]
     if problem:
         raise FileExistsError(problem) if taken else OSError(problem)
 
 
 def _obstacle(path: str | Path, nbytes: int) -> tuple[bool, str]:
-    """Whether the name of a new folder is taken, and a sentence about what is in its way, empty when nothing is."""
+    """Whether the name of a new folder is taken, and a sentence about the obstacle, "" if there is none."""
     path = Path(path).expanduser().absolute()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         return True, f"{path} exists and is not an empty folder: choose another, or delete it"
@@ -234,13 +323,13 @@ def _obstacle(path: str | Path, nbytes: int) -> tuple[bool, str]:
 
 
 def _open(path: Path) -> tuple[Model, FileReader]:
-    """The model without weights and digest, and the reader of its weights."""
+    """The model without weights and digest, and a reader of its weights."""
     if path.is_file():
         gguf, generation = GGUFReader(path), {}
         config, words = from_gguf(gguf), from_gguf_metadata(gguf.metadata)
         ends = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
         stops = [tokenizer.check_token_ids(gguf.metadata.get(name), f"{path}: {name}") for name in ends]
-        gguf.metadata.clear()  # a hundred thousand strings, which the tokenizer has by now
+        gguf.metadata.clear()  # a hundred thousand strings that the tokenizer now holds
         reader: FileReader = gguf
     else:
         config, reader = config_only(path), safetensors.SafetensorsReader(find_files(path))

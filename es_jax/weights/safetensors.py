@@ -1,6 +1,7 @@
-"""Safetensors files: their tensors row by row, and sharded folders written tensor by tensor.
+"""Safetensors files: reads tensors row by row, and writes sharded folders tensor by tensor.
 
-The library of that name checks the header; it reads and writes whole files, so the bytes are read and written here.
+The safetensors library checks the header; since it reads and writes only whole files, the bytes are read and written
+here.
 """
 
 import hashlib
@@ -20,12 +21,12 @@ from es_jax.weights.streaming import FileReader, Shape, StoredTensor, is_plausib
 _KINDS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": ml_dtypes.bfloat16}
 _FLOATS = {name: np.dtype(kind) for name, kind in _KINDS.items()}
 _NAMES = {dtype.name: name for name, dtype in _FLOATS.items()}
-_NUMBERS = 1 << 20  # that are written at once
+_NUMBERS = 1 << 20  # bytes written at once
 
 
 class SafetensorsReader(FileReader):
-    """The tensors of one or more files. Raises one ValueError that lists every key that stands in two files, in another
-    one than their index says, or has another kind of number than floating point."""
+    """The tensors of one or more files. Raises one ValueError that lists every key that is in two files, is not in the
+    file that the index names, or is not floating point."""
 
     def __init__(self, files: Iterable[Path]) -> None:
         tensors: dict[str, StoredTensor] = {}
@@ -35,9 +36,9 @@ class SafetensorsReader(FileReader):
             fields, base = _header(file)
             for key, field in fields.items():
                 if key in tensors:
-                    problems.append(f"{file}: {key} stands in another file of the model too")
+                    problems.append(f"{file}: {key} is in another file of the model too")
                 elif listed.get(key, file.name) != file.name:
-                    problems.append(f"{file}: {key} stands in {listed[key]}, says {INDEX}")
+                    problems.append(f"{file}: {key} belongs in {listed[key]}, according to {INDEX}")
                 elif field["dtype"] not in _FLOATS:
                     problems.append(f"{file}: {key} has dtype {field['dtype']}, which is not read")
                 else:
@@ -57,10 +58,10 @@ def write_folder(
     dtype: np.dtype,
     max_shard_bytes: int,
 ) -> None:
-    """Write `tensor(key)` of every key as `dtype` into one file, or several and an index; one tensor at a time.
+    """Write `tensor(key)` for every key as `dtype` into one file, or into several and an index, one tensor at a time.
 
-    A file holds at most `max_shard_bytes` of tensors, more only where a single tensor does. Their sums are written
-    beside them. ValueError for numbers, as `dtype`, that would be refused when they are read.
+    A file holds at most `max_shard_bytes` of tensors, unless a single tensor is larger. The files' sha256 is written
+    next to them. Raises ValueError for numbers that, as `dtype`, would be refused on reading.
     """
     shards: list[dict[str, Shape]] = [{}]
     filled = total = 0
@@ -84,8 +85,8 @@ def write_folder(
 
 
 def _header(file: Path) -> tuple[dict[str, Any], int]:
-    """The header's fields by key, and where the tensors begin. It fits into the file and is JSON before the library
-    checks the rest of it against the file."""
+    """The header's fields by key, and where the tensors begin. Before the library checks the header against the file,
+    this checks that it fits into the file and is JSON."""
     try:
         with open(file, "rb") as content:
             length = int.from_bytes(content.read(8), "little")
@@ -97,13 +98,13 @@ def _header(file: Path) -> tuple[dict[str, Any], int]:
     except (SafetensorError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} is truncated or corrupt ({error}): fetch it again") from None
     except OSError as error:
-        raise OSError(f"{file} cannot be read ({error}): see that it is a file and readable") from None
+        raise OSError(f"{file} cannot be read ({error}): check that it is a file and readable") from None
     fields.pop("__metadata__", None)
     return fields, 8 + length
 
 
 def _write(path: Path, shapes: Mapping[str, Shape], tensor: Callable[[str], np.ndarray], *, dtype: np.dtype) -> str:
-    """Write one file; gives its sha256 in hex."""
+    """Write one file; returns its sha256 in hex."""
     fields: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for key, shape in shapes.items():
@@ -125,11 +126,11 @@ def _write(path: Path, shapes: Mapping[str, Shape], tensor: Callable[[str], np.n
                 raise ValueError(f"{key} has the shape {values.shape}, the header says {shape}")
             largest = np.float32(0)
             for rows in row_slices(shape, _NUMBERS):
-                with np.errstate(invalid="ignore", over="ignore"):  # seen in the end
+                with np.errstate(invalid="ignore", over="ignore"):  # found at the end
                     chunk = np.ascontiguousarray(values[rows], dtype)
                     largest = np.maximum(largest, np.abs(widened(chunk)).max())
                 put(chunk.view(np.uint8).data)
-            if not is_plausible(largest):  # as when it is read
+            if not is_plausible(largest):  # the same check as on reading
                 raise ValueError(
                     f"{key} has NaN, infinite or impossibly large or small numbers as {dtype} (the largest is "
                     f"{largest}): write it in a wider dtype, or write other weights"

@@ -1,4 +1,4 @@
-"""Tensors of files to leaves on devices and back, one tensor at a time on the host."""
+"""Copies tensors of files to leaves on devices and back, with one tensor at a time on the host."""
 
 import functools
 import math
@@ -17,13 +17,13 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 Shape = tuple[int, ...]
 Shardings = Callable[[str, Shape], Sharding]  # (path, shape) → where the leaf lives
 
-_CHUNK = 1 << 18  # numbers that are read and converted at once
-_LOOKS = 100  # at whether a buffer is gone, 0.1 ms apart
+_CHUNK = 1 << 18  # numbers read and converted at once
+_LOOKS = 100  # checks whether a buffer is gone, 0.1 ms apart
 
 
 @runtime_checkable
 class Reader(Protocol):
-    """Tensors by key, as a file format offers them."""
+    """The tensors of a file format, by key."""
 
     shapes: dict[str, Shape]
 
@@ -32,13 +32,13 @@ class Reader(Protocol):
 
 
 class StoredTensor(NamedTuple):
-    """A tensor in a file: numbers one after another, in blocks where they are quantised."""
+    """A tensor in a file: contiguous numbers, in blocks if they are quantised."""
 
     file: Path
     shape: Shape  # slowest first
     start: int  # first byte in the file
     kind: Any  # the dtype of plain floats, or a gguf.GGMLQuantizationType
-    block: tuple[int, int]  # numbers, and the bytes that hold them
+    block: tuple[int, int]  # numbers in a block, and its bytes
 
 
 class FileReader:
@@ -55,7 +55,7 @@ class FileReader:
         first, end = (row * math.prod(shape[1:]) // numbers * size for row in (start, stop))
         content = np.fromfile(file, np.uint8, count=end - first, offset=base + first)
         if content.size != end - first:
-            raise ValueError(f"{file} has become shorter while it was read; fetch it again")
+            raise ValueError(f"{file} became shorter while it was read: fetch it again")
         if isinstance(kind, np.dtype):
             values = content.view(kind)
         else:
@@ -66,7 +66,7 @@ class FileReader:
 
 
 def row_slices(shape: Shape, numbers: int = _CHUNK) -> Iterator[slice]:
-    """The rows of a shape in order, about so many numbers at a time, at least one row.
+    """Slices over the rows of a shape in order: about `numbers` numbers at a time, but at least one row.
 
     >>> list(row_slices((5, 3), 6))
     [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
@@ -76,12 +76,12 @@ def row_slices(shape: Shape, numbers: int = _CHUNK) -> Iterator[slice]:
 
 
 def chunks(reader: Reader, key: str) -> Iterator[tuple[slice, np.ndarray]]:
-    """The tensor's rows in order, a chunk at a time: (which rows, their numbers)."""
+    """The tensor's rows in order, in chunks: (slice of rows, their numbers)."""
     return ((rows, reader.read(key, rows.start, rows.stop)) for rows in row_slices(reader.shapes[key]))
 
 
 def widened(chunk: np.ndarray) -> np.ndarray:
-    """The same numbers as float32, or float64 where they are; bfloat16 ten times as fast as NumPy's cast.
+    """The same numbers as float32 (float64 stays float64); for bfloat16 it is ten times as fast as NumPy's cast.
 
     >>> widened(np.array([1.5, -0.0], ml_dtypes.bfloat16)).tolist()
     [1.5, -0.0]
@@ -94,13 +94,13 @@ def widened(chunk: np.ndarray) -> np.ndarray:
 
 
 def is_plausible(largest: Any) -> bool:
-    """Whether it can be the largest magnitude in a tensor of weights: what float16 holds, and not subnormal, or 0. NaN,
-    bytes in the wrong order, or a flipped bit of an exponent, break this."""
+    """Whether it can be the largest magnitude in a tensor of weights: 0, or within the normal range of float16. NaN, a
+    wrong byte order or a flipped bit of an exponent fail this."""
     return bool(largest == 0 or np.finfo(np.float32).tiny <= largest <= 65504)
 
 
 def staging(shape: Shape, dtype: np.dtype) -> np.ndarray:
-    """An empty host array for `place`, where a CPU device cannot adopt it: a leaf in adopted memory is not donated."""
+    """An empty host array for `place` that a CPU device cannot adopt: a leaf in adopted memory cannot be donated."""
     count = math.prod(shape) * dtype.itemsize
     raw = np.empty(count + 64, np.uint8)
     start = (16 - raw.ctypes.data) % 64
@@ -108,7 +108,7 @@ def staging(shape: Shape, dtype: np.dtype) -> np.ndarray:
 
 
 def place(make: Callable[[], np.ndarray], sharding: Sharding | None) -> jax.Array:
-    """The host array that `make` returns, which nobody else keeps, on its devices, each given its own part."""
+    """The host array that `make` returns, on its devices, each with its own part; nothing else may keep the array."""
     buffer = make()
     if sharding is None:
         leaf = jax.device_put(buffer)
@@ -119,7 +119,7 @@ def place(make: Callable[[], np.ndarray], sharding: Sharding | None) -> jax.Arra
     del buffer
     while looks and memory() is not None:
         looks -= 1
-        jax.device_put(0.0)  # JAX lets go of a buffer only at a call some time after it was copied
+        jax.device_put(0.0)  # JAX releases a buffer only at a call some time after the copy
         time.sleep(1e-4)
     return leaf
 
@@ -127,11 +127,11 @@ def place(make: Callable[[], np.ndarray], sharding: Sharding | None) -> jax.Arra
 def place_stacked(
     layers: Sequence[Callable[[], np.ndarray]], shape: Shape, *, dtype: np.dtype, sharding: Sharding | None
 ) -> jax.Array:
-    """A leaf [L, …], filled on its devices layer by layer; the host holds one."""
+    """A leaf [L, …], filled on its devices layer by layer; the host holds one layer."""
     stack = jnp.zeros(shape, dtype, device=sharding)
     for i, make in enumerate(layers):
         stack = _setter(sharding)(stack, place(make, _of_layer(sharding)), np.int32(i))
-        jax.block_until_ready(stack)  # so that the next layer finds this one's memory
+        jax.block_until_ready(stack)  # so that the next layer reuses this one's memory
     return stack
 
 

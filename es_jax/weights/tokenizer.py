@@ -1,4 +1,4 @@
-"""Tokenizers of folders; the stop tokens; prompts as token ids."""
+"""Tokenizers of model folders, their stop tokens, and prompts as token ids."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,22 +15,22 @@ END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|endoftext|>", "<|end
 
 
 def from_folder(folder: Path) -> Any:
-    """The tokenizer of a Hugging Face folder; never runs code from it. ValueError when there is none."""
+    """The tokenizer of a Hugging Face folder; it never runs code from there. Raises ValueError if there is none."""
     with without_advice():
         from transformers import AutoTokenizer
 
     try:
         words = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # whatever the library meets in damaged files
+    except Exception as error:  # the library raises many types for damaged files
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ValueError(f"{folder}: no tokenizer could be read ({reason}); add its tokenizer.json") from error
-    if not isinstance(words.model_max_length, int | float):  # transformers compares it when it first encodes
+    if not isinstance(words.model_max_length, int | float):  # transformers compares it at the first encoding
         raise ValueError(f"{folder}: model_max_length is {words.model_max_length!r}: it must be a number")
     return words
 
 
 def stop_token_ids(tokenizer: Any, *eos: int | list[int] | None) -> tuple[int, ...]:
-    """Ids that end a turn, ascending: the tokenizer's EOS, those in `eos`, and well-known ends of turn."""
+    """Token ids that end a turn, ascending: the tokenizer's EOS, those in `eos`, and well-known end-of-turn tokens."""
     vocabulary = tokenizer.get_vocab()
     stops = {tokenizer.eos_token_id, *map(vocabulary.get, END_OF_TURN), *jax.tree.leaves(eos)}
     return tuple(sorted(stops - {None}))
@@ -49,23 +49,24 @@ def check_token_ids(value: Any, name: str) -> Any:
 
 
 def render(tokenizer: Any, prompt: Prompt) -> str:
-    """The text the model is to continue. Plain text stays as it is; messages go through the chat template.
+    """The text that the model continues. Plain text stays as it is; messages go through the chat template.
 
-    After a last message of the user's the assistant's turn is opened; a last message of the assistant's is left open,
-    its content kept to the last blank, for the model to continue. An empty thought that the template puts before that
-    message is left out, unless the other messages turned thinking off. ValueError where the template does not allow it.
+    If the last message is the user's, the assistant's turn is opened after it. If it is the assistant's, it is left
+    open for the model to continue, with its trailing spaces. An empty thought that the template puts before that
+    message is left out, unless the other messages turned thinking off. Raises ValueError if the template does not allow
+    this.
     """
     return prompt if isinstance(prompt, str) else chat_template.apply(tokenizer, prompt)
 
 
 def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
-    """Token ids of `render`'s text. Plain text gets the special tokens its tokenizer adds (BOS, if any; never
-    an EOS at the end); rendered messages get none, their template has written them."""
+    """Token ids of `render`'s text. Plain text gets the special tokens its tokenizer adds (BOS, if any; never an EOS at
+    the end); rendered messages get none, since the template has written them."""
     return encode_texts(tokenizer, [render(tokenizer, prompt)], plain=isinstance(prompt, str))[0]
 
 
 def encode_texts(tokenizer: Any, texts: Sequence[str], *, plain: bool) -> list[list[int]]:
-    """Token ids of rendered prompts, or of what begins with one; `plain` says whether it was plain text."""
+    """Token ids of rendered prompts, or of texts that begin with one; `plain` says whether they are plain text."""
     rows = tokenizer(list(texts), add_special_tokens=plain)["input_ids"]
     for ids, text in zip(rows, texts, strict=True):
         if plain and ids[-1:] == [tokenizer.eos_token_id] != tokenizer.encode(text, add_special_tokens=False)[-1:]:

@@ -1,20 +1,21 @@
-"""A tokenizer's files, as transformers 4 and 5 read them alike."""
+"""Writes a tokenizer's files so that transformers 4 and 5 read them alike."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 FILE = "tokenizer_config.json"
-_OF_THE_SESSION = ("is_local", "local_files_only", "backend")  # what transformers 5 notes of how it read the tokenizer
+_OF_THE_SESSION = ("is_local", "local_files_only", "backend")  # transformers 5 records here how it read the tokenizer
 _SIDES = ("padding_side", "truncation_side", "model_input_names", "clean_up_tokenization_spaces")
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Write what `AutoTokenizer` reads: text and ids are then those of this tokenizer in both versions.
+    """Write the files for `AutoTokenizer`; in both versions it then gives the text and ids of this tokenizer.
 
-    transformers 5 names classes that 4 does not have, and builds some of its own anew where 4 reads tokenizer.json; so
-    the class is the one that both take from tokenizer.json as it is, with what the tokenizer's own class says beside
-    it. It writes special tokens under a name that is of a dict in transformers 4; the older name is read by both.
+    transformers 5 names classes that 4 does not have, and rebuilds some of its classes where 4 reads tokenizer.json. So
+    the class written here is the one that both versions load from tokenizer.json unchanged, with the settings of the
+    tokenizer's own class added. transformers 5 also writes special tokens under a name that holds a dict in
+    transformers 4; both read the older name.
     """
     tokenizer.save_pretrained(str(folder))
     path = folder / FILE

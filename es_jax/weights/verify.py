@@ -1,8 +1,8 @@
 """python -m es_jax.weights.verify MODEL REFERENCE [--text=TEXT | --text-file=FILE] [--max-kl=NATS] [--json]
 
 Compares a model as es_jax loads it (a folder, a .gguf file, a hub name) with what transformers computes from the folder
-REFERENCE, in float32, on a text. Ends with 1 when they differ by more than allowed, and says at which layer they part.
-Needs PyTorch: pip install 'es_jax[verify]'.
+REFERENCE, in float32, on a text. If they differ by more than allowed, the exit code is 1 and the output names the layer
+at which they diverge. Needs PyTorch: pip install 'es_jax[verify]'.
 
 With --json one object is printed: tokens, same_tokens, logit_difference, mean_kl, max_kl, limit, kl (a list, by
 position), layers (name → relative difference, from the embedding to the logits), parted (a name or null), passed.
@@ -34,35 +34,46 @@ on the ticket window, which read: closed for the regatta, back on Monday."""
 class VerificationReport:
     """How far a model is from its reference on one text.
 
-    `layers`: (name, difference) of "embedding", "layer 0", …, "final norm", "logits": the largest over positions of
-    ‖ours − theirs‖ / ‖theirs‖.
+    Attributes:
+      tokens: how many tokens were compared.
+      same_tokens: whether the reference's tokenizer makes the same ids of the text.
+      logit_difference: the largest absolute difference of two logits.
+      kl: KL(reference ‖ model) of the next-token distributions in nats, one number for each position.
+      limit: the largest KL that is allowed, in nats.
+      layers: (name, difference) of "embedding", "layer 0", …, "final norm", "logits". A difference is the largest ‖ours
+        − theirs‖ / ‖theirs‖ of a position.
+
+    Examples:
+      >>> report = VerificationReport(2, True, 0.5, (1e-9, 3e-9), 1e-6, (("embedding", 0.0), ("logits", 2e-3)))
+      >>> report.passed, report.max_kl, report.parted
+      (True, 3e-09, 'logits')
     """
 
-    tokens: int  # how many were compared
-    same_tokens: bool  # the reference's tokenizer makes the same ids of the text
+    tokens: int  # how many tokens were compared
+    same_tokens: bool  # whether the reference's tokenizer encodes the text to the same ids
     logit_difference: float  # the largest absolute difference of two logits
-    kl: tuple[float, ...]  # KL(reference ‖ model) of the next-token distributions, in nats, one number a position
+    kl: tuple[float, ...]  # KL(reference ‖ model) of the next-token distributions at each position, in nats
     limit: float  # the largest KL that is allowed
     layers: tuple[tuple[str, float], ...]
 
     @property
     def max_kl(self) -> float:
-        """The largest KL of a position, NaN where one is: then nothing has passed."""
+        """The largest KL of a position, in nats. It is NaN where one is NaN, and then nothing has passed."""
         return float(np.max(self.kl))
 
     @property
     def mean_kl(self) -> float:
-        """The mean KL over positions."""
+        """The mean KL over positions, in nats."""
         return float(np.mean(self.kl))
 
     @property
     def parted(self) -> str | None:
-        """The first of `layers` whose difference is above 1e-3 or not a number; None when none is."""
+        """The first of `layers` whose difference is above 1e-3 or not a number; None where there is none."""
         return next((name for name, difference in self.layers if not difference <= 1e-3), None)
 
     @property
     def passed(self) -> bool:
-        """Whether every position's KL is within the limit and the tokens are the same."""
+        """Whether the KL of every position is within the limit and the tokens are the same."""
         return self.same_tokens and self.max_kl <= self.limit
 
     def __str__(self) -> str:
@@ -71,37 +82,64 @@ class VerificationReport:
             f"largest {self.max_kl:.2e} nats at position {np.argmax(self.kl)} (allowed {self.limit:.2e})"
         )
         if self.parted is not None:
-            text += f"; they part at {self.parted}, by {dict(self.layers)[self.parted]:.1e} of its size"
-        return text if self.same_tokens else f"{text}; the tokenizers make different tokens of the text"
+            text += f"; they diverge at {self.parted}, by {dict(self.layers)[self.parted]:.1e} of its norm"
+        return text if self.same_tokens else f"{text}; the tokenizers encode the text differently"
 
     def to_json(self) -> dict[str, Any]:
-        """The fields and what follows from them, as the command prints them with --json."""
+        """Gives the fields, and what follows from them, as the command prints them with --json.
+
+        Returns:
+          A dict of what JSON can hold; its keys are documented in `es_jax.weights.verify`.
+        """
         derived = {name: getattr(self, name) for name in ("max_kl", "mean_kl", "parted", "passed")}
         return {**dataclasses.asdict(self), **derived, "layers": dict(self.layers)}
 
 
 class VerificationError(ValueError):
-    """A model is further from its reference than allowed. `report` has the numbers."""
+    """A model is further from its reference than allowed.
+
+    Args:
+      report: the numbers, which the error keeps as its attribute `report`.
+
+    Examples:
+      >>> report = VerificationReport(2, True, 9.0, (0.1, 0.2), 1e-6, (("logits", 0.5),))
+      >>> VerificationError(report).report.passed
+      False
+    """
 
     def __init__(self, report: VerificationReport) -> None:
-        super().__init__(f"the model is not its reference: {report}")
+        super().__init__(f"the model does not match its reference: {report}")
         self.report = report
 
 
 def verify_model(model: Model, reference: str | Path, *, max_kl: float, text: str = TEXT) -> VerificationReport:
-    """Compare a loaded model with what transformers computes, in float32 and eagerly, from the folder `reference`.
+    """Compares a loaded model with what transformers computes from a folder, in float32 and without compilation.
+
+    The reference needs PyTorch: pip install 'es_jax[verify]'.
 
     Args:
-      model: from `load_model`; it computes in the dtype of its parameters.
+      model: from `load_model`. Its parameters' dtype is the compute dtype.
       reference: a Hugging Face folder with safetensors and a tokenizer.
-      max_kl: the largest KL(reference ‖ model) allowed at any position, in nats. Float32 against float32 stays below
-        1e-8 or so, bfloat16 about 1e-2; a quantised file is as far off as its quantisation.
-      text: what to read; at least two tokens, and no more than the model's context.
+      max_kl: the largest KL(reference ‖ model) that is allowed at any position, in nats. Float32 against float32 stays
+        below about 1e-8, and bfloat16 below about 1e-2. A quantised file is as far off as its quantisation.
+      text: what the models read, from 2 tokens to the model's context.
+
+    Returns:
+      The report, if the model passed.
 
     Raises:
-      VerificationError: a position is above `max_kl`, or the tokens differ. It says where the two part first.
-      ValueError: PyTorch is missing, the text is too short or too long, or the two models differ in their sizes.
+      VerificationError: the KL of a position is above `max_kl`, or the tokens differ. It says at which layer the models
+        part.
+      ValueError: PyTorch is not installed, the text is too short or too long, or the models differ in their sizes.
       FileNotFoundError: `reference` is not a model folder.
+
+    Examples:
+      >>> import tempfile
+      >>> from es_jax.weights.model import save_model
+      >>> lab, folder = load_model("lab"), tempfile.mkdtemp()
+      >>> save_model(folder, lab)
+      >>> verify_model(lab, folder, max_kl=1e-6, text="A37+48=85").passed  # doctest: +SKIP
+      True
     """
     folder = Path(reference)
     if not (folder / "config.json").exists():
@@ -113,7 +151,9 @@ def verify_model(model: Model, reference: str | Path, *, max_kl: float, text: st
     theirs, ours = _reference_stream(folder, ids), _stream(model, ids)
     wrong = [name for name in ours if name not in theirs or theirs[name].shape != ours[name].shape]
     if wrong or len(theirs) != len(ours):
-        raise ValueError(f"the model has other sizes than {reference}: {', '.join(wrong) or 'fewer layers'} differs")
+        raise ValueError(
+            f"the model and {reference} have different sizes: {', '.join(wrong) or 'fewer layers'} differs"
+        )
     report = VerificationReport(
         tokens=tokens,
         same_tokens=tokenizer.from_folder(folder).encode(text) == ids[0].tolist(),
@@ -128,7 +168,7 @@ def verify_model(model: Model, reference: str | Path, *, max_kl: float, text: st
 
 
 def _stream(model: Model, ids: np.ndarray) -> dict[str, np.ndarray]:
-    """What each stage gives, [T, D], and the logits, [T, V], float32."""
+    """The output of each stage, [T, D], and the logits, [T, V], float32."""
     transformer, tokens = Transformer(model.config), jnp.asarray(ids)
     embedded, *layers = jax.jit(transformer.trace)(model.params, tokens)
     normed = jax.jit(transformer.hidden)(model.params, tokens)[0]
@@ -186,8 +226,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("model")
     parser.add_argument("reference")
     texts = parser.add_mutually_exclusive_group()
-    texts.add_argument("--text", default=TEXT, help="what to read")
-    texts.add_argument("--text-file", type=Path, help="a UTF-8 file with what to read")
+    texts.add_argument("--text", default=TEXT, help="the text to compare on")
+    texts.add_argument("--text-file", type=Path, help="a UTF-8 file with the text to compare on")
     parser.add_argument("--max-kl", type=float, default=1e-6, help="largest KL allowed at a position, in nats")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args(argv)

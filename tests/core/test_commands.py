@@ -64,11 +64,11 @@ def test_a_command_that_is_not_here_leaves_the_others_alone(monkeypatch, capsys)
 
 
 def test_a_package_that_is_missing_is_named_and_help_comes_all_the_same(monkeypatch, tmp_path, capsys):
-    sentence = "this needs the extra [half]"
+    sentence = "install the extra [half]"
     (tmp_path / "half_command.py").write_text(f'"""What half does."""\nraise ImportError("{sentence}")\n')
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(command.COMMANDS, "half", ("half_command:entry", "half"))
-    with pytest.raises(SystemExit, match=r"^half_command: this needs the extra \[half\]$"):
+    with pytest.raises(SystemExit, match=r"^half_command: install the extra \[half\]$"):
         run(monkeypatch, "half")
     run(monkeypatch, "half", "--help")
     assert capsys.readouterr().out == f"What half does.\n\n{sentence}\n"
@@ -85,7 +85,7 @@ sys.argv[1:] = [{argument!r}]
 runpy.run_module("es_jax.report", run_name="__main__", alter_sys=True)
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    sentence = "matplotlib is not installed: this needs the extra [report], pip install 'es_jax[report]'\n"
+    sentence = "matplotlib is not installed: install the extra [report] by pip install 'es_jax[report]'\n"
     assert out.returncode == status
     if status:
         assert out.stderr == f"es_jax.report: {sentence}"

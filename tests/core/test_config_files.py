@@ -41,7 +41,7 @@ def test_a_name_wins_over_a_folder_and_a_file_with_a_suffix_is_a_path(tmp_path, 
         ),
         ("common", "unknown config 'common'. Known: conciseness, countdown, gsm8k, json_facts, lab, "),
         ("zzz:seed=1", "unknown config 'zzz'. Known: conciseness, "),
-        ("configs/lab.py", "'configs/lab.py' is not a file: .* --config=lab is the one that es_jax brings"),
+        ("configs/lab.py", "'configs/lab.py' is not a file: .* --config=lab is the one that es_jax includes"),
         (
             "own/mine.py:seed=1",
             "'own/mine.py' is not a file: .* Known: conciseness, countdown, gsm8k, json_facts, lab, proofwriter",

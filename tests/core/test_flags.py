@@ -193,7 +193,7 @@ def test_none_takes_back_what_the_file_or_a_short_name_set(parse):
         ("--config.decode.max_new_tokens=None", "decode.max_new_tokens is 'None': it must be int"),
         (
             "--config.task.options=3",
-            "task.options is '3': it must be an object of JSON, or set task.options.NAME=VALUE",
+            "task.options is '3': it must be a JSON object; or set task.options.NAME=VALUE",
         ),
         ("--config.task.option.size=3", "unknown config field 'task.option.size': did you mean 'task.options'"),
     ],
@@ -224,7 +224,7 @@ def test_a_mistake_after_the_colon_is_one_sentence(parse, argument, says):
         (None, "is not a file: give a config file"),
         ("def get_config(", "--config: '(' was never closed"),
         ("x = 1", "has no function get_config"),
-        ("def get_config(): return None", "returned None: it must return a ConfigDict"),
+        ("def get_config(): return None", "returned None: make it return a ConfigDict"),
         ("def get_config(): raise ValueError('too\\n warm')", "--config: too warm"),
         ("def get_config(): return {}['es']", "--config: es"),
         ("import nowhere_at_all", "--config: No module named 'nowhere_at_all'"),

@@ -101,7 +101,7 @@ def test_the_card_says_where_the_weights_come_from(workdir, tiny_model, tmp_path
 
 
 def test_what_cannot_be_exported_is_refused_and_nothing_is_left(workdir, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"step is 4, but .* holds steps 0 to 3"):
+    with pytest.raises(ValueError, match=r"step is 4, but .* has only steps 0 to 3"):
         export_run(workdir, tmp_path / "out", step=4)
     with pytest.raises(FileNotFoundError, match="is not a run's directory"):
         export_run(tmp_path, tmp_path / "out")

@@ -102,8 +102,8 @@ def test_the_librarys_own_function_takes_the_model(tiny_model, folder, tmp_path)
     ("tasks", "options", "message"),
     [
         (["my_choic"], {}, r"no task, group or tag 'my_choic'; did you mean 'my_choice'\?"),
-        (["my_listed"], {}, r"asks for the likelihood of \[4\] in row 1, which is not a text"),
-        (["my_writing"], {"max_length": 3}, "the task 'my_writing' of lm_eval: up to 3 tokens are generated, and the"),
+        (["my_listed"], {}, r"asks for the likelihood of \[4\] in row 1, which is not text"),
+        (["my_writing"], {"max_length": 3}, "the task 'my_writing' of lm_eval: up to 3 tokens are generated, but the"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_work(tasks, options, message, tiny_model, folder, tmp_path):

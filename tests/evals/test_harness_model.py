@@ -115,10 +115,10 @@ def test_contexts_that_do_not_fit_lose_their_first_tokens(model, caplog):
     assert subject.warnings == [record.getMessage() for record in caplog.records]
     assert "2 of 2 requests have a context that lost its first tokens, up to 11 of them" in subject.warnings[0]
     assert subject.generate([(text, {"max_gen_toks": 4})]) == subject.generate([(text[-20:], {"max_gen_toks": 4})])
-    assert "up to 6 of them: it and 4 new tokens must fit into 24" in subject.warnings[1]
+    assert "up to 6 of them, because it and 4 new tokens must fit into 24" in subject.warnings[1]
     with pytest.raises(ValueError, match="has 25 tokens, more than the context of 24"):
         subject.loglikelihoods([("a", ["x" * 25])])
-    with pytest.raises(ValueError, match="up to 24 tokens are generated, and the context has 24: set max_gen_toks"):
+    with pytest.raises(ValueError, match="up to 24 tokens are generated, but the context has 24: set max_gen_toks"):
         subject.generate([("a", {"max_gen_toks": 24})])
     with pytest.raises(ValueError, match="the continuation '' of the context 'a' has no tokens"):
         subject.loglikelihoods([("a", [""])])
@@ -190,11 +190,11 @@ def test_settings_of_sampling(settings, sampler):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_beams": 4}, "has num_beams = 4, which is not known here"),
-        ({"max_length": 40}, "has max_length = 40, which is not known here"),
+        ({"num_beams": 4}, "has num_beams = 4, which is not supported"),
+        ({"max_length": 40}, "has max_length = 40, which is not supported"),
         ({"do_sample": True}, "do_sample = True and temperature = None: give a temperature above 0"),
-        ({"temperature": 1, "top_k": 5, "top_p": 0.5}, "top_k = 5 and top_p = 0.5: give one of them"),
-        ({"max_gen_toks": 0}, "has 0 as its limit in tokens: it must be at least 1"),
+        ({"temperature": 1, "top_k": 5, "top_p": 0.5}, "top_k = 5 and top_p = 0.5: give only one of them"),
+        ({"max_gen_toks": 0}, "has a limit of 0 tokens: it must be at least 1"),
         ({"until": [3]}, r"has until = \(3,\): it must be a text or a list of texts"),
     ],
 )
@@ -243,7 +243,7 @@ def test_lists_that_a_task_makes_on_purpose_are_not_told(template):
     [
         ({"limit": 0}, "limit is 0: it must be at least 1"),
         ({"num_fewshot": -1}, "num_fewshot is -1: it must be at least 0"),
-        ({"include": "nofolder"}, "include is 'nofolder': it must be a folder with .yaml files"),
+        ({"include": "nofolder"}, "include is 'nofolder': it must be a folder with .yaml task files"),
     ],
 )
 def test_options_out_of_range(fields, message):
@@ -277,11 +277,20 @@ class Flags(dict):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"lm_eval_limit": 8}, "--lm_eval_limit is of --lm_eval, which is not given"),
-        ({"tasks": ["gsm8k"], "num_fewshot": 1}, "--num_fewshot is of --lm_eval, which is not given"),
-        ({"lm_eval": ["piqa"], "rows": 8}, "--rows is not of --lm_eval: there are --lm_eval_include, --lm_eval_limit"),
-        ({"lm_eval": ["piqa"], "temperature": 0.7}, "--temperature is not of --lm_eval: there are --lm_eval_include"),
-        ({"lm_eval": ["piqa"], "kl_rows": 8}, "--kl_rows is not of --lm_eval: there are --lm_eval_include"),
+        ({"lm_eval_limit": 8}, "--lm_eval_limit needs --lm_eval, which is not given"),
+        ({"tasks": ["gsm8k"], "num_fewshot": 1}, "--num_fewshot needs --lm_eval, which is not given"),
+        (
+            {"lm_eval": ["piqa"], "rows": 8},
+            "--rows does not apply to --lm_eval: leave it out; --lm_eval takes --lm_eval_include, --lm_eval_limit",
+        ),
+        (
+            {"lm_eval": ["piqa"], "temperature": 0.7},
+            "--temperature does not apply to --lm_eval: leave it out; --lm_eval takes --lm_eval_include",
+        ),
+        (
+            {"lm_eval": ["piqa"], "kl_rows": 8},
+            "--kl_rows does not apply to --lm_eval: leave it out; --lm_eval takes --lm_eval_include",
+        ),
     ],
 )
 def test_flags_that_mean_nothing_are_refused(given, message):

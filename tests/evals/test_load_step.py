@@ -48,7 +48,7 @@ def test_weights_on_several_devices_write_the_same(workdir):
     assert found == complete(load_step(workdir, 2), "a prompt", max_new_tokens=4)
 
 
-@pytest.mark.parametrize(("step", "message"), [(4, "step is 4, but .* holds steps 0 to 2"), (-1, "step is -1")])
+@pytest.mark.parametrize(("step", "message"), [(4, "step is 4, but .* has only steps 0 to 2"), (-1, "step is -1")])
 def test_a_step_that_is_not_there_is_named(step, message, workdir):
     with pytest.raises(ValueError, match=message):
         load_step(workdir, step)
@@ -68,5 +68,5 @@ def test_a_base_model_that_is_gone_is_named_with_its_places(workdir, tiny_model,
     edit_config(tmp_path / "run")
     facts = tmp_path / "run/config.json"
     facts.write_text(facts.read_text().replace(str(tiny_model), str(tmp_path / "model")))
-    with pytest.raises(FileNotFoundError, match=r"model\.source of .* is not there any more; looked for .*model"):
+    with pytest.raises(FileNotFoundError, match=r"model\.source of .* , which no longer exists; looked for .*model"):
         load_step(tmp_path / "run", 1)

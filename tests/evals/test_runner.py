@@ -165,7 +165,7 @@ def test_a_grpo_run_is_evaluated_at_its_checkpoints_alone(tmp_path):
 @pytest.mark.parametrize(
     ("ask", "message"),
     [
-        ({"steps": [5]}, "--steps has 5, but there are steps 0 to 4"),
+        ({"steps": [5]}, "--steps has 5, but there are only steps 0 to 4"),
         ({"options": Options(rows=8)}, r"from 24 rows .* has 8 .*--rows and --data_dir, or another --out"),
         ({"options": Options(max_new_tokens=5)}, "max_new_tokens = 6, and this evaluation has 5"),
         ({"tasks": ["lab-ad"]}, "did you mean 'lab-add'"),
@@ -194,7 +194,10 @@ def test_a_model_alone_has_no_kl_and_no_tasks_of_its_own(tmp_path):
     [
         ({"workdir": "owner/name"}, "--workdir is 'owner/name', which is not a folder.*set --out"),
         ({"workdir": "lab"}, "--workdir is 'lab', which is not a folder.*set --out"),
-        ({"workdir": "nofolder", "out": "o"}, "--workdir is 'nofolder', no run's directory and no model"),
+        (
+            {"workdir": "nofolder", "out": "o"},
+            "--workdir is 'nofolder', which is neither a run's directory nor a model",
+        ),
         (
             {"workdir": "lab", "out": "o", "base": "nofolder"},
             "--base is 'nofolder': .*is not a folder, a .gguf file or a hub",
@@ -225,7 +228,7 @@ def test_steps_must_be_numbers():
 )
 def test_a_flag_of_an_earlier_version_is_refused_with_its_new_name(flag, now):
     parse = parser("es_jax.evaluate", renamed=RENAMED)
-    with pytest.raises(SystemExit, match=f"es_jax.evaluate: --{flag[:-2]} is called --{now} now: use that name"):
+    with pytest.raises(SystemExit, match=f"es_jax.evaluate: --{flag[:-2]} was renamed to --{now}: use the new name"):
         parse(["evaluate.py", f"--{flag}"])
 
 

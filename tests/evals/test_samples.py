@@ -109,7 +109,7 @@ def test_a_task_that_tells_no_answer_has_no_vote(tmp_path, monkeypatch):
     result = ask(tmp_path)
     assert result["samples"][TASK][0]["majority"] is None and "voting" not in result["samples"][TASK][0]
     (warning,) = result["warnings"]
-    assert f"task {TASK!r} does not tell which answer it reads" in warning and "extract_answer(" in warning
+    assert f"task {TASK!r} has no majority voting" in warning and "extract_answer(" in warning
     json.dumps(result, allow_nan=False)
 
 

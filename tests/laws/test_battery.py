@@ -92,7 +92,7 @@ def test_the_largest_and_smallest_words_are_finite():
 def test_positions_count_past_32_bits():
     hi, lo = jax.eval_shape(lambda: threefry_normal.positions((70_000, 50_000, 3)))
     assert hi.shape == lo.shape == (70_000, 50_000, 3)
-    with pytest.raises(ValueError, match="cut the leaf"):
+    with pytest.raises(ValueError, match="split the leaf"):
         threefry_normal.positions((2**33,))
     _, flat = threefry_normal.positions((4, 5, 6))
     assert np.array_equal(flat.ravel(), np.arange(120))

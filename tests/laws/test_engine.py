@@ -234,9 +234,9 @@ def test_the_kernel_is_in_the_program_that_decodes_in_place_and_in_no_other(way)
 
 
 def test_in_place_is_refused_where_it_cannot_be():
-    with pytest.raises(ValueError, match=r"in_place is True: it needs layers that are unrolled \(unroll is False\)"):
+    with pytest.raises(ValueError, match=r"in_place is True: it needs unrolled layers \(unroll is False\)"):
         engine("llama", in_place=True, unroll=False)
-    with pytest.raises(ValueError, match=r"heads of 16, 32, 64, 128 or 256 numbers \(they have 8\)"):
+    with pytest.raises(ValueError, match=r"heads with 16, 32, 64, 128 or 256 numbers \(they have 8\)"):
         dataclasses.replace(engine("llama", in_place=True), config=dataclasses.replace(CONFIGS["llama"], head_dim=8))
 
 

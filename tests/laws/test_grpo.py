@@ -166,7 +166,10 @@ def test_any_task_takes_grpo_and_its_defaults_are_the_published_ones():
             {"optim": {"name": "sgd", "anchor": {"penalty": "l2", "kappa": 1.0}}},
             "optim.anchor.kappa is 1.0 with method",
         ),
-        ({"optim": {"name": "sgd", "weight_decay": 0.1}}, "'sgd' has none: set optim.name to 'adamw' or 'lion'"),
+        (
+            {"optim": {"name": "sgd", "weight_decay": 0.1}},
+            "'sgd' does not take it: set optim.name to 'adamw' or 'lion'",
+        ),
         ({"optim": {"b1": 1.0}}, "optim.b1 is 1.0"),
         ({"optim": {"max_grad_norm": 0.0}}, "optim.max_grad_norm is 0.0"),
         ({"grpo": {"rollouts": 1}}, "grpo.rollouts is 1"),

@@ -103,7 +103,7 @@ def test_matches_are_told_and_what_does_not_fit_is_named(params, caplog):
     with caplog.at_level(logging.DEBUG, logger="es_jax"):
         param_shardings(make_mesh(4, 2), params, log=True)
     assert len(caplog.records) == len(jax.tree.leaves(params))
-    assert "embed/embedding (264, 32) is cut as ('model', 'groups')" in caplog.text
+    assert "embed/embedding (264, 32) is sharded as ('model', 'groups')" in caplog.text
     with pytest.raises(ValueError, match=r"leaf 'layers/mlp/extra' has no sharding rule"):
         param_shardings(make_mesh(), {"layers": {"mlp": {"extra": jnp.zeros(3)}}})
     with pytest.raises(
@@ -127,16 +127,16 @@ def test_a_mesh_is_chosen_from_the_devices_and_the_models_size():
     for memory, before, model, why in [
         (None, None, 1, "the devices do not report their memory"),
         (2 * member, None, 2, "at most a third of 2 ×"),
-        (member // 9, None, 4, "as no more can share it, above a third of 4 ×"),
-        (4 * member, 2, 2, "as many share a member as when the run began"),
+        (member // 9, None, 4, "more than a third of 4 ×"),
+        (4 * member, 2, 2, "as many devices share a member as when the run began"),
         (2 * member, 1, 2, "at most a third of 2 ×"),  # one device has no room here
         (4 * member, 16, 1, "at most a third of 1 ×"),  # nor are there sixteen
     ]:
         mesh, said = choose_mesh(config, SMALL, memory=memory, before=before)
         assert mesh.shape[MODEL] == model and said.startswith(f"mesh: groups {8 // model} × model {model} of 8 devices")
         assert why in said
-    assert "as mesh.model says" in choose_mesh(config_of("", FIELDS, mesh={"model": 2}), SMALL)[1]
-    with pytest.raises(ValueError, match=r"do not divide over mesh\.model = 8"):
+    assert "set by mesh.model" in choose_mesh(config_of("", FIELDS, mesh={"model": 2}), SMALL)[1]
+    with pytest.raises(ValueError, match=r"do not divide evenly over mesh\.model = 8"):
         mesh_of(config_of("", FIELDS, mesh={"model": 8}), SMALL)
 
 

@@ -280,7 +280,7 @@ def test_a_process_that_fails_tells_the_other(tmp_path, cache):
     status, out = Pair.training(tmp_path, cache, steps=5, FAIL_AT="1 2").ended()
     assert status == [1, 1], "\n".join(out)
     assert "es_jax.train: the grader broke" in out[1]
-    assert "es_jax.train: process 1 failed, so this one stops: es_jax.train: the grader broke" in out[0]
+    assert "es_jax.train: process 1 failed, so this process stops: es_jax.train: the grader broke" in out[0]
     assert len(read_entries(tmp_path)) == 1
 
 
@@ -302,7 +302,7 @@ def test_one_terminated_before_its_first_step_starts_anew(tmp_path):
     process.send_signal(signal.SIGTERM)  # the first step is compiling
     _, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
-    assert "terminated; no step is finished, and the same command starts anew" in err
+    assert "terminated; no step is finished, and the same command starts again" in err
     assert not (tmp_path / "DONE").exists() and not saved_steps(tmp_path)
 
 

@@ -155,5 +155,5 @@ def test_damaged_logs_are_named(whole, tmp_path):
     log.write_bytes(lines[0])
     with pytest.raises(ValueError, match=r"checkpoint of step 6, but its seed log ends at step 1"):
         run(config, tmp_path / "run")
-    with pytest.raises(ValueError, match="holds steps 0 to 1"):
+    with pytest.raises(ValueError, match="has only steps 0 to 1"):
         list(replay(tmp_path / "run", steps=[2]))

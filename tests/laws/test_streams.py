@@ -116,7 +116,9 @@ def test_the_numbers_of_both_versions_stay():
 
 @pytest.mark.parametrize("streams", [0, 4, -1])
 def test_streams_that_are_not_known_are_refused(streams):
-    with pytest.raises(ValueError, match=f"^streams is {streams}: known are 1, 2, 3; a newer es_jax has others$"):
+    with pytest.raises(
+        ValueError, match=f"^streams is {streams}: this version knows 1, 2, 3; use a newer es_jax for others$"
+    ):
         Population(2, seed=0, streams=streams)
 
 

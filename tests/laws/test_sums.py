@@ -38,7 +38,7 @@ def change(path, pattern, by):
 def test_a_changed_digit_of_the_seed_log_is_refused(pattern, copy):
     change(copy / "seedlog.jsonl", pattern, lambda match: "7" if match[0][-1] != "7" else "8")
     with pytest.raises(
-        ValueError, match=r"seedlog\.jsonl line 1 cannot be read \(its numbers are not those of its sum\)"
+        ValueError, match=r"seedlog\.jsonl line 1 cannot be read \(its numbers do not match its checksum\)"
     ):
         last(copy, checkpoints=False)
 
@@ -62,7 +62,7 @@ def test_a_changed_field_of_a_runs_config_is_refused_unless_its_sum_is_gone(patt
         lambda: export_run(copy, copy / "out"),
     ):
         with pytest.raises(
-            ValueError, match=r"config\.json is not as it was written, by its sha256: restore it, or delete"
+            ValueError, match=r"config\.json does not match its field sha256: restore the file, or delete"
         ):
             read()
 
@@ -80,7 +80,7 @@ def test_every_file_of_a_checkpoint_is_held_against_its_sum(whole, copy):
         content = bytearray(file.read_bytes())
         content[len(content) // 2] ^= 1
         file.write_bytes(content)
-        with pytest.raises(OSError, match=rf"checkpoint of step {STEPS} in .*(not what was written|No such file)"):
+        with pytest.raises(OSError, match=rf"checkpoint of step {STEPS} in .*(changed since|No such file)"):
             last(copy)
         content[len(content) // 2] ^= 1
         file.write_bytes(content)
@@ -120,7 +120,7 @@ def test_held_out_rows_that_changed_are_refused_when_the_run_goes_on(tiny_model,
     config = config_of(tiny_model, task={"data_dir": str(tmp_path)}, train={"steps": 1}, evals={"every": 1})
     run(config, tmp_path / "run")
     change(tmp_path / "test.jsonl", '"ground_truth": "1"', '"ground_truth": "5"')
-    with pytest.raises(ValueError, match=r"the held-out rows of conciseness, .*, and no field of evals says so"):
+    with pytest.raises(ValueError, match=r"the held-out rows of conciseness, .*, although the fields of evals did not"):
         run(config, tmp_path / "run")
 
 

@@ -98,7 +98,7 @@ def test_a_token_is_written_at_its_place_alone():
 
 def test_caches_of_broken_blocks_are_refused():
     q, k, v, *_ = arrays(4, 2, 16)
-    with pytest.raises(ValueError, match=r"have 100 places, which are not whole blocks: use 128"):
+    with pytest.raises(ValueError, match=r"have 100 places, which is not a whole number of blocks: use 128"):
         attend_places(q, (k[..., :100], v[:, :, :100]), places_of(np.zeros_like(END)), scale=1.0)
 
 

@@ -27,7 +27,7 @@ def test_factors_of_four_steps(text, expected):
     ("text", "message"),
     [
         ("liner", "did you mean 'linear'"),
-        ("linear:0:1:2", "it is shape:end:warmup"),
+        ("linear:0:1:2", "write it as shape:end:warmup"),
         ("linear:a", "end must be a number"),
         ("linear:0:1.5", "whole number of steps"),
         ("linear:-1", "neither end nor warmup negative"),

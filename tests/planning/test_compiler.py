@@ -37,8 +37,8 @@ pytestmark = pytest.mark.unchecked  # stubs stand where arrays do
 
 @pytest.mark.parametrize(("topology", "code", "says"), [
     (TPU, BEGIN + "sys.exit(3)", ["libtpu ", "for v5e:2x2", "status 3", "compiled decode", "pip install -U libtpu"]),
-    (TPU, BEGIN + "os.abort()", ["signal SIGABRT", "it said nothing", "decode.slots"]),
-    (TPU, BEGIN + "os.kill(os.getpid(), 9)", ["signal SIGKILL", "no memory left for the compiler"]),
+    (TPU, BEGIN + "os.abort()", ["signal SIGABRT", "without any output", "decode.slots"]),
+    (TPU, BEGIN + "os.kill(os.getpid(), 9)", ["signal SIGKILL", "too little memory for the compiler"]),
     (GPU, BEGIN + "os.kill(os.getpid(), 11)", ["jax-cuda12-pjrt ", "h100:1x1x1", "SIGSEGV", "-U jax jax-cuda"]),
     (TPU, "import sys; sys.exit(5)", ["status 5", "while it started"]),  # before it reads
     (TPU, BEGIN + "sys.stdout.write('{\"plan\": {')", ["status 0", "without an answer"]),

@@ -109,7 +109,9 @@ def test_a_gpu_decodes_in_place_and_makes_layers_one_by_one():
 @needs_cuda
 def test_absent_gpus_have_no_pinned_memory():
     pinned = CONFIG | {"optim": {"anchor": {"penalty": "l2", "strength": 10.0, "memory": "pinned_host"}}}
-    with pytest.raises(ValueError, match=r"optim\.anchor\.memory is 'pinned_host', which JAX does not know of GPUs"):
+    with pytest.raises(
+        ValueError, match=r"optim\.anchor\.memory is 'pinned_host', which JAX does not support for absent GPUs"
+    ):
         programs_of(freeze(pinned), SMALL, topology("h100:1x1x1"))
 
 
@@ -121,7 +123,7 @@ def test_a_program_with_an_unknown_call_has_no_figure(plan):
     said = fields(unknown)["programs"]["decode"]
     assert said["step_bytes"] is None and said["step_ratio"] is None and said["step_unknown_calls"] == ["nobody_knows"]
     assert said["step_bytes_least"] == 2e9 and said["prefill_bytes"] is None and said["prefill_kernels"] is None
-    assert "not known, for it calls nobody_knows; 2 GB at least" in words(unknown)
+    assert "not known, since it calls nobody_knows; 2 GB at least" in words(unknown)
 
 
 @needs_libtpu

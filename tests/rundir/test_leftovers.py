@@ -92,7 +92,7 @@ def test_a_damaged_checkpoint_is_named_and_nothing_comes_after(damage, sums, sav
     checkpoints.close()
     says = str(error.value)
     assert says.startswith(f"the checkpoint of step 2 in {workdir}/ckpt/2 cannot be restored (") and "\n" not in says
-    assert says.endswith(": delete that folder, and the run goes on from an older one or from the seed log")
+    assert says.endswith(": delete that folder, and the run resumes from an older one or from the seed log")
     assert "Composite" not in says and "strict=False" not in says
     shutil.rmtree(workdir / "ckpt/2")
     checkpoints = Checkpoints(workdir, keep=2)
@@ -123,7 +123,7 @@ def test_tracebacks_of_reads_that_end_later_are_not_printed(saved, tmp_path, mon
 def test_a_changed_bit_is_not_other_weights(flipped, saved, tmp_path):
     shutil.copytree(saved, tmp_path / "run")
     flip(one(tmp_path / "run/ckpt/2", flipped))
-    with pytest.raises(OSError, match=r"checkpoint of step 2 in .* is not what was written"):
+    with pytest.raises(OSError, match=r"checkpoint of step 2 in .* has changed since it was written"):
         restore_params(tmp_path / "run", 2, abstract(TREE))
 
 
@@ -217,10 +217,10 @@ def test_steps_fewer_more_and_as_many_as_are_finished(tiny_model, tmp_path, capl
     assert before == {path: path.read_bytes() for path in before}
     capfd.readouterr()
     assert go(2, **linear).step == 2
-    assert "all 2 steps are finished: to go on, set train.steps higher" in capfd.readouterr().err
-    assert not caplog.records or "ends there now" not in caplog.text
+    assert "all 2 steps are finished: to continue, set train.steps higher" in capfd.readouterr().err
+    assert not caplog.records or "ends at the new last step" not in caplog.text
     with caplog.at_level(logging.WARNING):
         assert go(4, **linear).step == 4
-    assert "train.steps was 2 and is 4: optim.schedule 'linear:0.1' ends there now" in caplog.text
+    assert "train.steps was 2 and is 4: optim.schedule 'linear:0.1' ends at the new last step" in caplog.text
     assert (tmp_path / "DONE").read_text() == "4\n" and read_config(tmp_path).train.steps == 4
     assert [json.loads(line)["step"] for line in (tmp_path / "seedlog.jsonl").read_text().splitlines()] == [1, 2, 3, 4]

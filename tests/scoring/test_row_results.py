@@ -163,9 +163,9 @@ def test_rows_that_were_set_aside_come_back(tmp_path, monkeypatch, moves):
     for name in names:
         write(name, "a")
     assert set_aside(tmp_path, "toy", "a") is None
-    assert "other held-out rows from here on" in set_aside(tmp_path, "toy", "b")
+    assert "the held-out rows changed" in set_aside(tmp_path, "toy", "b")
     assert files() == {f"earlier/a/{name}": "a" for name in names} and set_aside(tmp_path, "toy", "b") is None
-    assert "is back" in set_aside(tmp_path, "toy", "a") and files() == dict.fromkeys(names, "a")
+    assert "were moved back" in set_aside(tmp_path, "toy", "a") and files() == dict.fromkeys(names, "a")
     set_aside(tmp_path, "toy", "b")
     for name in names:
         write(name, "b")

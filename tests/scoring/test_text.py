@@ -96,7 +96,7 @@ def test_a_completion_may_be_as_long_as_the_context_leaves(lab):
         (["1" * 64], {}, "prompt 0 has 64 tokens: .* context of 64"),
         ([b"1"], {}, "prompt 0 is b'1': give text, or messages"),
         (["1", ["2"]], {}, r"prompt 1 is \['2'\]: give text, or messages"),
-        (HELLO, {}, "prompt 0: the prompt is a list of messages but this tokenizer has no chat template"),
+        (HELLO, {}, "prompt 0: the prompt is a list of messages, but this tokenizer has no chat template"),
     ],
 )
 def test_mistakes_are_named(prompts, options, message, lab):

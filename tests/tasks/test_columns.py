@@ -96,20 +96,20 @@ def test_a_column_or_value_that_is_not_there_is_named(tmp_path: Path, options: d
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"data_dir": None}, "'rows' has hub None and data_dir None: set one of them"),
-        ({"hub": "a/b"}, "has hub 'a/b' and data_dir '?.*: set one of them"),
+        ({"data_dir": None}, "'rows' has hub None and data_dir None: set exactly one of them"),
+        ({"hub": "a/b"}, "has hub 'a/b' and data_dir '?.*: set exactly one of them"),
         ({"data_dir": None, "hub": "pandas"}, "hub is 'pandas': it should be owner/name"),
         ({"prompt": None}, "prompt is None: it should be a template"),
         ({"prompt": ""}, "prompt is '': it should be a template"),
-        ({"prompt": "no column"}, "prompt is 'no column': no {column} is in it"),
-        ({"prompt": "{question"}, "it has a '{' that names no column; write a brace twice"),
-        ({"prompt": "{} {question}"}, "it has a '{}' that names no column"),
-        ({"prompt": '[{"role": "user"'}, "begins as messages do, but is not JSON"),
+        ({"prompt": "no column"}, "prompt is 'no column': it contains no {column}"),
+        ({"prompt": "{question"}, "its '{' names no column; double a brace"),
+        ({"prompt": "{} {question}"}, "its '{}' names no column"),
+        ({"prompt": '[{"role": "user"'}, "begins like messages but is not JSON"),
         ({"prompt": [{"role": "user"}]}, "it should be a template"),
-        ({"answer": None}, "the grader 'number' has no answer: set answer to the column"),
+        ({"answer": None}, "the grader 'number' needs answer: set it to the column"),
         ({"grader": "exakt"}, "unknown grader of the task 'rows' 'exakt': did you mean 'exact'"),
         ({"grader": "paper"}, r"unknown grader of the task 'rows' 'paper'.*FILE\.py:NAME"),
-        ({"grader": "no_such.py:fn"}, r"'no_such\.py:fn' cannot be loaded: there is no "),
+        ({"grader": "no_such.py:fn"}, r"'no_such\.py:fn' cannot be loaded, since "),
         ({"train_split": "test"}, "train_split and test_split are both 'test'"),
         ({"test_rows": 0}, "n is 0"),
         ({"question": 1}, "unknown option of task 'rows' 'question'"),
@@ -212,19 +212,22 @@ def test_a_data_set_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     task = task_of(None, hub=folder, train_split="train[:4]", test_split="train[4:]")
     assert [e.id for e in task.train()] == ["r0", "r1", "r2", "r3"] and [e.answer for e in task.test()] == ["8", "10"]
     assert [e.id for e in task_of(None, hub=folder, test_rows=1).test()] == ["r5"]
-    with pytest.raises(ValueError, match=r"has no rows of config None, split 'test': .*\['train'\]"):
+    with pytest.raises(ValueError, match=r"has no rows for config None, split 'test': .*\['train'\]"):
         task_of(None, hub=folder).test()
-    with pytest.raises(ValueError, match=r"has no rows of config 'x', split 'train': .*default"):
+    with pytest.raises(ValueError, match=r"has no rows for config 'x', split 'train': .*default"):
         task_of(None, hub=folder, subset="x").train()
 
 
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ("question,result\na,b,c\n", "row 0 has 3 fields, but there are 2 columns"),
-        ("question,question\na,b\n", "has two columns of one name in its first line, question, question: rename one"),
-        ("", "it is not CSV with names in the first line"),
-        ('question,result\n"a,1\n', "line 2: it is not CSV"),
+        ("question,result\na,b,c\n", "row 0 has 3 fields, but there are 2 columns: correct"),
+        (
+            "question,question\na,b\n",
+            "has two columns with the same name in its first line, question, question: rename one",
+        ),
+        ("", "is not CSV: write the file as CSV with names in the first line"),
+        ('question,result\n"a,1\n', "line 2 is not CSV"),
         ("question,result\n", "has no rows"),
     ],
 )

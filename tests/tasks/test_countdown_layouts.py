@@ -75,7 +75,10 @@ TRUTH = "reward_model.ground_truth"
 @pytest.mark.parametrize(
     ("row", "says"),
     [
-        ({"nums": [4, 6], "goal": 24}, "its columns are nums, goal: a row has `nums` and `target`; or `prompt`, and"),
+        (
+            {"nums": [4, 6], "goal": 24},
+            "its columns are nums, goal: a row must have `nums` and `target`; or `prompt`, and",
+        ),
         ({"prompt": ASKED, "answer": "24"}, "its columns are prompt, answer: a row has"),
         (
             {"prompt": ASKED, "reward_model": {"ground_truth": "24"}, "extra_info": {"index": 1}},
@@ -97,7 +100,7 @@ TRUTH = "reward_model.ground_truth"
         ),
         (
             {"prompt": ASKED, "reward_model": {"ground_truth": PROBLEM}, "extra_info": PROBLEM | {"numbers": [4, 6]}},
-            "it should be the problem of extra_info, which is another one",
+            "it should be the same as the problem in extra_info",
         ),
     ],
 )
@@ -147,7 +150,7 @@ def test_a_data_set_with_both_splits_is_taken_as_it_is(tmp_path: Path, monkeypat
     for options in ({"hub": str(folder)}, {"data_dir": folder}):
         task = get_task("countdown", **options)
         assert len(task.train()) == len(task.test()) == len(PUBLIC) // 2
-    with pytest.raises(ValueError, match="hub is 'a/b' and data_dir 'x': rows come from one of them"):
+    with pytest.raises(ValueError, match="hub is 'a/b' and data_dir 'x': set only one of them"):
         get_task("countdown", hub="a/b", data_dir="x")
 
 

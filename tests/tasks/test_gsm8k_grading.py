@@ -235,5 +235,5 @@ def test_numbers() -> None:
 
 
 def test_an_example_of_another_task_is_refused() -> None:
-    with pytest.raises(ValueError, match="'7' has the answer 'True': gsm8k needs a number"):
+    with pytest.raises(ValueError, match="'7' has the answer 'True': it must be a number for gsm8k"):
         get_task("gsm8k").score(Example("7", "?", "True"), "1")

@@ -123,20 +123,24 @@ def test_a_file_that_changed_is_loaded_again_and_its_neighbours_count_in_its_sum
         (
             "own/miror.py:Mirror",
             FileNotFoundError,
-            r"'own/miror\.py:Mirror' cannot be loaded: there is no /.*miror\.py: give",
+            r"'own/miror\.py:Mirror' cannot be loaded, since /.*miror\.py does not exist: give",
         ),
-        ("own/mirror.py:Miror", ValueError, r"own/mirror\.py has no 'Miror'; it defines Mirror, short, Outer, ready"),
+        (
+            "own/mirror.py:Miror",
+            ValueError,
+            r"own/mirror\.py has no 'Miror': choose a name that it defines, Mirror, short, Outer, ready",
+        ),
         (
             "own/mirror.py:number",
             ValueError,
-            "is 3, which has no train and no test and no score: it must be a task, as",
+            "is 3, which has no train and no test and no score: it must be a task, such as",
         ),
         ("own/mirror.py:Outer", ValueError, "has no train and no test and no score"),
         ("own/broken.py:Task", ValueError, r"own/broken\.py raised ZeroDivisionError: division by zero"),
         ("own/syntax.py:Task", ValueError, r"own/syntax\.py raised SyntaxError"),
         ("no_such_package.module:Task", ValueError, "no_such_package.module raised ModuleNotFoundError"),
         ("own/mirror.py", ValueError, r"unknown task 'own/mirror\.py'.*FILE\.py:NAME or package\.module:NAME"),
-        ("mirror.Mirror", ValueError, r"unknown task 'mirror\.Mirror'.*own is FILE\.py:NAME"),
+        ("mirror.Mirror", ValueError, r"unknown task 'mirror\.Mirror'.*own task as FILE\.py:NAME"),
         ("own/mirror.py:", ValueError, "unknown task 'own/mirror.py:'"),
         ("countdwn", ValueError, "did you mean 'countdown'"),
         (
@@ -215,7 +219,7 @@ def test_the_class_of_a_file_has_the_files_name_and_a_local_one_its_own(folder: 
         with pytest.raises(ValueError, match=r"task is .*, (a class: call it|which has no train).*it must be a task"):
             name_and_options(wrong)
     Local.name = "a/b"
-    with pytest.raises(ValueError, match="task 'a/b' names files of the run: give it a name of letters"):
+    with pytest.raises(ValueError, match="task 'a/b' gives its name to files of the run: use only letters"):
         name_and_options(Local())
 
 
@@ -249,9 +253,9 @@ def test_rows_of_every_form_and_without_end() -> None:
     first, second, *rest = Endless().train(5)
     assert first == Example("a", ({"role": "user", "content": "train"},), "1.5", {"kind": 2})
     assert second.id == "a#1" and [e.id for e in rest] == ["2", "3", "4"] and rest[0].answer is None
-    with pytest.raises(NotImplementedError, match="SimpleTask has no rows: give it a method rows"):
+    with pytest.raises(NotImplementedError, match="SimpleTask has no method rows: give it a method rows"):
         SimpleTask().train()
-    with pytest.raises(NotImplementedError, match="Endless has no score: give it a method score"):
+    with pytest.raises(NotImplementedError, match="Endless has no method score: give it a method score"):
         Endless().score(second, "")
 
 
@@ -275,5 +279,5 @@ def test_what_is_no_number_is_no_score(value: Any) -> None:
 
 
 def test_an_accuracy_is_a_share() -> None:
-    with pytest.raises(ValueError, match="the part 'answer' must be 0 to 1; its mean is the accuracy"):
+    with pytest.raises(ValueError, match="the part 'answer' must be 0 to 1, since its mean is the accuracy"):
         as_score(Score(1.0, {"answer": 2.0}))

@@ -51,9 +51,9 @@ def forget(monkeypatch):
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_a_refused_task_is_named_with_its_reason(name):
-    with pytest.raises(ValueError, match=f"reasoning_gym:{name}' is not taken: {REFUSED[name]}"):
+    with pytest.raises(ValueError, match=f"reasoning_gym:{name}' is not supported: {REFUSED[name]}"):
         check_name(f"reasoning_gym:{name}")
-    with pytest.raises(ValueError, match=f"reasoning_gym:{name}' is not taken"):
+    with pytest.raises(ValueError, match=f"reasoning_gym:{name}' is not supported"):
         get_task(f"reasoning_gym:{name}")
 
 
@@ -98,7 +98,7 @@ def test_a_package_that_is_not_there(monkeypatch):
 def test_another_version_is_refused(tmp_path, monkeypatch, version):
     monkeypatch.syspath_prepend(str(reasoning_gym_stub.write(tmp_path / "site", version)))
     forget(monkeypatch)
-    with pytest.raises(ValueError, match=f"is {version} here, and its scorers were read in {VERSION}: pip install"):
+    with pytest.raises(ValueError, match=f"is {version} here, but its scorers were checked in {VERSION}: pip install"):
         get_task("reasoning_gym:chain_sum")
     extras.require.cache_clear()
 
@@ -116,7 +116,7 @@ def test_another_version_is_refused(tmp_path, monkeypatch, version):
         ({"seed": True}, "is True: set it to 0 to 42948"),
         ({"grader": "strict"}, "unknown grader of the task 'reasoning_gym:chain_sum' 'strict'. Known: tags, whole"),
         ({"prompt": "{q}"}, r"prompt of the task 'reasoning_gym:chain_sum' has \{q\}: it can have \{question\} alone"),
-        ({"prompt": "Go"}, r"prompt is 'Go': no \{column\} is in it"),
+        ({"prompt": "Go"}, r"prompt is 'Go': it contains no \{column\}"),
     ],
 )
 def test_a_wrong_option_is_named(library, options, says):
@@ -219,7 +219,7 @@ def test_a_scorer_that_raises_gives_0_and_is_told_once(library, monkeypatch, cap
         scores = [task.score(Example("0", "?", "5"), f"<answer>{n}</answer>") for n in range(3)]
     assert [score.reward for score in scores] == [0, 0, 0]
     assert caplog.messages == [
-        r"the scorer of task 'reasoning_gym:chain_sum' raised ValueError('0 and \x1b[2J'): such answers earn 0"
+        r"the scorer of task 'reasoning_gym:chain_sum' raised ValueError('0 and \x1b[2J'): such answers get reward 0"
     ]
 
 
@@ -260,7 +260,10 @@ def test_what_goes_wrong_with_rows_is_told(library, monkeypatch):
     monkeypatch.setattr(reasoning_gym.importlib.metadata, "version", lambda name: "0.0.1")
     task = ReasoningGym("chain_sum")
     monkeypatch.setattr(reasoning_gym.sys, "executable", "/bin/false")
-    with pytest.raises(ValueError, match="the rows of task 'reasoning_gym:chain_sum' could not be made: nothing"):
+    with pytest.raises(
+        ValueError,
+        match="the rows of task 'reasoning_gym:chain_sum' could not be generated, so change its options: nothing",
+    ):
         task.train(3)
 
 

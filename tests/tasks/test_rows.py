@@ -186,7 +186,7 @@ def test_ids_are_unique_and_counts_are_checked(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("task", ROWS)
 def test_offline_says_what_to_do(task: str) -> None:
-    with pytest.raises(OSError, match=r"cannot be had from the Hugging Face hub .*give the folder as data_dir"):
+    with pytest.raises(OSError, match=r"cannot be fetched from the Hugging Face hub .*set data_dir to it"):
         get_task(task).test()
 
 

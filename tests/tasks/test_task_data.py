@@ -168,7 +168,7 @@ def test_two_files_for_one_split(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"PAR1 nothing", b"not parquet at all, though long enough PAR1"])
 def test_corrupt_parquet(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "train.parquet").write_bytes(content)
-    with pytest.raises(ValueError, match=r"train\.parquet is damaged or is not parquet, so fetch") as caught:
+    with pytest.raises(ValueError, match=r"train\.parquet is damaged or not parquet: fetch") as caught:
         get_task("countdown", data_dir=tmp_path).train()
     assert "\n" not in str(caught.value)
 
@@ -176,7 +176,7 @@ def test_corrupt_parquet(tmp_path: Path, content: bytes) -> None:
 def test_truncated_parquet(tmp_path: Path) -> None:
     path = write(tmp_path, [ROW] * 50, "train.parquet")
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(ValueError, match="is damaged or is not parquet"):
+    with pytest.raises(ValueError, match="is damaged or not parquet"):
         read_rows(path)
 
 
@@ -184,7 +184,7 @@ def test_flipped_bytes_in_parquet(tmp_path: Path) -> None:
     path = write(tmp_path, [ROW] * 50, "train.parquet")
     whole = path.read_bytes()
     path.write_bytes(whole[:4] + bytes(255 - byte for byte in whole[4:60]) + whole[60:])
-    with pytest.raises(ValueError, match="is damaged or is not parquet"):
+    with pytest.raises(ValueError, match="is damaged or not parquet"):
         read_rows(path)
 
 
@@ -192,7 +192,7 @@ BAD_FILES = [
     ("train.json", b"", "has no rows"),
     ("train.json", b"[]", "has no rows"),
     ("train.jsonl", b"\n\n", "has no rows"),
-    ("train.json", b"[1]", "row 0: found 1, but a row is an object"),
+    ("train.json", b"[1]", "row 0 is 1: it must be an object"),
     ("train.json", b"[{]", r"train\.json: .* is not JSON"),
     ("train.jsonl", b"{}\n\n{}\n", r"row 1: '' is not JSON"),
     ("train.jsonl", b"{}\n{", r"row 1: '\{' is not JSON"),

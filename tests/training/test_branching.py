@@ -88,9 +88,9 @@ def test_a_branch_goes_on_evaluates_and_is_exported_without_its_parent(first, br
     assert same(load_model(tmp_path / "model").params, result.params)
     assert "started from | step 1 of the run" in (tmp_path / "model/README.md").read_text()
     shutil.rmtree(tmp_path / "moved/start")
-    with pytest.raises(FileNotFoundError, match=r"moved/start, where the run kept those weights, nor that run"):
+    with pytest.raises(FileNotFoundError, match=r"moved/start, where the run kept those weights, and that run"):
         run(config, tmp_path / "moved", branch_from=f"{tmp_path / 'first'}@1")
-    with pytest.raises(FileNotFoundError, match=r"first@1' and is not there any more; looked for .*moved/start"):
+    with pytest.raises(FileNotFoundError, match=r"first@1', which no longer exists; looked for .*moved/start"):
         list(replay(tmp_path / "moved"))
 
 
@@ -114,10 +114,10 @@ def test_a_warm_start_is_pulled_to_the_step(first, tmp_path):
 @pytest.mark.parametrize(
     ("source", "source_of_model", "says"),
     [
-        ("{parent}@3", "", r"first@3' is step 3, but \S+first holds steps 0 to 2"),
+        ("{parent}@3", "", r"first@3' is step 3, but \S+first has only steps 0 to 2"),
         ("{parent}/ckpt@1", "", r"first/ckpt is not a run's directory"),
-        ("{model}", "", "give the directory of a run and a step, RUN@STEP"),
-        ("{parent}@1", "lab", r"model\.source is 'lab', and branch_from .* of another model"),
+        ("{model}", "", "give a run's directory and a step, RUN@STEP"),
+        ("{parent}@1", "lab", r"model\.source is 'lab', but branch_from .* of another model"),
         ("{workdir}", "", "is a step of .* itself: choose another --workdir"),
     ],
 )
@@ -173,7 +173,7 @@ def test_grpo_runs_branch_from_their_checkpoints(tiny_model, tmp_path):
     groups = dict(grpo=grpo, optim={"learning_rate": 1e-2}, evals={"every": 0})
     train = {"steps": 3, "checkpoint_every": 1, "keep_checkpoints": 2}
     run(config_on(tiny_model, TWO_STEPS | {"method": "grpo"}, train=train, **groups), tmp_path / "first")
-    with pytest.raises(ValueError, match=r"step 1 of .* there are checkpoints of steps 2, 3 alone"):
+    with pytest.raises(ValueError, match=r"step 1 of .* the steps with a checkpoint are: 2, 3"):
         run(fields(train={"steps": 1, "seed": 3}), tmp_path / "new", branch_from=f"{tmp_path / 'first'}@1")
     assert not (tmp_path / "new").exists()
     result = run(fields(train={"steps": 1, "seed": 3}), tmp_path / "new", branch_from=f"{tmp_path / 'first'}@2")

@@ -102,7 +102,7 @@ def test_without_a_report_there_are_64_slots(tiny_model, tmp_path, capsys):
     assert facts["config"]["decode"]["slots"] == 64 and facts["mesh"] == {"groups": 8, "model": 1}
     assert facts["config"]["mesh"] == {"groups": None, "model": None}  # as it was asked for
     said = capsys.readouterr().err
-    assert "decode.slots: 64, as the devices do not report their memory" in said
+    assert "decode.slots: 64, since the devices do not report their memory" in said
     assert "mesh: groups 8 × model 1 of 8 devices: the devices do not report their memory" in said
 
 

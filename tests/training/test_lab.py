@@ -119,5 +119,5 @@ def test_the_sentence_follows_the_numbers():
     labels = ("ES", "ES + AWD", "ES, random rewards")
     good = sentence(dict(zip(labels, (0.4, 0.5, 0.1), strict=True)), dict(zip(labels, (0.3, 0.9, 0.3), strict=True)), 1)
     bad = sentence(dict(zip(labels, (0.5, 0.4, 0.1), strict=True)), dict(zip(labels, (0.9, 0.3, 1.0), strict=True)), 1)
-    assert "AWD kept 0.60 more" in good and "0.10 more accuracy" in good and "random walk forgets" in good
+    assert "AWD kept 0.60 more" in good and "0.10 more accuracy" in good and "random walk causes forgetting" in good
     assert "AWD lost 0.60 more" in bad and "0.10 less accuracy" in bad and "the task matters" in bad

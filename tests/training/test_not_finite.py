@@ -1,4 +1,4 @@
-"""Weights, scores and likelihoods that are not finite end a run at their step, and nothing of the step is kept."""
+"""Weights, scores and likelihoods that are not finite end a run at their step, and the step is discarded."""
 
 import dataclasses
 
@@ -74,7 +74,7 @@ def test_weights_end_a_run_at_their_step(groups, remedy, tiny_model, tmp_path):
     with pytest.raises(ValueError, match=r"^step 1: its weights are NaN, infinite or too large.* in \w+/") as error:
         es = {"rewards": "random"} | groups.get("es", {})  # they are not all equal
         run(config_of(tiny_model, **groups | {"es": es, "train": {"checkpoint_every": 1}}), tmp_path)
-    assert remedy in str(error.value) and "nothing of the step is kept" in str(error.value)
+    assert remedy in str(error.value) and "the step is discarded" in str(error.value)
     assert not read_entries(tmp_path) and not saved_steps(tmp_path) and not read_jsonl(tmp_path / "metrics.jsonl")
     assert not (tmp_path / "DONE").exists()
 
@@ -121,12 +121,12 @@ def test_a_log_and_a_checkpoint_with_broken_weights_are_refused(tiny_model, tmp_
         weights_at(tmp_path / "run", [2]),
         weights_at(tmp_path / "run", [1]),
     ):
-        with pytest.raises(ValueError, match=r"step \d of .*: its weights are NaN, .*choose a step before it"):
+        with pytest.raises(ValueError, match=r"step \d of .*: its weights are NaN, .*choose an earlier step"):
             next(weights)
     with pytest.raises(ValueError, match=r"step 2 of .*: its weights are NaN"):
         export_run(tmp_path / "run", tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    with pytest.raises(ValueError, match="cannot go on from step 2: its weights are NaN"):
+    with pytest.raises(ValueError, match="cannot continue from step 2: its weights are NaN"):
         run(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=3)), tmp_path / "run")
 
 
@@ -156,7 +156,7 @@ class Strange(Conciseness):
 def test_a_score_ends_a_run_and_its_row_is_named(fields, numbers, tiny_model, tmp_path, monkeypatch):
     task = type("Strange", (Strange,), numbers)()
     monkeypatch.setattr(loop, "make_task", lambda config: task)
-    with pytest.raises(ValueError, match=r"mend the task's score") as error:
+    with pytest.raises(ValueError, match=r"correct the task's score") as error:
         run(config_of(tiny_model, fields | {"evals": {"every": 0}}), tmp_path)
     assert str(error.value).startswith(f"task 'conciseness' has scores that are not finite: row '{task.bad}' (")
     assert task.bad and len(read_entries(tmp_path)) == (fields is GRPO)
@@ -195,7 +195,7 @@ def test_an_option_does_not_win_by_a_likelihood_that_is_no_number(number, tiny):
 @pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
 def test_kl_and_drift_of_weights_that_are_not_finite(number, tiny):
     now = broken(tiny, number)
-    with pytest.raises(ValueError, match=r"KL is not finite in \d of 2 prompts: prompt \d, counted"):
+    with pytest.raises(ValueError, match=r"KL is not finite for \d of 2 prompts: prompt \d, counted"):
         kl(TINY, tiny, now, [[1, 2], [3]], [[4], [5, 6]])
     with pytest.raises(ValueError, match=r"drift is not finite: .* weights in embed/embedding; "):
         drift(tiny, now)
@@ -219,6 +219,6 @@ def test_log_probabilities_end_a_step_of_grpo(call, tiny_model, tmp_path, monkey
         return rows._replace(old=np.where(rows.weight > 0, np.nan, rows.old)) if len(calls) == call else rows
 
     monkeypatch.setattr(Method, "_scored", with_one_wrong)
-    with pytest.raises(ValueError, match=rf"^step {call}: log-probabilities of completions are not finite, of rows \w"):
+    with pytest.raises(ValueError, match=rf"^step {call}: log-probabilities of completions are not finite for rows \w"):
         run(config_of(tiny_model, GRPO), tmp_path)
     assert len(read_entries(tmp_path)) == call - 1

@@ -144,10 +144,10 @@ def test_a_task_that_no_name_makes_again(folder):
     task = Local(["R12345=", "R54321="] * 4)
     run(config_of(), "run", task=task)
     assert read_config(Path("run")).task.name == "Local" and directory.read(Path("run"))["task_sources"]
-    with pytest.raises(ValueError, match=r"unknown task 'Local'.*an object for run and evaluate_run"):
+    with pytest.raises(ValueError, match=r"unknown task 'Local'.*an object to run and evaluate_run"):
         evaluate_run("run")
     assert list(evaluate_run("run", tasks=[task])["tasks"]) == ["Local"]
-    with pytest.raises(ValueError, match=r"task\.grader is 'strict', but a task itself is given"):
+    with pytest.raises(ValueError, match=r"task\.grader is 'strict', but the task is given as an object"):
         run(config_of(grader="strict"), "other", task=task)
     assert not Path("other").exists()
 
@@ -160,7 +160,7 @@ def test_own_tasks_watch_what_is_forgotten_too(folder):
     (folder / "more").mkdir()
     (folder / "more/reverse.py").write_text(SOURCE)
     config.evals.tasks = (NAME, "more/reverse.py:Reverse")
-    with pytest.raises(ValueError, match=r"would both be called 'reverse\.Reverse': rename one"):
+    with pytest.raises(ValueError, match=r"would both be named 'reverse\.Reverse' in files: rename one"):
         run(config, "other")
     with pytest.raises(ValueError, match=r"evals\.tasks: unknown task 'revers'"):
         freeze({"evals": {"tasks": ["revers"]}})
@@ -222,7 +222,7 @@ def test_what_a_task_does_wrong_is_one_sentence(folder, fault):
             "task.seed and task.options.seed are both set: keep one",
         ),
         ({"options": {"size": object}}, "task.options.size is <class 'object'>: it must be text, a number"),
-        ({"options": 3}, "task.options is 3: it is a group of options, by name"),
+        ({"options": 3}, "task.options is 3: it must be a group of options by name"),
         ({"timeout_seconds": 0.0}, "task.timeout_seconds is 0.0: it must be finite and above 0"),
     ],
 )

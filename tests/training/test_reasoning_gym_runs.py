@@ -69,9 +69,9 @@ def test_a_run_keeps_its_rows_and_whoever_goes_on_reads_them(tmp_path, monkeypat
 
     path = work / "tasks" / files[1]
     path.write_text(path.read_text().replace(rows[0]["answer"], "0", 1) if rows[0]["answer"] != "0" else "")
-    with pytest.raises(ValueError, match="holds a run of another config: training_rows was"):
+    with pytest.raises(ValueError, match="holds a run with another config: training_rows was"):
         run(helpers.config_of(source, FIELDS, train={"steps": 3}), work)
-    assert f"{path} is not as it was written, by its sha256" in caplog.text
+    assert f"{path} does not match its sha256" in caplog.text
 
 
 class Kept(SimpleTask):
@@ -105,7 +105,7 @@ def test_kept_rows_are_read_and_those_of_another_task_are_not(tmp_path, caplog):
     assert (tmp_path / "b/kept.train.jsonl").read_bytes() == content and not caplog.text
     more = kept_rows.rows(task, "train", 5, "kept", folders)
     assert len(more) == 5 and task.made == 2
-    assert "kept: 5 train rows are asked for and 4 kept, and those made now differ from those kept" in caplog.text
+    assert "kept: of 5 train rows only 4 are kept, and the rows generated now differ from these" in caplog.text
     other = Kept(options=2)
     assert len(kept_rows.rows(other, "train", 4, "kept", folders)) == 4 and other.made == 1
     kept_rows.keep(other, "train", "kept", rows[:1], folders)
@@ -118,7 +118,9 @@ DAMAGED = ["", "no json\n", "{}\n", "[]\n", '{"sha256": ""}\n{"id": 1}\n', '{"sh
 @pytest.mark.parametrize("content", DAMAGED)
 def test_a_damaged_file_of_rows_is_named(tmp_path, content):
     (tmp_path / "kept.train.jsonl").write_text(content)
-    with pytest.raises(ValueError, match=r"kept\.train\.jsonl is damaged .*: restore it, or delete it for new rows"):
+    with pytest.raises(
+        ValueError, match=r"kept\.train\.jsonl is damaged .*: restore it, or delete it to generate new rows"
+    ):
         kept_rows.rows(Kept(), "train", 2, "kept", (tmp_path,))
 
 
@@ -129,7 +131,7 @@ def test_rows_that_were_changed_are_told(tmp_path, caplog):
     path.write_text(path.read_text().replace("row 1", "row 7"))
     with caplog.at_level(logging.WARNING):
         rows = kept_rows.rows(Kept(), "train", 2, "kept", folders)
-    assert rows[1].prompt == "row 7" and f"{path} is not as it was written, by its sha256" in caplog.text
+    assert rows[1].prompt == "row 7" and f"{path} does not match its sha256" in caplog.text
 
 
 def test_other_tasks_keep_nothing(tmp_path):

@@ -113,7 +113,7 @@ def test_a_tracker_that_fails_later_loses_no_step(fail, tiny_model, tmp_path, wa
     result = run(config_of(tiny_model, TRACKED), tmp_path / "tracked")
     assert result.step == 2 and (tmp_path / "tracked/DONE").exists()
     told = [record.message for record in caplog.records if "train.tracker" in record.message]
-    assert len(told) == 1 and f"(no {fail} today): the run goes on without it" in told[0]
+    assert len(told) == 1 and f"(no {fail} today): the run continues without it" in told[0]
     assert len(module.rows) == {"log of step 0": 0, "log of step 2": 2, "update": 0, "finish": 3}[fail]
     alone = run(config_of(tiny_model, TRACKED, train={"tracker": None}), tmp_path / "alone")
     assert same(result.params, alone.params)
@@ -165,7 +165,7 @@ def test_what_is_wrong_with_a_tracker_is_named(tmp_path, wandb, monkeypatch):
             Tracker("wandb", tmp_path)
     wandb()
     (tmp_path / "tracker.json").write_text('{"wandb"')
-    with pytest.raises(ValueError, match=r"tracker\.json is damaged .* delete it for a new run of wandb"):
+    with pytest.raises(ValueError, match=r"tracker\.json is damaged .* delete it to start a new wandb run"):
         Tracker("wandb", tmp_path)
 
 
@@ -360,7 +360,7 @@ def test_the_command_says_no_more_than_it_should(tiny_model, tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     weights = run(config_of(tiny_model, TWO_STEPS, train={"steps": 1}), tmp_path / "quiet").params
-    assert done.stderr.count("is cut as") == len(jax.tree.leaves(weights))
+    assert done.stderr.count("is sharded as") == len(jax.tree.leaves(weights))
     assert "PyTorch" not in done.stderr and "\r" not in done.stderr
     assert f"tensorboard --logdir {tmp_path / 'run/tb'}" in done.stderr
     times = r"(\d{4}-\d\d-\d\d|[IW]\d{4}) \d\d:\d\d:\d\d"  # ours, and absl's of a logger
@@ -370,4 +370,4 @@ def test_the_command_says_no_more_than_it_should(tiny_model, tmp_path):
 def test_a_finished_run_logs_no_shardings_by_itself(tiny_model, tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="es_jax"):
         result = run(config_of(tiny_model, TWO_STEPS, train={"steps": 1}), tmp_path)
-    assert "is cut as" not in caplog.text and np.isfinite(result.reward)
+    assert "is sharded as" not in caplog.text and np.isfinite(result.reward)

@@ -50,7 +50,7 @@ def test_sizes_of_decoding_may_change_and_the_log_tells_it(tiny_model, copy, cap
     with caplog.at_level(logging.WARNING):
         result = run(config_of(tiny_model, FIELDS, decode={"slots": 3}, train={"steps": 3}), copy)
     (text,) = [record.message for record in caplog.records if "decode.slots" in record.message]
-    assert text.startswith("decode.slots was 2 and is 3: completions from now on may differ")
+    assert text.startswith("decode.slots was 2 and is now 3: from now on completions may differ")
     assert [line.get("step") for line in lines(copy)] == [1, 2, None, 3]
     told = lines(copy)[2]
     assert told.pop("sum") and told == {"after": 2, "changed": {"decode.slots": [2, 3]}}
@@ -68,9 +68,9 @@ def test_sizes_of_decoding_may_change_and_the_log_tells_it(tiny_model, copy, cap
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda line: {**line, "after": 1}, "its numbers are not those of its sum"),
-        (lambda line: {name: value for name, value in line.items() if name != "sum"}, "not those of its sum"),
-        (lambda line: {**line, "changed": {"decode.slots": [2, 1]}}, "its numbers are not those of its sum"),
+        (lambda line: {**line, "after": 1}, "its numbers do not match its checksum"),
+        (lambda line: {name: value for name, value in line.items() if name != "sum"}, "do not match its checksum"),
+        (lambda line: {**line, "changed": {"decode.slots": [2, 1]}}, "its numbers do not match its checksum"),
     ],
 )
 def test_a_damaged_line_about_sizes_is_named(change, says, copy):
@@ -111,7 +111,7 @@ def test_other_rows_and_tasks_are_evaluated_from_now_on(tiny_model, copy, capsys
     marks = directory.read(copy)["rows"]
     evals = {"rows": 3, "tasks": ("lab-add",)}
     run(config_of(tiny_model, FIELDS, evals=evals, train={"steps": 3}), copy)
-    assert "conciseness: evaluated on other held-out rows from here on" in capsys.readouterr().err
+    assert "conciseness: the held-out rows changed" in capsys.readouterr().err
     (earlier,) = (copy / "evals/earlier").iterdir()
     assert (earlier / "conciseness.jsonl").read_bytes() == old
     rows = {name: read_jsonl(copy / f"evals/{name}.jsonl") for name in ("conciseness", "lab-add")}
@@ -185,7 +185,9 @@ def test_a_run_of_an_earlier_version_goes_on(tiny_model, copy):
     content = {name: value for name, value in content.items() if name not in NEWER}
     (copy / "config.json").write_text(json.dumps(content))
     other = config_of(tiny_model, FIELDS, evals={"rows": 3}, train={"steps": 3})
-    with pytest.raises(ValueError, match=r"rows was .* of an earlier version, whose sum of rows has the held-out ones"):
+    with pytest.raises(
+        ValueError, match=r"rows was .* from an earlier version, whose digest of rows includes the held-out ones"
+    ):
         run(other, copy)
     assert run(config_of(tiny_model, FIELDS), copy).step == 2
     assert run(other, copy).step == 3
@@ -217,7 +219,7 @@ def test_a_moved_run_finds_its_model_from_anywhere(tiny_model, begun, tmp_path, 
     assert evaluate_run("alone", steps=[2], options=Options(rows=2))["tasks"]["conciseness"][1]["step"] == 2
     os.rename("new/models", "new/gone")
     places = [tmp_path / "models/tiny", tmp_path / "new/models/tiny"]
-    with pytest.raises(FileNotFoundError, match=rf"is not there any more; looked for {places[0]}, .*{places[1]}: put"):
+    with pytest.raises(FileNotFoundError, match=rf"which no longer exists; looked for {places[0]}, .*{places[1]}: put"):
         evaluate_run("alone", steps=[2])
     os.rename("new/gone", "models")
     assert run(config, "alone").step == 2

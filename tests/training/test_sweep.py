@@ -60,7 +60,7 @@ def test_values_are_read_as_those_of_a_command_line(text, values):
         (["optim.anchor.kappa=1"], "point 0 (kappa=1): optim.anchor.kappa is set but optim.anchor.penalty is 'none'"),
         (["evals.tasks=(gsm8j)"], "point 0 (evals.tasks=gsm8j): evals.tasks: unknown task 'gsm8j'"),
         (["task.name=gsm8k,countdwon"], "point 1 (target=countdwon): unknown task 'countdwon'"),
-        (["task.name=reasoning_gym:n_queens"], "task 'reasoning_gym:n_queens' is not taken"),
+        (["task.name=reasoning_gym:n_queens"], "task 'reasoning_gym:n_queens' is not supported"),
         (["task.options.x=1,'1'"], "two points would have the folder 'task.options.x=1'"),
     ],
 )
@@ -159,7 +159,7 @@ def test_a_folder_with_a_run_of_another_config_is_refused_before_anything_begins
     other = points_of(tiny_model, out, "train.seed=2,1", steps=2)
     changed = freeze(TWO_STEPS | {"es": {"population": 2, "sigma": 0.25}})
     other = [dataclasses.replace(point, config=changed) for point in other]
-    with pytest.raises(ValueError, match=r"seed=1 holds a run of another config: .*es\.sigma was 0\.05 and is 0\.25"):
+    with pytest.raises(ValueError, match=r"seed=1 holds a run with another config: .*es\.sigma was 0\.05 and is 0\.25"):
         sweep.run_points(other, out)
     assert not other[0].folder.exists()
 
@@ -186,7 +186,7 @@ def test_without_matplotlib_the_table_comes_with_a_sentence(swept, monkeypatch):
     result = sweep.summary(points, out, {"seed=0": "why"})
     assert (result["report"], result["absent"]) == (None, "matplotlib is not here: the extra [report]")
     assert [row["state"] for row in result["points"]] == ["failed", grid.DONE]
-    assert "there is no report: matplotlib is not here" in sweep._words(result, str(out))
+    assert "no report: matplotlib is not here" in sweep._words(result, str(out))
 
 
 def test_a_path_may_be_written_otherwise_and_sizes_are_for_the_run_to_judge(swept, tiny_model, monkeypatch):
@@ -209,7 +209,7 @@ def test_a_run_that_was_changed_is_another_one(swept, tmp_path, tiny_model):
         (tmp_path / "seed=0" / name).write_bytes((points[0].folder / name).read_bytes())
     edit_config(tmp_path / "seed=0", es={"sigma": 0.125})
     mine = points_of(tiny_model, tmp_path, "train.seed=0")
-    assert grid.state(mine[0]) == "holds a run of another config: es.sigma was 0.125 and is 0.05"
+    assert grid.state(mine[0]) == "holds a run with another config: es.sigma was 0.125 and is 0.05"
 
 
 def test_a_point_that_fails_is_told_and_the_others_go_on(swept, tmp_path, tiny_model):
@@ -242,7 +242,9 @@ def test_an_index_runs_one_point_and_its_failure_is_the_status(tmp_path):
         last.startswith("es_jax.sweep: 1 of 1 points failed: model.source=nowhere: ") and "Traceback" not in out.stderr
     )
     out = es_jax(*over, "--index=2", folder=tmp_path)
-    assert out.stderr == "es_jax.sweep: --index is 2, but the 2 points have 0 to 1: see --list\n"
+    assert (
+        out.stderr == "es_jax.sweep: --index is 2, but the 2 points have the numbers 0 to 1: choose one from --list\n"
+    )
 
 
 def test_what_the_page_shows_can_be_run(tmp_path, monkeypatch):

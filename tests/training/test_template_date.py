@@ -103,7 +103,7 @@ def test_what_is_made_of_a_run_has_its_date(model, tmp_path, on):
     saved = (tmp_path / "exported" / "tokenizer_config.json").read_text()
     assert "template_date" not in saved and FIRST not in saved
     assert read_run(tmp_path / "run").config.model.template_date == FIRST
-    with pytest.raises(ValueError, match="where the chat template writes the date, the same --template_date"):
+    with pytest.raises(ValueError, match="If the chat template writes the date, use the same --template_date"):
         evaluate_run(tmp_path / "run", options=Options(template_date=SECOND))
     other = evaluate_run(tmp_path / "run", options=Options(template_date=SECOND), out=tmp_path / "other")
     assert other["tasks"]["conciseness"][0]["rows"] != row["rows"]

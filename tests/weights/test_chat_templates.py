@@ -102,5 +102,5 @@ def test_a_template_writes_the_special_tokens_itself(tokenizer):
 
 
 def test_a_missing_template_names_the_two_ways_out(tokenizer):
-    with pytest.raises(ValueError, match=r"no chat template: use a model that has one .* or give the prompt as plain"):
+    with pytest.raises(ValueError, match=r"no chat template: use an instruction-tuned model .* or give the prompt"):
         render(tokenizer, [USER])

@@ -39,7 +39,9 @@ def test_a_flipped_bit_of_a_number_is_refused(load, folder):
     load(folder)
     for name in (names[0], names[-1]):
         flip(folder / name)
-    with pytest.raises(ValueError, match=rf"{names[0]} differs from its sha256.*{names[-1]} differs.*delete the sum"):
+    with pytest.raises(
+        ValueError, match=rf"{names[0]} differs from its sha256.*{names[-1]} differs.*delete its sha256"
+    ):
         load(folder)
     (folder / SUMS).unlink()
     load(folder)  # nothing is known of it any more

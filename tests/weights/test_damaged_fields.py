@@ -62,7 +62,7 @@ def test_parquet_with_text_that_is_not_utf8(tmp_path):
 
     text = pyarrow.array([b"\xbc\xff"], pyarrow.binary()).view(pyarrow.string())
     pyarrow.parquet.write_table(pyarrow.table({"question": text}), tmp_path / "train.parquet")
-    with pytest.raises(ValueError, match=r"train\.parquet is damaged or is not parquet"):
+    with pytest.raises(ValueError, match=r"train\.parquet is damaged or not parquet"):
         read_rows(tmp_path / "train.parquet")
 
 

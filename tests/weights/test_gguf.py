@@ -248,7 +248,7 @@ def test_kinds_that_are_not_read_are_all_named(kind, tmp_path):
     if kind == "Q5_1":
         values = gguf.quants.quantize(values.astype(np.float32), gguf.GGMLQuantizationType.Q5_1)
     write_tensors(tmp_path / "x.gguf", {"a": values, "b": values}, kinds={"a": kind, "b": kind})
-    with pytest.raises(ValueError, match=f"a is {kind}, b is {kind}, which is not read; known: F32, F16"):
+    with pytest.raises(ValueError, match=f"not read: a is {kind}, b is {kind}; use a file with kinds among F32, F16"):
         GGUFReader(tmp_path / "x.gguf")
 
 

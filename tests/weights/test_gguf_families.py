@@ -107,7 +107,7 @@ def test_llama3_scaling_is_found_from_its_divisors(factor):
     divisors = rope_frequencies(plain) / rope_frequencies(scaled)
     file = File("llama", {"rope.freq_base": 5e5}, {"rope_freqs.weight": divisors})
     assert from_gguf(file).rope_scaling == RopeScaling("llama3", factor)
-    with pytest.raises(ValueError, match=r"rope_freqs\.weight scales rotary positions otherwise"):
+    with pytest.raises(ValueError, match=r"rope_freqs\.weight does not scale rotary positions like"):
         from_gguf(File("llama", {"rope.freq_base": 5e5}, {"rope_freqs.weight": divisors * np.float32(1.5)}))
 
 

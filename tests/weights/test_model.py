@@ -246,7 +246,7 @@ def test_damaged_files_are_named_in_a_sentence(name, content, says, folder):
 def test_a_folder_in_the_place_of_a_file_is_named(folder):
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors").mkdir()
-    with pytest.raises(OSError, match=r"model\.safetensors cannot be read .*see that it is a file"):
+    with pytest.raises(OSError, match=r"model\.safetensors cannot be read .*check that it is a file"):
         load_model(folder)
 
 

@@ -232,7 +232,7 @@ def test_characters_of_the_users_are_no_marks(strange):
 def test_a_message_that_the_template_leaves_out_is_named(message):
     template = LOOP.replace("{% for m in messages %}", "{% for m in messages if m.role in ('user', 'assistant') %}")
     for opening in ([], [{"role": "assistant", "content": "So"}]):
-        with pytest.raises(ValueError, match=f"leaves out or changes the message of the role {message['role']}"):
+        with pytest.raises(ValueError, match=f"leaves out or changes the message of role {message['role']}"):
             render(tokenizer_with(template), [message, USER, *opening])
     assert opened(template, "So", USER) == f"[user]{USER['content']}[assistant]So"
 
@@ -249,7 +249,7 @@ BROKEN = {
     "{% for m in messages %}{{ m.content }}": r"not valid Jinja \(line 1: Unexpected end of template",
     "{{ messages[0].content }}\n{% endif %}": r"not valid Jinja \(line 2: Encountered unknown tag 'endif'",
     "{{ messages | nothing }}": r"not valid Jinja \(line 1: No filter named 'nothing'",
-    "{{ nowhere.content }}": r"fails on messages of the roles system, user \(UndefinedError: 'nowhere' is undefined",
+    "{{ nowhere.content }}": r"fails on messages with the roles system, user \(UndefinedError: 'nowhere' is undefined",
     "{{ messages[5].content }}": r"fails on messages .*\(UndefinedError: list object has no element 5",
     "{{ clock() }}": r"fails on messages .*\(UndefinedError: 'clock' is undefined",
     "{{ 1 / 0 }}": r"fails on messages .*\(ZeroDivisionError: division by zero",
@@ -260,7 +260,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("template", sorted(BROKEN))
 def test_a_broken_template_is_told_as_that(template):
-    with pytest.raises(ValueError, match=BROKEN[template] + ".*: mend its chat_template, or give") as caught:
+    with pytest.raises(ValueError, match=BROKEN[template] + ".*: correct its chat_template, or give") as caught:
         render(tokenizer_with(template), [SYSTEM, USER])
     assert "refuses" not in str(caught.value) and "change the prompt's roles" not in str(caught.value)
 
@@ -268,7 +268,7 @@ def test_a_broken_template_is_told_as_that(template):
 @pytest.mark.parametrize("reason", ["System role not supported", "roles must alternate", "Only user and assistant!"])
 def test_what_a_template_refuses_is_told_as_a_refusal(reason):
     with pytest.raises(
-        ValueError, match=rf"refuses messages of the roles system, user \({reason}\): change the prompt's"
+        ValueError, match=rf"refuses messages with the roles system, user \({reason}\): change the prompt's"
     ):
         render(tokenizer_with("{{ raise_exception('" + reason + "') }}"), [SYSTEM, USER])
 
@@ -276,7 +276,7 @@ def test_what_a_template_refuses_is_told_as_a_refusal(reason):
 def test_templates_without_a_default_are_named():
     tokenizer = tokenizer_with(LOOP)
     tokenizer.chat_template = {"tool_use": LOOP, "rag": LOOP}
-    with pytest.raises(ValueError, match="chat templates rag, tool_use, and none is named default"):
+    with pytest.raises(ValueError, match="chat templates rag, tool_use, but none is named 'default'"):
         render(tokenizer, [USER])
     tokenizer.chat_template["default"] = LOOP
     assert render(tokenizer, [USER]).endswith("[assistant]")
