@@ -86,7 +86,7 @@ def test_a_sequence_is_listed_and_what_is_finished_reported(tmp_path, monkeypatc
     assert "| 1 | lab-add | base | 1 | 160 | 0.500 | 0.500 | 0.500 | 0.500 |" in capsys.readouterr().out
     assert (tmp_path / "sequence.png").exists()
     for index in (99, -1):
-        with pytest.raises(SystemExit, match=f"index is {index}: there are 6 cases, 0 to 5"):
+        with pytest.raises(SystemExit, match=f"index is {index}: it must be 0 to 5"):
             call(monkeypatch, sequence.main, out, f"--index={index}")
     with pytest.raises(ValueError, match="index is 99"):
         call(monkeypatch, sequence.main, out, "--index=99", "--traceback")

@@ -47,7 +47,7 @@ def test_the_command_answers_lines_of_its_input_beside_the_base_model(workdir):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--step=9", "--prompt=x"], "step is 9, but {} has only steps 0 to 2"),
+        (["--step=9", "--prompt=x"], "step is 9, but {} has only steps 0 to 2: choose one of them"),
         (["--step=-1", "--prompt=x"], "--step is '-1': give a whole number from 0, last or best"),
         (["--step=best-of", "--prompt=x"], "--step is 'best-of': give a whole number from 0, last or best"),
         (
@@ -77,8 +77,8 @@ def test_a_run_may_be_given_with_its_step(suffix, step, named, workdir):
 @pytest.mark.parametrize(
     ("given", "step", "message"),
     [
-        ("{}@1", "2", "--workdir is '{}@1' and --step is '2': give one step"),
-        ("{}@1", "best", "--workdir is '{}@1' and --step is 'best': give one step"),
+        ("{}@1", "2", "--workdir is '{}@1' and --step is '2': give the step in one of them only"),
+        ("{}@1", "best", "--workdir is '{}@1' and --step is 'best': give the step in one of them only"),
         ("{}x@1", "last", "source = '{}x@1': {}x is not a run's directory"),
     ],
 )

@@ -86,10 +86,7 @@ def get_task(name: str, **options: Any) -> Task:
         raise
     except Exception as error:
         text = ", ".join(f"{option}={value!r}" for option, value in options.items()) or "no options"
-        raise ValueError(
-            f"task {name!r} with {text} could not be made, so correct its options or its code: "
-            f"{type(error).__name__}: {error}"
-        ) from error
+        raise ValueError(f"task {name!r} with {text} raised {type(error).__name__}: {error}") from error
     return check_task(task, f"task {name!r}")
 
 
@@ -141,10 +138,7 @@ def _maker(name: str) -> Any:
     try:
         return outside.entry_points()[name].load()
     except Exception as error:
-        raise ValueError(
-            f"task {name!r}: loading its entry point raised {type(error).__name__}, so correct or reinstall its "
-            f"package: {error}"
-        ) from error
+        raise ValueError(f"task {name!r}: its entry point raised {type(error).__name__}: {error}") from error
 
 
 def _parameters(make: Any) -> list[str] | None:

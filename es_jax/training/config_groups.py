@@ -354,7 +354,7 @@ class DecodeConfig:
     def __post_init__(self):
         sizes = ("max_prompt_tokens", "max_new_tokens", "slots", "members_at_once")
         _require(self, "decode", "at least 1", _at_least(1), *sizes)
-        _require(self, "decode", "finite and at least 0 (0 is greedy)", _at_least(0), "temperature")
+        _require(self, "decode", "finite and at least 0, where 0 is greedy", _at_least(0), "temperature")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -114,7 +114,7 @@ def find_files(folder: Path) -> tuple[Path, ...]:
 @functools.cache  # it is said once
 def _not_read(folder: Path, shards: frozenset[str], chosen: str) -> None:
     if shards:
-        logger.warning("%s: %s is read, as transformers does, and %s is not", folder, chosen, ", ".join(sorted(shards)))
+        logger.warning("%s: %s is read, as transformers does; not read: %s", folder, chosen, ", ".join(sorted(shards)))
 
 
 def weight_map(files: Sequence[Path]) -> dict[str, str]:

@@ -68,5 +68,5 @@ def test_a_base_model_that_is_gone_is_named_with_its_places(workdir, tiny_model,
     edit_config(tmp_path / "run")
     facts = tmp_path / "run/config.json"
     facts.write_text(facts.read_text().replace(str(tiny_model), str(tmp_path / "model")))
-    with pytest.raises(FileNotFoundError, match=r"model\.source of .* , which no longer exists; looked for .*model"):
+    with pytest.raises(FileNotFoundError, match=r"model\.source of .*, which no longer exists; looked for .*model"):
         load_step(tmp_path / "run", 1)

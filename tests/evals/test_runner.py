@@ -158,7 +158,7 @@ def test_a_grpo_run_is_evaluated_at_its_checkpoints_alone(tmp_path):
     assert [row["step"] for row in result["tasks"]["lab-add"]] == [0, 2]
     assert result["drift"][0]["norm"] > 0
     assert result["drift"][0]["predicted"] is None and result["drift"][0]["kappa"] is None
-    with pytest.raises(ValueError, match=r"step 1 of .* cannot be rebuilt: .* checkpoints of steps 2"):
+    with pytest.raises(ValueError, match=r"step 1 of .* cannot be rebuilt: .* steps with a checkpoint are: 2"):
         evaluate_run(tmp_path, tasks=["lab-add"], steps=[1])
 
 

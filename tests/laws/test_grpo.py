@@ -96,11 +96,11 @@ def test_steps_with_a_checkpoint_are_read_back_and_others_refused(whole, tmp_pat
     _, workdir, final = whole
     rebuilt = {step: host(params) for step, params in replay(workdir)}
     assert sorted(rebuilt) == [0, 2, 4] and same(rebuilt[4], final) and not same(rebuilt[2], final)
-    with pytest.raises(ValueError, match=r"step 3 .* checkpoints of steps 2, 4"):
+    with pytest.raises(ValueError, match=r"step 3 .* steps with a checkpoint are: 2, 4"):
         list(replay(workdir, steps=[3]))
     done = export_run(workdir, tmp_path / "out", step=2)
     assert done["source"] == "checkpoint" and same(load_model(tmp_path / "out").params, rebuilt[2])
-    with pytest.raises(ValueError, match=r"step 1 .* checkpoints of steps 2, 4"):
+    with pytest.raises(ValueError, match=r"step 1 .* steps with a checkpoint are: 2, 4"):
         export_run(workdir, tmp_path / "no", step=1)
     assert same(load_model(export_run(workdir, tmp_path / "base", step=0)["out"]).params, rebuilt[0])
 

@@ -149,7 +149,7 @@ def test_a_run_from_before_goes_on_with_the_streams_it_began_with(monkeypatch, t
     if method == "es":
         assert read_entries(tmp_path)[1].seeds == Population(2, seed=0, streams=1).members(2).seed.tolist()
     edit_config(tmp_path, streams=9)
-    with pytest.raises(ValueError, match=r"streams is 9: known are 1, 2, 3;"):
+    with pytest.raises(ValueError, match=r"streams is 9: this version knows 1, 2, 3;"):
         run(config_of(tiny_model, fields, train={"steps": 3}), tmp_path)
 
 

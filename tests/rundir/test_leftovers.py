@@ -123,7 +123,7 @@ def test_tracebacks_of_reads_that_end_later_are_not_printed(saved, tmp_path, mon
 def test_a_changed_bit_is_not_other_weights(flipped, saved, tmp_path):
     shutil.copytree(saved, tmp_path / "run")
     flip(one(tmp_path / "run/ckpt/2", flipped))
-    with pytest.raises(OSError, match=r"checkpoint of step 2 in .* has changed since it was written"):
+    with pytest.raises(OSError, match=r"checkpoint of step 2 in .* changed since the checkpoint was written"):
         restore_params(tmp_path / "run", 2, abstract(TREE))
 
 
@@ -221,6 +221,6 @@ def test_steps_fewer_more_and_as_many_as_are_finished(tiny_model, tmp_path, capl
     assert not caplog.records or "ends at the new last step" not in caplog.text
     with caplog.at_level(logging.WARNING):
         assert go(4, **linear).step == 4
-    assert "train.steps was 2 and is 4: optim.schedule 'linear:0.1' ends at the new last step" in caplog.text
+    assert "train.steps was 2 and is now 4: optim.schedule 'linear:0.1' ends at the new last step" in caplog.text
     assert (tmp_path / "DONE").read_text() == "4\n" and read_config(tmp_path).train.steps == 4
     assert [json.loads(line)["step"] for line in (tmp_path / "seedlog.jsonl").read_text().splitlines()] == [1, 2, 3, 4]

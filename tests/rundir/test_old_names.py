@@ -74,23 +74,28 @@ def test_a_directory_with_the_old_names_is_replayed_evaluated_exported_and_resum
 def test_an_old_field_is_refused_with_its_new_name(old):
     fields = unflatten_dict({old: 1}, sep=".")
     for config in (fields, config_dict.ConfigDict(fields)):
-        with pytest.raises(ValueError, match=f"^config field '{old}' is called '{FIELDS[old]}' now: use that name$"):
+        with pytest.raises(
+            ValueError, match=f"^config field '{old}' was renamed to '{FIELDS[old]}': use the new name$"
+        ):
             freeze(config)
     assert FIELDS[old] in flatten_dict(json.loads(json.dumps(vars(RunConfig()), default=vars)), sep=".")
 
 
 @pytest.mark.parametrize("old", sorted(RENAMED.keys() - FIELDS.keys()))
 def test_an_old_argument_is_refused_with_its_new_name(old):
-    with pytest.raises(ValueError, match=f"^argument '{old}' is called '{RENAMED[old]}' now: use that name$"):
+    with pytest.raises(ValueError, match=f"^argument '{old}' was renamed to '{RENAMED[old]}': use the new name$"):
         countdown.get_config(f"{old}=4")
 
 
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--config=configs/lab.py", "--config.mesh.pop=4"], "--config.mesh.pop is called --config.mesh.groups now"),
-        (["--config=configs/lab.py", "--config.evals.size", "4"], "--config.evals.size is called --config.evals.rows"),
-        (["--config=configs/lab.py:pop=4"], "argument 'pop' is called 'population' now"),
+        (["--config=configs/lab.py", "--config.mesh.pop=4"], "--config.mesh.pop was renamed to --config.mesh.groups"),
+        (
+            ["--config=configs/lab.py", "--config.evals.size", "4"],
+            "--config.evals.size was renamed to --config.evals.rows",
+        ),
+        (["--config=configs/lab.py:pop=4"], "argument 'pop' was renamed to 'population'"),
     ],
 )
 def test_an_old_name_on_the_command_line_ends_it_with_one_sentence(flags, says, tmp_path):

@@ -59,7 +59,7 @@ def test_a_score_that_blocks_is_told_after_its_timeout(own):
         first = [submit(Example(str(i), "", None), "0.6") for i in range(2)]
         blocked, later = submit(Example("9", "", None), "spin"), submit(Example("10", "", None), "0")
         assert [score().reward for score in first] == [0, 1]
-        with pytest.raises(ValueError, match=r"example '9': it took longer than task\.timeout_seconds = 1: mend"):
+        with pytest.raises(ValueError, match=r"example '9': it took longer than task\.timeout_seconds = 1: correct"):
             blocked()
         with pytest.raises(ValueError, match="example '10': its worker process ended"):
             later()

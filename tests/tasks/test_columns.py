@@ -239,7 +239,7 @@ def test_a_damaged_csv_file_is_told(tmp_path: Path, content: str, says: str) -> 
 
 def test_files_that_are_missing_from_a_copy_are_told(tmp_path: Path) -> None:
     write(tmp_path, ROWS, "data/train-00000-of-00002.parquet")
-    with pytest.raises(ValueError, match="holds 1 of 2 files of the split 'train': fetch all"):
+    with pytest.raises(ValueError, match="holds only 1 of 2 files of the split 'train': fetch all"):
         task_of(tmp_path).train()
     write(tmp_path, ROWS, "data/train-00001-of-00002.parquet")
     assert len(task_of(tmp_path).train()) == 12

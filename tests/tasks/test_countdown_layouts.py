@@ -79,7 +79,7 @@ TRUTH = "reward_model.ground_truth"
             {"nums": [4, 6], "goal": 24},
             "its columns are nums, goal: a row must have `nums` and `target`; or `prompt`, and",
         ),
-        ({"prompt": ASKED, "answer": "24"}, "its columns are prompt, answer: a row has"),
+        ({"prompt": ASKED, "answer": "24"}, "its columns are prompt, answer: a row must have"),
         (
             {"prompt": ASKED, "reward_model": {"ground_truth": "24"}, "extra_info": {"index": 1}},
             "its columns are prompt,",
@@ -96,7 +96,7 @@ TRUTH = "reward_model.ground_truth"
         ({"prompt": ASKED, "reward_model": {"ground_truth": PROBLEM}, "extra_info": [1]}, "field 'extra_info' is [1]"),
         (
             {"prompt": ASKED, "reward_model": {"ground_truth": PROBLEM}, "extra_info": PROBLEM | {"target": 25}},
-            f"field '{TRUTH}' is {{'numbers': [4, 6, 1], 'target': 24}}: it should be the problem of extra_info",
+            f"field '{TRUTH}' is {{'numbers': [4, 6, 1], 'target': 24}}: it should be the same as the problem in",
         ),
         (
             {"prompt": ASKED, "reward_model": {"ground_truth": PROBLEM}, "extra_info": PROBLEM | {"numbers": [4, 6]}},

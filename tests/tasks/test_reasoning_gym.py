@@ -98,7 +98,9 @@ def test_a_package_that_is_not_there(monkeypatch):
 def test_another_version_is_refused(tmp_path, monkeypatch, version):
     monkeypatch.syspath_prepend(str(reasoning_gym_stub.write(tmp_path / "site", version)))
     forget(monkeypatch)
-    with pytest.raises(ValueError, match=f"is {version} here, but its scorers were checked in {VERSION}: pip install"):
+    with pytest.raises(
+        ValueError, match=f"has version {version}, but its scorers were checked in {VERSION}: pip install"
+    ):
         get_task("reasoning_gym:chain_sum")
     extras.require.cache_clear()
 
@@ -251,7 +253,8 @@ def test_rows_are_the_same_anywhere_and_no_question_is_in_both_splits(library):
 
 def test_more_rows_than_there_are(library):
     task = get_task("reasoning_gym:chain_sum", min_terms=2, max_terms=2)
-    with pytest.raises(ValueError, match=r"n is 6000, but task 'reasoning_gym:chain_sum' has \d+ different train rows"):
+    says = r"n is 6000, but with these options task 'reasoning_gym:chain_sum' has only \d+ different train rows"
+    with pytest.raises(ValueError, match=says):
         task.train(6000)
 
 

@@ -138,9 +138,9 @@ def test_a_branch_goes_on_as_what_it_is(first, branch, tiny_model):
     config = fields(optim={"learning_rate": 0.01}, train={"seed": 7})
     before = (workdir / "config.json").read_bytes()
     for step in ("@2", ""):
-        with pytest.raises(ValueError, match=r"holds a run that began from '\S+first@1', and not from '\S+first(@2)?'"):
+        with pytest.raises(ValueError, match=r"holds a run that began from '\S+first@1', not from '\S+first(@2)?'"):
             run(config, workdir, branch_from=f"{parent}{step}")
-    with pytest.raises(ValueError, match=r"model\.source is 'lab', and branch_from"):
+    with pytest.raises(ValueError, match=r"model\.source is 'lab', but branch_from"):
         run(config | {"model": {"source": "lab"}}, workdir)
     assert (workdir / "config.json").read_bytes() == before
     for again in ({"branch_from": f"{parent}/@1"}, {}):
@@ -153,7 +153,7 @@ def test_the_fields_of_a_run_are_the_start_of_a_branch(first, tmp_path, caplog):
     config.es.population = 2
     with caplog.at_level(logging.WARNING):
         run(config, tmp_path / "new", branch_from=f"{first[0]}@2")
-    assert "train.seed is 0, as of" in caplog.text
+    assert "train.seed is 0, as in" in caplog.text
     kept = directory.read(tmp_path / "new")["config"]
     assert kept["es"]["population"] == 2 and kept["optim"]["learning_rate"] == 0.02
     assert len(json.loads((tmp_path / "new/seedlog.jsonl").read_text().splitlines()[0])["seeds"]) == 2

@@ -123,7 +123,7 @@ def test_a_chosen_number_stays_with_the_run(tiny_model, tmp_path, monkeypatch, c
     assert began["decode"]["slots"] == 3
     report(10**9)
     resumed = run(config(2), tmp_path / "cut")
-    assert "decode.slots: 3, as when the run began" in capsys.readouterr().err
+    assert "decode.slots: 3, the number from when the run began" in capsys.readouterr().err
     assert same(whole.params, resumed.params)
     assert json.loads((tmp_path / "cut/config.json").read_text())["config"]["decode"]["slots"] == 3
     used = []

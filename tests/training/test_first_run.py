@@ -65,5 +65,5 @@ def test_a_command_is_timed_over_its_starts_and_its_failure_ends_the_script(tmp_
     for _ in range(2):
         first_run.execute("python -c pass", tmp_path / "x")
     assert json.loads((tmp_path / "x.cost.json").read_text())["starts"] == 2
-    with pytest.raises(SystemExit, match="ended with status 3; what is finished stays"):
+    with pytest.raises(SystemExit, match="ended with status 3: start the same command again"):
         first_run.execute("python -c exit(3)", tmp_path / "x")

@@ -100,7 +100,7 @@ def test_a_metric_that_is_turned_on_later_finds_the_best_of_all_steps(tiny_model
         ({"keep_best": "mean_length"}, r"unknown train.keep_best 'mean_length'"),
         (
             {"keep_best": "gsm8k:reward", "every": 0},
-            r"keep_best is 'gsm8k:reward' with evals.every 0: .*set evals.every",
+            r"keep_best is 'gsm8k:reward' with evals.every 0, so .*set evals.every",
         ),
     ],
 )

@@ -20,7 +20,7 @@ def test_rows_come_from_evals_data_dir(tmp_path: Path) -> None:
     assert "mend a cup" in example.prompt[0]["content"] and example.answer == "2"
     assert len(other_task(config, "lab-add").test(3)) == 3
     with pytest.raises(
-        FileNotFoundError, match="no folder arc-challenge or arc_challenge for task 'arc-challenge'; it"
+        FileNotFoundError, match="no folder arc-challenge or arc_challenge for task 'arc-challenge': add it; "
     ):
         run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()

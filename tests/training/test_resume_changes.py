@@ -135,7 +135,7 @@ def test_other_rows_and_tasks_are_evaluated_from_now_on(tiny_model, copy, capsys
         ({"decode": {"max_new_tokens": 3}}, r"decode\.max_new_tokens was 2 and is 3"),
         ({"optim": {"anchor": {"penalty": "l2", "strength": 1.0}}}, r"optim\.anchor\.penalty was 'none' and is 'l2'"),
         ({"model": {"source": "{other}"}}, r"config: digest was '\w{64}' and is '\w{64}'; files\."),
-        ({"model": {"source": "{run}@1"}}, r"holds a run that began from '\S+', and not from '\S+@1'"),
+        ({"model": {"source": "{run}@1"}}, r"holds a run that began from '\S+', not from '\S+@1'"),
     ],
 )
 def test_what_a_step_depends_on_is_refused(groups, says, tiny_model, copy, tmp_path):

@@ -66,5 +66,5 @@ def test_files_of_the_hub(folder, tmp_path):
     file.symlink_to(tmp_path / "blobs" / value)
     assert known_sum(file)[0] == value and digest([file]) == value
     flip(tmp_path / "blobs" / value)
-    with pytest.raises(ValueError, match=f"differs from its sha256 in .*blobs/{value}: damaged, so fetch"):
+    with pytest.raises(ValueError, match=f"differs from its sha256 in .*blobs/{value}: fetch or export"):
         digest([file])

@@ -138,7 +138,7 @@ def test_a_tensor_of_zeros_and_one_of_float64_are_read(file):
 def test_every_key_of_another_kind_or_twice_is_named(tmp_path):
     save_file({"a": np.ones(2, np.int64), "b": np.ones(2, np.float32)}, tmp_path / "1.safetensors")
     save_file({"b": np.ones(2, np.float32), "c": np.ones(2, np.uint8)}, tmp_path / "2.safetensors")
-    with pytest.raises(ValueError, match=r"a has dtype I64.*b stands in another file.*c has dtype U8"):
+    with pytest.raises(ValueError, match=r"a has dtype I64.*b is in another file.*c has dtype U8"):
         SafetensorsReader([tmp_path / "1.safetensors", tmp_path / "2.safetensors"])
 
 

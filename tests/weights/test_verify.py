@@ -34,7 +34,7 @@ def test_the_first_layer_that_differs_is_named(model, tiny_model):
         "mlp": {**model.params["layers"]["mlp"], "down": {"kernel": kernel.at[1].mul(2)}},
     }
     wrong = dataclasses.replace(model, params={**model.params, "layers": layers})
-    with pytest.raises(VerificationError, match="they part at layer 1") as error:
+    with pytest.raises(VerificationError, match="they diverge at layer 1") as error:
         verify_model(wrong, tiny_model, max_kl=1e-6, text="a b c")
     assert error.value.report.max_kl > 1e-6 and not error.value.report.passed
     assert verify_model(wrong, tiny_model, max_kl=1e3, text="a b c").parted == "layer 1"
@@ -42,7 +42,7 @@ def test_the_first_layer_that_differs_is_named(model, tiny_model):
 
 def test_a_wrong_config_is_noticed(model, tiny_model):
     wrong = dataclasses.replace(model, config=dataclasses.replace(model.config, rope_theta=3.0))
-    with pytest.raises(VerificationError, match="they part at layer 0"):
+    with pytest.raises(VerificationError, match="they diverge at layer 0"):
         verify_model(wrong, tiny_model, max_kl=1e-6, text="a b c")
 
 
