@@ -66,7 +66,7 @@ def test_commands_have_names_configs_and_fields_that_there_are(text):
 
 
 def test_awd_in_a_chain_is_ten_lines():
-    (block,) = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    block = re.findall(r"```python\n(.*?)```", README, flags=re.S)[0]
     assert "anchored_weight_decay(" in block and len(block.splitlines()) == 10
 
 
