@@ -79,6 +79,7 @@ class Settings:
       prior_rows: of the test split, on which a prior is measured.
       data: folder of folders of rows; None: the hub.
       at_once: members in one batch; None: as the memory has room for.
+      dtype: that members compute in, as model.dtype.
     """
 
     model: str
@@ -91,6 +92,7 @@ class Settings:
     prior_rows: int = 400
     data: str | None = None
     at_once: int | None = None
+    dtype: str = "auto"
 
     def __post_init__(self) -> None:
         wrong = {"members": self.members < 3, "rows": self.rows < 2, "heldout": self.heldout < 2}
@@ -207,8 +209,8 @@ def screen(name: str, candidate: Candidate, settings: Settings) -> dict[str, Any
     task, found = candidate.make(settings.data), {"settings": dataclasses.asdict(settings), "targets": [], "priors": []}
     size = candidate.most("train", settings.rows, settings.data) if candidate.use != "prior" else settings.rows
     config = freeze({
-        "model": {"source": source(settings.model)},
-        "task": {"name": candidate.task, "train_size": size, **_task_fields(candidate, settings.data)},
+        "model": {"source": source(settings.model), "dtype": settings.dtype},
+        "task": {**candidate.fields(settings.data), "train_size": size},
         "es": {"noise": "low_rank", "population": settings.members + 1, "sigma": max(settings.sigmas)},
         "decode": {"max_prompt_tokens": PROMPT_TOKENS, "max_new_tokens": candidate.new_tokens, "slots": 16,
                    "members_at_once": settings.at_once},
@@ -219,12 +221,6 @@ def screen(name: str, candidate: Candidate, settings: Settings) -> dict[str, Any
     if candidate.use != "target":
         found["priors"] = [{"prior": name, **x} for x in priors(candidate, task, model, config, settings)]
     return found
-
-
-def _task_fields(candidate: Candidate, data: str | None) -> dict[str, Any]:
-    """The fields of the group `task` for the candidate's options."""
-    options = candidate.options(data)
-    return {"data_dir": options.pop("data_dir", None), "options": options}
 
 
 def write(lines: dict[str, list[dict]], docs: Path, command: str) -> None:
@@ -269,6 +265,7 @@ def command_of(args: argparse.Namespace) -> str:
     words = ["python -m experiments.screen", f"--model={args.model}"]
     words += [f"--sigmas {' '.join(f'{sigma:g}' for sigma in args.sigmas)}"]
     words += [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in NUMBERS]
+    words += [f"--dtype={args.dtype}"] * (args.dtype != "auto")
     words += [f"--candidates {' '.join(args.candidates)}", *([f"--data={args.data}"] if args.data else [])]
     return " ".join(words)
 
@@ -286,6 +283,7 @@ def parser() -> argparse.ArgumentParser:
             kind: Any = type(field.default)
             parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default)
     parser.add_argument("--at-once", type=int, help="members in one batch; as the memory has room for by default")
+    parser.add_argument("--dtype", default="auto", help="model.dtype: bfloat16 where the cores have it")
     parser.add_argument("--data", help="a folder with a folder of rows for each task; the hub by default")
     parser.add_argument("--out", type=Path, default=Path("runs/screen"), help="a file for each finished candidate")
     parser.add_argument("--docs", type=Path, help="where the report goes; the out folder by default")
@@ -303,7 +301,9 @@ def main() -> None:
         if wrong := [name for name in args.candidates if name not in known]:
             raise ValueError(f"--candidates has {wrong[0]!r}: the model {args.model} has {', '.join(known)}")
         numbers = {name: getattr(args, name) for name in NUMBERS}
-        settings = Settings(args.model, tuple(args.sigmas), data=args.data, at_once=args.at_once, **numbers)
+        settings = Settings(
+            args.model, tuple(args.sigmas), data=args.data, at_once=args.at_once, dtype=args.dtype, **numbers
+        )
         paths = {name: args.out / args.model / f"{name}.json" for name in args.candidates}
         found = {name: read(path, settings) for name, path in paths.items()}
         if args.list:

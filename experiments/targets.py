@@ -140,6 +140,11 @@ class Candidate:
             return {}
         return {"data_dir": str(rows_folder(data, self.folder)), **({"rows": self.rows} if self.rows else {})}
 
+    def fields(self, data: str | None) -> dict[str, Any]:
+        """The same as fields of a config's group `task`."""
+        options = self.options(data)
+        return {"name": self.task, "data_dir": options.pop("data_dir", None), "options": options}
+
     def make(self, data: str | None) -> Task:
         return get_task(self.task, **self.options(data))
 
