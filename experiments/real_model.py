@@ -31,6 +31,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from matplotlib.lines import Line2D
 
@@ -44,6 +45,7 @@ from es_jax.rundir.metrics import Jsonl, read_jsonl
 from es_jax.scoring.row_results import read_evals
 from es_jax.scoring.text import perplexity
 from es_jax.tasks.outside import label
+from es_jax.training.config import read_config
 from experiments.runs import Case, arguments, chosen, done, execute, mean_se, page, plain_errors, report
 from experiments.targets import CANDIDATES
 
@@ -172,23 +174,32 @@ def config_of(study: Study, name: str) -> Any:
     return configure("", model=study.model, **fields | RUNS[name][1])
 
 
-def measure(case: Case, folder: Path, study: Study) -> None:
-    """What training does not measure, at every evaluation of a finished run; then checkpoints that a replay can make
-    again are deleted. What is done is not done again."""
-    began, steps = time.perf_counter(), steps_of(case)
+def measure(folder: Path, study: Study, steps: Sequence[int], *, others: Sequence[Path] = ()) -> None:
+    """What training does not measure, at these steps of a finished run; then checkpoints that a replay can make again
+    are deleted. What is done is not done again; the base model's priors are those of `others`, where one has them."""
+    began, candidates = time.perf_counter(), CANDIDATES[study.model]
     evaluate_run(folder, steps=steps, kl=True, drift=True, options=Options(**KL))
     for name in study.priors:
-        prior = CANDIDATES[study.model][name]
+        prior = candidates[name]
+        share_base(folder, others, label(prior.task))
         size = prior.most("test", study.prior_rows, study.data)
         limits = Options(rows=size, max_prompt_tokens=PROMPT_TOKENS, max_new_tokens=prior.new_tokens, slots=16)
         evaluate_run(folder, tasks=[prior.make(study.data)], steps=steps, options=limits)
     file = Jsonl(folder / "perplexity.jsonl")
     for step in (step for step in steps if step not in file.steps):
         file.write({"step": step, "perplexity": perplexity(load_step(folder, step), text_of(study.model))})
-    spent = {"seconds": time.perf_counter() - began, "priors": list(study.priors)}
-    write_json(folder / MEASURED, spent)
-    for step in saved_steps(folder)[:-1] if case.config.record.replayable else ():
+    write_json(folder / MEASURED, {"seconds": time.perf_counter() - began, "priors": list(study.priors)})
+    for step in saved_steps(folder)[:-1] if read_config(folder).record.replayable else ():
         shutil.rmtree(folder / "ckpt" / str(step))
+
+
+def share_base(folder: Path, others: Sequence[Path], task: str) -> None:
+    """Copy the evaluation of the base model on a task from the first of the other runs that has it."""
+    for part in (f"{task}.jsonl", f"verdicts/{task}.jsonl"):  # a verdict is written before its row
+        found = [other / "evals" / part for other in others if (other / "evals" / part).exists()]
+        if found and not (new := folder / "evals" / part).exists():
+            base = [line for line in found[0].read_text().splitlines(keepends=True) if json.loads(line)["step"] == 0]
+            new.write_text("".join(base))
 
 
 def text_of(model: str) -> str:
@@ -207,9 +218,11 @@ def measured(folder: Path, study: Study) -> bool:
     return path.exists() and set(study.priors) <= set(json.loads(path.read_text())["priors"])
 
 
-def lines_of(case: Case, folder: Path, study: Study, command: str) -> list[dict[str, Any]]:
-    """A line for each evaluation of a measured run."""
-    config, evals = case.config, folder / "evals"
+def lines_of(
+    labels: Mapping[str, Any], folder: Path, study: Study, steps: Sequence[int], command: str
+) -> list[dict[str, Any]]:
+    """A line for each of these evaluations of a measured run."""
+    config, evals = read_config(folder), folder / "evals"
     by_step = lambda name: {row["step"]: row for row in read_evals(evals / f"{name}.jsonl")}  # noqa: E731
     target, drift, kl = by_step(label(config.task.name)), by_step("drift"), by_step("kl")
     priors = {name: by_step(label(CANDIDATES[study.model][name].task)) for name in study.priors}
@@ -225,8 +238,8 @@ def lines_of(case: Case, folder: Path, study: Study, command: str) -> list[dict[
         "alpha": config.optim.learning_rate,
     }
     lines = []
-    for step in steps_of(case):
-        line = {**case.labels, **facts, "step": step, "rows": target[step]["n"]}
+    for step in steps:
+        line = {**labels, **facts, "step": step, "rows": target[step]["n"]}
         line |= columns(target[step], "reward", "") | columns(target[step], "accuracy", "")
         counted = [columns(rows[step], VIEW_OF[study.priors[name]], "") for name, rows in priors.items()]
         line |= mean_of(counted)
@@ -407,6 +420,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--priors", nargs="*", help="NAME:VIEW, view text or likelihood; by default what passed the screen"
     )
+    parser.add_argument("--json", nargs="+", type=Path, help="measure these finished runs, and print one JSON of them")
     parser.add_argument("--screen", type=Path, default=Path("docs/real_model"), help="the folder of the screen's CSVs")
     return parser
 
@@ -415,7 +429,21 @@ def main() -> None:
     args = parser().parse_args()
     with plain_errors(traceback=args.traceback):
         study = study_of(args)
-        run(study, args)
+        if args.json:
+            print(json.dumps(results(args.json, study)))
+        else:
+            run(study, args)
+
+
+def results(folders: Sequence[Path], study: Study) -> dict[str, Any]:
+    """Base and last step of the runs of launch/one_gpu.sh, measured here; folders have the names of RUNS."""
+    lines = []
+    for folder in folders:
+        steps = [0, read_config(folder).train.steps]
+        measure(folder, study, steps, others=folders)
+        labels = {"run": folder.name, "target": study.target, "model": study.model, "seed": 0}
+        lines += lines_of(labels, folder, study, steps, "launch/one_gpu.sh")
+    return {"device": jax.devices()[0].device_kind, "verdict": verdict(lines), "lines": lines}
 
 
 def run(study: Study, args: argparse.Namespace) -> None:
@@ -430,9 +458,12 @@ def run(study: Study, args: argparse.Namespace) -> None:
         for case in chosen(grid, args.index):
             execute([case], args.out)
             if not measured(case.folder(args.out), study):
-                measure(case, case.folder(args.out), study)
+                measure(case.folder(args.out), study, steps_of(case), others=folders)
     finished = [i for i, folder in enumerate(folders) if done(folder) and measured(folder, study)]
-    lines = [x for i in finished for x in lines_of(grid[i], folders[i], study, command_of(study, args.seeds, i))]
+    lines = []
+    for i in finished:
+        how, case = command_of(study, args.seeds, i), grid[i]
+        lines += lines_of(case.labels, folders[i], study, steps_of(case), how)
     if lines:
         report(lines, args.docs or args.out, "real_model", labels=(), figure=figure, text=table(lines))
         page([folders[i] for i in finished], args.out / "report")
