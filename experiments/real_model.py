@@ -277,9 +277,10 @@ def last_lines(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str
 
 
 def change(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[float, float]:
-    """The mean change of a score over seeds, and its paired error over the held-out rows."""
+    """The mean change of a score over seeds, and its paired error over the held-out rows: that of one seed, for all
+    have the same rows, which may be hard or easy for all."""
     errors = [row[f"{name}_change_se"] for row in rows]
-    return float(np.mean([row[f"{name}_change"] for row in rows])), math.hypot(*errors) / len(rows)
+    return float(np.mean([row[f"{name}_change"] for row in rows])), math.hypot(*errors) / math.sqrt(len(rows))
 
 
 def verdict(lines: Sequence[Mapping[str, Any]]) -> str:
@@ -475,11 +476,10 @@ def pace_of(study: Study, folder: Path, case: Case) -> float | None:
     """Seconds of the decoding of a step by the screen, where it has the target and σ."""
     if not (folder / "screen.csv").exists():
         return None
-    config = case.config
     own = [x for x in screened(folder, "screen") if x["target"] == study.target and float(x["sigma"]) == study.sigma]
-    rollouts = study.members * study.prompts
-    completions = (study.pair[0] * study.pair[1]) if case.labels["run"].startswith("pair") else rollouts
-    return float(own[0]["seconds_step"]) * completions / rollouts if own and config.task.name else None
+    members, prompts = study.pair if case.labels["run"].startswith("pair") else (study.members, study.prompts)
+    each = [float(x["seconds_step"]) / (int(x["members"]) * study.prompts) for x in own]
+    return each[0] * members * prompts if each else None
 
 
 if __name__ == "__main__":

@@ -33,7 +33,10 @@ train() {  # NAME STEPS [argument …] of the config
 
 clock=(timeout --signal=TERM --kill-after=60 "$((seconds / 4))")
 train es 100000 || echo "the clock of the first run is over"
-steps=$(grep -c '"seeds"' "$workdir/es/seedlog.jsonl")
+if ! steps=$(grep -c '"seeds"' "$workdir/es/seedlog.jsonl"); then
+  echo "no step was made in $((seconds / 4)) seconds: give more SECONDS than $seconds" >&2
+  exit 1
+fi
 clock=()
 train es "$steps"
 train awd-1 "$steps" anchor=l2 kappa=1
