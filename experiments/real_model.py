@@ -212,7 +212,7 @@ def steps_of(case: Case) -> list[int]:
     return [*range(0, case.config.train.steps, case.config.evals.every), case.config.train.steps]
 
 
-def measured(folder: Path, study: Study) -> bool:
+def is_measured(folder: Path, study: Study) -> bool:
     """Whether all of the study's priors were measured."""
     path = folder / MEASURED
     return path.exists() and set(study.priors) <= set(json.loads(path.read_text())["priors"])
@@ -241,16 +241,15 @@ def lines_of(
     for step in steps:
         line = {**labels, **facts, "step": step, "rows": target[step]["n"]}
         line |= columns(target[step], "reward", "") | columns(target[step], "accuracy", "")
-        counted = [columns(rows[step], VIEW_OF[study.priors[name]], "") for name, rows in priors.items()]
-        line |= mean_of(counted)
+        line |= mean_of([columns(rows[step], VIEW_OF[study.priors[name]], "") for name, rows in priors.items()])
         for name, rows in priors.items():
             line |= {f"{name}_rows": rows[step]["n"]}
             for view in VIEWS:
                 line |= columns(rows[step], view, f"{name}_")
-        moved, now = drift.get(step, {}), kl.get(step, {})
+        walk, now = drift.get(step, {}), kl.get(step, {})
         line |= {"perplexity": text[step], "kl": now.get("kl_exact_token"), "kl_se": now.get("kl_exact_token_se")}
-        line |= {"drift": moved.get("norm", 0.0), "closed_form": moved.get("predicted"), "ratio": moved.get("ratio")}
-        line |= {"kappa": moved.get("kappa"), "seconds_step": float(np.median(seconds))}
+        line |= {"drift": walk.get("norm", 0.0), "closed_form": walk.get("predicted"), "ratio": walk.get("ratio")}
+        line |= {"kappa": walk.get("kappa"), "seconds_step": float(np.median(seconds))}
         lines.append(line | {"hours": sum(seconds) / 3600, "command": command})
     return lines
 
@@ -260,14 +259,15 @@ def columns(row: Mapping[str, Any], name: str, prefix: str) -> dict[str, Any]:
     return {f"{prefix}{name}{end}": row.get(f"{name}{end}") for end in ("", "_se", "_change", "_change_se")}
 
 
-def mean_of(counted: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def mean_of(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The mean over priors of the view that counts; their rows are independent, and so are their errors."""
-    ends = ("", "_change", "_change_se")
-    values = [dict(zip(("", "_se", "_change", "_change_se"), row.values(), strict=True)) for row in counted]
-    root = lambda own: math.hypot(*own) / len(own)  # noqa: E731
-    known = {end: [row[end] for row in values if row[end] is not None] for end in ends}
-    means = {end: (root if end == "_change_se" else np.mean)(own) if own else None for end, own in known.items()}
-    return {f"prior{end}": None if mean is None else float(mean) for end, mean in means.items()}
+    values: list[list[float | None]] = [list(column) for column in zip(*(one.values() for one in scores), strict=True)]
+    if not values:
+        return {"prior": None, "prior_change": None, "prior_change_se": None}
+    score, _, change, error = values
+    root = None if None in error else math.hypot(*error) / len(scores)  # type: ignore[arg-type]
+    mean = lambda own: None if None in own else float(np.mean(own))  # noqa: E731
+    return {"prior": mean(score), "prior_change": mean(change), "prior_change_se": root}
 
 
 def last_lines(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
@@ -288,11 +288,11 @@ def verdict(lines: Sequence[Mapping[str, Any]]) -> str:
     rows = last_lines(lines)["es"]
     if not rows:
         return "No run of ES is finished: no conclusion."
-    moved, error = change(rows, "reward")
-    text = f"the target reward of ES changed by {moved:+.3f} ± {error:.3f} on {rows[0]['rows']} held-out rows"
-    if moved < 3 * error or error == 0:
+    mean, error = change(rows, "reward")
+    text = f"the target reward of ES changed by {mean:+.3f} ± {error:.3f} on {rows[0]['rows']} held-out rows"
+    if mean < 3 * error or error == 0:
         return f"No signal: {text}, below 3 paired errors. No conclusion about forgetting is drawn."
-    return f"Signal: {text}, {moved / error:.1f} paired errors."
+    return f"Signal: {text}, {mean / error:.1f} paired errors."
 
 
 def table(lines: Sequence[Mapping[str, Any]]) -> str:
@@ -357,7 +357,7 @@ def state(case: Case, folder: Path, study: Study, each: float | None) -> str:
     steps, rows = case.config.train.steps, read_jsonl(folder / "metrics.jsonl")
     seconds = [row["seconds"] for row in rows]
     pace = float(np.median(seconds)) if seconds else each
-    if measured(folder, study):
+    if is_measured(folder, study):
         spent = json.loads((folder / MEASURED).read_text())["seconds"]
         return f"done: {sum(seconds) / 60:.1f} min of steps, {spent / 60:.1f} min of measuring"
     left = (
@@ -368,7 +368,7 @@ def state(case: Case, folder: Path, study: Study, each: float | None) -> str:
     return f"{'trained' if done(folder) else f'step {len(rows)} of {steps}'}: {left}"
 
 
-def screened(folder: Path, stem: str) -> list[dict[str, str]]:
+def screen_lines(folder: Path, stem: str) -> list[dict[str, str]]:
     """The lines of a CSV of the screen. Raises FileNotFoundError, with the command, where there is none."""
     path = folder / f"{stem}.csv"
     if not path.exists():
@@ -380,22 +380,22 @@ def screened(folder: Path, stem: str) -> list[dict[str, str]]:
 
 def study_of(args: argparse.Namespace) -> Study:
     """The study of the command line; what it leaves out is what the screen found."""
-    given = {name: value for name in OPTIONS if (value := getattr(args, name)) is not None}
+    fields = {name: value for name in OPTIONS if (value := getattr(args, name)) is not None}
     if args.priors is not None:
-        given["priors"] = dict(name.split(":") if ":" in name else (name, "text") for name in args.priors)
+        fields["priors"] = dict(name.split(":") if ":" in name else (name, "text") for name in args.priors)
     if args.size == "lab":
-        return Study(**LAB | given)
-    if not {"target", "sigma"} <= given.keys():
-        fitting = [row for row in screened(args.screen, "screen") if row["verdict"] == "signal"]
-        own = [row for row in fitting if given.get("target", row["target"]) == row["target"]]
+        return Study(**LAB | fields)
+    if not {"target", "sigma"} <= fields.keys():
+        signals = [row for row in screen_lines(args.screen, "screen") if row["verdict"] == "signal"]
+        own = [row for row in signals if fields.get("target", row["target"]) == row["target"]]
         if not own:
             raise ValueError(f"the screen in {args.screen} found no signal: a study would show nothing; give --target")
         best = min(own, key=lambda row: float(row["steps_to_3se"]))
-        given = {"target": best["target"], "sigma": float(best["sigma"])} | given
-    if "priors" not in given:
-        counted = [row for row in screened(args.screen, "screen_priors") if row["verdict"] == "counts"]
-        given["priors"] = {row["prior"]: row["view"] for row in counted if row["prior"] != given["target"]}
-    return Study(model="smollm2", **given)
+        fields = {"target": best["target"], "sigma": float(best["sigma"])} | fields
+    if "priors" not in fields:
+        rows = [row for row in screen_lines(args.screen, "screen_priors") if row["verdict"] == "counts"]
+        fields["priors"] = {row["prior"]: row["view"] for row in rows if row["prior"] != fields["target"]}
+    return Study(model="smollm2", **fields)
 
 
 OPTIONS = ("target", "sigma", "ratio", "members", "prompts", "steps", "prior_rows", "grpo_rate", "data", "dtype")
@@ -458,9 +458,9 @@ def run(study: Study, args: argparse.Namespace) -> None:
     if not args.only_report:
         for case in chosen(grid, args.index):
             execute([case], args.out)
-            if not measured(case.folder(args.out), study):
+            if not is_measured(case.folder(args.out), study):
                 measure(case.folder(args.out), study, steps_of(case), others=folders)
-    finished = [i for i, folder in enumerate(folders) if done(folder) and measured(folder, study)]
+    finished = [i for i, folder in enumerate(folders) if done(folder) and is_measured(folder, study)]
     lines = []
     for i in finished:
         how, case = command_of(study, args.seeds, i), grid[i]
@@ -476,7 +476,9 @@ def pace_of(study: Study, folder: Path, case: Case) -> float | None:
     """Seconds of the decoding of a step by the screen, where it has the target and σ."""
     if not (folder / "screen.csv").exists():
         return None
-    own = [x for x in screened(folder, "screen") if x["target"] == study.target and float(x["sigma"]) == study.sigma]
+    own = [
+        x for x in screen_lines(folder, "screen") if x["target"] == study.target and float(x["sigma"]) == study.sigma
+    ]
     members, prompts = study.pair if case.labels["run"].startswith("pair") else (study.members, study.prompts)
     each = [float(x["seconds_step"]) / (int(x["members"]) * study.prompts) for x in own]
     return each[0] * members * prompts if each else None

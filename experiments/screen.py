@@ -128,20 +128,20 @@ def signal(rewards: np.ndarray, base: np.ndarray, members: Members, sigma: float
     noise = float((rest**2).sum() / ((n - 1) * (r - 1)))
     between = max(float(means.var(ddof=1)) - noise / r, 0.0)
     draw = np.random.default_rng(0)
-    shuffled = np.array([draw.permuted(rewards, axis=0).mean(1).var() for _ in range(CALLS)])
+    shuffles = np.array([draw.permuted(rewards, axis=0).mean(1).var() for _ in range(CALLS)])
     spread = float(means.std())
     weights = z_score(means) if spread else np.zeros(n, np.float32)
     found = diagnose(
         Entry.of(1, members, rewards=means, weights=weights), learning_rate=settings.ratio * sigma, sigma=sigma
     )
     real = settings.ratio * between / np.sqrt(between + noise / settings.prompts) if between else 0.0
-    moved = 3 * float(np.sqrt(np.mean((rewards - base) ** 2) / settings.heldout))
+    wanted = 3 * float(np.sqrt(np.mean((rewards - base) ** 2) / settings.heldout))
     numbers = {
         "rows": r, "members": n, "base": float(base.mean()),
         "base_se": float(base.std(ddof=1) / np.sqrt(r)), "members_mean": float(means.mean()), "spread": spread,
-        "beyond_rows": between**0.5, "p": float((1 + np.sum(shuffled >= means.var() - 1e-15)) / (CALLS + 1)),
+        "beyond_rows": between**0.5, "p": float((1 + np.sum(shuffles >= means.var() - 1e-15)) / (CALLS + 1)),
         "equal": found["tied_members"], "gain": found["expected_gain"], "real_gain": real,
-        "steps_to_3se": moved / real if real else None, "steps": settings.steps,
+        "steps_to_3se": wanted / real if real else None, "steps": settings.steps,
     }  # fmt: skip
     return numbers | {"verdict": verdict(numbers)}
 
@@ -162,13 +162,13 @@ def targets(candidate: Candidate, task: Any, model: Model, config: RunConfig, se
     examples = task.train(config.task.train_size)
     prompts = [model.encode(example.prompt) for example in examples]
     evaluator = evaluator_of(config, model, prompts, candidate.new_tokens)
-    drawn = Population(settings.members, seed=0).members(1)
+    members = Population(settings.members, seed=0).members(1)
     lines, seconds = [], []
     for sigma in settings.sigmas:
         scale = np.float32(sigma / config.es.sigma)
-        everyone = Members(np.append(drawn.seed, np.uint32(0)), np.append(drawn.sign * scale, np.float32(0)))
+        everyone = Members(np.append(members.seed, np.uint32(0)), np.append(members.sign * scale, np.float32(0)))
         rewards, spent = member_rewards(evaluator, model, examples, everyone, task)
-        lines.append({"sigma": sigma, **signal(rewards[:-1], rewards[-1], drawn, sigma, settings)})
+        lines.append({"sigma": sigma, **signal(rewards[:-1], rewards[-1], members, sigma, settings)})
         seconds.append(spent)
     each = min(seconds) / ((settings.members + 1) * len(examples))  # the first has compiled, too
     return [line | {"seconds_step": each * settings.members * settings.prompts} for line in lines]

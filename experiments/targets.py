@@ -51,9 +51,9 @@ class Variant(Splits):
         else:
             whole = getattr(self._task, self.rows)()
             examples = take(whole[split == "train" :: 2], n, source=f"every other {self.rows} row of {self.kind}")
-        return examples if self.opening is None else [self._opened(example) for example in examples]
+        return examples if self.opening is None else [self._with_opening(example) for example in examples]
 
-    def _opened(self, example: Example) -> Example:
+    def _with_opening(self, example: Example) -> Example:
         asked = [message for message in example.prompt if message["role"] != "assistant"]  # type: ignore[index]
         return dataclasses.replace(example, prompt=(*asked, *messages(assistant=self.opening)))
 
