@@ -68,7 +68,11 @@ def whole_numbers(steps: list[str] | None) -> list[int | str] | None:
 
 
 HARNESS = ("lm_eval_include", "lm_eval_limit", "lm_eval_max_length", "num_fewshot", "apply_chat_template")
-OWN = ("rows", "max_prompt_tokens", "max_new_tokens", "data_dir")  # what means nothing for tasks of --lm_eval
+# What means nothing for tasks of --lm_eval.
+OWN = (
+    *("rows", "max_prompt_tokens", "max_new_tokens", "data_dir", "kl_rows", "kl_tokens", "kl_seed"),
+    *("temperature", "top_p", "sample_seed"),
+)
 
 
 def own_tasks(values: Any) -> bool:

@@ -12,7 +12,7 @@ taken to be as long as decode.max_prompt_tokens allows.
 
 TPUs need libtpu (pip install 'es_jax[plan]'). For GPUs: pip install --no-deps jax-cuda12-plugin jax-cuda12-pjrt, in the
 version of jax. The exit code is 0 when it fits, 1 when not, and 2 when the question has a mistake, or the compiler,
-which has a process of its own, ends without an answer.
+which has a process of its own, raises an error or ends without an answer.
 
 With --json: fits, verdict, topology, devices, memory_bytes (of a device), mesh {groups, model}, slots, members_at_once,
 bound_seconds (of an iteration), compile_seconds (of all), shape ("files" or "published"), and programs {name:
@@ -31,6 +31,7 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Callable
 
 from absl import app, flags
 
@@ -40,10 +41,9 @@ from es_jax.core.flags import define_config, parser
 def main(argv: list[str]) -> None:
     """Flags → plan."""
     if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}: fields are set with --config.group.field=value")
+        raise app.UsageError(f"unexpected arguments {argv[1:]}: fields are set with --config.group.field=value", 2)
     logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger("absl").setLevel(logging.WARNING)
-    from es_jax.planning.compiler import CompilerEnded
     from es_jax.planning.plan import fields, make_plan, search, words
     from es_jax.planning.programs import find_shape
     from es_jax.planning.topology import topology
@@ -56,13 +56,24 @@ def main(argv: list[str]) -> None:
         model, origin = find_shape(config)
         devices = topology(options.topology, slices=options.slices)
         plan = (search if options.search else make_plan)(config, model, devices, say=say)
-    except (ValueError, OSError, CompilerEnded) as error:
+    except (ValueError, OSError, RuntimeError) as error:  # the last is of the compiler
         if options.traceback:
             raise
         say(f"es_jax.plan: {error}")
         sys.exit(2)
     print(json.dumps(fields(plan) | {"shape": origin}) if options.json else words(plan))
     sys.exit(0 if plan.fits else 1)
+
+
+def _with_status(parse: Callable[[list[str]], list[str]], argv: list[str]) -> list[str]:
+    """As `parse`, with status 2 after a mistake: 1 is of a plan that does not fit."""
+    try:
+        return parse(argv)
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+            sys.exit(2)
+        raise
 
 
 def entry() -> None:
@@ -77,7 +88,8 @@ def entry() -> None:
     flags.DEFINE_bool("search", False, "Try meshes, members at once and slot counts, print the best that fits.")
     flags.DEFINE_bool("json", False, "Print the plan as one line of JSON.")
     flags.DEFINE_bool("traceback", False, "Show where an error came from.")
-    app.run(main, flags_parser=parser("es_jax.plan", required=("config", "topology"), fields=FIELDS))
+    parse = parser("es_jax.plan", required=("config", "topology"), fields=FIELDS)
+    app.run(main, flags_parser=lambda argv: _with_status(parse, argv))
 
 
 if __name__ == "__main__":

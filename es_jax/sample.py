@@ -1,10 +1,11 @@
 """python -m es_jax.sample --workdir=RUN [--step=S] [--prompt=TEXT …] [--base] [--system=TEXT] [--json]
 
-What a step of a run writes: any step, with a checkpoint or without, the last by default; or a model folder, .gguf file
-or hub name. --prompt may be given several times. Without it, prompts come from the standard input: one a line of a file
-or a pipe; a chat of several turns in a terminal, until an empty line or Ctrl-D. With --base the base model, step 0,
-answers beside it. A prompt is a user's message for the chat template; with --plain, or where the tokenizer has no
-template, it is plain text, which the model continues, and each line of a terminal is a prompt of its own.
+What a step of a run writes: any step, with a checkpoint or without, the last by default, --step=best of a run with
+train.keep_best; or a model folder, .gguf file or hub name. --prompt may be given several times. Without it, prompts
+come from the standard input: one a line of a file or a pipe; a chat of several turns in a terminal, until an empty line
+or Ctrl-D. With --base the base model, step 0, answers beside it. A prompt is a user's message for the chat template;
+with --plain, or where the tokenizer has no template, it is plain text, which the model continues, and each line of a
+terminal is a prompt of its own.
 
 Where the output is a terminal, control characters are written as escapes, such as \\x1b. With --json one line is
 printed; step is null of a model, and base is there with --base:
@@ -37,16 +38,19 @@ def main(argv: list[str]) -> None:
     """Flags → complete()."""
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax, on opening checkpoints to read them
     with command("es_jax.sample", argv) as values:
+        from es_jax.core import processes
         from es_jax.rundir.directory import compilation_cache
         from es_jax.rundir.places import is_run
 
-        interactive, folder = not values.prompt and sys.stdin.isatty(), Path(values.workdir)
+        interactive = not values.prompt and sys.stdin.isatty()
+        workdir, step = named_step(values.workdir, values.step)
         if interactive and values.json:
             raise ValueError("--json needs prompts: give --prompt, or a file of prompts on the standard input")
         texts = None if interactive else values.prompt or read_lines(sys.stdin)
-        cache = compilation_cache(folder / "cache") if is_run(folder) else contextlib.nullcontext()
+        run = Path(workdir)
+        cache = compilation_cache(run / "cache") if is_run(run) else contextlib.nullcontext()
         with cache:
-            step, models = open_models(values.workdir, values.step, base=values.base)
+            number, models = open_models(workdir, step, base=values.base)
             opening = opening_of(models, values.system, plain=values.plain)
             options = {name: values[name].value for name in ("max_new_tokens", "temperature", "seed")}
             if texts is None:
@@ -55,8 +59,10 @@ def main(argv: list[str]) -> None:
                     chat(models, opening, ask=_ask, say=_say, **options)
                 return
             samples = answers(models, opening, texts, **options)
+        if not processes.first():
+            return
         if values.json:
-            print(json.dumps({"workdir": values.workdir, "step": step, "samples": samples}))
+            print(json.dumps({"workdir": values.workdir, "step": number, "samples": samples}))
         elif len(texts) == len(models) == 1:
             _say(samples[0]["completion"])
         else:
@@ -76,18 +82,31 @@ def read_lines(lines: Iterable[str]) -> list[str]:
     return texts
 
 
+def named_step(workdir: str, step: str) -> tuple[str, str]:
+    """The run and the step that are meant, where `workdir` may be RUN@STEP. Raises ValueError where both name a step,
+    FileNotFoundError where there is no such run."""
+    from es_jax.rundir.places import as_step
+
+    if Path(workdir).exists() or (named := as_step(workdir)) is None or named.step is None:
+        return workdir, step
+    if step != "last":
+        raise ValueError(f"--workdir is {workdir!r} and --step is {step!r}: give one step")
+    return str(named.run), str(named.step)
+
+
 def open_models(workdir: str, step: str, *, base: bool) -> tuple[int | None, "dict[str, Model]"]:
     """The step, and the models that answer, by what they are called. Raises ValueError or OSError where there is
     neither a run nor a model, or not that step."""
     from es_jax.evals.load_step import load_step
+    from es_jax.rundir.best import BEST, step_of
     from es_jax.rundir.places import is_run
     from es_jax.rundir.seed_log import read_entries
     from es_jax.training.config import RunConfig
     from es_jax.training.state import compute_dtype
     from es_jax.weights.model import load_model
 
-    if not (step == "last" or step.isdecimal()):
-        raise ValueError(f"--step is {step!r}: give a whole number from 0, or last")
+    if not (step in ("last", BEST) or step.isdecimal()):
+        raise ValueError(f"--step is {step!r}: give a whole number from 0, last or best")
     if not is_run(Path(workdir)):
         for flag, given in {"--step": step != "last", "--base": base}.items():
             if given:
@@ -96,7 +115,7 @@ def open_models(workdir: str, step: str, *, base: bool) -> tuple[int | None, "di
             return None, {"model": load_model(workdir, dtype=compute_dtype(RunConfig()))}
         except FileNotFoundError as error:
             raise FileNotFoundError(f"--workdir is {workdir!r}, no run's directory and no model: {error}") from None
-    number = len(read_entries(Path(workdir))) if step == "last" else int(step)
+    number = len(read_entries(Path(workdir))) if step == "last" else step_of(workdir, step, flag="--step")
     if base and number == 0:
         raise ValueError("step 0 is the base model: leave --base out, or choose a later --step")
     models = {f"step {number}": load_step(workdir, number)}
@@ -172,9 +191,11 @@ def printable(text: str) -> str:
 
 
 def entry() -> None:
-    flags.DEFINE_string("workdir", None, "A run's directory; or a model folder, .gguf file or hub name.", required=True)
-    flags.DEFINE_string("step", "last", "Of a run: 0, the base model, to the last.")
-    flags.DEFINE_multi_string("prompt", None, "A prompt; may be repeated.")
+    flags.DEFINE_string(
+        "workdir", None, "A run's directory, or RUN@STEP; or a model folder, .gguf file or hub name.", required=True
+    )
+    flags.DEFINE_string("step", "last", "Of a run: 0, the base model, to the last; or best.")
+    flags.DEFINE_multi_string("prompt", None, "A prompt")  # absl adds that it may be repeated
     flags.DEFINE_bool("base", False, "Of a run: the base model answers, too.")
     flags.DEFINE_string("system", None, "A system message before the prompts.")
     flags.DEFINE_bool("plain", False, "Prompts are plain text, without the chat template.")

@@ -162,9 +162,7 @@ def entry() -> None:
     from es_jax.training.config import FIELDS
 
     define_config(FIELDS)
-    flags.DEFINE_multi_string(
-        "over", None, "A field and its values, FIELD=VALUE,VALUE,…; more may follow, or repeat it."
-    )
+    flags.DEFINE_multi_string("over", None, "A field and its values, FIELD=VALUE,VALUE,…; more may follow")
     flags.DEFINE_string("out", None, "The folder for the runs, their table and report; a sweep that is there goes on.")
     flags.DEFINE_integer("index", None, "Run this point alone, from 0, as a job of an array.", lower_bound=0)
     flags.DEFINE_bool("list", False, "Print the points and how far each has come; run nothing.")

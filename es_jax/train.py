@@ -57,26 +57,31 @@ def main(argv: list[str]) -> None:
 
 
 def _with_config(argv: list[str]) -> list[str]:
-    """The command line, with the config of the run to branch from where it names that run and no config."""
+    """The command line, with the config of the run to branch from where it names that run and no config; where that
+    is gone, of the branch that goes on."""
     try:
-        named = dict(re.findall(r"^--?(config|branch_from)[=\n](.*)$", "\n".join(arguments_of(argv)), flags=re.M))
+        named = dict(
+            re.findall(r"^--?(config|branch_from|workdir)[=\n](.*)$", "\n".join(arguments_of(argv)), flags=re.M)
+        )
     except flags.Error:  # which the parser says
         return argv
     if "branch_from" not in named or "config" in named:
         return argv
     parent = re.sub(r"@[0-9]+$", "", named["branch_from"])
-    if not is_run(Path(parent)):
+    runs = (Path(parent).expanduser(), Path(named.get("workdir", parent)))  # its own config, where its parent is gone
+    run = next(filter(is_run, runs), None)
+    if run is None:
         sys.exit(
             f"es_jax.train: --branch_from is {named['branch_from']!r}: {parent} is not a run's directory; give RUN@STEP"
         )
-    return [*argv, f"--config={parent}"]
+    return [*argv, f"--config={run}"]
 
 
 def _config_of_run(text: str) -> ConfigDict | None:
     """The fields of the run whose directory a --config names; None where it names something else."""
     from es_jax.training.start import config_of
 
-    return config_of(text) if is_run(Path(text)) else None
+    return config_of(path) if is_run(path := Path(text).expanduser()) else None
 
 
 def entry() -> None:

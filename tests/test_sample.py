@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from es_jax import complete, load_step
-from es_jax.sample import answers, chat, open_models, opening_of, printable, read_lines
+from es_jax.sample import answers, chat, named_step, open_models, opening_of, printable, read_lines
 from es_jax.training.loop import run
 from es_jax.weights.model import load_model
 from tests.helpers import TWO_STEPS, config_of
@@ -48,8 +48,13 @@ def test_the_command_answers_lines_of_its_input_beside_the_base_model(workdir):
     ("arguments", "message"),
     [
         (["--step=9", "--prompt=x"], "step is 9, but {} holds steps 0 to 2"),
-        (["--step=-1", "--prompt=x"], "--step is '-1': give a whole number from 0, or last"),
-        (["--step=best-of", "--prompt=x"], "--step is 'best-of': give a whole number from 0, or last"),
+        (["--step=-1", "--prompt=x"], "--step is '-1': give a whole number from 0, last or best"),
+        (["--step=best-of", "--prompt=x"], "--step is 'best-of': give a whole number from 0, last or best"),
+        (
+            ["--step=best", "--prompt=x"],
+            "--step is 'best', but {} has no best.json, which a run with "
+            "train.keep_best=METRIC writes: give a number, or go on with the run with that field",
+        ),
         (["--step=0", "--base", "--prompt=x"], "step 0 is the base model: leave --base out, or choose a later --step"),
     ],
 )
@@ -61,6 +66,36 @@ def test_a_step_that_cannot_be_is_named(arguments, message, workdir):
     with pytest.raises(ValueError) as error:
         open_models(str(workdir), options["step"], base=options["base"])
     assert str(error.value) == message.format(workdir)
+
+
+@pytest.mark.parametrize(("suffix", "step", "named"), [("@1", "last", "1"), ("@02", "last", "2"), ("", "1", "1")])
+def test_a_run_may_be_given_with_its_step(suffix, step, named, workdir):
+    run, number = named_step(f"{workdir}{suffix}", step)
+    assert (run, number) == (str(workdir), named)
+
+
+@pytest.mark.parametrize(
+    ("given", "step", "message"),
+    [
+        ("{}@1", "2", "--workdir is '{}@1' and --step is '2': give one step"),
+        ("{}@1", "best", "--workdir is '{}@1' and --step is 'best': give one step"),
+        ("{}x@1", "last", "source = '{}x@1': {}x is not a run's directory"),
+    ],
+)
+def test_a_run_with_a_step_that_cannot_be_is_named(given, step, message, workdir):
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        named_step(given.replace("{}", str(workdir)), step)
+    assert str(error.value).startswith(message.replace("{}", str(workdir)))
+
+
+def test_the_best_step_is_that_of_the_run(workdir):
+    best = workdir / "best.json"
+    best.write_text('{"step": 1}')
+    try:
+        number, models = open_models(str(workdir), "best", base=False)
+    finally:
+        best.unlink()
+    assert number == 1 and list(models) == ["step 1"]
 
 
 @pytest.mark.parametrize(

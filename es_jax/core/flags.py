@@ -20,17 +20,18 @@ from es_jax.core.names import RENAMED
 
 require("llm")
 _REQUIRED = "must have a value other than None."  # what absl says of a flag that is not given
-_BLANK = re.compile(r"^(--?[\w.]+)\s+(?=\S)")  # between a flag and its value
+_BLANK = re.compile(r"(--?[\w.]+)\s+(\S.*)")  # between a flag and its value
 
 
 def arguments_of(argv: Sequence[str], *, gnu: bool = False) -> list[str]:
-    """The arguments after the program's name, with the lines of a file in place of its --flagfile. A line may have a
-    blank between a flag and its value. With `gnu` flags may follow positional arguments. Raises flags.Error."""
+    """The arguments after the program's name, with the lines of a file in place of its --flagfile. Such a line may have
+    a blank between a flag and its value. With `gnu` flags may follow positional arguments. Raises flags.Error."""
     try:
         arguments = flags.FLAGS.read_flags_from_files(argv[1:], force_gnu=gnu)
     except (flags.Error, OSError, ValueError) as error:
         raise flags.Error(f"--flagfile: {str(error).rpartition('flagfile: ')[2]}") from error
-    parts = [part for text in arguments for part in _BLANK.sub(r"\1\n", text, count=1).split("\n", 1)]
+    lines = (None if text in argv else _BLANK.fullmatch(text) for text in arguments)  # the shell's own are whole
+    parts = [part for line, text in zip(lines, arguments, strict=True) for part in (line.groups() if line else [text])]
     pairs = zip(parts, [*parts[1:], ""], strict=True)  # absl's -v takes a number: alone it is 1
     return ["-v=1" if part == "-v" and not re.fullmatch(r"-?\d", after) else part for part, after in pairs]
 

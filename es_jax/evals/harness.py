@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from es_jax.core.extras import require
 from es_jax.evals.harness_model import Decoding, HarnessModel
-from es_jax.evals.runner import chosen_steps, opened
+from es_jax.evals.runner import chosen_steps, opened, run_and_steps
 from es_jax.evals.weight_source import Fields, check_folder, claim_folder
 from es_jax.rundir.metrics import Jsonl, read_rows
 from es_jax.scoring.heldout import cast
@@ -105,6 +105,7 @@ def evaluate_harness(
         raise ValueError(
             f"lm_eval works in one process, and there are {jax.process_count()}: evaluate with lm_eval on one host"
         )
+    workdir, steps = run_and_steps(workdir, base, steps)
     with opened(workdir, base=base, out=out, date=options.template_date, mesh=mesh) as (source, folder, _):
         chosen, slots = chosen_steps(source, every, steps), options.slots or source.config.decode.slots or SLOTS
         subject = HarnessModel(source.model, None, slots=slots, max_length=options.max_length)

@@ -8,15 +8,16 @@ import jax
 from jax.sharding import Mesh
 
 from es_jax.core import processes
-from es_jax.rundir import directory
+from es_jax.rundir.places import MODELS
 from es_jax.rundir.seed_log import read_entries
 from es_jax.scoring.heldout import cast
 from es_jax.training.config import read_config
 from es_jax.training.config_groups import MeshConfig
+from es_jax.training.start import outline_of
 from es_jax.training.state import base_config, compute_dtype, mesh_of
 from es_jax.training.weights_at import weights_at
 from es_jax.weights.chat_template import set_date
-from es_jax.weights.model import Model, load_outline
+from es_jax.weights.model import Model
 
 
 def load_step(workdir: str | Path, step: int | None = None, *, mesh: Mesh | None = None) -> Model:
@@ -38,13 +39,11 @@ def load_step(workdir: str | Path, step: int | None = None, *, mesh: Mesh | None
         the run's.
     """
     workdir = Path(workdir)
-    config, last = read_config(workdir), len(read_entries(workdir))
+    config, last = read_config(workdir, needs=MODELS), len(read_entries(workdir))
     step = last if step is None else step
     if not 0 <= step <= last:
         raise ValueError(f"step is {step}, but {workdir} holds steps 0 to {last}")
-    directory.check_files(workdir, config.model.source)
-    model = load_outline(config.model.source)
-    directory.check_base(workdir, config.model.source, model.digest)
+    model = outline_of(workdir)
     set_date(model.tokenizer, config.model.template_date)
     everywhere = mesh or mesh_of(dataclasses.replace(config, mesh=MeshConfig()), base_config(config))
     ((_, params),) = weights_at(workdir, [step], mesh=everywhere)

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from es_jax.scoring.heldout import HeldOut, cast, evaluate
 from es_jax.scoring.row_results import EvalsFile, read_evals
 from es_jax.scoring.sampled import SampledFile, Sampling, sample_rows
 from es_jax.tasks import name_and_options
+from es_jax.tasks.outside import is_reference
 from es_jax.tasks.task import Task
 from es_jax.training import kept_rows
 from es_jax.training.config import RunConfig, read_config
@@ -145,8 +147,7 @@ def evaluate_run(
     Raises:
       ValueError, OSError: what is asked for does not exist or does not fit, before anything is computed.
     """
-    if base is None and not Path(workdir).exists() and (step := as_step(str(workdir))):
-        workdir, steps = step.run, [step.step or 0] if steps is None else steps
+    workdir, steps = run_and_steps(workdir, base, steps)
     path = Path(workdir)
     run = is_run(path)
     if not run and base is None and (kl or drift):
@@ -157,6 +158,15 @@ def evaluate_run(
         if names is None:
             raise ValueError("tasks are not given: a model has none of its own, so name them")
         return _Evaluation(source, folder, names, chosen, options=options, mesh=mesh, kl=kl, drift=drift).run()
+
+
+def run_and_steps(
+    workdir: str | Path, base: str | None, steps: Sequence[int | str] | None
+) -> tuple[str | Path, Sequence[int | str] | None]:
+    """What to evaluate, and which of its steps: RUN@STEP without a base is that step of the run."""
+    if base is not None or Path(workdir).exists() or (step := as_step(str(workdir))) is None:
+        return workdir, steps
+    return step.run, [step.step or 0] if steps is None else steps
 
 
 @contextlib.contextmanager
@@ -203,10 +213,13 @@ def _wanted(
     """The tasks, or those that the run evaluated, each file of theirs where it is found from here. Raises
     FileNotFoundError where a file or a folder of rows is in none of its places."""
     config, needs = source.config, ["evals.tasks"] if tasks is None else []
-    names: list[str | Task] = [config.task.name, *config.evals.tasks]
+    own_names = [config.task.name, *config.evals.tasks]
+    names: list[str | Task] = [*own_names]
     if tasks is not None:
         names = [
-            located("evals.tasks", task, source.facts, workdir, needed=True) if isinstance(task, str) else task
+            _as_named(located("evals.tasks", task, source.facts, workdir, needed=True), own_names)
+            if isinstance(task, str)
+            else task
             for task in tasks
         ]
     if own := config.task.name in names:
@@ -215,6 +228,12 @@ def _wanted(
         needs += ["task.data_dir"] * own + ["evals.data_dir"] * (len(names) > own)
     read_config(workdir, needs=needs)
     return names
+
+
+def _as_named(task: str, names: Sequence[str]) -> str:
+    """The name of these that names the same task, such as one with a relative path; else as it is."""
+    whole = lambda name: os.path.realpath(os.path.expanduser(name)) if is_reference(name) else name  # noqa: E731
+    return next((name for name in names if whole(name) == whole(task)), task)
 
 
 def chosen_steps(source: WeightSource, every: int | None, steps: Sequence[int | str] | None) -> list[int]:

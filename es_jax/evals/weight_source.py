@@ -17,8 +17,9 @@ from es_jax.core import processes
 from es_jax.core.names import RENAMED
 from es_jax.rundir import directory, seed_log
 from es_jax.rundir.metrics import read_jsonl
-from es_jax.rundir.places import MODELS
+from es_jax.rundir.places import CODE, MODELS
 from es_jax.rundir.seed_log import read_entries
+from es_jax.tasks.outside import label
 from es_jax.training.config import RunConfig, freeze, read_config
 from es_jax.training.config_groups import ModelConfig, check_date
 from es_jax.training.method import METHODS
@@ -104,7 +105,13 @@ def of_run(workdir: Path, mesh: Mesh) -> WeightSource:
 
 def _fields(config: RunConfig) -> Fields:
     fields = flatten_dict(json.loads(json.dumps(dataclasses.asdict(config))), sep=".")
-    return {name: value for name, value in fields.items() if not name.startswith(WITHOUT_MARK)}
+    return _marked(fields)
+
+
+def _marked(fields: Fields) -> Fields:
+    """Of fields those that are marks; a file's path is none, as its place may change."""
+    marks = {name: value for name, value in fields.items() if not name.startswith(WITHOUT_MARK)}
+    return marks | {name: label(text) for name in CODE if isinstance(text := marks.get(name), str)}
 
 
 DEFAULTS = _fields(RunConfig())  # of what a mark from before a field was there lacks
@@ -154,7 +161,7 @@ def check_folder(folder: Path, source: WeightSource) -> None:
     name, marks, _ = _read_subject(folder)
     if marks is None:
         return
-    marks = {name: value for name, value in marks.items() if not name.startswith(WITHOUT_MARK)}
+    marks = _marked(marks)
     then, now = DEFAULTS | marks, DEFAULTS | source.marks(marks.get("steps", 0))
     differing = [field for field in {**then, **now} if then.get(field) != now.get(field)]
     beyond = any(row["step"] for path in sorted(folder.glob("*.jsonl")) for row in read_jsonl(path))

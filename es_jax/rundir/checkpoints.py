@@ -6,6 +6,7 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 import sys
@@ -112,7 +113,7 @@ def saved_steps(workdir: Path) -> list[int]:
     """The steps that the run's directory has checkpoints of; nothing in it is changed."""
     if not _folder(workdir).is_dir():
         return []
-    with _manager(_folder(workdir), read_only=True) as manager:
+    with _reader(_folder(workdir)) as manager:
         return sorted(manager.all_steps())
 
 
@@ -123,7 +124,7 @@ def restore_params(workdir: Path, step: int, params: Any) -> Any:
     where = ocp.checkpoint_utils.construct_restore_args(item)
     args = ocp.args.PyTreeRestore(item=item, restore_args=where, partial_restore=True)
     folder, remedy = _folder(workdir) / str(step), "the step is replayed from the seed log, where that can be"
-    with _manager(_folder(workdir), read_only=True) as manager, _restoring(folder, remedy):
+    with _reader(_folder(workdir)) as manager, _restoring(folder, remedy):
         _check_sums(folder)
         return manager.restore(step, args=args)["params"]
 
@@ -190,6 +191,20 @@ def _check_sums(folder: Path, *, depth: int | None = None) -> None:
 
 def _folder(workdir: Path) -> Path:
     return Path(workdir).resolve() / "ckpt"
+
+
+@contextlib.contextmanager
+def _reader(folder: Path) -> Iterator[ocp.CheckpointManager]:
+    """Of a folder in which nothing is changed; Orbax would warn three times that it only reads."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        manager = _manager(folder, read_only=True)
+    finally:
+        logger.setLevel(level)
+    with manager:
+        yield manager
 
 
 def _manager(folder: Path, **options: Any) -> ocp.CheckpointManager:

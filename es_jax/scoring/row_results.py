@@ -176,7 +176,8 @@ class EvalsFile:
             if row.get("max_new") != max_new_tokens:
                 raise ValueError(
                     f"{self._rows.path} was made with max_new_tokens = {row.get('max_new')}, and this evaluation has "
-                    f"{max_new_tokens}: use the same --max_new_tokens, or another --out"
+                    f"{max_new_tokens}: use the same --max_new_tokens, or another --out; a run goes on where the file "
+                    "is moved elsewhere"
                 )
 
     def add(self, step: int, results: Any, *, digest: str, max_new_tokens: int) -> dict[str, Any]:
@@ -198,18 +199,21 @@ def set_aside(folder: Path, task: str, digest: str) -> str | None:
     """Move the rows of a task, where they are of other held-out rows than those of the digest, to earlier/<their
     digest>/, in the form of `folder`, and bring back what an earlier change moved of these. Returns a sentence about
     it, None where there was nothing to do."""
-    names = (Path(f"{task}.jsonl"), Path("verdicts") / f"{task}.jsonl")
-    (first, *_) = [row.get("rows") for row in read_rows(folder / names[0])] or [digest]
-    if first == digest:
+    rows, own = Path(f"{task}.jsonl"), folder / EARLIER / digest
+    there = [row.get("rows") for row in read_rows(folder / rows)][:1]
+    if there == [digest] or not (there or (own / rows).exists()):
         return None
-    others, own = folder / EARLIER / str(first), folder / EARLIER / digest
-    for source, target in ((folder, others), (own, folder)):
-        for name in names:
+    moves = [(folder, folder / EARLIER / str(other)) for other in there] + [(own, folder)]
+    for source, target in moves:
+        for name in (Path("verdicts") / rows, rows):  # the rows last: they tell a start after a kill what is to do
             if (source / name).exists():
                 (target / name).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(source / name, target / name)
+    if not there:
+        return f"{task}: what was evaluated on these held-out rows before is back"
     return (
-        f"{task}: evaluated on other held-out rows from here on; what was evaluated on those of before is in {others}"
+        f"{task}: evaluated on other held-out rows from here on; what was evaluated on those of before is in "
+        f"{moves[0][1]}"
     )
 
 

@@ -134,7 +134,8 @@ class _Worker:
 
 def _serve(connection: Connection, files: Mapping[str, tuple[str, bytes]], content: bytes) -> None:
     """A worker's work: scores of what comes, until nobody asks any more. Its first answer says that it can."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the run's own process ends it
+    for number in (signal.SIGINT, signal.SIGTERM):  # which may go to all processes: the run's own ends it, once it has
+        signal.signal(number, signal.SIG_IGN)  # its last step's scores
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
     def answer(make: Callable[[], Any]) -> Any:

@@ -183,9 +183,9 @@ or write a task of your own
             with contextlib.redirect_stdout(None):
                 reward = float(_scorer(self.dataset, json.dumps(dict(self.options))).score_answer(answer, entry))
         except Exception as error:
-            _told(self.name, f"{type(error).__name__}: {error}"[:200])
+            _tell(self.name, error)
             return 0.0
-        return min(max(reward, 0.0), 1.0)
+        return min(reward, 1.0) if reward > 0 else 0.0  # of nan, too
 
     def _examples(self, split: str, n: int | None) -> list[Example]:
         count, looked = DEFAULT[split] if n is None else check_count(n), 0
@@ -272,9 +272,14 @@ def _made(dataset: str, options: Row, *, seed: int, size: int) -> Any:
         raise ValueError(f"task {PREFIX + dataset!r} with {text}: {error or type(error).__name__}") from error
 
 
-@functools.lru_cache(256)
-def _told(name: str, error: str) -> None:
-    logger.warning("the scorer of task %r raised %s: the answer earns 0", name, error)
+_told: set[tuple[str, type[Exception]]] = set()  # a task, and what its scorer raised
+
+
+def _tell(name: str, error: Exception) -> None:
+    """Say it once of each kind: the texts hold answers, which differ, so they are shown with escapes too."""
+    if (name, type(error)) not in _told:
+        _told.add((name, type(error)))
+        logger.warning("the scorer of task %r raised %.200r: such answers earn 0", name, error)
 
 
 @functools.lru_cache(8)

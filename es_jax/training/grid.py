@@ -21,6 +21,7 @@ from es_jax.core.names import SHORT
 from es_jax.rundir import directory
 from es_jax.rundir.metrics import read_jsonl
 from es_jax.rundir.seed_log import read_entries
+from es_jax.tasks import check_name
 from es_jax.tasks.outside import label
 from es_jax.training.config import FIELDS, RunConfig, freeze, read_config
 
@@ -97,9 +98,11 @@ def read_axis(text: str) -> tuple[str, list[Any]]:
             raise ValueError(f"{text!r} has an empty value: remove a comma, or write '' for an empty text")
         if get_origin(FIELDS.get(name)) is tuple and value[0] not in OPEN and value != "None":
             raise ValueError(f"{name} is {value!r}: it holds a tuple, so put each value in brackets, as in ({value})")
-        quoted = FIELDS.get(name) is not None and value[0] in "'\"" and value[0] == value[-1]
-        parsed = FIELDS.parse(name, value[1:-1] if quoted else value)
-        if parsed in values:
+        quotes = "'\"" if name in FIELDS else "'"  # the others are JSON's, of an option
+        quoted = value[0] in quotes and value[0] == value[-1]
+        value = value[1:-1] if quoted else value
+        parsed = value if quoted and name not in FIELDS else FIELDS.parse(name, value)
+        if any(parsed == other and type(parsed) is type(other) for other in values):
             raise ValueError(f"{name} has {value} twice: give each value once")
         values.append(parsed)
     return name, values
@@ -125,14 +128,19 @@ def make_points(config: config_dict.ConfigDict | dict, axes: Sequence[str], out:
     names = [name for name, _ in read]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ValueError(f"{twice} is given twice: give all its values at once, with commas")
-    fields, points = config.to_dict() if isinstance(config, config_dict.ConfigDict) else config, []
+    fields = config.to_dict() if isinstance(config, config_dict.ConfigDict) else config
+    points: list[Point] = []
     for combination in itertools.product(*(values for _, values in read)):
         values = dict(zip(names, combination, strict=True))
         name = _folder_name(values)
+        if any(point.name == name for point in points):
+            raise ValueError(f"two points would have the folder {name!r}: give these values in sweeps of their own")
         try:
-            points.append(Point(name, values, freeze(_with(fields, values)), Path(out) / name))
+            point = freeze(_with(fields, values))
+            check_name(point.task.name)
         except ValueError as error:
             raise ValueError(f"point {len(points)} ({name}): {error}") from None
+        points.append(Point(name, values, point, Path(out) / name))
     return points
 
 

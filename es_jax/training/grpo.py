@@ -176,7 +176,7 @@ class GRPO:
         tokens, length = (
             np.concatenate([*itertools.chain(*arrays)])[: len(repeated)] for arrays in zip(*outputs, strict=True)
         )
-        limit = self._policy.engine.max_prompt_tokens
+        limit = len(self._packing.prefix) + self._packing.width
         scored = self._scored(*side_by_side(repeated, tokens, length, max_prompt_tokens=limit), advantage)
         if wrong := [one.example.id for one, row in zip(graded, finite_rows(scored), strict=True) if not row]:
             raise ValueError(

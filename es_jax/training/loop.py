@@ -150,16 +150,21 @@ def run(
     trained = make_task(config) if task is None or isinstance(task, str) else task
     others = ((name, other_task(config, name)) for name in config.evals.tasks if name != config.task.name)
     tasks = by_label([*others, (config.task.name, trained)])
-    kept = (workdir / kept_rows.FOLDER,)
+    kept = [workdir / kept_rows.FOLDER]
+    if start.parent and start.parent["branch"]:  # it has its parent's rows, and keeps them itself
+        kept.append(Path(start.parent["path"]) / kept_rows.FOLDER)
     train = rows_of(trained, "train", config.task.train_size, config.task.name, kept)
     every, size = config.evals.every, config.evals.rows
     tests = {name: rows_of(one, "test", size, name, kept) for name, one in tasks.items()} if every else {}
     workers = workers_of(trained, config.task.timeout_seconds)
     with processes.stoppable(), directory.claim(workdir), compilation_cache(workdir / "cache"), workers as submit:
         check_steps(config, workdir)
-        start = with_weights(start, workdir)
         with Tracker(config.train.tracker, workdir) as tracker:
-            return _Run(start, workdir, tasks, train, tests, submit).train(began, tracker, callback)
+            start = with_weights(start, workdir)
+            result = _Run(start, workdir, tasks, train, tests, submit).train(began, tracker, callback)
+        if config.train.tracker and jax.process_count() > 1:
+            processes.barrier()  # the end of a process waits 30 s for the others, and to upload rows may take longer
+        return result
 
 
 def with_date(config: RunConfig, workdir: Path) -> RunConfig:
@@ -241,7 +246,8 @@ class _Run:
         self.checkpoints = Checkpoints(workdir, keep=config.train.keep_checkpoints)
         self.state = State(config, self.mesh, model.params, self.streams)
         del model
-        self.packing = engine.packing(self.prompts)
+        longest = max(map(len, self.prompts))  # of held-out rows, which may change, no step depends
+        self.packing = dataclasses.replace(engine, max_prompt_tokens=longest).packing(self.prompts)
         self.method = config.record.make(config, self.evaluator, self.state, self.packing, self.streams)
         resume(config, workdir, self.state, self.log, self.checkpoints)
         directory.check_space(workdir, nbytes(self.state.params, self.state.opt_state))
@@ -281,14 +287,18 @@ class _Run:
         self._keep_rows()
         tracker.config(dataclasses.asdict(self.config))
 
-        def tell(step: int, row: dict[str, Any], heldout: dict[str, dict[str, Any]]) -> None:
-            tracker.write(step, {"train": row} | {f"evals/{name}": one for name, one in heldout.items()})
+        def finish(step: int, row: dict[str, Any]) -> None:
+            heldout: dict[str, dict[str, Any]] = {}
+            try:
+                heldout = self._finish_step(step)
+            finally:  # also where that ends early: the step is on disk
+                tracker.write(step, {"train": row} | {f"evals/{name}": one for name, one in heldout.items()})
             if callback and row:  # of an evaluation before the first step there is none
                 callback(StepRecord(step, row, heldout, lambda: self.state.params))
 
         try:
             with Clock() as clock:
-                self._loop(clock, began, tell)
+                self._loop(clock, began, finish)
             step = len(self.log.entries)
             if processes.first():
                 (self.workdir / "DONE").write_text(f"{step}\n")
@@ -311,11 +321,11 @@ class _Run:
         for test in self.tests:
             kept_rows.keep(test.task, "test", test.name, test.examples, kept)
 
-    def _loop(self, clock: Clock, began_run: float, tell: Callable[[int, dict, dict], None]) -> None:
+    def _loop(self, clock: Clock, began_run: float, finish: Callable[[int, dict], None]) -> None:
         if processes.first():
             (self.workdir / "DONE").unlink(missing_ok=True)
         start = len(self.log.entries)
-        tell(start, {}, self._finish_step(start))
+        finish(start, {})
         self.best.update(start, self._save)  # also where the run ended between an evaluation and this
         if start == self.config.train.steps:
             say(f"all {start} steps are finished: to go on, set train.steps higher")
@@ -333,7 +343,7 @@ class _Run:
             self.log.append(entry)
             if message := self.profile.done(step, timings, functools.partial(self.method.seconds_alone, entry)):
                 say(message)
-            tell(step, row, self._finish_step(step))
+            finish(step, row)
 
     def _check_finite(self, step: int, drift: float, metrics: Mapping[str, float | None]) -> None:
         """Raises ValueError where the step's weights or numbers of its update are not finite; the seed log and the

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from ml_collections import config_dict
 
 from es_jax.core import processes
+from es_jax.core.mesh import make_mesh
 from es_jax.models.transformer import param_shapes
 from es_jax.rundir import directory, seed_log
 from es_jax.rundir.places import FIELDS, MODELS, Step, as_given, as_step, is_run, locate, record
@@ -269,7 +270,8 @@ def _write(step: Step, folder: Path, started: bool) -> None:
         shutil.rmtree(folder)
     model, dtype = outline_of(step.run), jnp.dtype(config.model.param_dtype)
     check_new(folder, nbytes=dtype.itemsize * sum(map(math.prod, param_shapes(model.config).values())))
-    ((_, params),) = weights_at(step.run, [parent["step"]])
+    processes.connect(mesh := make_mesh())
+    ((_, params),) = weights_at(step.run, [parent["step"]], mesh=mesh)
     save_model(folder, dataclasses.replace(model, params=params), dtype=dtype, card=card)
 
 

@@ -80,6 +80,12 @@ def test_a_file_of_flags(parse, text, form, tmp_path, monkeypatch):
     assert parse(*form.format("flags").split(), "--config.es.population=6").es.population == 6
 
 
+@pytest.mark.parametrize("value", ["Q: {question}\nA:", "-5 + 3 = ?", "a  b\n\n--config c", "\n"])
+def test_a_value_of_the_command_line_may_have_lines_and_blanks(parse, value):
+    assert parse("--config", LAB, f"--config.task.prompt={value}").task.prompt == value
+    assert parse("--config", LAB, "--config.task.prompt", value).task.prompt == value
+
+
 @pytest.mark.parametrize("content", [None, b"\xff\xfe\x00"])
 def test_a_file_of_flags_that_cannot_be_read(parse, content, tmp_path):
     if content:
@@ -279,13 +285,17 @@ def test_other_commands_take_a_file_of_flags(command, text, says, tmp_path):
         (["-branch_from=runs/a"], "runs/a"),
         (["--branch_from=runs/a@40", "--config=mine.py"], None),
         (["--workdir=runs/branch_from"], None),
+        (["--branch_from=~/runs/a@40"], "{home}/runs/a"),
+        (["--branch_from=runs/gone@40", "--workdir=runs/a"], "runs/a"),
+        (["--workdir", "runs/b", "--branch_from=runs/a@40"], "runs/a"),
     ],
 )
 def test_a_branch_has_its_parents_config(given, config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/a").mkdir(parents=True)
     (tmp_path / "runs/a/config.json").write_text('{"digest": "0"}')
-    added = [f"--config={config}"] if config else []
+    monkeypatch.setenv("HOME", str(tmp_path))
+    added = [f"--config={config.format(home=tmp_path)}"] if config else []
     assert train._with_config(["es_jax.train", *given]) == ["es_jax.train", *given, *added]
 
 

@@ -70,12 +70,13 @@ def test_every_kind_of_task_on_a_runs_steps(workdir, folder, monkeypatch):
     with monkeypatch.context() as patch:  # it goes on with what is new
         patch.setattr(lm_eval, "evaluate", None)
         assert evaluate_harness(workdir, ["my_choice", "my_cloze"], **ask)["lm_eval"] == rows
+        assert evaluate_harness(f"{workdir}@2", ["my_choice", "my_cloze"], options=options)["lm_eval"] == rows
     found = evaluate_harness(workdir, ["my_rolling", "my_writing"], **ask)
     assert "first row is not a list" in found["warnings"][1] and "'my_writing'" in found["warnings"][1]
     more = found["lm_eval"]
     assert [row["metric"] for row in more] == ["bits_per_byte", "exact_match"] * 2
     assert more[0]["value"] != more[2]["value"] and more[0]["stderr"] is None
-    text = report({"out": "evals", "tasks": {}, "kl": [], "drift": [], "lm_eval": more})
+    text = report({"out": "evals", "tasks": {}, "samples": {}, "kl": [], "drift": [], "lm_eval": more})
     assert "my_rolling  bits_per_byte    none     2" in text
     with pytest.raises(ValueError, match=r"has my_choice with other prompts, .* num_fewshot, .*another --out"):
         evaluate_harness(workdir, ["my_choice"], steps=[0], options=HarnessOptions(include=str(folder), num_fewshot=1))

@@ -280,6 +280,8 @@ class Flags(dict):
         ({"lm_eval_limit": 8}, "--lm_eval_limit is of --lm_eval, which is not given"),
         ({"tasks": ["gsm8k"], "num_fewshot": 1}, "--num_fewshot is of --lm_eval, which is not given"),
         ({"lm_eval": ["piqa"], "rows": 8}, "--rows is not of --lm_eval: there are --lm_eval_include, --lm_eval_limit"),
+        ({"lm_eval": ["piqa"], "temperature": 0.7}, "--temperature is not of --lm_eval: there are --lm_eval_include"),
+        ({"lm_eval": ["piqa"], "kl_rows": 8}, "--kl_rows is not of --lm_eval: there are --lm_eval_include"),
     ],
 )
 def test_flags_that_mean_nothing_are_refused(given, message):

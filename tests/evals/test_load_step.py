@@ -61,3 +61,12 @@ def test_another_base_model_is_refused(workdir, tmp_path):
         load_step(tmp_path / "run", 1)
     with pytest.raises(FileNotFoundError):
         load_step(tmp_path)
+
+
+def test_a_base_model_that_is_gone_is_named_with_its_places(workdir, tiny_model, tmp_path):
+    shutil.copytree(workdir, tmp_path / "run")
+    edit_config(tmp_path / "run")
+    facts = tmp_path / "run/config.json"
+    facts.write_text(facts.read_text().replace(str(tiny_model), str(tmp_path / "model")))
+    with pytest.raises(FileNotFoundError, match=r"model\.source of .* is not there any more; looked for .*model"):
+        load_step(tmp_path / "run", 1)

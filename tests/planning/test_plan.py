@@ -205,10 +205,16 @@ def test_shapes_come_from_files_and_then_from_the_table(tiny_model):
         find_shape(of(""))
 
 
-def test_a_mistake_ends_the_command_with_a_sentence():
-    command = [sys.executable, "-m", "es_jax.plan", "--config=configs/countdown.py", "--topology=v5f:4x4"]
+@pytest.mark.parametrize(("arguments", "says"), [
+    (["--config=configs/countdown.py", "--topology=v5f:4x4"], "'v5e'"),
+    (["--topology=v5e:2x2"], "--config is missing: give it"),
+    (["--config=lap", "--topology=v5e:2x2"], "did you mean 'lab'"),
+    (["--config=lab", "--topology=v5e:2x2", "more"], "unexpected arguments ['more']"),
+])  # fmt: skip
+def test_a_mistake_ends_the_command_with_a_sentence(arguments, says):
+    command = [sys.executable, "-m", "es_jax.plan", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and "'v5e'" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
 
 
 LOW_RANK = CONFIG | {

@@ -36,6 +36,13 @@ def saved(tmp_path_factory) -> Path:
     return workdir
 
 
+def test_who_only_reads_is_not_warned_of_it(saved, caplog):
+    level = logging.getLogger("absl").level
+    assert saved_steps(saved) == [1, 2]
+    restore_params(saved, 1, abstract(TREE))
+    assert not caplog.records and logging.getLogger("absl").level == level
+
+
 def one(folder: Path, pattern: str) -> Path:
     """The largest of the files."""
     return max(folder.rglob(pattern), key=lambda path: path.stat().st_size)

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import time
 
 import pytest
@@ -38,6 +39,15 @@ def test_the_death_of_a_worker_is_told_with_the_example_that_it_scored():
         ):
             last()
         assert other().reward == 2
+
+
+def test_a_worker_stays_when_the_whole_group_is_told_to_end():
+    """The run's own process then saves its last step, which needs the scores."""
+    with workers_of(Slow(workers=1)) as submit:
+        pid = int(submit(Example("0", "", None), "0")().parts["pid"])
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.kill(pid, number)
+        assert submit(Example("1", "", None), "0")().parts["pid"] == pid
 
 
 @pytest.mark.parametrize("own", [True, False])

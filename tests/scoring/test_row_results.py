@@ -1,12 +1,24 @@
 """A row of evals/<task>.jsonl: standard errors, and a drop in accuracy as the sum of its reasons."""
 
+import contextlib
 import dataclasses
+import json
 import math
+import os
 
 import numpy as np
 import pytest
 
-from es_jax.scoring.row_results import GRADERS, REASONS, RowResults, accuracy, seen_alone, split_drop, summary
+from es_jax.scoring.row_results import (
+    GRADERS,
+    REASONS,
+    RowResults,
+    accuracy,
+    seen_alone,
+    set_aside,
+    split_drop,
+    summary,
+)
 
 
 def verdicts(text):
@@ -126,3 +138,39 @@ def test_verdicts_survive_their_file():
     assert all(np.array_equal(getattr(before, name), getattr(after, name)) for name in vars(before) if name != "parts")
     assert np.array_equal(after.parts["format"], np.arange(5.0))
     assert summary(1, after, before) == summary(1, before, before)
+
+
+@pytest.mark.parametrize("moves", [0, 1, 2, 3, 4])
+def test_rows_that_were_set_aside_come_back(tmp_path, monkeypatch, moves):
+    """Also where no others took their place, and where a start was killed after so many moves."""
+
+    def write(name, digest):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(json.dumps({"step": 0, "rows": digest}) + "\n")
+
+    def files():
+        return {
+            str(path.relative_to(tmp_path)): json.loads(path.read_text())["rows"] for path in tmp_path.rglob("*.jsonl")
+        }
+
+    def dying(*names, replace=os.replace, left=[moves]):  # noqa: B006
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        replace(*names)
+
+    names = ("toy.jsonl", "verdicts/toy.jsonl")
+    for name in names:
+        write(name, "a")
+    assert set_aside(tmp_path, "toy", "a") is None
+    assert "other held-out rows from here on" in set_aside(tmp_path, "toy", "b")
+    assert files() == {f"earlier/a/{name}": "a" for name in names} and set_aside(tmp_path, "toy", "b") is None
+    assert "is back" in set_aside(tmp_path, "toy", "a") and files() == dict.fromkeys(names, "a")
+    set_aside(tmp_path, "toy", "b")
+    for name in names:
+        write(name, "b")
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr(os, "replace", dying)
+        set_aside(tmp_path, "toy", "a")
+    set_aside(tmp_path, "toy", "a")
+    assert files() == dict.fromkeys(names, "a") | {f"earlier/b/{name}": "b" for name in names}

@@ -44,7 +44,8 @@ def forget(monkeypatch):
     for name in [name for name in sys.modules if name.partition(".")[0] == "reasoning_gym"] if not REAL else ():
         monkeypatch.delitem(sys.modules, name)
     importlib.invalidate_caches()
-    for function in (extras.require, reasoning_gym._scorer, reasoning_gym._drawn, reasoning_gym._told):
+    reasoning_gym._told.clear()
+    for function in (extras.require, reasoning_gym._scorer, reasoning_gym._drawn):
         function.cache_clear()
 
 
@@ -210,17 +211,19 @@ def test_a_scorer_that_raises_gives_0_and_is_told_once(library, monkeypatch, cap
     class Raising:
         def score_answer(self, answer, entry):
             print("noise")
-            raise KeyError(answer)
+            raise ValueError(f"{answer} and \x1b[2J")
 
     task = ReasoningGym("chain_sum")
     monkeypatch.setattr(reasoning_gym, "_scorer", lambda dataset, options: Raising())
     with caplog.at_level(logging.WARNING):
-        scores = [task.score(Example("0", "?", "5"), "<answer>5</answer>") for _ in range(3)]
+        scores = [task.score(Example("0", "?", "5"), f"<answer>{n}</answer>") for n in range(3)]
     assert [score.reward for score in scores] == [0, 0, 0]
-    assert caplog.text.count("the scorer of task 'reasoning_gym:chain_sum' raised KeyError: '5'") == 1
+    assert caplog.messages == [
+        r"the scorer of task 'reasoning_gym:chain_sum' raised ValueError('0 and \x1b[2J'): such answers earn 0"
+    ]
 
 
-@pytest.mark.parametrize(("given", "reward"), [(2.5, 1.0), (-1.0, 0.0), (0.25, 0.25)])
+@pytest.mark.parametrize(("given", "reward"), [(2.5, 1.0), (-1.0, 0.0), (0.25, 0.25), (float("nan"), 0.0)])
 def test_rewards_are_0_to_1(library, monkeypatch, given, reward):
     class Fixed:
         def score_answer(self, answer, entry):

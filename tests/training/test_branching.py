@@ -79,6 +79,8 @@ def test_a_branch_goes_on_evaluates_and_is_exported_without_its_parent(first, br
     result = run(config, tmp_path / "moved", branch_from=f"{tmp_path / 'first'}@1")
     assert same(result.params, whole.params)
     assert run(config, tmp_path / "moved").step == 3  # what it is a branch of is written down
+    own = config_of(tmp_path / "moved")  # what the command takes where the parent is gone
+    assert run(own, tmp_path / "moved", branch_from=f"{tmp_path / 'first'}@1").step == 3
     rows = evaluate_run(tmp_path / "moved", steps=[0, 3], drift=True, options=Options(rows=2))
     assert [row["step"] for row in rows["tasks"]["conciseness"]] == [0, 3]
     assert rows["drift"][0]["norm"] == pytest.approx(distance(result.params, first[1][1]), rel=1e-4)

@@ -103,6 +103,9 @@ def test_one_name_trains_resumes_evaluates_exports_and_reports(folder, caplog, a
     caplog.clear()
     result = evaluate_run("one", steps=[0, 4], out="evals")
     assert [row["step"] for row in result["tasks"]["reverse.Reverse"]] == [0, 4] and not result["warnings"]
+    config.task.name, config.task.options = str(folder / NAME), {"size": 9}  # the same file by another path
+    with jax.numpy_dtype_promotion("standard"):
+        run(config, "one")
     (folder / "tasks/reverse.py").write_text(SOURCE + "# a third one\n")
     result = evaluate_run("one", tasks=[NAME, "lab-add"], steps=[4], out="evals")
     assert set(result["tasks"]) == {"reverse.Reverse", "lab-add"} and len(result["warnings"]) == 1

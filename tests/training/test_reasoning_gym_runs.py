@@ -62,10 +62,14 @@ def test_a_run_keeps_its_rows_and_whoever_goes_on_reads_them(tmp_path, monkeypat
     assert list(result["tasks"]) == [name.replace(":", ".") for name in (TARGET, PRIOR)]
     assert before == {path: path.read_bytes() for path in (work / "tasks").iterdir()} and "sha256" not in caplog.text
     assert not (work / "evals/tasks").exists()
+    run(helpers.config_of(source, FIELDS, train={"seed": 1}), tmp_path / "branch", branch_from=f"{work}@1")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "branch/tasks").iterdir()} == {
+        path.name: content for path, content in before.items()
+    }
 
     path = work / "tasks" / files[1]
     path.write_text(path.read_text().replace(rows[0]["answer"], "0", 1) if rows[0]["answer"] != "0" else "")
-    with pytest.raises(ValueError, match="holds a run of another config: rows was"):
+    with pytest.raises(ValueError, match="holds a run of another config: training_rows was"):
         run(helpers.config_of(source, FIELDS, train={"steps": 3}), work)
     assert f"{path} is not as it was written, by its sha256" in caplog.text
 

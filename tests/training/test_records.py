@@ -25,6 +25,7 @@ from es_jax.core.flags import arguments_of
 from es_jax.rundir import metrics
 from es_jax.rundir.metrics import Progress, how_to_look, read_jsonl, say
 from es_jax.rundir.tracker import Tracker
+from es_jax.training import loop
 from es_jax.training.config import freeze
 from es_jax.training.loop import run
 from tests.helpers import SMALL_RUN, TWO_STEPS, config_of, same
@@ -137,6 +138,21 @@ def test_a_run_that_ends_early_is_not_told_as_finished(tiny_model, tmp_path, wan
     with pytest.raises(KeyError, match="stop"):
         run(config_of(tiny_model, TRACKED), tmp_path, callback=stop)
     assert module.ends == [1] and [row["step"] for row in module.rows] == [0, 1]
+
+
+def test_a_run_that_is_stopped_in_an_evaluation_has_told_its_step(tiny_model, tmp_path, wandb, monkeypatch):
+    module, calls, evaluate = wandb(), [], loop.evaluate
+
+    def stopped(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise processes.Preempted
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(loop, "evaluate", stopped)
+    with pytest.raises(processes.Preempted, match="step 2 is saved"):
+        run(config_of(tiny_model, TRACKED), tmp_path)
+    assert [row["step"] for row in module.rows] == [0, 1, 2] and "train/reward_mean" in module.rows[2]
 
 
 def test_what_is_wrong_with_a_tracker_is_named(tmp_path, wandb, monkeypatch):

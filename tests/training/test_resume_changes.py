@@ -14,9 +14,10 @@ from es_jax.rundir import directory
 from es_jax.rundir.directory import claim
 from es_jax.rundir.metrics import read_jsonl
 from es_jax.rundir.seed_log import Change, SeedLog, digest, read_entries
+from es_jax.training import loop
 from es_jax.training.loop import run
 from es_jax.training.weights_at import replay
-from tests.helpers import TWO_STEPS, config_of, edit_config, host, same
+from tests.helpers import TWO_STEPS, Killed, config_of, edit_config, host, same
 
 FIELDS = TWO_STEPS | {
     "task": {"name": "conciseness", "train_size": 3},
@@ -146,6 +147,25 @@ def test_what_a_step_depends_on_is_refused(groups, says, tiny_model, copy, tmp_p
     with pytest.raises(ValueError, match=says):
         run(config_of(tiny_model, FIELDS, **groups), copy)
     assert {path: path.read_bytes() for path in before} == before  # and the log was not told of the slots
+
+
+def test_no_step_depends_on_the_held_out_rows(tiny_model, tmp_path, monkeypatch):
+    """A longer prompt among them does not change the width of the members' prompts, and with it last bits."""
+    packings, longest = [], []
+
+    def stop(self, *arguments):
+        packings.append(self.packing)
+        longest.append(self.evaluator.engine.max_prompt_tokens)
+        self.recorder.close()
+        self.checkpoints.close()
+        raise Killed
+
+    monkeypatch.setattr(loop._Run, "train", stop)
+    for number, tasks in enumerate([(), ("conciseness",)]):
+        fields = {"task": {"name": "lab-add", "train_size": 3}, "evals": {"every": 1, "rows": 2, "tasks": tasks}}
+        with pytest.raises(Killed):
+            run(config_of(tiny_model, FIELDS, **fields), tmp_path / str(number))
+    assert longest[0] < longest[1] and packings[0] == packings[1]
 
 
 def test_test_rows_that_changed_by_themselves_are_refused(tiny_model, copy):

@@ -32,6 +32,8 @@ ROOT = Path(__file__).resolve().parents[2]
         ('task.options={"a": 1, "b": [2, 3]},{}', [{"a": 1, "b": [2, 3]}, {}]),
         ("task.prompt=\"one, {x}\",it's {x},''", ["one, {x}", "it's {x}", ""]),
         ("es.schedule=linear:0.1,cosine:0:20", ["linear:0.1", "cosine:0:20"]),
+        ("task.options.text='one, {x}',\"two, 'x'\",'3',3", ["one, {x}", "two, 'x'", "3", 3]),
+        ("task.options.x=1,true,0,false", [1, True, 0, False]),
     ],
 )
 def test_values_are_read_as_those_of_a_command_line(text, values):
@@ -57,6 +59,9 @@ def test_values_are_read_as_those_of_a_command_line(text, values):
         (["es.sigma=0.1,0", "train.seed=0,1"], "point 2 (sigma=0,seed=0): es.sigma is 0.0"),
         (["optim.anchor.kappa=1"], "point 0 (kappa=1): optim.anchor.kappa is set but optim.anchor.penalty is 'none'"),
         (["evals.tasks=(gsm8j)"], "point 0 (evals.tasks=gsm8j): evals.tasks: unknown task 'gsm8j'"),
+        (["task.name=gsm8k,countdwon"], "point 1 (target=countdwon): unknown task 'countdwon'"),
+        (["task.name=reasoning_gym:n_queens"], "task 'reasoning_gym:n_queens' is not taken"),
+        (["task.options.x=1,'1'"], "two points would have the folder 'task.options.x=1'"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_begins(axes, says, tmp_path):
