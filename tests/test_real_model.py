@@ -81,6 +81,10 @@ def test_a_prior_counts_from_five_errors_above_chance_on(right, chance, said):
     assert found["base_se"] == pytest.approx(np.sqrt(right / 100 * (1 - right / 100) / 100))
 
 
+def rows_of(path):
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
 def call(monkeypatch, module, *options):
     monkeypatch.setattr("sys.argv", [module.__name__, *map(str, options)])
     module.main()
@@ -94,11 +98,11 @@ def test_a_screen_is_made_once_and_reported(tmp_path, monkeypatch, capsys):
     call(monkeypatch, screen, *options)
     call(monkeypatch, screen, *options, "--list")
     assert capsys.readouterr().out.splitlines()[-1] == "done lab-add (both)"
-    lines = list(csv.DictReader((tmp_path / "screen.csv").open()))
+    lines = rows_of(tmp_path / "screen.csv")
     assert [float(line["sigma"]) for line in lines] == [0.01, 0.03] and float(lines[0]["base"]) > 1
     assert float(lines[1]["members_mean"]) < float(lines[0]["members_mean"]) <= 1.1
     assert all(float(line["seconds_step"]) > 0 and "--members=4" in line["command"] for line in lines)
-    (row,) = csv.DictReader((tmp_path / "screen_priors.csv").open())
+    (row,) = rows_of(tmp_path / "screen_priors.csv")
     assert (row["prior"], row["rows"], row["verdict"]) == ("lab-add", "12", "counts") and float(row["chance"]) < 0.3
     with pytest.raises(SystemExit, match=r"lab-add\.json was made with members = 4: use that"):
         call(monkeypatch, screen, *options, "--members=5")
@@ -195,7 +199,7 @@ def study(tmp_path_factory):
 
 
 def test_a_run_is_measured_and_reported_with_the_command_that_makes_it_again(study, monkeypatch, capsys):
-    zero, last = csv.DictReader((study / "real_model.csv").open())
+    zero, last = rows_of(study / "real_model.csv")
     assert (zero["step"], last["step"], last["steps"], last["N"], last["alpha"]) == ("0", "25", "25", "4", "0.01")
     assert float(last["ratio"]) == pytest.approx(1, abs=0.05) and float(last["kl"]) > 0 == float(zero["drift"])
     assert float(last["lab-add_accuracy"]) - float(zero["lab-add_accuracy"]) == float(last["prior_change"])
@@ -281,7 +285,7 @@ def test_a_curve_on_several_devices_is_compared_to_the_bit(study, tmp_path, monk
     assert [flags.rpartition("=")[2] for _, flags in calls] == ["1", "2"]
     assert all("--config=configs/lab.py:steps=4" in words and "members_at_once=1" in words for words, _ in calls)
     assert "Equal to the bit on all." in capsys.readouterr().out
-    lines = list(csv.DictReader((tmp_path / "devices.csv").open()))
+    lines = rows_of(tmp_path / "devices.csv")
     assert len(lines) == 4 and len({line["weights"] for line in lines}) == 2 and (tmp_path / "devices.png").exists()
     assert lines[0]["command"].startswith("JAX_PLATFORMS=cpu XLA_FLAGS=")
     last = [{**lines[1], "devices": n, "weights": str(n)} for n in (1, 2)]
