@@ -216,10 +216,10 @@ def _refusal(workdir: Path, then: dict[str, Any], changed: dict[str, tuple[Any, 
             f"evaluated, and no field of evals says so ({differing}): restore them, or choose another --workdir"
         )
     text = f"{workdir} holds a run of another config: {differing}. Choose another --workdir, or set the fields back"
+    if {ROWS, TRAINING_ROWS} & set(changed) and flat(then["config"]).get(DATE) is None:
+        text += f". If the chat template writes the date, set {DATE} to the day the run began"
     if list(changed) != [ROWS]:
         return text
-    if flat(then["config"]).get(DATE) is None:
-        text += f". If the chat template writes the date, set {DATE} to the day the run began"
     return (
         f"{text}. The run is of an earlier version, whose sum of rows has the held-out ones in it: if evals is to "
         "change, let it go on once with evals as it was"

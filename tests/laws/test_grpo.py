@@ -83,10 +83,11 @@ def test_killed_and_resumed_equals_uninterrupted(owner, name, call, whole, tmp_p
     original, calls = getattr(owner, name), []
 
     def dying(*args, **kwargs):
-        original(*args, **kwargs)
+        result = original(*args, **kwargs)
         calls.append(1)
         if len(calls) == call:
             raise Killed
+        return result
 
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, dying)

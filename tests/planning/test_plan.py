@@ -325,7 +325,8 @@ def test_members_decode_the_prompts_that_they_see(noise, each, slots, used):
     """As many as es.prompts_per_member says, whatever the noise, and no more slots than those."""
     config = LOW_RANK | {"es": {"noise": noise, "population": 32, "prompts_per_member": each}}
     programs = on_cpu(at_once(config, 2), slots=slots)
-    tokens = programs.decode().lower().args_info[0][-1].tokens
+    _, prompts, _ = programs.decode().lower().args_info[0]
+    tokens = prompts.tokens
     assert tokens.shape[:2] == (2, each or 8) and programs.evaluator.engine.slots == used
 
 

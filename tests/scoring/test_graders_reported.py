@@ -13,7 +13,7 @@ VERDICTS = {"right": [1, 1, 1, 1, 0], "strict": [1, 0, 0, 0, 0], "robust": [1, 1
 
 def results(task: str, completions: list[str], answer: str, **options: str):
     grader, example = get_task(task, **options), Example("0", "?", answer)
-    return heldout._results([Graded(example, x, grader.score(example, x), 5, False) for x in completions], None)
+    return heldout.results_of([Graded(example, x, grader.score(example, x), 5, False) for x in completions], None)
 
 
 @pytest.mark.parametrize(("grader", "view"), [("paper", "right"), ("strict", "strict"), ("robust", "robust")])

@@ -145,12 +145,6 @@ def test_a_run_from_before_keeps_the_slots_that_it_had(tiny_model, tmp_path, mon
     assert facts["config"]["decode"]["slots"] == 64 and facts["mesh"] == {"groups": 8, "model": 1}
 
 
-def test_another_number_than_the_runs_is_refused(tiny_model, tmp_path):
-    run(config_of(tiny_model, NONE, train={"steps": 1}), tmp_path)
-    with pytest.raises(ValueError, match=r"decode\.slots was 64 and is 4"):
-        run(config_of(tiny_model, NONE, decode={"slots": 4}), tmp_path)
-
-
 @pytest.mark.unchecked
 @pytest.mark.parametrize("memory", [2**18, 2**22, 2**30])
 def test_a_plan_chooses_as_a_run_does(memory):
