@@ -3,7 +3,7 @@
 Command:  python -m es_jax.train --config=configs/json_facts.py --workdir=runs/json
 Arguments: configs/common.py; rewards=random is the control.
 Needs:    SmolLM2 (`make smollm2`) and 5 GB. A step takes about 17 CPU seconds, 8 on two cores.
-Reached:  docs/first-run.md: three seeds beside their controls.
+Reached:  docs/first-run.md.
 """
 
 from configs.common import configure

@@ -16,7 +16,6 @@ On several hosts the same command runs on all, with one --workdir on a file syst
 
 import dataclasses
 import json
-import logging
 import sys
 from typing import Any
 
@@ -32,7 +31,6 @@ RENAMED = {"size": "rows", "kl_size": "kl_rows", "max_new": "max_new_tokens", "m
 
 def main(argv: list[str]) -> None:
     """Flags → evaluate_run()."""
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax, on opening checkpoints to read them
     with command("es_jax.evaluate", argv) as values:
         from es_jax.core import processes  # JAX starts only when the flags are good
         from es_jax.evals.runner import Options, evaluate_run

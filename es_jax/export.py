@@ -11,7 +11,6 @@ two folders, with the flags --distributed, … of es_jax.train. The first one wr
 """
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from es_jax.core.flags import command, define_processes, parser
 
 def main(argv: list[str]) -> None:
     """Flags → export_run()."""
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax says three times that it only reads
     with command("es_jax.export", argv) as values:
         from es_jax.core import processes  # JAX starts only when the flags are good
         from es_jax.evals.export_step import export_run

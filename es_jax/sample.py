@@ -15,19 +15,15 @@ printed; step is null of a model, and base is there with --base:
 
 import contextlib
 import json
-import logging
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from absl import app, flags
 
 from es_jax.core.flags import command, define_processes, parser
-
-if TYPE_CHECKING:  # JAX starts only when the flags are good
-    from es_jax.weights.model import Model
 
 # All but tab and newline; and what turns the direction of the text that follows.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
@@ -36,7 +32,6 @@ Opening = list[dict[str, str]]  # the messages before the first prompt
 
 def main(argv: list[str]) -> None:
     """Flags → complete()."""
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax, on opening checkpoints to read them
     with command("es_jax.sample", argv) as values:
         from es_jax.core import processes
         from es_jax.rundir.directory import compilation_cache
@@ -85,22 +80,23 @@ def read_lines(lines: Iterable[str]) -> list[str]:
 def named_step(workdir: str, step: str) -> tuple[str, str]:
     """The run and the step that are meant, where `workdir` may be RUN@STEP. Raises ValueError where both name a step,
     FileNotFoundError where there is no such run."""
-    from es_jax.rundir.places import as_step
+    from es_jax.rundir.places import run_and_step
 
-    if Path(workdir).exists() or (named := as_step(workdir)) is None or named.step is None:
-        return workdir, step
+    run, number = run_and_step(workdir)
+    if number is None:
+        return str(run), step
     if step != "last":
         raise ValueError(f"--workdir is {workdir!r} and --step is {step!r}: give one step")
-    return str(named.run), str(named.step)
+    return str(run), str(number)
 
 
-def open_models(workdir: str, step: str, *, base: bool) -> tuple[int | None, "dict[str, Model]"]:
+def open_models(workdir: str, step: str, *, base: bool) -> tuple[int | None, dict[str, Any]]:
     """The step, and the models that answer, by what they are called. Raises ValueError or OSError where there is
     neither a run nor a model, or not that step."""
     from es_jax.evals.load_step import load_step
     from es_jax.rundir.best import BEST, step_of
     from es_jax.rundir.places import is_run
-    from es_jax.rundir.seed_log import read_entries
+    from es_jax.rundir.seed_log import steps_done
     from es_jax.training.config import RunConfig
     from es_jax.training.state import compute_dtype
     from es_jax.weights.model import load_model
@@ -115,14 +111,14 @@ def open_models(workdir: str, step: str, *, base: bool) -> tuple[int | None, "di
             return None, {"model": load_model(workdir, dtype=compute_dtype(RunConfig()))}
         except FileNotFoundError as error:
             raise FileNotFoundError(f"--workdir is {workdir!r}, no run's directory and no model: {error}") from None
-    number = len(read_entries(Path(workdir))) if step == "last" else step_of(workdir, step, flag="--step")
+    number = steps_done(Path(workdir)) if step == "last" else step_of(workdir, step, flag="--step")
     if base and number == 0:
         raise ValueError("step 0 is the base model: leave --base out, or choose a later --step")
     models = {f"step {number}": load_step(workdir, number)}
     return number, models | ({"base": load_step(workdir, 0)} if base else {})
 
 
-def opening_of(models: "Mapping[str, Model]", system: str | None, *, plain: bool) -> Opening | None:
+def opening_of(models: Mapping[str, Any], system: str | None, *, plain: bool) -> Opening | None:
     """The messages before the first prompt; None where prompts are plain text."""
     templates = all(model.tokenizer.chat_template for model in models.values())
     if templates and not plain:
@@ -134,7 +130,7 @@ def opening_of(models: "Mapping[str, Model]", system: str | None, *, plain: bool
 
 
 def answers(
-    models: "Mapping[str, Model]", opening: Opening | None, texts: Sequence[str], **options: Any
+    models: Mapping[str, Any], opening: Opening | None, texts: Sequence[str], **options: Any
 ) -> list[dict[str, str]]:
     """{"prompt", "completion", "base"} of each prompt; "base" where a second model answers. Options: of `complete`."""
     from es_jax.scoring.text import complete
@@ -146,7 +142,7 @@ def answers(
 
 
 def chat(
-    models: "Mapping[str, Model]",
+    models: Mapping[str, Any],
     opening: Opening | None,
     *,
     ask: Callable[[], str],

@@ -18,7 +18,6 @@ same command without --index makes them. See docs/sweep.md. With --json one line
 import csv
 import io
 import json
-import logging
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -33,7 +32,6 @@ from es_jax.core.flags import command, define_config, parser
 
 def main(argv: list[str]) -> None:
     """Flags → points → run_points() → summary."""
-    logging.getLogger("absl").setLevel(logging.ERROR)
     with command("es_jax.sweep", argv[:1]) as values:
         from es_jax.core import processes
         from es_jax.training.grid import make_points, state

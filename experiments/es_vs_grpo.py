@@ -99,7 +99,7 @@ def add_kl(folder: Path, lines: list[dict], *, rows: int = 25) -> None:
     )
     lines[0]["kl"] = 0.0
     for step, now in replay(folder, steps=sorted(by_step)):
-        by_step[step]["kl"] = round(kl(model.config, model.params, now, continuations)["kl_exact_token"], 5)
+        by_step[step]["kl"] = round(kl(model.config, model.params, now, prompts, continuations)["kl_exact_token"], 5)
 
 
 def at(lines: Sequence[dict], budget: str, amount: float, column: str) -> float:

@@ -1,10 +1,12 @@
 """What the tests of several packages share: a tiny model, the config of a small run, weights compared to the bit."""
 
+import contextlib
 import json
 from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -87,6 +89,25 @@ def edit_config(workdir, **facts):
 
 class Killed(BaseException):
     """What no code of ours may catch, as little as it could catch SIGKILL."""
+
+
+@contextlib.contextmanager
+def killed(owner, name, *, call, when="after"):
+    """The block ends in Killed: at that call of a function, before or after it did its work."""
+    original, calls = getattr(owner, name), []
+
+    def dying(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call and when == "before":
+            raise Killed
+        out = original(*args, **kwargs)
+        if len(calls) == call:
+            raise Killed
+        return out
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(owner, name, dying)
+        yield
 
 
 def check_resumed(config, workdir, whole):

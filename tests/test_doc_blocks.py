@@ -31,5 +31,5 @@ def test_the_blocks_of_the_page_on_python_run_in_one_program():
 
 def test_the_page_on_python_has_every_flag_of_sample():
     page, source = (DOCS / "python.md").read_text(), (DOCS.parent / "es_jax/sample.py").read_text()
-    flags = set(re.findall(r'DEFINE_\w+\("(\w+)"', source)) - {"traceback"}
+    flags = set(re.findall(r'DEFINE_\w+\(\s*"(\w+)"', source)) - {"traceback"}
     assert len(flags) == 10 and not {flag for flag in flags if f"`--{flag}`" not in page}

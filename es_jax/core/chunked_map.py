@@ -15,6 +15,11 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n ≥ 1."""
+    return 1 << (n - 1).bit_length()
+
+
 def block_length(numbers: int, *, multiple: int = 1) -> int:
     """How many positions, each of so many numbers, are in a block of about 128 MiB of float32; at least `multiple`."""
     return max(HELD // numbers // multiple, 1) * multiple

@@ -14,7 +14,7 @@ from es_jax.rundir import directory
 from es_jax.rundir.best import step_of
 from es_jax.rundir.checkpoints import saved_steps
 from es_jax.rundir.metrics import read_jsonl
-from es_jax.rundir.places import MODELS, as_step
+from es_jax.rundir.places import MODELS, run_and_step
 from es_jax.rundir.seed_log import read_entries
 from es_jax.tasks.outside import label
 from es_jax.training.config import read_config
@@ -47,8 +47,8 @@ def export_run(
       ValueError: a step that the log does not hold, one of a GRPO run that has no checkpoint, or a base model that is
         not the run's.
     """
-    if step is None and not Path(workdir).exists() and (named := as_step(str(workdir))):
-        workdir, step = named
+    if step is None:
+        workdir, step = run_and_step(workdir)
     workdir, out = Path(workdir), Path(out).expanduser()
     facts, config = directory.read(workdir), read_config(workdir, needs=MODELS)
     last = len(read_entries(workdir))

@@ -15,7 +15,7 @@ import numpy as np
 
 from es_jax.core import rng
 from es_jax.generate.engine import engine_for
-from es_jax.generate.sampling import Greedy, Sampler, Temperature, TopK, TopP
+from es_jax.generate.sampling import Greedy, Sampler, TopK, sampler_of
 from es_jax.generate.score import score_continuations
 from es_jax.weights.boundary import completion_texts, encode_options, prompt_end, silent_token_ids
 from es_jax.weights.model import Model
@@ -79,7 +79,7 @@ def _sampler(do_sample: bool | None, temperature: float | None, top_k: int | Non
     top_k, top_p = top_k if top_k and top_k > 0 else None, top_p if top_p and top_p < 1 else None
     if top_k and top_p:
         raise ValueError(f"generation_kwargs has top_k = {top_k} and top_p = {top_p}: give one of them")
-    return TopK(top_k, t) if top_k else TopP(top_p, t) if top_p else Temperature(t)
+    return TopK(top_k, t) if top_k else sampler_of(t, top_p or 1.0)
 
 
 @dataclasses.dataclass

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from es_jax.core import processes
 from es_jax.rundir.places import MODELS
-from es_jax.rundir.seed_log import read_entries
+from es_jax.rundir.seed_log import steps_done
 from es_jax.scoring.heldout import cast
 from es_jax.training.config import read_config
 from es_jax.training.config_groups import MeshConfig
@@ -39,7 +39,7 @@ def load_step(workdir: str | Path, step: int | None = None, *, mesh: Mesh | None
         the run's.
     """
     workdir = Path(workdir)
-    config, last = read_config(workdir, needs=MODELS), len(read_entries(workdir))
+    config, last = read_config(workdir, needs=MODELS), steps_done(workdir)
     step = last if step is None else step
     if not 0 <= step <= last:
         raise ValueError(f"step is {step}, but {workdir} holds steps 0 to {last}")

@@ -30,7 +30,7 @@ from es_jax.generate.engine import engine_for
 from es_jax.rundir.best import step_of
 from es_jax.rundir.directory import changed_sources, compilation_cache, write_json
 from es_jax.rundir.metrics import Jsonl
-from es_jax.rundir.places import MODELS, as_step, is_run, located, shape_source
+from es_jax.rundir.places import MODELS, is_run, located, run_and_step, shape_source
 from es_jax.scoring.heldout import HeldOut, cast, evaluate
 from es_jax.scoring.row_results import EvalsFile, read_evals
 from es_jax.scoring.sampled import SampledFile, Sampling, sample_rows
@@ -164,9 +164,8 @@ def run_and_steps(
     workdir: str | Path, base: str | None, steps: Sequence[int | str] | None
 ) -> tuple[str | Path, Sequence[int | str] | None]:
     """What to evaluate, and which of its steps: RUN@STEP without a base is that step of the run."""
-    if base is not None or Path(workdir).exists() or (step := as_step(str(workdir))) is None:
-        return workdir, steps
-    return step.run, [step.step or 0] if steps is None else steps
+    run, step = (workdir, None) if base is not None else run_and_step(workdir)
+    return run, [step] if steps is None and step is not None else steps
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from es_jax.core.chunked_map import block_length, ceil_div, in_blocks
+from es_jax.core.chunked_map import block_length, ceil_div, in_blocks, power_of_two
 from es_jax.core.mesh import replicated
 from es_jax.generate.sampling import Greedy
 from es_jax.models.cache import KVCache
@@ -148,7 +148,7 @@ def _scored(
     for i, (prompt, _) in enumerate(rows):
         alike[WIDTH_STEP * _rounded(ceil_div(len(prompt), WIDTH_STEP))].append(i)
     for width, members in alike.items():
-        count = min(max(BATCH_TOKENS // max(width, longest), 1), _power(len(members)))
+        count = min(max(BATCH_TOKENS // max(width, longest), 1), power_of_two(len(members)))
         for first in range(0, len(members), count):
             batch = members[first : first + count]
             prompts, lengths = np.zeros((count, width), np.int32), np.ones(count, np.int32)
@@ -215,10 +215,5 @@ def _hidden_choices(model: Transformer, params: Any, hidden: Array, tokens: Arra
 
 def _rounded(n: int) -> int:
     """The smallest number that is at least n and a power of two, or three times one."""
-    power = _power(n)
+    power = power_of_two(n)
     return 3 * power // 4 if n <= 3 * power // 4 else power
-
-
-def _power(n: int) -> int:
-    """The smallest power of two that is at least n."""
-    return 1 << (n - 1).bit_length()

@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Float, Int32
 
-from es_jax.core.chunked_map import ceil_div
+from es_jax.core.chunked_map import ceil_div, power_of_two
 from es_jax.models.config import TransformerConfig
 
 BLOCK = 64  # places that the kernel reads at a time; a cache has a whole number of blocks
@@ -175,7 +175,7 @@ def _kernel(
     share = pl.cdiv(blocks, splits)
     begin = jnp.minimum(pl.program_id(2) * share, blocks)
     stop = jnp.minimum(begin + share, blocks)
-    group = max(FEWEST_QUERIES, 1 << (queries - 1).bit_length())
+    group = max(FEWEST_QUERIES, power_of_two(queries))
     every, there = pl.ds(0, group), jnp.arange(group) < queries
     q = triton.load(q_ref.at[every, :], mask=there[:, None], other=0.0)
 

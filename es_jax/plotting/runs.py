@@ -102,9 +102,14 @@ class Run(NamedTuple):
         return (self.facts.get("parent") or self.facts)["digest"]
 
     @property
+    def base_source(self) -> str:
+        """The model that it, or the first of its ancestors, began from."""
+        return (self.facts.get("parent") or {"model": self.config.model.source})["model"]
+
+    @property
     def model(self) -> str:
         """The base model's short name."""
-        source = (self.facts.get("parent") or {"model": self.config.model.source})["model"].rstrip("/")
+        source = self.base_source.rstrip("/")
         return Path(source).name.removesuffix(".gguf") or source
 
     @property

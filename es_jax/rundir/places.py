@@ -56,6 +56,14 @@ def as_step(source: str) -> Step | None:
     return Step(run, int(match["step"]))
 
 
+def run_and_step(workdir: str | Path) -> tuple[str | Path, int | None]:
+    """A run's directory and the step of it that RUN@STEP names; whatever is not that as it is, and None. Raises
+    FileNotFoundError as `as_step` does."""
+    if Path(workdir).exists() or (step := as_step(str(workdir))) is None:
+        return workdir, None
+    return step
+
+
 def shape_source(source: str) -> str:
     """A model of the shape of `source`: itself, or of a step of a run the base model that the run began from."""
     while source and (step := as_step(source)) is not None:

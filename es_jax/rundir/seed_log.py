@@ -138,6 +138,11 @@ def read_entries(workdir: Path) -> list[Entry]:
     return [line for line in _read(workdir) if isinstance(line, Entry)]
 
 
+def steps_done(workdir: Path) -> int:
+    """How many steps are finished in a run's directory; no line is parsed, so none is found damaged."""
+    return sum(map(_is_step, _lines(Path(workdir) / NAME)))
+
+
 def digest(workdir: Path, steps: int) -> str:
     """sha256, in hex, of the lines of the first so many steps."""
     lines = [line.rstrip(b"\n") for line in _lines(Path(workdir) / NAME) if _is_step(line)] if steps else []
@@ -165,7 +170,7 @@ def _lines(path: Path) -> list[bytes]:
 
 
 def _is_step(line: bytes) -> bool:
-    return "changed" not in json.loads(line)
+    return b'"changed"' not in line
 
 
 def _step_of(line: bytes) -> int:

@@ -133,7 +133,7 @@ class SampledResults:
         """[R]: `majority` of each row; None for a task that does not tell answers."""
         if self.answers is None:
             return None
-        return np.array([majority(*of_row) for of_row in zip(self.right, self.answers, strict=True)])
+        return np.array([majority(*of_row) for of_row in zip(self.right.tolist(), self.answers, strict=True)])
 
 
 def summary(step: int, now: SampledResults, base: SampledResults | None) -> dict[str, Any]:

@@ -9,10 +9,11 @@ import jax
 import numpy as np
 
 from es_jax.core import rng
+from es_jax.core.chunked_map import power_of_two
 from es_jax.generate.decode_spec import SHORTEST
 from es_jax.generate.engine import Engine, check_context
 from es_jax.generate.prompts import Packing
-from es_jax.generate.sampling import Greedy, Temperature
+from es_jax.generate.sampling import sampler_of
 from es_jax.generate.score import score_tokens
 from es_jax.weights.model import Model
 from es_jax.weights.tokenizer import Prompt
@@ -68,14 +69,14 @@ def complete(
     room = model.config.max_positions - longest
     new = min(NEW_TOKENS, max(room, 1)) if max_new_tokens is None else max_new_tokens
     check_context(model.config, longest, new)
-    width = max(SHORTEST // 4, 1 << (longest - 1).bit_length())
+    width = max(SHORTEST // 4, power_of_two(longest))
     engine = Engine(
         model.config,
         slots=min(slots, max(len(tokens), 1)),
         max_prompt_tokens=min(width, model.config.max_positions - new),
         max_new_tokens=new,
         stop_token_ids=model.stop_token_ids,
-        sampler=Temperature(temperature) if temperature else Greedy(),
+        sampler=sampler_of(temperature),
         in_place=False if _is_cut(model.params) else None,  # its kernel is not cut over devices
     )
     key = rng.sampling_key(seed, 0) if temperature else None
@@ -196,9 +197,9 @@ def _scored(
     alike = defaultdict(list)  # by the width that they are padded to
     for piece in pieces:
         length = piece.end - piece.start
-        alike[min(max(1 << (length - 1).bit_length(), SHORTEST // 4), window)].append(piece)
+        alike[min(max(power_of_two(length), SHORTEST // 4), window)].append(piece)
     for width, members in alike.items():
-        count = min(max(BATCH_TOKENS // width, 1), 1 << (len(members) - 1).bit_length())
+        count = min(max(BATCH_TOKENS // width, 1), power_of_two(len(members)))
         for first in range(0, len(members), count):
             batch = members[first : first + count]
             rows, mask = np.zeros((count, width), np.int32), np.zeros((count, width), bool)

@@ -20,15 +20,13 @@ from ml_collections import config_dict
 from es_jax.core.names import SHORT
 from es_jax.rundir import directory
 from es_jax.rundir.metrics import read_jsonl
-from es_jax.rundir.seed_log import read_entries
+from es_jax.rundir.seed_log import steps_done
 from es_jax.tasks import check_name
 from es_jax.tasks.outside import label
 from es_jax.training.config import FIELDS, RunConfig, freeze, read_config
 
 OPEN, CLOSE = "([{", ")]}"
 DONE, NOT_BEGUN = "done", "not begun"
-_SIZES = ("decode.slots", "decode.members_at_once")  # a run chooses them where they are None, and judges a change
-_DATE = "model.template_date"  # a run chooses it where it is None
 _SHORT = {field: name for name, field in SHORT.items()}
 _LONGEST = 200  # letters of a folder's name; file systems allow 255 bytes
 
@@ -176,11 +174,6 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def steps_done(folder: Path) -> int:
-    """How many steps of the run in a folder are finished; 0 where there is no run."""
-    return len(read_entries(folder))
-
-
 def state(point: Point) -> str:
     """`NOT_BEGUN`, "step 3 of 300" or `DONE`; or "holds …" where the folder has a run of another config."""
     step, steps = steps_done(point.folder), point.config.train.steps
@@ -189,11 +182,13 @@ def state(point: Point) -> str:
     there, here = (
         flatten_dict(dataclasses.asdict(config), sep=".") for config in (read_config(point.folder), point.config)
     )
-    free = (*directory.CHANGEABLE, *_SIZES, *([_DATE] if here[_DATE] is None else []))
+    free = [*directory.CHANGEABLE, *directory.SIZES]  # a run judges whether its sizes may change
+    if here[directory.DATE] is None:  # a run chooses it then
+        free.append(directory.DATE)
     differing = [
         f"{name} was {there.get(name)!r} and is {here.get(name)!r}"
         for name in here | there
-        if not name.startswith(free) and not _same(there.get(name), here.get(name))
+        if not name.startswith(tuple(free)) and not _same(there.get(name), here.get(name))
     ]
     if differing:
         return f"holds a run of another config: {'; '.join(differing)}"

@@ -42,7 +42,7 @@ from es_jax.rundir import directory
 from es_jax.rundir.checkpoints import Checkpoints, nbytes
 from es_jax.rundir.directory import compilation_cache
 from es_jax.rundir.metrics import say
-from es_jax.rundir.seed_log import SeedLog, read_entries
+from es_jax.rundir.seed_log import SeedLog, steps_done
 from es_jax.rundir.tracker import Tracker
 from es_jax.scoring.grading import Graded, Grader
 from es_jax.scoring.heldout import checked_prompt, evaluate
@@ -180,7 +180,7 @@ def with_date(config: RunConfig, workdir: Path) -> RunConfig:
                 if fields["decode"][name] is None:
                     fields["decode"][name] = there.get("decode", {}).get(name)
             same = there == fields
-            date = begun if same or read_entries(workdir) else date
+            date = begun if same or steps_done(workdir) else date
     date = processes.exchange({0: date} if processes.first() else {})[0]
     return config.with_date(config.model.template_date or date)
 
@@ -214,7 +214,7 @@ class _Run:
         tests: dict,
         submit: Submit,
     ):
-        facts, config = directory.read(workdir) if read_entries(workdir) else {}, start.config
+        facts, config = directory.read(workdir) if steps_done(workdir) else {}, start.config
         self.mesh, why = choose_mesh(config, base_config(config), before=facts.get("mesh", {}).get("model"))
         if self.mesh.size > 1:
             say(why)

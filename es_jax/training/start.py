@@ -23,7 +23,7 @@ from es_jax.core.mesh import make_mesh
 from es_jax.models.transformer import param_shapes
 from es_jax.rundir import directory, seed_log
 from es_jax.rundir.places import FIELDS, MODELS, Step, as_given, as_step, is_run, locate, record
-from es_jax.rundir.seed_log import read_entries
+from es_jax.rundir.seed_log import steps_done
 from es_jax.training.config import RunConfig, default_config, freeze, read_config
 from es_jax.training.state import load_base
 from es_jax.training.weights_at import weights_at
@@ -69,7 +69,7 @@ def start_of(config: RunConfig, workdir: Path, branch_from: str | None = None) -
         that began elsewhere.
       OSError: no run, or a path of config.json is in none of its places.
     """
-    facts = directory.read(workdir) if read_entries(workdir) else {}
+    facts = directory.read(workdir) if steps_done(workdir) else {}
     begin = _again if facts else _anew
     given, parent = begin(config, workdir, branch_from, facts)
     needs = [name for name in FIELDS if parent is None or name not in MODELS]
@@ -131,7 +131,7 @@ def _again(
 
 
 def _parent(source: str, step: Step, *, branch: bool) -> dict[str, Any]:
-    facts, last = directory.read(step.run), len(read_entries(step.run))
+    facts, last = directory.read(step.run), steps_done(step.run)
     number = last if step.step is None else step.step
     if number > last:
         raise ValueError(f"{source!r} is step {number}, but {step.run} holds steps 0 to {last}")
@@ -182,7 +182,7 @@ def _as_the_parent(config: RunConfig, parent: RunConfig) -> RunConfig:
 def with_weights(start: Start, workdir: Path) -> Start:
     """The start, once its weights that are of a run are in the directory's folders `start` and `anchor`. All processes
     call it, and hold the directory."""
-    config, started = start.config, bool(read_entries(workdir))
+    config, started = start.config, bool(steps_done(workdir))
     if start.parent is not None:
         config = _with_source(config, _kept("model.source", config.model.source, workdir / "start", started))
     if (anchor := config.optim.anchor.source) is not None:

@@ -16,7 +16,7 @@ from es_jax.training.loop import run
 from es_jax.training.recorder import Recorder
 from es_jax.training.weights_at import replay
 from es_jax.weights.model import load_model
-from tests.helpers import config_of, host, same
+from tests.helpers import config_of, host, killed, same
 
 STEPS = 4
 
@@ -71,28 +71,13 @@ def test_a_run_records_what_there_is_to_know(whole, tiny_model):
 EXACT = ("step", "reward_mean", "reward_std", "loss", "kl", "entropy", "ratio", "gradient_norm", "drift", "tokens")
 
 
-class Killed(BaseException):
-    """What no code of ours may catch."""
-
-
 @pytest.mark.parametrize(
     ("owner", "name", "call"), [(SeedLog, "append", 2), (SeedLog, "append", 3), (Recorder, "step", 4)]
 )
-def test_killed_and_resumed_equals_uninterrupted(owner, name, call, whole, tmp_path, monkeypatch):
+def test_killed_and_resumed_equals_uninterrupted(owner, name, call, whole, tmp_path):
     config, uninterrupted, final = whole
-    original, calls = getattr(owner, name), []
-
-    def dying(*args, **kwargs):
-        result = original(*args, **kwargs)
-        calls.append(1)
-        if len(calls) == call:
-            raise Killed
-        return result
-
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, name, dying)
-        with pytest.raises(Killed):
-            run(config, tmp_path)
+    with killed(owner, name, call=call):
+        run(config, tmp_path)
     result = run(config, tmp_path)
     assert same(result.params, final)
     assert (tmp_path / "seedlog.jsonl").read_bytes() == (uninterrupted / "seedlog.jsonl").read_bytes()

@@ -8,7 +8,7 @@ from es_jax.scoring.row_results import EvalsFile
 from es_jax.training.loop import run
 from es_jax.training.recorder import Recorder
 from es_jax.training.state import State
-from tests.helpers import Killed, check_resumed
+from tests.helpers import check_resumed, killed
 
 POINTS = {
     "before the update": (State, "apply", "before"),
@@ -25,22 +25,9 @@ POINTS = {
 
 @pytest.mark.parametrize("call", [1, 2])
 @pytest.mark.parametrize("point", POINTS)
-def test_killed_at_any_point_and_resumed_equals_uninterrupted(point, call, whole, tmp_path, monkeypatch):
+def test_killed_at_any_point_and_resumed_equals_uninterrupted(point, call, whole, tmp_path):
     owner, name, when = POINTS[point]
-    original, calls = getattr(owner, name), []
-
-    def dying(*args, **kwargs):
-        calls.append(1)
-        if when == "before" and len(calls) == call:
-            raise Killed
-        out = original(*args, **kwargs)
-        if len(calls) == call:
-            raise Killed
-        return out
-
     config = whole[0]
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, name, dying)
-        with pytest.raises(Killed):
-            run(config, tmp_path)
+    with killed(owner, name, call=call, when=when):
+        run(config, tmp_path)
     check_resumed(config, tmp_path, whole)

@@ -29,7 +29,7 @@ from es_jax.training.predicted_drift import PredictedDrift
 from es_jax.training.state import State, load_base, make_noise, perturbed_count
 from es_jax.training.weights_at import replay
 from es_jax.weights.model import load_model, save_model
-from tests.helpers import Killed, config_of, host, same
+from tests.helpers import config_of, host, killed, same
 
 NOISES = ("gaussian", "low_rank")
 DEALT = {  # every member sees one of four prompts, and every prompt four members
@@ -45,18 +45,6 @@ DEALT = {  # every member sees one of four prompts, and every prompt four member
 def dealt(source, **groups):
     """The config of a run of such members on the model at `source`; `groups` has the fields that differ."""
     return config_of(source, **{name: DEALT.get(name, {}) | groups.get(name, {}) for name in {**DEALT, **groups}})
-
-
-def dying_at(step, monkeypatch):
-    """From the line of that step on the log, the process is no more."""
-    append = SeedLog.append
-
-    def dying(self, entry):
-        append(self, entry)
-        if entry.step == step:
-            raise Killed
-
-    monkeypatch.setattr(SeedLog, "append", dying)
 
 
 def test_short_names():
@@ -116,8 +104,7 @@ def test_members_that_hardly_differ_have_no_curvature(tmp_path):
 @pytest.mark.parametrize(("groups", "model"), [(1, 1), (4, 2)])
 def test_killed_and_resumed_where_memory_and_mesh_differ(groups, model, whole, tmp_path, monkeypatch):
     config, workdir, final = whole
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        dying_at(3, patch)
+    with killed(SeedLog, "append", call=3):
         run(config, tmp_path)
     monkeypatch.setattr("es_jax.training.loop.members_at_once", lambda *a: 1)
     other = config.copy_and_resolve_references()
@@ -260,14 +247,13 @@ def test_frozen_leaves_keep_their_bits_under_every_optimizer(name, tiny_model, t
     assert predicted is None or float(state.drift) == pytest.approx(predicted, rel=0.04)
 
 
-def test_a_run_with_frozen_leaves_and_decay_resumes_and_is_evaluated(tiny_model, tmp_path, monkeypatch):
+def test_a_run_with_frozen_leaves_and_decay_resumes_and_is_evaluated(tiny_model, tmp_path):
     es = {"noise": "low_rank", "vectors": "frozen", "rewards": "random", "schedule": "cosine:0.5"}
     optim = OPTIMIZERS["following"]
     config = dealt(tiny_model, es=es, optim=optim, train={"steps": 3, "checkpoint_every": 1})
     with jax.numpy_dtype_promotion("standard"):  # optax's adam needs it
         final = host(run(config, tmp_path / "whole").params)
-        with monkeypatch.context() as patch, pytest.raises(Killed):
-            dying_at(2, patch)
+        with killed(SeedLog, "append", call=2):
             run(config, tmp_path / "cut")
         assert same(run(config, tmp_path / "cut").params, final)
         ((_, rebuilt),) = replay(tmp_path / "cut", steps=[3])

@@ -17,7 +17,7 @@ from es_jax.rundir.seed_log import SeedLog, read_entries
 from es_jax.training.loop import run
 from es_jax.training.state import State
 from es_jax.training.weights_at import replay
-from tests.helpers import STEPS, Killed, check_resumed, config_of, edit_config, host, same
+from tests.helpers import STEPS, check_resumed, config_of, edit_config, host, killed, same
 
 
 def test_a_half_written_line_is_no_finished_step(whole, tmp_path):
@@ -86,7 +86,7 @@ def test_a_finished_run_started_again_does_nothing(whole, monkeypatch):
     assert (workdir / "seedlog.jsonl").read_bytes() == before
 
 
-def test_resuming_with_schedules_equals_uninterrupted(tiny_model, tmp_path, monkeypatch):
+def test_resuming_with_schedules_equals_uninterrupted(tiny_model, tmp_path):
     """The rates of each step stand in the log, so the steps since the checkpoint are rebuilt as they were."""
     optim = {
         "schedule": "linear:0.1:2",
@@ -94,18 +94,9 @@ def test_resuming_with_schedules_equals_uninterrupted(tiny_model, tmp_path, monk
     }
     config = config_of(tiny_model, optim=optim, es={"schedule": "cosine:0.5"}, evals={"every": 0})
     uninterrupted = run(config, tmp_path / "whole")
-    final, calls, original = host(uninterrupted.params), [], SeedLog.append
-
-    def dying(self, entry):
-        original(self, entry)
-        calls.append(1)
-        if len(calls) == 5:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(SeedLog, "append", dying)
-        with pytest.raises(Killed):
-            run(config, tmp_path / "killed")
+    final = host(uninterrupted.params)
+    with killed(SeedLog, "append", call=5):
+        run(config, tmp_path / "killed")
     assert same(run(config, tmp_path / "killed").params, final)
     logs = [(tmp_path / name / "seedlog.jsonl").read_bytes() for name in ("whole", "killed")]
     assert logs[0] == logs[1]
@@ -117,13 +108,10 @@ def test_resuming_with_schedules_equals_uninterrupted(tiny_model, tmp_path, monk
     assert same(rebuilt, final)
 
 
-def test_a_directory_without_a_finished_step_may_be_taken_over(whole, tmp_path, monkeypatch):
+def test_a_directory_without_a_finished_step_may_be_taken_over(whole, tmp_path):
     """A first try that ended before its first step, out of memory say, does not pin the directory to its config."""
     config = whole[0]
-    with monkeypatch.context() as patch:
-        patch.setattr(State, "apply", lambda *a: (_ for _ in ()).throw(Killed))
-        with pytest.raises(Killed):
-            es = dataclasses.replace(config.es, sigma=0.07)
-            run(dataclasses.replace(config, es=es), tmp_path)
+    with killed(State, "apply", call=1, when="before"):
+        run(dataclasses.replace(config, es=dataclasses.replace(config.es, sigma=0.07)), tmp_path)
     assert (tmp_path / "evals/conciseness.jsonl").exists()
     check_resumed(config, tmp_path, whole)

@@ -17,7 +17,7 @@ from es_jax.training.config import freeze
 from es_jax.training.es import Evaluator
 from es_jax.training.loop import run
 from es_jax.training.weights_at import replay
-from tests.helpers import TWO_STEPS, Killed, config_of, same
+from tests.helpers import TWO_STEPS, config_of, killed, same
 
 CONFIG = TransformerConfig(
     family="llama", vocab_size=24, width=16, layers=1, heads=2, kv_heads=1, head_dim=16, mlp_dim=16
@@ -102,22 +102,13 @@ class Letters(SimpleTask):
         return sum(map(ord, completion)) % 7 / 7
 
 
-def test_a_sampled_run_that_was_killed_goes_on_as_if_it_never_was(tiny_model, tmp_path, monkeypatch):
+def test_a_sampled_run_that_was_killed_goes_on_as_if_it_never_was(tiny_model, tmp_path):
     train = {"steps": 3, "checkpoint_every": 9}
     config = config_of(tiny_model, TWO_STEPS, decode={"temperature": 1.0}, train=train)
     whole = run(config, tmp_path / "whole", task=Letters())
     assert len({reward for entry in read_entries(tmp_path / "whole") for reward in entry.rewards}) > 2
-    original = SeedLog.append
-
-    def dying(self, entry):
-        original(self, entry)
-        if entry.step == 2:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(SeedLog, "append", dying)
-        with pytest.raises(Killed):
-            run(config, tmp_path / "killed", task=Letters())
+    with killed(SeedLog, "append", call=2):
+        run(config, tmp_path / "killed", task=Letters())
     assert same(run(config, tmp_path / "killed", task=Letters()).params, whole.params)
     ((_, params),) = replay(tmp_path / "whole", steps=[3])
     assert same(params, whole.params)

@@ -72,6 +72,15 @@ def test_a_small_run_fits_four_chips(plan):
 
 
 @needs_libtpu
+def test_many_slots_have_an_answer_of_the_compiler(annotations):
+    """libtpu 0.0.42 ended without one, where a chunk of all 64 slots gave them back through a scatter."""
+    decode = {"max_prompt_tokens": 32, "max_new_tokens": 64, "slots": 64}
+    config = freeze(CONFIG | {"task": {"train_size": 128}, "decode": decode})
+    plan = make_plan(config, SMALL, topology("v5e:2x2"), only={"perturb", "decode"})
+    assert {program.name: program.error for program in plan.programs} == {"perturb": None, "decode": None}
+
+
+@needs_libtpu
 def test_what_programs_move_is_told(plan):
     """This model stays in the fast memory of the chips, so that a step may move less than it would have to."""
     said, lines = fields(plan)["programs"], words(plan)

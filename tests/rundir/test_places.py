@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from es_jax.rundir.places import FIELDS, as_given, as_step, flat, locate, record, shape_source, whole
+from es_jax.evals.runner import run_and_steps
+from es_jax.rundir.places import FIELDS, as_given, as_step, flat, locate, record, run_and_step, shape_source, whole
 
 CONFIG = {
     "model": {"source": "models/base"},
@@ -111,3 +112,19 @@ def test_steps_of_runs_are_sources(project, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"'runs/two@3': runs/two is not a run's directory"):
         as_step("runs/two@3")
     assert shape_source("runs/one@12") == "models/base" == shape_source("models/base") and shape_source("") == ""
+
+
+def test_run_and_step(project, monkeypatch):
+    """Also of a run in the home folder, which the shell does not write out in quotes."""
+    folder, _ = project
+    (folder / "runs/one/config.json").write_text('{"digest": "1"}')
+    monkeypatch.setenv("HOME", str(folder))
+    assert run_and_step("runs/one@3") == (Path("runs/one"), 3)
+    assert [run_and_step(name) for name in ("runs/one", "models/base", "lab")] == [
+        ("runs/one", None), ("models/base", None), ("lab", None)
+    ]  # fmt: skip
+    assert run_and_step("~/runs/one") == (folder / "runs/one", None)
+    assert run_and_step("~/runs/one@0") == (folder / "runs/one", 0)
+    assert run_and_steps("~/runs/one", None, None) == (folder / "runs/one", None)  # not step 0 alone
+    assert run_and_steps("runs/one@3", None, None) == (Path("runs/one"), [3])
+    assert run_and_steps("runs/one@3", "lab", [1]) == ("runs/one@3", [1])

@@ -11,7 +11,7 @@ from es_jax.scoring.row_results import EvalsFile, read_evals
 from es_jax.training import best_step
 from es_jax.training.config import freeze
 from es_jax.training.loop import run
-from tests.helpers import TWO_STEPS, Killed, config_of
+from tests.helpers import TWO_STEPS, config_of, killed
 
 REWARDS = {0: -9.0, 1: -5.0, 2: -7.0, 3: -5.0, 4: -8.0, 5: -8.0}  # the earlier of equal ones is the best: 1
 
@@ -63,23 +63,10 @@ POINTS = {
 
 @pytest.mark.parametrize("call", [2, 3])
 @pytest.mark.parametrize("point", sorted(POINTS))
-def test_killed_at_any_point_the_best_step_is_there(tiny_model, tmp_path, monkeypatch, rewards, point, call):
+def test_killed_at_any_point_the_best_step_is_there(tiny_model, tmp_path, rewards, point, call):
     owner, name, when = POINTS[point]
-    original, calls = getattr(owner, name), []
-
-    def dying(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == call and when == "before":
-            raise Killed
-        out = original(*args, **kwargs)
-        if len(calls) == call:
-            raise Killed
-        return out
-
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, name, dying)
-        with pytest.raises(Killed):
-            run(config(tiny_model), tmp_path)
+    with killed(owner, name, call=call, when=when):
+        run(config(tiny_model), tmp_path)
     if (tmp_path / "best.json").exists() and best(tmp_path)["step"]:
         assert best(tmp_path)["step"] in saved_steps(tmp_path)
     run(config(tiny_model), tmp_path)
