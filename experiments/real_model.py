@@ -5,8 +5,8 @@ k prompts of a step, noise of rank 1); ES + AWD l2 at κ = 1 and 0.5; random rew
 prompts; GRPO with N rollouts of k prompts. All make N·k completions a step. And a pair of short runs that differ in
 the noise alone, rank 1 and full rank. The first three have all seeds, the others the first.
 
-The number of steps is the first multiple of 25 from N(σ/α)² on, where the free walk has κ = 1 or more; it is in the
-CSV, and --steps can only raise it. Every 25 steps: reward and accuracy of the target on held-out rows; the priors that
+All have 75 steps but the short pair, which has 25; both numbers were fixed before the first run. A free walk reaches
+κ = 1 after N(σ/α)² steps, and fewer are refused. Every 25 steps: reward and accuracy of the target on held-out rows; the priors that
 the screen passed, by all views; perplexity of a text of our own; exact KL; drift beside its closed form. Changes are
 against step 0 on the same rows, with paired standard errors.
 
@@ -50,6 +50,7 @@ from experiments.runs import Case, arguments, chosen, done, execute, mean_se, pa
 from experiments.targets import CANDIDATES
 
 EVERY = 25  # steps between evaluations
+STEPS = 75  # of SmolLM2: the free walk of N = 16 and σ = α goes to κ = √(75/16) = 2.2, that of 64 to 1.1
 TRAIN_ROWS, TARGET_ROWS, PROMPT_TOKENS = 480, 200, 1024
 KL = {"kl_rows": 64, "kl_tokens": 64}  # of the target's held-out prompts
 VIEWS = ("accuracy", "strict", "robust", "loglik")
@@ -90,10 +91,10 @@ class Study:
     model: str
     target: str
     priors: Mapping[str, str]
-    members: int = 30
+    members: int = 16
     prompts: int = 4
     sigma: float = 2e-3
-    ratio: float = 0.5
+    ratio: float = 1.0
     pair: tuple[int, int] = (8, 16)
     grpo_rate: float = 1e-5
     steps: int | None = None
@@ -395,13 +396,13 @@ def study_of(args: argparse.Namespace) -> Study:
     if "priors" not in fields:
         rows = [row for row in screen_lines(args.screen, "screen_priors") if row["verdict"] == "counts"]
         fields["priors"] = {row["prior"]: row["view"] for row in rows if row["prior"] != fields["target"]}
-    return Study(model="smollm2", **fields)
+    return Study(model="smollm2", **{"steps": STEPS} | fields)
 
 
 OPTIONS = ("target", "sigma", "ratio", "members", "prompts", "steps", "prior_rows", "grpo_rate", "data", "dtype")
 LAB: dict[str, Any] = {
     "model": "lab", "target": "lab-countdown", "priors": {"lab-add": "text", "lab-compare": "text"},
-    "members": 8, "prompts": 64, "sigma": 0.01, "pair": (4, 64), "grpo_rate": 1e-4, "prior_rows": 100,
+    "members": 8, "prompts": 64, "sigma": 0.01, "ratio": 0.5, "pair": (4, 64), "grpo_rate": 1e-4, "prior_rows": 100,
 }  # fmt: skip
 
 

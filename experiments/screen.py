@@ -84,10 +84,10 @@ class Settings:
 
     model: str
     sigmas: tuple[float, ...]
-    ratio: float = 0.5
-    members: int = 30
+    ratio: float = 1.0
+    members: int = 16
     prompts: int = 4
-    rows: int = 32
+    rows: int = 24
     heldout: int = 200
     prior_rows: int = 400
     data: str | None = None
@@ -277,7 +277,7 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=list(CANDIDATES), default="smollm2")
     parser.add_argument("--candidates", nargs="+", help="names of experiments.targets.CANDIDATES; all by default")
-    parser.add_argument("--sigmas", nargs="+", type=float, default=[5e-4, 1e-3, 2e-3, 4e-3])
+    parser.add_argument("--sigmas", nargs="+", type=float, default=[1e-3, 2e-3, 4e-3])
     for field in dataclasses.fields(Settings):
         if field.name in NUMBERS:
             kind: Any = type(field.default)

@@ -15,12 +15,12 @@ from es_jax.es.population import Population
 from es_jax.rundir.checkpoints import saved_steps
 from es_jax.tasks import get_task
 from experiments import devices, real_model, screen
-from experiments.real_model import Study, cases, verdict
+from experiments.real_model import STEPS, Study, cases, verdict
 from experiments.screen import NOTHING, Settings, prior, signal
 from experiments.targets import CANDIDATES, ARCLabel, GSM8KAnswer, GSM8KFormat, PIQAText, ProofWriterLabel
 
 ROOT = Path(__file__).resolve().parents[1]
-SETTINGS = Settings("lab", (0.01,), members=30, prompts=4, heldout=200)
+SETTINGS = Settings("lab", (0.01,), members=30, ratio=0.5, prompts=4, heldout=200)
 STUDY = Study("lab", "lab-countdown", {"lab-add": "text"}, members=4, prompts=4, sigma=0.01, ratio=1.0, prior_rows=8)
 OPTIONS = ["--members=4", "--prompts=4", "--sigma=0.01", "--ratio=1", "--prior-rows=8", "--priors", "lab-add:text"]
 
@@ -265,6 +265,7 @@ def test_a_study_takes_what_the_screen_found(tmp_path):
     assert found.priors == {"piqa-text": "likelihood", "json-facts": "text"}
     found = parse("--size=full", "--target=json-facts", "--members=10")
     assert (found.sigma, found.members, found.priors) == (0.001, 10, {"piqa-text": "likelihood"})
+    assert found.steps == STEPS >= found.fewest(4 * found.members)
 
 
 def test_a_curve_on_several_devices_is_compared_to_the_bit(study, tmp_path, monkeypatch, capsys):
