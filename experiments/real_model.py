@@ -6,9 +6,9 @@ prompts; GRPO with N rollouts of k prompts. All make N·k completions a step. An
 the noise alone, rank 1 and full rank. The first three have all seeds, the others the first.
 
 All have 75 steps but the short pair, which has 25; both numbers were fixed before the first run. A free walk reaches
-κ = 1 after N(σ/α)² steps, and fewer are refused. Every 25 steps: reward and accuracy of the target on held-out rows; the priors that
-the screen passed, by all views; perplexity of a text of our own; exact KL; drift beside its closed form. Changes are
-against step 0 on the same rows, with paired standard errors.
+κ = 1 after N(σ/α)² steps, and fewer are refused. Every 25 steps: reward and accuracy of the target on held-out rows;
+the priors that the screen passed, by all views; perplexity of a text of our own; exact KL; drift beside its closed
+form. Changes are against step 0 on the same rows, with paired standard errors.
 
 The rule: if the mean change of ES's target reward at its last step is below 3 of its paired standard errors, the report
 says "no signal" and draws no conclusion about forgetting.
