@@ -23,6 +23,7 @@ from absl import app, flags
 
 from es_jax.core.extras import require
 from es_jax.core.flags import command, define_processes, parser
+from es_jax.core.text_table import aligned
 
 BEST = "best"  # of --steps
 
@@ -144,8 +145,7 @@ def beside_base(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _table(rows: list[dict[str, Any]], columns: dict[str, str]) -> str:
     cells = [list(columns), *([_cell(row, name) for name in columns.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join("  " + "  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in cells)
+    return "\n".join(f"  {line}" for line in aligned(cells, str.rjust))
 
 
 def _cell(row: dict[str, Any], name: str) -> str:

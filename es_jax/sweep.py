@@ -28,6 +28,7 @@ from absl import app, flags
 
 from es_jax.core.extras import missing
 from es_jax.core.flags import command, define_config, parser
+from es_jax.core.text_table import aligned
 
 
 def main(argv: list[str]) -> None:
@@ -147,8 +148,7 @@ def _words(result: Mapping[str, Any], out: str) -> str:
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     cells = [list(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)
+    return "\n".join(aligned(cells))
 
 
 def _cell(value: Any) -> str:

@@ -21,6 +21,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from es_jax.core.chips import GIB
 from es_jax.core.chunked_map import ceil_div
 from es_jax.core.mesh import GROUPS, MODEL
+from es_jax.core.text_table import aligned
 from es_jax.models.config import TransformerConfig
 from es_jax.planning.compiler import Compiler, CompilerEnded
 from es_jax.planning.costs import Work
@@ -329,13 +330,12 @@ def words(plan: Plan) -> str:
             f"{outcome.work.flops / 1e12:.4g}",
             f"{outcome.work.seconds(chip):.3g} s",
         ))  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join([
         f"{size} of {config.model.source}, computed in {config.model.dtype}, weights in "
         f"{config.model.param_dtype}, on {plan.topology.name}: {devices} devices of {_gib(chip.memory)} GiB, "
         f"groups {plan.mesh[GROUPS]} × model {plan.mesh[MODEL]}, {_lanes(plan)}",
         "",
-        *("  ".join(map(str.ljust, row, widths)).rstrip() for row in cells),
+        *aligned(cells),
         "",
         "Sent between devices, of one run of each program:",
         *(f"  {outcome.name}: {_sent(outcome.collectives)}" for outcome in plan.programs),

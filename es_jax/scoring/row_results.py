@@ -79,7 +79,7 @@ def summary(step: int, now: RowResults, base: RowResults | None) -> dict[str, An
     means |= {"mean_length": now.length, "reward": now.reward}
     row |= {name: float(np.mean(values)) for name, values in means.items() if values is not None}
     row["reward_se"] = standard_error(now.reward)
-    return row if base is None else row | _change("reward", now.reward, base.reward)
+    return row if base is None else row | change_columns("reward", now.reward, base.reward)
 
 
 def accuracy(column: str, now: np.ndarray, base: np.ndarray | None) -> dict[str, float | None]:
@@ -90,10 +90,10 @@ def accuracy(column: str, now: np.ndarray, base: np.ndarray | None) -> dict[str,
     """
     p = float(np.mean(now))
     columns: dict[str, float | None] = {column: p, f"{column}_se": math.sqrt(p * (1 - p) / len(now))}
-    return columns if base is None else columns | _change(column, now, base)
+    return columns if base is None else columns | change_columns(column, now, base)
 
 
-def _change(column: str, now: np.ndarray, base: np.ndarray) -> dict[str, float | None]:
+def change_columns(column: str, now: np.ndarray, base: np.ndarray) -> dict[str, float | None]:
     """Of the mean over the same rows: the change against the base, and its paired standard error."""
     difference = np.asarray(now, float) - base
     return {f"{column}_change": float(difference.mean()), f"{column}_change_se": standard_error(difference)}

@@ -16,7 +16,7 @@ from es_jax.generate.prompts import Prompts
 from es_jax.generate.sampling import Sampler, sampler_of
 from es_jax.scoring.grading import Graded, Grader, Pending, check_scores
 from es_jax.scoring.heldout import Decoder, HeldOut, results_of
-from es_jax.scoring.row_results import EvalsFile, standard_error
+from es_jax.scoring.row_results import EvalsFile, change_columns, standard_error
 from es_jax.scoring.workers import workers_of
 from es_jax.tasks.task import VotingTask
 from es_jax.weights.model import Model
@@ -156,9 +156,7 @@ def summary(step: int, now: SampledResults, base: SampledResults | None) -> dict
 def _estimate(name: str, now: np.ndarray, base: np.ndarray | None) -> dict[str, float | None]:
     """The mean over rows [R] and its standard error; the change against the base's, row by row, and its own."""
     columns: dict[str, float | None] = {name: float(now.mean()), f"{name}_se": standard_error(now)}
-    if base is not None:
-        columns |= {f"{name}_change": float((now - base).mean()), f"{name}_change_se": standard_error(now - base)}
-    return columns
+    return columns if base is None else columns | change_columns(name, now, base)
 
 
 class SampledFile(EvalsFile):

@@ -107,7 +107,7 @@ class Countdown(Splits):
     def extract_answer(self, example: Example, completion: str) -> str | None:
         """The value and the numbers of the expression that the published grader reads: expressions that it cannot tell
         apart are one answer."""
-        expression = parse((last_block(response_text(example, completion)) or "").removesuffix("\n"))
+        expression = _published(last_block(response_text(example, completion)))
         return expression and f"{expression.value} from {', '.join(map(str, sorted(expression.numbers)))}"
 
     def score(self, example: Example, completion: str) -> Score:
@@ -126,9 +126,14 @@ class Countdown(Splits):
                 and abs(expression.value - Fraction(example.meta["target"])) < TOLERANCE
             )
 
-        paper = right(parse((block or "").removesuffix("\n")))
+        paper = right(_published(block))
         robust = any(map(right, expressions(response)))
         return all_views(self.grader, paper=paper, strict=paper and form == 1.0, robust=robust, form=form)
+
+
+def _published(block: str | None) -> Expression | None:
+    """The expression that the published grader reads in an answer block."""
+    return parse((block or "").removesuffix("\n"))
 
 
 def format_score(response: str, *, has_answer: bool) -> float:
