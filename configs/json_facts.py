@@ -1,9 +1,9 @@
-"""JSON facts: SmolLM2 learns on a CPU to answer with the JSON object that was asked for and nothing else.
+"""JSON facts: on a CPU, SmolLM2 learns to answer with the JSON object that was asked for and nothing else.
 
 Command:  python -m es_jax.train --config=configs/json_facts.py --workdir=runs/json
-Arguments: configs/common.py; rewards=random is the control.
-Needs:    SmolLM2 (`make smollm2`) and 5 GB. A step takes about 17 CPU seconds, 8 on two cores.
-Reached:  docs/first-run.md.
+Arguments: see configs/common.py. rewards=random is the control.
+Needs:    SmolLM2 (`make smollm2`) and 5 GB. A step takes about 17 CPU seconds, which is 8 s on two cores.
+Reached:  see docs/first-run.md.
 """
 
 from configs.common import configure

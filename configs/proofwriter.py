@@ -1,12 +1,16 @@
-"""ProofWriter, a target of arXiv 2605.30148: true, false or unknown; N = 30, σ = 1e-3, α = 5e-4, 500 steps.
+"""ProofWriter, a target task of arXiv 2605.30148: is a statement true, false or unknown?
+
+N = 30 members, noise scale σ = 1e-3, learning rate α = 5e-4, 500 steps.
 
 Command:  python -m es_jax.train --config=configs/proofwriter.py:qwen2.5-3b,anchor=l2 --workdir=runs/proofwriter
-Arguments: configs/common.py. Rows: tasksource/proofwriter from the hub, or data=DIR with train and test parquet.
-          The word small sets a size for a CPU: proofwriter.py:smollm2,small (`make smollm2` fetches the model).
-Needs:    the published setting, memory and time: not yet run. Prompts of deep theories need
+Arguments: see configs/common.py. Rows come from tasksource/proofwriter on the hub. With data=DIR they come from
+          train.parquet and test.parquet there. The word small sets a size for a CPU: proofwriter.py:smollm2,small
+          (`make smollm2` fetches the model).
+Needs:    the memory and time of the published setting are not known yet. The prompts of deep theories need
           decode.max_prompt_tokens 1024.
-Reached:  the published setting: not yet run. Small (smollm2,small,data=DIR), 3 steps of 19 s on 2 CPU cores: mean
-          reward .19, .19 and .25; drift 4.101 as in theory; held-out accuracy .125 of 8 rows before and after.
+Reached:  the published setting has not been run yet. The small size (smollm2,small,data=DIR) was run for 3 steps of
+          19 s on 2 CPU cores. The mean rewards were .19, .19 and .25. The drift was 4.101, as in theory. The held-out
+          accuracy was .125 of 8 rows before and after.
 """
 
 from configs.common import configure

@@ -1,9 +1,10 @@
-"""ES on a black-box function, beside two algorithms of evosax, on the same budget of evaluations.
+"""ES on a black-box function, compared with two algorithms of evosax at the same number of evaluations.
 
     python examples/black_box.py [--small]
 
-The function is Rastrigin's, in 20 dimensions: a bowl with a local minimum at every whole number and 0 at the origin.
-All start at the same points and evaluate the same number of them. evosax is optional: pip install evosax.
+The function is Rastrigin's in 20 dimensions. It is a bowl with a local minimum near every point of whole numbers, and
+is 0 at the origin. All algorithms start at the same points and evaluate equally many. evosax is optional: pip install
+evosax.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""A branch: from a step of a run, go on with other fields, as a run of its own.
+"""A branch: a new run that starts from a step of another run, with other fields.
 
     python examples/branch.py [--small] [--out=runs/branching]
 
-The first run learns Countdown without an anchor. Three branches start from its middle: one with the same fields, one
-with a lower α, and one that is pulled to the laboratory's model, with which the first run began.
+The first run learns Countdown without an anchor. Three branches start from its middle. One has the same fields. One has
+a lower learning rate α. One is pulled toward the laboratory model, with which the first run began.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def config_of(steps, small, *, optim=None, seed=0):
 
 
 def accuracies(folder):
-    """(of the target, the mean of what was known before) after the last step."""
+    """The accuracy on the target, and the mean of those on the tasks known before, after the last step."""
     last = {path.stem: read_jsonl(path)[-1]["accuracy"] for path in Path(folder, "evals").glob("*.jsonl")}
     return last["lab-countdown"], sum(last[name] for name in PRIOR) / len(PRIOR)
 

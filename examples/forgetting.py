@@ -1,10 +1,10 @@
-"""AWD with AdamW on a Flax MLP, two tasks in turn: what is kept of the first.
+"""AWD with AdamW on a Flax MLP that learns two tasks in turn: how much of the first task does it keep?
 
     python examples/forgetting.py [--small]
 
-A task is to tell points apart as a random teacher does; an input says which task a point is of. The second task is
-trained without rows of the first, as fine-tuning is. AWD goes last in the chain and pulls to the weights with which the
-second task began. Accuracies are on rows that were not trained on.
+In each task, a random linear teacher divides points into two classes. Two of a point's inputs say which task it belongs
+to. The second task is trained without rows of the first, as in fine-tuning. AWD goes last in the chain. It pulls the
+weights toward those with which the second task began. Accuracies are on held-out rows.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import optax
 
 from es_jax import anchored_weight_decay
 
-RATES = {"l2": (0.0, 0.001, 0.003, 0.01, 0.03), "l1": (1e-4, 3e-4, 6e-4)}  # a fraction of the way; a distance
+RATES = {"l2": (0.0, 0.001, 0.003, 0.01, 0.03), "l1": (1e-4, 3e-4, 6e-4)}  # l2: a share of the distance; l1: an amount
 
 
 class MLP(nn.Module):
@@ -26,7 +26,7 @@ class MLP(nn.Module):
 
 
 def rows(task, split):
-    """1,000 points in 16 dimensions, of which the last two say which task it is, and their labels."""
+    """1,000 points and their labels. A point has 16 numbers; the last two say which task it belongs to."""
     x = jax.random.normal(jax.random.fold_in(jax.random.key(task), split), (1000, 14))
     teacher = jax.random.normal(jax.random.key(100 + task), (14,))
     return jnp.concatenate([x, jnp.tile(2 * jnp.eye(2)[task], (1000, 1))], axis=1), x @ teacher > 0

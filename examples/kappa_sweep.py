@@ -1,9 +1,9 @@
-"""A sweep of κ, how many σ a weight may drift in the long run, with its figure.
+"""A sweep of κ, with a figure. κ says how far a weight may drift in the long run, in units of the noise scale σ.
 
     python examples/kappa_sweep.py [--small] [--out=runs/kappa]      # needs the extra [report]
 
-The laboratory's model learns Countdown and forgets what it knew; κ is the knob between the two. A run for each κ, and
-one without an anchor. A run that is finished is not made again. `python -m es_jax.report runs/kappa/*` makes a page.
+The laboratory model learns Countdown and forgets what it knew. κ trades one for the other. There is a run for each κ
+and one without an anchor. A finished run is not repeated. `python -m es_jax.report runs/kappa/*` makes a page of them.
 """
 
 import argparse
@@ -34,13 +34,13 @@ def config_of(kappa, small):
 
 
 def accuracies(folder):
-    """(of the target, the mean of what was known before) after the last step."""
+    """The accuracy on the target, and the mean of those on the tasks known before, after the last step."""
     last = {path.stem: read_jsonl(path)[-1]["accuracy"] for path in Path(folder, "evals").glob("*.jsonl")}
     return last["lab-countdown"], sum(last[name] for name in PRIOR) / len(PRIOR)
 
 
 def draw(rows, path):
-    """Both accuracies against κ."""
+    """Plots both accuracies against κ."""
     figure, axes = plt.subplots(figsize=(5, 3.2), layout="constrained")
     labels = ["none" if kappa is None else f"{kappa:g}" for kappa, _, _ in rows]
     for column, name in ((1, "target: Countdown"), (2, "known before, mean of three")):

@@ -1,8 +1,9 @@
-"""A data set of your own by its columns: no code, but a template for the prompt and the name of the answer's column.
+"""A data set of your own, by its columns: a template for the prompt and the name of the answer's column, and no grader.
 
     python examples/own_columns.py [--small] [--out=runs/own-columns]
 
-It writes a folder with train.csv and test.csv, and trains the laboratory's model on them: is the number even?
+The program writes a folder with train.csv and test.csv. It then trains the laboratory model to say whether a number is
+even.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from es_jax import run
 
 
 def write_rows(folder):
-    """Two files with the columns number and even."""
+    """Writes two files with the columns number and even."""
     folder.mkdir(parents=True, exist_ok=True)
     numbers = random.Random(0).sample(range(1000, 10000), 500)
     for split, part in {"train": numbers[:400], "test": numbers[400:]}.items():

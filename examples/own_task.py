@@ -1,9 +1,10 @@
-"""A task of your own: a class with rows and a score, trained on and evaluated by name.
+"""A task of your own: a class with rows and a score, on which a model is trained and evaluated.
 
     python examples/own_task.py [--small] [--out=runs/own-task]
 
-The laboratory's model, which is inside the package, sorts five digits upwards. Here it learns to sort them downwards.
-The reward is the share of places that are right: a reward with degrees teaches more than right or wrong.
+The laboratory model is inside the package. It sorts five digits in ascending order, and here it learns descending
+order. The reward is the share of digits in the right place. A graded reward teaches more than one that is only right or
+wrong.
 """
 
 import argparse
@@ -13,7 +14,7 @@ from es_jax import SimpleTask, complete, load_step, run
 
 
 class Downwards(SimpleTask):
-    """`D14914=` is answered by `94411`."""
+    """The right answer to `D14914=` is `94411`."""
 
     def rows(self, split):
         rng = random.Random(split)

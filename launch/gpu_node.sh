@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# One node with one or more GPUs: one process drives them all. Run it there, in a checkout of this repository.
-# Assumes: a driver for CUDA 12 (for CUDA 13 write cuda13) and python3 ≥ 3.11.
+# Trains on one node with one or more GPUs. One process drives all of them. Run it there, in a checkout of this repository.
+# Assumes: a driver for CUDA 12 and python3 ≥ 3.11. For CUDA 13 write cuda13 below.
 # Usage: launch/gpu_node.sh CONFIG WORKDIR [flag …]
 set -euo pipefail
 config=$1 workdir=$2; shift 2

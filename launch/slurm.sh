@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# SLURM, nodes with GPUs: one process a GPU, so --ntasks-per-node equals --gpus-per-node. Set both for your cluster.
-# Assumes: this directory is a checkout on a file system that all nodes share, and so is WORKDIR; in it was done
-# `make EXTRAS=llm,cuda12 .venv/.installed-llm-cuda12`.
-# SIGTERM comes two minutes before the time is over, or when the job is pre-empted; an unfinished run is queued again.
+# Trains on the GPU nodes of a SLURM cluster. There is one process per GPU, so --ntasks-per-node equals --gpus-per-node. Set
+# both for your cluster.
+# Assumes: this directory is a checkout on a file system that all nodes share. WORKDIR is on a shared file system too. You
+# have run `make EXTRAS=llm,cuda12 .venv/.installed-llm-cuda12` in the checkout.
+# SLURM sends SIGTERM two minutes before the time is over, or when it pre-empts the job. An unfinished run is queued again.
 # Usage: sbatch --nodes=2 launch/slurm.sh CONFIG WORKDIR [flag …]
 #SBATCH --job-name=es_jax
 #SBATCH --ntasks-per-node=8

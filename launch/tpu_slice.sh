@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# A TPU pod slice: starts the same command on all its hosts. Run it on your own machine.
-# Assumes: gcloud is logged in; TPU, ZONE and PROJECT name a slice that is up; every host has this repository in REPO and
-# mounts WORKDIR from one file system (Filestore, or a bucket through gcsfuse).
+# Trains on a TPU pod slice. It starts the same command on all hosts of the slice. Run it on your own machine.
+# Assumes: gcloud is logged in. TPU, ZONE and PROJECT name a slice that is up. Every host has this repository in REPO, and
+# mounts WORKDIR from one shared file system (Filestore, or a bucket through gcsfuse).
 # Usage: TPU=… ZONE=… PROJECT=… REPO=… launch/tpu_slice.sh CONFIG WORKDIR [flag …]
 set -euo pipefail
 config=$1 workdir=$2; shift 2
