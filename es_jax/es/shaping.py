@@ -102,7 +102,7 @@ def z_score(rewards: Rewards, *, eps: float = 1e-8, nan_rewards: str = "error") 
     """
     rewards = finite_rewards(rewards, nan_rewards=nan_rewards)
     if rewards.max() == rewards.min():
-        logger.warning("all %d rewards are %g: this step does not move the weights", len(rewards), rewards[0])
+        logger.warning("all %d rewards are equal: this step does not move the weights", len(rewards))
         return np.zeros(len(rewards), np.float32)
     return ((rewards - rewards.mean()) / (rewards.std() + eps)).astype(np.float32)
 

@@ -65,10 +65,14 @@ def anchored_weight_decay(
     selective_transform, named_chain,
     contrib.split_real_and_imaginary
     scale_by_learning_rate, scale_by_schedule, clip,   chain(these, AWD). After AWD they scale the pull as well, and a
-    add_noise, contrib.reduce_on_plateau               change of sign turns it round
+    add_noise, ema, contrib.reduce_on_plateau          change of sign turns it round
     lbfgs, line searches, polyak_sgd                   chain(these, AWD). The value and gradient that a line search
                                                        keeps are of weights not pulled: compute them anew
     keep_params_nonnegative, freeze                    chain(…, AWD, these)
+    incremental_update                                 nothing else: it averages weights that AWD has pulled. For an
+                                                       anchor that is such an average: ema_decay
+    nnx.Optimizer and TrainState of Flax               give them chain(…, AWD). The anchor is the weights that they
+                                                       are made with: load those to be kept before
     contrib.mechanize, prodigy, dadapt_adamw           chain(these, AWD). They may lengthen their steps against the pull
     contrib.cocob, madgrad                             nowhere: they compute the weights from all gradients and the
                                                        start, and so undo the pull

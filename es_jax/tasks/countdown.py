@@ -69,7 +69,7 @@ class Countdown(Splits):
         for testing. A copy of such a data set in a folder is divided in the same way.
       seed: of the problems made here; other seeds give other problems. The first n do not depend on n.
       grader: "paper", "strict" or "robust": the grader that decides `answer` in reward = answer + 0.1 · format;
-        docs/tasks.md has the rules, with examples.
+        docs/grading.md has the rules, with examples.
 
     >>> task = Countdown()
     >>> example = Example("0", "", None, {"numbers": (44, 19, 35), "target": "98"})

@@ -59,7 +59,7 @@ class GSM8K(PublishedTask):
     Args:
       data_dir: folder with train and test rows, in the verl layout (`reward_model.ground_truth` a number) or with the
         fields `question` and `answer` ("… #### 72", or "72"). None: openai/gsm8k from the hub.
-      grader: "paper", "strict" or "robust"; docs/tasks.md has the rules, with examples.
+      grader: "paper", "strict" or "robust"; docs/grading.md has the rules, with examples.
 
     >>> GSM8K().score(Example("0", "", "72"), "48 + 24 = 72\\n#### 72").reward
     1.1

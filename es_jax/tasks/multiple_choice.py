@@ -80,7 +80,7 @@ class MultipleChoice(PublishedTask):
       data_dir: folder with the rows, in the verl layout (`reward_model.ground_truth` a label) or with the data set's
         own fields; MMLU-Pro's worked examples are its validation rows. None: the data set from the hub. The test rows
         of HellaSwag and PIQA are their validation rows, which have labels.
-      grader: "paper", "strict" or "robust"; docs/tasks.md has the rules, with examples.
+      grader: "paper", "strict" or "robust"; docs/grading.md has the rules, with examples.
       continuation: what `choices` compares: "label", the requested form with each label after the same prompt; or
         "text", each option's own words after the plain question.
 

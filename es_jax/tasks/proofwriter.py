@@ -42,7 +42,7 @@ class ProofWriter(PublishedTask):
     Args:
       data_dir: folder with train and test rows, in the verl layout (`reward_model.ground_truth` one of True, False,
         Unknown) or with the fields `theory`, `question` and `answer`. None: tasksource/proofwriter from the hub.
-      grader: "paper", "strict" or "robust"; docs/tasks.md has the rules, with examples.
+      grader: "paper", "strict" or "robust"; docs/grading.md has the rules, with examples.
 
     >>> ProofWriter().score(Example("0", "", "False"), "Anne is not kind.\\nAnswer: False").reward
     1.1

@@ -1,4 +1,4 @@
-"""The readers of the robust grader: they find what a careful person would read as the answer. docs/tasks.md has the
+"""The readers of the robust grader: they find what a careful person would read as the answer. docs/grading.md has the
 rules.
 
 A reader looks at the last 4096 characters of the text after the last </think>. It prefers the last statement that says

@@ -18,7 +18,7 @@ def test_equal_rewards_weigh_exactly_nothing_and_say_so(value, caplog):
     with caplog.at_level(logging.WARNING):
         weights = z_score(np.full(7, value))
     assert not weights.any()
-    assert "all 7 rewards are" in caplog.text
+    assert "all 7 rewards are equal" in caplog.text
 
 
 @pytest.mark.parametrize("shape", SHAPINGS.values())

@@ -280,14 +280,12 @@ def test_a_run_from_before_the_fields_goes_on(folder):
         run(config, "run")
 
 
-def test_the_example_of_the_readme_and_the_docs_trains(folder):
+def test_the_example_of_the_docs_trains(folder):
     """With a model that has a chat template; 20 lines in all."""
-    blocks = [
-        re.search(r"```python\n(from es_jax import SimpleTask.*?)```", (ROOT / name).read_text(), flags=re.S)[1]
-        for name in ("README.md", "docs/tasks.md")
-    ]
-    assert blocks[0] == blocks[1] and len(blocks[0].splitlines()) <= 20
-    (folder / "my_task.py").write_text(blocks[0])
+    text = (ROOT / "docs/tasks.md").read_text()
+    (block,) = re.findall(r"```python\n(from es_jax import SimpleTask.*?)```", text, flags=re.S)
+    assert len(block.splitlines()) <= 20
+    (folder / "my_task.py").write_text(block)
     config = helpers.config_of(helpers.tiny_model(folder / "model"), helpers.TWO_STEPS)
     result = run(config, "run", task="my_task.py:Initials")
     assert result.step == 2 and read_config(Path("run")).task.name == "my_task.py:Initials"
