@@ -163,7 +163,7 @@ class Columns(Splits):
         elif text.isdecimal() and options:
             at = int(text)
         more = (
-            ", or an option's text or its number from 0"
+            ", an option's text or its number from 0"
             if options
             else "; set choices_column if the answer is not a letter"
         )
