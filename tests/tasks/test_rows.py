@@ -145,7 +145,7 @@ def test_a_question_needs_five_worked_examples_and_no_worked_answer_of_its_own(t
     for example in get_task("mmlu-pro", data_dir=tmp_path).test():
         assert example.prompt[0]["content"].count("\nAnswer: One more than") == 5
     write(tmp_path, "validation", [ROWS["mmlu-pro"](i) for i in range(9)])
-    message = r"test\.jsonl, row 1: field 'category' is 'math': .* 5 worked .* \(this one has 4, .* enough are: law\)"
+    message = r"test\.jsonl, row 1: field 'category' is 'math': .* 5 worked .* \(this one has 4; .* enough are: law\)"
     with pytest.raises(ValueError, match=message):
         get_task("mmlu-pro", data_dir=tmp_path).test()
     write(tmp_path, "validation", [ROWS["mmlu-pro"](i) for i in range(8)])

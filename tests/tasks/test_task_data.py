@@ -154,7 +154,7 @@ def test_missing_file_lists_what_is_there(tmp_path: Path) -> None:
 
 
 def test_a_file_is_not_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"train\.jsonl, a file: give the folder"):
+    with pytest.raises(ValueError, match=r"train\.jsonl, which is a file: give the folder"):
         get_task("countdown", data_dir=write(tmp_path, [ROW])).train()
 
 
