@@ -55,7 +55,7 @@ def parser(
         try:
             arguments = arguments_of(argv)
             if form := help_text.asked(arguments):
-                print(help_text.text(command, fields, form))
+                print(help_text.text(command, fields, form, _config_in(arguments) if fields else None))
                 sys.exit(0)
             options = _define_options(fields, arguments) if fields else []
             rest = flags.FLAGS([argv[0], *arguments])
@@ -79,6 +79,14 @@ def parser(
             sys.exit(f"{command}: {' '.join(str(error).split())}")
 
     return parse
+
+
+def _config_in(arguments: Sequence[str]) -> Any:
+    """The config that the last --config of the arguments names, or None."""
+    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
+    named = [value or after for name, _, value, after in ((*a.partition("="), b) for a, b in pairs)
+             if name.lstrip("-") == "config" and name != "config"]  # fmt: skip
+    return flags.FLAGS["config"].parser.parse(named[-1]) if named else None
 
 
 def _is_missing(flag: flags.Flag) -> bool:

@@ -26,8 +26,9 @@ def asked(arguments: Iterable[str]) -> str | None:
     return next((FORMS[argument] for argument in arguments if argument in FORMS), None)
 
 
-def text(command: str, fields: Fields | None, form: str) -> str:
-    """The help of a command, "es_jax.train", in one of the forms that `asked` returns."""
+def text(command: str, fields: Fields | None, form: str, config: Any = None) -> str:
+    """The help of a command, "es_jax.train", in one of the forms that `asked` returns. With a config, fields have its
+    values."""
     module = sys.modules.get(command) or sys.modules["__main__"]
     parts = [inspect.cleandoc(module.__doc__ or command), "", *_flags(lambda name: not name.startswith("absl."))]
     if form == "full":
@@ -35,11 +36,12 @@ def text(command: str, fields: Fields | None, form: str) -> str:
     if fields and form == "short":
         parts += ["", "--help also lists the fields of --config, --helpfull also the flags of absl."]
     elif fields:
+        values = "their defaults" if config is None else "the values of --config, and the default where it differs"
         about = (
-            "Fields with their defaults. Brackets give the allowed values, and the short name for use after the "
-            "colon of --config:"
+            f"Fields with {values}. Brackets give the allowed values, and the short name for use after the colon of "
+            "--config:"
         )
-        parts += ["", about, *_group(fields, fields.kind, "")]
+        parts += ["", about, *_group(fields, fields.kind, "", config or {})]
     return "\n".join(parts)
 
 
@@ -64,19 +66,21 @@ def abouts(kind: type) -> dict[str, str]:
     return found
 
 
-def _group(fields: Fields, kind: Any, prefix: str) -> Iterator[str]:
-    """The lines of help for a group of fields and the groups in it."""
+def _group(fields: Fields, kind: Any, prefix: str, config: Any) -> Iterator[str]:
+    """The lines of help for a group of fields and the groups in it. `config` has values of the group."""
     about, groups, short = abouts(kind), [], {field: name for name, field in SHORT.items()}
     yield from ("", f"{prefix.rstrip('.')}: {about['']}" if prefix else about[""])
     for field in dataclasses.fields(kind):
         name = prefix + field.name
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         if dataclasses.is_dataclass(default):
-            groups.append((type(default), f"{name}."))
+            groups.append((type(default), f"{name}.", config.get(field.name) or {}))
             continue
+        value = config.get(field.name, default)
+        usual = "" if value == default else f", default {default}"
         rules = [*fields.rules.get(name, ()), *([f"short: {short[name]}"] if name in short else [])]
         ranges = f" [{'; '.join(rules)}]" if rules else ""
-        yield f"  --config.{name}={default}  {type_names(fields[name])}"
+        yield f"  --config.{name}={value}  {type_names(fields[name])}{usual}"
         yield _wrapped(about.get(field.name, "") + ranges)
     for inner in groups:
         yield from _group(fields, *inner)

@@ -120,7 +120,7 @@ def shown(read, capsys, *arguments: str) -> str:
 
 @pytest.mark.parametrize("form", ["--help", "-h", "--helpfull"])
 def test_help_has_every_field_with_its_default(read, capsys, form):
-    text = shown(read, capsys, "--config=nowhere.py", form)
+    text = shown(read, capsys, form)
     defaults = default_config()
     for name in FIELDS:
         value = defaults
@@ -131,6 +131,21 @@ def test_help_has_every_field_with_its_default(read, capsys, form):
     assert (
         "  --breadth=7  " in text and "How broad." in text and "conciseness, countdown, gsm8k" in " ".join(text.split())
     )
+
+
+@pytest.mark.parametrize(
+    "given", [["--config=lab:population=6"], ["--config", "lab:population=6"], ["-config=lab:population=6"]]
+)
+def test_help_has_the_values_of_a_config_and_the_defaults_that_it_changes(read, capsys, given):
+    text = shown(read, capsys, *given, "--help")
+    assert "\n  --config.es.population=6  int, default 30\n" in text and "Fields with the values of --config" in text
+    assert "\n  --config.es.sigma=0.01  float, default 0.001\n" in text
+    assert "\n  --config.es.shaping=z_score  str\n" in text
+
+
+def test_help_of_a_config_that_is_not_there_says_so(read):
+    with pytest.raises(SystemExit, match="--config: unknown config 'lob': did you mean 'lab'"):
+        read(["es_jax.train", "--config=lob", "--help"])
 
 
 def test_short_help_has_no_fields_and_full_help_has_the_flags_of_absl(read, capsys):
