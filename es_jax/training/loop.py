@@ -451,6 +451,9 @@ class _Run:
             self._save(step)
         due = [test for test in self.tests if step not in self.recorder.heldout[test.name].steps]
         if due and (final or step % every == 0):
+            if not any(self.recorder.heldout[test.name].steps for test in due):
+                names = ", ".join(test.name for test in due)
+                say(f"evaluating step {step} on held-out rows of {names}; the first time compiles, too")
             rows = self.recorder.evaluations(step, evaluate(self.evaluator, self.model, self.state.params, due))
             self.best.update(step, self._save)
             return rows
