@@ -216,7 +216,7 @@ def test_limits_and_stops_of_a_task():
         (["1", "2"], ["1", "2"], []),
         ([["a"], ["b", "c"]], [["a"], ["b", "c"]], []),
         (["[1, 2]", "[3]"], [[1, 2], [3]], [r"of 2 of 2 rows as a list, .*\(row 0: \[1, 2\]\)"]),
-        (["x", "[3]"], ["x", [3]], [r"of 1 of 2 rows as a list, .*\(row 1", "first row is not a list.* of 1 of 2"]),
+        (["x", "[3]"], ["x", [3]], [r"of 1 of 2 rows as a list, .*\(row 1", r"row is not a list.* In 1 of 2 rows"]),
         (["[3]", "abc"], [[3], "abc"], ["of 1 of 2 rows as a list", r"row is a list.*\(row 1: abc\).* characters"]),
         ([[], ["b"]], [[], ["b"]], ["first row is not a list"]),
     ],

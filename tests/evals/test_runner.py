@@ -109,7 +109,7 @@ def test_an_exported_step_is_evaluated_beside_its_base(whole, tmp_path):
     assert "–" in report(result)
     alone = evaluate_run(tmp_path / "out", tasks=["lab-add"], out=tmp_path / "alone", options=options)
     assert alone["tasks"]["lab-add"][0]["accuracy"] == of_run["lab-add"][-1]["accuracy"]
-    with pytest.raises(ValueError, match=r"rows of the model \S+ and .* base model lab, .*use another --out"):
+    with pytest.raises(ValueError, match=r"rows of the model \S+, but .* base model lab, .*use another --out"):
         evaluate_run(tmp_path / "out", base="lab", tasks=["lab-add"], out=tmp_path / "alone", options=options)
 
 
@@ -124,7 +124,7 @@ def test_rows_of_two_runs_are_not_mixed(whole, tmp_path):
     (two / "evals" / "subject.json").unlink()  # as training leaves it
     evaluate_run(two, steps=[1], **ask)
     before = {path: path.read_bytes() for path in (two / "evals").rglob("*.json*")}
-    with pytest.raises(ValueError, match=r"run \S+two and .* run \S+one, .*train.seed 5 there and 0 here"):
+    with pytest.raises(ValueError, match=r"run \S+two, but .* run \S+one, .*train.seed 5 there and 0 here"):
         evaluate_run(one, steps=[1], out=two / "evals", **ask)
     lines = (two / "seedlog.jsonl").read_bytes().splitlines(keepends=True)
     changed = json.loads(lines[1]) | {"sigma": 0.1}

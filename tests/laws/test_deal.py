@@ -119,7 +119,8 @@ def test_a_single_pair_cannot_be_dealt_to(each, sizes):
 def test_without_prompts_per_step_all_training_prompts_count():
     fields = {"es": {"population": 8, "prompts_per_member": 1}}
     with pytest.raises(
-        ValueError, match=r"and 6 prompts a step: .* 8 × 1 / 6; set it to 3 or 6, or es\.population to 12 or 18 or 24"
+        ValueError,
+        match=r"8 × 1 / 6 members would see it; set it to 3 or 6, or es\.population to 12 or 18 or 24",
     ):
         freeze(fields | {"task": {"train_size": 6}})
     freeze(fields | {"task": {"train_size": 6, "prompts_per_step": 4}})

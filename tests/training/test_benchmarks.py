@@ -138,7 +138,7 @@ def test_an_unknown_kind_of_fault_is_named(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["faults", "--only=sed log"])
     with pytest.raises(SystemExit):
         faults.main()
-    assert "--only has sed log: known are killed while training" in capsys.readouterr().err
+    assert "--only has sed log: choose among killed while training" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -88,7 +88,7 @@ def test_what_does_not_work_leaves_the_rest_and_says_so(tmp_path, monkeypatch):
 def test_an_unknown_part_is_named(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         measured(tmp_path, monkeypatch, "--parts=card,decod")
-    assert "--parts has decod: known are card, noise, decode" in capsys.readouterr().err
+    assert "--parts has decod: choose among card, noise, decode" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("law", sorted({*chip.LAWS, *chip.TINY_LAWS}))

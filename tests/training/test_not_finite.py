@@ -99,7 +99,7 @@ def test_the_steps_before_stay_and_the_run_goes_on_from_them(number, tiny_model,
     whole = run(config, tmp_path / "whole")
     with monkeypatch.context() as patch:
         break_at(4, number, patch)
-        with pytest.raises(ValueError, match=r"^step 4: its weights .* in embed/embedding: nothing"):
+        with pytest.raises(ValueError, match=r"^step 4: its weights .* in embed/embedding: the step is discarded"):
             run(config, tmp_path / "run")
         assert len(read_entries(tmp_path / "run")) == 3 and saved_steps(tmp_path / "run") == [2]
         assert [row["step"] for row in read_jsonl(tmp_path / "run/metrics.jsonl")] == [1, 2, 3]
