@@ -55,6 +55,7 @@ def write_report(workdirs: Sequence[str | Path], out: str | Path, *, mark: bool 
     series, prior = group(runs, marks), prior_tasks(runs)
     figures = {  # why a figure is absent: the figure, if there are data for it
         "accuracies (no evaluations; set evals.every above 0)": draw.accuracy_over_iterations(series),
+        "reward (no reward of a target is other than 0 and 1)": draw.reward_over_iterations(series),
         "target against prior (no prior task was evaluated by all runs)": draw.target_against_prior(series, prior),
         "change in prior accuracy (no prior task was evaluated at step 0 and later)": draw.prior_change(series, prior),
         "causes of the drop (python -m es_jax.evaluate measures them)": draw.drop_parts(series, prior),

@@ -141,6 +141,29 @@ def accuracy_over_iterations(series: Sequence[Series]) -> Plot | None:
     return Plot("accuracy", "Accuracy of each task over iterations", figure, data, caption)
 
 
+def reward_over_iterations(series: Sequence[Series]) -> Plot | None:
+    """Held-out reward of the target over iterations, one line per series; None if every reward is 0 or 1, which the
+    accuracy shows."""
+    series = [one for one in series if any(run.graded for run in one.runs)]
+    if not series:
+        return None
+    figure = canvas(6.4, 4.2)
+    axes, data = figure.subplots(), []
+    for i, one in enumerate(series):
+        rows = [
+            {"series": one.label, "task": one.first.target} | point.columns("reward")
+            for point in one.curve([one.first.target], "reward").values()
+        ]
+        steps, mean, error = _columns(rows, "step", "reward", "reward_se")
+        axes.errorbar(steps, mean, [x or 0.0 for x in error], label=one.label, capsize=2, **line(i))
+        data += rows
+    axes.set(xlabel="iteration", ylabel="held-out reward of the target")
+    axes.grid(alpha=0.3)
+    legend(figure, axes, columns=2)
+    caption = f"Reward of the unperturbed model on held-out rows of the task that is trained on. {ERRORS}"
+    return Plot("reward", "Reward of the target over iterations", figure, data, caption)
+
+
 def target_against_prior(series: Sequence[Series], prior: Tasks) -> Plot | None:
     """Target accuracy against mean accuracy on the prior tasks: one panel for each target and model, one line per
     series, points coloured by iteration. None if there are no prior tasks, or none was evaluated."""

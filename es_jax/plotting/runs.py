@@ -148,18 +148,27 @@ class Run(NamedTuple):
         """Step → the evaluations of the tasks, in their order, for steps at which all were evaluated."""
         return together([by_step(self.evals.get(task, [])) for task in tasks])
 
-    def accuracy(self, tasks: Tasks) -> dict[int, Value]:
-        """Step → mean accuracy over tasks and its standard error over rows, for steps at which all were evaluated."""
+    @property
+    def graded(self) -> bool:
+        """Whether the target's held-out reward says more than its accuracy: rewards other than 0 and 1."""
+        rows = self.evals.get(self.target, [])
+        return any(row.get("reward") is not None and abs(row["reward"] - row["accuracy"]) > 1e-6 for row in rows)
+
+    def accuracy(self, tasks: Tasks, column: str = "accuracy") -> dict[int, Value]:
+        """Step → mean accuracy over tasks and its standard error over rows, for steps at which all were evaluated; or
+        of another column, such as "reward", for steps that have it."""
         return {
-            step: (mean(rows, "accuracy"), _mean_error(rows, "accuracy_se")) for step, rows in self.rows(tasks).items()
+            step: (score, _mean_error(rows, f"{column}_se"))
+            for step, rows in self.rows(tasks).items()
+            if (score := mean(rows, column)) is not None
         }
 
-    def change(self, tasks: Tasks, step: int) -> Value:
+    def change(self, tasks: Tasks, step: int, column: str = "accuracy") -> Value:
         """Change in mean accuracy over tasks from step 0, and its standard error: over paired rows, or if they were not
-        paired over two independent means, which is larger."""
-        accuracy = self.accuracy(tasks)
+        paired over two independent means, which is larger. The same of another column."""
+        accuracy = self.accuracy(tasks, column)
         (end, end_error), (start, start_error) = accuracy[step], accuracy[0]
-        error = _mean_error(self.rows(tasks)[step], "accuracy_change_se")
+        error = _mean_error(self.rows(tasks)[step], f"{column}_change_se")
         if error is None and end_error is not None and start_error is not None:
             error = math.hypot(end_error, start_error)
         return end - start, error
@@ -188,22 +197,24 @@ class Series(NamedTuple):
     def first(self) -> Run:
         return self.runs[0]
 
-    def curve(self, tasks: Tasks) -> dict[int, Point]:
-        """Step → mean accuracy over tasks; its error is over seeds, or over rows for a single run."""
-        runs = [run.accuracy(tasks) for run in self.runs]
+    def curve(self, tasks: Tasks, column: str = "accuracy") -> dict[int, Point]:
+        """Step → mean accuracy over tasks, or another column; its error is over seeds, or over rows for a single
+        run."""
+        runs = [run.accuracy(tasks, column) for run in self.runs]
         return {step: average(step, [run[step] for run in runs if step in run]) for step in sorted(set().union(*runs))}
 
-    def last(self, tasks: Tasks, *, step: int | None = None) -> Point | None:
+    def last(self, tasks: Tasks, column: str = "accuracy", *, step: int | None = None) -> Point | None:
         """The last step of the curve that all runs have; or `step`, if all runs have it."""
-        whole = {step: point for step, point in self.curve(tasks).items() if point.runs == len(self.runs)}
+        whole = {step: point for step, point in self.curve(tasks, column).items() if point.runs == len(self.runs)}
         return whole[step if step in whole else max(whole)] if whole else None
 
-    def change(self, tasks: Tasks) -> Point | None:
-        """Change in mean accuracy from step 0 to the last step that all runs have, with the error of a difference."""
-        end = self.last(tasks)
-        if end is None or not all(0 in run.accuracy(tasks) for run in self.runs):
+    def change(self, tasks: Tasks, column: str = "accuracy") -> Point | None:
+        """Change in mean accuracy, or in another column, from step 0 to the last step that all runs have, with the
+        error of a difference."""
+        end = self.last(tasks, column)
+        if end is None or not all(0 in run.accuracy(tasks, column) for run in self.runs):
             return None
-        return average(end.step, [run.change(tasks, end.step) for run in self.runs])
+        return average(end.step, [run.change(tasks, end.step, column) for run in self.runs])
 
 
 def distinct(values: Iterable[Any]) -> list[Any]:

@@ -80,15 +80,24 @@ def with_error(point: Point | None) -> str:
 
 
 def results(series: Sequence[Series], prior: Tasks) -> Table:
-    """The results of every series: target and prior accuracy, their change, drift and its ratio to theory."""
-    rows = []
+    """The results of every series: target and prior accuracy, the target's reward if it is graded, their change, drift
+    and its ratio to theory."""
+    rows, scores = [], [("target", "accuracy")]
+    if any(run.graded for one in series for run in one.runs):
+        scores.append(("target's reward", "reward"))
+    scores.append(("prior", "accuracy"))
     for one in series:
         target = [one.first.target]
         end = one.last(target)
-        cells = [_at(end, point(tasks)) for tasks in (target, prior) for point in (one.last, one.change)]
+        points = [
+            point(prior if name == "prior" else target, column)
+            for name, column in scores
+            for point in (one.last, one.change)
+        ]
+        cells = [_at(end, point) for point in points]
         rows.append((one.label, str(len(one.runs)), str(end.step) if end else "–", *cells, *_drift(one, end)))
-    head = ("series", "runs", "step", "target", "Δ target", "prior", "Δ prior", "‖θ − θ₀‖", "measured / theory")
-    return Table("results", "Results", head, tuple(rows))
+    names = [title for name, _ in scores for title in (name, f"Δ {name}")]
+    return Table("results", "Results", ("series", "runs", "step", *names, "‖θ − θ₀‖", "measured / theory"), tuple(rows))
 
 
 def _at(end: Point | None, point: Point | None) -> str:

@@ -31,9 +31,10 @@ def fields(*, seed: int = 0, target: str = "lab-countdown", penalty: str = "none
 
 
 def make_run(folder: Path, *, done: int | None = None, kl: bool = False, split: bool = False, digest: str = "d",
-             rows: str = "r", accuracy: float = 0.5, size: int = 1000, parent: dict | None = None,
+             rows: str = "r", accuracy: float = 0.5, size: int = 1000, parent: dict | None = None, graded: bool = False,
              **options: Any) -> Path:  # fmt: skip
-    """A run's directory: step s of 20 has accuracy on the target `accuracy` · s/20, and 1 − that on the others."""
+    """A run's directory: step s of 20 has accuracy on the target `accuracy` · s/20, and 1 − that on the others. A
+    graded one has a reward, 0.3 + half of the accuracy, whose change has the paired error 0.01."""
     config = fields(**options)
     done = config["train"]["steps"] if done is None else done
     (folder / "evals").mkdir(parents=True)
@@ -44,7 +45,8 @@ def make_run(folder: Path, *, done: int | None = None, kl: bool = False, split: 
     write(folder / "metrics.jsonl", [{"step": step, "drift": norm, "drift_theory": norm} for step, norm in walked])
     for task in (config["task"]["name"], *config["evals"]["tasks"]):
         write(
-            folder / "evals" / f"{task}.jsonl", [_row(config, task, s, accuracy, split) for s in range(0, done + 1, 10)]
+            folder / "evals" / f"{task}.jsonl",
+            [_row(config, task, s, accuracy, split, graded) for s in range(0, done + 1, 10)],
         )
     if kl:
         write(folder / "evals/kl.jsonl", [
@@ -54,13 +56,15 @@ def make_run(folder: Path, *, done: int | None = None, kl: bool = False, split: 
     return folder
 
 
-def _row(config: dict, task: str, step: int, accuracy: float, split: bool) -> dict[str, Any]:
+def _row(config: dict, task: str, step: int, accuracy: float, split: bool, graded: bool) -> dict[str, Any]:
     share = accuracy * step / 20
     value = share if task == config["task"]["name"] else 1 - share
     row = {"step": step, "n": 50, "accuracy": value, "accuracy_se": (value * (1 - value) / 50) ** 0.5}
     lost = {"lost_format": 0.2 * share, "lost_truncation": 0.3 * share, "lost_knowledge": 0.5 * share}
     lost |= {"strict": value / 2, "well_formed": 0.9, "truncated": 0.1, "mean_length": 5.0}
-    return row | (lost if split else {})
+    reward = {"reward": 0.3 + value / 2, "reward_se": 0.02}
+    reward |= {"reward_change": share / 2, "reward_change_se": 0.01} if step else {}
+    return row | (lost if split else {}) | (reward if graded else {})
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:

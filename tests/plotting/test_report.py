@@ -15,7 +15,7 @@ from es_jax import report
 from es_jax.plotting import figures
 from es_jax.plotting.runs import group, read_run
 
-FIGURES = {"accuracy", "target_against_prior", "prior_change", "drop", "kl", "drift", "strength"}
+FIGURES = {"accuracy", "reward", "target_against_prior", "prior_change", "drop", "kl", "drift", "strength"}
 NASTY = "models/<script>alert(1)</script>$x_{1}$&"
 
 
@@ -23,7 +23,7 @@ NASTY = "models/<script>alert(1)</script>$x_{1}$&"
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, list[Path]]:
     """A report of six runs, everything measured, one not finished, one of a model with a hostile name."""
     root = tmp_path_factory.mktemp("report")
-    common = {"kl": True, "split": True}
+    common = {"kl": True, "split": True, "graded": True}
     runs = [
         make_run(root / "es-0", **common),
         make_run(root / "es-1", seed=1, accuracy=0.6, **common),
@@ -56,6 +56,10 @@ def test_the_data_are_what_was_measured(made: tuple) -> None:
     assert float(mine[-1]["accuracy"]) == pytest.approx(0.55) and float(mine[-1]["accuracy_se"]) == pytest.approx(0.05)
     both = [row for row in rows_of(result, "target_against_prior") if row["series"] == first]
     assert float(both[-1]["target"]) == pytest.approx(0.55) and float(both[-1]["prior"]) == pytest.approx(0.45)
+    rewards = [row for row in rows_of(result, "reward") if row["series"] == first]
+    assert [float(row["reward"]) for row in rewards] == pytest.approx([0.3, 0.4375, 0.575])
+    assert float(rewards[-1]["reward_se"]) == pytest.approx(0.025) and rewards[-1]["runs"] == "2"
+    assert result["results"][0]["Δ target's reward"] == "0.275 ± 0.025"
     assert {float(row["ratio"]) for row in rows_of(result, "drift")} == {1.0}
     assert float(rows_of(result, "kl")[0]["kl"]) == pytest.approx(0.2)
     lost = {row["reason"]: float(row["lost"]) for row in rows_of(result, "drop") if row["series"] == first}
@@ -103,7 +107,7 @@ def test_one_run_without_evaluations(tmp_path: Path) -> None:
     for file in (folder / "evals").iterdir():
         file.unlink()
     result = report.write_report([folder], tmp_path / "out")
-    assert set(result["figures"]) == {"drift"} and len(result["absent"]) == 6
+    assert set(result["figures"]) == {"drift"} and len(result["absent"]) == 7
     assert "python -m es_jax.evaluate --kl measures it" in Path(result["page"]).read_text()
 
 

@@ -7,7 +7,7 @@ import pytest
 from fake_runs import make_run, write
 
 from es_jax.plotting import accuracies, prior_accuracy, tables, target_against_prior
-from es_jax.plotting.figures import drift_against_theory, drop_parts, kl_map, strength_sweep
+from es_jax.plotting.figures import drift_against_theory, drop_parts, kl_map, reward_over_iterations, strength_sweep
 from es_jax.plotting.runs import caption, group, incomparable, prior_tasks, read_run
 from es_jax.plotting.tables import Table, results
 from es_jax.rundir.metrics import read_jsonl
@@ -222,6 +222,16 @@ def test_results_of_half_finished_runs(tmp_path: Path) -> None:
     assert table.rows[0][1:5] == ("1", "10", "0.250 ± 0.061", "0.250 ± 0.061")
     assert table.rows[0][6] == "−0.250 ± 0.061" and table.rows[0][8] == "1.000"
     assert table.rows[1][2:] == ("0", "0.000 ± 0.000", "0.000 ± 0.000", "1.000 ± 0.000", "0.000 ± 0.000", "–", "–")
+
+
+def test_rewards_are_shown_where_they_say_more_than_the_accuracy(tmp_path: Path) -> None:
+    plain, graded = read_run(make_run(tmp_path / "a")), read_run(make_run(tmp_path / "b", graded=True, es__sigma=0.02))
+    assert not plain.graded and graded.graded and reward_over_iterations(group([plain])) is None
+    table, plot = results(group([plain, graded]), ["lab-add"]), reward_over_iterations(group([plain, graded]))
+    assert table.columns[3:9] == ("target", "Δ target", "target's reward", "Δ target's reward", "prior", "Δ prior")
+    assert table.rows[0][5:7] == ("–", "–") and table.rows[1][5:7] == ("0.550 ± 0.020", "0.250 ± 0.010")
+    assert plot is not None and [row["reward"] for row in plot.data] == pytest.approx([0.3, 0.425, 0.55])
+    assert results(group([plain]), ["lab-add"]).columns[5] == "prior"
 
 
 def test_results_are_all_of_one_step(tmp_path: Path) -> None:
