@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
 from es_jax.core import processes
+from es_jax.core.chunked_map import ceil_div
 from es_jax.evals import drift as drifts
 from es_jax.evals.kl import kl, sample
 from es_jax.evals.weight_source import (
@@ -331,7 +332,10 @@ class _Evaluation:
             max_new_tokens=self.max_new_tokens,
             stop_token_ids=model.stop_token_ids,
         )
-        self.evaluator = Evaluator.of(config, self.engine, mesh)
+        evaluator = Evaluator.of(config, self.engine, mesh)
+        each = ceil_div(max(len(test.prompts) for test in self.tests), evaluator.lanes)  # rows of a lane
+        own = dataclasses.replace(self.engine, slots=min(self.engine.slots, each))  # more slots would decode padding
+        self.evaluator = dataclasses.replace(evaluator, engine=own)
         self.sampling = options.sampling
         if processes.first():
             check_folder(folder, source)

@@ -17,6 +17,7 @@ from es_jax.scoring.heldout import likeliest
 from es_jax.scoring.row_results import read_evals
 from es_jax.tasks.lab import Lab
 from es_jax.tasks.task import Choices
+from es_jax.training.es import Evaluator
 from es_jax.training.loop import run
 from es_jax.weights.model import load_model
 from tests.helpers import edit_config
@@ -55,6 +56,20 @@ def test_replay_gives_the_rows_that_training_wrote(whole, tmp_path):
     assert result["drift"][1]["predicted"] == pytest.approx(metrics[3]["drift_theory"])
     for row in result["drift"]:
         assert row["kappa"] == pytest.approx(metrics[row["step"] - 1]["kappa"], rel=1e-5)
+
+
+@pytest.mark.parametrize("rows", [5, 10, 24])
+def test_lanes_share_the_rows_and_decode_little_padding(whole, tmp_path, monkeypatch, rows):
+    """Not a batch of decode.slots in each of the lanes, of which there are as many as members at once."""
+    shapes, to_rows = [], Evaluator._rows
+
+    def watched(self, tokens, *rest):
+        shapes.append(tokens.shape)
+        return to_rows(self, tokens, *rest)
+
+    monkeypatch.setattr(Evaluator, "_rows", watched)
+    evaluate_run(bare(whole, tmp_path / "bare"), tasks=["lab-add"], steps=[1], options=Options(rows=rows))
+    assert shapes and all(rows <= lanes * each < rows + lanes for lanes, each, _ in shapes)
 
 
 def test_a_finished_task_and_step_is_not_done_again(whole, tmp_path, monkeypatch):
