@@ -151,7 +151,9 @@ DAMAGED = {
     "tokenizer of a run": Damage(70, TOKENIZER, MODEL, ("files/model", "chat template")),
     "config.json of its model": Damage(50, CONFIG, MODEL, ("files/model",)),
     "config.json of a run": Damage(50, ("run/config.json",), (("replay_run", "run"),), ("run/config.json",)),
-    "seed log": Damage(60, ("run/seedlog.jsonl",), (("replay_run", "run"),), ("run/seedlog.jsonl", "run has only steps")),
+    "seed log": Damage(
+        60, ("run/seedlog.jsonl",), (("replay_run", "run"),), ("run/seedlog.jsonl", "run has only steps")
+    ),
     "checkpoint": Damage(40, (f"run/ckpt/{children.STEPS}/**/*",), SAVED, ("checkpoint of step",)),
     "rows as jsonl": Damage(
         25,
