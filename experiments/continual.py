@@ -35,7 +35,7 @@ from optax import contrib
 
 from es_jax import anchored_weight_decay
 from es_jax.plotting.figures import grid, legend, line
-from experiments.runs import mean_se, report
+from experiments.runs import markdown, mean_se, report
 
 
 def logarithmic(first: int, last: int, *, per_decade: int) -> tuple[float, ...]:
@@ -303,10 +303,7 @@ def table(lines: Sequence[Mapping[str, Any]]) -> str:
     names = list(dict.fromkeys(now["optimizer"] for now in lines))
     alphas = {now["optimizer"]: now["learning rate"] for now in lines}
     cases = dict.fromkeys((now["method"], now["αλ"], now["step"]) for now in lines)
-    text = [
-        "| | " + " | ".join(f"{name}, α = {alphas[name]:g}" for name in names) + " |",
-        "|" + "---|" * (len(names) + 1),
-    ]
+    rows = []
     for method, rate, step in cases:
         cells = [f"{method} {step} steps" if method == "stopped early" else f"{method} {rate:g}"]
         for name in names:
@@ -314,8 +311,8 @@ def table(lines: Sequence[Mapping[str, Any]]) -> str:
             cells.append(
                 " / ".join(mean_se(now[task] for now in same) for task in ("first", "second")) if same else "–"
             )
-        text.append("| " + " | ".join(cells) + " |")
-    return "\n".join(text)
+        rows.append(cells)
+    return markdown(["", *(f"{name}, α = {alphas[name]:g}" for name in names)], rows)
 
 
 def kept_at(cost: float, curve: Sequence[tuple[float, float]], free: float) -> float:
@@ -331,7 +328,7 @@ def equal_cost(lines: Sequence[Mapping[str, Any]]) -> str:
     """Markdown: how much of the first task each method keeps where it costs so much of the second, from mean curves."""
     methods = ("AWD", "L2-SP", "stopped early")
     head = ["optimizer", "nothing", *(f"{method}, {cost:g} lost" for cost in COSTS for method in methods)]
-    text = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    rows = []
     for name in dict.fromkeys(now["optimizer"] for now in lines):
         curves = {}
         for method in ("before", *methods):
@@ -340,8 +337,8 @@ def equal_cost(lines: Sequence[Mapping[str, Any]]) -> str:
         end = next(point for (rate, _), point in curves["AWD"].items() if rate == 0)
         curves["stopped early"] |= curves["before"]
         cells = [f"{kept_at(cost, [*curves[m].values(), end], end[0]):.2f}" for cost in COSTS for m in methods]
-        text.append("| " + " | ".join([name, f"{end[1]:.2f}", *cells]) + " |")
-    return "\n".join(text)
+        rows.append([name, f"{end[1]:.2f}", *cells])
+    return markdown(head, rows)
 
 
 def figure(lines: Sequence[Mapping[str, Any]], path: Path) -> None:

@@ -24,7 +24,7 @@ import numpy as np
 
 from es_jax.plotting import figures, read_run
 from es_jax.rundir.seed_log import digest
-from experiments.runs import done, plain_errors, report
+from experiments.runs import done, markdown, plain_errors, report
 
 STEPS = 100
 CONFIG = "configs/lab.py:anchor=l2,steps={steps}"
@@ -84,12 +84,11 @@ def table(lines: Sequence[Mapping[str, Any]]) -> str:
     """Markdown: the last evaluation on each number of devices, its digests, and whether all are equal."""
     last = {line["devices"]: line for line in lines}.values()
     head = ("devices", "step", "accuracy", "reward", "prior", "drift", "seedlog", "weights")
-    text = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     show = lambda x: f"{x:.6g}" if isinstance(x, float) else str(x)  # noqa: E731
-    text += ["| " + " | ".join(show(line[name]) for name in head) + " |" for line in last]
+    text = markdown(head, [[show(line[name]) for name in head] for line in last])
     same = len({tuple(line[name] for name in head[1:]) for line in last}) == 1
     equal = "Equal to the bit on all." if same else "Not equal: look at the first step whose seedlog differs."
-    return "\n".join([*text, "", equal])
+    return f"{text}\n\n{equal}"
 
 
 def figure(lines: Sequence[Mapping[str, Any]], path: Path) -> None:

@@ -46,7 +46,7 @@ from es_jax.scoring.row_results import read_evals
 from es_jax.scoring.text import perplexity
 from es_jax.tasks.outside import label
 from es_jax.training.config import read_config
-from experiments.runs import Case, arguments, chosen, done, execute, mean_se, page, plain_errors, report
+from experiments.runs import Case, arguments, chosen, done, execute, markdown, mean_se, page, plain_errors, report
 from experiments.targets import CANDIDATES
 
 EVERY = 25  # steps between evaluations
@@ -300,10 +300,11 @@ def table(lines: Sequence[Mapping[str, Any]]) -> str:
     """Markdown: the verdict, the base model, and the last evaluation of every run; ± are paired errors over rows."""
     head = ["run", "seeds", "N × k", "steps", "target reward", "change", "mean prior", "change", "perplexity", "KL",
             "drift", "drift / closed form", "κ", "seconds a step"]  # fmt: skip
-    text = [verdict(lines), "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     base = lines[0]
     prior = "–" if base["prior"] is None else f"{base['prior']:.3f}"
-    text.append(f"| base | | | 0 | {base['reward']:.3f} | | {prior} | | {base['perplexity']:.2f} | 0 | 0 | | | |")
+    body = [
+        ["base", "", "", "0", f"{base['reward']:.3f}", "", prior, "", f"{base['perplexity']:.2f}", "0", "0", *[""] * 3]
+    ]
     for name, rows in last_lines(lines).items():
         if rows:
             one = rows[0]
@@ -323,8 +324,8 @@ def table(lines: Sequence[Mapping[str, Any]]) -> str:
                 ("seconds_step", 1),
             ):
                 cells.append(mean_se((row[column] for row in rows), digits))
-            text.append("| " + " | ".join(cells) + " |")
-    return "\n".join(text)
+            body.append(cells)
+    return f"{verdict(lines)}\n\n{markdown(head, body)}"
 
 
 def figure(lines: Sequence[Mapping[str, Any]], path: Path) -> None:

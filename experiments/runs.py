@@ -145,6 +145,27 @@ def mean_se(values: Iterable[float | None], digits: int = 3) -> str:
     return f"{np.mean(numbers):.{digits}f}{se}"
 
 
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown.
+
+    >>> print(markdown(["N", "drift"], [["8", "9.21"]]))
+    | N | drift |
+    |---|---|
+    | 8 | 9.21 |
+    """
+    lines = ["|" + "|".join(f" {cell} " if cell else " " for cell in cells) + "|" for cells in (head, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
+
+
+def write_csv(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Write the lines, which have the same columns, as CSV."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(lines[0]))
+        writer.writeheader()
+        writer.writerows(lines)
+
+
 def table(lines: Sequence[Mapping[str, Any]], labels: Sequence[str], columns: Sequence[str] = MEASURED) -> str:
     """Markdown: the last evaluation of every case, as mean ± standard error over everything that is not in `labels`."""
     last: dict[tuple, Mapping[str, Any]] = {}
@@ -153,12 +174,11 @@ def table(lines: Sequence[Mapping[str, Any]], labels: Sequence[str], columns: Se
     groups: dict[tuple, list[Mapping[str, Any]]] = {}
     for line in last.values():
         groups.setdefault(tuple(line[name] for name in labels), []).append(line)
-    head = [*labels, "runs", "step", *columns]
-    text = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for key, rows in groups.items():
-        cells = [*map(str, key), str(len(rows)), str(rows[0]["step"])]
-        text.append("| " + " | ".join(cells + [mean_se(row[name] for row in rows) for name in columns]) + " |")
-    return "\n".join(text)
+    body = [
+        [*map(str, key), str(len(rows)), str(rows[0]["step"]), *(mean_se(row[x] for row in rows) for x in columns)]
+        for key, rows in groups.items()
+    ]
+    return markdown([*labels, "runs", "step", *columns], body)
 
 
 def main(
@@ -243,11 +263,7 @@ def report(
     if not lines:
         print("no case is finished: leave --only-report out")
         return
-    docs.mkdir(parents=True, exist_ok=True)
-    with open(docs / f"{name}.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, list(lines[0]))
-        writer.writeheader()
-        writer.writerows(lines)
+    write_csv(docs / f"{name}.csv", lines)
     text = text or table(lines, labels, columns)
     (docs / f"{name}.md").write_text(text + "\n")
     if figure is not None:

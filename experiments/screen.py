@@ -30,7 +30,6 @@ Result:   not yet run.
 """
 
 import argparse
-import csv
 import dataclasses
 import json
 import time
@@ -56,7 +55,7 @@ from es_jax.training.es import Evaluator
 from es_jax.training.loop import with_numbers
 from es_jax.training.state import base_config, load_base, mesh_of
 from es_jax.weights.model import Model
-from experiments.runs import plain_errors
+from experiments.runs import markdown, plain_errors, write_csv
 from experiments.targets import CANDIDATES, Candidate
 
 CALLS = 999  # shuffles of the test of members
@@ -229,11 +228,8 @@ def write(lines: dict[str, list[dict]], docs: Path, command: str) -> None:
     text = []
     for kind, stem in (("targets", "screen"), ("priors", "screen_priors")):
         if rows := lines[kind]:
-            with open(docs / f"{stem}.csv", "w", newline="") as file:
-                writer = csv.DictWriter(file, [*rows[0], "command"])
-                writer.writeheader()
-                writer.writerows(row | {"command": command} for row in rows)
-            text.append(markdown(rows))
+            write_csv(docs / f"{stem}.csv", [row | {"command": command} for row in rows])
+            text.append(markdown(list(rows[0]), [list(map(shown, row.values())) for row in rows]))
     fitting = [row for row in lines["targets"] if row["verdict"] == "signal"]
     best = min(fitting, key=lambda row: row["steps_to_3se"], default=None)
     text.append(f"Best: {best['target']} at σ = {best['sigma']:g}." if best else "No target has signal.")
@@ -241,12 +237,9 @@ def write(lines: dict[str, list[dict]], docs: Path, command: str) -> None:
     print("\n\n".join(text))
 
 
-def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A table of all columns."""
-    head = list(rows[0])
-    show = lambda x: "–" if x is None else f"{x:.3g}" if isinstance(x, float) else str(x)  # noqa: E731
-    lines = [head, ["---"] * len(head), *([show(row[name]) for name in head] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def shown(value: Any) -> str:
+    """A cell of the report."""
+    return "–" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def read(path: Path, settings: Settings) -> dict[str, Any] | None:

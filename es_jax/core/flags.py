@@ -83,9 +83,7 @@ def parser(
 
 def _config_in(arguments: Sequence[str]) -> Any:
     """The config that the last --config of the arguments names, or None."""
-    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
-    named = [value or after for name, _, value, after in ((*a.partition("="), b) for a, b in pairs)
-             if name.lstrip("-") == "config" and name != "config"]  # fmt: skip
+    named = re.findall(r"^--?config[=\n](.*)$", "\n".join(arguments), flags=re.MULTILINE)
     return flags.FLAGS["config"].parser.parse(named[-1]) if named else None
 
 
